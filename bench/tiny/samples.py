@@ -1,0 +1,115 @@
+"""Writes the small real samples that ship with the project: task samples, calibration sets and their cards.
+
+They are cut here, from the same splits the model is trained on, so that no calibration row is a test row and no test row is a training row.
+"""
+
+import argparse
+import json
+import random
+import shutil
+
+import yaml
+
+from corpus import MEDQUAD, PROJECT, PUBMEDQA, abstract, data_argument, medquad, pair, pubmedqa, sha256
+from section import ANSWERS, answer_text, items, prompt
+
+SEED = 20240601
+LONGEST_ANSWER = 2500
+PUBMEDQA_SOURCE = {
+    "source": "PubMedQA PQA-L, Jin et al., EMNLP 2019 (github.com/pubmedqa/pubmedqa, commit 1cbae8e92f72)",
+    "url": "https://github.com/pubmedqa/pubmedqa",
+    "licence": "MIT",
+}
+MEDQUAD_SOURCE = {
+    "source": "MedQuAD, Ben Abacha and Demner-Fushman, BMC Bioinformatics 2019 (github.com/abachaa/MedQuAD, commit 577bd37b96c0)",
+    "url": "https://github.com/abachaa/MedQuAD",
+    "licence": "CC-BY-4.0",
+}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_card(path, card):
+    path.write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8")
+
+
+def choose(rows, count, salt):
+    return random.Random(f"{SEED} {salt}").sample(rows, count)
+
+
+def task_sample(name, rows, data, whole_count, changes):
+    folder = PROJECT / "edgemed" / "tasks" / "samples"
+    path = folder / f"{name}.jsonl"
+    write_rows(path, rows)
+    card = {"name": name, **PUBMEDQA_SOURCE, "split": "test (the official 500 abstracts)", "n": len(rows), "sha256": sha256(path)}
+    card["whole_set"] = {"path": PUBMEDQA, "sha256": sha256(data / PUBMEDQA), "n": whole_count}
+    write_card(folder / f"{name}.card.yaml", card | {"contains_phi": False, "changes": changes})
+
+
+def calibration_set(name, description, source, parts):
+    folder = PROJECT / "calibration" / name
+    files = {}
+    for part, rows in parts.items():
+        path = folder / f"{part}.jsonl"
+        write_rows(path, rows)
+        files[part] = {"file": path.name, "sha256": sha256(path), "n": len(rows)}
+    write_card(folder / "card.yaml", {"name": name, "description": description, **source, "language": "en", "contains_phi": False, "files": files})
+
+
+def write_task_samples(data):
+    """Both task samples; gives the section items of the test abstracts that are in neither."""
+    test = items(data, "test")
+    section = choose(test, 400, "section")
+    labels = f"authors' section labels mapped to {', '.join(ANSWERS)}; mixed and unknown labels dropped; the long answer is the conclusion"
+    task_sample("section", section, data, len(test), f"{labels}; seeded random 400 of the {len(test)} labelled passages")
+
+    abstracts = pubmedqa(data, "test")
+    rows = [{key: row[key] for key in ("id", "question", "contexts", "labels", "answer")} for row in choose(abstracts, 200, "pubmedqa")]
+    task_sample("pubmedqa", rows, data, len(abstracts), "seeded random 200 of the 500; the fields id, question, contexts, labels, answer only")
+    used = {item["id"].split("#")[0] for item in section}
+    return [item for item in test if item["id"].split("#")[0] not in used]
+
+
+def write_calibration_sets(data, unused_test_items):
+    def abstracts(split, count):
+        return [{"id": row["id"], "text": abstract(row)} for row in choose(pubmedqa(data, split), count, f"abstracts {split}")]
+
+    calibration_set(
+        "pubmedqa-abstracts", "Whole PubMed abstracts: question (the title), contexts, conclusion. Calibration from the train split, heldout from the test split.",
+        PUBMEDQA_SOURCE, {"calibration": abstracts("train", 256), "heldout": abstracts("test", 64)},
+    )
+
+    def answers(rows, count, salt):
+        return [{"id": f"{row['source']}/{row['id']}", "text": pair(row)[:LONGEST_ANSWER]} for row in choose(rows, count, salt)]
+
+    train, held = medquad(data)
+    calibration_set(
+        "medquad-answers", f"Consumer health questions and answers, cut at {LONGEST_ANSWER} characters. Heldout from documents the quickstart model was not trained on.",
+        MEDQUAD_SOURCE, {"calibration": answers(train, 256, "medquad train"), "heldout": answers(held, 64, "medquad held")},
+    )
+
+    def prompts(rows, count, salt):
+        return [{"id": item["id"], "text": prompt(item["passage"]) + answer_text(item["answer"])} for item in choose(rows, count, salt)]
+
+    calibration_set(
+        "pubmedqa-sections", "The section task's own prompts with their answers. Calibration from the train split, heldout from test abstracts that the section sample does not use.",
+        PUBMEDQA_SOURCE, {"calibration": prompts(items(data, "train"), 256, "sections train"), "heldout": prompts(unused_test_items, 64, "sections test")},
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    data_argument(parser)
+    data = parser.parse_args().data
+    write_calibration_sets(data, write_task_samples(data))
+    folder = PROJECT / "LICENSES"
+    folder.mkdir(exist_ok=True)
+    for name in ("pubmedqa_MIT.txt", "medquad_CC-BY-4.0.txt"):
+        shutil.copyfile(data / "LICENSES" / name, folder / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""A generic decoder in torch, built from a family's values and run layer by layer from disk.
+
+It is the reference every engine is compared with and the pass calibration runs on. It exists beside transformers because it
+needs the memory of one layer only, and because steps must see the input of every matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemed.errors import need
+from edgemed.family import Decoder
+from edgemed.session import check_room
+from edgemed.weights import MATRICES, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
+    Cache = tuple[torch.Tensor, torch.Tensor]
+
+
+def load_layer(weights: Weights, n: int) -> Layer:
+    """(weight, bias) of each part of layer n, float32, quantized matrices expanded."""
+    layer: Layer = {name: weights.norm(f"layers.{n}.{name}") for name in ("attn_norm", "mlp_norm")}
+    for name in MATRICES:
+        matrix = weights.matrix(f"layers.{n}.{name}")
+        layer[name] = (matrix.dense(), matrix.bias)
+    return layer
+
+
+def norm(d: Decoder, layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
+    torch = need("torch", "build")
+    weight, bias = layer[name]
+    return torch.nn.functional.layer_norm(x, (d.hidden,), weight, bias, d.norm_eps)
+
+
+def linear(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
+    torch = need("torch", "build")
+    return torch.nn.functional.linear(x, *layer[name])
+
+
+def activate(d: Decoder, x: torch.Tensor) -> torch.Tensor:
+    torch = need("torch", "build")
+    return torch.nn.functional.gelu(x, approximate="tanh" if d.activation == "gelu_tanh" else "none")
+
+
+def attention(d: Decoder, n: int, qkv: torch.Tensor, cache: Cache | None = None, position: int = 0) -> torch.Tensor:
+    """Causal attention of layer n. qkv [batch, tokens, q+k+v] -> [batch, tokens, hidden].
+
+    cache: (keys, values), each [batch, kv_heads, context, head_dim]; rows from `position` on are written in place.
+    """
+    torch = need("torch", "build")
+    batch, tokens, _ = qkv.shape
+    q, k, v = qkv.split([d.q_size, d.kv_size, d.kv_size], dim=-1)
+    q = q.view(batch, tokens, d.heads, d.head_dim).transpose(1, 2)
+    k = k.view(batch, tokens, d.kv_heads, d.head_dim).transpose(1, 2)
+    v = v.view(batch, tokens, d.kv_heads, d.head_dim).transpose(1, 2)
+    end = position + tokens
+    if cache is not None:
+        cache[0][:, :, position:end], cache[1][:, :, position:end] = k, v
+        k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+    mask = torch.ones(tokens, end, dtype=torch.bool).tril(position) if tokens > 1 else None
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=d.score_scale[n], enable_gqa=d.heads != d.kv_heads
+    )
+    return out.transpose(1, 2).reshape(batch, tokens, d.q_size)
+
+
+def block(d: Decoder, layer: Layer, n: int, x: torch.Tensor, cache: Cache | None = None, position: int = 0) -> torch.Tensor:
+    """One decoder layer: x [batch, tokens, hidden] -> the same shape."""
+    x = x + linear(layer, "o", attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)), cache, position))
+    return x + linear(layer, "down", activate(d, linear(layer, "up", norm(d, layer, "mlp_norm", x))))
+
+
+def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [batch, tokens] from position 0 -> hidden states, float32."""
+    return weights.table("embed")[tokens] + weights.table("positions")[: tokens.shape[1]]
+
+
+def top(weights: Weights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
+    """The final norm, and the matrix [width, hidden] (with bias) that makes scores."""
+    name = "lm_head" if weights.decoder.head == "lm" else "head"
+    matrix = weights.matrix(name)
+    return {"final_norm": weights.norm("final_norm")}, matrix.dense(), matrix.bias
+
+
+def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores [batch, tokens, width] of whole sequences, one layer in memory at a time. tokens: int64 [batch, tokens]."""
+    torch = need("torch", "build")
+    d = weights.decoder
+    with torch.inference_mode():
+        x = embed(weights, tokens)
+        for n in range(d.layers):
+            layer = load_layer(weights, n)
+            # One sequence after the other: activations stay those of one sequence.
+            x = torch.cat([block(d, layer, n, row) for row in x.split(1)])
+        final, matrix, bias = top(weights)
+        return torch.nn.functional.linear(norm(d, final, "final_norm", x), matrix, bias)
+
+
+class TorchSession:
+    """A checkpoint as a Session, in float32: the source every engine is verified and evaluated against."""
+
+    def __init__(self, weights: Weights, resident: bool | None = None):
+        """resident: keep all layers in memory; None decides by the memory available."""
+        torch = need("torch", "build")
+        import psutil
+
+        d = weights.decoder
+        self.weights, self.d = weights, d
+        self.head, self.context, self.position = d.head, d.context, 0
+        needed = 4 * d.layers * (d.hidden * (d.q_size + 2 * d.kv_size) + d.q_size * d.hidden + 2 * d.hidden * d.ffn)
+        if resident is None:
+            resident = needed < 0.6 * psutil.virtual_memory().available
+        self.layers = [load_layer(weights, n) for n in range(d.layers)] if resident else None
+        self.embed, self.positions = weights.table("embed"), weights.table("positions")
+        self.final, self.matrix, self.bias = top(weights)
+        self.width = self.matrix.shape[0]
+        shape = (1, d.kv_heads, d.context, d.head_dim)
+        self.cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(d.layers)]
+
+    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+        torch = need("torch", "build")
+        check_room(self, tokens)
+        with torch.inference_mode():
+            end = self.position + len(tokens)
+            x = (self.embed[torch.tensor(list(tokens))] + self.positions[self.position : end])[None]
+            for n in range(self.d.layers):
+                layer = self.layers[n] if self.layers else load_layer(self.weights, n)
+                x = block(self.d, layer, n, x, self.cache[n], self.position)
+            self.position = end
+            x = x if every else x[:, -1:]
+            return torch.nn.functional.linear(norm(self.d, self.final, "final_norm", x), self.matrix, self.bias)[0].numpy()
+
+    def step(self, token: int) -> np.ndarray:
+        return self.prefill([token])[0]
+
+    def rewind(self, position: int) -> None:
+        self.position = position
+
+    def close(self) -> None:
+        self.layers = None

@@ -1,0 +1,115 @@
+"""An engine: the self-contained directory that travels to the device, and how it is made and opened.
+
+A target only writes its own weight files; everything a device needs besides (tokenizer, settings, reference answers,
+manifest) is put there here, the same for every target. Opening an engine needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemed import plugins, store
+from edgemed.checkpoint import Checkpoint
+from edgemed.errors import EdgemedError
+from edgemed.reference import Reference
+from edgemed.session import Session
+from edgemed.tokenizer import open_tokenizer
+from edgemed.weights import Weights
+
+ENGINE = "engine.json"
+COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token."""
+
+    path: Path
+    name: str
+    target: str
+    family: str
+    head: str
+    width: int
+    vocab: int
+    context: int
+    precision: str
+    bytes_per_token: int
+    eos: int | None
+    random_weights: bool
+    params: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The content key of the artifact; records of another key do not belong to this engine."""
+        return store.read_manifest(self.path)["key"]
+
+    def tokenizer(self) -> Any:
+        return open_tokenizer(self.path, self.vocab)
+
+    def reference(self) -> Reference:
+        return Reference.load(self.path)
+
+    def open(self, threads: int | None = None) -> Session:
+        """Start the engine. threads: None for the physical cores available."""
+        return plugins.load("targets", self.target).open(self, threads)
+
+
+def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, reference: Reference | None = None, name: str | None = None) -> Engine:
+    """Build one engine directory. params: the target's Params.
+
+    Raises EdgemedError where the target cannot carry this model, the tokenizer does not fit, or `out` holds something else.
+    """
+    module = plugins.load("targets", target)
+    weights = Weights(checkpoint)
+    d = weights.decoder
+    if reason := module.supports(weights, params):
+        raise EdgemedError(f"target {target} cannot take {checkpoint.path}: {reason}")
+    tokenizer = None if checkpoint.random_weights else open_tokenizer(checkpoint.path, d.vocab)
+    inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()}
+    if reference:
+        inputs["reference"] = reference.digest()
+    parent = checkpoint.path / store.MANIFEST
+    parent_manifest = json.loads(parent.read_text(encoding="utf-8")) if parent.is_file() else None
+    name = name or Path(out).name
+    with store.building(Path(out), "engine", target, asdict(params), inputs, parent_manifest) as work:
+        if work is not None:
+            notes = module.build(weights, work.path, params)
+            facts = {
+                "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
+                "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
+                "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
+            }
+            store.write_json(work.path / ENGINE, facts)
+            if tokenizer is not None:
+                tokenizer.save(str(work.path / "tokenizer.json"))
+            for file in COPIED:
+                if (checkpoint.path / file).is_file():
+                    shutil.copyfile(checkpoint.path / file, work.path / file)
+            if reference:
+                reference.save(work.path)
+            work.notes.update(notes)
+    return open_engine(out)
+
+
+def open_engine(path: str | Path, check: bool = False) -> Engine:
+    """Read an engine directory. check: hash every file and refuse an altered one.
+
+    Raises EdgemedError where it is not an engine or (check) a file was altered.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise EdgemedError(f"engine directory {path} does not exist", "Make one with: edgemed export MODEL --target onnx --out DIR")
+    manifest = store.read_manifest(path)
+    if manifest["kind"] != "engine" or not (path / ENGINE).is_file():
+        raise EdgemedError(f"{path} is a {manifest['kind']}, not an engine", "Make an engine with: edgemed export MODEL --target onnx --out DIR")
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    wrong = [name for name, size in sizes.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+    wrong = [f"{name} is missing or has another size" for name in wrong] or (store.check_manifest(path) if check else [])
+    if wrong:
+        raise EdgemedError(f"{path} was altered after it was made: {'; '.join(wrong)}", "Copy or export the engine again")
+    return Engine(path=path, **json.loads((path / ENGINE).read_text(encoding="utf-8")))

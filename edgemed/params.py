@@ -1,0 +1,81 @@
+"""Turns a mapping (YAML, --set, command-line options) into a frozen dataclass, strictly.
+
+A mistyped key or a value of the wrong type must stop a run before it starts, with the nearest known name, because a
+silently ignored option is a silently wrong engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from edgemed.errors import EdgemedError, nearest
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
+    """Build `cls` from `values`; `where` names the place in messages, e.g. 'recipe.yaml: quantize'.
+
+    Raises EdgemedError for an unknown key, a missing key or a value of the wrong type.
+    """
+    values = dict(values or {})
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise EdgemedError(f"{where}: unknown key '{key}'", nearest(key, fields))
+    hints = typing.get_type_hints(cls)
+    ready = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    for name, field in fields.items():
+        if name not in ready and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise EdgemedError(f"{where}: '{name}' is missing", f"Give {name}: a {_say(hints[name])}")
+    return cls(**ready)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise EdgemedError(f"{where}: '{value}' is not a known value", nearest(str(value), map(str, args)))
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(args[0], item, where) for item in items)
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is typing.Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise EdgemedError(f"{where}: {value!r} is not a {_say(hint)}", "")
+
+
+def _say(hint: Any) -> str:
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", dict: "mapping"}
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return "value among " + ", ".join(map(str, args))
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_say(args[0])}"
+    return names.get(hint) or (_say(args[0]) if args else str(hint))
+
+
+def parse_set(text: str) -> tuple[list[str], Any]:
+    """'quantize.bits=8' -> (['quantize', 'bits'], 8); values are read as YAML scalars."""
+    import yaml
+
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise EdgemedError(f"--set {text}: not of the form key.key=value", "For example: --set quantize.bits=8")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise EdgemedError(f"--set {text}: the value is not valid YAML ({error})") from None

@@ -1,0 +1,36 @@
+"""The folder is the registry: a file families/gpt2.py is the family 'gpt2', and nothing else has to be edited.
+
+Kept this small on purpose, so that adding a family, step, target, task or device is one new file and the contract tests
+find it by walking the same folders.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from edgemed.errors import EdgemedError, nearest
+
+ROOT = Path(__file__).parent
+CODE_KINDS = ("families", "steps", "targets", "tasks")
+
+
+def names(kind: str) -> list[str]:
+    """Names of all plug-ins of a kind: 'families', 'steps', 'targets', 'tasks' (modules) or 'devices' (YAML files)."""
+    suffix = ".py" if kind in CODE_KINDS else ".yaml"
+    return sorted(f.stem for f in (ROOT / kind).glob(f"*{suffix}") if not f.stem.startswith("_"))
+
+
+def load(kind: str, name: str) -> ModuleType:
+    """The module behind a name. Raises EdgemedError with the nearest known name."""
+    if name not in names(kind):
+        singular = {"families": "family"}.get(kind, kind.rstrip("s"))
+        raise EdgemedError(f"unknown {singular} '{name}'", nearest(name, names(kind)))
+    return importlib.import_module(f"edgemed.{kind}.{name}")
+
+
+def shared(folder: str) -> Path:
+    """A data folder ('recipes', 'calibration'): inside an installed package, or beside it in a source checkout."""
+    inside = ROOT / folder
+    return inside if inside.is_dir() else ROOT.parent / folder

@@ -1,0 +1,124 @@
+"""The protocol every running engine speaks, and decoding and option scoring written once on top of it.
+
+`prefill` and `step` are the only two primitives: parity, latency and accuracy are all built on them, so every engine is
+measured by the same code. `rewind` moves the write position back, which is how the options of a question share its context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edgemed.errors import EdgemedError
+
+
+class Session(Protocol):
+    """A running engine with one sequence. Arrays returned are float32 and valid until the next call.
+
+    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise.
+    """
+
+    head: str
+    width: int
+    context: int
+    position: int
+
+    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+        """Append tokens; scores [1, width] of the last one, or [len(tokens), width] with every=True.
+
+        Raises EdgemedError where the tokens do not fit the context.
+        """
+        ...
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token; scores [width]."""
+        ...
+
+    def rewind(self, position: int) -> None:
+        """Forget everything from `position` on; rewind(0) starts anew."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_room(session: Session, tokens: Sequence[int]) -> None:
+    """Raise EdgemedError where appending the tokens is impossible."""
+    if not len(tokens):
+        raise EdgemedError("the prompt is empty", "Give at least one token")
+    if session.position + len(tokens) > session.context:
+        raise EdgemedError(
+            f"the prompt is longer than the context: {session.position + len(tokens)} tokens, {session.context} fit", "Shorten the prompt"
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 256
+
+
+def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+    """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
+    if session.head != "lm":
+        raise EdgemedError(f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval")
+    random = np.random.default_rng(sampling.seed)
+    scores = session.prefill(prompt)[-1]
+    for count in range(sampling.max_tokens):
+        token = pick(scores, sampling, random)
+        if token in stop:
+            return
+        yield token
+        if session.position >= session.context or count + 1 == sampling.max_tokens:
+            return
+        scores = session.step(token)
+
+
+def pick(scores: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
+    """One token id from logits [vocab]: temperature, then top-k, then nucleus (Holtzman et al. 2020)."""
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    scaled = scores.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    weights /= weights.sum()
+    if sampling.top_p < 1:
+        kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+        order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
+    return int(random.choice(order, p=weights))
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Log-probabilities along the last axis, float64."""
+    scores = scores.astype(np.float64)
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def score_options(session: Session, context: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
+    """Sum of token log-probabilities of each option after the context, which is computed once.
+
+    Raises EdgemedError where an option is empty or context and option do not fit.
+    """
+    session.rewind(0)
+    first = log_softmax(session.prefill(context)[-1])
+    shared, scores = session.position, []
+    for option in options:
+        if not len(option):
+            raise EdgemedError("an option has no tokens", "Every option needs at least one token")
+        total = float(first[option[0]])
+        if len(option) > 1:
+            rows = log_softmax(session.prefill(option[:-1], every=True))
+            total += float(rows[np.arange(len(option) - 1), list(option[1:])].sum())
+            session.rewind(shared)
+        scores.append(total)
+    return scores

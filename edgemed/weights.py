@@ -1,0 +1,183 @@
+"""A checkpoint seen through its family: canonical names, [out, in] layout, dense or GPTQ-packed, one part at a time.
+
+Steps and targets read weights only through this module, so key prefixes, GPT-2's transposed matrices and the packed
+integer layout are dealt with once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from edgemed.checkpoint import Checkpoint
+from edgemed.errors import EdgemedError, need
+from edgemed.family import Decoder, Family, Part, family_of
+
+if TYPE_CHECKING:
+    import torch
+
+MATRICES = ("qkv", "o", "up", "down")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """weight [out, in] and bias [out] or None, float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def dense(self) -> torch.Tensor:
+        return self.weight
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix: weight = (q - zeros[group]) * scales[group].
+
+    q uint8 [out, in], scales float32 [out, groups], zeros uint8 [out, groups], g_idx int32 [in] (the group of each
+    input; None where it is simply in // group), bias float32 [out] or None.
+    """
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor | None
+    bits: int
+    group: int
+    bias: torch.Tensor | None
+
+    @property
+    def symmetric(self) -> bool:
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    def dense(self) -> torch.Tensor:
+        torch = need("torch", "build")
+        index = self.g_idx.long() if self.g_idx is not None else torch.arange(self.q.shape[1]) // self.group
+        return (self.q.float() - self.zeros.float()[:, index]) * self.scales[:, index]
+
+
+class Weights:
+    """Reads the canonical parts of a checkpoint. Shapes are checked against the config when it is opened."""
+
+    def __init__(self, checkpoint: Checkpoint, fold: bool = False):
+        """fold: multiply the q rows so that the plain 1/sqrt(head_dim) score scale is right (runtimes that know no other).
+
+        Raises EdgemedError for an unknown architecture, a missing tensor or a tensor of the wrong shape.
+        """
+        self.checkpoint = checkpoint
+        self.family: Family = family_of(checkpoint.config, str(checkpoint.path / "config.json"))
+        self.source: Decoder = self.family.decoder(checkpoint.config, self._bare_shapes())
+        self.fold = fold
+        plain = (self.source.head_dim**-0.5,) * self.source.layers
+        self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
+        self.parts: dict[str, Part] = self.family.parts(self.source)
+        self.quantization: dict[str, Any] | None = checkpoint.config.get("quantization_config")
+        if self.quantization and self.quantization.get("quant_method") != "gptq":
+            method = self.quantization.get("quant_method")
+            raise EdgemedError(f"{checkpoint.path}: quantized with '{method}', which edgemed does not read", "Known: gptq")
+        self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
+        self._check_shapes()
+
+    def _bare_shapes(self) -> dict[str, tuple[int, ...]]:
+        found = {}
+        for key, entry in self.checkpoint.tensors.items():
+            prefix = next((p for p in self.family.prefixes if key.startswith(p)), "")
+            found[key.removeprefix(prefix)] = entry.shape
+        return found
+
+    def _resolve(self, name: str, part: Part) -> tuple[str, ...]:
+        tensors, keys = self.checkpoint.tensors, []
+        for module in part.modules:
+            choices = [prefix + m for m in module.split("|") for prefix in self.family.prefixes]
+            key = next((c for c in choices if f"{c}.weight" in tensors or f"{c}.qweight" in tensors), None)
+            if key is None:
+                raise EdgemedError(f"{self.checkpoint.path}: tensor '{choices[0]}.weight' ({name}) is missing", "The checkpoint is incomplete; download it again")
+            keys.append(key)
+        return tuple(keys)
+
+    def _check_shapes(self) -> None:
+        for name, part in self.parts.items():
+            if len(part.modules) > 1:
+                continue
+            (key,), shape = self.keys[name], part.shape
+            if f"{key}.weight" not in self.checkpoint.tensors:
+                pack = 32 // self._packing()[0]
+                key, shape = f"{key}.qweight", (part.shape[1] // pack, part.shape[0])
+            else:
+                key, shape = f"{key}.weight", part.shape[::-1] if part.conv1d else part.shape
+            found = self.checkpoint.tensors[key].shape
+            if found != shape:
+                raise EdgemedError(f"{self.checkpoint.path}: tensor '{key}' has shape {list(found)}, config.json asks for {list(shape)}", "Config and weights do not belong together")
+
+    def _packing(self) -> tuple[int, int]:
+        if not self.quantization:
+            raise EdgemedError(f"{self.checkpoint.path}: holds packed weights, but config.json has no quantization_config", "Add the quantization_config the checkpoint was made with")
+        return self.quantization["bits"], self.quantization["group_size"]
+
+    def table(self, name: str) -> torch.Tensor:
+        """An embedding table [rows, width], float32."""
+        return self.checkpoint.read(f"{self.keys[name][0]}.weight").float()
+
+    def norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight, bias) of a norm, float32; bias None where the family stores none."""
+        key = self.keys[name][0]
+        bias = self.checkpoint.read(f"{key}.bias").float() if f"{key}.bias" in self.checkpoint.tensors else None
+        return self.checkpoint.read(f"{key}.weight").float(), bias
+
+    def matrix(self, name: str) -> Dense | Packed:
+        """A matrix in [out, in] layout with its bias; modules of one part are joined along the output axis."""
+        torch = need("torch", "build")
+        found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
+        if len(found) > 1:
+            raise EdgemedError(f"{name}: joining {len(found)} modules is not supported yet", "")
+        matrix = found[0]
+        if self.fold and name.endswith(".qkv"):
+            factor = self.source.fold_factor(int(name.split(".")[1]))
+            rows = torch.ones(matrix.dense().shape[0])
+            rows[: self.source.q_size] = factor
+            bias = matrix.bias * rows if matrix.bias is not None else None
+            if isinstance(matrix, Packed):
+                return replace(matrix, scales=matrix.scales * rows[:, None], bias=bias)
+            return Dense(matrix.weight * rows[:, None], bias)
+        return matrix
+
+    def _module(self, key: str, conv1d: bool) -> Dense | Packed:
+        read, tensors = self.checkpoint.read, self.checkpoint.tensors
+        bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
+        if f"{key}.weight" in tensors:
+            weight = read(f"{key}.weight").float()
+            return Dense(weight.T.contiguous() if conv1d else weight, bias)
+        bits, group = self._packing()
+        columns = tensors[f"{key}.qweight"].shape[0] * 32 // bits
+        group = columns if group == -1 else group
+        v1 = self.quantization.get("checkpoint_format", "gptq") == "gptq"
+        q = unpack(read(f"{key}.qweight"), bits, 0).T.contiguous()
+        zeros = (unpack(read(f"{key}.qzeros"), bits, 1) + (1 if v1 else 0)).T.contiguous()
+        g_idx = read(f"{key}.g_idx") if f"{key}.g_idx" in tensors else None
+        if g_idx is not None and bool((g_idx == need("torch", "build").arange(columns) // group).all()):
+            g_idx = None
+        return Packed(q, read(f"{key}.scales").float().T.contiguous(), zeros, g_idx, bits, group, bias)
+
+
+def unpack(packed: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
+    """int32 words -> uint8 values along `axis`, lowest bits first (AutoGPTQ layout)."""
+    torch = need("torch", "build")
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shape = list(packed.shape)
+    shape[axis] *= 32 // bits
+    view = (1, -1, 1) if axis == 0 else (1, 1, -1)
+    words = packed.unsqueeze(axis + 1)
+    values = (words >> shifts.reshape(view)) & ((1 << bits) - 1)
+    return values.to(torch.uint8).reshape(shape)
+
+
+def pack(values: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
+    """The inverse of unpack: uint8 values -> int32 words along `axis`."""
+    torch = need("torch", "build")
+    per = 32 // bits
+    shape = list(values.shape)
+    shape[axis : axis + 1] = [shape[axis] // per, per]
+    wide = values.reshape(shape).to(torch.int64)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64).reshape([-1 if i == axis + 1 else 1 for i in range(len(shape))])
+    words = (wide << shifts).sum(axis + 1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
