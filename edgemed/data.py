@@ -1,0 +1,115 @@
+"""Calibration and held-out text: cards in calibration/, or a user's own file, read as plain rows.
+
+A card says where a text comes from, under which licence and with which sha256, so that a manifest can name exactly what a
+model was calibrated on. A file that differs from its card is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemed import plugins
+from edgemed.errors import EdgemedError, nearest
+from edgemed.store import file_sha256
+from edgemed.tokenizer import encode
+
+
+@dataclass(frozen=True)
+class Card:
+    """One set of texts. files: split name -> file. facts: everything card.yaml says."""
+
+    name: str
+    files: Mapping[str, Path]
+    facts: Mapping[str, Any]
+
+    def file(self, split: str) -> Path:
+        if split not in self.files:
+            raise EdgemedError(f"{self.name} has no '{split}' texts", nearest(split, self.files))
+        return self.files[split]
+
+    def digest(self, split: str) -> str:
+        """sha256 of one split's file. Raises EdgemedError where the file is not the one the card describes."""
+        found, said = file_sha256(self.file(split)), self.facts.get("files", {}).get(split, {}).get("sha256")
+        if said and said != found:
+            raise EdgemedError(f"{self.file(split)} differs from its card (sha256 {found[:12]}, card says {said[:12]})", "Restore the file or correct the card")
+        return found
+
+
+def card_names() -> list[str]:
+    return sorted(p.parent.name for p in plugins.shared("calibration").glob("*/card.yaml"))
+
+
+def read_card(name: str) -> Card:
+    """A card by name, a directory with a card.yaml, or a .jsonl / .txt file (then every split is that file)."""
+    import yaml
+
+    path = Path(name)
+    if path.suffix in (".jsonl", ".txt"):
+        if not path.is_file():
+            raise EdgemedError(f"text file {path} does not exist", 'Give a .jsonl file with rows {"id", "text"}, or a card name')
+        return Card(str(path), {"calibration": path, "heldout": path}, {"source": str(path)})
+    folder = path if (path / "card.yaml").is_file() else plugins.shared("calibration") / name
+    if not (folder / "card.yaml").is_file():
+        raise EdgemedError(f"unknown text set '{name}'", f"{nearest(name, card_names())}; or give a .jsonl file")
+    facts = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+    return Card(facts["name"], {split: folder / entry["file"] for split, entry in facts["files"].items()}, facts)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file. Raises EdgemedError naming the line that is not a JSON object, or an encoding other than UTF-8."""
+    rows = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise EdgemedError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})", "Convert it to UTF-8") from None
+    except OSError as error:
+        raise EdgemedError(f"{path} cannot be read: {error.strerror}", "Check the path and its permissions") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EdgemedError(f"{path} line {number} is not JSON ({error})", "Every line must be one JSON object") from None
+        if not isinstance(row, dict):
+            raise EdgemedError(f"{path} line {number} is not a JSON object", "Every line must be one JSON object")
+        rows.append(row)
+    return rows
+
+
+def texts(name: str, split: str = "calibration") -> list[str]:
+    """The texts of one split. Raises EdgemedError for an empty set or a row without 'text'."""
+    card = read_card(name)
+    card.digest(split)
+    file = card.file(split)
+    if file.suffix == ".txt":
+        found = [part.strip() for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    else:
+        rows = read_jsonl(file)
+        lacking = next((i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), None)
+        if lacking:
+            raise EdgemedError(f"{file}: row {lacking} has no 'text'", 'Rows look like {"id": ..., "text": ...}')
+        found = [row["text"] for row in rows]
+    if not found:
+        raise EdgemedError(f"{file} holds no texts", "Give at least one row")
+    return found
+
+
+def calibration_windows(name: str, tokenizer: Any, samples: int, length: int) -> list[list[int]]:
+    """`samples` windows of `length` tokens from the calibration split, texts joined end to end.
+
+    Raises EdgemedError where the set is too short.
+    """
+    stream: list[int] = []
+    for text in texts(name):
+        stream += encode(tokenizer, text + "\n")
+    if len(stream) < samples * length:
+        raise EdgemedError(
+            f"calibration set '{name}' has {len(stream)} tokens, {samples} x {length} = {samples * length} are asked for",
+            f"Ask for at most {len(stream) // length} samples, or use a larger set",
+        )
+    return [stream[i * length : (i + 1) * length] for i in range(samples)]
