@@ -1,0 +1,194 @@
+"""Builds the ONNX decoder with KV cache straight from the tensors, one part at a time, without tracing.
+
+Tracing needs the whole model in memory and leaves a graph nobody chose; writing the nodes ourselves needs one tensor and
+gives the same graph for every family. Nodes that depend on the runtime (norm, attention, quantized product) come from a
+dialect, so that ONNX Runtime gets its contrib operators and TensorRT plain ONNX from the same walk over the layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from edgemed.console import track
+from edgemed.errors import need
+from edgemed.family import Decoder
+from edgemed.grid import Ints, block_ints, ggml_q8, rtn
+from edgemed.weights import Packed, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+DATA = "model.onnx.data"
+ALIGN = 4096  # a page, so that the runtime can map each tensor where it lies
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of a graph. floats: 'float32' or 'float16' for activations; bits: 4 or 8 for the layer matrices, None for floats;
+    group: inputs per scale; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8); small_tables: embedding in
+    float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so that both engines carry the same integers)."""
+
+    floats: str = "float32"
+    bits: int | None = None
+    group: int = 128
+    accuracy_level: int = 4
+    small_tables: bool = False
+
+
+class Dialect(Protocol):
+    """The nodes a runtime wants. Each method adds nodes to the graph and returns the name of the result."""
+
+    opset: int
+    domains: dict[str, int]
+
+    def inputs(self, graph: Graph, d: Decoder) -> None: ...
+    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str) -> tuple[str, str]: ...
+    def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str: ...
+    def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str: ...
+    def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str: ...
+
+
+@dataclass
+class Graph:
+    """An ONNX graph under construction; tensors go straight to the data file."""
+
+    out: Path
+    precision: Precision
+    nodes: list[Any] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)
+    offset: int = 0
+    layer_bytes: int = 0  # weight bytes every new token has to read
+
+    def __post_init__(self) -> None:
+        self.onnx = need("onnx", "build")
+        self.data = open(self.out / DATA, "wb")
+
+    @property
+    def float_type(self) -> int:
+        return getattr(self.onnx.TensorProto, self.precision.floats.replace("float32", "FLOAT").replace("float16", "FLOAT16"))
+
+    def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, domain: str = "", **attributes: Any) -> str:
+        """Add one node; its first output is called `name` unless outputs are given."""
+        outputs = outputs or [name]
+        self.nodes.append(self.onnx.helper.make_node(op, inputs, outputs, name=f"{name}/{op}", domain=domain, **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, array: np.ndarray, counted: bool = True) -> str:
+        """Store a tensor. counted: it is read whole for every new token (embedding tables are not)."""
+        array = np.ascontiguousarray(array)
+        tensor = self.onnx.TensorProto(name=name, dims=array.shape, data_type=self.onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+        if array.nbytes < 1024:
+            tensor.raw_data = array.tobytes()
+        else:
+            padding = -self.offset % ALIGN
+            self.data.write(b"\0" * padding)
+            self.offset += padding
+            tensor.data_location = self.onnx.TensorProto.EXTERNAL
+            for key, value in (("location", DATA), ("offset", self.offset), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            self.data.write(memoryview(array).cast("B"))
+            self.offset += array.nbytes
+        self.tensors.append(tensor)
+        self.layer_bytes += array.nbytes if counted else 0
+        return name
+
+    def floats(self, name: str, tensor: torch.Tensor, counted: bool = True) -> str:
+        return self.constant(name, tensor.numpy().astype(self.precision.floats), counted)
+
+    def value(self, kind: str, name: str, dtype: int, shape: list[int | str]) -> None:
+        getattr(self, kind).append(self.onnx.helper.make_tensor_value_info(name, dtype, shape))
+
+    def save(self, name: str, dialect: Dialect) -> None:
+        """Write model.onnx; raises onnx's own error where the graph is not well formed (a bug)."""
+        helper = self.onnx.helper
+        self.data.close()
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializer=self.tensors)
+        opsets = [helper.make_opsetid("", dialect.opset), *(helper.make_opsetid(d, v) for d, v in dialect.domains.items())]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="edgemed", ir_version=10)
+        self.onnx.save_model(model, self.out / "model.onnx")
+
+
+def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
+    """x [.., in] -> x W^T + b [.., out], in the precision of the graph."""
+    matrix, bits = weights.matrix(name), graph.precision.bits
+    bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
+    if isinstance(matrix, Packed) and bits == matrix.bits:
+        if matrix.g_idx is not None:
+            # Old act-order checkpoints number their groups freely: put the inputs of one group side by side.
+            order = matrix.g_idx.argsort(stable=True)
+            x = graph.node("Gather", [x, graph.constant(f"{name}.order", order.numpy())], f"{name}.ordered", axis=-1)
+            matrix = Packed(matrix.q[:, order], matrix.scales, matrix.zeros, None, matrix.bits, matrix.group, matrix.bias)
+        return dialect.quantized(graph, name, x, block_ints(matrix), bias)
+    if bits is not None:
+        q, scales = rtn(matrix.dense(), bits, graph.precision.group)
+        return dialect.quantized(graph, name, x, Ints(q.numpy(), scales.numpy(), bits, graph.precision.group), bias)
+    return float_linear(graph, name, x, matrix.dense(), bias)
+
+
+def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np.ndarray | None) -> str:
+    y = graph.node("MatMul", [x, graph.floats(f"{name}.weight", weight.T)], f"{name}.product")
+    return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name) if bias is not None else y
+
+
+def embedding(graph: Graph, weights: Weights) -> str:
+    """tokens [1, T], positions [1, T] -> hidden states [1, T, hidden]."""
+    rows, d = [], weights.decoder
+    for name, index in (("embed", "tokens"), *((("positions", "positions"),) if d.positions == "learned" else ())):
+        table = weights.table(name).numpy()
+        table = table.astype("float16" if graph.precision.small_tables else graph.precision.floats)
+        row = graph.node("Gather", [graph.constant(f"{name}.table", table, counted=False), index], f"{name}.row")
+        rows.append(graph.node("Cast", [row], f"{name}.value", to=graph.float_type) if table.dtype != graph.precision.floats else row)
+    return graph.node("Add", rows, "hidden") if len(rows) > 1 else rows[0]
+
+
+def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
+    """Final hidden states [1, T, hidden] -> output 'scores' float32 [1, selected, width]: logits, or the scores of a head."""
+    d, onnx = weights.decoder, graph.onnx
+    graph.value("inputs", "select", onnx.TensorProto.INT64, ["selected"])
+    picked = graph.node("Gather", [x, "select"], "picked", axis=1)
+    name = "lm_head" if d.head == "lm" else "head"
+    matrix = weights.matrix(name)
+    if name == "lm_head" and graph.precision.small_tables and d.hidden % 32 == 0:
+        q, scale = ggml_q8(matrix.dense().numpy())
+        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), None)
+    else:
+        bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
+        y = float_linear(graph, name, picked, matrix.dense(), bias)
+    if graph.precision.floats == "float32":
+        graph.node("Identity", [y], "scores")
+    else:
+        graph.node("Cast", [y], "scores", to=onnx.TensorProto.FLOAT)
+    graph.value("outputs", "scores", onnx.TensorProto.FLOAT, [1, "selected", d.vocab if d.head == "lm" else d.head_size])
+
+
+def build_decoder(weights: Weights, out: Path, precision: Precision, dialect: Dialect) -> Graph:
+    """Write model.onnx and model.onnx.data into `out`, holding one part in memory at a time. Returns the finished graph."""
+    d, graph = weights.decoder, Graph(out, precision)
+    for name in ("tokens", "positions"):
+        graph.value("inputs", name, graph.onnx.TensorProto.INT64, [1, "new"])
+    dialect.inputs(graph, d)
+
+    def norm_weights(name: str) -> tuple[str, str]:
+        weight, bias = weights.norm(name)
+        bias = bias if bias is not None else weight.new_zeros(weight.shape)
+        return graph.floats(f"{name}.weight", weight), graph.floats(f"{name}.bias", bias)
+
+    x, branch = embedding(graph, weights), None
+    for n in track(range(d.layers), "onnx graph"):
+        name = f"layers.{n}"
+        x, y = dialect.residual_norm(graph, d, f"{name}.attn_norm", x, branch, *norm_weights(f"{name}.attn_norm"))
+        y = dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", y))
+        branch = linear(graph, dialect, weights, f"{name}.o", y)
+        x, y = dialect.residual_norm(graph, d, f"{name}.mlp_norm", x, branch, *norm_weights(f"{name}.mlp_norm"))
+        y = dialect.activation(graph, d, f"{name}.act", linear(graph, dialect, weights, f"{name}.up", y))
+        branch = linear(graph, dialect, weights, f"{name}.down", y)
+    _, y = dialect.residual_norm(graph, d, "final_norm", x, branch, *norm_weights("final_norm"))
+    scores(graph, dialect, weights, y)
+    graph.save(weights.family.name, dialect)
+    return graph
