@@ -59,20 +59,35 @@ def rtn(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torc
     rows, columns = weight.shape
     if columns % group:
         raise EdgemedError(f"a group of {group} does not divide a row of {columns} weights", "Choose a group among 32, 64, 128, -1 that does")
-    grouped = weight.reshape(rows, columns // group, group)
-    scales = scale_of(grouped, bits)
-    return round_to(grouped, scales[..., None], bits).reshape(rows, columns), scales
+    torch = need("torch", "build")
+    q = torch.empty(rows, columns, dtype=torch.uint8)
+    scales = torch.empty(rows, columns // group)
+    for part in _row_chunks(rows, columns):
+        grouped = weight[part].reshape(-1, columns // group, group)
+        scales[part] = scale_of(grouped, bits)
+        q[part] = round_to(grouped, scales[part][..., None], bits).reshape(-1, columns)
+    return q, scales
 
 
 def ggml_q8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """GGUF's Q8_0 (ggml quantize_row_q8_0_ref): weight float32 [out, in] -> (q uint8 [out, in] with zero at 128, scales float32 [out, in/32])."""
-    blocks = weight.reshape(weight.shape[0], -1, 32)
-    scale = np.abs(blocks).max(-1) / np.float32(127)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    scaled = blocks * inverse[..., None]
-    # ggml rounds half away from zero (roundf), numpy rounds half to even.
-    rounded = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))
-    return (rounded + 128).astype(np.uint8).reshape(weight.shape), scale.astype(np.float16).astype(np.float32)
+    rows, columns = weight.shape
+    q, scales = np.empty((rows, columns), np.uint8), np.empty((rows, columns // 32), np.float32)
+    for part in _row_chunks(rows, columns):
+        blocks = weight[part].reshape(-1, columns // 32, 32)
+        scale = np.abs(blocks).max(-1) / np.float32(127)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+        scaled = blocks * inverse[..., None]
+        # ggml rounds half away from zero (roundf), numpy rounds half to even.
+        rounded = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))
+        q[part], scales[part] = (rounded + 128).reshape(-1, columns), scale.astype(np.float16)
+    return q, scales
+
+
+def _row_chunks(rows: int, columns: int) -> list[slice]:
+    # A million weights at a time: temporaries stay in the cache and out of the peak memory.
+    step = max(1, (1 << 20) // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def block_ints(matrix: Packed) -> Ints:

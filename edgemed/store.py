@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +36,13 @@ def digest(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
+    """sha256 of a file; remembered within the process while size and modification time stay the same."""
+    facts = os.stat(path)
+    return _sha256(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: str, size: int, modified: int, inode: int) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

@@ -1,0 +1,111 @@
+"""Speed and memory of an engine, measured through the same session primitives for every runtime.
+
+Every number is a record with unit, rounds and spread, and the bandwidth ceiling is measured in the same process, because
+machines are noisy and a speed without its ceiling says little. It should run in a fresh process: peak memory is the process's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgemed import store
+from edgemed.device import machine, read_bandwidth
+from edgemed.engine import Engine
+from edgemed.errors import EdgemedError
+from edgemed.session import Session
+
+
+@dataclass(frozen=True)
+class Plan:
+    """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round."""
+
+    prompt: tuple[int, ...] = (32, 128)
+    generate: int = 64
+    runs: int = 5
+    threads: int | None = None
+
+
+def bench(engine: Engine, plan: Plan) -> list[dict[str, Any]]:
+    """Measure load, first token, prefill, step latency, decoding, memory and the bandwidth ceiling; one record per number.
+
+    Raises EdgemedError where prompt and answer do not fit the context.
+    """
+    threads = plan.threads or machine()["physical_cores"]
+    longest = max(plan.prompt)
+    if longest >= engine.context:
+        raise EdgemedError(f"a prompt of {longest} tokens does not fit the engine's context of {engine.context}", "Bench shorter prompts")
+    before = store.peak_memory()
+    started = time.perf_counter()
+    session = engine.open(threads)
+    load = time.perf_counter() - started
+    measured = [("load_seconds", "s", [load], {"before_load_bytes": before, "page_cache": "as found"})]
+    try:
+        tokens = np.random.default_rng(0).integers(0, engine.vocab, longest).tolist()
+        for length in plan.prompt:
+            times = prefills(session, tokens[:length], plan.runs)
+            measured.append(("first_token_seconds", "s", times, {"prompt": length}))
+            measured.append(("prefill_tokens_per_second", "tok/s", [length / t for t in times], {"prompt": length}))
+        if engine.head == "lm":
+            measured += decoding(session, tokens[: min(plan.prompt)], plan)
+        measured.append(("peak_memory_bytes", "B", [store.peak_memory()], {"what": "resident set of the whole process, interpreter included"}))
+    finally:
+        session.close()
+    measured.append(("file_bytes", "B", [sum(entry["bytes"] for entry in store.read_manifest(engine.path)["files"].values())], {}))
+    bandwidth = read_bandwidth(threads)
+    ceiling = bandwidth * 1e9 / engine.bytes_per_token
+    measured.append(("bandwidth_gb_s", "GB/s", [bandwidth], {"what": "best read bandwidth measured in this process"}))
+    measured.append(("ceiling_tokens_per_second", "tok/s", [ceiling], {"bytes_per_token": engine.bytes_per_token, "what": "bandwidth / weight bytes per token"}))
+    speed = next((np.median(values) for name, _, values, _ in measured if name == "decode_tokens_per_second"), None)
+    if speed is not None:
+        measured.append(("ceiling_share", "1", [float(speed) / ceiling], {}))
+    common = {"threads": threads, "runs": plan.runs}
+    return [record(engine, name, unit, values, {**how, **common}) for name, unit, values, how in measured]
+
+
+def prefills(session: Session, tokens: Sequence[int], runs: int) -> list[float]:
+    """Seconds from an empty cache to the first token's scores, after one warm-up."""
+    times = []
+    for round_number in range(runs + 1):
+        session.rewind(0)
+        started = time.perf_counter()
+        int(session.prefill(tokens)[0].argmax())
+        if round_number:
+            times.append(time.perf_counter() - started)
+    return times
+
+
+def decoding(session: Session, prompt: Sequence[int], plan: Plan) -> list[tuple[str, str, list[float], dict[str, Any]]]:
+    """Greedy decoding: latency of each token in milliseconds (all rounds together) and tokens per second per round."""
+    new = min(plan.generate, session.context - len(prompt) - 1)
+    latencies: list[float] = []
+    speeds = []
+    for round_number in range(plan.runs + 1):
+        session.rewind(0)
+        token = int(session.prefill(prompt)[0].argmax())
+        marks = [time.perf_counter()]
+        for _ in range(new):
+            token = int(session.step(token).argmax())
+            marks.append(time.perf_counter())
+        if round_number:
+            latencies += (np.diff(marks) * 1e3).tolist()
+            speeds.append(new / (marks[-1] - marks[0]))
+    how = {"prompt": len(prompt), "generate": new}
+    return [("step_milliseconds", "ms", latencies, how), ("decode_tokens_per_second", "tok/s", speeds, how)]
+
+
+def record(engine: Engine, name: str, unit: str, values: list[float], how: dict[str, Any]) -> dict[str, Any]:
+    """One number: the median of `values`, with its spread and everything needed to read it."""
+    array = np.array(values, float)
+    spread = {"min": float(array.min()), "median": float(np.median(array)), "max": float(array.max())}
+    if len(values) >= 20:
+        spread |= {f"p{p}": float(np.percentile(array, p)) for p in (50, 90, 99)}
+    return {
+        "name": name, "value": spread["median"], "unit": unit, "n": len(values), "spread": spread, "how": how, "engine": engine.name,
+        "engine_key": engine.key, "precision": engine.precision, "target": engine.target, "random_weights": engine.random_weights,
+        "machine": machine(), "versions": store.versions(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,32 @@
+"""PubMedQA: does the abstract answer the question with yes, no or maybe?
+
+The prompt is worded as in lm-evaluation-harness (task pubmedqa), so that scores can be compared with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgemed.task import Example, Task
+
+ANSWERS = ("yes", "no", "maybe")
+
+
+def example(row: Mapping[str, Any]) -> Example:
+    """Rows: {"id", "question", "contexts": [paragraph, ...], "answer": "yes" | "no" | "maybe"}."""
+    abstract = "\n".join(row["contexts"])
+    prompt = f"Abstract: {abstract}\nQuestion: {row['question']}\nAnswer:"
+    return Example(row["id"], prompt, tuple(f" {a}" for a in ANSWERS), ANSWERS.index(row["answer"]))
+
+
+TASK = Task(
+    name="pubmedqa",
+    source="PubMedQA PQA-L (Jin et al. 2019), github.com/pubmedqa/pubmedqa",
+    licence="MIT",
+    split="test (official 500; the shipped sample is part of it)",
+    metric="accuracy",
+    prompt="Abstract: {contexts}\nQuestion: {question}\nAnswer:",
+    sample="pubmedqa.jsonl",
+    example=example,
+)

@@ -1,0 +1,30 @@
+"""Which section of an abstract is this passage? The quickstart model's own task, over PubMedQA's section labels.
+
+It exists because a tiny model can really learn it, so that the accuracy comparisons of the quickstart compare something real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgemed.task import Example, Task
+
+SECTIONS = ("background", "methods", "results", "conclusions")
+
+
+def example(row: Mapping[str, Any]) -> Example:
+    """Rows: {"id", "passage", "answer": one of SECTIONS}."""
+    return Example(row["id"], f"Passage: {row['passage']}\nSection:", tuple(f" {s}" for s in SECTIONS), SECTIONS.index(row["answer"]))
+
+
+TASK = Task(
+    name="section",
+    source="PubMedQA PQA-L (Jin et al. 2019), official test split, sections of the abstracts",
+    licence="MIT",
+    split="test",
+    metric="accuracy",
+    prompt="Passage: {passage}\nSection:",
+    sample="section.jsonl",
+    example=example,
+)
