@@ -191,6 +191,16 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def narrowed(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The tensor in another floating dtype. Raises EdgemedError where a value would become Inf."""
+    torch = need("torch", "build")
+    result = tensor.to(getattr(torch, dtype))
+    if not torch.isfinite(result).all():
+        largest = float(tensor.abs().max())
+        raise EdgemedError(f"'{name}': {largest:.4g} does not fit into {dtype}", "The model cannot be stored in this precision")
+    return result
+
+
 class Writer:
     """Writes a checkpoint shard by shard: at most `shard_bytes` are held in memory. Call `close` last."""
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from edgemed.weights import Weights
 
 MS = "com.microsoft"
-EXTRA = "onnx"
-MODULE = "onnxruntime"
+# Largest logit error against the float32 source, for precisions that must be exact.
+EXACT = {"fp32": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Params:
     precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
+
+
+def label(params: Params) -> str:
+    """A short engine name."""
+    return "onnx" if params.precision == "auto" else f"onnx-{params.precision}"
 
 
 def bits_of(weights: Weights, params: Params) -> int | None:
@@ -208,3 +213,38 @@ class OrtSession:
 
     def close(self) -> None:
         del self.binding, self.session
+
+
+def self_check() -> str:
+    """Run one quantized product through onnxruntime and compare it with numpy; returns a sentence.
+
+    Raises EdgemedError where onnxruntime is missing or gives a wrong result on this CPU.
+    """
+    ort = need("onnxruntime", "onnx")
+    try:
+        import onnx  # noqa: F401 - the check has to write a graph, which only the build extra can
+    except ModuleNotFoundError:
+        return f"onnxruntime {ort.__version__} imports; its arithmetic is checked by edgemed verify ENGINE"
+    import tempfile
+
+    random = np.random.default_rng(0)
+    q, scales = random.integers(0, 16, (64, 256), dtype=np.uint8), random.random((64, 2), dtype=np.float32)
+    x = random.standard_normal((300, 256), dtype=np.float32)
+    expected = x @ ((q.reshape(64, 2, 128).astype(np.float32) - 8) * scales[..., None]).reshape(64, 256).T
+    with tempfile.TemporaryDirectory() as folder:
+        found = _product(ort, Path(folder), x, Ints(q, scales, 4, 128))
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if error > 0.02:
+        raise EdgemedError(f"onnxruntime {ort.__version__} gives wrong 4-bit products on this CPU (relative error {error:.2g})", "pip install --force-reinstall onnxruntime")
+    return f"onnxruntime {ort.__version__}: 4-bit product with int8 activations within {error:.1e} of numpy"
+
+
+def _product(ort: Any, folder: Path, x: np.ndarray, ints: Ints) -> np.ndarray:
+    from edgemed.graph import Graph, Precision
+
+    graph, dialect = Graph(folder, Precision(bits=ints.bits, group=ints.block)), OrtDialect()
+    graph.value("inputs", "x", graph.float_type, list(x.shape))
+    graph.value("outputs", "y", graph.float_type, [len(x), len(ints.q)])
+    dialect.quantized(graph, "y", "x", ints, None)
+    graph.save("self-check", dialect)
+    return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]

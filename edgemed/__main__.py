@@ -1,0 +1,5 @@
+"""`python -m edgemed` is the same as the `edgemed` command."""
+
+from edgemed.cli import main
+
+main()

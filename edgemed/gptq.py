@@ -1,0 +1,106 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounds a matrix column by column and moves each column's error into the later ones.
+
+Pure tensor arithmetic, apart from files and families, so that it can be tested against exact answers and used by any step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgemed.errors import EdgemedError, need
+from edgemed.grid import round_to, rtn, scale_of
+
+if TYPE_CHECKING:
+    import torch
+
+# Columns whose errors are applied to the rest of the matrix in one product; a multiple of every group but -1.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Solution:
+    """q uint8 [out, in] with zero at 2^(bits-1), scales float32 [out, in/group] that float16 holds exactly."""
+
+    q: torch.Tensor
+    scales: torch.Tensor
+
+    def dense(self, bits: int) -> torch.Tensor:
+        """The weights the integers stand for, float32 [out, in]."""
+        group = self.q.shape[1] // self.scales.shape[1]
+        return (self.q.float() - (1 << (bits - 1))) * self.scales.repeat_interleave(group, 1)
+
+
+class Hessian:
+    """The second moment 2 X^T X / n of a matrix's inputs, float32 [in, in], summed up batch by batch."""
+
+    def __init__(self, columns: int):
+        torch = need("torch", "build")
+        self.total, self.rows = torch.zeros(columns, columns), 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """x float32 [..., in]."""
+        flat = x.reshape(-1, self.total.shape[0])
+        self.total.addmm_(flat.T, flat)
+        self.rows += flat.shape[0]
+
+    def mean(self) -> torch.Tensor:
+        return self.total * (2 / self.rows)
+
+
+def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False) -> Solution:
+    """Integers for weight float32 [out, in] given the second moment [in, in] of its inputs; group divides in.
+
+    act_order: columns in order of falling second moment. Scales then belong to the original groups and are fixed beforehand, so
+    column i keeps group i // group and every engine can carry the integers. Otherwise a group's scale is taken when it is reached,
+    after the errors of earlier columns have arrived. A column whose input is always zero is rounded to nearest.
+    Raises EdgemedError where the second moment cannot be inverted.
+    """
+    torch = need("torch", "build")
+    rows, columns = weight.shape
+    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
+    upper = _inverse_root(hessian[order][:, order], damp)
+    # Transposed: the loop walks over columns, which are then contiguous.
+    work = weight.T[order].contiguous()
+    q = torch.empty(columns, rows, dtype=torch.uint8)
+    fixed = act_order or group > BLOCK
+    scales = rtn(weight, bits, group)[1].T.contiguous() if fixed else torch.empty(columns // group, rows)
+    groups, zero = (order // group).tolist(), 1 << (bits - 1)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.empty(end - start, rows)
+        for column in range(start, end):
+            if not fixed and column % group == 0:
+                scales[groups[column]] = scale_of(work[column : column + group].T, bits)
+            scale = scales[groups[column]]
+            q[column] = round_to(work[column], scale, bits)
+            error = (work[column] - (q[column].float() - zero) * scale) / upper[column, column]
+            work[column + 1 : end].addr_(upper[column, column + 1 : end], error, alpha=-1)
+            errors[column - start] = error
+        work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(columns)
+    return Solution(q[inverse].T.contiguous(), scales.T.contiguous())
+
+
+def _inverse_root(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped second moment (the rows GPTQ's update needs), float32 [in, in]."""
+    torch = need("torch", "build")
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    step = damp * float(diagonal.mean())
+    # Rounding can leave a nearly singular moment indefinite in float32: then damp ten times, a hundred times as much.
+    for added in (step, 9 * step, 90 * step):
+        diagonal += added
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if failed == 0:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if failed == 0:
+                return upper
+    raise EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
+
+
+def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
+    """|X (W - W')^T|^2 / |X W^T|^2 over the calibration inputs: the share of a matrix's output that rounding changed."""
+    delta = weight - rounded
+    return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))

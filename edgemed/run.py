@@ -1,0 +1,250 @@
+"""Runs a recipe: steps in a line, engines in a fan, then verify, bench and eval, and one report of it all.
+
+Every artifact lies in a content-addressed store, so finished work is reused and an interrupted run goes on where it stopped.
+Speeds are measured anew each time: a latency is never cached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgemed import params as strict
+from edgemed import plugins, store
+from edgemed.checkpoint import Checkpoint, open_checkpoint
+from edgemed.console import say
+from edgemed.data import read_card, texts
+from edgemed.device import machine, read_device
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.evaluate import evaluate, pair
+from edgemed.random_weights import make_random
+from edgemed.recipe import Recipe, Stage, VerifySpec
+from edgemed.reference import Reference, make_reference, windows_of
+from edgemed.report import render
+from edgemed.task import questions
+from edgemed.tokenizer import encode, open_tokenizer
+from edgemed.verify import Limits, verify
+from edgemed.weights import Weights
+
+
+@dataclass
+class Line:
+    """The checkpoints a recipe passes through, by step name; `source` is the last one before any rounding."""
+
+    points: dict[str, Checkpoint]
+    source: Checkpoint
+    last: Checkpoint
+    manifests: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(recipe: Recipe, work: Path) -> Path:
+    """Execute a recipe in `work` and return the path of report.html.
+
+    Raises EdgemedError for anything a person can put right; a second call goes on from the last finished step.
+    """
+    work = Path(work)
+    cache = work / "store"
+    line = run_steps(recipe, cache)
+    reference = reference_for(line.source, recipe.verify, cache) if recipe.verify and not line.source.random_weights else None
+    engines = [run_target(stage, line, reference, recipe, cache, work) for stage in recipe.engines]
+    verified = [verify_engine(engine, reference, recipe, cache) if reference else None for engine in engines]
+    records = [bench_engine(engine, recipe) if recipe.bench and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
+    source_evals, evals = run_evals(line.source, engines, recipe, cache)
+    document = {
+        "schema": 1, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
+        "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
+        "engines": [entry(*facts) for facts in zip(engines, verified, records, evals, strict=True)],
+        "source_evals": source_evals, "not_measured": not_measured(recipe, engines, verified),
+    }
+    store.write_json(work / "report.json", document)
+    page = render(document)
+    (work / ".report.html").write_text(page, encoding="utf-8")
+    os.replace(work / ".report.html", work / "report.html")
+    return work / "report.html"
+
+
+def run_steps(recipe: Recipe, cache: Path) -> Line:
+    model = open_model(recipe.model, cache)
+    Weights(model)  # shapes and architecture are checked before any work is done
+    line = Line({"model": model}, model, model)
+    for stage in recipe.steps:
+        line.last = run_step(stage, line.last, cache)
+        line.points[stage.plugin] = line.last
+        line.manifests.append(store.read_manifest(line.last.path))
+        if "quantization_config" not in line.last.config:
+            line.source = line.last
+    return line
+
+
+def open_model(model: str, cache: Path) -> Checkpoint:
+    """A checkpoint by directory or hub id; 'random:NAME' makes one of true dimensions with random weights under `cache`."""
+    kind, _, name = model.partition(":")
+    return make_random(name, cache / f"random-{name}") if kind == "random" else open_checkpoint(model)
+
+
+def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
+    """An engine of true dimensions with random weights, for latency and memory only."""
+    stage = Stage(target, strict.build(plugins.load("targets", target).Params, values, target))
+    checkpoint = open_model(f"random:{name}", work)
+    out = work / f"{name}-{target}-{short(stage, {})}"
+    return export(checkpoint, target, stage.params, out, name=out.name).path
+
+
+def run_step(stage: Stage, checkpoint: Checkpoint, cache: Path, out: Path | None = None) -> Checkpoint:
+    """One step into `out`, or into the store under its content key."""
+    module = plugins.load("steps", stage.plugin)
+    inputs = {f"checkpoint/{name}": sha for name, sha in checkpoint.hashes().items()} | module.inputs(stage.params)
+    final = out or cache / f"{stage.plugin}-{short(stage, inputs)}"
+    parent = json.loads((checkpoint.path / store.MANIFEST).read_text()) if (checkpoint.path / store.MANIFEST).is_file() else None
+    with store.building(final, "checkpoint", stage.plugin, asdict(stage.params), inputs, parent) as work:
+        say(f"{stage.plugin}: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
+        if work is not None:
+            work.notes.update(module.run(checkpoint, work.path, stage.params))
+    return open_checkpoint(final)
+
+
+def short(stage: Stage, inputs: Mapping[str, str]) -> str:
+    return store.digest({"plugin": stage.plugin, "params": asdict(stage.params), "inputs": dict(inputs)})[:12]
+
+
+def reference_for(source: Checkpoint, spec: VerifySpec, cache: Path) -> Reference:
+    """The float32 source's answers on held-out text, made once per source and specification and kept in `cache`."""
+    inputs = source.hashes() | {"heldout": read_card(spec.prompts).digest("heldout")}
+    settings = {k: v for k, v in asdict(spec).items() if k in ("prompts", "count", "width", "prompt", "new")}
+    final = cache / f"reference-{store.digest([settings, inputs])[:12]}"
+    with store.building(final, "reference", "reference", settings, inputs) as work:
+        say(f"reference answers: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
+        if work is not None:
+            answers(source, spec).save(work.path)
+    return Reference.load(final)
+
+
+def answers(source: Checkpoint, spec: VerifySpec) -> Reference:
+    """Run the float32 source over the held-out windows of `spec`."""
+    from edgemed.decoder import TorchSession
+
+    weights = Weights(source)
+    tokenizer = open_tokenizer(source.path, weights.decoder.vocab)
+    windows = windows_of([encode(tokenizer, t) for t in texts(spec.prompts, "heldout")], spec.count, spec.width, spec.prompts)
+    return make_reference(TorchSession(weights), windows, spec.prompt, spec.new)
+
+
+def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path) -> Engine:
+    checkpoint = line.points[stage.start] if stage.start else line.last
+    carried = reference.trim(recipe.verify.carried) if reference else None
+    inputs = checkpoint.hashes() | {"reference": carried.digest() if carried else "none", "name": stage.name}
+    final = cache / f"{stage.name}-{short(stage, inputs)}"
+    say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
+    engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name)
+    link = work / "engines" / stage.name
+    link.parent.mkdir(exist_ok=True)
+    fresh = link.with_name(f".{link.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(final, link.parent))
+    os.replace(fresh, link)
+    return engine
+
+
+def verify_engine(engine: Engine, reference: Reference, recipe: Recipe, cache: Path) -> dict[str, Any]:
+    limits = Limits(recipe.verify.max_kl, recipe.verify.min_top1)
+    result = cached(cache, "verify", {"limits": asdict(limits)}, {"engine": engine.key, "reference": reference.digest()}, lambda: verify(engine, reference, limits))
+    say(f"verify: {engine.name} " + ("[green]passed[/green]" if result["passed"] else f"[red]failed[/red]: {'; '.join(result['problems'])}"))
+    return result
+
+
+def cached(cache: Path, stage: str, params: Mapping[str, Any], inputs: Mapping[str, Any], compute: Any) -> dict[str, Any]:
+    """A deterministic result, computed once for its inputs."""
+    final = cache / f"{stage}-{store.digest([params, inputs])[:12]}"
+    with store.building(final, "result", stage, params, inputs) as work:
+        if work is not None:
+            store.write_json(work.path / "result.json", compute())
+    return json.loads((final / "result.json").read_text(encoding="utf-8"))
+
+
+def bench_engine(engine: Engine, recipe: Recipe) -> list[dict[str, Any]]:
+    """Bench in a process of its own, so that peak memory is the engine's and not this build's."""
+    spec = recipe.bench
+    say(f"bench: {engine.name}")
+    command = [sys.executable, "-m", "edgemed", "bench", str(engine.path), "--json", "--runs", str(spec.runs), "--generate", str(spec.generate)]
+    command += [part for length in spec.prompt for part in ("--prompt", str(length))]
+    command += ["--threads", str(spec.threads)] if spec.threads else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise EdgemedError(f"bench of {engine.name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f'exit code {done.returncode}'}", "Run it alone: edgemed bench " + str(engine.path))
+    return json.loads(done.stdout)
+
+
+def run_evals(source: Checkpoint, engines: list[Engine], recipe: Recipe, cache: Path) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Every task on the source and on every engine, paired item by item."""
+    from edgemed.decoder import TorchSession
+
+    source_results: list[dict[str, Any]] = []
+    results: list[list[dict[str, Any]]] = [[] for _ in engines]
+    if not recipe.eval or source.random_weights:
+        return source_results, results
+    hashes = source.hashes()
+    for spec in recipe.eval.tasks:
+        asked = questions(spec, recipe.eval.limit)
+        params = {"task": asked.task.name, "limit": recipe.eval.limit}
+
+        def on_source() -> dict[str, Any]:
+            weights = Weights(source)
+            return evaluate(TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), asked, "source (float32)")
+
+        say(f"eval: {asked.task.name} on the source and {len(engines)} engines, {len(asked.examples)} items")
+        base = cached(cache, "eval", params, {**hashes, "task": asked.sha256}, on_source)
+        source_results.append(base)
+        for engine, found in zip(engines, results, strict=True):
+            inputs = {"engine": engine.key, "task": asked.sha256}
+            result = cached(cache, "eval", params, inputs, lambda: evaluate_engine(engine, asked))
+            found.append({**result, "paired": pair(result, base)})
+    return source_results, results
+
+
+def evaluate_engine(engine: Engine, asked: Any, threads: int | None = None) -> dict[str, Any]:
+    session = engine.open(threads)
+    try:
+        return evaluate(session, engine.tokenizer(), asked, engine.name, engine.key)
+    finally:
+        session.close()
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    weights = Weights(checkpoint)
+    sizes = {key: entry.shape for key, entry in checkpoint.tensors.items() if not key.endswith(weights.family.ignored)}
+    count = sum(int(_product(shape)) for key, shape in sizes.items() if not (weights.decoder.tied and key.startswith("lm_head")))
+    return {"path": str(checkpoint.path), "family": weights.family.name, "parameters": count, "files": checkpoint.hashes(), "random_weights": checkpoint.random_weights}
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
+    manifest = store.read_manifest(engine.path)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": size,
+            "manifest": manifest, "verify": verified, "records": records, "evals": evals}
+
+
+def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None]) -> list[str]:
+    """What a reader might take for granted and nobody measured."""
+    missing = [] if recipe.device is None else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
+    missing += ["Energy was not measured."]
+    missing += [f"{e.name}: not benchmarked, because it failed verification." for e, v in zip(engines, verified, strict=True) if v and not v["passed"] and recipe.bench]
+    missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]
+    missing += [] if recipe.verify else ["Engines were not verified against their source (no verify: in the recipe)."]
+    missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]
+    missing += ["Accuracy differences carry no confidence interval yet."] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
+    return missing

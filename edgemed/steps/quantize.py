@@ -1,0 +1,194 @@
+"""Quantize the matrices of a checkpoint to 4 or 8 bits and write them in the AutoGPTQ layout.
+
+Integers are chosen here once, so that every engine made from the result carries the very same ones. The attention scale is
+folded into the weights first, because some runtimes know only the plain one and must not need other integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgemed.checkpoint import Checkpoint, Writer, narrowed
+from edgemed.console import track
+from edgemed.data import calibration_windows, card_names, read_card
+from edgemed.decoder import activate, attention, embed, linear, load_layer, norm
+from edgemed.errors import EdgemedError, need
+from edgemed.gptq import Hessian, Solution, output_error, solve
+from edgemed.grid import rtn
+from edgemed.tokenizer import open_tokenizer
+from edgemed.weights import MATRICES, Weights, pack
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgemed.decoder import Layer
+
+
+@dataclass(frozen=True)
+class Params:
+    """rtn rounds to nearest and needs no text; gptq needs `calibration`, a text set's name or file.
+
+    group: inputs per scale, -1 for one scale per row. samples, length: windows of calibration tokens. act_order: the columns
+    with the largest inputs first (scales stay with their original groups). damp: share of the mean added to the Hessian's diagonal.
+    """
+
+    method: Literal["rtn", "gptq"]
+    bits: Literal[4, 8] = 4
+    group: Literal[32, 64, 128, -1] = 128
+    calibration: str | None = None
+    samples: int = 128
+    length: int = 512
+    act_order: bool = False
+    damp: float = 0.01
+
+
+def inputs(params: Params) -> dict[str, str]:
+    """sha256 of the calibration text. Raises EdgemedError where gptq has none, or the set is unknown."""
+    if params.method == "rtn":
+        return {}
+    if not params.calibration:
+        raise EdgemedError("quantize: gptq needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
+    return {"calibration": read_card(params.calibration).digest("calibration")}
+
+
+def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
+    """Write the quantized checkpoint to `out`, layer by layer; returns relative errors per matrix.
+
+    Raises EdgemedError for a checkpoint that is quantized already, a group that does not divide a row, too little calibration
+    text, or a value that float16 cannot hold.
+    """
+    weights = Weights(checkpoint, fold=True)
+    if weights.quantization:
+        raise EdgemedError(f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from")
+    _check(weights, params)
+    digests = inputs(params)
+    layers = _gptq(weights, params) if params.method == "gptq" else _rtn(weights, params)
+    writer = Writer(out, _config(weights, params), checkpoint.path)
+    notes: dict[str, Any] = {"folded_attention_scale": weights.decoder != weights.source, "errors": {}}
+    for name, part in weights.parts.items():
+        if not _is_layer_matrix(name) and not (part.kind == "matrix" and weights.keys[name] == weights.keys["embed"]):
+            _copy(weights, writer, name)
+    for n, matrices in track(layers, f"quantize ({params.method}, {params.bits} bit)", total=weights.decoder.layers):
+        for name, (solution, bias, errors) in matrices.items():
+            for suffix, tensor in _packed(solution, bias, weights, f"layers.{n}.{name}", params).items():
+                writer.add(f"{weights.keys[f'layers.{n}.{name}'][0]}.{suffix}", tensor)
+            notes["errors"][f"layers.{n}.{name}"] = errors
+    writer.close()
+    return notes | {"calibration_sha256": digests.get("calibration")}
+
+
+def _is_layer_matrix(name: str) -> bool:
+    return name.startswith("layers.") and name.split(".")[-1] in MATRICES
+
+
+def _check(weights: Weights, params: Params) -> None:
+    per = 32 // params.bits
+    for name in filter(_is_layer_matrix, weights.parts):
+        (rows, columns), (key, *_) = weights.parts[name].shape, weights.keys[name]
+        if params.group != -1 and columns % params.group:
+            raise EdgemedError(f"'{key}.weight': a group of {params.group} does not divide a row of {columns} weights", _groups(weights))
+        if rows % per or columns % per:
+            raise EdgemedError(f"'{key}.weight' [{rows}, {columns}] cannot be packed: {params.bits}-bit values go {per} to a word", "This model cannot be quantized so")
+    if params.method == "gptq" and params.length > weights.decoder.context:
+        raise EdgemedError(f"quantize: length {params.length} is longer than the model's context of {weights.decoder.context}", "Ask for a shorter length")
+    if params.method == "gptq" and (params.samples < 1 or params.length < 1 or params.damp <= 0):
+        raise EdgemedError("quantize: samples and length must be at least 1 and damp above 0", "For example samples: 128, length: 512, damp: 0.01")
+
+
+def _groups(weights: Weights) -> str:
+    columns = [weights.parts[name].shape[1] for name in filter(_is_layer_matrix, weights.parts)]
+    fitting = [str(g) for g in (32, 64, 128) if all(c % g == 0 for c in columns)]
+    return f"Choose group {', '.join([*fitting, '-1'])}"
+
+
+def _config(weights: Weights, params: Params) -> dict[str, Any]:
+    # Scales are bound to the input's own group even with act_order, so for a reader of the file desc_act is false.
+    quantization = {
+        "quant_method": "gptq", "bits": params.bits, "group_size": params.group, "desc_act": False, "static_groups": params.act_order,
+        "sym": True, "lm_head": False, "checkpoint_format": "gptq", "true_sequential": True, "damp_percent": params.damp,
+    }
+    config = weights.family.folded(weights.checkpoint.config)
+    config.pop("torch_dtype", None)
+    return config | {"dtype": "float16", "quantization_config": quantization}
+
+
+def _copy(weights: Weights, writer: Writer, name: str) -> None:
+    for key in weights.keys[name]:
+        for tensor in (f"{key}.weight", f"{key}.bias"):
+            if tensor in weights.checkpoint.tensors:
+                writer.add(tensor, narrowed(tensor, weights.checkpoint.read(tensor), "float16"))
+
+
+def _rtn(weights: Weights, params: Params) -> Iterator[tuple[int, dict[str, Any]]]:
+    for n in range(weights.decoder.layers):
+        layer, found = load_layer(weights, n), {}
+        for name in MATRICES:
+            weight, bias = layer[name]
+            solution = Solution(*rtn(weight, params.bits, _group(weight, params)))
+            found[name] = (solution, bias, {"weight": _weight_error(weight, solution.dense(params.bits))})
+        yield n, found
+
+
+def _gptq(weights: Weights, params: Params) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Matrices in the order they are computed, each calibrated on what the quantized ones before it put out."""
+    torch = need("torch", "build")
+    d = weights.decoder
+    tokenizer = open_tokenizer(weights.checkpoint.path, d.vocab)
+    windows = calibration_windows(params.calibration, tokenizer, params.samples, params.length)
+    with torch.inference_mode():
+        x = embed(weights, torch.tensor(windows))
+        for n in range(d.layers):
+            layer, found = load_layer(weights, n), {}
+            for name, feed in _feeds(weights, n, layer).items():
+                weight, bias = layer[name]
+                moment = Hessian(weight.shape[1])
+                for row in x.split(1):
+                    moment.add(feed(row))
+                hessian = moment.mean()
+                try:
+                    solution = solve(weight, hessian, params.bits, _group(weight, params), params.damp, params.act_order)
+                except EdgemedError as error:
+                    raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
+                rounded = solution.dense(params.bits)
+                errors = {"weight": _weight_error(weight, rounded), "output": output_error(weight, rounded, moment.mean())}
+                found[name], layer[name] = (solution, bias, errors), (rounded, bias)
+                if name in ("o", "down"):
+                    for row in x.split(1):
+                        row += linear(layer, name, feed(row))
+            yield n, found
+
+
+def _feeds(weights: Weights, n: int, layer: Layer) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """matrix -> its input, from the hidden state at the start of its half of the layer. Reads `layer` as it is when called."""
+    d = weights.decoder
+    return {
+        "qkv": lambda x: norm(d, layer, "attn_norm", x),
+        "o": lambda x: attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x))),
+        "up": lambda x: norm(d, layer, "mlp_norm", x),
+        "down": lambda x: activate(d, linear(layer, "up", norm(d, layer, "mlp_norm", x))),
+    }
+
+
+def _group(weight: torch.Tensor, params: Params) -> int:
+    return weight.shape[1] if params.group == -1 else params.group
+
+
+def _weight_error(weight: torch.Tensor, rounded: torch.Tensor) -> float:
+    return float((weight - rounded).norm() / weight.norm().clamp_min(1e-30))
+
+
+def _packed(solution: Solution, bias: torch.Tensor | None, weights: Weights, name: str, params: Params) -> dict[str, torch.Tensor]:
+    """AutoGPTQ v1 tensors of one matrix: qweight int32 [in*bits/32, out], qzeros (zero - 1), scales float16 [groups, out], g_idx int32 [in]."""
+    torch = need("torch", "build")
+    columns, groups = solution.q.shape[1], solution.scales.shape[1]
+    zeros = torch.full((groups, solution.q.shape[0]), (1 << (params.bits - 1)) - 1, dtype=torch.uint8)
+    found = {
+        "qweight": pack(solution.q.T.contiguous(), params.bits, 0),
+        "qzeros": pack(zeros, params.bits, 1),
+        "scales": narrowed(f"{name} scales", solution.scales.T, "float16"),
+        "g_idx": (torch.arange(columns) // (columns // groups)).to(torch.int32),
+    }
+    return found if bias is None else found | {"bias": narrowed(f"{name} bias", bias, "float16")}
