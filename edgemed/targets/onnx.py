@@ -6,6 +6,8 @@ both were measured fastest for one-sequence decoding (bench/attention_ops.py, be
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 MS = "com.microsoft"
 # Largest logit error against the float32 source, for precisions that must be exact.
 EXACT = {"fp32": 1e-3}
+# The package that runs these engines, and the extra that installs it.
+RUNTIME = ("onnxruntime", "onnx")
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,15 @@ def open(engine: Engine, threads: int | None) -> OrtSession:
     return OrtSession(engine, threads)
 
 
+def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    # Pages become resident as the context fills. Huge pages would make the whole buffer resident at the first token, because
+    # every head writes at its own distant place.
+    buffer = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        buffer.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(buffer, dtype).reshape(shape)
+
+
 class OrtSession:
     """A Session on ONNX Runtime. All buffers are bound once; a step writes one token id and reads one row of scores."""
 
@@ -166,7 +179,7 @@ class OrtSession:
             if value.name.startswith("past."):
                 dtype = np.float16 if value.type == "tensor(float16)" else np.float32
                 shape = (1, value.shape[1], self.context, value.shape[3])
-                buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+                buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
                 self.binding.bind_ortvalue_input(value.name, buffer)
                 self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
         self.last, self.total = self._bound("last_index", np.zeros(1, np.int32)), self._bound("total", np.zeros(1, np.int32))

@@ -1,0 +1,78 @@
+"""Decoding through edgemed's Session against a bare onnxruntime loop with bound inputs and outputs, on the same file.
+
+The two take turns in one process; the ratio shows what the Session's bookkeeping costs. Run: python bench/decode_peer_onnx.py ENGINE
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import onnxruntime as ort
+from records import paired_ratio, save, spread
+
+from edgemed.engine import Engine, open_engine
+
+START = 32
+
+
+class Bare:
+    """What a user would write: bind everything once, change four numbers per token, run."""
+
+    def __init__(self, engine: Engine, threads: int):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        self.binding, self.buffers = self.session.io_binding(), {}
+        for value in self.session.get_inputs():
+            if value.name.startswith("past."):
+                cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, value.shape[1], engine.context, value.shape[3]), np.float32))
+                self.binding.bind_ortvalue_input(value.name, cache)
+                self.binding.bind_ortvalue_output(value.name.replace("past", "present"), cache)
+                continue
+            array = np.zeros((1, 1) if value.name in ("tokens", "positions") else 1, np.int64 if "int64" in value.type else np.int32)
+            self.buffers[value.name] = array
+            self.binding.bind_ortvalue_input(value.name, ort.OrtValue.ortvalue_from_numpy(array))
+        self.scores = np.zeros((1, 1, engine.width), np.float32)
+        self.binding.bind_ortvalue_output("scores", ort.OrtValue.ortvalue_from_numpy(self.scores))
+
+    def run(self, new: int) -> float:
+        started, buffers, token = time.perf_counter(), self.buffers, 1
+        for position in range(START, START + new):
+            buffers["tokens"][0, 0], buffers["positions"][0, 0] = token, position
+            buffers["last_index"][0], buffers["total"][0] = position, position + 1
+            self.session.run_with_iobinding(self.binding)
+            token = int(self.scores[0, 0].argmax())
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("engine")
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    engine = open_engine(args.engine)
+    bare, session = Bare(engine, args.threads), engine.open(args.threads)
+    session.prefill([1] * START)
+    times: dict[str, list[float]] = {"bare": [], "session": []}
+    for round_number in range(args.rounds + 1):
+        first = bare.run(args.new)
+        session.rewind(START)
+        started, token = time.perf_counter(), 1
+        for _ in range(args.new):
+            token = int(session.step(token).argmax())
+        if round_number:
+            times["bare"].append(first)
+            times["session"].append(time.perf_counter() - started)
+    save("decode_peer_onnx", {
+        "engine": engine.name, "precision": engine.precision, "random_weights": engine.random_weights, "threads": args.threads, "new": args.new, "unit": "s",
+        "times": {name: spread(values) for name, values in times.items()}, "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
+    })
+
+
+if __name__ == "__main__":
+    main()
