@@ -25,27 +25,38 @@ def say(text: str) -> None:
 
 
 def table(value: object) -> None:
-    """Print a result for a person on standard output: a list of mappings as a table, a mapping as lines."""
+    """Print a result for a person on standard output: a list of mappings as a table, a mapping as lines, mappings in it as tables."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     if isinstance(value, list) and value:
-        grid = Table(box=None, header_style="bold", pad_edge=False)
-        for column in value[0]:
-            grid.add_column(str(column), overflow="fold")
-        for row in value:
-            grid.add_row(*(_text(row.get(column)) for column in value[0]))
-        console.print(grid)
+        console.print(_grid(value))
     elif isinstance(value, dict):
         width = max(len(str(key)) for key in value)
         for key, item in value.items():
-            console.print(f"{str(key):<{width}}  {_text(item)}", soft_wrap=True, markup=False)
+            if isinstance(item, dict) and item and all(isinstance(row, dict) for row in item.values()):
+                console.print(str(key), markup=False)
+                console.print(_grid([{"": name, **row} for name, row in item.items()]))
+            else:
+                console.print(f"{str(key):<{width}}  {_text(item)}", soft_wrap=True, markup=False)
+
+
+def _grid(rows: list[dict[str, object]]) -> object:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, header_style="bold", pad_edge=False)
+    for column in rows[0]:
+        grid.add_column(str(column), overflow="fold")
+    for row in rows:
+        # Text, because a cell such as edgemed[onnx] would otherwise be read as markup.
+        grid.add_row(*(Text(_text(row.get(column))) for column in rows[0]))
+    return grid
 
 
 def _text(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, list):

@@ -1,0 +1,197 @@
+"""What a checkpoint is and where it could run, read from its headers alone: no tensor is loaded and no torch is needed.
+
+Numbers here are arithmetic on shapes, so that a person knows before the first long build whether an engine can fit a device;
+what an engine really takes is measured later, by bench.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgemed import plugins
+from edgemed.checkpoint import Checkpoint, Entry, open_checkpoint
+from edgemed.device import GIB, Device, read_device
+from edgemed.family import Decoder, Family, family_of
+from edgemed.gguf_types import Model, tensor_types
+from edgemed.random_weights import MARK, reference_config
+from edgemed.weights import Weights
+
+# What an operating system, the runtime and its work buffers are assumed to hold beside the engine: an assumption, not a measurement.
+RESERVE_SHARED, RESERVE_OWN = int(1.5 * GIB), GIB // 2
+GROUP = 128
+# Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not divide get the block-of-32 ones.
+GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
+GGUF_NAMES = {"embed": "token_embd", "positions": "position_embd", "lm_head": "output", "qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
+MB = 1e6
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """Everything known about a model without loading it: architecture, parameters, memory per precision, possible targets.
+
+    model: directory, hub id, or 'random:NAME' for published dimensions. Sizes in MB are 10^6 bytes. Memory per precision holds
+    weights_mb, kv_cache_mb (at the full context), total_mb and too_big_for (devices); devices: what each leaves for an engine.
+    Raises EdgemedError for a directory that is no checkpoint, an unknown architecture, or tensors that do not match the config.
+    """
+    kind, _, name = str(model).partition(":")
+    checkpoint = described(name) if kind == "random" else open_checkpoint(model)
+    weights = Weights(checkpoint)
+    d = weights.source
+    devices = [read_device(name) for name in plugins.names("devices")]
+    return {
+        "model": str(model), "family": weights.family.name, "model_type": checkpoint.config["model_type"],
+        "random_weights": checkpoint.random_weights, "parameters": parameters(weights), "architecture": architecture(d),
+        "stored": stored(checkpoint, weights.family), "quantization": quantization(weights),
+        "memory": {name: memory(*needed, devices) for name, needed in precisions(weights)},
+        "devices": {device.name: {"memory_gb": device.memory_gb, "usable_mb": usable(device) / MB} for device in devices if device.memory_gb},
+        "targets": {name: possible(weights, name) for name in plugins.names("targets")}, "notes": notes(d, checkpoint),
+    }
+
+
+def described(name: str) -> Checkpoint:
+    """A checkpoint of published dimensions that exists only as shapes, in bfloat16; reading a tensor of it fails."""
+    config = reference_config(name) | {MARK: True}
+    family = family_of(config, name)
+    entries: dict[str, Entry] = {}
+    for part in family.parts(family.decoder(config, {})).values():
+        for module in part.modules:
+            shape = part.shape[::-1] if part.conv1d else part.shape
+            tensors = {"weight": shape} | ({"bias": shape[-1:]} if part.bias or part.kind == "norm" else {})
+            for suffix, size in tensors.items():
+                entries[f"{family.prefixes[0]}{module}.{suffix}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
+    return Checkpoint(Path(f"random:{name}"), config, entries)
+
+
+def architecture(d: Decoder) -> dict[str, Any]:
+    """The numbers of the decoder a person compares models by."""
+    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context", "head", "head_size", "tied", "positions", "activation")
+    return {name: getattr(d, name) for name in names}
+
+
+def sizes(weights: Weights) -> dict[str, tuple[str, int, int]]:
+    """canonical part -> (kind, weights, biases) in elements; a matrix that is the embedding table is not counted again.
+
+    Taken from the architecture, so that packed integers count as the weights they stand for.
+    """
+    found, seen = {}, set()
+    for name, part in weights.parts.items():
+        keys = weights.keys[name]
+        if keys in seen:
+            continue
+        seen.add(keys)
+        biases = part.shape[0] if any(f"{key}.bias" in weights.checkpoint.tensors for key in keys) else 0
+        found[name] = (part.kind, math.prod(part.shape), biases)
+    return found
+
+
+def parameters(weights: Weights) -> int:
+    """Number of weights and biases, tied tensors counted once, stored buffers that carry no information not counted."""
+    return sum(weight + bias for _, weight, bias in sizes(weights).values())
+
+
+def stored(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
+    """Bytes on disk per dtype, of the tensors the family reads."""
+    kinds: dict[str, int] = {}
+    for key, entry in checkpoint.tensors.items():
+        if not key.endswith(family.ignored):
+            kinds[entry.dtype] = kinds.get(entry.dtype, 0) + entry.nbytes
+    return {"mb": round(sum(kinds.values()) / MB, 3), "dtypes": {name: round(size / MB, 3) for name, size in sorted(kinds.items())}}
+
+
+def quantization(weights: Weights) -> dict[str, Any] | None:
+    """Method, bits and group of a checkpoint that holds integers, None for a float one."""
+    found = weights.quantization
+    return {key: found.get(key) for key in ("quant_method", "bits", "group_size", "sym", "desc_act")} if found else None
+
+
+def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(precision, (weight bytes, KV cache bytes at the full context)) of the engines edgemed can make.
+
+    fp32, fp16: 4 or 2 bytes for everything (ONNX holds a tied output matrix once more). int8, int4 g128: layer matrices as integers with one float32 scale per 128 inputs,
+    tables float16, output matrix int8 with a float32 scale per 32, norms and biases float32; their cache is float32.
+    Q4_K_M: llama.cpp's mix of types, cache float16.
+    """
+    found, d = sizes(weights), weights.source
+    everything = parameters(weights)
+    yield "fp32", (4 * everything, kv_cache(d, 4))
+    yield "fp16", (2 * everything, kv_cache(d, 2))
+    for bits in (8, 4):
+        yield f"int{bits} g{GROUP}", (round(sum(_int_bits(name, part, bits) for name, part in found.items()) / 8) + _tied_head(weights), kv_cache(d, 4))
+    yield "Q4_K_M", (q4_k_m(weights), kv_cache(d, 2))
+
+
+def kv_cache(d: Decoder, element: int) -> int:
+    """2 * layers * kv_heads * head_dim * context * bytes per element."""
+    return 2 * d.layers * d.kv_size * d.context * element
+
+
+def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
+    kind, weight, bias = part
+    if kind == "matrix":
+        # The few rows of a classification head stay float32.
+        per_weight = bits + 32 / GROUP if name.startswith("layers.") else 8 + 32 / 32 if name == "lm_head" else 32.0
+    else:
+        per_weight = {"table": 16.0, "norm": 32.0}[kind]
+    return per_weight * weight + 32 * bias
+
+
+def _tied_head(weights: Weights) -> int:
+    # A gathered table and a multiplied matrix need different formats, so an engine holds a tied matrix twice.
+    d = weights.source
+    return d.vocab * d.hidden * 9 // 8 if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"] else 0
+
+
+def q4_k_m(weights: Weights) -> int:
+    """Bytes of a Q4_K_M file's tensors, by llama.cpp's own rules for which matrix gets which type."""
+    found, d = sizes(weights), weights.source
+    shapes = {name: weights.parts[name].shape for name, (kind, _, _) in found.items() if kind != "norm" and name != "head"}
+    types, _ = tensor_types(Model({_gguf_name(name): shape for name, shape in shapes.items()}, d.layers, d.heads // d.kv_heads), "q4_k_m")
+    bits = sum((GGUF_BITS[types[_gguf_name(name)]] if name in shapes else 32) * weight + 32 * bias for name, (_, weight, bias) in found.items())
+    return round(bits / 8)
+
+
+def _gguf_name(name: str) -> str:
+    prefix, _, last = name.rpartition(".")
+    return f"{prefix.replace('layers', 'blk')}.{GGUF_NAMES[last]}.weight".lstrip(".")
+
+
+def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[str, Any]:
+    """One precision as inspect shows it."""
+    total = weight_bytes + cache_bytes
+    found = {"weights_mb": weight_bytes, "kv_cache_mb": cache_bytes, "total_mb": total}
+    too_big = [device.name for device in devices if fits(total, device) is False]
+    return {name: round(size / MB, 3) for name, size in found.items()} | {"too_big_for": too_big}
+
+
+def fits(needed: int, device: Device) -> bool | None:
+    """Whether an engine of `needed` bytes (weights and KV cache) leaves a device its reserve; None where its memory is not known."""
+    room = usable(device)
+    return None if room is None else needed <= room
+
+
+def usable(device: Device) -> int | None:
+    """Bytes left for an engine: memory less 1.5 GiB where the system shares it, less 0.5 GiB on a card of its own; None: not known."""
+    if device.memory_gb is None:
+        return None
+    return int(device.memory_gb * GIB) - (RESERVE_SHARED if device.shared_memory else RESERVE_OWN)
+
+
+def possible(weights: Weights, target: str) -> dict[str, Any]:
+    """Whether a target, with its default parameters, can carry this model, whether its runtime is here, and what to do if not."""
+    module = plugins.load("targets", target)
+    package, extra = module.RUNTIME
+    reason, installed = module.supports(weights, module.Params()), importlib.util.find_spec(package) is not None
+    return {"possible": reason is None, "why_not": reason, "runtime_installed": installed, "fix": None if installed else f"pip install 'edgemed[{extra}]'"}
+
+
+def notes(d: Decoder, checkpoint: Checkpoint) -> list[str]:
+    """What a person should know before building."""
+    found = []
+    if len(set(d.score_scale)) > 1:
+        found.append("Attention scores are scaled differently in each layer; edgemed carries this into every engine, other converters may drop it silently.")
+    if checkpoint.random_weights:
+        found.append("Random weights: good for latency and memory only.")
+    return found
