@@ -1,0 +1,204 @@
+"""Writes a GGUF file tensor by tensor, quantizing with llama.cpp's own routine, so that a 10 GB checkpoint needs 1 GB of memory.
+
+The next tensor is read while the rows of this one are quantized on all cores; nothing larger than a few tensors is ever
+held, and there is no intermediate float file. Each row is quantized by ggml_quantize_chunk, hence bit for bit as llama-quantize does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemed.console import track
+from edgemed.errors import EdgemedError, need
+
+if TYPE_CHECKING:
+    from edgemed.family import Decoder
+    from edgemed.weights import Packed
+
+ALIGNMENT = 32
+CHUNK = 1 << 19  # weights per quantization task: large against the call, small against a tensor
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file. shape as numpy has it, (rows, columns) or (width,); type: a ggml type name.
+
+    read() gives float32 of that shape, or the finished bytes (uint8) where `encoded`. importance: float32 [columns] or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    read: Callable[[], np.ndarray]
+    encoded: bool = False
+    importance: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        gguf = need("gguf", "build")
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        return int(np.prod(self.shape, dtype=np.int64)) // block * size
+
+
+def write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Sequence[Tensor], threads: int | None = None) -> None:
+    """Write `tensors` to `path`. describe(writer) adds the metadata to a gguf.GGUFWriter. threads: None for all cores.
+
+    Raises EdgemedError where a weight does not fit its type, OSError where the disk is full.
+    """
+    gguf = need("gguf", "build")
+    writer = gguf.GGUFWriter(path, arch)
+    describe(writer)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, gguf.GGMLQuantizationType[tensor.type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    file, encoder = writer.fout[0], Encoder(threads)
+    try:
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(tensors[0].read)
+            for tensor, following in track(list(zip(tensors, [*tensors[1:], None], strict=True)), "gguf"):
+                data = ahead.result()
+                if following:
+                    ahead = reader.submit(following.read)
+                if not tensor.encoded:
+                    data = encoder.encode(tensor, data)
+                # Plain writes, not numpy's tofile: that one hides 'disk full' behind an error without a number.
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                file.write(memoryview(data).cast("B"))
+                del data
+        file.write(bytes(-file.tell() % ALIGNMENT))
+    finally:
+        encoder.close()
+        writer.close()
+
+
+class Encoder:
+    """float32 rows -> ggml blocks on all cores."""
+
+    def __init__(self, threads: int | None = None):
+        self.ggml = ggml_base()
+        self.types = need("gguf", "build").GGMLQuantizationType
+        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def encode(self, tensor: Tensor, data: np.ndarray) -> np.ndarray:
+        """The tensor's bytes, uint8 [rows, bytes per row]. Raises EdgemedError where a weight does not fit the type."""
+        rows, columns = data.reshape(-1, data.shape[-1]).shape
+        data = np.ascontiguousarray(data, np.float32)
+        if tensor.type == "F32":
+            return data.view(np.uint8)
+        kind = int(self.types[tensor.type])
+        # The tables behind the IQ types are made once, before the threads need them.
+        self.ggml.ggml_quantize_init(kind)
+        out = np.empty((rows, tensor.nbytes // rows), np.uint8)
+        importance = None if tensor.importance is None else np.ascontiguousarray(tensor.importance, np.float32)
+
+        def quantize(start: int, count: int) -> None:
+            target = out[start:].ctypes.data
+            source = data.ctypes.data + start * columns * 4
+            size = self.ggml.ggml_quantize_chunk(kind, source, target, 0, count, columns, None if importance is None else importance.ctypes.data)
+            if not self.ggml.ggml_validate_row_data(kind, target, size):
+                raise EdgemedError(f"{tensor.name}: a weight does not fit into {tensor.type}", "Choose a type with a larger range, such as bf16 or f32")
+
+        step = max(1, CHUNK // columns)
+        for task in [self.pool.submit(quantize, start, min(step, rows - start)) for start in range(0, rows, step)]:
+            task.result()
+        return out
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None:
+    """The graph's numbers. file_type: llama_ftype, which llama.cpp only shows."""
+    writer.add_name(name)
+    writer.add_block_count(d.layers)
+    writer.add_context_length(d.context)
+    writer.add_embedding_length(d.hidden)
+    writer.add_feed_forward_length(d.ffn)
+    writer.add_head_count(d.heads)
+    writer.add_head_count_kv(d.kv_heads)
+    writer.add_layer_norm_eps(d.norm_eps)
+    writer.add_vocab_size(d.vocab)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(need("gguf", "build").GGML_QUANT_VERSION)
+
+
+def describe_tokenizer(writer: Any, tokenizer: Any, vocab: int, pre: str, where: str) -> None:
+    """Tokens, their kinds and the merges of a byte-level BPE tokenizer. Raises EdgemedError for another kind."""
+    kinds = need("gguf", "build").TokenType
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        raise EdgemedError(f"{where}: a {model['type']} tokenizer cannot be written into GGUF yet", "Only byte-level BPE is supported")
+    names = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    added = tokenizer.get_added_tokens_decoder()
+    types = [
+        kinds.UNUSED if i not in names else kinds.NORMAL if i not in added else kinds.CONTROL if added[i].special else kinds.USER_DEFINED
+        for i in range(vocab)
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    # The embedding may have more rows than the tokenizer has entries; llama.cpp wants a name for each.
+    writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(vocab)])
+    writer.add_token_types([int(kind) for kind in types])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+
+
+def runtime() -> ModuleType:
+    """The llama_cpp package. Raises EdgemedError where it is absent."""
+    return need("llama_cpp", "llamacpp")
+
+
+def library_folder() -> Path:
+    """Where llama.cpp's shared libraries lie."""
+    return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(runtime().__file__).parent / "lib")
+
+
+def ggml_base() -> ctypes.CDLL:
+    """libggml-base with the prototypes used here. Raises EdgemedError where the installed package does not hold it."""
+    name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
+    file = library_folder() / name
+    if not file.is_file():
+        raise EdgemedError(f"{file} does not exist", "Reinstall llama.cpp: pip install --force-reinstall llama-cpp-python==0.3.36")
+    ggml = ctypes.CDLL(str(file))
+    i64, pointer = ctypes.c_int64, ctypes.c_void_p
+    ggml.ggml_quantize_chunk.argtypes, ggml.ggml_quantize_chunk.restype = (ctypes.c_int, pointer, pointer, i64, i64, i64, pointer), ctypes.c_size_t
+    ggml.ggml_validate_row_data.argtypes, ggml.ggml_validate_row_data.restype = (ctypes.c_int, pointer, ctypes.c_size_t), ctypes.c_bool
+    ggml.ggml_quantize_init.argtypes, ggml.ggml_quantize_init.restype = (ctypes.c_int,), None
+    return ggml
+
+
+def carried_type(bits: int) -> str:
+    """The type whose grid a symmetric GPTQ matrix of 4 or 8 bits fits exactly: integer minus its middle, times a float16 scale per 32."""
+    return {4: "Q4_0", 8: "Q8_0"}[bits]
+
+
+def carried(matrix: Packed, name: str) -> np.ndarray:
+    """The very integers of a packed matrix as Q4_0 or Q8_0 bytes, uint8 [rows, bytes per row]; a group's scale is repeated per 32.
+
+    Raises EdgemedError for act-order, asymmetric integers, a group that is not a multiple of 32, or a scale beyond float16.
+    """
+    for broken, what in ((matrix.g_idx is not None, "act-order groups"), (not matrix.symmetric, "asymmetric integers"),
+                         (matrix.group % 32, f"groups of {matrix.group}, not a multiple of 32")):
+        if broken:
+            raise EdgemedError(f"{name} has {what}, which {carried_type(matrix.bits)} cannot carry", "Quantize again with sym, without act_order and with group 32, 64 or 128; or leave from_checkpoint out")
+    rows, columns = matrix.q.shape
+    scales = matrix.scales.numpy().astype(np.float16).repeat(matrix.group // 32, axis=1)[:, : columns // 32]
+    if not np.isfinite(scales).all():
+        raise EdgemedError(f"{name}: a scale does not fit into float16", "The integers cannot be carried; leave from_checkpoint out")
+    q = matrix.q.numpy().reshape(rows, columns // 32, 32)
+    # Q4_0 keeps input j in the low and input j + 16 in the high half of byte j; Q8_0 keeps signed bytes.
+    data = q[..., :16] | q[..., 16:] << 4 if matrix.bits == 4 else (q - np.uint8(128))
+    return np.concatenate([scales[..., None].view(np.uint8), data], axis=-1).reshape(rows, -1)

@@ -1,0 +1,61 @@
+"""Importance of every input column of every matrix, measured on calibration text: llama.cpp's importance matrix, made by our own pass.
+
+Very low bit types need it and all K- and IQ-types gain from it. It runs layer by layer like every calibration here, so its
+memory is that of one layer and the activations of one window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemed.console import track
+from edgemed.decoder import activate, attention, embed, linear, load_layer, norm
+from edgemed.errors import EdgemedError, need
+from edgemed.weights import MATRICES, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+
+def importance(weights: Weights, windows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Mean squared input per column of each layer matrix over all tokens: canonical name -> float32 [in].
+
+    windows: token windows, each of at most the model's context. Follows llama.cpp's tools/imatrix (sum of squares / tokens).
+    """
+    torch = need("torch", "build")
+    d, found = weights.decoder, {}
+    tokens = sum(len(window) for window in windows)
+    with torch.inference_mode():
+        hidden = [embed(weights, torch.tensor([list(window)])) for window in windows]
+        for n in track(range(d.layers), "importance"):
+            layer = load_layer(weights, n)
+            sums = {name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64) for name in MATRICES}
+
+            def matrix(name: str, x: torch.Tensor) -> torch.Tensor:
+                sums[name] += x.double().square().sum((0, 1))
+                return linear(layer, name, x)
+
+            for i, x in enumerate(hidden):
+                x = x + matrix("o", attention(d, n, matrix("qkv", norm(d, layer, "attn_norm", x))))
+                hidden[i] = x + matrix("down", activate(d, matrix("up", norm(d, layer, "mlp_norm", x))))
+            found |= {f"layers.{n}.{name}": (total / tokens).float().numpy() for name, total in sums.items()}
+    return found
+
+
+def save(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    np.savez(path, **values)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Raises EdgemedError where the file is missing or is no importance file."""
+    if not Path(path).is_file():
+        raise EdgemedError(f"importance file {path} does not exist", "Give a .npz file made by edgemed, or the name of a calibration card")
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except ValueError as error:
+        raise EdgemedError(f"{path} is not an importance file: {error}", "Give a .npz file made by edgemed, or the name of a calibration card") from None

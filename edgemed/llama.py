@@ -1,0 +1,152 @@
+"""A GGUF engine as a Session, on llama.cpp's C interface (the ctypes binding inside llama-cpp-python).
+
+It stands beside the package's Llama class because that one copies every row of scores and times decoding with it; here a step
+writes one token id and reads the scores where llama.cpp keeps them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgemed.engine import Engine
+from edgemed.errors import EdgemedError, need
+from edgemed.session import check_room
+
+FILE, HEAD = "model.gguf", "head.npz"
+BATCH = 512  # tokens per llama_decode call
+
+
+class LlamaSession:
+    """A Session on llama.cpp. One token is decoded through a batch made once; scores are read where llama.cpp keeps them."""
+
+    def __init__(self, engine: Engine, threads: int | None):
+        self.lib = library()
+        self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
+        self.matrix = None
+        if engine.head != "lm":
+            with np.load(engine.path / HEAD) as arrays:
+                self.matrix, self.bias = arrays["weight"].T.copy(), arrays["bias"]
+        file = engine.path / FILE
+        model_params = self.lib.llama_model_default_params()
+        model_params.use_extra_bufts = engine.params["repack"]
+        ERRORS.clear()
+        self.model = self.lib.llama_model_load_from_file(str(file).encode(), model_params)
+        if not self.model:
+            raise EdgemedError(f"llama.cpp cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}", "Export the engine again")
+        self.size = self.matrix.shape[0] if self.matrix is not None else self.width
+        self.ctx = self.lib.llama_init_from_model(self.model, self._settings(engine, threads))
+        if not self.ctx:
+            self.lib.llama_model_free(self.model)
+            raise EdgemedError(f"llama.cpp cannot start {file}: {'; '.join(ERRORS) or 'no reason given'}", "Export it with a smaller context")
+        self.memory = self.lib.llama_get_memory(self.ctx)
+        self.batch, self.one = (self.lib.llama_batch_init(size, 0, 1) for size in (self.batch_size, 1))
+        self.batch_arrays, self.one_arrays = _arrays(self.batch, self.batch_size), _arrays(self.one, 1)
+        self.one.n_tokens, self.one_arrays[2][0] = 1, 1
+        self.read = self.lib.llama_get_embeddings if self.matrix is not None else self.lib.llama_get_logits
+        self.address, self.view = None, None
+
+    def _settings(self, engine: Engine, threads: int | None) -> Any:
+        lib, params = self.lib, self.lib.llama_context_default_params()
+        self.batch_size = min(BATCH, engine.context)
+        params.n_ctx, params.n_batch, params.n_ubatch = engine.context, self.batch_size, self.batch_size
+        params.n_outputs_max = params.n_outputs_max_per_seq = self.batch_size
+        params.n_threads = params.n_threads_batch = threads or physical_cores()
+        kv = engine.params["kv"]
+        kv = ("f32" if engine.precision == "F32" else "f16") if kv == "auto" else kv
+        params.type_k = params.type_v = {"f32": lib.GGML_TYPE_F32, "f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0}[kv]
+        # Flash attention rounds q to the cache's type; llama.cpp insists on it for a quantized cache.
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if kv == "q8_0" else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.embeddings, params.pooling_type = self.matrix is not None, lib.LLAMA_POOLING_TYPE_NONE
+        params.no_perf = True
+        return params
+
+    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+        check_room(self, tokens)
+        kept, total = [], len(tokens)
+        for start in range(0, total, self.batch_size):
+            part = tokens[start : start + self.batch_size]
+            last = start + len(part) == total
+            ids, positions, wanted = self.batch_arrays
+            self.batch.n_tokens = len(part)
+            ids[: len(part)] = part
+            positions[: len(part)] = np.arange(self.position, self.position + len(part))
+            wanted[: len(part)] = every
+            wanted[len(part) - 1] = every or last
+            self._decode(self.batch, len(part))
+            if every:
+                kept.append(self._outputs(len(part)).copy())
+        # With embeddings on, llama.cpp gives a row for every token of the batch.
+        return np.concatenate(kept) if every else self._outputs(len(part) if self.matrix is not None else 1)[-1:]
+
+    def step(self, token: int) -> np.ndarray:
+        position = self.position
+        if position >= self.context:
+            check_room(self, [token])
+        ids, positions, _ = self.one_arrays
+        ids[0], positions[0] = token, position
+        self._decode(self.one, 1)
+        return self._outputs(1)[0]
+
+    def _decode(self, batch: Any, count: int) -> None:
+        code = self.lib.llama_decode(self.ctx, batch)
+        if code:
+            raise RuntimeError(f"llama_decode gave {code} for {count} tokens at position {self.position}: {'; '.join(ERRORS)}")
+        self.position += count
+
+    def _outputs(self, rows: int) -> np.ndarray:
+        pointer = self.read(self.ctx)
+        address = ctypes.addressof(pointer.contents)
+        # Making the numpy view costs more than reading it; the buffer rarely moves.
+        if (address, rows) != self.address:
+            self.address, self.view = (address, rows), np.ctypeslib.as_array(pointer, (rows, self.size))
+        return self.view if self.matrix is None else self.view @ self.matrix + self.bias
+
+    def rewind(self, position: int) -> None:
+        self.lib.llama_memory_seq_rm(self.memory, 0, position, -1)
+        self.position = position
+
+    def close(self) -> None:
+        if self.ctx is None:
+            return
+        self.view = self.address = None
+        self.lib.llama_batch_free(self.batch)
+        self.lib.llama_batch_free(self.one)
+        self.lib.llama_free(self.ctx)
+        self.lib.llama_model_free(self.model)
+        self.ctx = None
+
+
+def _arrays(batch: Any, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token ids, positions, output wanted) of a llama_batch as numpy views; all tokens belong to sequence 0."""
+    for i in range(size):
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = 0
+    return tuple(np.ctypeslib.as_array(field, (size,)) for field in (batch.token, batch.pos, batch.logits))
+
+
+def physical_cores() -> int:
+    import psutil
+
+    return psutil.cpu_count(logical=False) or 1
+
+
+ERRORS: list[str] = []  # llama.cpp's error lines since the last load
+_KEPT: list[Any] = []  # the log callback: llama.cpp keeps only its address
+
+
+def library() -> Any:
+    """llama_cpp's C interface with its log silenced; error lines are kept for messages."""
+    lib = need("llama_cpp", "llamacpp").llama_cpp
+    if not _KEPT:
+        def keep(level: int, text: bytes, _: Any) -> None:
+            if level == 3 and text.strip():
+                ERRORS.append(text.decode(errors="replace").strip())
+
+        _KEPT.append(lib.llama_log_callback(keep))
+        lib.llama_log_set(_KEPT[0], ctypes.c_void_p(0))
+        lib.llama_backend_init()
+    return lib

@@ -1,0 +1,272 @@
+"""The llama.cpp target: a GGUF file written straight from the checkpoint, run through llama.cpp's C interface.
+
+The file equals llama-quantize's bit for bit (from a float32 GGUF of the folded checkpoint), or carries a GPTQ checkpoint's very
+integers. llama.cpp knows only the plain attention scale, so weights are read folded.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgemed import gguf_file
+from edgemed.data import calibration_windows
+from edgemed.engine import Engine
+from edgemed.errors import EdgemedError, need
+from edgemed.family import all_families
+from edgemed.gguf_types import FILE_TYPES, Model, needs_imatrix, tensor_types
+from edgemed.llama import FILE, HEAD, LlamaSession
+from edgemed.tokenizer import open_tokenizer
+
+if TYPE_CHECKING:
+    from edgemed.family import Decoder, Part
+    from edgemed.weights import Weights
+
+# Largest logit error against the float32 source: ggml computes GELU from a float16 table.
+EXACT = {"F32": 5e-3}
+# The package that runs these engines, and the extra that installs it.
+RUNTIME = ("llama_cpp", "llamacpp")
+# canonical part -> llama.cpp's tensor
+NAMES = {
+    "embed": "token_embd", "positions": "position_embd", "final_norm": "output_norm", "lm_head": "output",
+    "attn_norm": "attn_norm", "qkv": "attn_qkv", "o": "attn_output", "mlp_norm": "ffn_norm", "up": "ffn_up", "down": "ffn_down",
+}
+REBUILD = (
+    "Build it without AMX: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 "
+    "-mno-amx-bf16'\" pip install --force-reinstall --no-cache-dir --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
+)
+
+
+@dataclass(frozen=True)
+class Params:
+    """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's integers (Q4_0 or Q8_0); `type` is
+    then that of the embedding and output matrix (default q8_0). imatrix: an importance .npz or a calibration card's name, of which
+    `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
+    kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
+    """
+
+    type: Literal[
+        "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
+        "q5_k_s", "q5_k_m", "q6_k", "iq4_xs", "iq4_nl", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs",
+    ] | None = None
+    from_checkpoint: bool = False
+    imatrix: str | None = None
+    samples: int = 32
+    length: int = 256
+    context: int | None = None
+    kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
+    repack: bool = True
+
+
+def label(params: Params) -> str:
+    """A short engine name."""
+    return "llamacpp-checkpoint" if params.from_checkpoint else f"llamacpp-{file_type(params)}"
+
+
+def file_type(params: Params) -> str:
+    return params.type or ("q8_0" if params.from_checkpoint else "q4_k_m")
+
+
+def supports(weights: Weights, params: Params) -> str | None:
+    """Why this model cannot become this engine, or None."""
+    d = weights.source
+    if d.activation != "gelu_tanh":
+        return f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this model uses {d.activation}"
+    if params.context and params.context > d.context:
+        return f"context {params.context} is longer than the model's {d.context}"
+    if params.from_checkpoint and not weights.quantization:
+        return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
+    if params.from_checkpoint and weights.quantization["bits"] not in (4, 8):
+        return f"from_checkpoint carries 4 and 8 bits, this checkpoint has {weights.quantization['bits']}"
+    if params.from_checkpoint and params.imatrix:
+        return "an importance matrix has no effect with from_checkpoint; leave one of them out"
+    return None
+
+
+def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
+    """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
+    folded = type(weights)(weights.checkpoint, fold=True)  # read anew: `weights` may be unfolded
+    columns = _importance(folded, params)
+    tensors, fallbacks = plan(folded, params, columns)
+    gguf_file.write(out / FILE, folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), tensors)
+    if folded.decoder.head != "lm":
+        head = folded.matrix("head")
+        bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
+        np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
+    looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
+    carried = gguf_file.carried_type(weights.quantization["bits"]) if params.from_checkpoint else None
+    notes = {
+        "precision": f"{carried} carried" if carried else file_type(params).upper(),
+        "bytes_per_token": sum(t.nbytes for t in tensors if t.name not in looked_up),
+        "context": params.context or weights.decoder.context,
+        "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks,
+        "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
+    }
+    return notes | ({"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {})
+
+
+def layout(parts: Mapping[str, Part]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(tensor -> shape, tensor -> canonical part) of the GGUF file. A tied output matrix and a head are not in it."""
+    shapes, canonical = {}, {}
+    for name, part in parts.items():
+        if name == "head" or (name == "lm_head" and part.modules == parts["embed"].modules):
+            continue
+        prefix, _, last = name.rpartition(".")
+        stem = f"{prefix.replace('layers', 'blk')}.{NAMES[last]}" if prefix else NAMES[last]
+        shapes[f"{stem}.weight"], canonical[f"{stem}.weight"] = part.shape, name
+        if part.kind == "norm" or part.bias:
+            shapes[f"{stem}.bias"], canonical[f"{stem}.bias"] = part.shape[:1], name
+    return shapes, canonical
+
+
+def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
+    """Every tensor of the file in order, and which of them could not have the wanted type (tensor -> 'wanted -> given').
+
+    Raises EdgemedError where a type needs an importance matrix and there is none.
+    """
+    d, parts, wanted = weights.decoder, weights.parts, file_type(params)
+    shapes, canonical = layout(parts)
+    types, fallbacks = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads, bool(columns)), wanted)
+    packed = {t for t, name in canonical.items() if params.from_checkpoint and t.endswith("weight") and parts[name].kind == "matrix" and name != "lm_head"}
+    if packed:
+        types |= dict.fromkeys(packed, gguf_file.carried_type(weights.quantization["bits"]))
+    fallbacks = {t: change for t, change in fallbacks.items() if t not in packed}
+    blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and canonical[t] not in columns]
+    if blind:
+        raise EdgemedError(f"type {wanted} needs an importance matrix (first for {blind[0]}: {types[blind[0]]})", "Give imatrix: a calibration card's name, or choose q3_k_s, iq4_xs or larger")
+    reader = Reader(weights)
+    return [
+        gguf_file.Tensor(
+            t, shape, types[t], partial(reader.read, canonical[t], t.endswith("bias"), t in packed), t in packed,
+            columns.get(canonical[t]) if t.endswith("weight") else None,
+        )
+        for t, shape in shapes.items()
+    ], fallbacks
+
+
+class Reader:
+    """Reads a part's weight and then its bias from one pass over the checkpoint."""
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        self.biases: dict[str, np.ndarray] = {}
+
+    def read(self, name: str, bias: bool, packed: bool) -> np.ndarray:
+        """float32 weight or bias of a canonical part, or the bytes of a packed one."""
+        if bias:
+            return self.biases.pop(name)
+        kind = self.weights.parts[name].kind
+        if kind == "table":
+            return self.weights.table(name).numpy()
+        if kind == "norm":
+            weight, found = self.weights.norm(name)
+        else:
+            matrix = self.weights.matrix(name)
+            found = matrix.bias
+            weight = None if packed else matrix.dense()
+        if self.weights.parts[name].bias or kind == "norm":
+            # llama.cpp's graphs have a bias wherever the family stores one; a checkpoint may leave it out where it is zero.
+            self.biases[name] = found.numpy() if found is not None else np.zeros(self.weights.parts[name].shape[0], np.float32)
+        return gguf_file.carried(matrix, name) if packed else weight.numpy()
+
+
+def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
+    if params.imatrix is None:
+        return {}
+    from edgemed import importance
+
+    if params.imatrix.endswith(".npz"):
+        columns = importance.load(Path(params.imatrix))
+    else:
+        tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
+        length = min(params.length, weights.decoder.context)
+        columns = importance.importance(weights, calibration_windows(params.imatrix, tokenizer, params.samples, length))
+    for name, part in weights.parts.items():
+        if name.startswith("layers.") and part.kind == "matrix" and (name not in columns or columns[name].shape != part.shape[1:]):
+            raise EdgemedError(f"{params.imatrix} has no importance of {part.shape[1]} columns for {name}", "It was made for another model")
+    return columns
+
+
+def describe(writer: Any, weights: Weights, wanted: str) -> None:
+    """GGUF metadata: the graph's numbers and the tokenizer."""
+    checkpoint = weights.checkpoint
+    gguf_file.describe_decoder(writer, weights.decoder, FILE_TYPES[wanted][0], str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
+    if checkpoint.random_weights:
+        # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
+        writer.add_tokenizer_model("no_vocab")
+        return
+    d = weights.decoder
+    gguf_file.describe_tokenizer(writer, open_tokenizer(checkpoint.path, d.vocab), d.vocab, weights.family.gguf_pre, str(checkpoint.path))
+    if d.eos is not None:
+        writer.add_eos_token_id(d.eos)
+        writer.add_bos_token_id(checkpoint.config.get("bos_token_id") or d.eos)
+    writer.add_add_bos_token(False)
+
+
+def open(engine: Engine, threads: int | None) -> LlamaSession:
+    return LlamaSession(engine, threads)
+
+
+def self_check() -> str:
+    """Decode a long prompt with tiny quantized models in a process of its own; a sentence saying that it works.
+
+    Raises EdgemedError where llama.cpp crashes or answers nonsense: gcc 12 builds with AMX die on the first quantized prompt.
+    """
+    need("gguf", "build")
+    version = gguf_file.runtime().__version__
+    with tempfile.TemporaryDirectory() as folder:
+        for wanted in PROBES:
+            write_probe(Path(folder), wanted)
+        command = [sys.executable, "-c", "import sys; from edgemed.targets.llamacpp import run_probes; run_probes(sys.argv[1])", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+    reached = done.stdout.split()
+    if done.returncode < 0 or len(reached) < 2 * len(PROBES):
+        how = f"dies with signal {-done.returncode}" if done.returncode < 0 else f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})"
+        raise EdgemedError(f"llama-cpp-python {version} {how} on a quantized prompt of {PROBE_TOKENS} tokens ({reached[-1] if reached else 'loading'})", REBUILD)
+    return f"llama-cpp-python {version} decodes quantized prompts of {PROBE_TOKENS} tokens ({', '.join(PROBES)})"
+
+
+PROBES, PROBE_TOKENS = ("q4_0", "q8_0", "q4_k_m"), 384
+
+
+def write_probe(folder: Path, wanted: str) -> Engine:
+    """A tiny random engine; numpy and gguf suffice. The first family lends its graph."""
+    family = next(iter(all_families().values()))
+    d = replace(family.decoder(family.reference_config, {}), hidden=256, layers=2, heads=4, kv_heads=4, head_dim=64, ffn=1024, vocab=512, context=512)
+    shapes, _ = layout(family.parts(d))
+    types, _ = tensor_types(Model(shapes, d.layers), wanted)
+    random = np.random.default_rng(0)
+    tensors = [gguf_file.Tensor(t, s, types[t], partial(random.normal, 0, 0.05, s)) for t, s in shapes.items()]
+    (folder / wanted).mkdir()
+
+    def metadata(writer: Any) -> None:
+        gguf_file.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
+        writer.add_tokenizer_model("no_vocab")
+
+    gguf_file.write(folder / wanted / FILE, family.gguf_arch, metadata, tensors, threads=1)
+    return probe_engine(folder, wanted)
+
+
+def probe_engine(folder: Path, wanted: str) -> Engine:
+    return Engine(folder / wanted, wanted, "llamacpp", "", "lm", 512, 512, 512, wanted.upper(), 0, None, True, asdict(Params(wanted)))
+
+
+def run_probes(folder: str) -> None:
+    """What the child process of self_check does: name each type before and after decoding it."""
+    for wanted in PROBES:
+        print(wanted, flush=True)
+        session = open(probe_engine(Path(folder), wanted), None)
+        scores = session.prefill([i % 512 for i in range(PROBE_TOKENS)])
+        if not np.isfinite(scores).all():
+            raise RuntimeError(f"{wanted}: the scores are not finite")
+        print("decoded", flush=True)
+        session.close()
