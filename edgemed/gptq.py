@@ -32,20 +32,18 @@ class Solution:
 
 
 class Hessian:
-    """The second moment 2 X^T X / n of a matrix's inputs, float32 [in, in], summed up batch by batch."""
+    """The second moment 2 X^T X / n of a matrix's inputs, `moment` float32 [in, in], kept as a running mean over batches."""
 
     def __init__(self, columns: int):
         torch = need("torch", "build")
-        self.total, self.rows = torch.zeros(columns, columns), 0
+        self.moment, self.rows = torch.zeros(columns, columns), 0
 
     def add(self, x: torch.Tensor) -> None:
         """x float32 [..., in]."""
-        flat = x.reshape(-1, self.total.shape[0])
-        self.total.addmm_(flat.T, flat)
-        self.rows += flat.shape[0]
-
-    def mean(self) -> torch.Tensor:
-        return self.total * (2 / self.rows)
+        flat = x.reshape(-1, self.moment.shape[0])
+        rows = self.rows + flat.shape[0]
+        self.moment.addmm_(flat.T, flat, beta=self.rows / rows, alpha=2 / rows)
+        self.rows = rows
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False) -> Solution:
@@ -59,7 +57,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, da
     torch = need("torch", "build")
     rows, columns = weight.shape
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
-    upper = _inverse_root(hessian[order][:, order], damp)
+    upper = _inverse_root(hessian[order[:, None], order], damp)
     # Transposed: the loop walks over columns, which are then contiguous.
     work = weight.T[order].contiguous()
     q = torch.empty(columns, rows, dtype=torch.uint8)
@@ -84,7 +82,10 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, da
 
 
 def _inverse_root(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped second moment (the rows GPTQ's update needs), float32 [in, in]."""
+    """Upper Cholesky factor of the inverse of the damped second moment (the rows GPTQ's update needs), float32 [in, in].
+
+    Overwrites `hessian`.
+    """
     torch = need("torch", "build")
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1

@@ -86,5 +86,5 @@ FAMILY = Family(
         "layer_norm_epsilon": 1e-5, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": True, "reorder_and_upcast_attn": True,
         "tie_word_embeddings": True, "initializer_range": 0.02, "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1,
     },
-    auto_classes={"lm": "AutoModelForCausalLM", "classes": "AutoModelForSequenceClassification"},
+    auto_classes={"lm": "AutoModelForCausalLM", "classes": "AutoModelForSequenceClassification", "choice": "AutoModelForSequenceClassification"},
 )

@@ -63,9 +63,9 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     weights = Weights(checkpoint, fold=True)
     if weights.quantization:
         raise EdgemedError(f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from")
-    _check(weights, params)
     digests = inputs(params)
-    layers = _gptq(weights, params) if params.method == "gptq" else _rtn(weights, params)
+    _check(weights, params)
+    layers = _gptq(weights, _windows(weights, params), params) if params.method == "gptq" else _rtn(weights, params)
     writer = Writer(out, _config(weights, params), checkpoint.path)
     notes: dict[str, Any] = {"folded_attention_scale": weights.decoder != weights.source, "errors": {}}
     for name, part in weights.parts.items():
@@ -91,11 +91,14 @@ def _check(weights: Weights, params: Params) -> None:
         if params.group != -1 and columns % params.group:
             raise EdgemedError(f"'{key}.weight': a group of {params.group} does not divide a row of {columns} weights", _groups(weights))
         if rows % per or columns % per:
-            raise EdgemedError(f"'{key}.weight' [{rows}, {columns}] cannot be packed: {params.bits}-bit values go {per} to a word", "This model cannot be quantized so")
-    if params.method == "gptq" and params.length > weights.decoder.context:
-        raise EdgemedError(f"quantize: length {params.length} is longer than the model's context of {weights.decoder.context}", "Ask for a shorter length")
-    if params.method == "gptq" and (params.samples < 1 or params.length < 1 or params.damp <= 0):
+            problem = f"'{key}.weight' [{rows}, {columns}] cannot be packed: {params.bits}-bit values go {per} to a word"
+            raise EdgemedError(problem, "This model cannot be stored in the AutoGPTQ layout")
+    if params.method == "rtn":
+        return
+    if params.samples < 1 or params.length < 1 or params.damp <= 0:
         raise EdgemedError("quantize: samples and length must be at least 1 and damp above 0", "For example samples: 128, length: 512, damp: 0.01")
+    if params.length > weights.decoder.context:
+        raise EdgemedError(f"quantize: length {params.length} exceeds the model's context of {weights.decoder.context}", "Ask for a shorter length")
 
 
 def _groups(weights: Weights) -> str:
@@ -132,28 +135,30 @@ def _rtn(weights: Weights, params: Params) -> Iterator[tuple[int, dict[str, Any]
         yield n, found
 
 
-def _gptq(weights: Weights, params: Params) -> Iterator[tuple[int, dict[str, Any]]]:
+def _windows(weights: Weights, params: Params) -> torch.Tensor:
+    tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
+    return need("torch", "build").tensor(calibration_windows(params.calibration, tokenizer, params.samples, params.length))
+
+
+def _gptq(weights: Weights, windows: torch.Tensor, params: Params) -> Iterator[tuple[int, dict[str, Any]]]:
     """Matrices in the order they are computed, each calibrated on what the quantized ones before it put out."""
     torch = need("torch", "build")
     d = weights.decoder
-    tokenizer = open_tokenizer(weights.checkpoint.path, d.vocab)
-    windows = calibration_windows(params.calibration, tokenizer, params.samples, params.length)
     with torch.inference_mode():
-        x = embed(weights, torch.tensor(windows))
+        x = embed(weights, windows)
         for n in range(d.layers):
             layer, found = load_layer(weights, n), {}
             for name, feed in _feeds(weights, n, layer).items():
                 weight, bias = layer[name]
-                moment = Hessian(weight.shape[1])
+                hessian = Hessian(weight.shape[1])
                 for row in x.split(1):
-                    moment.add(feed(row))
-                hessian = moment.mean()
+                    hessian.add(feed(row))
                 try:
-                    solution = solve(weight, hessian, params.bits, _group(weight, params), params.damp, params.act_order)
+                    solution = solve(weight, hessian.moment, params.bits, _group(weight, params), params.damp, params.act_order)
                 except EdgemedError as error:
                     raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
                 rounded = solution.dense(params.bits)
-                errors = {"weight": _weight_error(weight, rounded), "output": output_error(weight, rounded, moment.mean())}
+                errors = {"weight": _weight_error(weight, rounded), "output": output_error(weight, rounded, hessian.moment)}
                 found[name], layer[name] = (solution, bias, errors), (rounded, bias)
                 if name in ("o", "down"):
                     for row in x.split(1):

@@ -1,0 +1,292 @@
+"""Merge a PEFT adapter into its base model, and prove that the merged model gives the adapter model's scores.
+
+Runtimes on small devices run plain weights only, and a merge that goes wrong does so silently, so the scores are compared
+before anything is written and once more from what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
+from edgemed.console import track
+from edgemed.decoder import logits
+from edgemed.errors import EdgemedError, need, nearest
+from edgemed.store import file_sha256
+from edgemed.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+TOLERANCE = 1e-4
+WINDOWS, WIDTH = 4, 64
+
+
+@dataclass(frozen=True)
+class Params:
+    """adapter: a PEFT directory. alpha: W = W_base + alpha (W_merged - W_base) for every weight the adapter changes; for LoRA
+    that is scaling the adapter. dtype of the written weights; 'source' (the base's own) may round small changes away.
+    """
+
+    adapter: str
+    alpha: float = 1.0
+    dtype: Literal["float32", "float16", "bfloat16", "source"] = "float32"
+
+
+def inputs(params: Params) -> dict[str, str]:
+    """sha256 of the adapter's config and weights. Raises EdgemedError where either is missing."""
+    return {f"adapter/{file.name}": file_sha256(file) for file in _files(params.adapter)}
+
+
+def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
+    """Write the merged checkpoint to `out`; returns the largest differences between scores and their bound.
+
+    Raises EdgemedError for a quantized base, an adapter that is damaged, cannot be merged or belongs to another base, and
+    where the merged scores differ from the adapter's.
+    """
+    if checkpoint.config.get("quantization_config"):
+        raise EdgemedError(f"{checkpoint.path} is quantized, and rounding would undo a merge", "Merge into the original checkpoint, then quantize")
+    if not 0 <= params.alpha <= 1:
+        raise EdgemedError(f"merge: alpha {params.alpha} is not between 0 and 1", "0 gives the base model, 1 the whole adapter")
+    torch, weights = need("torch", "build"), Weights(checkpoint)
+    for name in track(list(checkpoint.tensors), "check the base model"):
+        checkpoint.read(name)
+    adapter, tensors = _adapter_config(params.adapter), _adapter_tensors(params.adapter)
+    with _quiet_and_offline(), torch.inference_mode():
+        model = _apply(_load_base(weights, adapter, tensors), adapter, tensors, checkpoint)
+        tokens = _windows(weights)
+        expected = _scores(model, tokens)
+        merged = _merge(model, adapter)
+        notes = {"check_merge": _compare("the merged model", _scores(merged, tokens), expected, TOLERANCE)}
+        if params.alpha != 1:
+            _interpolate(merged, weights, params.alpha)
+            expected = _scores(merged, tokens)
+        dtypes = _write(merged, weights, out, params.dtype)
+        written = logits(Weights(open_checkpoint(out)), tokens)
+        written = written if expected.shape[1] > 1 else written[:, -1:]
+        # Below float32 the stored weights differ from the merged ones by their rounding, which the manifest then reports.
+        bound = TOLERANCE if dtypes == {"float32"} else None
+        notes["check_written"] = _compare("the written checkpoint", written, expected, bound)
+    return notes | {"peft_type": adapter.peft_type.value, "windows": list(tokens.shape), "formula": "W = W_base + alpha * (W_merged - W_base)"}
+
+
+def _files(adapter: str) -> tuple[Path, Path]:
+    path = Path(adapter)
+    if not path.is_dir():
+        raise EdgemedError(f"adapter directory {path} does not exist", f"Give a PEFT directory ({CONFIG} and {WEIGHTS[0]})")
+    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if not (path / CONFIG).is_file():
+        raise EdgemedError(f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained")
+    if found is None:
+        raise EdgemedError(f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained")
+    return path / CONFIG, found
+
+
+def _adapter_config(adapter: str) -> Any:
+    peft = need("peft", "build")
+    file, _ = _files(adapter)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        kind = values["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EdgemedError(f"{file} is damaged: {error!r}", "Copy the adapter again") from None
+    if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = [key.value for key in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
+        raise EdgemedError(f"{file}: the installed peft knows no adapter type '{kind}'", nearest(str(kind), known))
+    with warnings.catch_warnings():
+        # A key of a newer peft is dropped with a warning; if it mattered, the tensors do not fit and are refused below.
+        warnings.simplefilter("ignore")
+        config = peft.PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise EdgemedError(
+            f"{adapter}: a {kind} adapter cannot be merged: it adds virtual tokens to the input and changes no weight",
+            "Train a LoRA or another adapter of weights",
+        )
+    config.inference_mode = True
+    if config.task_type != "SEQ_CLS":
+        # peft's wrapper of a task only adds methods that a base with another head lacks; the one for classes adds the head.
+        config.task_type = None
+    return config
+
+
+def _adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
+    torch, safetensors = need("torch", "build"), need("safetensors", "build")
+    _, file = _files(adapter)
+    try:
+        if file.suffix == ".safetensors":
+            tensors = need("safetensors.torch", "build").load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise EdgemedError(f"{file} is damaged: {str(error).splitlines()[0]}", "Copy the adapter again") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise EdgemedError(f"{file.name}: tensor '{name}' holds NaN or Inf", "The adapter is damaged; do not deploy it")
+    return tensors
+
+
+@contextlib.contextmanager
+def _quiet_and_offline() -> Iterator[None]:
+    """Neither transformers nor peft may reach a hub, print progress or warn about what is checked here anyway."""
+    hub, transformers_logging = need("huggingface_hub", "build"), need("transformers.utils.logging", "build")
+    was, bars = hub.constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("transformers", "peft")}
+    hub.constants.HF_HUB_OFFLINE = True
+    transformers_logging.disable_progress_bar()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hub.constants.HF_HUB_OFFLINE = was
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_base(weights: Weights, adapter: Any, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """The base in float32, with the adapter's head where it brings one."""
+    torch, transformers = need("torch", "build"), need("transformers", "build")
+    classes, head, options = weights.family.auto_classes, weights.decoder.head, {}
+    if head == "lm" and adapter.task_type == "SEQ_CLS":
+        head = "classes"
+        options["num_labels"] = next((t.shape[0] for name, t in tensors.items() if name.endswith(".score.weight")), 2)
+    elif head != "lm":
+        options["num_labels"] = weights.decoder.head_size
+    if head not in classes:
+        raise EdgemedError(f"{weights.checkpoint.path}: cannot merge into a model with a '{head}' head", f"Known heads: {', '.join(classes)}")
+    model, info = getattr(transformers, classes[head]).from_pretrained(
+        weights.checkpoint.path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+    )
+    absent = [name for name in info["missing_keys"] if f"base_model.model.{name}" not in tensors and not _fill_head(model, weights, name)]
+    if absent:
+        problem = f"{weights.checkpoint.path}: transformers finds no weights for {', '.join(absent)}"
+        raise EdgemedError(problem, "The checkpoint or the adapter is incomplete")
+    # One sequence at a time is scored here, so nothing is padding.
+    model.config.pad_token_id = None
+    return model.eval()
+
+
+def _fill_head(model: torch.nn.Module, weights: Weights, name: str) -> bool:
+    """Copy a head that the checkpoint stores under another name than transformers does; False where `name` is no such head."""
+    part = weights.parts.get("head")
+    if part is None or name.removesuffix(".weight") not in part.modules[0].split("|"):
+        return False
+    head = weights.matrix("head")
+    if head.bias is not None:
+        problem = f"{weights.checkpoint.path}: its head has a bias, which transformers' '{name}' has no room for"
+        raise EdgemedError(problem, "Merge the adapter with the code that trained it")
+    model.get_parameter(name).copy_(head.weight)
+    return True
+
+
+def _apply(base: torch.nn.Module, config: Any, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint) -> torch.nn.Module:
+    """The base with the adapter in place. Every tensor of the adapter must have its place and its shape."""
+    peft = need("peft", "build")
+    other = f"the adapter does not belong to {checkpoint.path}"
+    hint = "Give the base model the adapter was trained on"
+    try:
+        model = peft.get_peft_model(base, config).eval()
+    except (ValueError, TypeError) as error:
+        # peft raises these for target modules that are not there, or not of a kind this adapter type knows.
+        raise EdgemedError(f"{other}: {str(error).splitlines()[0]}", hint) from None
+    asked = {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    places = {name: tensor.shape for name, tensor in model.state_dict().items()} | asked
+    for name, tensor in tensors.items():
+        if name not in places:
+            raise EdgemedError(f"{other}: it has no place for '{name}'", hint)
+        if places[name] != tensor.shape:
+            raise EdgemedError(f"{other}: '{name}' is {list(tensor.shape)}, the base needs {list(places[name])}", hint)
+    absent = [name for name in asked if name not in tensors]
+    if absent:
+        raise EdgemedError(f"{other}: the adapter has no '{absent[0]}', which its config asks for", "Copy the adapter again")
+    _untie(base, model)
+    peft.set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def _untie(base: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Give a tied output its own weights where the adapter changes only one of the two: after merging they differ."""
+    torch, tuner = need("torch", "build"), need("peft.tuners.tuners_utils", "build").BaseTunerLayer
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    inner, outer = (end.get_base_layer() if isinstance(end, tuner) else end for end in ends)
+    if any(isinstance(end, tuner) for end in ends) and outer is not None and outer.weight is inner.weight:
+        outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+
+
+def _merge(model: torch.nn.Module, config: Any) -> torch.nn.Module:
+    try:
+        if not hasattr(model.base_model, "merge_and_unload"):
+            raise NotImplementedError("it changes no weight of the model")
+        return model.base_model.merge_and_unload().eval()
+    except NotImplementedError as error:
+        problem = f"a {config.peft_type.value} adapter cannot be merged: {str(error) or 'peft has no merge for it'}"
+        raise EdgemedError(problem, "Train a LoRA or another mergeable adapter") from None
+
+
+def _windows(weights: Weights) -> torch.Tensor:
+    torch = need("torch", "build")
+    d, generator = weights.decoder, torch.Generator().manual_seed(0)
+    return torch.randint(d.vocab, (WINDOWS, min(WIDTH, d.context)), generator=generator)
+
+
+def _scores(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores [windows, tokens, vocab] of a language model, [windows, 1, classes] of a head."""
+    torch = need("torch", "build")
+    rows = [model(input_ids=row, use_cache=False).logits for row in tokens.split(1)]
+    return torch.cat([row if row.dim() == 3 else row[:, None] for row in rows])
+
+
+def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, bound: float | None) -> dict[str, float | None]:
+    scale = max(1.0, float(expected.abs().max()))
+    error = float((found - expected).abs().max())
+    if bound is not None and not error <= bound * scale:
+        raise EdgemedError(
+            f"{what} does not give the adapter model's scores: largest difference {error:.3g}, allowed {bound * scale:.3g}",
+            "This type of adapter does not merge faithfully; do not deploy it merged",
+        )
+    return {"max_abs_error": error, "largest_score": scale, "bound": None if bound is None else bound * scale}
+
+
+def _base_tensor(weights: Weights, name: str) -> torch.Tensor | None:
+    prefixes, tensors = weights.family.prefixes, weights.checkpoint.tensors
+    bare = name.removeprefix(next((p for p in prefixes if p and name.startswith(p)), ""))
+    key = next((p + bare for p in prefixes if p + bare in tensors), None)
+    return None if key is None else weights.checkpoint.read(key).float()
+
+
+def _interpolate(merged: torch.nn.Module, weights: Weights, alpha: float) -> None:
+    for name, parameter in merged.named_parameters():
+        base = _base_tensor(weights, name)
+        # A head that only the adapter has stays whole: there is nothing to interpolate from.
+        if base is not None:
+            parameter.copy_(base + alpha * (parameter - base))
+
+
+def _write(merged: torch.nn.Module, weights: Weights, out: Path, dtype: str) -> set[str]:
+    """Write the merged weights; returns the dtypes used."""
+    source = {entry.dtype for entry in weights.checkpoint.tensors.values() if "float" in entry.dtype}
+    chosen = dtype if dtype != "source" else "float32" if "float32" in source else min(source)
+    config = {k: v for k, v in weights.checkpoint.config.items() if k != "torch_dtype"}
+    config |= {"dtype": chosen, "architectures": [type(merged).__name__], "tie_word_embeddings": merged.config.tie_word_embeddings}
+    if weights.decoder.head == "lm" and merged.config.architectures != config["architectures"]:
+        config |= {"id2label": merged.config.id2label, "label2id": merged.config.label2id}
+    writer = Writer(out, config, weights.checkpoint.path)
+    # named_parameters gives a tied matrix once.
+    for name, parameter in track(list(merged.named_parameters()), "write the merged model"):
+        writer.add(name, narrowed(name, parameter.data, chosen))
+    writer.close()
+    return {chosen}
