@@ -98,7 +98,7 @@ def stored(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
     for key, entry in checkpoint.tensors.items():
         if not key.endswith(family.ignored):
             kinds[entry.dtype] = kinds.get(entry.dtype, 0) + entry.nbytes
-    return {"mb": round(sum(kinds.values()) / MB, 3), "dtypes": {name: round(size / MB, 3) for name, size in sorted(kinds.items())}}
+    return {"mb": sum(kinds.values()) / MB, "dtypes": {name: size / MB for name, size in sorted(kinds.items())}}
 
 
 def quantization(weights: Weights) -> dict[str, Any] | None:
@@ -163,7 +163,7 @@ def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[s
     total = weight_bytes + cache_bytes
     found = {"weights_mb": weight_bytes, "kv_cache_mb": cache_bytes, "total_mb": total}
     too_big = [device.name for device in devices if fits(total, device) is False]
-    return {name: round(size / MB, 3) for name, size in found.items()} | {"too_big_for": too_big}
+    return {name: size / MB for name, size in found.items()} | {"too_big_for": too_big}
 
 
 def fits(needed: int, device: Device) -> bool | None:
