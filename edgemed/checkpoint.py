@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,8 +84,12 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     if not os.access(path, os.R_OK | os.X_OK):
         raise EdgemedError(f"model directory {path} cannot be read", "Check its permissions")
     tensors: dict[str, Entry] = {}
-    for file in _weight_files(path):
+    files, index = _weight_files(path)
+    for file in files:
         tensors.update(_pickle_entries(file) if file.suffix == ".bin" else _safetensors_entries(file))
+    absent = next((name for name in index if name not in tensors), None)
+    if absent:
+        raise EdgemedError(f"{path / index[absent]} does not hold tensor '{absent}', which the index says it does", "Download the shard again")
     return Checkpoint(path, read_config(path), tensors)
 
 
@@ -101,20 +106,22 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """(files, tensor -> file as the index says, empty without one)."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{stem}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+                shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                names = sorted(set(shards.values()))
+            except (ValueError, KeyError, TypeError) as error:
                 raise EdgemedError(f"{index} is damaged: {error!r}", "Download it again") from None
             missing = [name for name in names if not (path / name).is_file()]
             if missing:
                 raise EdgemedError(f"{index.name} names {', '.join(missing)}, which is not in {path}", "Download the missing shard")
-            return [path / name for name in names]
+            return [path / name for name in names], shards
         if (path / stem).is_file():
-            return [path / stem]
+            return [path / stem], {}
     raise EdgemedError(f"{path} holds no weights", "Expected model.safetensors, pytorch_model.bin or an index of shards")
 
 
@@ -206,8 +213,6 @@ class Writer:
 
     def __init__(self, path: Path, config: Mapping[str, Any], source: Path | None = None, shard_bytes: int = 256 << 20):
         """source: a checkpoint directory whose tokenizer files are copied beside the weights."""
-        import shutil
-
         self.path, self.shard_bytes = Path(path), shard_bytes
         self.pending: dict[str, torch.Tensor] = {}
         self.size, self.shards, self.total = 0, [], 0
@@ -226,6 +231,8 @@ class Writer:
         save = need("safetensors.torch", "build").save_file
         file = self.path / f"model-{len(self.shards) + 1:05d}.safetensors"
         save(self.pending, file, metadata={"format": "pt"})
+        # safetensors writes files only their owner may read; the service that runs a model is often another user.
+        shutil.copymode(self.path / "config.json", file)
         self.shards.append(list(self.pending))
         self.total, self.pending, self.size = self.total + self.size, {}, 0
 
