@@ -7,6 +7,8 @@ import argparse
 import csv
 import hashlib
 import random
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corpus import PROJECT, WORK, data_argument
-from section import accuracy, batch, encode, items, predictions
+from section import accuracy, answer_loss, batch, encode, items, predictions
 
 SEED = 20240601
 
@@ -23,6 +25,15 @@ def is_validation(item):
     """A tenth of the training abstracts, all passages of an abstract together."""
     abstract = item["id"].split("#")[0]
     return int(hashlib.sha256(abstract.encode()).hexdigest(), 16) % 10 == 0
+
+
+def some_sentences(item, generator):
+    """The whole passage or, every other time, a run of its sentences: 1,900 passages are few, and part of a section is still that section."""
+    sentences = re.split(r"(?<=[.?!])\s+", item["passage"])
+    if len(sentences) == 1 or generator.random() < 0.5:
+        return item
+    first, last = sorted(generator.sample(range(len(sentences) + 1), 2))
+    return item | {"passage": " ".join(sentences[first:last])}
 
 
 def train_epoch(model, optimizer, schedule, sequences, size, generator):
@@ -35,7 +46,7 @@ def train_epoch(model, optimizer, schedule, sequences, size, generator):
     for chunk in chunks:
         ids, labels = batch([sequences[index] for index in chunk])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            loss = answer_loss(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -66,11 +77,14 @@ def main():
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     lora = LoraConfig(
         r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
-        task_type="CAUSAL_LM", base_model_name_or_path="recipes/quickstart/model",
+        task_type="CAUSAL_LM",
     )
+    # peft puts its layers into `base` itself, so `base` stays the language model to run.
     model = get_peft_model(base, lora)
+    # peft writes the path the base was loaded from; the adapter must name it as seen from the project's root.
+    model.peft_config["default"].base_model_name_or_path = "recipes/quickstart/model"
     labelled = items(options.data, "train")
-    training = [encode(tokenizer, item, item["answer"]) for item in labelled if not is_validation(item)]
+    training = [item for item in labelled if not is_validation(item)]
     validation = [item for item in labelled if is_validation(item)]
 
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], weight_decay=0.01)
@@ -86,15 +100,22 @@ def main():
         curve.write_text("epoch,loss,validation_accuracy\n")
 
     for epoch in range(state["epoch"], options.epochs):
-        loss = train_epoch(model, optimizer, schedule, training, options.batch, random.Random(SEED + epoch))
-        score = accuracy(predictions(model, tokenizer, validation), validation)
+        generator = random.Random(SEED + epoch)
+        sequences = [encode(tokenizer, some_sentences(item, generator), item["answer"]) for item in training]
+        loss = train_epoch(base, optimizer, schedule, sequences, options.batch, generator)
+        score = accuracy(predictions(base, tokenizer, validation), validation)
         with open(curve, "a", newline="") as log:
             csv.writer(log, lineterminator="\n").writerow([epoch + 1, f"{loss:.4f}", f"{score:.4f}"])
         if score > state["best"]:
-            model.save_pretrained(options.out)
+            model.save_pretrained(WORK / options.name)
         state = {"adapter": get_peft_model_state_dict(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         state |= {"epoch": epoch + 1, "best": max(score, state.get("best", 0.0))}
         torch.save(state, checkpoint)
+
+    # Only the weights and their config: peft would also write a card of its own over ours.
+    options.out.mkdir(parents=True, exist_ok=True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(WORK / options.name / file, options.out / file)
 
 
 if __name__ == "__main__":

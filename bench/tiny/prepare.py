@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from corpus import WORK, abstract, data_argument, medquad, pair, pubmedqa
 
@@ -26,10 +26,14 @@ def train_tokenizer(texts, folder):
     # Without the whole byte alphabet a character unseen in training could not be encoded at all.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, unk_token=END, model_max_length=512, clean_up_tokenization_spaces=False)
-    tokenizer.save_pretrained(folder)
+    folder.mkdir(exist_ok=True)
+    bpe.save(str(folder / "tokenizer.json"))
     bpe.model.save(str(folder))
-    return tokenizer
+    # The class BioMedLM names too: every transformers version reads it. Like BioMedLM there is no pad token.
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": END, "eos_token": END, "unk_token": END, "add_prefix_space": False}
+    config |= {"model_max_length": 512, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def main():
@@ -45,7 +49,7 @@ def main():
     tokenizer = train_tokenizer(answers + abstracts, WORK / "tokenizer")
 
     def tokens(texts):
-        return [np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16) for ids in tokenizer(texts)["input_ids"]]
+        return [np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16) for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
     training = tokens(answers) + tokens(abstracts) * REPEAT_PUBMEDQA
     order = np.random.default_rng(SEED).permutation(len(training))

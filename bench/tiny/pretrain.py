@@ -7,6 +7,7 @@ with a model whose answers are not noise. One thread and bf16 autocast: on two s
 import argparse
 import csv
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -60,10 +61,10 @@ def learning_rate(step, steps, peak, warmup):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1900)
-    parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens")
-    parser.add_argument("--peak", type=float, default=2e-3, help="largest learning rate")
-    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=4, help="windows of 512 tokens")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="largest learning rate")
+    parser.add_argument("--warmup", type=int, default=150)
     parser.add_argument("--name", default="pretrain", help="names the checkpoint and the loss curve")
     parser.add_argument("--out", type=Path, default=WORK / "base")
     options = parser.parse_args()
@@ -114,7 +115,7 @@ def main():
             checkpoint.with_suffix(".part").replace(checkpoint)
 
     model.half().save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
+    shutil.copytree(WORK / "tokenizer", options.out, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

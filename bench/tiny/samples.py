@@ -60,7 +60,7 @@ def calibration_set(name, description, source, parts):
 
 
 def write_task_samples(data):
-    """Both task samples; gives the section items of the test abstracts that are in neither."""
+    """Both task samples; gives what of the test split they leave unused, abstracts and section items."""
     test = items(data, "test")
     section = choose(test, 400, "section")
     labels = f"authors' section labels mapped to {', '.join(ANSWERS)}; mixed and unknown labels dropped; the long answer is the conclusion"
@@ -69,17 +69,18 @@ def write_task_samples(data):
     abstracts = pubmedqa(data, "test")
     rows = [{key: row[key] for key in ("id", "question", "contexts", "labels", "answer")} for row in choose(abstracts, 200, "pubmedqa")]
     task_sample("pubmedqa", rows, data, len(abstracts), "seeded random 200 of the 500; the fields id, question, contexts, labels, answer only")
+    asked = {row["id"] for row in rows}
     used = {item["id"].split("#")[0] for item in section}
-    return [item for item in test if item["id"].split("#")[0] not in used]
+    return [row for row in abstracts if row["id"] not in asked], [item for item in test if item["id"].split("#")[0] not in used]
 
 
-def write_calibration_sets(data, unused_test_items):
-    def abstracts(split, count):
-        return [{"id": row["id"], "text": abstract(row)} for row in choose(pubmedqa(data, split), count, f"abstracts {split}")]
+def write_calibration_sets(data, unused_abstracts, unused_items):
+    def abstracts(rows, count, salt):
+        return [{"id": row["id"], "text": abstract(row)} for row in choose(rows, count, salt)]
 
     calibration_set(
-        "pubmedqa-abstracts", "Whole PubMed abstracts: question (the title), contexts, conclusion. Calibration from the train split, heldout from the test split.",
-        PUBMEDQA_SOURCE, {"calibration": abstracts("train", 256), "heldout": abstracts("test", 64)},
+        "pubmedqa-abstracts", "Whole PubMed abstracts: question (the title), contexts, conclusion. Calibration from the train split, heldout from test abstracts that the pubmedqa sample does not use.",
+        PUBMEDQA_SOURCE, {"calibration": abstracts(pubmedqa(data, "train"), 256, "abstracts train"), "heldout": abstracts(unused_abstracts, 64, "abstracts test")},
     )
 
     def answers(rows, count, salt):
@@ -96,7 +97,7 @@ def write_calibration_sets(data, unused_test_items):
 
     calibration_set(
         "pubmedqa-sections", "The section task's own prompts with their answers. Calibration from the train split, heldout from test abstracts that the section sample does not use.",
-        PUBMEDQA_SOURCE, {"calibration": prompts(items(data, "train"), 256, "sections train"), "heldout": prompts(unused_test_items, 64, "sections test")},
+        PUBMEDQA_SOURCE, {"calibration": prompts(items(data, "train"), 256, "sections train"), "heldout": prompts(unused_items, 64, "sections test")},
     )
 
 
@@ -104,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     data_argument(parser)
     data = parser.parse_args().data
-    write_calibration_sets(data, write_task_samples(data))
+    write_calibration_sets(data, *write_task_samples(data))
     folder = PROJECT / "LICENSES"
     folder.mkdir(exist_ok=True)
     for name in ("pubmedqa_MIT.txt", "medquad_CC-BY-4.0.txt"):
