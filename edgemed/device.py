@@ -69,8 +69,8 @@ def read_device(name: str) -> Device:
 def machine() -> dict[str, Any]:
     """What this machine is, for records: no host name, no path, nothing about a person.
 
-    Keys: label (short and stable, for file names), cpu, architecture, logical_cores, physical_cores, flags, memory_bytes, governor,
-    power_mode, gpus [{name, memory_bytes, driver, compute_capability}], device (a name under devices/, or None), os.
+    Keys: label (short and stable, for file names), cpu, architecture, logical_cores, physical_cores, flags, cache_bytes (last level), memory_bytes,
+    governor, power_mode, gpus [{name, memory_bytes, driver, compute_capability}], device (a name under devices/, or None), os.
     """
     return copy.deepcopy(_machine())
 
@@ -84,7 +84,7 @@ def _machine() -> dict[str, Any]:
         "cpu": cpu, "architecture": platform.machine(), "logical_cores": logical,
         # Some Arm kernels do not tell cores from threads; there the two are the same.
         "physical_cores": min(psutil.cpu_count(logical=False) or logical, logical),
-        "flags": cpu_flags(), "memory_bytes": psutil.virtual_memory().total,
+        "flags": cpu_flags(), "cache_bytes": last_level_cache(), "memory_bytes": psutil.virtual_memory().total,
         "governor": _line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), "power_mode": power_mode(), "gpus": gpus()[0], "os": os_name(),
     }
     facts["device"] = recognised(facts["memory_bytes"], facts["gpus"], board())
@@ -158,12 +158,12 @@ def recognised(memory_bytes: int, gpus: list[dict[str, Any]], board: str) -> str
     return None
 
 
-def read_bandwidth(threads: int, rounds: int = 8) -> float:
+def read_bandwidth(threads: int, rounds: int = 30) -> float:
     """Measured memory read bandwidth in 10^9 bytes/s with `threads` threads: the best of `rounds` rounds of each way of reading.
 
     The buffer is far larger than the last-level cache, and its parts are handed out as threads become free, so that one slow core
-    does not lower the result. Three reductions that write nothing are tried, since which is fastest depends on the CPU; none uses
-    BLAS, which would start threads of its own.
+    does not lower the result; rounds are many and short, so that some fall between what else the machine does. Three reductions
+    that write nothing are tried, since which is fastest depends on the CPU; none uses BLAS, which would start threads of its own.
     """
     import psutil
 

@@ -25,7 +25,8 @@ RESERVE_SHARED, RESERVE_OWN = int(1.5 * GIB), GIB // 2
 GROUP = 128
 # Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not divide get the block-of-32 ones.
 GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
-GGUF_NAMES = {"embed": "token_embd", "positions": "position_embd", "lm_head": "output", "qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
+GGUF_NAMES = {"embed": "token_embd", "positions": "position_embd", "lm_head": "output",
+              "qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 MB = 1e6
 
 
@@ -110,8 +111,9 @@ def quantization(weights: Weights) -> dict[str, Any] | None:
 def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
     """(precision, (weight bytes, KV cache bytes at the full context)) of the engines edgemed can make.
 
-    fp32, fp16: 4 or 2 bytes for everything (ONNX holds a tied output matrix once more). int8, int4 g128: layer matrices as integers with one float32 scale per 128 inputs,
-    tables float16, output matrix int8 with a float32 scale per 32, norms and biases float32; their cache is float32.
+    fp32, fp16: 4 or 2 bytes for everything (ONNX holds a tied output matrix once more). int8, int4 g128: layer matrices as
+    integers with one float32 scale per 128 inputs, tables float16, output matrix int8 with a float32 scale per 32,
+    norms and biases float32; their cache is float32.
     Q4_K_M: llama.cpp's mix of types, cache float16.
     """
     found, d = sizes(weights), weights.source
@@ -119,7 +121,8 @@ def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
     yield "fp32", (4 * everything, kv_cache(d, 4))
     yield "fp16", (2 * everything, kv_cache(d, 2))
     for bits in (8, 4):
-        yield f"int{bits} g{GROUP}", (round(sum(_int_bits(name, part, bits) for name, part in found.items()) / 8) + _tied_head(weights), kv_cache(d, 4))
+        total = round(sum(_int_bits(name, part, bits) for name, part in found.items()) / 8)
+        yield f"int{bits} g{GROUP}", (total + _tied_head(weights), kv_cache(d, 4))
     yield "Q4_K_M", (q4_k_m(weights), kv_cache(d, 2))
 
 
@@ -184,14 +187,15 @@ def possible(weights: Weights, target: str) -> dict[str, Any]:
     module = plugins.load("targets", target)
     package, extra = module.RUNTIME
     reason, installed = module.supports(weights, module.Params()), importlib.util.find_spec(package) is not None
-    return {"possible": reason is None, "why_not": reason, "runtime_installed": installed, "fix": None if installed else f"pip install 'edgemed[{extra}]'"}
+    fix = None if installed else f"pip install 'edgemed[{extra}]'"
+    return {"possible": reason is None, "why_not": reason, "runtime_installed": installed, "fix": fix}
 
 
 def notes(d: Decoder, checkpoint: Checkpoint) -> list[str]:
     """What a person should know before building."""
     found = []
     if len(set(d.score_scale)) > 1:
-        found.append("Attention scores are scaled differently in each layer; edgemed carries this into every engine, other converters may drop it silently.")
+        found.append("Attention scores are scaled differently in each layer; edgemed carries this into every engine, other converters may not.")
     if checkpoint.random_weights:
         found.append("Random weights: good for latency and memory only.")
     return found

@@ -40,7 +40,8 @@ def view(document: Json) -> dict[str, Any]:
     return {
         "d": document, "engines": engines, "tasks": [task_view(task, document) for task in tasks], "headline": headline(engines),
         "steps": [step_view(manifest) for manifest in document["steps"]], "device": device_view(document["device"], engines),
-        "recipe": json.dumps(document["recipe"], indent=1, ensure_ascii=False), "random_weights": document["source"]["random_weights"], "versions": versions(document),
+        "recipe": json.dumps(document["recipe"], indent=1, ensure_ascii=False), "random_weights": document["source"]["random_weights"],
+        "versions": versions(document),
         "measured_on": sorted({r["machine"]["label"] for e in document["engines"] for r in e["records"]}),
     }
 
@@ -52,13 +53,15 @@ def engine_view(engine: Json) -> dict[str, Any]:
     values = {record["name"]: record for record in records if record["how"].get("prompt") is None or "generate" in record["how"]}
     prompts = sorted({r["how"]["prompt"] for r in records if r["name"] == "first_token_seconds"})
     by_prompt = [{"prompt": p, **{r["name"]: r for r in records if r["how"].get("prompt") == p and "generate" not in r["how"]}} for p in prompts]
-    verify = engine["verify"]
+    verify, ceiling = engine["verify"], values.get("ceiling_tokens_per_second")
     return {
         **engine, "verdict": verdict, "values": values, "prompts": by_prompt, "last": by_prompt[-1] if by_prompt else None,
         "why_no_speed": {"failed": "not benchmarked: parity failed"}.get(verdict, "not benchmarked") if not records else None,
         "greedy": verify["greedy_same"] / verify["greedy_tokens"] if verify and verify.get("greedy_tokens") else None,
         "results": {result["task"]: result for result in engine["evals"]}, "best": set(), "bars": {}, "facts": facts(engine["manifest"]["notes"]),
         "outputs": outputs(engine["manifest"]),
+        # Weights that fit the cache are not read from memory for every token, so the memory's ceiling does not bound them.
+        "cached": ceiling is not None and ceiling["how"]["bytes_per_token"] < ceiling["machine"]["cache_bytes"],
     }
 
 
@@ -96,25 +99,29 @@ def scale_bars(engines: list[dict[str, Any]]) -> None:
 
 
 def headline(engines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The few facts a reader wants first: (label, figure, note)."""
-    checked = [e for e in engines if e["verify"] is not None]
+    """The few facts a reader wants first: label, figure, note, and whether it is bad news."""
+    checked, sound = [e for e in engines if e["verify"] is not None], [e for e in engines if e["verdict"] != "failed"]
     failed = [e["name"] for e in checked if e["verdict"] == "failed"]
-    found = [{"label": "Parity with the source", "figure": f"{len(checked) - len(failed)} of {len(checked)}" if checked else "none verified",
-              "note": f"failed: {', '.join(failed)}" if failed else "engines passed" if checked else "no engine was compared with its source", "bad": bool(failed)}]
-    sound = [e for e in engines if e["verdict"] != "failed"]
+    note = f"failed: {', '.join(failed)}" if failed else "engines passed" if checked else "no engine was compared with its source"
+    found = [("Parity with the source", f"{len(checked) - len(failed)} of {len(checked)}" if checked else "none verified", note, bool(failed))]
     if fast := [e for e in sound if "decode_tokens_per_second" in e["values"]]:
         first = max(fast, key=lambda e: value(e, "decode_tokens_per_second"))
-        found.append({"label": "Fastest engine", "figure": f"{number(value(first, 'decode_tokens_per_second'))}\u00a0tok/s", "note": first["name"], "bad": False})
+        found.append(("Fastest engine", f"{number(value(first, 'decode_tokens_per_second'))}\u00a0tok/s", first["name"], False))
     if sound:
         small = min(sound, key=lambda e: e["bytes"])
-        found.append({"label": "Smallest engine", "figure": size(small["bytes"]), "note": small["name"], "bad": False})
-    paired = [(e, r) for e in sound for r in e["evals"] if r["paired"]]
+        found.append(("Smallest engine", size(small["bytes"]), small["name"], False))
+    paired = [(change(result), engine["name"], result) for engine in sound for result in engine["evals"] if result["paired"]]
     if paired:
-        engine, result = min(paired, key=lambda pair: pair[1]["correct"] - pair[1]["paired"]["source_correct"])
-        change = (result["correct"] - result["paired"]["source_correct"]) / result["n"]
-        found.append({"label": "Largest loss of accuracy", "figure": points(change) if change < 0 else "none",
-                      "note": f"{engine['name']} on {result['task']}, {result['n']} items" if change < 0 else f"{len(paired)} comparisons with the source", "bad": False})
-    return found
+        worst, name, result = min(paired, key=lambda row: row[0])
+        lost = worst < 0
+        note = f"{name} on {result['task']}, {result['n']} items" if lost else f"{len(paired)} comparisons with the source"
+        found.append(("Largest loss of accuracy", points(worst) if lost else "none", note, False))
+    return [dict(zip(("label", "figure", "note", "bad"), fact, strict=True)) for fact in found]
+
+
+def change(result: Json) -> float:
+    """Accuracy less the source's, over the same items."""
+    return (result["correct"] - result["paired"]["source_correct"]) / result["n"]
 
 
 def task_view(task: str, document: Json) -> dict[str, Any]:
@@ -124,10 +131,12 @@ def task_view(task: str, document: Json) -> dict[str, Any]:
     for engine in document["engines"]:
         for result in engine["evals"]:
             if result["task"] == task:
-                rows.append({"name": engine["name"], "source": False, "result": result, "failed": verdict_of(engine) == "failed",
-                             "difference": points((result["correct"] - result["paired"]["source_correct"]) / result["n"]) if result["paired"] else DASH})
+                difference = points(change(result)) if result["paired"] else DASH
+                failed = verdict_of(engine) == "failed"
+                rows.append({"name": engine["name"], "source": False, "result": result, "failed": failed, "difference": difference})
     first = rows[0]["result"]
-    return {"name": task, "rows": rows, "n": first["n"], "majority": first.get("majority"), "scoring": first["scoring"], "sha256": first["task_sha256"]}
+    known = {key: first[key] for key in ("n", "majority", "scoring", "task_sha256")}
+    return {"name": task, "rows": rows, **known}
 
 
 def step_view(manifest: Json) -> dict[str, Any]:
@@ -206,9 +215,9 @@ def percent(x: float | None) -> str:
     return DASH if x is None else f"{100 * x:.1f}\u202f%"
 
 
-def points(change: float) -> str:
+def points(difference: float) -> str:
     """A change of accuracy in percentage points, with its sign."""
-    return f"{100 * change:+.1f} pt".replace("-", "\u2212") if round(100 * change, 1) else "0.0 pt"
+    return f"{100 * difference:+.1f} pt".replace("-", "\u2212") if round(100 * difference, 1) else "0.0 pt"
 
 
 def tiny(x: float | None) -> str:

@@ -38,8 +38,8 @@ def test_machine_has_the_facts_and_no_identity():
     assert facts["memory_bytes"] > 1 << 28 and facts["architecture"] == platform.machine()
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", facts["label"])
     # No host name, address, user or path can hide in these.
-    assert set(facts) == {"label", "cpu", "architecture", "logical_cores", "physical_cores", "flags", "memory_bytes", "governor", "power_mode",
-                          "gpus", "device", "os"}
+    assert set(facts) == {"label", "cpu", "architecture", "logical_cores", "physical_cores", "flags", "cache_bytes", "memory_bytes", "governor",
+                          "power_mode", "gpus", "device", "os"}
     assert json.loads(json.dumps(facts)) == facts
     facts["gpus"].append("changed")
     assert "changed" not in device.machine()["gpus"]

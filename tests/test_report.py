@@ -13,15 +13,17 @@ from edgemed.report import number, points, render, seconds, size, tiny
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 MACHINE = {
-    "label": "test-cpu-2c", "cpu": "Test CPU", "architecture": "x86_64", "logical_cores": 2, "physical_cores": 2, "flags": ["avx2", "avx512_vnni"],
+    "label": "test-cpu-2c", "cpu": "Test CPU", "architecture": "x86_64", "logical_cores": 2, "physical_cores": 2,
+    "flags": ["avx2", "avx512_vnni"], "cache_bytes": 33_554_432,
     "memory_bytes": 25_276_514_304, "governor": "performance", "power_mode": None, "gpus": [], "device": None, "os": "Test OS 1",
 }
 VERSIONS = {"python": "3.11.7", "onnxruntime": "1.32.0", "edgemed": "0.1.0"}
 
 
 def manifest(kind, stage, notes, sha="ab"):
+    params = {"bits": 4, "method": "gptq"} if kind == "checkpoint" else {"precision": "int4"}
     return {
-        "schema": 1, "key": sha * 32, "kind": kind, "stage": stage, "params": {"bits": 4, "method": "gptq"} if kind == "checkpoint" else {"precision": "int4"},
+        "schema": 1, "key": sha * 32, "kind": kind, "stage": stage, "params": params,
         "inputs": {"checkpoint/config.json": "cd" * 32}, "files": {"model.bin": {"sha256": "ef" * 32, "bytes": 6_125_000}}, "notes": notes,
         "versions": VERSIONS, "wall_seconds": 21.4, "peak_memory_bytes": 690_000_000, "created": "2026-01-01T00:00:00Z", "parent": None,
     }
@@ -35,26 +37,28 @@ def record(name, value, unit, n=5, spread=None, **how):
 
 def records(speed):
     return [
-        record("load_seconds", 0.312, "s", 1), record("first_token_seconds", 0.0173, "s", prompt=32), record("prefill_tokens_per_second", 1849.0, "tok/s", prompt=32),
+        record("load_seconds", 0.312, "s", 1), record("first_token_seconds", 0.0173, "s", prompt=32),
+        record("prefill_tokens_per_second", 1849.0, "tok/s", prompt=32),
         record("first_token_seconds", 0.1234, "s", prompt=256), record("prefill_tokens_per_second", 2075.0, "tok/s", prompt=256),
         record("step_milliseconds", 1000 / speed, "ms", 320, {"p50": 2.11, "p90": 2.49, "p99": 3.87}, prompt=32, generate=64),
         record("decode_tokens_per_second", speed, "tok/s", prompt=32, generate=64), record("peak_memory_bytes", 151_400_000.0, "B", 1),
-        record("file_bytes", 6_125_000.0, "B", 1), record("bandwidth_gb_s", 27.9, "GB/s", 1), record("ceiling_tokens_per_second", 5 * speed, "tok/s", 1),
-        record("ceiling_share", 0.2, "1", 1),
+        record("file_bytes", 6_125_000.0, "B", 1), record("bandwidth_gb_s", 27.9, "GB/s", 1),
+        record("ceiling_tokens_per_second", 5 * speed, "tok/s", 1, bytes_per_token=40_000_000), record("ceiling_share", 0.2, "1", 1),
     ]
 
 
 def verified(passed=True, kl=0.00231, top1=0.9512, exact=None):
     return {
-        "engine": "e", "engine_key": "ab" * 32, "prompts": 20, "positions": 1920, "mean_kl": kl, "max_kl": 20 * kl, "top1": top1, "max_logit_error": 0.412,
-        "greedy_tokens": 1280, "greedy_same": 803, "greedy_match_mean": 40.2, "passed": passed, "limits": {"max_kl": 0.05, "min_top1": 0.9, "max_logit_error": exact},
+        "engine": "e", "engine_key": "ab" * 32, "prompts": 20, "positions": 1920, "mean_kl": kl, "max_kl": 20 * kl, "top1": top1,
+        "max_logit_error": 0.412, "greedy_tokens": 1280, "greedy_same": 803, "greedy_match_mean": 40.2, "passed": passed,
+        "limits": {"max_kl": 0.05, "min_top1": 0.9, "max_logit_error": exact},
         "problems": [] if passed else ["mean KL 0.731 is above the limit 0.05"],
     }
 
 
 def evaluated(model, correct, paired=None):
-    return {"task": "section", "model": model, "engine_key": None, "task_sha256": "12" * 32, "n": 200, "correct": correct, "accuracy": correct / 200, "majority": 0.245,
-            "truncated": 3, "seconds": 12.5, "scoring": "sum of option token log-likelihoods", "items": [], "paired": paired}
+    return {"task": "section", "model": model, "engine_key": None, "task_sha256": "12" * 32, "n": 200, "correct": correct,
+            "accuracy": correct / 200, "majority": 0.245, "truncated": 3, "seconds": 12.5, "scoring": "sum of option token log-likelihoods", "items": [], "paired": paired}
 
 
 def engine(name, speed, correct, passed=True, **facts):
@@ -68,12 +72,17 @@ def engine(name, speed, correct, passed=True, **facts):
 def document():
     errors = {f"layers.{n}.{m}": {"weight": 0.0123, "output": 0.00456} for n in range(6) for m in ("qkv", "o", "up", "down")}
     return {
-        "schema": 1, "title": "Quickstart: abstract sections", "created": "2026-01-01T00:00:00Z", "recipe": {"model": "quickstart/model", "device": "jetson-orin-nano-8gb"},
+        "schema": 1, "title": "Quickstart: abstract sections", "created": "2026-01-01T00:00:00Z",
+        "recipe": {"model": "quickstart/model", "device": "jetson-orin-nano-8gb"},
         "device": json.loads(json.dumps(asdict(read_device("jetson-orin-nano-8gb")))), "machine": MACHINE,
-        "source": {"path": "quickstart/model", "family": "gpt2", "parameters": 5_918_720, "files": {"config.json": "34" * 32}, "random_weights": False},
+        "source": {"path": "quickstart/model", "family": "gpt2", "parameters": 5_918_720, "files": {"config.json": "34" * 32},
+                   "random_weights": False},
         "steps": [manifest("checkpoint", "merge", {"peft_type": "LORA", "check_merge": {"max_abs_error": 1.2e-06}}),
                   manifest("checkpoint", "quantize", {"folded_attention_scale": True, "errors": errors, "calibration_sha256": "56" * 32})],
-        "engines": [engine("onnx-fp32", 431.0, 158, precision="fp32", bytes=24_300_000, verify=verified(kl=5.16e-13, top1=1.0, exact=0.001)), engine("onnx-int4", 512.4, 155)],
+        "engines": [
+            engine("onnx-fp32", 431.0, 158, precision="fp32", bytes=24_300_000, verify=verified(kl=5.16e-13, top1=1.0, exact=0.001)),
+            engine("onnx-int4", 512.4, 155),
+        ],
         "source_evals": [evaluated("source (float32)", 158)], "not_measured": ["Energy was not measured."],
     }
 
@@ -112,9 +121,11 @@ def read(page):
 
 def test_every_engine_and_number_is_there(document):
     text = read(render(document))
-    for name in ("onnx-fp32", "onnx-int4", "Quickstart: abstract sections", "5 918 720", "merge", "quantize", "section", "NVIDIA Jetson Orin Nano 8GB"):
+    names = ("onnx-fp32", "onnx-int4", "Quickstart: abstract sections", "5 918 720", "merge", "quantize", "NVIDIA Jetson Orin Nano 8GB")
+    for name in names:
         assert name in text, name
-    numbers = ["512 tok/s", "2 562", "6.12 MB", "24.3 MB", "151 MB", "17.3 ms", "123 ms", "2 075 tok/s", "2.11 ms", "2.49 ms", "3.87 ms", "27.9 GB/s", "20.0 %",  # speed
+    numbers = ["512 tok/s", "2 562", "6.12 MB", "24.3 MB", "151 MB", "17.3 ms", "123 ms", "2 075 tok/s", "2.11 ms", "2.49 ms", "3.87 ms",
+               "27.9 GB/s", "20.0 %",  # speed
                "95.1 %", "0.0023", "5.2×10⁻¹³", "803 of 1 280", "40.2 tokens", "limit 0.001",  # parity
                "79.0 %", "77.5 %", "−1.5 pt", "24.5 %", "−5 +2", "312 ms", "21.4 s", "690 MB"]
     for shown in numbers:
@@ -183,13 +194,21 @@ def test_a_head_without_decoding(document):
     assert "123 ms" in text and "Fastest engine" not in text
 
 
+def test_a_ceiling_that_does_not_bind_says_so(document):
+    assert "ceiling is not a bound" not in read(render(document))
+    [ceiling] = [r for r in document["engines"][1]["records"] if r["name"] == "ceiling_tokens_per_second"]
+    ceiling["how"]["bytes_per_token"] = 3_000_000
+    assert "Weights of onnx-int4 fit the processor's cache" in read(render(document))
+
+
 def test_rendering_is_pure(document):
     before = copy.deepcopy(document)
     assert render(document) == render(document) and document == before
 
 
 @pytest.mark.parametrize(("shown", "expected"), [
-    (size(1_577_000_000), "1.58\u00a0GB"), (size(512), "512\u00a0B"), (size(None), "–"), (seconds(0.0123), "12.3\u00a0ms"), (seconds(1.94), "1.94\u00a0s"), (seconds(600.4), "10\u00a0min 0\u00a0s"),
+    (size(1_577_000_000), "1.58\u00a0GB"), (size(512), "512\u00a0B"), (size(None), "–"), (seconds(0.0123), "12.3\u00a0ms"),
+    (seconds(1.94), "1.94\u00a0s"), (seconds(600.4), "10\u00a0min 0\u00a0s"),
     (number(0.0421), "0.042"), (number(0), "0.00"), (number(12345.6), "12\u202f346"), (tiny(3.1e-12), "3.1×10⁻¹²"), (tiny(0.0), "0.0000"),
     (points(-0.015), "−1.5 pt"), (points(0.0), "0.0 pt"), (points(0.02), "+2.0 pt"),
 ])
