@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.device import Device
+from edgemed.errors import EdgemedError
 from edgemed.plan import usable
 
 TEMPLATES = Path(__file__).parent / "templates"
+SCHEMA = 1
 DASH = "–"
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Json = Mapping[str, Any]
 
 
 def render(document: Json) -> str:
-    """The report page of a run document (schema 1), as HTML text."""
+    """The report page of a run document, as HTML text. Raises EdgemedError for a document of another schema."""
     import jinja2
 
+    if document.get("schema") != SCHEMA:
+        raise EdgemedError(f"the run document has schema {document.get('schema')}, this edgemed reads {SCHEMA}", "Run the recipe again")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -61,7 +65,7 @@ def engine_view(engine: Json) -> dict[str, Any]:
         "results": {result["task"]: result for result in engine["evals"]}, "best": set(), "bars": {}, "facts": facts(engine["manifest"]["notes"]),
         "outputs": outputs(engine["manifest"]),
         # Weights that fit the cache are not read from memory for every token, so the memory's ceiling does not bound them.
-        "cached": ceiling is not None and ceiling["how"]["bytes_per_token"] < ceiling["machine"]["cache_bytes"],
+        "cached": ceiling is not None and ceiling["how"]["bytes_per_token"] < ceiling["machine"].get("cache_bytes", 0),
     }
 
 

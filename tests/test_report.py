@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from edgemed.device import read_device
+from edgemed.errors import EdgemedError
 from edgemed.report import number, points, render, seconds, size, tiny
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -58,7 +59,8 @@ def verified(passed=True, kl=0.00231, top1=0.9512, exact=None):
 
 def evaluated(model, correct, paired=None):
     return {"task": "section", "model": model, "engine_key": None, "task_sha256": "12" * 32, "n": 200, "correct": correct,
-            "accuracy": correct / 200, "majority": 0.245, "truncated": 3, "seconds": 12.5, "scoring": "sum of option token log-likelihoods", "items": [], "paired": paired}
+            "accuracy": correct / 200, "majority": 0.245, "truncated": 3, "seconds": 12.5,
+            "scoring": "sum of option token log-likelihoods", "items": [], "paired": paired}
 
 
 def engine(name, speed, correct, passed=True, **facts):
@@ -199,6 +201,11 @@ def test_a_ceiling_that_does_not_bind_says_so(document):
     [ceiling] = [r for r in document["engines"][1]["records"] if r["name"] == "ceiling_tokens_per_second"]
     ceiling["how"]["bytes_per_token"] = 3_000_000
     assert "Weights of onnx-int4 fit the processor's cache" in read(render(document))
+
+
+def test_another_schema_is_refused(document):
+    with pytest.raises(EdgemedError, match="schema 2, this edgemed reads 1"):
+        render({**document, "schema": 2})
 
 
 def test_rendering_is_pure(document):
