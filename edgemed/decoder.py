@@ -98,6 +98,7 @@ def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
             layer = load_layer(weights, n)
             # One sequence after the other: activations stay those of one sequence.
             x = torch.cat([block(d, layer, n, row) for row in x.split(1)])
+            del layer  # before the next one is read, or two would be in memory
         final, matrix, bias = top(weights)
         return torch.nn.functional.linear(norm(d, final, "final_norm", x), matrix, bias)
 
