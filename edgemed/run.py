@@ -25,6 +25,7 @@ from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.evaluate import evaluate, pair
+from edgemed.plan import parameters
 from edgemed.random_weights import make_random
 from edgemed.recipe import Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
@@ -33,6 +34,9 @@ from edgemed.task import questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.verify import Limits, verify
 from edgemed.weights import Weights
+
+
+RANDOM = "random:"
 
 
 @dataclass
@@ -50,6 +54,7 @@ def run(recipe: Recipe, work: Path) -> Path:
 
     Raises EdgemedError for anything a person can put right; a second call goes on from the last finished step.
     """
+    check_inputs(recipe)
     work = Path(work)
     cache = work / "store"
     line = run_steps(recipe, cache)
@@ -71,9 +76,20 @@ def run(recipe: Recipe, work: Path) -> Path:
     return work / "report.html"
 
 
+def check_inputs(recipe: Recipe) -> None:
+    """Find a missing model, adapter, text set or task file in the first second, not after an hour of work."""
+    if not recipe.model.startswith(RANDOM):
+        Weights(open_checkpoint(recipe.model))
+    for stage in recipe.steps:
+        plugins.load("steps", stage.plugin).inputs(stage.params)
+    if recipe.verify:
+        read_card(recipe.verify.prompts).digest("heldout")
+    for spec in recipe.eval.tasks if recipe.eval else ():
+        questions(spec)
+
+
 def run_steps(recipe: Recipe, cache: Path) -> Line:
     model = open_model(recipe.model, cache)
-    Weights(model)  # shapes and architecture are checked before any work is done
     line = Line({"model": model}, model, model)
     for stage in recipe.steps:
         line.last = run_step(stage, line.last, cache)
@@ -86,8 +102,8 @@ def run_steps(recipe: Recipe, cache: Path) -> Line:
 
 def open_model(model: str, cache: Path) -> Checkpoint:
     """A checkpoint by directory or hub id; 'random:NAME' makes one of true dimensions with random weights under `cache`."""
-    kind, _, name = model.partition(":")
-    return make_random(name, cache / f"random-{name}") if kind == "random" else open_checkpoint(model)
+    name = model.removeprefix(RANDOM)
+    return make_random(name, cache / f"random-{name}") if model.startswith(RANDOM) else open_checkpoint(model)
 
 
 def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
@@ -219,16 +235,8 @@ def evaluate_engine(engine: Engine, asked: Any, threads: int | None = None) -> d
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     weights = Weights(checkpoint)
-    sizes = {key: entry.shape for key, entry in checkpoint.tensors.items() if not key.endswith(weights.family.ignored)}
-    count = sum(int(_product(shape)) for key, shape in sizes.items() if not (weights.decoder.tied and key.startswith("lm_head")))
-    return {"path": str(checkpoint.path), "family": weights.family.name, "parameters": count, "files": checkpoint.hashes(), "random_weights": checkpoint.random_weights}
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return {"path": str(checkpoint.path), "family": weights.family.name, "parameters": parameters(weights), "files": checkpoint.hashes(),
+            "random_weights": checkpoint.random_weights}
 
 
 def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
