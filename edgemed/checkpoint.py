@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -228,9 +229,16 @@ class Writer:
         self.size += tensor.nbytes
 
     def _flush(self) -> None:
-        save = need("safetensors.torch", "build").save_file
+        save, safetensors = need("safetensors.torch", "build").save_file, need("safetensors", "build")
         file = self.path / f"model-{len(self.shards) + 1:05d}.safetensors"
-        save(self.pending, file, metadata={"format": "pt"})
+        try:
+            save(self.pending, file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            # Its Rust code reports a full disk in words only.
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
         # safetensors writes files only their owner may read; the service that runs a model is often another user.
         shutil.copymode(self.path / "config.json", file)
         self.shards.append(list(self.pending))

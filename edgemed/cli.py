@@ -55,9 +55,11 @@ def main() -> None:
     except EdgemedError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; finished steps are kept, run the same command again to go on", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        # typer turns Ctrl-C into exit code 130 without a word.
+        if end.code == 130:
+            typer.echo("interrupted; finished steps are kept, run the same command again to go on", err=True)
+        raise
 
 
 @app.command()
@@ -147,11 +149,17 @@ def export(
     sets: Sets = None, json_: Json = False,
 ) -> None:
     """Compile a checkpoint to one engine directory that travels to the device."""
+    from edgemed import store
     from edgemed.api import export as export_engine
+    from edgemed.console import say
 
     if (model is None) == (random_weights is None):
         raise EdgemedError("give either MODEL or --random-weights NAME", "For example: edgemed export ./BioMedLM --target onnx --out engine")
     engine = export_engine(model or f"random:{random_weights}", target, out, prompts=None if prompts == "none" else prompts, source=source, **settings(sets))
+    notes = store.read_manifest(engine.path)["notes"]
+    # A tensor that could not have the type asked for is said aloud: the engine is larger than its name says.
+    for change in sorted(set(notes.get("fallbacks", {}).values())):
+        say(f"{change}: {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}")
     show({"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}, json_)
 
 

@@ -95,6 +95,15 @@ class Family:
     auto_classes: Mapping[str, str]
 
 
+def whole(config: Mapping[str, Any], key: str) -> int:
+    """A size in config.json. Raises EdgemedError where it is missing or not a whole number above 0."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        said = f"has {key} {value!r}, which is not a whole number above 0" if key in config else f"has no {key}"
+        raise EdgemedError(f"config.json {said}", "Download it again")
+    return value
+
+
 def all_families() -> dict[str, Family]:
     return {name: plugins.load("families", name).FAMILY for name in plugins.names("families")}
 

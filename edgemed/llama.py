@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edgemed.device import machine
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.session import check_room
@@ -54,7 +55,7 @@ class LlamaSession:
         self.batch_size = min(BATCH, engine.context)
         params.n_ctx, params.n_batch, params.n_ubatch = engine.context, self.batch_size, self.batch_size
         params.n_outputs_max = params.n_outputs_max_per_seq = self.batch_size
-        params.n_threads = params.n_threads_batch = threads or physical_cores()
+        params.n_threads = params.n_threads_batch = threads or machine()["physical_cores"]
         kv = engine.params["kv"]
         kv = ("f32" if engine.precision == "F32" else "f16") if kv == "auto" else kv
         params.type_k = params.type_v = {"f32": lib.GGML_TYPE_F32, "f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0}[kv]
@@ -128,12 +129,6 @@ def _arrays(batch: Any, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.ctypeslib.as_array(field, (size,)) for field in (batch.token, batch.pos, batch.logits))
 
 
-def physical_cores() -> int:
-    import psutil
-
-    return psutil.cpu_count(logical=False) or 1
-
-
 ERRORS: list[str] = []  # llama.cpp's error lines since the last load
 _KEPT: list[Any] = []  # the log callback: llama.cpp keeps only its address
 
@@ -143,7 +138,7 @@ def library() -> Any:
     lib = need("llama_cpp", "llamacpp").llama_cpp
     if not _KEPT:
         def keep(level: int, text: bytes, _: Any) -> None:
-            if level == 3 and text.strip():
+            if level == 4 and text.strip():
                 ERRORS.append(text.decode(errors="replace").strip())
 
         _KEPT.append(lib.llama_log_callback(keep))

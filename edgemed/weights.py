@@ -99,20 +99,32 @@ class Weights:
         for name, part in self.parts.items():
             if len(part.modules) > 1:
                 continue
-            (key,), shape = self.keys[name], part.shape
-            if f"{key}.weight" not in self.checkpoint.tensors:
-                pack = 32 // self._packing()[0]
-                key, shape = f"{key}.qweight", (part.shape[1] // pack, part.shape[0])
-            else:
-                key, shape = f"{key}.weight", part.shape[::-1] if part.conv1d else part.shape
-            found = self.checkpoint.tensors[key].shape
-            if found != shape:
-                raise EdgemedError(f"{self.checkpoint.path}: tensor '{key}' has shape {list(found)}, config.json asks for {list(shape)}", "Config and weights do not belong together")
+            for key, shape in self._stored(self.keys[name][0], part).items():
+                entry = self.checkpoint.tensors.get(key)
+                if entry is not None and entry.shape != shape:
+                    raise EdgemedError(
+                        f"{self.checkpoint.path}: tensor '{key}' has shape {list(entry.shape)}, config.json asks for {list(shape)}", "Config and weights do not belong together"
+                    )
+
+    def _stored(self, key: str, part: Part) -> dict[str, tuple[int, ...]]:
+        """The tensors a module may have, with their shapes."""
+        rows, columns = part.shape[0], part.shape[-1]
+        found = {f"{key}.weight": part.shape[::-1] if part.conv1d else part.shape, f"{key}.bias": (rows,)}
+        if f"{key}.weight" in self.checkpoint.tensors:
+            return found
+        bits, group = self._packing()
+        groups = 1 if group == -1 else -(-columns // group)
+        packed = {"qweight": (columns * bits // 32, rows), "qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (columns,)}
+        return found | {f"{key}.{suffix}": shape for suffix, shape in packed.items()}
 
     def _packing(self) -> tuple[int, int]:
+        """(bits, group size) of a quantized checkpoint."""
         if not self.quantization:
             raise EdgemedError(f"{self.checkpoint.path}: holds packed weights, but config.json has no quantization_config", "Add the quantization_config the checkpoint was made with")
-        return self.quantization["bits"], self.quantization["group_size"]
+        bits, group = self.quantization.get("bits"), self.quantization.get("group_size")
+        if bits not in (2, 4, 8) or not isinstance(group, int) or (group < 1 and group != -1):
+            raise EdgemedError(f"{self.checkpoint.path}: quantized with bits {bits} and group_size {group}, which edgemed does not read", "Known: 2, 4 and 8 bits, any group size or -1")
+        return bits, group
 
     def table(self, name: str) -> torch.Tensor:
         """An embedding table [rows, width], float32."""

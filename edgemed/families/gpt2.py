@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.family import Decoder, Family, Part
+from edgemed.family import Decoder, Family, Part, whole
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")
@@ -18,11 +18,7 @@ HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weig
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
     """Numbers from config.json; the head from the stored tensors, since BioMedLM's head classes are not transformers' own."""
-    try:
-        hidden, layers, heads = config["n_embd"], config["n_layer"], config["n_head"]
-        vocab, context = config["vocab_size"], config["n_positions"]
-    except KeyError as error:
-        raise EdgemedError(f"config.json has no {error}", "A GPT-2 config needs n_embd, n_layer, n_head, vocab_size, n_positions") from None
+    hidden, layers, heads, vocab, context = (whole(config, key) for key in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"))
     if hidden % heads:
         raise EdgemedError(f"config.json: n_embd {hidden} is not a multiple of n_head {heads}", "The config is damaged")
     activation = config.get("activation_function", "gelu_new")
@@ -34,7 +30,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     found = next((name for name in HEADS if name in shapes), None)
     outputs = shapes[found][0] if found else 0
     return Decoder(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=heads, head_dim=head_dim, ffn=config.get("n_inner") or 4 * hidden,
+        hidden=hidden, layers=layers, heads=heads, kv_heads=heads, head_dim=head_dim, ffn=whole(config, "n_inner") if config.get("n_inner") else 4 * hidden,
         vocab=vocab, context=context, norm_eps=config.get("layer_norm_epsilon", 1e-5),
         score_scale=tuple(plain / (layer + 1) if by_layer else plain for layer in range(layers)),
         activation=ACTIVATIONS[activation], tied=config.get("tie_word_embeddings", True),

@@ -1,0 +1,131 @@
+"""What several test files share: a tiny model with a tokenizer, its engines, and a way to call the command line.
+
+The model has BioMedLM's architecture with random weights large enough that a wrong scale or a forgotten bias shows. torch is
+imported inside the fixtures, so that tests which need none run without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB, EOS, CONTEXT = 288, 256, 192
+# Not copied from the family's own numbers: head sizes, context and layers small enough for a second per test.
+TINY = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2}
+
+
+def pytest_configure() -> None:
+    # Two cores, and engines bring their own threads: torch must not fight them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return
+    torch.set_num_threads(1)
+
+
+def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
+    """The family's published config shrunk to the tiny model's numbers."""
+    from edgemed.family import all_families
+
+    return {**all_families()[family].reference_config, **TINY, **changes}
+
+
+def write_tokenizer(path: Path) -> None:
+    """Byte-level BPE whose only merge never happens (llama.cpp wants one): every byte is one token, and one end-of-text token. 258 entries."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(alphabet)} | {"<|endoftext|>": EOS, "ÿÿ": EOS + 1}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("ÿ", "ÿ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}))
+
+
+def write_model(path: Path, dtype: str = "float32", seed: int = 0, **changes: object) -> Path:
+    """A checkpoint with random weights, biases and norms (make_random's are 0 and 1), and the tokenizer."""
+    import torch
+    from edgemed.checkpoint import Writer
+    from edgemed.family import family_of
+
+    path.mkdir(parents=True)
+    config = tiny_config(**changes)
+    family = family_of(config, "test model")
+    generator, writer, written = torch.Generator().manual_seed(seed), Writer(path, config), set()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.empty(shape).normal_(0, 0.15, generator=generator)
+
+    for part in family.parts(family.decoder(config, {})).values():
+        (module,) = part.modules
+        if module in written:
+            continue
+        written.add(module)
+        weight = 1 + random(*part.shape) if part.kind == "norm" else random(*(part.shape[::-1] if part.conv1d else part.shape))
+        writer.add(f"{family.prefixes[0]}{module}.weight", weight.to(getattr(torch, dtype)))
+        if part.bias or part.kind == "norm":
+            writer.add(f"{family.prefixes[0]}{module}.bias", random(part.shape[0]).to(getattr(torch, dtype)))
+    writer.close()
+    write_tokenizer(path)
+    return path
+
+
+def rewrite(model: Path, out: Path, change) -> Path:
+    """Copy a checkpoint, its tensors passed through `change(dict) -> dict`."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, out)
+    save_file({k: v.contiguous() for k, v in change(load_file(out / "model.safetensors")).items()}, out / "model.safetensors")
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
+    return write_model(tmp_path_factory.mktemp("shared") / "model")
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    import numpy as np
+
+    return [int(t) for t in np.random.default_rng(seed).integers(0, VOCAB, count)]
+
+
+def cli(*arguments: object, python: str | Path = sys.executable, env: dict[str, str] | None = None, cwd: Path | None = None,
+        stdin: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The real command line in a process of its own, without the test run's own environment leaking into the package under test."""
+    command = [str(python), "-m", "edgemed", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200", **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, input=stdin, timeout=timeout)
+
+
+def refused(done: subprocess.CompletedProcess[str], *named: object) -> str:
+    """Check that a command ended with exit code 1 and one error line that names these things; returns the line."""
+    assert done.returncode == 1, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and done.stderr.splitlines()[-1] == lines[0], done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    missing = [str(thing) for thing in named if str(thing) not in lines[0]]
+    assert not missing, f"{missing} not named in: {lines[0]}"
+    return lines[0]
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Unfinished directories and locks anywhere under a folder."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.endswith((".part", ".lock", ".tmp")))
