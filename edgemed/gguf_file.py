@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemed.console import track
+from edgemed.device import machine
 from edgemed.errors import EdgemedError, need
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ class Encoder:
     def __init__(self, threads: int | None = None):
         self.ggml = ggml_base()
         self.types = need("gguf", "build").GGMLQuantizationType
-        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.pool = ThreadPoolExecutor(self.threads)
+        self.pool = ThreadPoolExecutor(threads or machine()["logical_cores"])
 
     def encode(self, tensor: Tensor, data: np.ndarray) -> np.ndarray:
         """The tensor's bytes, uint8 [rows, bytes per row]. Raises EdgemedError where a weight does not fit the type."""
@@ -195,9 +195,9 @@ def carried(matrix: Packed, name: str) -> np.ndarray:
         if broken:
             raise EdgemedError(f"{name} has {what}, which {carried_type(matrix.bits)} cannot carry", "Quantize again with sym, without act_order and with group 32, 64 or 128; or leave from_checkpoint out")
     rows, columns = matrix.q.shape
-    scales = matrix.scales.numpy().astype(np.float16).repeat(matrix.group // 32, axis=1)[:, : columns // 32]
-    if not np.isfinite(scales).all():
+    if float(matrix.scales.abs().max()) > 65504:
         raise EdgemedError(f"{name}: a scale does not fit into float16", "The integers cannot be carried; leave from_checkpoint out")
+    scales = matrix.scales.numpy().astype(np.float16).repeat(matrix.group // 32, axis=1)[:, : columns // 32]
     q = matrix.q.numpy().reshape(rows, columns // 32, 32)
     # Q4_0 keeps input j in the low and input j + 16 in the high half of byte j; Q8_0 keeps signed bytes.
     data = q[..., :16] | q[..., 16:] << 4 if matrix.bits == 4 else (q - np.uint8(128))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from edgemed import gguf_file, importance  # noqa: E402
+from edgemed import gguf_file, importance, llama  # noqa: E402
 from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint  # noqa: E402
 from edgemed.decoder import logits  # noqa: E402
 from edgemed.engine import Engine, export, open_engine  # noqa: E402
@@ -113,10 +115,6 @@ def test_short_context_and_other_caches(model: Checkpoint, tmp_path: Path) -> No
         export(model, "llamacpp", Params(context=641), tmp_path / "long")
 
 
-def columns_of(model: Checkpoint) -> dict[str, np.ndarray]:
-    return importance.importance(Weights(model), [TOKENS[:200], TOKENS[200:300]])
-
-
 def test_importance_is_the_mean_square_of_the_inputs(model: Checkpoint) -> None:
     weights, windows = Weights(model), [TOKENS[:50], TOKENS[50:80]]
     columns = importance.importance(weights, windows)
@@ -133,22 +131,58 @@ def test_importance_is_the_mean_square_of_the_inputs(model: Checkpoint) -> None:
 LOW = [name for name in FILE_TYPES if name.startswith(("iq", "q2_k_s"))]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Engine]:
+    folder = tmp_path_factory.mktemp("small")
+    model = make_random({**CONFIG, "n_layer": 1, "n_inner": 256, "vocab_size": 128}, folder / "model", dtype="float32")
+    return model, export(model, "llamacpp", Params("f32"), folder / "f32")
+
+
 @pytest.mark.parametrize("kind", [name for name in FILE_TYPES if name not in ("f32", *LOW)])
-def test_bit_identical_to_llama_model_quantize(engine: Engine, model: Checkpoint, tmp_path: Path, kind: str) -> None:
-    assert compare_with_llama(engine, export(model, "llamacpp", Params(kind), tmp_path / kind), kind, None, tmp_path) == 52
+def test_bit_identical_to_llama_model_quantize(small: tuple[Checkpoint, Engine], tmp_path: Path, kind: str) -> None:
+    model, source = small
+    assert compare_with_llama(source, export(model, "llamacpp", Params(kind), tmp_path / kind), kind, None, tmp_path) == 16
 
 
 @pytest.mark.parametrize("kind", ["q4_k_m", "q4_0", *LOW])
-def test_bit_identical_with_importance(engine: Engine, model: Checkpoint, tmp_path: Path, kind: str) -> None:
-    columns = columns_of(model)
+def test_bit_identical_with_importance(small: tuple[Checkpoint, Engine], tmp_path: Path, kind: str) -> None:
+    model, source = small
+    columns = importance.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]])
     importance.save(tmp_path / "importance.npz", columns)
     made = export(model, "llamacpp", Params(kind, imatrix=str(tmp_path / "importance.npz")), tmp_path / kind)
-    assert compare_with_llama(engine, made, kind, columns, tmp_path) == 52
+    assert compare_with_llama(source, made, kind, columns, tmp_path) == 16
 
 
-def compare_with_llama(source: Engine, made: Engine, kind: str, columns: dict[str, np.ndarray] | None, folder: Path) -> int:
-    """Let llama.cpp quantize the float32 file and count the tensors that are the same in type and bytes."""
-    lib = llama_cpp.llama_cpp
+def test_mixtures_at_sixteen_layers(tmp_path: Path) -> None:
+    # llama.cpp's dry run says which type it would choose; sixteen layers reach every rule about the first and last layers.
+    model = make_random({**CONFIG, "n_layer": 16, "n_inner": 256, "vocab_size": 128}, tmp_path / "model", dtype="float32")
+    source, columns = export(model, "llamacpp", Params("f32"), tmp_path / "f32"), {"layers.0.qkv": np.ones(256, np.float32)}
+    shapes, _ = llamacpp.layout(Weights(model).parts)
+    for kind in FILE_TYPES:
+        for given in (None, columns):
+            said = dry_run(source, kind, given)
+            ours, _ = tensor_types(Model(shapes, 16, imatrix=given is not None), kind)
+            assert {t: ours[t].lower() for t in said} == said, kind
+            assert kind == "f32" or len(said) == 65  # four matrices per layer and the embedding change their type
+
+
+def dry_run(source: Engine, kind: str, columns: dict[str, np.ndarray] | None) -> dict[str, str]:
+    """tensor -> type of every tensor llama.cpp would change."""
+    lib, lines = llama_cpp.llama_cpp, []
+    params = quantize_params(kind, columns)
+    params.dry_run = True
+    callback = lib.llama_log_callback(lambda level, text, _: lines.append(text.decode()))
+    lib.llama_log_set(callback, None)
+    try:
+        assert lib.llama_model_quantize(str(source.path / "model.gguf").encode(), b"unused", ctypes.byref(params)) == 0
+    finally:
+        lib.llama_log_set(llama._KEPT[0], None)
+    found = re.findall(r"\] +(\S+) +- \[[^\]]*\], type = +f32, size = [^\n]*-> [^\n]*\((\w+)\)", "".join(lines))
+    return {name: kind.lower() for name, kind in found}
+
+
+def quantize_params(kind: str, columns: dict[str, np.ndarray] | None) -> ctypes.Structure:
+    lib = llama.library()
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = FILE_TYPES[kind][0], 2
     if columns:
@@ -158,8 +192,12 @@ def compare_with_llama(source: Engine, made: Engine, kind: str, columns: dict[st
             entry.name = f"blk.{layer}.{llamacpp.NAMES[part]}.weight".encode()
             entry.data, entry.size = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size
         params.imatrix = entries
-    theirs = folder / "theirs.gguf"
-    llamacpp.LlamaSession.__init__.__globals__["library"]()  # silences llama.cpp's log
+    return params
+
+
+def compare_with_llama(source: Engine, made: Engine, kind: str, columns: dict[str, np.ndarray] | None, folder: Path) -> int:
+    """Let llama.cpp quantize the float32 file and count the tensors that are the same in type and bytes."""
+    lib, params, theirs = llama_cpp.llama_cpp, quantize_params(kind, columns), folder / "theirs.gguf"
     assert lib.llama_model_quantize(str(source.path / "model.gguf").encode(), str(theirs).encode(), ctypes.byref(params)) == 0
     ours, same = tensors_of(made), 0
     for tensor in gguf.GGUFReader(theirs).tensors:
@@ -237,12 +275,34 @@ def test_from_checkpoint_carries_the_integers(model: Checkpoint, tmp_path: Path,
         tensor, matrix = found[f"blk.{layer}.{llamacpp.NAMES[part]}.weight"], weights.matrix(name)
         assert isinstance(matrix, Packed) and tensor.tensor_type.name == kind
         assert np.array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), matrix.dense().numpy())
-    assert found["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert (found["token_embd.weight"].tensor_type.name, found["output.weight"].tensor_type.name) == ("F16", "Q8_0")
     assert engine.precision == f"{kind} carried"
     session = engine.open(2)
     right = expected(packed, TOKENS[:64])
     assert np.abs(session.prefill(TOKENS[:64], every=True) - right).max() < 0.15  # llama.cpp rounds activations to 8 bits
     session.close()
+
+
+def test_one_quantization_two_engines(model: Checkpoint, tmp_path: Path) -> None:
+    # llama.cpp rounds activations to 8 bits for integer weights; the same file with its weights written out computes in float32.
+    onnx = pytest.importorskip("edgemed.targets.onnx")
+    pytest.importorskip("onnxruntime")
+    packed = packed_checkpoint(model, tmp_path / "packed", 4, 64)
+    carried = export(packed, "llamacpp", Params(from_checkpoint=True, kv="f32"), tmp_path / "carried")
+    floats = [
+        gguf_file.Tensor(t.name, tuple(int(n) for n in reversed(t.shape)), "F32", partial(gguf.dequantize, t.data, t.tensor_type))
+        for t in tensors_of(carried).values()
+    ]
+    twin = replace(carried, path=tmp_path / "twin")
+    twin.path.mkdir()
+    gguf_file.write(twin.path / "model.gguf", "gpt2", lambda writer: llamacpp.describe(writer, Weights(packed), "f32"), floats)
+    scores = []
+    for engine in (twin, export(packed, "onnx", onnx.Params(accuracy_level=1), tmp_path / "onnx")):
+        session = engine.open(2)
+        scores.append(session.prefill(TOKENS, every=True).copy())
+        session.close()
+    assert np.abs(scores[0] - scores[1]).max() < 5e-3
+    assert (scores[0].argmax(-1) == scores[1].argmax(-1)).mean() >= 0.995
 
 
 def test_from_checkpoint_refuses_what_it_cannot_carry(model: Checkpoint, tmp_path: Path) -> None:

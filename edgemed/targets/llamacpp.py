@@ -23,7 +23,7 @@ from edgemed.data import calibration_windows
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
-from edgemed.gguf_types import FILE_TYPES, Model, needs_imatrix, tensor_types
+from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
 from edgemed.llama import FILE, HEAD, LlamaSession
 from edgemed.tokenizer import open_tokenizer
 
@@ -49,7 +49,7 @@ REBUILD = (
 @dataclass(frozen=True)
 class Params:
     """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's integers (Q4_0 or Q8_0); `type` is
-    then that of the embedding and output matrix (default q8_0). imatrix: an importance .npz or a calibration card's name, of which
+    then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
     """
@@ -135,11 +135,17 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) ->
     """
     d, parts, wanted = weights.decoder, weights.parts, file_type(params)
     shapes, canonical = layout(parts)
+    # As in the other engines of one quantization: embedding rows in float16, only the output matrix in integers.
+    apart = params.from_checkpoint and FILE_TYPES[wanted][1] not in FLOATS
+    if apart and "lm_head" in parts:
+        shapes["output.weight"], canonical["output.weight"] = parts["lm_head"].shape, "lm_head"
     types, fallbacks = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads, bool(columns)), wanted)
     packed = {t for t, name in canonical.items() if params.from_checkpoint and t.endswith("weight") and parts[name].kind == "matrix" and name != "lm_head"}
+    if apart:
+        types["token_embd.weight"] = "F16"
     if packed:
         types |= dict.fromkeys(packed, gguf_file.carried_type(weights.quantization["bits"]))
-    fallbacks = {t: change for t, change in fallbacks.items() if t not in packed}
+    fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
     blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and canonical[t] not in columns]
     if blind:
         raise EdgemedError(f"type {wanted} needs an importance matrix (first for {blind[0]}: {types[blind[0]]})", "Give imatrix: a calibration card's name, or choose q3_k_s, iq4_xs or larger")

@@ -1,0 +1,82 @@
+"""Decoding through edgemed's Session against a bare llama_decode loop on the same loaded file.
+
+The two take turns in one process, each with a context and cache of its own; the ratio shows what the Session's bookkeeping costs.
+Run: python bench/decode_peer_llamacpp.py ENGINE
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+import numpy as np
+from records import paired_ratio, save, spread
+
+from edgemed.engine import Engine, open_engine
+from edgemed.llama import LlamaSession
+
+START = 32
+
+
+class Bare:
+    """What a user would write: a batch of one token, llama_decode, the largest score, and again."""
+
+    def __init__(self, session: LlamaSession, engine: Engine, threads: int):
+        self.lib, self.width = session.lib, engine.width
+        self.ctx = self.lib.llama_init_from_model(session.model, session._settings(engine, threads))
+        self.memory, self.batch = self.lib.llama_get_memory(self.ctx), self.lib.llama_batch_init(START, 0, 1)
+        self.fill([1] * START, 0)
+        self.lib.llama_decode(self.ctx, self.batch)
+
+    def fill(self, tokens: list[int], start: int) -> None:
+        self.batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            self.batch.token[i], self.batch.pos[i], self.batch.n_seq_id[i], self.batch.seq_id[i][0] = token, start + i, 1, 0
+            self.batch.logits[i] = i + 1 == len(tokens)
+
+    def run(self, new: int) -> float:
+        self.lib.llama_memory_seq_rm(self.memory, 0, START, -1)
+        self.fill([1], START)
+        scores, batch, started = None, self.batch, time.perf_counter()
+        for position in range(START, START + new):
+            batch.pos[0] = position
+            self.lib.llama_decode(self.ctx, batch)
+            if scores is None:
+                scores = np.ctypeslib.as_array(self.lib.llama_get_logits(self.ctx), (self.width,))
+            else:
+                self.lib.llama_get_logits(self.ctx)
+            batch.token[0] = int(scores.argmax())
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("engine")
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    engine = open_engine(args.engine)
+    session = engine.open(args.threads)
+    bare = Bare(session, engine, args.threads)
+    session.prefill([1] * START)
+    times: dict[str, list[float]] = {"bare": [], "session": []}
+    for round_number in range(args.rounds + 1):
+        first = bare.run(args.new)
+        session.rewind(START)
+        started, token = time.perf_counter(), 1
+        for _ in range(args.new):
+            token = int(session.step(token).argmax())
+        if round_number:
+            times["bare"].append(first)
+            times["session"].append(time.perf_counter() - started)
+    save("decode_peer_llamacpp", {
+        "engine": engine.name, "precision": engine.precision, "random_weights": engine.random_weights, "threads": args.threads, "new": args.new, "unit": "s",
+        "spinning": os.environ.get("GOMP_SPINCOUNT"), "times": {name: spread(values) for name, values in times.items()},
+        "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
+    })
+
+
+if __name__ == "__main__":
+    main()
