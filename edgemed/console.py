@@ -1,4 +1,7 @@
-"""Progress and messages for people, on standard error, so that standard output stays clean for results and --json."""
+"""Progress, messages and tables for people.
+
+Progress goes to standard error and only to a terminal, so that standard output stays clean for results and --json.
+"""
 
 from __future__ import annotations
 

@@ -193,7 +193,8 @@ def carried(matrix: Packed, name: str) -> np.ndarray:
     for broken, what in ((matrix.g_idx is not None, "act-order groups"), (not matrix.symmetric, "asymmetric integers"),
                          (matrix.group % 32, f"groups of {matrix.group}, not a multiple of 32")):
         if broken:
-            raise EdgemedError(f"{name} has {what}, which {carried_type(matrix.bits)} cannot carry", "Quantize again with sym, without act_order and with group 32, 64 or 128; or leave from_checkpoint out")
+            fix = "Quantize again with sym, without act_order and with group 32, 64 or 128; or leave from_checkpoint out"
+            raise EdgemedError(f"{name} has {what}, which {carried_type(matrix.bits)} cannot carry", fix)
     rows, columns = matrix.q.shape
     if float(matrix.scales.abs().max()) > 65504:
         raise EdgemedError(f"{name}: a scale does not fit into float16", "The integers cannot be carried; leave from_checkpoint out")

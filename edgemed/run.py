@@ -194,7 +194,8 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[dict[str, Any]]:
     command += ["--threads", str(spec.threads)] if spec.threads else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise EdgemedError(f"bench of {engine.name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f'exit code {done.returncode}'}", "Run it alone: edgemed bench " + str(engine.path))
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise EdgemedError(f"bench of {engine.name} failed: {said[-1]}", f"Run it alone: edgemed bench {engine.path}")
     return json.loads(done.stdout)
 
 

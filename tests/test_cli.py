@@ -1,0 +1,79 @@
+"""The command line as a person meets it: every verb of the specification, its reference page, and results for programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, cli
+
+VERBS = {"doctor", "inspect", "run", "merge", "quantize", "export", "verify", "bench", "eval", "report", "generate", "chat", "list", "recipes"}
+
+
+def test_reference_page_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    make_cli = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_cli)
+    assert set(make_cli.verbs()) == VERBS
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == make_cli.page(), "run: make docs"
+
+
+def test_list_and_recipes_as_json() -> None:
+    known = json.loads(cli("list", "--json").stdout)
+    assert known["families"] and {"onnx", "llamacpp"} <= set(known["targets"]) and {"merge", "quantize"} <= set(known["steps"])
+    assert "quickstart" in {row["recipe"] for row in json.loads(cli("recipes", "--json").stdout)}
+    assert cli("recipes", "quickstart").stdout == (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+
+
+def test_usage_errors_are_clicks_own() -> None:
+    done = cli("quantise")
+    assert done.returncode == 2 and "quantise" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "engine"
+    done = cli("export", model, "--target", "onnx", "--set", "precision=fp32", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["precision"] == "fp32" and Path(said["engine"]) == out
+    return out
+
+
+def test_every_result_as_json(engine: Path, model: Path, tmp_path: Path) -> None:
+    verified = json.loads(cli("verify", engine, "--json").stdout)
+    assert verified["passed"] and verified["greedy_same"] == verified["greedy_tokens"] and verified["max_logit_error"] < 1e-3
+    records = json.loads(cli("bench", engine, "--runs", 1, "--generate", 4, "--prompt", 8, "--json").stdout)
+    assert {"decode_tokens_per_second", "step_milliseconds"} <= {r["name"] for r in records} and all(r["value"] > 0 for r in records)
+    lines = (engine / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    scored = json.loads(cli("eval", engine, "--task", "section", "--source", model, "--limit", 4, "--json", "--out", tmp_path / "e.json").stdout)
+    assert [r["n"] for r in scored] == [4, 4] and scored[1]["paired"]["changed"] == 0
+    assert json.loads((tmp_path / "e.json").read_text()) == scored
+    # Records beside the engine are no alteration of it.
+    assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
+
+
+def test_generate_and_chat(engine: Path) -> None:
+    said = json.loads(cli("generate", engine, "--prompt", "hello", "--max-tokens", 8, "--json").stdout)
+    shown = cli("generate", engine, "--prompt", "hello", "--max-tokens", 8)
+    assert shown.stdout == said["text"] + "\n"
+    sampled = [cli("generate", engine, "--prompt", "hello", "--max-tokens", 8, "--temperature", 1, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    talk = cli("chat", engine, "--max-tokens", 4, stdin="hello\nand again\n\n")
+    assert talk.returncode == 0 and talk.stdout.count("> ") == 3 and not talk.stderr
+
+
+def test_python_api(engine: Path) -> None:
+    import edgemed as em
+
+    opened = em.open_engine(engine)
+    session = opened.open(1)
+    assert session.prefill(opened.tokenizer().encode("hi").ids).shape == (1, opened.width)
+    session.close()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        em.nothing  # noqa: B018
+    assert sys.modules["edgemed"].__all__ == sorted(em.__all__)

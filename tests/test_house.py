@@ -1,0 +1,167 @@
+"""The house rules, checked on the source itself: which module may import which, sizes, names, and what is said at the top.
+
+They are what keeps the package readable in an afternoon; a rule that nobody checks is forgotten in a month.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "edgemed"
+FILES = sorted(p for p in PACKAGE.rglob("*.py"))
+PLUGINS = ("families", "steps", "targets", "tasks")
+# From left to right: a module imports only from groups to its left, or from its own group where that is marked with '='.
+ORDER = [
+    "errors", "plugins", "params store console", "= device checkpoint family task data tokenizer session reference grid weights",
+    "= decoder graph gptq engine gguf_types gguf_file importance llama random_weights recipe", "families steps targets tasks",
+    "= plan verify bench evaluate report doctor", "run", "api", "cli", "__init__ __main__",
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
+HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "huggingface_hub", "matplotlib", "tensorrt", "accelerate"}
+
+
+def name_of(file: Path) -> str:
+    inside = file.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST) -> list[str]:
+    """Modules imported anywhere below a node, imports inside functions and for type checkers included."""
+    found = []
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            found += [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            # `from edgemed import plugins` imports edgemed.plugins.
+            found += [f"{child.module}.{alias.name}" for alias in child.names] if child.module == "edgemed" else [child.module or ""]
+    return found
+
+
+def core_imports(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(tree(file)) if name.startswith("edgemed.")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_one_way(file: Path) -> None:
+    own = name_of(file)
+    assert own in LEVEL, f"{own}.py has no place in ORDER: decide where it belongs"
+    for other in core_imports(file) - {own}:
+        same = LEVEL[other] == LEVEL[own] and ORDER[LEVEL[own]].startswith("=")
+        assert LEVEL[other] < LEVEL[own] or same, f"{own} imports {other}, which stands to its right"
+
+
+def test_no_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    for file in FILES:
+        graph.setdefault(name_of(file), set()).update(core_imports(file) - {name_of(file)})
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if name_of(f) in PLUGINS], ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_plugins_never_import_each_other(file: Path) -> None:
+    assert not core_imports(file) & set(PLUGINS)
+    if name_of(file) == "families":
+        assert core_imports(file) <= {"errors", "family"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_size_and_first_words(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+    for node in ast.walk(tree(file)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+    words = ast.get_docstring(tree(file)) or ""
+    if file.name != "__main__.py":
+        assert len(re.findall(r"[.:!?](?:\s|$)", words)) >= 2 and len(words) > 80, "open with two or three sentences: what for, and why so"
+    assert max(map(len, file.read_text(encoding="utf-8").splitlines()), default=0) <= 200
+
+
+def test_no_utils() -> None:
+    assert not [str(p) for p in (*FILES, *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")) if p.stem in ("utils", "helpers", "common", "misc")]
+
+
+# llama.cpp calls every byte-level BPE tokenizer by this name, whatever the architecture.
+FORMAT_NAMES = {("gguf_file.py", "gpt2")}
+
+
+def family_words() -> set[str]:
+    from edgemed.family import all_families
+
+    families = all_families().values()
+    return {f.name for f in families} | {f.reference_name for f in families} | {t for f in families for t in f.model_types}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if name_of(f) != "families"], ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_only_families_name_a_family(file: Path) -> None:
+    root = tree(file)
+    prose = {id(node.value) for node in ast.walk(root) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    for node in ast.walk(root):
+        said = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            said = node.value
+        for word in family_words():
+            if (file.name, said) not in FORMAT_NAMES and said and word in said.lower():
+                # Help and error texts may give an example of what to type; nothing may be decided by it.
+                assert "For example" in said or "--random-weights" in said, f"line {node.lineno}: '{said}' names the family {word}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_swallowed_exceptions(file: Path) -> None:
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: a bare except"
+            caught = ast.unparse(node.type)
+            # `continue` after a narrow exception tries the next candidate; `pass` only hides.
+            kinds = (ast.Pass, ast.Continue) if caught in ("Exception", "BaseException", "OSError") else (ast.Pass,)
+            assert not all(isinstance(line, kinds) for line in node.body), f"line {node.lineno}: {caught} is swallowed"
+            if caught in ("Exception", "BaseException"):
+                assert any(isinstance(n, ast.Raise) for n in ast.walk(node)), f"line {node.lineno}: {caught} is caught and nothing raised"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_heavy_packages_only_where_they_are_needed(file: Path) -> None:
+    for node in tree(file).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert not {name.split(".")[0] for name in imports(node)} & HEAVY, f"line {node.lineno}: import it inside the function, through need(...)"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys\nfrom edgemed.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.rsplit("LOADED", 1)[1].split())
+    assert "typer" in loaded and not loaded & (HEAVY | {"numpy", "yaml", "tokenizers", "psutil"})
+
+
+def test_nothing_names_this_machine() -> None:
+    """Committed text holds no absolute path of a machine and no package index."""
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    patterns = re.compile(r"(?<![\w./])/(?:work|home|root|Users)/\w|pypi\.org/simple|--(?:extra-)?index-url\s+http")
+    wrong = []
+    for name in listed.stdout.split():
+        file = ROOT / name
+        if file.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".csv", "") and file.is_file() and file != Path(__file__) and file.stat().st_size < 1 << 20:
+            wrong += [f"{name}: {match[0]}" for match in patterns.finditer(file.read_text(encoding="utf-8", errors="replace"))]
+    assert not wrong
