@@ -1,0 +1,290 @@
+"""What every plug-in must be, checked by walking the folders: a new family, step, target, task, device, text set or recipe is tested by being there.
+
+Nothing here names one of them; what is expected comes from the values they export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+from conftest import CONTEXT, ROOT, TINY, tiny_config, tokens, write_model
+
+torch = pytest.importorskip("torch")
+
+from edgemed import params as strict  # noqa: E402
+from edgemed import plugins  # noqa: E402
+from edgemed.checkpoint import open_checkpoint  # noqa: E402
+from edgemed.data import card_names, read_card, texts  # noqa: E402
+from edgemed.decoder import TorchSession, logits  # noqa: E402
+from edgemed.engine import Engine, export  # noqa: E402
+from edgemed.errors import EdgemedError  # noqa: E402
+from edgemed.family import Decoder, Family, all_families  # noqa: E402
+from edgemed.recipe import read_recipe  # noqa: E402
+from edgemed.session import generate  # noqa: E402
+from edgemed.session import Sampling  # noqa: E402
+from edgemed.task import Task, questions  # noqa: E402
+from edgemed.weights import MATRICES, Weights  # noqa: E402
+
+FAMILIES, STEPS, TARGETS, TASKS = (plugins.names(kind) for kind in ("families", "steps", "targets", "tasks"))
+IDS = tokens(40)
+
+
+def filled(value: object) -> None:
+    for field in dataclasses.fields(value):
+        assert getattr(value, field.name) is not None, f"{field.name} is missing"
+
+
+# --- families
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_value(name: str) -> None:
+    family = plugins.load("families", name).FAMILY
+    assert isinstance(family, Family) and family.name == name and family.model_types
+    filled(family)
+    d = family.decoder(family.reference_config, {})
+    assert isinstance(d, Decoder) and len(d.score_scale) == d.layers and d.heads % d.kv_heads == 0
+    parts = family.parts(d)
+    expected = {"embed", "final_norm", "lm_head"} | {f"layers.{n}.{part}" for n in range(d.layers) for part in ("attn_norm", *MATRICES)}
+    assert expected <= set(parts) and all(part.kind in ("matrix", "table", "norm") for part in parts.values())
+    assert parts["layers.0.qkv"].shape == (d.q_size + 2 * d.kv_size, d.hidden) and parts["layers.0.down"].shape == (d.hidden, d.ffn)
+    folded = family.decoder(family.folded(family.reference_config), {})
+    assert folded.score_scale == (d.head_dim**-0.5,) * d.layers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_two_families_claim_one_architecture(name: str) -> None:
+    claimed = [t for family in all_families().values() for t in family.model_types]
+    assert len(claimed) == len(set(claimed))
+
+
+def transformers_model(name: str, auto: str, path: Path, dtype: str = "float32", **changes: object):
+    """A tiny random model of the family, made and saved by transformers itself; weights far enough from zero to tell errors."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**tiny_config(name, **changes))
+    config.pad_token_id = None
+    torch.manual_seed(0)
+    model = getattr(transformers, auto).from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = model.to(getattr(torch, dtype))
+    model.save_pretrained(path)
+    return model.float()
+
+
+def compare(path: Path, model, head: bool = False) -> None:
+    with torch.inference_mode():
+        right = model(input_ids=torch.tensor([IDS])).logits[0]
+    weights = Weights(open_checkpoint(path))
+    found = logits(weights, torch.tensor([IDS]))[0]
+    found = found[-1] if head else found
+    assert (found - right.reshape(found.shape)).abs().max() < 1e-4
+    used = {f"{key}.{kind}" for keys in weights.keys.values() for key in keys for kind in ("weight", "bias")}
+    unused = [key for key in weights.checkpoint.tensors if key not in used and not key.endswith(weights.family.ignored) and key != "lm_head.weight"]
+    assert not unused, f"stored and never read: {unused}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_logits_equal_transformers(name: str, tmp_path: Path, dtype: str) -> None:
+    model = transformers_model(name, all_families()[name].auto_classes["lm"], tmp_path, dtype)
+    compare(tmp_path, model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_classes_head_equals_transformers(name: str, tmp_path: Path) -> None:
+    model = transformers_model(name, all_families()[name].auto_classes["classes"], tmp_path, num_labels=3)
+    weights = Weights(open_checkpoint(tmp_path))
+    assert (weights.decoder.head, weights.decoder.head_size) == ("classes", 3)
+    compare(tmp_path, model, head=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_key_prefixes_and_file_kinds(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    family, plain = all_families()[name], tmp_path / "plain"
+    model = transformers_model(name, family.auto_classes["lm"], plain)
+    stored = load_file(plain / "model.safetensors")
+    bare = {key.removeprefix(next(p for p in family.prefixes if key.startswith(p))): tensor for key, tensor in stored.items()}
+    config = (plain / "config.json").read_text()
+    for number, prefix in enumerate(family.prefixes):
+        tensors = {f"{prefix}{key}": tensor.contiguous() for key, tensor in bare.items()}
+        for kind in ("single", "sharded", "pickle", "sharded-pickle"):
+            out = tmp_path / f"{kind}-{number}"
+            out.mkdir()
+            (out / "config.json").write_text(config)
+            half = len(tensors) // 2
+            halves = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
+            suffix, stem, save = ("bin", "pytorch_model", torch.save) if "pickle" in kind else ("safetensors", "model", save_file)
+            files = {f"{stem}.{suffix}": tensors} if not kind.startswith("sharded") else {f"{stem}-{i}-of-2.{suffix}": part for i, part in enumerate(halves, 1)}
+            for file, part in files.items():
+                save(part, out / file)
+            if kind.startswith("sharded"):
+                index = {"weight_map": {key: file for file, part in files.items() for key in part}}
+                (out / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+            compare(out, model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_changes_no_score(name: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", **tiny_config(name))
+    plain, folded = (logits(Weights(open_checkpoint(path), fold=fold), torch.tensor([IDS])) for fold in (False, True))
+    assert (plain - folded).abs().max() < 1e-4
+    d = Weights(open_checkpoint(path), fold=True).decoder
+    assert set(d.score_scale) == {d.head_dim**-0.5}
+
+
+# --- steps
+
+@pytest.mark.parametrize("name", STEPS)
+def test_step_module(name: str) -> None:
+    module = plugins.load("steps", name)
+    check_params(module)
+    assert list(inspect.signature(module.inputs).parameters) == ["params"]
+    assert list(inspect.signature(module.run).parameters) == ["checkpoint", "out", "params"]
+
+
+def check_params(module: ModuleType) -> None:
+    assert dataclasses.is_dataclass(module.Params) and module.Params.__dataclass_params__.frozen
+    assert module.Params.__doc__ and not module.Params.__doc__.startswith("Params("), "Params says what its fields mean"
+    for field in dataclasses.fields(module.Params):
+        assert field.name in module.Params.__doc__ or field.name in (module.__doc__ or "") or field.name in ("method", "bits"), f"{field.name} is not explained"
+    with pytest.raises(EdgemedError, match="unknown key 'nonsense'"):
+        strict.build(module.Params, {"nonsense": 1}, "here")
+
+
+# --- targets
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_target_module(name: str) -> None:
+    module = plugins.load("targets", name)
+    check_params(module)
+    assert isinstance(module.EXACT, dict) and module.EXACT and all(0 < error < 0.1 for error in module.EXACT.values())
+    assert isinstance(module.label(module.Params()), str) and isinstance(module.self_check(), str)
+    runtime, extra = module.RUNTIME
+    assert runtime and extra in (ROOT / "pyproject.toml").read_text()
+    for function, parameters in (("supports", ["weights", "params"]), ("build", ["weights", "out", "params"]), ("open", ["engine", "threads"])):
+        assert list(inspect.signature(getattr(module, function)).parameters) == parameters
+
+
+def exact_params(name: str, model: Path, folder: Path):
+    """The target's Params whose engine's precision is one it calls exact: found by trying the values of its fields."""
+    import typing
+
+    module = plugins.load("targets", name)
+    for field, hint in typing.get_type_hints(module.Params).items():
+        for choice in (c for arg in (hint, *typing.get_args(hint)) if typing.get_origin(arg) is typing.Literal for c in typing.get_args(arg)):
+            if str(choice).upper() in {precision.upper() for precision in module.EXACT}:
+                return module.Params(**{field: choice})
+    raise AssertionError(f"{name}: no parameter gives one of {list(module.EXACT)}")
+
+
+@pytest.fixture(scope="module", params=[(f, t) for f in FAMILIES for t in TARGETS], ids=lambda pair: "-".join(pair))
+def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, np.ndarray, list[int]]:
+    family, target = request.param
+    folder = tmp_path_factory.mktemp("exact")
+    path = write_model(folder / "model", **tiny_config(family))
+    engine = export(open_checkpoint(path), target, exact_params(target, path, folder), folder / "engine")
+    ids = tokens(CONTEXT, seed=2)
+    return engine, logits(Weights(open_checkpoint(path)), torch.tensor([ids]))[0].numpy(), ids
+
+
+def test_exact_engine_speaks_the_session_protocol(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
+    engine, right, ids = exact
+    bound = plugins.load("targets", engine.target).EXACT[engine.precision]
+    session = engine.open(1)
+    try:
+        assert (session.head, session.width, session.context, session.position) == ("lm", TINY["vocab_size"], CONTEXT, 0)
+        every = session.prefill(ids[:50], every=True)
+        assert every.dtype == np.float32 and every.shape == (50, TINY["vocab_size"]) and np.abs(every - right[:50]).max() < bound
+        one = session.step(ids[50])
+        assert one.shape == (TINY["vocab_size"],) and np.abs(one - right[50]).max() < bound and session.position == 51
+        last = session.prefill(ids[51:60])
+        assert last.shape == (1, TINY["vocab_size"]) and np.abs(last[0] - right[59]).max() < bound
+        session.rewind(20)
+        assert np.abs(session.prefill(ids[20:45], every=True) - right[20:45]).max() < bound
+        session.rewind(0)
+        session.prefill(ids)
+        for append in (lambda: session.step(0), lambda: session.prefill([0])):
+            with pytest.raises(EdgemedError, match="longer than the context"):
+                append()
+        with pytest.raises(EdgemedError, match="the prompt is empty"):
+            session.prefill([])
+    finally:
+        session.close()
+
+
+def test_exact_engine_gives_every_greedy_token(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
+    engine, _, ids = exact
+    source, session = TorchSession(Weights(open_checkpoint(engine.path.parent / "model"))), engine.open(1)
+    try:
+        for start in range(0, 60, 20):
+            source.rewind(0)
+            session.rewind(0)
+            prompt, sampling = ids[start : start + 20], Sampling(max_tokens=32)
+            assert list(generate(session, prompt, sampling)) == list(generate(source, prompt, sampling))
+    finally:
+        session.close()
+
+
+def test_engine_directory_is_self_contained(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
+    engine, _, _ = exact
+    facts = json.loads((engine.path / "engine.json").read_text())
+    assert facts["bytes_per_token"] > 0 and facts["vocab"] == TINY["vocab_size"] and facts["random_weights"] is False
+    assert engine.tokenizer().decode(engine.tokenizer().encode("50 mg é").ids) == "50 mg é"
+    said = (engine.path / "engine.json").read_text() + (engine.path / "manifest.json").read_text()
+    assert str(engine.path.parent) not in said, "an engine travels: it must not remember where it was made"
+
+
+# --- tasks, devices, text sets, recipes
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task(name: str) -> None:
+    task = plugins.load("tasks", name).TASK
+    assert isinstance(task, Task) and task.name == name
+    filled(task)
+    folder = plugins.ROOT / "tasks" / "samples"
+    card = yaml.safe_load((folder / f"{Path(task.sample).stem}.card.yaml").read_text(encoding="utf-8"))
+    assert card["sha256"] == hashlib.sha256((folder / task.sample).read_bytes()).hexdigest()
+    assert card["licence"] == task.licence and card["contains_phi"] is False and card["source"]
+    asked = questions(name)
+    assert len(asked.examples) == card["n"] and len(questions(name, 3).examples) == 3
+    assert all(option.startswith(" ") for example in asked.examples for option in example.options)
+    assert len({example.gold for example in asked.examples}) > 1
+
+
+@pytest.mark.parametrize("name", plugins.names("devices"))
+def test_device(name: str) -> None:
+    from edgemed.device import read_device
+
+    device = read_device(name)
+    assert device.name == name and device.title
+    assert device.source or not device.memory_gb, "numbers of a device name their source"
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_text_set(name: str) -> None:
+    card = read_card(name)
+    assert card.name == name and card.facts["contains_phi"] is False and card.facts["licence"] and card.facts["source"]
+    licences = "\n".join(file.name for file in (ROOT / "LICENSES").iterdir())
+    assert card.facts["licence"].split()[0] in licences or card.facts["licence"] in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text()
+    for split in card.files:
+        assert len(card.digest(split)) == 64 and len(texts(name, split)) == card.facts["files"][split]["n"]
+    assert not set(texts(name, "calibration")) & set(texts(name, "heldout")), "held-out texts must not be calibrated on"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
+def test_recipe(file: Path) -> None:
+    recipe = read_recipe(file)
+    assert recipe.engines and recipe.title
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 20 and lines[0].startswith("# ") and f"edgemed run recipes/{file.name}" in lines[0]
+    assert read_recipe(file.stem) == recipe, "a shipped recipe is found by its name alone"
