@@ -92,8 +92,8 @@ def _row_chunks(rows: int, columns: int) -> list[slice]:
 
 def block_ints(matrix: Packed) -> Ints:
     """A packed matrix as Ints: the block a power of two of at most 128, scales (and uneven zeros) repeated to fit it."""
-    block = min(matrix.group, 128)
-    while matrix.q.shape[1] % block or matrix.group % block or block & (block - 1):
+    block = 128
+    while matrix.group % block:
         block //= 2
     repeat = matrix.group // block
     zeros = None if matrix.symmetric else matrix.zeros.repeat_interleave(repeat, 1).numpy()

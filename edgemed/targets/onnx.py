@@ -61,6 +61,8 @@ def supports(weights: Weights, params: Params) -> str | None:
     stored = weights.quantization["bits"] if weights.quantization else None
     if bits and stored and bits != stored:
         return f"the checkpoint holds {stored}-bit integers and precision {params.precision} asks for {bits}; use precision auto"
+    if stored and weights.quantization["group_size"] != -1 and weights.quantization["group_size"] % 16:
+        return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {weights.quantization['group_size']}"
     if d.head_dim % 8:
         return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
     if d.hidden % 32:

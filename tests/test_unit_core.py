@@ -1,0 +1,250 @@
+"""The core's small parts, each against values worked out by hand: parameters, store, recipe, texts, tasks, verification arithmetic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from edgemed import params, store
+from edgemed.data import read_card, texts
+from edgemed.errors import EdgemedError, nearest, need
+from edgemed.evaluate import evaluate, majority, pair
+from edgemed.recipe import override, read_recipe
+from edgemed.reference import Reference, windows_of
+from edgemed.task import Example, Questions, Task, questions
+from edgemed.tokenizer import chat_text
+
+# --- errors and parameters
+
+
+def test_nearest() -> None:
+    assert nearest("onxn", ["onnx", "llamacpp"]) == "Did you mean 'onnx'? Known: llamacpp, onnx"
+    assert nearest("zzz", []) == "Known: none"
+
+
+def test_need_hides_no_error_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halfbroken.py").write_text("import surely_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
+        need("halfbroken", "build")
+    with pytest.raises(EdgemedError, match=r"'not_there_either'.*pip install 'edgemed\[build\]'"):
+        need("not_there_either", "build")
+
+
+@dataclass(frozen=True)
+class Sample:
+    kind: Literal["a", "b", 3]
+    size: int = 1
+    share: float | None = None
+    names: tuple[str, ...] = ()
+    on: bool = False
+
+
+def test_params_convert_and_refuse() -> None:
+    made = params.build(Sample, {"kind": 3, "share": 1, "names": ["x", "y"]}, "here")
+    assert made == Sample(3, 1, 1.0, ("x", "y")) and isinstance(made.share, float)
+    assert params.build(Sample, {"kind": "a", "share": None, "names": "x"}, "here").names == ("x",)
+    for values, said in (
+        ({}, "'kind' is missing"), ({"kind": "c"}, "'c' is not a known value"), ({"kind": "a", "size": "4"}, "'4' is not a whole number"),
+        ({"kind": "a", "size": True}, "True is not a whole number"), ({"kind": "a", "share": "much"}, "not a number"), ({"kind": "a", "on": 1}, "1 is not a true or false"),
+        ({"kind": "a", "sise": 4}, "unknown key 'sise'.*Did you mean 'size'"), ({"kind": "a", "names": [1]}, "1 is not a text"), ({"kind": "a", "size": None}, "None is not a whole"),
+    ):
+        with pytest.raises(EdgemedError, match=f"here.*{said}"):
+            params.build(Sample, values, "here")
+
+
+def test_parse_set() -> None:
+    assert params.parse_set("a.b=8") == (["a", "b"], 8) and params.parse_set("x=true") == (["x"], True)
+    assert params.parse_set("x=[1, 2]") == (["x"], [1, 2]) and params.parse_set("x=a=b") == (["x"], "a=b")
+    for wrong in ("x", "=3", "x=[1"):
+        with pytest.raises(EdgemedError, match="--set"):
+            params.parse_set(wrong)
+
+
+# --- store
+
+def build(final: Path, text: str = "hello", **params_: object) -> bool:
+    with store.building(final, "result", "test", params_, {"in": "0"}) as work:
+        if work is not None:
+            (work.path / "file.txt").write_text(text)
+    return work is not None
+
+
+def test_store_makes_once_and_reuses(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "out"
+    assert build(final, size=1) and not build(final, "another text", size=1)
+    assert (final / "file.txt").read_text() == "hello"
+    manifest = store.read_manifest(final)
+    assert manifest["files"]["file.txt"]["bytes"] == 5 and manifest["peak_memory_bytes"] > 1 << 20 and manifest["versions"]["python"]
+    assert manifest["files"]["file.txt"]["sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    with pytest.raises(EdgemedError, match="other inputs or parameters"):
+        build(final, size=2)
+    assert sorted(p.name for p in final.parent.iterdir()) == ["out"]
+
+
+def test_store_leaves_nothing_after_an_error_or_a_stale_part(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), store.building(final, "result", "test", {}, {}) as work:
+        (work.path / "half").write_text("x")
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
+    stale = tmp_path / ".out.part"
+    stale.mkdir()
+    (stale / "old").write_text("from a killed run")
+    assert build(final) and [p.name for p in tmp_path.iterdir()] == ["out"] and not (final / "old").exists()
+
+
+def test_store_sees_every_change(tmp_path: Path) -> None:
+    build(tmp_path / "out")
+    assert store.check_manifest(tmp_path / "out") == []
+    (tmp_path / "out" / "file.txt").write_text("hellO")
+    assert store.check_manifest(tmp_path / "out") == ["file.txt was altered"]
+    with pytest.raises(EdgemedError, match="file.txt was altered"):
+        build(tmp_path / "out")
+    (tmp_path / "out" / "file.txt").unlink()
+    (tmp_path / "out" / "more").write_text("")
+    assert store.check_manifest(tmp_path / "out") == ["file.txt is missing", "more was added"]
+
+
+def test_digest_ignores_order_only() -> None:
+    assert store.digest({"a": 1, "b": [1, 2]}) == store.digest({"b": [1, 2], "a": 1}) != store.digest({"a": 1, "b": [2, 1]})
+
+
+def test_records_are_appended(tmp_path: Path) -> None:
+    assert store.read_records(tmp_path) == []
+    for value in (1, 2):
+        store.append_records(tmp_path, [{"value": value, "unit": "µs"}])
+    assert [record["value"] for record in store.read_records(tmp_path)] == [1, 2]
+
+
+# --- recipes
+
+def test_override() -> None:
+    document = {"model": "m", "steps": [{"quantize": {"bits": 4}}], "engines": [{"onnx": {}}, {"onnx": None}, "llamacpp"]}
+    override(document, ["quantize", "bits"], 8)
+    override(document, ["onnx", "precision"], "fp16")
+    override(document, ["bench", "runs"], 2)
+    assert document["steps"] == [{"quantize": {"bits": 8}}] and document["engines"][:2] == [{"onnx": {"precision": "fp16"}}] * 2 and document["bench"] == {"runs": 2}
+    with pytest.raises(EdgemedError, match="'steps' is a list"):
+        override(document, ["steps", "0"], 1)
+
+
+def test_paths_beside_the_recipe_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    (tmp_path / "here" / "r.yaml").write_text("model: model\nengines: [onnx]\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe("here/r.yaml", ["title=Mine"])
+    assert recipe.model == "here/model" and recipe.title == "Mine" and recipe.engines[0].name == "onnx"
+
+
+def test_engine_names_must_differ(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\nengines: [onnx, {onnx: {}}]\n")
+    with pytest.raises(EdgemedError, match="two engines are called 'onnx'"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+# --- texts and tasks
+
+def test_texts_of_a_users_own_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first\nparagraph\n\nsecond\n\n\n")
+    assert texts(str(tmp_path / "a.txt")) == ["first\nparagraph", "second"]
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
+    assert texts(str(tmp_path / "b.jsonl"), "heldout") == ["x", "y"]
+    with pytest.raises(EdgemedError, match="no 'test' texts"):
+        read_card(str(tmp_path / "b.jsonl")).file("test")
+
+
+def test_task_rows_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"id": "1", "passage": "p", "answer": "methods"}
+    for rows, said in (([row, row], "row 2: id '1' occurs twice"), ([{**row, "answer": "x"}], "row 1: not a section row"), ([{"id": "1"}], "row 1: not a section row"), ([], "is empty")):
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        with pytest.raises(EdgemedError, match=said):
+            questions(f"section:{file}")
+    with pytest.raises(EdgemedError, match="does not exist"):
+        questions("section:nowhere.jsonl")
+
+
+def test_windows() -> None:
+    assert windows_of([[1, 2, 3], [4], [5, 6, 7, 8]], 2, 3, "here").tolist() == [[1, 2, 3], [5, 6, 7]]
+    with pytest.raises(EdgemedError, match="here: 1 texts have at least 4 tokens, 2 are asked for"):
+        windows_of([[1, 2, 3], [5, 6, 7, 8]], 2, 4, "here")
+
+
+def test_reference_survives_storage(tmp_path: Path) -> None:
+    made = Reference(np.arange(6, dtype=np.int32).reshape(2, 3), 2, np.zeros((2, 4), np.int32), np.ones((2, 3, 5), np.float32))
+    made.save(tmp_path)
+    assert Reference.load(tmp_path).digest() == made.digest() != made.trim(1).digest() and made.trim(1).logits.shape == (1, 3, 5)
+    with pytest.raises(EdgemedError, match="carries no reference"):
+        Reference.load(tmp_path / "nowhere")
+
+
+def test_chat_text_with_and_without_a_template(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why"}]
+    assert chat_text(tmp_path, turns, "</s>") == "Question: Hi\nAnswer: Yes?\nQuestion: Why\nAnswer:"
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    assert chat_text(tmp_path, turns[:1], "</s>") == "<user>Hi</s><assistant>"
+
+
+# --- evaluation
+
+class Oracle:
+    """Scores that always prefer the token of a question's gold option, or the first one."""
+
+    head, width, context = "lm", 300, 40
+
+    def __init__(self, right: bool):
+        self.right, self.position, self.seen = right, 0, []
+
+    def prefill(self, tokens, every=False):
+        self.position += len(tokens)
+        self.seen = [*self.seen[: self.position - len(tokens)], *tokens]
+        scores = np.zeros((len(tokens), 300), np.float32)
+        scores[:, ord("b") if self.right else ord("a")] = 5
+        return scores if every else scores[-1:]
+
+    def rewind(self, position):
+        self.position = position
+
+    def step(self, token):
+        return self.prefill([token])[0]
+
+    def close(self):
+        pass
+
+
+class Letters:
+    """One token per character."""
+
+    def encode(self, text, add_special_tokens=True):
+        class Encoding:
+            ids = [ord(c) for c in text]
+        return Encoding
+
+
+def asked(contexts: list[str]) -> Questions:
+    task = Task("toy", "", "", "", "", "", "", lambda row: row)
+    return Questions(task, "sha", tuple(Example(str(i), text, ("a", "b"), 1) for i, text in enumerate(contexts)))
+
+
+def test_evaluate_counts_and_cuts_long_contexts_from_the_left() -> None:
+    good, session = asked(["short", "x" * 50 + "end"]), Oracle(True)
+    result = evaluate(session, Letters(), good, "m")
+    assert (result["accuracy"], result["n"], result["truncated"], result["majority"]) == (1.0, 2, 1, 1.0)
+    assert "".join(map(chr, session.seen[:39])).endswith("xend")
+    wrong = evaluate(Oracle(False), Letters(), good, "m")
+    assert wrong["accuracy"] == 0.0 and [item["answer"] for item in wrong["items"]] == [0, 0]
+    assert pair(wrong, result) == {"both": 0, "only_source": 2, "only_engine": 0, "neither": 0, "changed": 2, "source_correct": 2}
+    assert pair(result, result)["both"] == 2 and majority(good) == 1.0
+
+
+def test_results_on_other_items_are_never_paired() -> None:
+    one, two = (evaluate(Oracle(True), Letters(), asked(c), "m") for c in (["a"], ["a", "b"]))
+    with pytest.raises(EdgemedError, match="different items"):
+        pair(one, two)
+    with pytest.raises(EdgemedError, match="different items"):
+        pair(one, {**one, "task_sha256": "other"})
