@@ -26,9 +26,10 @@ check:
 # gcc 12 miscompiles ggml's AMX code: the first quantized prompt dies with SIGSEGV. Without AMX the build is right with every compiler.
 # Built once and kept as a wheel, because it takes minutes and two environments need it.
 .wheels/llama-cpp.ready: | .venv/bin/pip
-	rm -rf .wheels/part
-	mkdir -p .wheels/part
-	amx=""; if [ "$$(uname -m)" = x86_64 ]; then amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"; fi; \
+	@echo "Building llama.cpp once; this takes about 5 minutes on two cores."
+	@rm -rf .wheels/part
+	@mkdir -p .wheels/part
+	@amx=""; if [ "$$(uname -m)" = x86_64 ]; then amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"; fi; \
 	CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_C_FLAGS='$$CFLAGS $$amx' -DCMAKE_CXX_FLAGS='$$CXXFLAGS $$amx'" \
 	.venv/bin/pip wheel --disable-pip-version-check --quiet --no-deps --no-cache-dir --no-binary llama-cpp-python --wheel-dir .wheels/part $(LLAMA)
 	mv .wheels/part/*.whl .wheels/
