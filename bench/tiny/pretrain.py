@@ -1,6 +1,6 @@
 """Pretrains the small BioMedLM-shaped language model from random weights.
 
-Same architecture as BioMedLM (GPT-2 with attention scores also divided by the layer number), 450 times smaller, so that a whole deployment can be tried on a laptop
+Same architecture as BioMedLM (GPT-2 with attention scores also divided by the layer number), 440 times smaller, so that a whole deployment can be tried on a laptop
 with a model whose answers are not noise. One thread and bf16 autocast: on two shared CPU cores that was the fastest setting measured.
 """
 
