@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,20 +16,11 @@ from edgemed import store
 from edgemed.device import machine, read_bandwidth
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError
+from edgemed.recipe import BenchSpec
 from edgemed.session import Session
 
 
-@dataclass(frozen=True)
-class Plan:
-    """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round."""
-
-    prompt: tuple[int, ...] = (32, 128)
-    generate: int = 64
-    runs: int = 5
-    threads: int | None = None
-
-
-def bench(engine: Engine, plan: Plan) -> list[dict[str, Any]]:
+def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
     """Measure load, first token, prefill, step latency, decoding, memory and the bandwidth ceiling; one record per number.
 
     Raises EdgemedError where prompt and answer do not fit the context.
@@ -79,7 +69,7 @@ def prefills(session: Session, tokens: Sequence[int], runs: int) -> list[float]:
     return times
 
 
-def decoding(session: Session, prompt: Sequence[int], plan: Plan) -> list[tuple[str, str, list[float], dict[str, Any]]]:
+def decoding(session: Session, prompt: Sequence[int], plan: BenchSpec) -> list[tuple[str, str, list[float], dict[str, Any]]]:
     """Greedy decoding: latency of each token in milliseconds (all rounds together) and tokens per second per round."""
     new = min(plan.generate, session.context - len(prompt) - 1)
     latencies: list[float] = []

@@ -203,9 +203,9 @@ def bench(
 ) -> None:
     """Measure load time, first token, prefill, step latency, decoding speed, memory and the bandwidth ceiling."""
     from edgemed import store
-    from edgemed.bench import Plan
     from edgemed.bench import bench as bench_engine
     from edgemed.engine import open_engine
+    from edgemed.recipe import BenchSpec
 
     if (engine is None) == (random_weights is None):
         raise EdgemedError("give either ENGINE or --random-weights NAME", "For example: edgemed bench --random-weights biomedlm --target onnx --set precision=int4")
@@ -215,7 +215,7 @@ def bench(
         engine = random_engine(random_weights, target, settings(sets), work)
     opened = open_engine(engine, check=True)
     store.reset_peak_memory()
-    records = bench_engine(opened, Plan(tuple(prompt or (32, 128)), generate, runs, threads))
+    records = bench_engine(opened, BenchSpec(tuple(prompt or (32, 128)), generate, runs, threads))
     store.append_records(engine, records)
     if json_:
         show(records, True)

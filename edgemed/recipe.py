@@ -37,6 +37,8 @@ class VerifySpec:
 
 @dataclass(frozen=True)
 class BenchSpec:
+    """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round."""
+
     prompt: tuple[int, ...] = (32, 128)
     generate: int = 64
     runs: int = 5
