@@ -6,13 +6,11 @@ held, and there is no intermediate float file. Each row is quantized by ggml_qua
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
-import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +67,7 @@ def write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Seque
     writer.write_ti_data_to_file()
     file = writer.fout[0]
     try:
-        with large_blocks_reused(), Encoder(threads) as encoder:
+        with Encoder(threads) as encoder:
             data = tensors[0].read()
             for tensor, following in track(list(zip(tensors, [*tensors[1:], None], strict=True)), "gguf"):
                 finish = (lambda data=data: data) if tensor.encoded else encoder.start(tensor, data)
@@ -81,24 +79,6 @@ def write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Seque
         file.write(bytes(-file.tell() % ALIGNMENT))
     finally:
         writer.close()
-
-
-@contextlib.contextmanager
-def large_blocks_reused() -> Iterator[None]:
-    """Keep freed blocks of any size for the next tensor (glibc): asking the kernel for fresh pages each time took a seventh of the whole export."""
-    if platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    libc, trim, mmap = ctypes.CDLL(None), -1, -3
-    libc.mallopt(mmap, 1 << 30)
-    libc.mallopt(trim, (1 << 31) - 1)
-    try:
-        yield
-    finally:
-        # The largest values glibc's own adaptation reaches.
-        libc.mallopt(mmap, 32 << 20)
-        libc.mallopt(trim, 64 << 20)
-        libc.malloc_trim(0)
 
 
 class Encoder:
