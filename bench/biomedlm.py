@@ -17,6 +17,8 @@ from typing import Any
 
 from records import paired_ratio, save, spread
 
+from edgemed.device import read_bandwidth
+
 PROMPT, NEW = 128, 48
 
 
@@ -68,10 +70,14 @@ def torch_worker(pipe: Any, path: str, threads: int) -> None:
         pipe.send(time.perf_counter() - started)
 
 
-def turns(workers: dict[str, Any], orders: dict[str, str], rounds: int) -> dict[str, list[float]]:
-    """Let the workers take turns; the first round is a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in orders}
+def turns(workers: dict[str, Any], orders: dict[str, str], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Let the workers take turns, and measure the read bandwidth (GB/s) once a round among them; the first round is a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in (*orders, "bandwidth")}
     for round_number in range(rounds + 1):
+        # The bandwidth of a shared machine drifts by half: a ceiling is only worth something beside the speed of the same round.
+        bandwidth = read_bandwidth(threads)
+        if round_number:
+            times["bandwidth"].append(bandwidth)
         for name, order in orders.items():
             workers[name].send(order)
             seconds = workers[name].recv()
@@ -87,7 +93,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    from edgemed.device import read_bandwidth
     from edgemed.engine import open_engine
     from edgemed.run import open_model
 
@@ -103,22 +108,22 @@ def main() -> None:
     for name, function, path in (*((t, engine_worker, p) for t, p in engines.items()), ("torch", torch_worker, checkpoint)):
         workers[name], child = context.Pipe()
         context.Process(target=function, args=(child, str(path), args.threads), daemon=True).start()
-    bandwidth = [read_bandwidth(args.threads)]
-    decode = turns(workers, {"onnx": "decode", "llamacpp": "decode"}, args.rounds)
-    prefill = turns(workers, {"onnx": "prefill", "llamacpp": "prefill", "torch": "prefill"}, args.rounds)
-    bandwidth.append(read_bandwidth(args.threads))
+    decode = turns(workers, {"onnx": "decode", "llamacpp": "decode"}, args.rounds, args.threads)
+    prefill = turns(workers, {"onnx": "prefill", "llamacpp": "prefill", "torch": "prefill"}, args.rounds, args.threads)
+    bandwidth, _ = decode.pop("bandwidth"), prefill.pop("bandwidth")
     memory = {}
     for name in engines:
         workers[name].send("memory")
         memory[name] = workers[name].recv()
     for pipe in workers.values():
         pipe.send("stop")
-    ceiling = max(bandwidth) * 1e9 / open_engine(engines["onnx"]).bytes_per_token
-    speeds = {name: spread([NEW / seconds for seconds in times]) for name, times in decode.items()}
+    per_token = {name: open_engine(path).bytes_per_token for name, path in engines.items()}
+    speeds = {name: [NEW / seconds for seconds in times] for name, times in decode.items()}
+    shares = {name: [speed * per_token[name] / 1e9 / b for speed, b in zip(values, bandwidth, strict=True)] for name, values in speeds.items()}
     save("biomedlm_speed", {
-        "random_weights": True, "threads": args.threads, "prompt": PROMPT, "new": NEW, "unit": "tok/s decode, s prefill", "decode": speeds,
-        "decode_ratio_onnx_llamacpp": paired_ratio(decode["llamacpp"], decode["onnx"]), "bandwidth_gb_s": bandwidth, "onnx_ceiling": ceiling,
-        "onnx_share_of_ceiling": speeds["onnx"]["median"] / ceiling, "prefill_seconds": {name: spread(times) for name, times in prefill.items()},
+        "random_weights": True, "threads": args.threads, "prompt": PROMPT, "new": NEW, "unit": "tok/s decode, s prefill", "decode": {name: spread(values) for name, values in speeds.items()},
+        "decode_ratio_onnx_llamacpp": paired_ratio(decode["llamacpp"], decode["onnx"]), "bandwidth_gb_s": spread(bandwidth), "bytes_per_token": per_token,
+        "share_of_bandwidth": {name: spread(values) for name, values in shares.items()}, "prefill_seconds": {name: spread(times) for name, times in prefill.items()},
         "prefill_ratio_onnx_torch": paired_ratio(prefill["onnx"], prefill["torch"]), "peak_memory_bytes": memory,
     })
 

@@ -60,7 +60,9 @@ def main() -> None:
     session.prefill([1] * START)
     times: dict[str, list[float]] = {"bare": [], "session": []}
     for round_number in range(args.rounds + 1):
+        time.sleep(0.3)  # threads of the other runner stop spinning
         first = bare.run(args.new)
+        time.sleep(0.3)
         session.rewind(START)
         started, token = time.perf_counter(), 1
         for _ in range(args.new):

@@ -169,14 +169,15 @@ class OrtSession:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
-        # The arena keeps every prefill's largest buffers for good; a device wants that memory back.
-        options.enable_cpu_mem_arena = False
         try:
             self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
             raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {engine.path}: {str(error).splitlines()[0]}", "Export the engine again") from error
         self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
         self.ort, self.binding = ort, self.session.io_binding()
+        # The arena would keep the largest prefill's buffers for good; a device wants that memory back.
+        self.shrinking = ort.RunOptions()
+        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
                 dtype = np.float16 if value.type == "tensor(float16)" else np.float32
@@ -209,7 +210,7 @@ class OrtSession:
         self.tokens[0], self.positions[0] = tokens, np.arange(self.position, end)
         self.select[:] = np.arange(new) if every else new - 1
         self.last[0], self.total[0] = end - 1, end
-        self.session.run_with_iobinding(self.binding)
+        self.session.run_with_iobinding(self.binding, self.shrinking if new > 1 else None)
         self.position = end
         return self.scores[0]
 
