@@ -46,10 +46,11 @@ class LlamaSession:
             raise EdgemedError(f"llama.cpp cannot start {file}: {'; '.join(ERRORS) or 'no reason given'}", "Export it with a smaller context")
         self.memory = self.lib.llama_get_memory(self.ctx)
         self.batch, self.one = (self.lib.llama_batch_init(size, 0, 1) for size in (self.batch_size, 1))
-        self.batch_arrays, self.one_arrays = _arrays(self.batch, self.batch_size), _arrays(self.one, 1)
-        self.one.n_tokens, self.one_arrays[2][0] = 1, 1
-        self.read = self.lib.llama_get_embeddings if self.matrix is not None else self.lib.llama_get_logits
-        self.address, self.view = None, None
+        self.batch_arrays = _arrays(self.batch, self.batch_size)
+        self.one_ids, self.one_positions, wanted = _arrays(self.one, 1)
+        self.one.n_tokens, wanted[0] = 1, 1
+        self.decode, self.read = self.lib.llama_decode, self.lib.llama_get_logits if self.matrix is None else self.lib.llama_get_embeddings
+        self.address, self.row = None, None
 
     def _settings(self, engine: Engine, threads: int | None) -> Any:
         lib, params = self.lib, self.lib.llama_context_default_params()
@@ -85,27 +86,34 @@ class LlamaSession:
         return np.concatenate(kept) if every else self._outputs(len(part) if self.matrix is not None else 1)[-1:]
 
     def step(self, token: int) -> np.ndarray:
+        # The inner loop of every measurement: no calls but the two into llama.cpp.
         position = self.position
         if position >= self.context:
             check_room(self, [token])
-        ids, positions, _ = self.one_arrays
-        ids[0], positions[0] = token, position
-        self._decode(self.one, 1)
-        return self._outputs(1)[0]
+        self.one_ids[0], self.one_positions[0] = token, position
+        if code := self.decode(self.ctx, self.one):
+            self._fail(code, 1)
+        self.position = position + 1
+        pointer = self.read(self.ctx)
+        if ctypes.addressof(pointer.contents) != self.address:
+            self._view(pointer)
+        return self.row if self.matrix is None else self.row @ self.matrix + self.bias
 
     def _decode(self, batch: Any, count: int) -> None:
-        code = self.lib.llama_decode(self.ctx, batch)
-        if code:
-            raise RuntimeError(f"llama_decode gave {code} for {count} tokens at position {self.position}: {'; '.join(ERRORS)}")
+        if code := self.decode(self.ctx, batch):
+            self._fail(code, count)
         self.position += count
 
+    def _fail(self, code: int, count: int) -> None:
+        raise RuntimeError(f"llama_decode gave {code} for {count} tokens at position {self.position}: {'; '.join(ERRORS)}")
+
+    def _view(self, pointer: Any) -> None:
+        # Making a numpy view costs more than reading it; llama.cpp's buffer rarely moves.
+        self.address, self.row = ctypes.addressof(pointer.contents), np.ctypeslib.as_array(pointer, (self.size,))
+
     def _outputs(self, rows: int) -> np.ndarray:
-        pointer = self.read(self.ctx)
-        address = ctypes.addressof(pointer.contents)
-        # Making the numpy view costs more than reading it; the buffer rarely moves.
-        if (address, rows) != self.address:
-            self.address, self.view = (address, rows), np.ctypeslib.as_array(pointer, (rows, self.size))
-        return self.view if self.matrix is None else self.view @ self.matrix + self.bias
+        found = np.ctypeslib.as_array(self.read(self.ctx), (rows, self.size))
+        return found if self.matrix is None else found @ self.matrix + self.bias
 
     def rewind(self, position: int) -> None:
         self.lib.llama_memory_seq_rm(self.memory, 0, position, -1)
@@ -114,7 +122,7 @@ class LlamaSession:
     def close(self) -> None:
         if self.ctx is None:
             return
-        self.view = self.address = None
+        self.address = self.row = None
         self.lib.llama_batch_free(self.batch)
         self.lib.llama_batch_free(self.one)
         self.lib.llama_free(self.ctx)
