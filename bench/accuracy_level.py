@@ -50,6 +50,7 @@ def main() -> None:
         sessions = {level: at_level(engine, level, Path(folder)).open(args.threads) for level in (1, 4)}
         for round_number in range(args.rounds + 1):
             for level, session in sessions.items():
+                time.sleep(0.3)  # threads of the other session stop spinning
                 session.rewind(0)
                 marks = [time.perf_counter()]
                 token = int(session.prefill(tokens)[0].argmax())
