@@ -15,7 +15,7 @@ import numpy as np
 from edgemed.console import track
 from edgemed.errors import EdgemedError
 from edgemed.session import Session, score_options
-from edgemed.task import Example, Questions
+from edgemed.task import Example, Prompt, Questions
 from edgemed.tokenizer import encode
 
 SCORING = {"lm": "sum of option token log-likelihoods", "choice": "multiple-choice head", "classes": "sequence-classification head"}
@@ -28,7 +28,7 @@ def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str,
     """
     items, truncated, started = [], 0, time.perf_counter()
     for example in track(questions.examples, f"{questions.task.name} on {model}"):
-        scores, cut = answer(session, tokenizer, example)
+        scores, cut = answer(session, tokenizer, example, questions.task.render(example))
         truncated += cut
         items.append({"id": example.id, "gold": example.gold, "answer": int(np.argmax(scores)), "scores": [round(float(s), 6) for s in scores]})
     correct = sum(item["answer"] == item["gold"] for item in items)
@@ -45,18 +45,18 @@ def majority(questions: Questions) -> float:
     return max(golds.count(gold) for gold in set(golds)) / len(golds)
 
 
-def answer(session: Session, tokenizer: Any, example: Example) -> tuple[list[float], bool]:
+def answer(session: Session, tokenizer: Any, example: Example, prompt: Prompt) -> tuple[list[float], bool]:
     """(score per option, whether the context was cut)."""
-    context = encode(tokenizer, example.context)
+    context = encode(tokenizer, prompt.context)
     if session.head == "classes":
         if session.width != len(example.options):
             raise EdgemedError(f"the head gives {session.width} classes, question {example.id} has {len(example.options)} options", "Evaluate it on the task it was trained for")
         session.rewind(0)
         return session.prefill(context[-session.context :])[0].tolist(), len(context) > session.context
     options = []
-    for option in example.options:
+    for option in prompt.options:
         # Encoded together, so that a tokenizer that merges across the border is asked what it would really see.
-        whole = encode(tokenizer, example.context + option)
+        whole = encode(tokenizer, prompt.context + option)
         options.append(whole[len(context) :] if whole[: len(context)] == context else encode(tokenizer, option))
     longest = max(map(len, options))
     room = session.context - longest

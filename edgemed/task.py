@@ -6,7 +6,7 @@ A task file states source, licence, split, metric and prompt once; a user's own 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,34 @@ from edgemed.store import file_sha256
 
 @dataclass(frozen=True)
 class Example:
-    """One question. options are appended to context as they are (so they start with a space); gold indexes options."""
+    """One question. question: what is asked, the options not in it; options: their texts as a person reads them; gold indexes options.
+
+    groups: by what accuracy is shown besides, e.g. {'subject': 'anatomy', 'language': 'en'}.
+    """
 
     id: str
-    context: str
+    question: str
     options: tuple[str, ...]
     gold: int
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads. options: one continuation of `context` per option, appended as it is (so each starts with a space)."""
+
+    context: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a file in tasks/ defines. example(row) -> Example; it may raise KeyError or ValueError for a malformed row."""
+    """What a file in tasks/ defines. example(row) -> Example; it may raise KeyError or ValueError for a malformed row.
+
+    render(example) -> Prompt. prompt: the same wording, for people. languages: those a row may name. lettered: render lists the options under letters
+    and asks for one. shots: a file beside the sample with solved examples for few-shot prompts, none of them from the evaluated split.
+    description: what stands before everything else in the prompt.
+    """
 
     name: str
     source: str
@@ -38,6 +55,11 @@ class Task:
     prompt: str
     sample: str
     example: Callable[[Mapping[str, Any]], Example]
+    render: Callable[[Example], Prompt]
+    languages: tuple[str, ...] = ("en",)
+    lettered: bool = False
+    shots: str = ""
+    description: str = ""
 
 
 @dataclass(frozen=True)

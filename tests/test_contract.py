@@ -257,7 +257,7 @@ def test_task(name: str) -> None:
     assert card["licence"] == task.licence and card["contains_phi"] is False and card["source"]
     asked = questions(name)
     assert len(asked.examples) == card["n"] and len(questions(name, 3).examples) == 3
-    assert all(option.startswith(" ") for example in asked.examples for option in example.options)
+    assert all(option.startswith(" ") for example in asked.examples for option in task.render(example).options)
     assert len({example.gold for example in asked.examples}) > 1
 
 

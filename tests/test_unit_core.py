@@ -15,7 +15,7 @@ from edgemed.errors import EdgemedError, nearest, need
 from edgemed.evaluate import evaluate, majority, pair
 from edgemed.recipe import override, read_recipe
 from edgemed.reference import Reference, windows_of
-from edgemed.task import Example, Questions, Task, questions
+from edgemed.task import Example, Prompt, Questions, Task, questions
 from edgemed.tokenizer import chat_text
 
 # --- errors and parameters
@@ -227,7 +227,7 @@ class Letters:
 
 
 def asked(contexts: list[str]) -> Questions:
-    task = Task("toy", "", "", "", "", "", "", lambda row: row)
+    task = Task("toy", "", "", "", "", "", "", lambda row: row, lambda example: Prompt(example.question, example.options))
     return Questions(task, "sha", tuple(Example(str(i), text, ("a", "b"), 1) for i, text in enumerate(contexts)))
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.task import Example, Task
+from edgemed.task import Example, Prompt, Task
 
 ANSWERS = ("yes", "no", "maybe")
 
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "question", "contexts": [paragraph, ...], "answer": "yes" | "no" | "maybe"}."""
-    abstract = "\n".join(row["contexts"])
-    prompt = f"Abstract: {abstract}\nQuestion: {row['question']}\nAnswer:"
-    return Example(row["id"], prompt, tuple(f" {a}" for a in ANSWERS), ANSWERS.index(row["answer"]))
+    question = "Abstract: " + "\n".join(row["contexts"]) + f"\nQuestion: {row['question']}"
+    return Example(row["id"], question, ANSWERS, ANSWERS.index(row["answer"]), {"answer": row["answer"]})
+
+
+def render(example: Example) -> Prompt:
+    return Prompt(f"{example.question}\nAnswer:", tuple(f" {option}" for option in example.options))
 
 
 TASK = Task(
@@ -29,4 +32,5 @@ TASK = Task(
     prompt="Abstract: {contexts}\nQuestion: {question}\nAnswer:",
     sample="pubmedqa.jsonl",
     example=example,
+    render=render,
 )

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.task import Example, Task
+from edgemed.task import Example, Prompt, Task
 
 SECTIONS = ("background", "methods", "results", "conclusions")
 
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "passage", "answer": one of SECTIONS}."""
-    return Example(row["id"], f"Passage: {row['passage']}\nSection:", tuple(f" {s}" for s in SECTIONS), SECTIONS.index(row["answer"]))
+    return Example(row["id"], f"Passage: {row['passage']}", SECTIONS, SECTIONS.index(row["answer"]), {"answer": row["answer"]})
+
+
+def render(example: Example) -> Prompt:
+    return Prompt(f"{example.question}\nSection:", tuple(f" {option}" for option in example.options))
 
 
 TASK = Task(
@@ -27,4 +31,5 @@ TASK = Task(
     prompt="Passage: {passage}\nSection:",
     sample="section.jsonl",
     example=example,
+    render=render,
 )
