@@ -154,11 +154,11 @@ def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
     picked = graph.node("Gather", [x, "select"], "picked", axis=1)
     name = "lm_head" if d.head == "lm" else "head"
     matrix = weights.matrix(name)
+    bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
     if name == "lm_head" and graph.precision.small_tables and d.hidden % 32 == 0:
         q, scale = ggml_q8(matrix.dense().numpy())
-        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), None)
+        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), bias)
     else:
-        bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
         y = float_linear(graph, name, picked, matrix.dense(), bias)
     if graph.precision.floats == "float32":
         graph.node("Identity", [y], "scores")

@@ -58,9 +58,8 @@ def described(name: str) -> Checkpoint:
     family = family_of(config, name)
     entries: dict[str, Entry] = {}
     for part in family.parts(family.decoder(config, {})).values():
-        for module in part.modules:
-            shape = part.shape[::-1] if part.conv1d else part.shape
-            tensors = {"weight": shape} | ({"bias": shape[-1:]} if part.bias or part.kind == "norm" else {})
+        for module, shape in part.stored():
+            tensors = {"weight": shape} | ({"bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
             for suffix, size in tensors.items():
                 entries[f"{family.prefixes[0]}{module}.{suffix}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
     return Checkpoint(Path(f"random:{name}"), config, entries)

@@ -74,9 +74,9 @@ def transformers_model(name: str, auto: str, path: Path, dtype: str = "float32",
     model = getattr(transformers, auto).from_config(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    model = model.to(getattr(torch, dtype))
-    model.save_pretrained(path)
-    return model.float()
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    # Read anew: .to() rounds what is no weight too, such as rotary frequencies.
+    return getattr(transformers, auto).from_pretrained(path, dtype=torch.float32).eval()
 
 
 def compare(path: Path, model, head: bool = False) -> None:
