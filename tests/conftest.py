@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, EOS, CONTEXT = 288, 256, 192
 # Not copied from the family's own numbers: head sizes, context and layers small enough for a second per test.
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": CONTEXT,
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128, "max_position_embeddings": CONTEXT,
         "partial_rotary_factor": 0.5, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2}
 
 
@@ -58,14 +58,14 @@ def write_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}))
 
 
-def write_model(path: Path, dtype: str = "float32", seed: int = 0, **changes: object) -> Path:
+def write_model(path: Path, dtype: str = "float32", seed: int = 0, family: str = "gpt2", **changes: object) -> Path:
     """A checkpoint with random weights, biases and norms (make_random's are 0 and 1), and the tokenizer."""
     import torch
     from edgemed.checkpoint import Writer
     from edgemed.family import family_of
 
     path.mkdir(parents=True)
-    config = tiny_config(**changes)
+    config = tiny_config(family, **changes)
     family = family_of(config, "test model")
     generator, writer, written = torch.Generator().manual_seed(seed), Writer(path, config), set()
 
