@@ -6,7 +6,6 @@ Only lm_eval imports this module (see pyproject.toml); it needs no torch, unless
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ import numpy as np
 
 from edgemed.engine import open_engine
 from edgemed.errors import EdgemedError, need
-from edgemed.session import Sampling, generate, log_softmax
+from edgemed.scoring import Reader
+from edgemed.session import Sampling, continued, log_softmax
 from edgemed.tokenizer import chat_text, encode
 
 TemplateLM = need("lm_eval.api.model", "lm-eval").TemplateLM
@@ -29,23 +29,24 @@ class EngineLM(TemplateLM):
     def __init__(
         self, engine: str, threads: int | None = None, max_gen_toks: int = 256, batch_size: int | str = 1, max_batch_size: int | None = None, device: str | None = None
     ):
-        """engine: its directory; every file is hashed, an altered one refused. threads: None for the physical cores available.
+        """engine: its directory; every file is hashed, an altered one refused. threads: None for the physical cores available. device is
+        lm_eval's own default ('cuda:0' whether there is one or not) and says nothing: an engine runs where its target runs it.
 
-        Raises EdgemedError where it is no engine with a language-model head and a tokenizer, or a batch or a device is asked for.
+        Raises EdgemedError where it is no engine with a language-model head and a tokenizer, or a batch is asked for.
         """
         super().__init__()
-        if str(batch_size) not in ("1", "auto") or device not in (None, "cpu"):
-            raise EdgemedError("an engine reads one sequence at a time and brings its own device", "Leave --batch_size and --device out")
+        if str(batch_size) not in ("1", "auto"):
+            raise EdgemedError(f"an engine reads one sequence at a time, not {batch_size}", "Leave --batch_size out")
         self.engine = open_engine(engine, check=True)
         if self.engine.head != "lm" or self.engine.random_weights:
             what = "random weights and no tokenizer" if self.engine.random_weights else f"a '{self.engine.head}' head"
             raise EdgemedError(f"{engine} has {what}, lm_eval scores text", "Give an engine of a trained language model")
         self.tokenizer = self.engine.tokenizer()
         self.session = self.engine.open(threads)
-        atexit.register(self.session.close)
         self.max_length, self.max_gen_toks, self.batch_size = self.session.context, max_gen_toks, 1
-        self.held: list[int] = []
-        self.scores: np.ndarray | None = None
+        self.reader = Reader(self.session)
+        self.context: list[int] = []
+        self.first = np.empty(0)
 
     @property
     def eot_token_id(self) -> int:
@@ -76,40 +77,19 @@ class EngineLM(TemplateLM):
 
     # --- scoring
 
-    def _keep(self, tokens: Sequence[int]) -> int:
-        """Rewind to what the session already holds of these tokens; returns how many that is, at most all but the last."""
-        same = 0
-        for held, token in zip(self.held, tokens[:-1], strict=False):
-            if held != token:
-                break
-            same += 1
-        self.session.rewind(same)
-        self.held, self.scores = [], None
-        return same
-
-    def _after(self, context: Sequence[int]) -> np.ndarray:
-        """Log-probabilities [vocab] after the context, which the session then holds."""
-        if self.scores is None or self.held != context:
-            same = self._keep(context)
-            self.scores = log_softmax(self.session.prefill(context[same:])[-1])
-            self.held = list(context)
-        return self.scores
-
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
         """(sum of token log-probabilities, whether greedy decoding would write the same)."""
         if not 0 < len(continuation) <= self.max_length:
             raise EdgemedError(f"a continuation has {len(continuation)} tokens, the context is {self.max_length}", "Choose a task that fits this engine")
         kept = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
-        rows = self._after(kept)[None]
-        total, greedy = 0.0, True
-        for start in range(0, len(continuation), ROWS):
-            if start:
-                rows = log_softmax(self.session.prefill(continuation[start - 1 : start + ROWS - 1], every=True))
-            elif len(continuation) > 1:
-                rows = np.concatenate([rows, log_softmax(self.session.prefill(continuation[: ROWS - 1][: len(continuation) - 1], every=True))])
+        if kept != self.context:
+            self.context, self.first = kept, log_softmax(self.reader.read(kept))
+        total, greedy = float(self.first[continuation[0]]), int(self.first.argmax()) == continuation[0]
+        for start in range(1, len(continuation), ROWS):
             part = continuation[start : start + ROWS]
+            rows = log_softmax(self.session.prefill(continuation[start - 1 : start - 1 + len(part)], every=True))
             total += float(rows[np.arange(len(part)), part].sum())
-            greedy = greedy and rows.argmax(-1)[: len(part)].tolist() == part
+            greedy = greedy and rows.argmax(-1).tolist() == part
         self.session.rewind(len(kept))
         return total, greedy
 
@@ -149,11 +129,12 @@ class EngineLM(TemplateLM):
         tokens = self.tok_encode(context)[-(self.max_length - most) :]
         # Every request has its own seed, or repeats of one question would all be the same answer.
         sampling = Sampling(wanted.get("temperature", 0.0) if wanted["do_sample"] else 0.0, wanted.get("top_k", 0), wanted.get("top_p", 1.0), turn, most)
-        same, written, text = self._keep(tokens), [], ""
-        for token in generate(self.session, tokens[same:], sampling, frozenset() if self.engine.eos is None else frozenset({self.engine.eos})):
+        self.context, written, text = [], [], ""
+        stop = frozenset() if self.engine.eos is None else frozenset({self.engine.eos})
+        for token in continued(self.session, self.reader.read(tokens), sampling, stop):
             written.append(token)
             text = self.tokenizer.decode(written)
             if any(term and term in text for term in until):
                 break
-        self.held = [*tokens, *written][: self.session.position]
+        self.reader.held = [*tokens, *written][: self.session.position]
         return utils.postprocess_generated_text(text, until, None)
