@@ -208,7 +208,33 @@ def test_refused(engine: Path, tmp_path: Path) -> None:
             EngineLM(engine=str(tmp_path / "head"))
 
 
-# --- the command
+# --- words and command
+
+@real
+def test_every_prompt_is_worded_as_lm_evals_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_eval's definitions over the rows of all our samples; no model is needed to compare words."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from edgemed.task import describe, questions
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    parity = importlib.import_module("lm_eval_parity")
+    asked = {ours: questions(ours) for ours, _, _ in parity.TASKS}
+    names = parity.write_tasks(asked, tmp_path)
+    theirs: dict[tuple[str, str], tuple[list[tuple[str, str]], int]] = {}
+    for name, task in get_task_dict(list(names), TaskManager(include_path=str(tmp_path))).items():
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+        for instance in task.instances:
+            theirs.setdefault((names[name], instance.doc["edgemed_id"]), ([], task.doc_to_target(instance.doc)))[0].append(instance.args)
+    compared = 0
+    for ours, these in asked.items():
+        for example in these.examples:
+            prompt, (requests, target) = these.task.render(example), theirs[ours, example.id]
+            assert requests == [(describe(these.task, example) + prompt.context, option) for option in prompt.options], (ours, example.id)
+            assert target in (example.gold, example.options[example.gold])
+            compared += 1
+    assert compared == sum(len(these.examples) for these in asked.values()) > 1500
+
 
 @real
 def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
