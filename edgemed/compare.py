@@ -73,10 +73,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
     if manifest["kind"] != "engine" or not (directory / ENGINE).is_file():
         raise EdgemedError(f"{directory} is a {manifest['kind']}, not a run or an engine", FIX)
     facts = read_json(directory / ENGINE)
-    try:
-        records = store.read_records(directory)
-    except ValueError as error:
-        raise EdgemedError(f"{directory / store.RECORDS} cannot be read: {error}", "Remove the broken line; every line is one record") from None
+    records = store.read_records(directory)
     own = [record for record in records if record["engine_key"] == manifest["key"]]
     machines = list(dict.fromkeys(machine_name(record["machine"]) for record in own)) or [None]
     evals = manifest.get("evals") or []
@@ -86,7 +83,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
         first = machine == machines[0]
         engines.append({
             "name": facts["name"] if len(machines) == 1 else f"{facts['name']} on {machine}", "target": facts["target"], "precision": facts["precision"], "path": str(directory),
-            "bytes": sum(entry["bytes"] for entry in manifest["files"].values()), "manifest": manifest, "verify": manifest.get("verify"),
+            "bytes": sum(entry["bytes"] for entry in manifest["files"].values() if not entry.get("attached")), "manifest": manifest, "verify": manifest.get("verify"),
             "records": latest([record for record in own if machine_name(record["machine"]) == machine]),
             "evals": evals if first else [], "gate": manifest.get("gate") if first else None, "stages": manifest.get("stages") or [],
         })
@@ -99,10 +96,9 @@ def engine_document(directory: Path) -> dict[str, Any]:
 
 
 def origin(manifest: Json, facts: Json) -> dict[str, Any]:
-    """What is known of the checkpoint everything began with: its files, not where it lay."""
+    """What is known of the checkpoint everything began with: its files, and its name where the engine carries it."""
     *_, (_, oldest) = lineage.ancestors(manifest)
-    files = {name.removeprefix(lineage.CHECKPOINT): sha for name, sha in oldest["inputs"].items() if name.startswith(lineage.CHECKPOINT)}
-    return {"path": None, "family": facts["family"], "parameters": None, "files": files, "random_weights": facts["random_weights"]}
+    return {"path": (manifest.get("source") or {}).get("name"), "family": facts["family"], "parameters": None, "files": lineage.read(oldest), "random_weights": facts["random_weights"]}
 
 
 def latest(records: Sequence[Json]) -> list[Json]:

@@ -16,15 +16,23 @@ CHECKPOINT = "checkpoint/"
 
 
 def ancestors(manifest: Json | None) -> Iterator[tuple[str, Json]]:
-    """(content key of the checkpoint something was made from, manifest of what was made), from the youngest to the oldest."""
-    while manifest:
+    """(content key of the checkpoint something was made from, manifest of what was made), from the youngest to the oldest.
+
+    A checkpoint that edgemed made of nothing (random weights) begins a chain as one from elsewhere does.
+    """
+    while manifest and read(manifest):
         yield made_from(manifest), manifest
         manifest = manifest["parent"]
 
 
+def read(manifest: Json) -> dict[str, str]:
+    """file -> sha256 of the checkpoint a step or target read."""
+    return {name.removeprefix(CHECKPOINT): sha for name, sha in manifest["inputs"].items() if name.startswith(CHECKPOINT)}
+
+
 def made_from(manifest: Json) -> str:
-    """Content key of the checkpoint a step or target read: the digest of file -> sha256."""
-    return store.digest({name.removeprefix(CHECKPOINT): sha for name, sha in manifest["inputs"].items() if name.startswith(CHECKPOINT)})
+    """Content key of that checkpoint."""
+    return store.digest(read(manifest))
 
 
 def source_of(manifest: Json, known: Collection[str]) -> str:

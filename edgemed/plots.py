@@ -122,7 +122,7 @@ def flips(rows: Sequence[Row], title: str) -> str:
     shown = [row for row in rows if row.result and row.result.get("paired")]
     # A broken engine must not flatten the bars of all others: its own end at the border, and its numbers are written out.
     longest = max([1, *(row.result["paired"][key] for row in shown if not row.failed for key in ("only_source", "only_engine", "changed_both_wrong"))])
-    unit, middle, third = 42 / longest, LEFT + 76, LEFT + 168
+    unit, middle, third = 42 / longest, LEFT + 74, LEFT + 162
     placed, bottom = place(rows)
     heads = [text(middle - 5, 14, "right → wrong", "figure bad", "end"), text(middle + 5, 14, "wrong → right", "figure good"), text(third - 2, 14, "wrong → other", "figure soft")]
     parts = [line(x, TOP - 6, x, bottom, "axis") for x in (middle, third)] + heads
@@ -157,7 +157,7 @@ def reliability(before: Sequence[Json] | None, after: Sequence[Json], title: str
 
 
 def spans(rows: Sequence[Range], title: str, scale_of: float = 1.0) -> str:
-    """Times per engine: line from the shortest to the 99th percentile, band from the median to the 90th, dot at the median.
+    """Times per engine: line from the shortest to the 99th percentile (of few rounds: to the longest), band over the middle half, dot at the median.
 
     scale_of: seconds in one unit of the spreads.
     """
@@ -176,8 +176,10 @@ def spans(rows: Sequence[Range], title: str, scale_of: float = 1.0) -> str:
             continue
         at = {key: scale(value * scale_of) for key, value in row.spread.items() if isinstance(value, (int, float))}
         parts.append(line(at["min"], y, at.get("p99", at["max"]), y, "whisker"))
-        if "p90" in at:
-            parts += [rect(at["p50"], y - 4, at["p90"] - at["p50"], 8, "band"), line(at["p99"], y - 4, at["p99"], y + 4, "whisker")]
+        if "p25" in at:
+            parts.append(rect(at["p25"], y - 5, at["p75"] - at["p25"], 10, "band"))
+        if "p99" in at:
+            parts.append(line(at["p99"], y - 4, at["p99"], y + 4, "whisker"))
             # The slowest single token: off the axis it is an arrow, since one hiccup of the system must not set the scale for all.
             parts.append(circle(at["max"], y, 2.5, "dot hollow") if scale.holds(row.spread["max"] * scale_of) else text(RIGHT + 1, y + 3.5, "▸", "figure soft"))
         parts += [line(scale(v * scale_of), y - 7, scale(v * scale_of), y - 5, "rug") for v in row.spread.get("values", ())[:200] if scale.holds(v * scale_of)]

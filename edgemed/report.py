@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgemed import evidence, formats, plots
+from edgemed import accuracy, formats, plots
 from edgemed.errors import EdgemedError
 from edgemed.plots import Range
 from edgemed.views import Run, value, view
@@ -51,8 +51,8 @@ def page(runs: Sequence[Run], title: str, template: str = "report.html.j2") -> s
     for run in runs:
         check(run.document, run.label)
     shown = view(runs)
-    tasks = evidence.tasks(runs, shown["engines"])
-    context = shown | {"title": title, "tasks": tasks, "costs": evidence.costs(tasks), **charts(shown)}
+    tasks = accuracy.tasks(runs, shown["engines"])
+    context = shown | {"title": title, "tasks": tasks, "costs": accuracy.costs(tasks), **charts(shown)}
     return environment().get_template(template).render(context)
 
 

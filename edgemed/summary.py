@@ -103,13 +103,13 @@ def not_worse(engine: Json, document: Json) -> Answer:
         return none(why_not_judged(engine, document))
     rows: Sequence[Json] = [row for row in gate["comparisons"] if row["verdict"] == gate["verdict"]]
     worst = min(rows, key=lambda row: row["lower"])
-    name = f"{worst['task']}: {points(worst['difference'])} ({point_interval(worst['interval'])})"
+    name = f"{worst['task']} {points(worst['difference'])} ({point_interval(worst['interval'])})"
     if gate["verdict"] == "undecided":
         needed = worst.get("items_needed")
         more = f"{'more than a million' if needed > MANY else f'about {count(needed)}'} items would decide, {count(worst['n'])} asked" if needed else "no number of items would decide"
         return Answer("undecided", "undecided", f"{name}; {more}")
     least = f"margin {points(-gate['margin'])}"
-    return Answer(WORDS[gate["verdict"]], WORDS[gate["verdict"]], f"{'lowest: ' if len(gate['comparisons']) > 1 else ''}{name}; {least}")
+    return Answer(WORDS[gate["verdict"]], WORDS[gate["verdict"]], f"{'lowest on ' if len(gate['comparisons']) > 1 else ''}{name}; {least}")
 
 
 def why_not_judged(engine: Json, document: Json) -> str:
@@ -135,5 +135,5 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
     total = len(rows)
     counts = [sum(row["answers"][name].kind == "yes" for row in rows) for name in ("fits", "fast", "not_worse")]
     fit, quick, kept = ("none" if n == 0 else f"all {total}" if n == total > 1 else str(n) for n in counts)
-    best = f"All three hold for {', '.join(row['engine']['label'] for row in sound)}." if sound else "For no engine all three are shown."
-    return f"Of {total} engine{'s' if total > 1 else ''}, {fit} shown to fit, {quick} to be fast enough, {kept} not to be worse than {'its' if total == 1 else 'their'} source. {best}"
+    best = f"All three are shown for {', '.join(row['engine']['label'] for row in sound)}." if sound else "All three are shown for none."
+    return f"Of {total} engine{'s' if total > 1 else ''}, {fit} {'is' if counts[0] == 1 else 'are'} shown to fit, {quick} to be fast enough, and {kept} not to be worse than its source. {best}"

@@ -54,7 +54,7 @@ def spread_of(values: list[float]) -> dict:
     ranked = sorted(values)
     found = {"min": ranked[0], "median": ranked[len(ranked) // 2], "max": ranked[-1]}
     if len(values) >= 20:
-        found |= {f"p{p}": ranked[min(len(ranked) - 1, len(ranked) * p // 100)] for p in (50, 90, 99)}
+        found |= {f"p{p}": ranked[min(len(ranked) - 1, len(ranked) * p // 100)] for p in (1, 5, 10, 25, 50, 75, 90, 95, 99)}
     return found
 
 
@@ -78,7 +78,7 @@ def records(speed: float, size: int, key: str, machine: dict = MACHINE, seed: in
         *found, record("step_milliseconds", steps, "ms", key, machine, prompt=32, generate=64), record("decode_tokens_per_second", rounds, "tok/s", key, machine, True, prompt=32, generate=64),
         record("peak_memory_bytes", [1.35 * size + 120e6], "B", key, machine), record("file_bytes", [size], "B", key, machine), record("bandwidth_gb_s", [27.9], "GB/s", key, machine),
         record("ceiling_tokens_per_second", [ceiling], "tok/s", key, machine, bytes_per_token=size), record("ceiling_share", [speed / ceiling], "1", key, machine),
-        record("joules_per_token", [14.2 / speed], "J", key, machine, prompt=32, generate=64),
+        record("decode_joules_per_token", [14.2 / speed], "J/tok", key, machine, prompt=32, generate=64),
     ]
 
 

@@ -107,10 +107,10 @@ def reliability(block: Json, title: str) -> dict[str, Any]:
     charts = []
     for row in block["rows"]:
         after, before = row["c"], calibration(row["base"])
-        if row["source"] or not after:
+        if row["source"] or not after or not after.get("bins"):
             continue
         caption = f"ECE {fixed(before['ece'])} → {fixed(after['ece'])}" if before else f"ECE {fixed(after['ece'])}"
-        drawn = plots.reliability(before["bins"] if before else None, after["bins"], f"Reliability of {row['label']} on {title}, {block['strategy']}")
+        drawn = plots.reliability(before.get("bins") if before else None, after["bins"], f"Reliability of {row['label']} on {title}, {block['strategy']}")
         charts.append({"label": row["label"], "caption": caption, "svg": drawn})
     return {"strategy": block["strategy"], "charts": charts}
 
