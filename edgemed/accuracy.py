@@ -24,15 +24,15 @@ def title_of(result: Json) -> str:
 
 def tasks(runs: Sequence[Run], engines: Sequence[Json]) -> list[dict[str, Any]]:
     """Every task that any source or engine was evaluated on, with rows, charts and tables. engines: views of the same runs, in order."""
-    rows = [row for run in runs for row in source_rows(run)] + [row for engine in engines for row in engine_rows(engine)]
+    rows = [row for run in runs for row in (*source_rows(run), *(row for engine in engines if engine["run"].label == run.label for row in engine_rows(engine)))]
     keys = list(dict.fromkeys(row["r"]["task_key"] for row in rows))
     titles = [title_of(next(row["r"] for row in rows if row["r"]["task_key"] == key)) for key in keys]
     found = []
     for key, title in zip(keys, titles, strict=True):
         own = distinct(row for row in rows if row["r"]["task_key"] == key)
         first = own[0]["r"]
-        # The same name with other items is another task: it says which file and how many questions it is.
-        other = f" ({first['n']} items of file {first['task_sha256'][:8]})" if titles.count(title) > 1 else ""
+        # The same name with other items is another task: it says how many questions and which.
+        other = f" ({first['n']} items, {key[:6]})" if titles.count(title) > 1 else ""
         found.append(task(title + other, key, own))
     return found
 
@@ -73,16 +73,18 @@ def task(title: str, key: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
     strategies = list(dict.fromkeys(row["r"]["strategy"] for row in rows))
     blocks = [{"strategy": s, "rows": [row for row in rows if row["r"]["strategy"] == s]} for s in strategies]
     margins = {row["p"]["noninferiority"]["margin"] for row in rows if row["p"] and row["p"].get("noninferiority")}
+    margin = next(iter(margins)) if len(margins) == 1 else None
+    covers = [row["c"]["coverage"] for row in rows if row["c"] and row["c"].get("coverage")]
     paired = any(row["p"] for row in rows)
     charted = chart_rows(blocks)
     return {
         "title": title, "key": key, "sha": first["task_sha256"], "n": first["n"], "majority": first["majority"], "blocks": blocks, "paired": paired,
-        "scoring": ", ".join(dict.fromkeys(row["r"]["scoring"] for row in rows)), "margin": next(iter(margins)) if len(margins) == 1 else None,
+        "scoring": ", ".join(dict.fromkeys(row["r"]["scoring"] for row in rows)), "margin": margin,
         "machines": list(dict.fromkeys(row["r"]["machine"] for row in rows)),
         "accuracy_chart": plots.accuracy(charted, first["majority"], f"Accuracy on {title} with 95 % intervals"),
-        "difference_chart": plots.differences(charted, next(iter(margins)) if len(margins) == 1 else None, f"Accuracy on {title} less the source's") if paired else None,
+        "difference_chart": plots.differences(charted, margin, f"Accuracy on {title} less the source's") if paired else None,
         "flip_chart": plots.flips(charted, f"Answers on {title} that changed against the source") if paired else None,
-        "calibrated": any(row["c"] for row in rows), "target": next((row["c"]["coverage"]["target"] for row in rows if row["c"] and row["c"].get("coverage")), None), "reliability": [reliability(block, title) for block in blocks],
+        "calibrated": any(row["c"] for row in rows), "target": covers[0]["target"] if covers else None, "reliability": [reliability(block, title) for block in blocks],
         "subgroups": subgroups(blocks[0]["rows"]),
     }
 
@@ -126,7 +128,8 @@ def subgroups(rows: Sequence[Json]) -> dict[str, Any] | None:
         worst = row["p"].get("worst")
         for s in row["p"]["subgroups"]:
             at = (s["group"], str(s["value"]))
-            found = lines.setdefault(at, {"group": s["group"], "value": str(s["value"]), "n": s["n"], "source": s["source"] if len(sources) == 1 else None, "cells": [None] * len(judged)})
+            source = s["source"] if len(sources) == 1 else None
+            found = lines.setdefault(at, {"group": at[0], "value": at[1], "n": s["n"], "source": source, "cells": [None] * len(judged)})
             found["cells"][column] = {**s, "worst": worst is not None and at == (worst["group"], str(worst["value"]))}
     named = [{"label": row["label"], "number": row["engine"]["number"], "of": len(row["p"]["subgroups"]), **row["p"]["worst"]} for row in judged if row["p"].get("worst")]
     return {"engines": [row["label"] for row in judged], "rows": list(lines.values()), "worst": named, "strategy": judged[0]["r"]["strategy"]}

@@ -18,7 +18,7 @@ from edgemed.svg import Scale, circle, cross, line, polygon, polyline, rect, tex
 Json = Mapping[str, Any]
 WIDTH, LEFT, RIGHT = 372, 130, 312  # of a chart with a row per engine: labels end at LEFT, figures begin after RIGHT
 ROW, HEADING, TOP = 20, 26, 26
-LETTERS = 20
+LETTERS = 18
 SHAPES = ("circle", "square", "diamond", "triangle", "hexagon")
 VERDICTS = {"pass": "not worse", "fail": "worse", "undecided": "undecided"}
 
@@ -69,13 +69,13 @@ def accuracy(rows: Sequence[Row], majority: float | None, title: str) -> str:
     base = None
     for i, (row, y) in enumerate(placed):
         if row.result is None:
-            base = None
             continue
         r, x = row.result, scale(row.result["accuracy"])
-        if row.source:
-            base = (x, y)
-        elif base and (i + 1 == len(placed) or placed[i + 1][0].result is None):
+        base = (x, y) if row.source else base
+        following = placed[i + 1][0] if i + 1 < len(placed) else None
+        if base and (following is None or following.result is None or following.source):
             parts.append(line(base[0], base[1], base[0], y + 6, "guide"))
+            base = None
         parts += [line(scale(r["interval"][0]), y, scale(r["interval"][1]), y, "whisker"), dot(x, y, row)]
         parts.append(text(WIDTH, y + 4, f"{100 * r['accuracy']:.1f} %", "figure", "end"))
     return svg.figure(WIDTH, bottom + 20, title, said((row.label, percent(row.result["accuracy"])) for row in rows if row.result), [*names(placed), *parts])
@@ -124,7 +124,7 @@ def flips(rows: Sequence[Row], title: str) -> str:
     longest = max([1, *(row.result["paired"][key] for row in shown if not row.failed for key in ("only_source", "only_engine", "changed_both_wrong"))])
     unit, middle, third = 42 / longest, LEFT + 74, LEFT + 162
     placed, bottom = place(rows)
-    heads = [text(middle - 5, 14, "right → wrong", "figure bad", "end"), text(middle + 5, 14, "wrong → right", "figure good"), text(third - 2, 14, "wrong → other", "figure soft")]
+    heads = [text(middle - 5, 14, "right→wrong", "figure bad", "end"), text(middle + 5, 14, "wrong→right", "figure good"), text(third, 14, "still wrong", "figure soft")]
     parts = [line(x, TOP - 6, x, bottom, "axis") for x in (middle, third)] + heads
     for row, y in placed:
         if row.source:
@@ -143,12 +143,12 @@ def flips(rows: Sequence[Row], title: str) -> str:
 
 def reliability(before: Sequence[Json] | None, after: Sequence[Json], title: str) -> str:
     """Share of right answers at each stated confidence; on the diagonal confidence is honest. before: the source's bins, after: the engine's."""
-    width, height, low = 172, 168, 0.0
-    x, y = Scale(low, 1, 30, width - 8), Scale(low, 1, height - 28, 8)
-    parts = [rect(30, 8, width - 38, height - 36, "frame"), line(x(0), y(0), x(1), y(1), "grid")]
+    width, height, low = 176, 174, 0.0
+    x, y = Scale(low, 1, 30, width - 12), Scale(low, 1, height - 34, 8)
+    parts = [rect(30, 8, width - 42, height - 42, "frame"), line(x(0), y(0), x(1), y(1), "grid")]
     for value in (0, 0.5, 1):
-        parts += [text(x(value), height - 14, f"{100 * value:.0f}", "figure soft", "middle"), text(25, y(value) + 4, f"{100 * value:.0f}", "figure soft", "end")]
-    parts.append(text(x(0.5), height - 1, "stated confidence, %", "figure soft", "middle"))
+        parts += [text(x(value), height - 20, f"{100 * value:.0f}", "figure soft", "middle"), text(25, y(value) + 4, f"{100 * value:.0f}", "figure soft", "end")]
+    parts.append(text(x(0.5), height - 5, "stated confidence, %", "figure soft", "middle"))
     for bins, kind in ((before or (), "hollow"), (after, "")):
         total = sum(b["n"] for b in bins)
         parts.append(polyline(((x(b["confidence"]), y(b["accuracy"])) for b in bins), f"path {kind}"))

@@ -6,6 +6,7 @@ years later. Numbers stay with the condition they were measured under, and what 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def page(runs: Sequence[Run], title: str, template: str = "report.html.j2") -> s
     return environment().get_template(template).render(context)
 
 
+@functools.cache
 def environment() -> Any:
     import jinja2
 
