@@ -125,14 +125,20 @@ def subgroups(rows: Sequence[Json]) -> dict[str, Any] | None:
     sources = {row["engine"]["source_key"] for row in judged}
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for column, row in enumerate(judged):
-        worst = row["p"].get("worst")
+        worst = lost(row)
         for s in row["p"]["subgroups"]:
             at = (s["group"], str(s["value"]))
             source = s["source"] if len(sources) == 1 else None
             found = lines.setdefault(at, {"group": at[0], "value": at[1], "n": s["n"], "source": source, "cells": [None] * len(judged)})
             found["cells"][column] = {**s, "worst": worst is not None and at == (worst["group"], str(worst["value"]))}
-    named = [{"label": row["label"], "number": row["engine"]["number"], "of": len(row["p"]["subgroups"]), **row["p"]["worst"]} for row in judged if row["p"].get("worst")]
+    named = [{"label": row["label"], **worst} for row in judged if (worst := lost(row))]
     return {"engines": [row["label"] for row in judged], "rows": list(lines.values()), "worst": named, "strategy": judged[0]["r"]["strategy"]}
+
+
+def lost(row: Json) -> Json | None:
+    """The subgroup an engine lost most in, None where it lost in none."""
+    worst = row["p"].get("worst")
+    return worst if worst and worst["difference"] < 0 else None
 
 
 def costs(found: Sequence[Json]) -> dict[str, Any]:

@@ -167,8 +167,9 @@ def test_worst_subgroup_is_named(run):
     assert [line["value"] for line in found["rows"]] == ["anatomy", "cardiology", "pharmacology", "surgery"]
     for column, engine in enumerate(run["engines"]):
         cells = [line["cells"][column] for line in found["rows"]]
-        assert [c["value"] for c in cells if c["worst"]] == [engine["evals"][0]["paired"]["worst"]["value"]]
-        assert min(c["difference"] for c in cells) == engine["evals"][0]["paired"]["worst"]["difference"]
+        lowest = engine["evals"][0]["paired"]["worst"]
+        assert [c["value"] for c in cells if c["worst"]] == ([lowest["value"]] if lowest["difference"] < 0 else [])
+        assert min(c["difference"] for c in cells) == lowest["difference"]
     assert accuracy.tasks([Run(run)], shown["engines"])[1]["subgroups"] is None
 
 
@@ -269,3 +270,11 @@ def test_the_drawn_statistics_are_consistent():
     after = [{**item, "answer": int(i < 3)} for i, item in enumerate(before)]
     found = difference(before, after)
     assert (found["only_source"], found["only_engine"], found["value"]) == (3, 0, -0.3) and found["interval"][0] < -0.3 < found["interval"][1]
+
+
+def test_a_gain_is_not_called_a_loss(run):
+    for engine in run["engines"]:
+        worst = engine["evals"][0]["paired"]["worst"]
+        worst["difference"] = max(0.0, worst["difference"])
+    found = accuracy.tasks([Run(run)], view([Run(run)])["engines"])[0]["subgroups"]
+    assert found["worst"] == [] and not any(c["worst"] for line in found["rows"] for c in line["cells"])
