@@ -1,7 +1,8 @@
 """Trains the tiny Qwen2-VL from random weights to name what a cell or a radiograph shows, and the letter under which that answer is offered.
 
-First with the bare question, which is two and a half times shorter, then inside MedVLM-R1's whole prompt. Goes on from its last checkpoint in work/;
-what is held out (cells.py) is never read here. Run: python vlm_train.py --data DIR --out ../../recipes/quickstart-vlm/model
+In four stages, because a model this small learns neither to see nor to look up a letter from one word of loss per question: the tower as a plain
+classifier; the text model on looking up letters, without images; both together on the bare question; then inside MedVLM-R1's whole prompt. Goes on
+from its last checkpoint in work/; what is held out (cells.py) is never read here. Run: python vlm_train.py --data DIR --out ../../recipes/quickstart-vlm/model
 """
 
 import argparse
@@ -9,6 +10,7 @@ import csv
 import math
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,8 @@ from corpus import WORK, data_argument
 from PIL import Image
 
 SEED = 20240601
-STAGES = (("bare", 1500, 32), ("whole", 500, 16))  # prompt, steps, questions a step
+STAGES = (("tower", 1500, 64), ("lookup", 700, 32), ("bare", 600, 32), ("whole", 300, 16))  # what, steps, images or questions a step
+PEAKS = {"tower": 1.0, "lookup": 1.0, "bare": 0.5, "whole": 0.3}  # share of the largest learning rate
 
 
 def varied(picture, generator):
@@ -42,6 +45,42 @@ def balanced(found, count, generator):
     return [generator.choice(generator.choice(list(kinds[kind].values()))) for kind in generator.choices(["shape", "blood", "region"], [2, 1, 1], k=count)]
 
 
+def tower_loss(model, head, found, names, process, generator):
+    """Cross-entropy of the class from the mean of an image's features."""
+    patches, grids = vlm.pixels([varied(picture, generator) for picture in found], process)
+    seen = model.model.visual(torch.from_numpy(patches), torch.from_numpy(grids)).pooler_output
+    counts = (grids.prod(1) // 4).tolist()
+    pooled = torch.stack([part.mean(0) for part in seen.split(counts)])
+    return torch.nn.functional.cross_entropy(head(pooled).float(), torch.tensor([names.index(p.kind + p.label) for p in found]))
+
+
+def lookup_loss(model, found, tok, generator):
+    """Text only: every offered option in turn as the answer, so that each row asks for several letters."""
+    texts, labels = [], []
+    for picture in found:
+        offered = options(picture, generator)
+        tokens = tok.encode(vlm.prompt(question(picture, offered), 0, bare=True), add_special_tokens=False).ids
+        wanted = [-100] * len(tokens)
+        for label in generator.sample(offered, len(offered)):
+            after = tok.encode(answer(replace(picture, label=label), offered) + "<|im_end|>", add_special_tokens=False).ids
+            # Only what can be known counts: the letter and what follows, not which option comes next.
+            letter = next(i for i, token in enumerate(after) if tok.decode(after[: i + 1]).endswith(("<answer>A", "<answer>B", "<answer>C", "<answer>D")))
+            tokens, wanted = tokens + after, wanted + [-100] * letter + after[letter:]
+        texts.append(tokens)
+        labels.append(wanted)
+    width = max(map(len, texts))
+    ids = torch.tensor([t + [0] * (width - len(t)) for t in texts])
+    return model(input_ids=ids, labels=torch.tensor([row + [-100] * (width - len(row)) for row in labels])).loss
+
+
+def question_loss(model, found, tok, process, generator, bare):
+    rows = []
+    for picture in found:
+        offered = options(picture, generator)
+        rows.append((varied(picture, generator), question(picture, offered), answer(picture, offered)))
+    return model(**vlm.batch(rows, tok, process, bare)).loss
+
+
 def rate(step, steps, peak):
     return peak * min(1, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-5
 
@@ -56,14 +95,17 @@ def main():
     torch.set_num_threads(1)
     tok, process = vlm.tokenizer(), vlm.processor()
     model = vlm.fresh(tok, SEED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.peak, betas=(0.9, 0.95), weight_decay=0.05)
     training = [picture for picture in pictures(args.data) if picture.split == "train"]
+    names = sorted({p.kind + p.label for p in training})
+    head = torch.nn.Linear(256, len(names))  # of the first stage only
+    whole = torch.nn.ModuleDict({"model": model, "head": head})
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=args.peak, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint, curve = WORK / f"{args.name}.pt", Path(__file__).parent / "logs" / f"{args.name}.csv"
     WORK.mkdir(exist_ok=True)
     done = 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
+        whole.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     plan = [(name, step, steps, size) for name, steps, size in STAGES for step in range(steps)]
@@ -73,24 +115,25 @@ def main():
         for number in range(done, len(plan)):
             stage, step, steps, size = plan[number]
             generator = random.Random(SEED * 100_003 + number)
-            rows = []
-            for picture in balanced(training, size, generator):
-                offered = options(picture, generator)
-                rows.append((varied(picture, generator), question(picture, offered), answer(picture, offered)))
+            found = balanced(training, size, generator)
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, args.peak if stage == "bare" else args.peak / 2)
-            inputs = vlm.batch(rows, tok, process, bare=stage == "bare")
+                group["lr"] = rate(step, steps, args.peak * PEAKS[stage])
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**inputs).loss
+                if stage == "tower":
+                    loss = tower_loss(model, head, found, names, process, generator)
+                elif stage == "lookup":
+                    loss = lookup_loss(model, found, tok, generator)
+                else:
+                    loss = question_loss(model, found, tok, process, generator, stage == "bare")
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             if number % 20 == 19:
                 writer.writerow([stage, number + 1, round(loss.item(), 4), round(time.time() - started, 1)])
                 handle.flush()
             if number % 100 == 99 or number + 1 == len(plan):
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}, checkpoint)
+                torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}, checkpoint)
     vlm.save(model, tok, args.out)
 
 
