@@ -101,7 +101,7 @@ def chart_rows(blocks: Sequence[Json]) -> list[Row]:
 def calibration(result: Json | None) -> Json | None:
     """ECE, Brier, bins and coverage; None where answers came without scores."""
     found = result.get("calibration") if result else None
-    return found if found and found.get("ece") is not None else None
+    return {"left_out": 0, **found} if found and found.get("ece") is not None else None
 
 
 def reliability(block: Json, title: str) -> dict[str, Any]:
