@@ -106,8 +106,10 @@ def not_worse(engine: Json, document: Json) -> Answer:
     name = f"{worst['task']} {points(worst['difference'])} ({point_interval(worst['interval'])})"
     if gate["verdict"] == "undecided":
         needed = worst.get("items_needed")
-        more = f"{'more than a million' if needed > MANY else f'about {count(needed)}'} items would decide, {count(worst['n'])} asked" if needed else "no number of items would decide"
-        return Answer("undecided", "undecided", f"{name}; {more}")
+        if not needed:
+            return Answer("undecided", "undecided", f"{name}; that is the margin itself, no number of items would decide")
+        many = "more than a million" if needed > MANY else f"about {count(needed)}"
+        return Answer("undecided", "undecided", f"{name}; {many} items would decide, {count(worst['n'])} asked")
     least = f"margin {points(-gate['margin'])}"
     return Answer(WORDS[gate["verdict"]], WORDS[gate["verdict"]], f"{'lowest on ' if len(gate['comparisons']) > 1 else ''}{name}; {least}")
 
@@ -133,7 +135,6 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
         return "No engine was built."
     sound = [row for row in rows if all(a.kind == "yes" for a in row["answers"].values()) and row["engine"]["verdict"] != "failed"]
     total = len(rows)
-    counts = [sum(row["answers"][name].kind == "yes" for row in rows) for name in ("fits", "fast", "not_worse")]
-    fit, quick, kept = ("none" if n == 0 else f"all {total}" if n == total > 1 else str(n) for n in counts)
-    best = f"All three are shown for {', '.join(row['engine']['label'] for row in sound)}." if sound else "All three are shown for none."
-    return f"Of {total} engine{'s' if total > 1 else ''}, {fit} {'is' if counts[0] == 1 else 'are'} shown to fit, {quick} to be fast enough, and {kept} not to be worse than its source. {best}"
+    fit, quick, kept = (f"{n} of {total}" if (n := sum(row["answers"][name].kind == "yes" for row in rows)) else "none" for name in ("fits", "fast", "not_worse"))
+    best = ", ".join(row["engine"]["label"] for row in sound) or "none"
+    return f"Shown to fit: {fit}. Shown to be fast enough: {quick}. Shown not to be worse than {'its' if total == 1 else 'their'} source: {kept}. All three: {best}."

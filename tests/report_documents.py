@@ -5,15 +5,17 @@ Nothing is copied from a real run, so that every number can be followed; the sam
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 import random
 from dataclasses import asdict
 
-from edgemed import store
+from edgemed import confidence, stats, store
 from edgemed.device import read_device
 
-MARGIN, ALPHA = 0.02, 0.05
+MARGIN, ALPHA = 0.03, 0.05
 LABEL = "test-cpu-2c"
 MACHINE = {
     "label": LABEL, "cpu": "Test CPU", "architecture": "x86_64", "logical_cores": 2, "physical_cores": 2, "flags": ["avx2", "avx512_vnni"], "cache_bytes": 33_554_432,
@@ -25,7 +27,7 @@ VERSIONS = {"python": "3.11.7", "onnxruntime": "1.32.0", "edgemed": "0.1.0"}
 WHEN = "2026-01-01T00:00:00Z"
 STRATEGIES = ("zero-shot", "nearest-3", "self-consistency-5")
 # name, items, options, accuracy of the source, groups an item may belong to
-TASKS = (("medqa", 400, 4, 0.52, {"subject": ("anatomy", "cardiology", "pharmacology", "surgery")}), ("pubmedqa", 250, 3, 0.71, {}), ("headqa", 300, 4, 0.46, {"language": ("es", "en")}))
+TASKS = (("medqa", 400, 4, 0.52, (("subject", ("anatomy", "cardiology", "pharmacology", "surgery")),)), ("pubmedqa", 250, 3, 0.71, ()), ("headqa", 300, 4, 0.46, (("language", ("es", "en")),)))
 # name, target, precision, bytes, tokens per second, share of answers redrawn, KL
 ENGINES = (
     ("onnx-fp32", "onnx", "fp32", 1_610_000_000, 11.2, 0.0, 5.2e-13), ("onnx-int4", "onnx", "int4 g64", 312_000_000, 41.5, 0.05, 0.0041),
@@ -90,23 +92,14 @@ def verified(passed: bool = True, kl: float = 0.00231, top1: float = 0.9512, exa
     }
 
 
-def wilson(correct: int, n: int, z: float = 1.959964) -> list[float]:
-    p, d = correct / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return [max(0.0, (p + z * z / (2 * n)) / d - half), min(1.0, (p + z * z / (2 * n)) / d + half)]
-
-
-def normal(z: float) -> float:
-    return 0.5 * math.erfc(-z / math.sqrt(2))
-
-
 def scored(answer: int, options: int, sure: float, draw: random.Random) -> list[float]:
     scores = [draw.gauss(0, 0.7) for _ in range(options)]
     scores[answer] = max(scores) + abs(draw.gauss(sure, 0.8))
     return scores
 
 
-def answered(task: tuple, strategy: str) -> list[dict]:
+@functools.cache
+def drawn(task: tuple, strategy: str) -> list[dict]:
     """The source's answers to a task."""
     name, n, options, accuracy, groups = task
     draw, items = random.Random(f"{name}{strategy}"), []
@@ -115,7 +108,7 @@ def answered(task: tuple, strategy: str) -> list[dict]:
         gold = random.Random(f"{name}{i}").randrange(options)
         right = draw.random() < accuracy + better
         answer = gold if right else draw.choice([o for o in range(options) if o != gold])
-        group = {key: values[i % len(values)] for key, values in groups.items()}
+        group = {key: values[i % len(values)] for key, values in groups}
         items.append({"id": f"{name}-{i}", "gold": gold, "answer": answer, "scores": scored(answer, options, 1.4 if right else 0.7, draw), "groups": group})
     return items
 
@@ -130,94 +123,35 @@ def redrawn(items: list[dict], share: float, options: int, seed: str) -> list[di
     return found
 
 
-def calibration(items: list[dict]) -> dict:
-    sure = []
-    for item in items:
-        top = max(item["scores"])
-        sure.append((1 / sum(math.exp(s - top) for s in item["scores"]), item["answer"] == item["gold"]))
-    sure.sort()
-    parts = [sure[i * len(sure) // 8 : (i + 1) * len(sure) // 8] for i in range(8)]
-    bins = [{"confidence": sum(c for c, _ in p) / len(p), "accuracy": sum(r for _, r in p) / len(p), "n": len(p)} for p in parts]
-    best = {"target": 0.95, "coverage": None, "threshold": None, "accuracy": None}
-    for i in range(len(sure)):
-        right = sum(r for _, r in sure[i:]) / (len(sure) - i)
-        if right >= 0.95:
-            best |= {"coverage": (len(sure) - i) / len(sure), "threshold": sure[i][0], "accuracy": right}
-            break
-    return {"ece": sum(abs(b["confidence"] - b["accuracy"]) * b["n"] for b in bins) / len(sure), "brier": sum((c - r) ** 2 for c, r in sure) / len(sure), "bins": bins, "coverage": best}
-
-
 def result(task: tuple, strategy: str, items: list[dict], model: str, model_key: str, cost: float, machine: str = LABEL, joules: float | None = None) -> dict:
     name, n, options = task[:3]
     correct, golds = sum(i["answer"] == i["gold"] for i in items), [i["gold"] for i in items]
     cost *= {"zero-shot": 1, "nearest-3": 3.1, "self-consistency-5": 17}[strategy]
     return {
         "task": name, "language": None, "task_sha256": sha("file", name), "task_key": sha("task", name, n), "model": model, "model_key": model_key, "settings": {}, "machine": machine,
-        "when": WHEN, "strategy": strategy, "scoring": "sum of option token log-likelihoods", "n": n, "correct": correct, "accuracy": correct / n, "interval": wilson(correct, n),
+        "when": WHEN, "strategy": strategy, "scoring": "sum of option token log-likelihoods", "n": n, "correct": correct, "accuracy": correct / n, "interval": list(stats.wilson(correct, n)),
         "majority": max(golds.count(o) for o in range(options)) / n, "truncated": 3, "unparsed": 0, "seconds": cost * n, "seconds_per_question": cost,
         "tokens_read": 180 * n, "tokens_generated": 0, "joules": joules * cost * n if joules else None, "joules_per_question": joules * cost if joules else None,
-        "calibration": calibration(items), "items": items, "paired": None,
+        "calibration": confidence.summary(items), "items": items, "paired": None,
     }
 
 
-def difference(before: list[dict], after: list[dict]) -> dict:
-    """Counts, a difference and its adjusted Wald intervals (Bonett and Price 2012): near enough for a page."""
-    n = len(before)
-    right = [(a["answer"] == a["gold"], b["answer"] == b["gold"]) for a, b in zip(before, after, strict=True)]
-    lost, gained = right.count((True, False)), right.count((False, True))
-    p12, p21 = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    middle, error = p12 - p21, math.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
-    return {"n": n, "both": right.count((True, True)), "only_source": lost, "only_engine": gained, "neither": right.count((False, False)), "value": (gained - lost) / n,
-            "middle": middle, "error": error, "interval": [middle - 1.96 * error, middle + 1.96 * error]}
+@functools.cache
+def compared(task: tuple, strategy: str, share: float, seed: str) -> tuple[list[dict], dict]:
+    """An engine's answers, and what changed against the source's."""
+    before = drawn(task, strategy)
+    after = redrawn(before, share, task[2], seed)
+    return after, {**stats.paired(before, after, MARGIN, ALPHA), "source_model": "source (float32)"}
 
 
-def paired(before: list[dict], after: list[dict], margin: float = MARGIN) -> dict:
-    d = difference(before, after)
-    n, lost, gained, middle, error = d["n"], d["only_source"], d["only_engine"], d["middle"], d["error"]
-    m = lost + gained
-    exact = min(1.0, 2 * sum(math.comb(m, k) for k in range(min(lost, gained) + 1)) / 2**m)
-    p, inferior = normal(-(middle + margin) / error), normal((middle + margin) / error)
-    verdict = "pass" if p <= ALPHA else "fail" if inferior <= ALPHA else "undecided"
-    groups = []
-    for group, value in dict.fromkeys(pair for item in before for pair in item["groups"].items()):
-        own = [i for i, item in enumerate(before) if item["groups"].get(group) == value]
-        s = difference([before[i] for i in own], [after[i] for i in own])
-        groups.append({"group": group, "value": value, "n": s["n"], "source": (s["both"] + s["only_source"]) / s["n"], "engine": (s["both"] + s["only_engine"]) / s["n"],
-                       "difference": s["value"], "interval": s["interval"], "only_source": s["only_source"], "only_engine": s["only_engine"]})
-    changed = [(a, b) for a, b in zip(before, after, strict=True) if a["answer"] != b["answer"]]
-    return {
-        "n": n, "both": d["both"], "only_source": lost, "only_engine": gained, "neither": d["neither"], "changed": len(changed), "source_model": "source (float32)",
-        "changed_both_wrong": sum(a["answer"] != a["gold"] and b["answer"] != b["gold"] for a, b in changed), "source_correct": d["both"] + lost, "engine_correct": d["both"] + gained,
-        "difference": {"value": d["value"], "interval": d["interval"], "method": "Tango score, 95 %"}, "newcombe": d["interval"], "mcnemar_p": exact,
-        "noninferiority": {"margin": margin, "alpha": ALPHA, "lower": middle - 1.645 * error, "upper": middle + 1.645 * error, "p": p, "p_inferior": inferior},
-        "minimum_detectable": 2.49 * error, "items_needed": math.ceil(n * (2.49 * error / (margin + middle)) ** 2) if verdict == "undecided" else None, "verdict": verdict,
-        "subgroups": groups, "worst": min((g for g in groups if g["n"] >= 10), key=lambda g: (g["difference"], -g["n"]), default=None),
-    }
-
-
-def gate(compared: list[tuple[str, dict]]) -> dict:
-    """Holm's correction over all comparisons, and the worst of their verdicts."""
-    rows = []
-    for side, name in (("p", "p_holm"), ("p_inferior", "p_inferior_holm")):
-        highest = 0.0
-        for rank, (_, r) in enumerate(sorted(compared, key=lambda c: c[1]["paired"]["noninferiority"][side])):
-            highest = max(highest, min(1.0, (len(compared) - rank) * r["paired"]["noninferiority"][side]))
-            r[name] = highest
-    for engine, r in compared:
-        p, ni, holm, inferior = r["paired"], r["paired"]["noninferiority"], r.pop("p_holm"), r.pop("p_inferior_holm")
-        verdict = "pass" if holm <= ALPHA else "fail" if inferior <= ALPHA else "undecided"
-        rows.append({"engine": engine, "task": r["task"], "strategy": r["strategy"], "n": r["n"], "verdict": verdict, "difference": p["difference"]["value"], "interval": p["difference"]["interval"],
-                     "lower": ni["lower"], "p": ni["p"], "p_holm": holm, "p_inferior_holm": inferior, "items_needed": p["items_needed"], "minimum_detectable": p["minimum_detectable"]})
-    return {"verdict": worst(rows), "margin": MARGIN, "alpha": ALPHA, "correction": f"Holm over {len(rows)} comparisons", "comparisons": rows}
-
-
-def worst(rows: list[dict]) -> str:
-    return next(v for v in ("fail", "undecided", "pass") if v in {row["verdict"] for row in rows})
+def gate(found: list[tuple[str, dict]]) -> dict:
+    return stats.gate([((engine, r["task"], r["strategy"]), r["paired"]) for engine, r in found], MARGIN, ALPHA)
 
 
 def own_gate(whole: dict, name: str) -> dict:
     rows = [row for row in whole["comparisons"] if row["engine"] == name]
-    return {**{key: whole[key] for key in ("margin", "alpha", "correction")}, "verdict": worst(rows), "comparisons": rows}
+    verdict = next(v for v in ("fail", "undecided", "pass") if v in {row["verdict"] for row in rows})
+    return {**{key: whole[key] for key in ("margin", "alpha", "correction")}, "verdict": verdict, "comparisons": rows}
 
 
 def document(tasks: tuple = TASKS, strategies: tuple = STRATEGIES, device: str | None = "jetson-orin-nano-8gb", machine: dict = MACHINE, title: str = "BioMedLM for an Orin Nano",
@@ -231,8 +165,7 @@ def document(tasks: tuple = TASKS, strategies: tuple = STRATEGIES, device: str |
     quantize = manifest("checkpoint", "quantize", {"folded_attention_scale": True, "errors": errors, "calibration_sha256": "56" * 32}, checkpoint(made), integers, merge,
                         {"bits": 4, "group": 64, "method": "gptq"})
     source_key = store.digest({name: entry["sha256"] for name, entry in made.items()})
-    drawn = {(task[0], s): answered(task, s) for task in tasks for s in strategies}
-    source = [result(task, s, drawn[task[0], s], "source (float32)", source_key, 0.9) for task in tasks for s in strategies]
+    source = [result(task, s, drawn(task, s), "source (float32)", source_key, 0.9) for task in tasks for s in strategies]
     engines = []
     for name, target, precision, size, speed, share, kl in ENGINES:
         parent = quantize if "int4" in name else merge
@@ -241,9 +174,8 @@ def document(tasks: tuple = TASKS, strategies: tuple = STRATEGIES, device: str |
         evals = []
         for task in tasks:
             for s in strategies:
-                items = redrawn(drawn[task[0], s], share, task[2], f"{name}{s}{model}")
-                r = result(task, s, items, name, m["key"], 2.6 / speed, machine["label"], 11.5)
-                evals.append({**r, "paired": paired(drawn[task[0], s], items)})
+                items, paired = compared(task, s, share, f"{name}{s}{model}")
+                evals.append({**result(task, s, items, name, m["key"], 2.6 / speed, machine["label"], 11.5), "paired": paired})
         failed = kl > 0.05
         engines.append({
             "name": name, "target": target, "precision": precision, "path": f"runs/x/engines/{name}", "bytes": size, "manifest": m, "evals": evals,
@@ -254,10 +186,11 @@ def document(tasks: tuple = TASKS, strategies: tuple = STRATEGIES, device: str |
     for e in engines:
         e["gate"] = own_gate(whole, e["name"]) if whole else None
     recipe = {"model": model, "device": device, "bench": {"prompt": [32, 256], "max_first_token": 1.0, "min_tokens_per_second": 20}, "eval": {"tasks": [t[0] for t in tasks], "margin": MARGIN}}
-    return {
+    # Copied, because answers and statistics are drawn once and documents are changed by tests.
+    return copy.deepcopy({
         "schema": 2, "title": title, "created": WHEN, "recipe": recipe, "device": json.loads(json.dumps(asdict(read_device(device)))) if device else None, "machine": machine,
         "source": {"path": model, "family": "gpt2", "parameters": 402_918_720, "files": {n: e["sha256"] for n, e in base.items()}, "random_weights": False},
         "steps": [merge, quantize], "engines": engines, "source_evals": source, "strategies": list(strategies), "gate": whole,
         "not_measured": [f"Nothing was run on {device}: speeds and memory are those of the machine named below.", "Energy of loading the engine was not measured.",
                          "gguf-q2_k: not benchmarked, because it failed verification."] if machine["device"] is None else ["Energy of loading the engine was not measured."],
-    }
+    })

@@ -103,7 +103,7 @@ def test_every_engine_and_number_is_there(run):
 
 def test_the_first_minute(run):
     text = read(render(run))
-    assert "4 are shown to fit, none to be fast enough, and 1 not to be worse than its source" in text
+    assert "Shown to fit: 4 of 5. Shown to be fast enough: none. Shown not to be worse than their source: 1 of 5. All three: none." in text
     assert "only on test-cpu-2c" in text and "GB usable with prompts up to 256 tokens, measured on test-cpu-2c" in text
     assert text.index("What was not measured") < text.index("Engines side by side"), "what is missing stands before the numbers"
     assert "Parity with the source 4 of 5 failed: gguf-q2_k" in text and "Smallest engine 265 MB gguf-q4_k_m" in text

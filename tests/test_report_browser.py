@@ -47,7 +47,7 @@ FRAME = """<!doctype html><html><body><script>addEventListener("message", e => {
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    run, small = document(), document(tasks=(("medqa", 100, 4, 0.4, {}),), strategies=("zero-shot",), machine=ORIN, model="Other", title="On the device")
+    run, small = document(), document(tasks=(("medqa", 100, 4, 0.4, ()),), strategies=("zero-shot",), machine=ORIN, model="Other", title="On the device")
     bare = document(tasks=(), strategies=("zero-shot",), device=None)
     bare["source"]["random_weights"] = True
     for engine in bare["engines"]:

@@ -84,7 +84,7 @@ def test_other_sources_are_never_ranked(drawn, tmp_path):
 
 
 def test_accuracy_stands_together_only_on_the_same_questions(drawn, tmp_path):
-    fewer = document(tasks=(("medqa", 120, 4, 0.5, {}),), strategies=("zero-shot",))
+    fewer = document(tasks=(("medqa", 120, 4, 0.5, ()),), strategies=("zero-shot",))
     runs = compare.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", fewer)])
     headings = re.findall(r"<h3>(medqa[^<]*)</h3>", compare.write_comparison(runs, tmp_path / "x.html").read_text())
     assert [re.sub(r", \w{6}\)", ")", h) for h in headings] == ["medqa (400 items)", "medqa (120 items)"]
