@@ -45,7 +45,9 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     from edgemed.run import answers, open_model
 
     out = Path(out)
-    built = strict.build(plugins.load("targets", target).Params, params, target)
+    module = plugins.load("targets", target)
+    built = strict.build(module.Params, params, target)
+    module.inputs(built)  # finds a missing file before the reference answers are computed
     checkpoint = open_model(model, out.parent)
     reference = None
     if prompts and not checkpoint.random_weights:

@@ -71,7 +71,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     if reason := module.supports(weights, params):
         raise EdgemedError(f"target {target} cannot take {checkpoint.path}: {reason}")
     tokenizer = None if checkpoint.random_weights else open_tokenizer(checkpoint.path, d.vocab)
-    inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()}
+    inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()} | module.inputs(params)
     if reference:
         inputs["reference"] = reference.digest()
     parent = checkpoint.path / store.MANIFEST

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemed import gguf_file
-from edgemed.data import calibration_windows
+from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
@@ -69,6 +69,17 @@ def label(params: Params) -> str:
 
 def file_type(params: Params) -> str:
     return params.type or ("q8_0" if params.from_checkpoint else "q4_k_m")
+
+
+def inputs(params: Params) -> dict[str, str]:
+    """sha256 of the importance file, or of the text it is to be measured on. Raises EdgemedError where that is missing."""
+    if params.imatrix is None:
+        return {}
+    if params.imatrix.endswith(".npz"):
+        from edgemed import importance
+
+        return {"imatrix": importance.digest(Path(params.imatrix))}
+    return {"imatrix": read_card(params.imatrix).digest("calibration")}
 
 
 def supports(weights: Weights, params: Params) -> str | None:

@@ -52,6 +52,11 @@ def label(params: Params) -> str:
     return "onnx" if params.precision == "auto" else f"onnx-{params.precision}"
 
 
+def inputs(params: Params) -> dict[str, str]:
+    """sha256 of every file that params name: none."""
+    return {}
+
+
 def bits_of(weights: Weights, params: Params) -> int | None:
     if params.precision == "auto":
         return weights.quantization["bits"] if weights.quantization else None
