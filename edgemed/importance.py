@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemed.decoder import Layer
+
 FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 

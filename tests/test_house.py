@@ -25,7 +25,11 @@ ORDER = [
     "= device checkpoint family task data tokenizer session reference grid weights scoring strategy",
     "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats",
     "families steps targets tasks",
-    "= plan verify bench evaluate report doctor", "run", "api", "cli", "__init__ __main__",
+    "= plan verify bench evaluate report doctor lm_eval",
+    "run",
+    "api",
+    "cli",
+    "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "huggingface_hub", "matplotlib", "tensorrt", "accelerate"}
