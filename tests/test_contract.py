@@ -39,7 +39,7 @@ IDS = tokens(40)
 
 def filled(value: object) -> None:
     for field in dataclasses.fields(value):
-        assert getattr(value, field.name) is not None, f"{field.name} is missing"
+        assert field.default is None or getattr(value, field.name) is not None, f"{field.name} is missing"
 
 
 # --- families
