@@ -22,7 +22,7 @@ from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
 
 ENGINE = "engine.json"
-COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Engine:
     random_weights: bool
     params: Mapping[str, Any]
     rope_frequencies: tuple[float, ...] = ()
+    rope_axes: tuple[int, ...] = ()
+    vision: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -84,7 +86,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
-                "rope_frequencies": d.rope_frequencies,
+                "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": asdict(weights.vision) if weights.vision else None,
             }
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:

@@ -20,7 +20,7 @@ PLUGINS = ("families", "steps", "targets", "tasks")
 # From left to right: a module imports only from groups to its left, or from its own group where that is marked with '='.
 ORDER = [
     "errors", "plugins", "params store console stats confidence", "= device checkpoint family task data tokenizer session reference grid weights scoring strategy images",
-    "= decoder tower graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe", "families steps targets tasks",
+    "= decoder tower graph vision_graph vision ort_dialect gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe", "families steps targets tasks",
     "= plan verify bench evaluate report doctor", "run", "api", "cli", "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
