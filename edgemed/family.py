@@ -157,6 +157,11 @@ class Family:
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
 
 
+def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:
+    """All canonical parts of a checkpoint: the text decoder's, and the vision tower's where there is one."""
+    return family.parts(d) | (family.vision_parts(vision, d) if vision else {})
+
+
 def whole(config: Mapping[str, Any], key: str) -> int:
     """A size in config.json. Raises EdgemedError where it is missing or not a whole number above 0."""
     value = config.get(key)

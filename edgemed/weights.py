@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemed.checkpoint import Checkpoint
 from edgemed.errors import EdgemedError, need
-from edgemed.family import Decoder, Family, Part, Vision, family_of
+from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +71,8 @@ class Weights:
         self.fold = fold
         plain = (self.source.head_dim**-0.5,) * self.source.layers
         self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
-        self.parts: dict[str, Part] = self.family.parts(self.source)
         self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint)) if self.family.vision else None
-        if self.vision:
-            self.parts |= self.family.vision_parts(self.vision, self.source)
+        self.parts: dict[str, Part] = every_part(self.family, self.source, self.vision)
         self.quantization: dict[str, Any] | None = checkpoint.config.get("quantization_config")
         if self.quantization and self.quantization.get("quant_method") != "gptq":
             method = self.quantization.get("quant_method")
