@@ -138,6 +138,8 @@ class Family:
     auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     vision(config, preprocessor_config) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch', 'vision.layers.N.*',
     'vision.projector.*'), of families that see.
+    chat(text, images) -> prompt: one user turn in the model's own conversation form, with one image token where each image stands. reasoning(question)
+    -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
     """
 
     name: str
@@ -155,6 +157,9 @@ class Family:
     gguf_interleaved: bool = False
     vision: Callable[[Mapping[str, Any], Mapping[str, Any]], Vision] | None = None
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
+    chat: Callable[[str, int], str] | None = None
+    reasoning: Callable[[str], str] | None = None
+    answer: Callable[[str], str | None] | None = None
 
 
 def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:

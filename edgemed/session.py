@@ -98,11 +98,11 @@ class Sampling:
     max_tokens: int = 256
 
 
-def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset(), pictures: Pictures | None = None) -> Iterator[int]:
     """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
     if session.head != "lm":
         raise EdgemedError(f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval")
-    yield from continued(session, session.prefill(prompt)[-1], sampling, stop)
+    yield from continued(session, (session.prefill(prompt, pictures=pictures) if pictures else session.prefill(prompt))[-1], sampling, stop)
 
 
 def continued(session: Session, scores: np.ndarray, sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:

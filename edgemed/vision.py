@@ -37,6 +37,7 @@ class VisionSession:
         options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
         self.v, self.parts = vision_of(engine.vision), max(engine.rope_axes, default=0) + 1
         self.tower, self.projector = (ort.InferenceSession(str(engine.path / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in ("tower", "projector"))
+        self.context = engine.context
         self.kept: OrderedDict[str, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
         self.seconds = {"preprocess": 0.0, "tower": 0.0, "projector": 0.0}
 
@@ -87,6 +88,9 @@ class VisionSession:
         counts, found = iter([len(features) for features, _ in seen]), []
         for token in tokens:
             found += [token] * (next(counts) if token == self.v.token else 1)
+        if len(found) > self.context:
+            most = max(len(features) for features, _ in seen)
+            raise EdgemedError(f"prompt and images are {len(found)} tokens long, {self.context} fit (the largest image alone is {most})", "Export with fewer max_pixels or a longer context")
         positions = token_positions(found, self.v.token, [grid for _, grid in seen], self.parts)
         return found, Pictures(np.concatenate([features for features, _ in seen]), positions, self.v.token)
 

@@ -6,6 +6,7 @@ keys that exist (visual.* beside model.*, and model.visual.* beside model.langua
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,6 +83,27 @@ def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
     }
 
 
+def chat(text: str, images: int) -> str:
+    """Qwen2-VL's chat template for one user turn, images first."""
+    seen = "<|vision_start|><|image_pad|><|vision_end|>" * images
+    return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{seen}{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def reasoning(question: str) -> str:
+    """MedVLM-R1's question template, to the letter (its README; the blanks at the ends of lines are part of it)."""
+    return (
+        f"\n    {question} \n    Your task: \n    1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
+        "\n    2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags."
+        "\n    3. No extra information or text outside of these tags.\n    "
+    )
+
+
+def answer(text: str) -> str | None:
+    """The letter inside the answer tags, as MedVLM-R1 is evaluated: without tags there is no answer."""
+    found = re.search(r"<answer>\s*([A-Z])\s*</answer>", text)
+    return found[1] if found else None
+
+
 FAMILY = Family(
     name="qwen2_vl",
     model_types=("qwen2_vl",),
@@ -105,4 +127,7 @@ FAMILY = Family(
     auto_classes={"lm": "AutoModelForImageTextToText"},
     vision=vision,
     vision_parts=vision_parts,
+    chat=chat,
+    reasoning=reasoning,
+    answer=answer,
 )

@@ -49,7 +49,8 @@ class Params:
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
-    tower: precision of a vision tower and projector, which run on ONNX Runtime: llama.cpp resizes images in its own way, and its CLIP towers are wrong.
+    tower: precision of a vision tower and projector, which run on ONNX Runtime: llama.cpp resizes images in its own way, and its CLIP towers are wrong;
+    min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
     type: Literal[
@@ -64,6 +65,8 @@ class Params:
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
     repack: bool = True
     tower: Literal["fp32", "fp16", "int8"] = "fp32"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 def label(params: Params) -> str:

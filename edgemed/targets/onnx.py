@@ -35,7 +35,8 @@ class Params:
     """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
-    context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector.
+    context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector;
+    min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
     precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
@@ -43,6 +44,8 @@ class Params:
     accuracy_level: Literal[1, 4] = 4
     context: int | None = None
     tower: Literal["fp32", "fp16", "int8"] = "fp32"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 def label(params: Params) -> str:
