@@ -39,7 +39,7 @@ IDS = tokens(40)
 
 def filled(value: object) -> None:
     for field in dataclasses.fields(value):
-        assert getattr(value, field.name) is not None, f"{field.name} is missing"
+        assert field.default is None or getattr(value, field.name) is not None, f"{field.name} is missing"
 
 
 # --- families
@@ -98,7 +98,7 @@ def test_family_logits_equal_transformers(name: str, tmp_path: Path, dtype: str)
     compare(tmp_path, model)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "classes" in plugins.load("families", name).FAMILY.auto_classes])
 def test_family_classes_head_equals_transformers(name: str, tmp_path: Path) -> None:
     model = transformers_model(name, all_families()[name].auto_classes["classes"], tmp_path, num_labels=3)
     weights = Weights(open_checkpoint(tmp_path))

@@ -22,8 +22,8 @@ ORDER = [
     "errors",
     "plugins",
     "params store console confidence exact",
-    "= device checkpoint family task data tokenizer session reference grid weights scoring strategy",
-    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats",
+    "= device checkpoint family task data tokenizer session reference grid weights scoring strategy images dicom image_files",
+    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect",
     "families steps targets tasks",
     "= plan verify bench evaluate report doctor lm_eval",
     "run",
@@ -32,7 +32,7 @@ ORDER = [
     "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
-HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "huggingface_hub", "matplotlib", "tensorrt", "accelerate"}
+HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "PIL", "pydicom", "huggingface_hub", "matplotlib", "tensorrt", "accelerate"}
 
 
 def name_of(file: Path) -> str:
