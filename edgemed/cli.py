@@ -316,18 +316,20 @@ def report(
 @app.command()
 def generate(
     engine: EngineDir,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
+    image: Annotated[list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")] = None,
+    template: Annotated[str | None, typer.Option(help="chat, reasoning or none; default: chat with images, none without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
     seed: int = 0, threads: Threads = None, json_: Json = False,
 ) -> None:
-    """Continue a text, offline, printing words as they come."""
+    """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads)
+    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template)
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return

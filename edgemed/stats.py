@@ -65,10 +65,10 @@ def newcombe(both: int, only_source: int, only_engine: int, neither: int, confid
     if together > 0:
         together = max(together - n / 2, 0)
     margins = engine * (n - engine) * source * (n - source)
-    phi = together / math.sqrt(margins) if margins else 0.0
+    correlation = together / math.sqrt(margins) if margins else 0.0
 
     def distance(x: float, y: float) -> float:
-        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+        return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
 
     return [p1 - p2 - distance(p1 - low1, high2 - p2), p1 - p2 + distance(high1 - p1, p2 - low2)]
 
@@ -130,18 +130,19 @@ def decided(only_source: int, only_engine: int, n: int, margin: float, alpha: fl
     return "fail" if p_loss_at_least(only_engine, only_source, n, -margin) <= alpha else None
 
 
-def check(margin: float, alpha: float) -> None:
+def check(margin: float | None, alpha: float) -> None:
     """Raises EdgemedError for a margin outside (0, 1) or an alpha outside (0, 0.5]."""
-    if not 0 < margin < 1:
+    if margin is not None and not 0 < margin < 1:
         raise EdgemedError(f"a margin of {margin} is not a share between 0 and 1", "Give the accuracy that may be lost, such as 0.02")
     if not 0 < alpha <= 0.5:
         raise EdgemedError(f"alpha {alpha} is not in (0, 0.5]", "Give the accepted risk of passing a bad engine, such as 0.05")
 
 
-def paired(source_items: Items, engine_items: Items, margin: float, alpha: float, confidence: float = 0.95) -> dict[str, Any]:
+def paired(source_items: Items, engine_items: Items, margin: float | None, alpha: float, confidence: float = 0.95) -> dict[str, Any]:
     """Engine against source on the same items (dicts with id, gold, answer and optional groups; answer -1 is wrong), as docs/measuring.md describes.
 
     All shares are fractions of 1, differences are engine - source, and the verdict is that of this comparison alone: gate() corrects for several.
+    margin None: nobody said how much may be lost, so nothing is judged (noninferiority, items_needed and verdict are None).
     Raises EdgemedError for no items, items that differ in id or gold, and margin or alpha out of range.
     """
     check(margin, alpha)
@@ -150,8 +151,6 @@ def paired(source_items: Items, engine_items: Items, margin: float, alpha: float
     changed = [s["answer"] != e["answer"] for s, e in zip(source_items, engine_items, strict=True)]
     n, both, neither = len(right), right.count((True, True)), right.count((False, False))
     lost, gained = right.count((True, False)), right.count((False, True))
-    p, p_inferior = p_loss_at_least(lost, gained, n, margin), p_loss_at_least(gained, lost, n, -margin)
-    verdict = "pass" if p <= alpha else "fail" if p_inferior <= alpha else "undecided"
     rows = list(subgroups(source_items, right, confidence))
     named = [row for row in rows if row["n"] >= SMALLEST_GROUP]
     return {
@@ -160,13 +159,21 @@ def paired(source_items: Items, engine_items: Items, margin: float, alpha: float
         "source_correct": both + lost, "engine_correct": both + gained,
         "difference": {"value": (gained - lost) / n, "interval": tango(lost, gained, n, confidence), "method": f"Tango score, {100 * confidence:g} %"},
         "newcombe": newcombe(both, lost, gained, neither, confidence), "mcnemar_p": mcnemar(lost, gained),
-        "noninferiority": {
-            "margin": margin, "alpha": alpha, "lower": lower_limit(lost, gained, n, alpha, -margin), "upper": -lower_limit(gained, lost, n, alpha, margin),
-            "p": p, "p_inferior": p_inferior,
-        },
-        "minimum_detectable": minimum_detectable(lost + gained, n, alpha),
-        "items_needed": items_needed(lost, gained, n, margin, alpha) if verdict == "undecided" else None,
-        "verdict": verdict, "subgroups": rows, "worst": min(named, key=lambda row: (row["difference"], -row["n"]), default=None),
+        "minimum_detectable": minimum_detectable(lost + gained, n, alpha), **judged(lost, gained, n, margin, alpha),
+        "subgroups": rows, "worst": min(named, key=lambda row: (row["difference"], -row["n"]), default=None),
+    }
+
+
+def judged(lost: int, gained: int, n: int, margin: float | None, alpha: float) -> dict[str, Any]:
+    """The verdict on one comparison with its evidence; all None where there is no margin."""
+    if margin is None:
+        return dict.fromkeys(("noninferiority", "items_needed", "verdict"))
+    p, p_inferior = p_loss_at_least(lost, gained, n, margin), p_loss_at_least(gained, lost, n, -margin)
+    verdict = "pass" if p <= alpha else "fail" if p_inferior <= alpha else "undecided"
+    limits = {"lower": lower_limit(lost, gained, n, alpha, -margin), "upper": -lower_limit(gained, lost, n, alpha, margin)}
+    return {
+        "noninferiority": {"margin": margin, "alpha": alpha, **limits, "p": p, "p_inferior": p_inferior},
+        "items_needed": items_needed(lost, gained, n, margin, alpha) if verdict == "undecided" else None, "verdict": verdict,
     }
 
 
