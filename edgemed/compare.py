@@ -123,7 +123,7 @@ def missing(name: str, engines: Sequence[Json], foreign: int) -> list[str]:
 
 def write_comparison(runs: Sequence[Run], out: Path) -> Path:
     """One page over all runs at `out`, with Markdown and JSON beside it. Raises EdgemedError where `out` cannot be written."""
-    title = f"Comparison: {', '.join(run.label for run in runs)}" if len(runs) > 1 else str(runs[0].document["title"])
+    title = f"Comparison: {', '.join(run.label for run in runs)}" if len(runs) > 1 else ""
     if out.suffix != ".html" or out.is_dir():
         raise EdgemedError(f"{out} is no name for a page", "Give --out FILE.html")
     if not out.parent.is_dir():

@@ -35,7 +35,12 @@ def answers(engine: Json, document: Json) -> dict[str, Answer]:
 
 def fits(engine: Json, device: Json | None) -> Answer:
     """Whether the measured peak memory leaves the device its reserve; without a device, the machine it ran on."""
-    peak = engine["values"].get("peak_memory_bytes")
+    process, card = (engine["values"].get(name) for name in ("peak_memory_bytes", "peak_gpu_memory_bytes"))
+    own = not shares_memory(device)
+    peak = card if own else process
+    if peak is None and own and process:
+        # What the process holds in the computer's memory says nothing about a card with memory of its own.
+        return none(f"memory on the card was not measured; the process took {size(process['value'])}")
     if peak is None:
         return none(engine["why_no_speed"] or "peak memory was not measured")
     room = usable_bytes(device, peak["machine"])
@@ -46,6 +51,11 @@ def fits(engine: Json, device: Json | None) -> Answer:
     prompt = f" with prompts up to {longest} tokens" if longest else ""
     why = f"peak {size(peak['value'])} of {size(room)} usable{prompt}{where}"
     return Answer("yes", "yes", why) if peak["value"] <= room else Answer("no", "no", why)
+
+
+def shares_memory(device: Json | None) -> bool:
+    """Whether the memory of a process counts against this device: not where a card has memory of its own."""
+    return device is None or device["shared_memory"]
 
 
 def usable_bytes(device: Json | None, machine: Json) -> int | None:
