@@ -62,7 +62,8 @@ def run_view(run: Run) -> dict[str, Any]:
 
 
 def target_name(document: Json) -> str:
-    return document["device"]["title"] if document["device"] else "the machine it ran on"
+    device = document["device"]
+    return device["title"] if device and device["recognise"] else "the machine it ran on"
 
 
 def engine_view(engine: Json, run: Run, known: set[str]) -> dict[str, Any]:
