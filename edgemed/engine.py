@@ -22,12 +22,16 @@ from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
 
 ENGINE = "engine.json"
+PLAN = "plan"
 COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token."""
+    """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token.
+
+    unbuilt: what open() runs until `edgemed build` has compiled the engine on its device; '' for engines that are complete as exported.
+    """
 
     path: Path
     name: str
@@ -42,6 +46,12 @@ class Engine:
     eos: int | None
     random_weights: bool
     params: Mapping[str, Any]
+    unbuilt: str = ""
+
+    @property
+    def stand_in(self) -> str:
+        """What open() runs instead of the engine's own runtime, '' where the engine is built."""
+        return "" if (self.path / store.ON_DEVICE / PLAN / store.MANIFEST).is_file() else self.unbuilt
 
     @property
     def key(self) -> str:
@@ -83,7 +93,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
-            }
+            } | ({"unbuilt": notes.pop("unbuilt")} if "unbuilt" in notes else {})
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
                 tokenizer.save(str(work.path / "tokenizer.json"))
@@ -113,3 +123,27 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
     if wrong:
         raise EdgemedError(f"{path} was altered after it was made: {'; '.join(wrong)}", "Copy or export the engine again")
     return Engine(path=path, **json.loads((path / ENGINE).read_text(encoding="utf-8")))
+
+
+def require_built(engine: Engine, verb: str) -> None:
+    """Raise EdgemedError where an engine still has to be compiled on its device, before `verb` would tell something about another runtime."""
+    if engine.stand_in:
+        raise EdgemedError(f"{engine.path} is unbuilt: {engine.target} has not compiled it yet, so there is nothing to {verb}", f"On the device run: edgemed build {engine.path}")
+
+
+def finish(engine: Engine, workspace_mb: int | None = None) -> dict[str, Any]:
+    """Compile an exported engine for the GPU of this machine; returns the manifest of what was made under on-device/.
+
+    The engine itself stays as it was exported, so its key and its records stay valid; a plan of another TensorRT or GPU is replaced.
+    Raises EdgemedError where nothing is left to build, or the machine lacks what it takes.
+    """
+    module, out = plugins.load("targets", engine.target), engine.path / store.ON_DEVICE / PLAN
+    if not engine.unbuilt:
+        raise EdgemedError(f"{engine.path} is complete: target {engine.target} needs no building", f"Measure it with: edgemed bench {engine.path}")
+    facts = module.identity(engine) | {"workspace_mb": workspace_mb or engine.params["workspace_mb"]}
+    if (out / store.MANIFEST).is_file() and store.read_manifest(out)["params"] != facts:
+        shutil.rmtree(out)
+    with store.building(out, "plan", engine.target, facts, {"engine": engine.key}) as work:
+        if work is not None:
+            work.notes.update(module.finish(engine, work.path, facts["workspace_mb"]))
+    return store.read_manifest(out)
