@@ -9,7 +9,7 @@ from typing import Any
 from edgemed import engine as engines
 from edgemed import params as strict
 from edgemed import plugins
-from edgemed.engine import Engine, open_engine
+from edgemed.engine import Engine, open_engine, require_built
 from edgemed.errors import EdgemedError
 from edgemed.evaluate import evaluate, pair
 from edgemed.plan import inspect
@@ -17,7 +17,7 @@ from edgemed.session import Sampling, Session, generate
 from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode
 
-__all__ = ["chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
+__all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
 
 # Reference answers of a single export: few and short, because a large source is slow on a CPU; a recipe's verify: asks for more.
 EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
@@ -50,9 +50,33 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     return engines.export(checkpoint, target, built, out, reference)
 
 
+def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = True) -> dict[str, Any]:
+    """Finish an engine on its device: compile, then verify and (measure) bench it. Returns plan (its manifest), verify and records.
+
+    verify is None where the engine carries no reference answers; nothing is measured where it failed. Raises EdgemedError as engine.finish.
+    """
+    from edgemed import store
+    from edgemed.bench import bench
+    from edgemed.recipe import BenchSpec
+    from edgemed.reference import FILE as REFERENCE
+    from edgemed.verify import Limits, verify
+
+    opened = open_engine(engine, check=True)
+    plan = engines.finish(opened, workspace_mb)
+    result = verify(opened, opened.reference(), Limits()) if (opened.path / REFERENCE).is_file() else None
+    records: list[dict[str, Any]] = []
+    if measure and (result is None or result["passed"]):
+        store.reset_peak_memory()
+        lengths = tuple(length for length in BenchSpec().prompt if length + BenchSpec().generate < opened.context) or (max(1, opened.context // 2),)
+        records = bench(opened, BenchSpec(lengths))
+        store.append_records(opened.path, records)
+    return {"plan": plan, "verify": result, "records": records}
+
+
 def evaluate_tasks(engine: str | Path, tasks: Sequence[str], source: str | None = None, limit: int | None = None, threads: int | None = None) -> list[dict[str, Any]]:
     """Evaluate an engine on tasks; with `source`, the float checkpoint too, and both paired item by item."""
     opened, results = open_engine(engine, check=True), []
+    require_built(opened, "evaluate")
     tokenizer = opened.tokenizer()
     for spec in tasks:
         asked = questions(spec, limit)
@@ -75,6 +99,7 @@ def evaluate_tasks(engine: str | Path, tasks: Sequence[str], source: str | None 
 def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | None = None) -> Iterator[str]:
     """Continue a text; yields pieces of text as they are decoded."""
     opened = open_engine(engine)
+    require_built(opened, "generate from")
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
     session = opened.open(threads)
@@ -99,6 +124,7 @@ def _words(engine: Engine, session: Session, tokens: Sequence[int], sampling: Sa
 def chat(engine: str | Path, sampling: Sampling, threads: int | None = None) -> None:
     """Read lines from standard input and answer each, the conversation kept in the prompt."""
     opened = open_engine(engine)
+    require_built(opened, "talk to")
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
     tokenizer, session, messages = opened.tokenizer(), opened.open(threads), []

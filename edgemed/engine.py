@@ -93,7 +93,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
-            } | ({"unbuilt": notes.pop("unbuilt")} if "unbuilt" in notes else {})
+            } | ({"unbuilt": notes["unbuilt"]} if "unbuilt" in notes else {})
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
                 tokenizer.save(str(work.path / "tokenizer.json"))
@@ -119,10 +119,15 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
         raise EdgemedError(f"{path} is a {manifest['kind']}, not an engine", "Make an engine with: edgemed export MODEL --target onnx --out DIR")
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     wrong = [name for name, size in sizes.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
-    wrong = [f"{name} is missing or has another size" for name in wrong] or (store.check_manifest(path) if check else [])
+    wrong = [f"{name} is missing or has another size" for name in wrong] or ([*store.check_manifest(path), *_plan_problems(path)] if check else [])
     if wrong:
         raise EdgemedError(f"{path} was altered after it was made: {'; '.join(wrong)}", "Copy or export the engine again")
     return Engine(path=path, **json.loads((path / ENGINE).read_text(encoding="utf-8")))
+
+
+def _plan_problems(path: Path) -> list[str]:
+    plan = path / store.ON_DEVICE / PLAN
+    return store.check_manifest(plan) if (plan / store.MANIFEST).is_file() else []
 
 
 def require_built(engine: Engine, verb: str) -> None:

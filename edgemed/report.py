@@ -58,9 +58,11 @@ def engine_view(engine: Json) -> dict[str, Any]:
     prompts = sorted({r["how"]["prompt"] for r in records if r["name"] == "first_token_seconds"})
     by_prompt = [{"prompt": p, **{r["name"]: r for r in records if r["how"].get("prompt") == p and "generate" not in r["how"]}} for p in prompts]
     verify, ceiling = engine["verify"], values.get("ceiling_tokens_per_second")
+    unbuilt = engine["manifest"]["notes"].get("unbuilt")
+    silent = "not benchmarked: parity failed" if verdict == "failed" else f"unbuilt, not benchmarked; parity is that of {unbuilt}" if unbuilt else "not benchmarked"
     return {
         **engine, "verdict": verdict, "values": values, "prompts": by_prompt, "last": by_prompt[-1] if by_prompt else None,
-        "why_no_speed": {"failed": "not benchmarked: parity failed"}.get(verdict, "not benchmarked") if not records else None,
+        "why_no_speed": None if records else silent,
         "greedy": verify["greedy_same"] / verify["greedy_tokens"] if verify and verify.get("greedy_tokens") else None,
         "results": {result["task"]: result for result in engine["evals"]}, "best": set(), "bars": {}, "facts": facts(engine["manifest"]["notes"]),
         "outputs": outputs(engine["manifest"]),

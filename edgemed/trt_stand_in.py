@@ -89,7 +89,10 @@ def widened(file: Path) -> bytes:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
                 attribute.i = wide
     if model.ByteSize() >= 1 << 31:
-        raise EdgemedError(f"{file}: too large to widen from bfloat16 to float32 in memory, and ONNX Runtime's CPU has no bfloat16", "Check parity with precision=fp16, or on the device after edgemed build")
+        raise EdgemedError(
+            f"{file}: too large to widen from bfloat16 to float32 in memory, and ONNX Runtime's CPU has no bfloat16",
+            "Check parity with precision=fp16, or on the device after edgemed build",
+        )
     return model.SerializeToString()
 
 
