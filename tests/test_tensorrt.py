@@ -267,7 +267,7 @@ def test_unbuilt_engine_says_so(unbuilt: Path) -> None:
     assert "edgemed build" in (unbuilt / "build.sh").read_text()
     sizes = notes["expected_bytes"]
     weights = sum(file.stat().st_size for file in unbuilt.glob("model.onnx*"))
-    assert weights <= sizes["plan"] < 1.1 * weights and sizes["build_memory"] == 3 * weights + 10**9 and sizes["cache"] == 2 * 2 * 192 * 64 * 2
+    assert weights <= sizes["plan"] < 1.1 * weights and sizes["build_memory"] == 3 * weights + 1024 * 10**6 and sizes["cache"] == 2 * 2 * 192 * 64 * 2
 
 
 @pytest.mark.parametrize(("verb", "said"), [
