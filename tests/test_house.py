@@ -19,7 +19,7 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 PLUGINS = ("families", "steps", "targets", "tasks")
 # From left to right: a module imports only from groups to its left, or from its own group where that is marked with '='.
 ORDER = [
-    "errors", "plugins", "params store console cuda", "= device checkpoint family task data tokenizer session reference grid weights",
+    "errors", "plugins", "params store console cuda", "= device jetson checkpoint family task data tokenizer session reference grid weights",
     "= decoder graph gptq engine gguf_types gguf_file importance llama random_weights recipe trt_dialect trt_parser trt_stand_in trt_session trt_build", "families steps targets tasks",
     "= plan verify bench evaluate report doctor", "run", "api", "cli", "__init__ __main__",
 ]

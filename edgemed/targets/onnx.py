@@ -37,11 +37,13 @@ class Params:
     """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
+    provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
 
     precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
+    provider: Literal["cpu", "cuda"] = "cpu"
 
 
 def label(params: Params) -> str:
@@ -63,6 +65,8 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"the checkpoint holds {stored}-bit integers and precision {params.precision} asks for {bits}; use precision auto"
     if stored and weights.quantization["group_size"] != -1 and weights.quantization["group_size"] % 16:
         return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {weights.quantization['group_size']}"
+    if params.provider == "cuda" and params.precision == "fp32":
+        return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
     if d.head_dim % 8:
         return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
     if d.hidden % 32:
@@ -134,7 +138,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     from edgemed.graph import Precision, build_decoder
 
     bits = bits_of(weights, params)
-    floats = "float16" if params.precision == "fp16" else "float32"
+    floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     group = weights.quantization["group_size"] if weights.quantization else params.group
     precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
     graph = build_decoder(weights, out, precision, OrtDialect())
@@ -169,20 +173,29 @@ class OrtSession:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
+        self.cuda = engine.params.get("provider") == "cuda"
+        if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise EdgemedError(f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider", "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'")
         try:
-            self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
             raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {engine.path}: {str(error).splitlines()[0]}", "Export the engine again") from error
+        if self.cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            # onnxruntime only logs this and would run everything on the CPU.
+            raise EdgemedError(f"onnxruntime {ort.__version__} cannot start CUDA here", "Install the CUDA and cuDNN it was built for (its log names the missing library)")
         self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
         self.ort, self.binding = ort, self.session.io_binding()
         # The arena would keep the largest prefill's buffers for good; a device wants that memory back.
         self.shrinking = ort.RunOptions()
-        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0")
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
                 dtype = np.float16 if value.type == "tensor(float16)" else np.float32
                 shape = (1, value.shape[1], self.context, value.shape[3])
-                buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
+                if self.cuda:
+                    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
+                else:
+                    buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
                 self.binding.bind_ortvalue_input(value.name, buffer)
                 self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
         self.last, self.total = self._bound("last_index", np.zeros(1, np.int32)), self._bound("total", np.zeros(1, np.int32))
