@@ -176,6 +176,8 @@ class OrtSession:
         self.cuda = engine.params.get("provider") == "cuda"
         if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
             raise EdgemedError(f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider", "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'")
+        if self.cuda and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from the wheels beside it, where the system has none
         try:
             self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
