@@ -14,7 +14,7 @@ import numpy as np
 
 from edgemed import store
 from edgemed.device import machine, read_bandwidth
-from edgemed.engine import Engine
+from edgemed.engine import Engine, require_built
 from edgemed.errors import EdgemedError
 from edgemed.recipe import BenchSpec
 from edgemed.session import Session
@@ -23,8 +23,9 @@ from edgemed.session import Session
 def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
     """Measure load, first token, prefill, step latency, decoding, memory and the bandwidth ceiling; one record per number.
 
-    Raises EdgemedError where prompt and answer do not fit the context.
+    Raises EdgemedError where the engine is unbuilt, or prompt and answer do not fit the context.
     """
+    require_built(engine, "bench")
     threads = plan.threads or machine()["physical_cores"]
     longest = max(plan.prompt)
     if longest >= engine.context:

@@ -145,7 +145,7 @@ def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool
 @app.command()
 def export(
     model: Annotated[str | None, typer.Argument(help="Model directory, hub id or random:NAME.")] = None,
-    target: Annotated[str, typer.Option(help="onnx or llamacpp.")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, llamacpp or tensorrt.")] = "onnx",
     out: Annotated[Path, typer.Option(help="Engine directory to make.")] = Path("engine"),
     random_weights: Annotated[str | None, typer.Option(help="True dimensions of this model with random weights, for latency and memory only.")] = None,
     prompts: Annotated[str, typer.Option(help="Held-out texts for the reference answers that travel along; 'none' leaves them out.")] = "pubmedqa-abstracts",
@@ -164,7 +164,28 @@ def export(
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its name says.
     for change in sorted(set(notes.get("fallbacks", {}).values())):
         say(f"{change}: {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}")
-    show({"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}, json_)
+    shown = {"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}
+    show(shown | ({"unbuilt": f"on the device run: edgemed build {engine.path}"} if engine.stand_in else {}), json_)
+
+
+@app.command()
+def build(
+    engine: EngineDir,
+    workspace_mb: Annotated[int | None, typer.Option(help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's.")] = None,
+    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")] = True,
+    json_: Json = False,
+) -> None:
+    """On the device: compile an exported engine for this GPU, then verify and measure it."""
+    from edgemed.api import build as build_engine
+
+    found = build_engine(engine, workspace_mb, measure)
+    if json_:
+        show(found, True)
+    else:
+        plan, verified = found["plan"], found["verify"]
+        show({**plan["params"], **plan["notes"], "verified": None if verified is None else verified["passed"]}, False)
+        show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in found["records"]], False)
+    sys.exit(0 if found["verify"] is None or found["verify"]["passed"] else 1)
 
 
 @app.command()

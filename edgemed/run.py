@@ -65,7 +65,7 @@ def run(recipe: Recipe, work: Path) -> Path:
     reference = reference_for(line.source, recipe.verify, cache) if recipe.verify and not line.source.random_weights else None
     engines = [run_target(stage, line, reference, recipe, cache, work) for stage in recipe.engines]
     verified = [verify_engine(engine, reference, recipe, cache) if reference else None for engine in engines]
-    records = [bench_engine(engine, recipe) if recipe.bench and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
+    records = [bench_engine(engine, recipe) if recipe.bench and not engine.stand_in and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
     source_evals, evals = run_evals(line.source, engines, recipe, cache)
     gate = run_gate(engines, evals, recipe)
     document = {
@@ -183,7 +183,8 @@ def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Re
 
 def verify_engine(engine: Engine, reference: Reference, recipe: Recipe, cache: Path) -> dict[str, Any]:
     limits = Limits(recipe.verify.max_kl, recipe.verify.min_top1)
-    result = cached(cache, "verify", {"limits": asdict(limits)}, {"engine": engine.key, "reference": reference.digest()}, lambda: verify(engine, reference, limits))
+    inputs = {"engine": engine.key, "reference": reference.digest(), "ran_on": engine.stand_in or engine.target}
+    result = cached(cache, "verify", {"limits": asdict(limits)}, inputs, lambda: verify(engine, reference, limits))
     say(f"verify: {engine.name} " + ("[green]passed[/green]" if result["passed"] else f"[red]failed[/red]: {'; '.join(result['problems'])}"))
     return result
 
@@ -224,6 +225,8 @@ def run_evals(source: Checkpoint, engines: list[Engine], recipe: Recipe, cache: 
         for base in evals_of(None, source, asked, spec, cache):
             source_results.append(base)
         for engine, found in zip(engines, results, strict=True):
+            if engine.stand_in:
+                continue
             manifest = store.read_manifest(engine.path)
             for base, result in zip(source_results[-len(spec.strategies) :], evals_of(engine, source, asked, spec, cache), strict=True):
                 found.append(pair(result, base, manifest, spec.margin, spec.alpha))
@@ -293,6 +296,7 @@ def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str,
     missing = [] if recipe.device is None else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
     missing += ["Energy was not measured."]
     missing += [f"{e.name}: not benchmarked, because it failed verification." for e, v in zip(engines, verified, strict=True) if v and not v["passed"] and recipe.bench]
+    missing += [f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was measured; parity is that of {e.stand_in}." for e in engines if e.stand_in]
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]
     missing += [] if recipe.verify else ["Engines were not verified against their source (no verify: in the recipe)."]
     missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]

@@ -26,8 +26,9 @@ from edgemed.errors import EdgemedError
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
+ON_DEVICE = "on-device"  # what a device adds to an engine: artifacts of their own, each with its own manifest
 SCHEMA = 1
-PACKAGES = ("edgemed", "torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama-cpp-python", "numpy", "tokenizers")
+PACKAGES = ("edgemed", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "gguf", "llama-cpp-python", "numpy", "tokenizers")
 
 
 def digest(value: Any) -> str:
@@ -57,11 +58,11 @@ def versions() -> dict[str, str]:
 
 
 def files_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """name -> {sha256, bytes} of every file that belongs to an artifact (its manifest and records excluded)."""
+    """name -> {sha256, bytes} of every file that belongs to an artifact (its manifest, records and what a device added excluded)."""
     found = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
-        if name not in (MANIFEST, RECORDS):
+        if name not in (MANIFEST, RECORDS) and not name.startswith(f"{ON_DEVICE}/"):
             found[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     return found
 
@@ -96,7 +97,7 @@ def building(final: Path, kind: str, stage: str, params: Mapping[str, Any], inpu
              parent: Mapping[str, Any] | None = None) -> Iterator[Build | None]:
     """Make `final` appear whole or not at all. Yields None where an identical artifact is already there.
 
-    kind: 'checkpoint' | 'engine' | 'reference' | 'result'; stage: the step or target that makes it; inputs: name -> sha256.
+    kind: 'checkpoint' | 'engine' | 'plan' | 'reference' | 'result'; stage: the step or target that makes it; inputs: name -> sha256.
     Raises EdgemedError where `final` holds something else, or the disk is full.
     """
     final = Path(final)
