@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemed.console import show
 from edgemed.errors import EdgemedError
 
 app = typer.Typer(
@@ -26,16 +27,6 @@ Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anythi
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
-
-
-def show(value: Any, as_json: bool) -> None:
-    """Print a result: JSON for programs, 'key: value' lines or a table for people."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-        return
-    from edgemed.console import table
-
-    table(value)
 
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:

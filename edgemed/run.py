@@ -242,8 +242,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
     manifest = store.read_manifest(engine.path)
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": size,
+    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": store.size_of(manifest),
             "manifest": manifest, "verify": verified, "records": records, "evals": evals}
 
 
