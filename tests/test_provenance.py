@@ -6,8 +6,10 @@ The engine here is a directory made through the store with files of a few bytes,
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +18,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli, leftovers, refused
+from conftest import cli, leftovers, refused
 
-from edgemed import bom, card, plugins, provenance, store
+from edgemed import bom, card, plugins, provenance, signature, store
 from edgemed.errors import EdgemedError
 from edgemed.evidence import limits, not_measured, read_evidence
 
+pytest.importorskip("cyclonedx")
+pytest.importorskip("cryptography")
 MACHINE = {"label": "test-cpu-2c", "cpu": "Test CPU", "physical_cores": 2, "memory_bytes": 25_276_514_304, "gpus": [], "os": "Test OS 1"}
 SHA = "56" * 32
 ENGINE = {
@@ -235,8 +239,6 @@ def variant(engine: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_bill_fits_the_schema_and_the_library_reads_it(engine: Path, name: str) -> None:
-    pytest.importorskip("cyclonedx")
-    pytest.importorskip("jsonschema")
     from cyclonedx.model.bom import Bom
 
     variant(engine, name)
@@ -254,7 +256,6 @@ def test_bill_fits_the_schema_and_the_library_reads_it(engine: Path, name: str) 
 
 
 def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     document = bill(documented(engine))
     made = document["metadata"]["component"]
     assert made["type"] == "machine-learning-model" and made["licenses"][0]["license"]["name"] == "bigscience-bloom-rail-1.0"
@@ -277,7 +278,6 @@ def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
 
 
 def test_bill_tells_what_was_measured(engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     made = bill(documented(engine))["metadata"]["component"]
     found = {(m["type"], m["slice"]): m for m in made["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]}
     where = "pubmedqa, zero-shot, 200 questions"
@@ -292,7 +292,6 @@ def test_bill_tells_what_was_measured(engine: Path) -> None:
 
 
 def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     documented(engine)
     before, manifest = {name: (engine / name).read_bytes() for name in (card.FILE, bom.FILE)}, store.read_manifest(engine)
     provenance.write(engine, {})
@@ -309,7 +308,6 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_card_is_read_by_the_hub_client(engine: Path, name: str) -> None:
-    pytest.importorskip("cyclonedx")
     hub = pytest.importorskip("huggingface_hub")
     variant(engine, name)
     text = (engine / card.FILE).read_text(encoding="utf-8")
@@ -320,16 +318,11 @@ def test_card_is_read_by_the_hub_client(engine: Path, name: str) -> None:
     assert len(results) == {"bare": 0, "other data": 1, "language": 4}.get(name, 2)
     if results:
         assert (results[0].task_type, results[0].dataset_type, results[0].metric_type, results[0].metric_value) == ("multiple-choice", "pubmedqa", "accuracy", 0.75)
-    # Every table row has as many cells as its header.
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    for before, line in zip(rows, rows[1:], strict=False):
-        if set(before) == {"|", "-"}:
-            width = before.count("|")
-        assert set(line) == {"|", "-"} or set(before) != {"|", "-"} or line.count("|") == width, line
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+    assert len(tables) >= 3 and all(len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1 for table in tables), "rows as wide as their header"
 
 
 def test_card_says_what_is_known_and_what_is_not(engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     text = (documented(engine) / card.FILE).read_text(encoding="utf-8")
     for said in ("Not a medical device", "0.750 (0.686 to 0.805)", "-0.025 (-0.058 to +0.006)", "Gate: undecided", "| 803 of 1280 |", "431 tok/s", "151 MB", "On test-cpu-2c (Test CPU, 2 cores",
                  "answer = maybe", "adapter | lora, licence mit", "3 of 200 prompts did not fit", "int8 for int4", "pip install 'edgemed[onnx]'", "any machine but test-cpu-2c", "Energy."):
@@ -338,14 +331,12 @@ def test_card_says_what_is_known_and_what_is_not(engine: Path) -> None:
 
 
 def test_card_hides_the_speed_of_an_engine_that_failed(engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     text = (variant(engine, "failed") / card.FILE).read_text(encoding="utf-8")
     assert "**NO.**" in text and "mean KL 0.7 is above 0.05" in text and "431" not in text and "failed verification, which is not shown" in text
     assert "decode_tokens_per_second" not in (engine / bom.FILE).read_text()
 
 
 def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> None:
-    pytest.importorskip("cyclonedx")
     with store.building(tmp_path / "random", "checkpoint", "random-weights", {"config": {"n": 1}, "seed": 0}, {}) as work:
         (work.path / "model.safetensors").write_text("noise")
     inputs = {"checkpoint/model.safetensors": store.file_sha256(tmp_path / "random" / "model.safetensors")}
@@ -369,7 +360,6 @@ def test_licence_of_the_source(tmp_path: Path, front: str, licence: str | None) 
 
 
 def test_licence_of_another_kind_keeps_its_name(tmp_path: Path, engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     made = engine.parent.parent
     (made / "BioTiny" / "README.md").write_text("---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE.md\n---\n")
     documented(engine)
@@ -395,7 +385,6 @@ def test_limits_and_gaps(engine: Path) -> None:
 
 
 def test_nothing_is_written_about_an_altered_engine(engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     documented(engine)
     (engine / card.FILE).write_text("edited by hand")
     provenance.write(engine, {})
@@ -408,7 +397,6 @@ def test_nothing_is_written_about_an_altered_engine(engine: Path) -> None:
 
 
 def test_card_from_the_command_line(engine: Path) -> None:
-    pytest.importorskip("cyclonedx")
     source = engine.parent.parent / "BioTiny"
     store.append_records(engine, [record(engine, "decode_tokens_per_second", 77.0, "tok/s", prompt=8, generate=4), {**record(engine, "decode_tokens_per_second", 88.0, "tok/s"), "engine_key": "another"}])
     first = json.loads(cli("card", engine, "--json").stdout)
@@ -417,3 +405,223 @@ def test_card_from_the_command_line(engine: Path) -> None:
     (engine / "records.jsonl").write_text((engine / "records.jsonl").read_text() + '{"name": "cut o')
     refused(cli("card", engine), "records.jsonl line 3 is not JSON")
     refused(cli("card", source), "has no manifest.json")
+
+
+# Signatures.
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    signature.keygen(tmp_path / "keys")
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def signed(engine: Path, keys: Path) -> Path:
+    documented(engine)
+    signature.sign(engine, keys / "private.pem")
+    return engine
+
+
+def problems(engine: Path, keys: Path) -> list[str]:
+    return signature.check(engine, keys / "public.pem")["problems"]
+
+
+def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
+    return content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :]
+
+
+def test_flipping_one_byte_of_any_file_names_it(signed: Path, keys: Path) -> None:
+    assert problems(signed, keys) == []
+    walked = [p for p in signed.rglob("*") if p.is_file() and p.name != "signature.json"]
+    assert {str(p.relative_to(signed)) for p in walked} == {"manifest.json", "engine.json", "model.onnx", "folder/tokenizer.json", "README.md", "bom.cdx.json", "records.jsonl"}
+    for file in walked:
+        content, facts = file.read_bytes(), file.stat()
+        for place in sorted({0, len(content) // 2, len(content) - 1}):
+            file.write_bytes(flipped(content, place))
+            # Whoever alters a file can set its time back.
+            os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+            found = problems(signed, keys)
+            assert len(found) == 1 and found[0].startswith(f"{file.relative_to(signed)} was altered after signing")
+        file.write_bytes(content)
+    assert problems(signed, keys) == []
+
+
+def test_flipping_any_byte_of_the_signature_is_seen(signed: Path, keys: Path) -> None:
+    file = signed / "signature.json"
+    content = file.read_bytes()
+    for place in range(len(content)):
+        # Another case of a hexadecimal digit is the same number, and still another file.
+        file.write_bytes(flipped(content, place, 5 if chr(content[place]) in "abcdef" else place % 8))
+        with pytest.raises(EdgemedError, match="signature.json (was altered|is damaged|was made with another key)"):
+            problems(signed, keys)
+    for end in range(0, len(content) - 1, 31):
+        file.write_bytes(content[:end])
+        with pytest.raises(EdgemedError, match="signature.json is damaged"):
+            problems(signed, keys)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"statement": 1, "signature": ""}', '{"statement": {"public_key": 1}, "signature": 5}', "[" * 100_000])
+def test_what_is_no_signature(signed: Path, keys: Path, text: str) -> None:
+    (signed / "signature.json").write_text(text)
+    with pytest.raises(EdgemedError, match="signature.json is damaged"):
+        problems(signed, keys)
+
+
+def test_missing_added_and_renamed_files_are_named(signed: Path, keys: Path, tmp_path: Path) -> None:
+    (signed / "folder" / "tokenizer.json").rename(signed / "folder" / "tokens.json")
+    (signed / ".hidden").write_text("x")
+    (signed / "link").symlink_to(tmp_path)
+    (signed / "broken").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(signed / "pipe")
+    assert problems(signed, keys) == [
+        ".hidden was added after signing", "broken was added after signing", "folder/tokenizer.json is missing", "folder/tokens.json was added after signing",
+        "link was added after signing", "pipe was added after signing",
+    ]
+    with pytest.raises(EdgemedError, match="was altered after it was made"):
+        signature.sign(signed, keys / "private.pem")
+
+
+def test_a_link_to_a_directory_is_not_signed(engine: Path, keys: Path, tmp_path: Path) -> None:
+    (engine / "link").symlink_to(tmp_path / "keys")
+    with pytest.raises(EdgemedError, match="holds link, which is not a file"):
+        signature.sign(engine, keys / "private.pem")
+
+
+def test_measuring_after_signing_is_named(signed: Path, keys: Path) -> None:
+    store.append_records(signed, [record(signed, "decode_tokens_per_second", 512.0, "tok/s")])
+    assert problems(signed, keys) == ["records.jsonl was altered after signing: sign again if these measurements are yours"]
+    signature.sign(signed, keys / "private.pem")
+    assert problems(signed, keys) == [] and not store.check_manifest(signed)
+    (signed / "records.jsonl").unlink()
+    signature.sign(signed, keys / "private.pem")
+    store.append_records(signed, [record(signed, "decode_tokens_per_second", 512.0, "tok/s")])
+    assert problems(signed, keys) == ["records.jsonl was added after signing: sign again if these measurements are yours"]
+
+
+def test_a_signature_is_no_alteration(signed: Path) -> None:
+    manifest = store.read_manifest(signed)
+    assert not store.check_manifest(signed) and "signature.json" not in manifest["files"] and not leftovers(signed.parent)
+    with store.building(signed, "engine", "onnx", manifest["params"], manifest["inputs"], manifest["parent"]) as work:
+        assert work is None
+
+
+def test_swapping_manifest_and_file_together_is_seen(signed: Path, keys: Path) -> None:
+    """What a manifest alone cannot show: a file and the manifest that vouches for it, both replaced."""
+    (signed / "model.onnx").write_bytes(b"other weights")
+    manifest = store.read_manifest(signed)
+    manifest["files"]["model.onnx"] = {"sha256": store.file_sha256(signed / "model.onnx"), "bytes": 13}
+    store.write_json(signed / "manifest.json", manifest)
+    assert not store.check_manifest(signed)
+    assert problems(signed, keys) == ["manifest.json was altered after signing", "model.onnx was altered after signing"]
+
+
+def test_keys_are_never_overwritten_and_private_is_private(keys: Path) -> None:
+    before = {p.name: p.read_bytes() for p in keys.iterdir()}
+    assert keys.joinpath("private.pem").stat().st_mode & 0o777 == 0o600 and set(before) == {"private.pem", "public.pem"}
+    with pytest.raises(EdgemedError, match="private.pem exists"):
+        signature.keygen(keys)
+    (keys / "private.pem").unlink()
+    with pytest.raises(EdgemedError, match="public.pem exists"):
+        signature.keygen(keys)
+    assert not (keys / "private.pem").exists() and (keys / "public.pem").read_bytes() == before["public.pem"]
+    with pytest.raises(EdgemedError, match="cannot write a key into"):
+        signature.keygen(keys / "public.pem" / "inside")
+
+
+def foreign(folder: Path) -> dict[str, Path]:
+    """Keys that are not what sign and verify want."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    found = {}
+    for name, key in (("rsa", rsa.generate_private_key(public_exponent=65537, key_size=2048)), ("ec", ec.generate_private_key(ec.SECP256R1()))):
+        found[name], found[f"{name}.pub"] = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+        found[name].write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+        found[f"{name}.pub"].write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    signature.keygen(folder / "locked", b"secret")
+    signature.keygen(folder / "other")
+    found |= {"locked": folder / "locked" / "private.pem", "other.pub": folder / "other" / "public.pem", "garbage": folder / "garbage.pem", "absent": folder / "absent.pem"}
+    found["garbage"].write_bytes(b"-----BEGIN PRIVATE KEY-----\nnothing\n")
+    return found
+
+
+def test_wrong_keys(signed: Path, keys: Path, tmp_path: Path) -> None:
+    wrong = foreign(tmp_path)
+    for name, said in (("rsa", "of the kind RSAPrivateKey, not Ed25519"), ("ec", "not Ed25519"), ("locked", "is encrypted"), ("garbage", "cannot be read as a private key"),
+                       ("absent", "cannot be read: No such file"), ("other.pub", "is a public key")):
+        with pytest.raises(EdgemedError, match=said):
+            signature.sign(signed, wrong[name])
+    for name, said in (("rsa.pub", "of the kind RSAPublicKey, not Ed25519"), ("ec.pub", "not Ed25519"), ("other.pub", "was made with another key"), ("rsa", "is a private key"), ("garbage", "is a private key"), ("absent", "cannot be read")):
+        with pytest.raises(EdgemedError, match=said):
+            signature.check(signed, wrong[name])
+    with pytest.raises(EdgemedError, match="cannot be read as a private key"):
+        signature.sign(signed, wrong["locked"], b"wrong")
+    with pytest.raises(EdgemedError, match="cannot be read as a private key"):
+        signature.sign(signed, keys / "private.pem", b"a password it does not have")
+    assert problems(signed, keys) == [], "nothing refused has touched the signature"
+    signature.sign(signed, wrong["locked"], b"secret")
+    assert signature.check(signed, tmp_path / "locked" / "public.pem")["problems"] == []
+    shutil.copy(keys / "private.pem", signed / "private.pem")
+    with pytest.raises(EdgemedError, match="lies inside the engine"):
+        signature.sign(signed, signed / "private.pem")
+
+
+def test_only_whole_engines_are_signed(engine: Path, keys: Path) -> None:
+    with pytest.raises(EdgemedError, match="is a checkpoint, not an engine"):
+        signature.sign(engine.parent.parent / "merge", keys / "private.pem")
+    with pytest.raises(EdgemedError, match="is not signed"):
+        problems(engine, keys)
+    (engine / "model.onnx").write_bytes(flipped((engine / "model.onnx").read_bytes(), 3))
+    with pytest.raises(EdgemedError, match="model.onnx was altered"):
+        signature.sign(engine, keys / "private.pem")
+    assert not (engine / "signature.json").exists()
+
+
+def test_openssl_agrees(signed: Path, keys: Path, tmp_path: Path) -> None:
+    """The signature and the fingerprint are what any other tool makes of the same files."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl here")
+    whole = json.loads((signed / "signature.json").read_text())
+    (tmp_path / "statement").write_bytes(json.dumps(whole["statement"], sort_keys=True, separators=(",", ":")).encode())
+    (tmp_path / "signature").write_bytes(bytes.fromhex(whole["signature"]))
+    command = [openssl, "pkeyutl", "-verify", "-pubin", "-inkey", keys / "public.pem", "-rawin", "-in", tmp_path / "statement", "-sigfile", tmp_path / "signature"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    (tmp_path / "statement").write_bytes(b"another")
+    assert subprocess.run(command, capture_output=True).returncode != 0
+    der = subprocess.run([openssl, "pkey", "-pubin", "-in", keys / "public.pem", "-outform", "DER"], capture_output=True, check=True).stdout
+    assert whole["statement"]["public_key"] == "sha256:" + hashlib.sha256(der).hexdigest()
+
+
+def test_command_line(engine: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    (tmp_path / "password").write_text("secret\n")
+    made = json.loads(cli("keygen", "--out", keys, "--password-file", tmp_path / "password", "--json").stdout)
+    refused(cli("keygen", "--out", keys), "private.pem exists")
+    refused(cli("verify", engine, "--key", keys / "public.pem"), f"{engine} is not signed", "edgemed sign")
+    refused(cli("sign", engine, "--key", keys / "private.pem"), "is encrypted", "--password-file")
+    done = json.loads(cli("sign", engine, "--key", keys / "private.pem", "--password-file", tmp_path / "password", "--json").stdout)
+    assert done["public_key"] == made["fingerprint"] and done["files"] == 4
+    whole = cli("verify", "--manifest", engine, "--key", keys / "public.pem", "--json")
+    assert whole.returncode == 0 and json.loads(whole.stdout)["intact"] and json.loads(whole.stdout)["signed by"] == made["fingerprint"]
+    (engine / "manifest.json").write_bytes((engine / "manifest.json").read_bytes()[:-9])
+    for arguments in (["--manifest", engine], [engine]):
+        broken = cli("verify", *arguments, "--key", keys / "public.pem", "--json")
+        assert broken.returncode == 1 and json.loads(broken.stdout)["problems"] == ["manifest.json was altered after signing"] and not broken.stderr
+    refused(cli("sign", engine, "--key", keys / "private.pem", "--password-file", engine / "folder"), "password file", "cannot be read")
+
+
+def test_checking_needs_no_torch(signed: Path, keys: Path) -> None:
+    absent = ("torch", "transformers", "onnx", "onnxruntime", "safetensors", "cyclonedx", "huggingface_hub")
+    code = f"import sys\nfor name in {absent}:\n    sys.modules[name] = None\nfrom pathlib import Path\nfrom edgemed.signature import check\nprint(check(Path(sys.argv[1]), Path(sys.argv[2])))"
+    done = subprocess.run([sys.executable, "-c", code, signed, keys / "public.pem"], capture_output=True, text=True)
+    assert done.returncode == 0 and "'problems': []" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("module", "extra", "arguments"), [("cyclonedx", "bom", ["card"]), ("cryptography", "sign", ["sign", "--key", "x.pem"]), ("cryptography", "sign", ["verify", "--key", "x.pem"])])
+def test_a_missing_package_is_named(engine: Path, module: str, extra: str, arguments: list[str]) -> None:
+    verb, *options = arguments
+    code = f"import sys\nclass Absent:\n    def find_spec(self, name, path=None, target=None):\n        if name.split('.')[0] == {module!r}:\n            raise ModuleNotFoundError(name, name=name)\n"
+    code += f"sys.meta_path.insert(0, Absent())\nsys.argv = ['edgemed', {verb!r}, sys.argv[1], *{options!r}]\nfrom edgemed.cli import main\nmain()"
+    refused(subprocess.run([sys.executable, "-c", code, engine], capture_output=True, text=True), f"edgemed[{extra}]")
