@@ -95,7 +95,8 @@ def materials(evidence: Evidence, engine: Component) -> tuple[dict[str, Componen
         last = manifest is evidence.manifest
         reference = engine.bom_ref.value if last else f"checkpoint/{manifest['key']}"
         if not last:
-            facts = {"key": manifest["key"], "created": manifest["created"], "seconds": manifest["wall_seconds"], **{f"param {k}": v for k, v in manifest["params"].items() if not isinstance(v, (dict, list))}}
+            facts = {"key": manifest["key"], "created": manifest["created"], "seconds": manifest["wall_seconds"]}
+            facts |= {f"param {name}": value for name, value in manifest["params"].items() if not isinstance(value, (dict, list))}
             hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
             found[reference] = model(reference, f"{source_name(evidence)}, after {manifest['stage']}", hashes, f"the checkpoint after {manifest['stage']}", evidence.source, facts)
         needed[reference] = before

@@ -7,6 +7,8 @@ data) goes with it, and the two documents can be made again from the directory a
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,13 @@ def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
     return {"name": name, **card.front_licence(path), "adapters": [{"name": adapter, **licence} for adapter, licence in adapters.items()]}
 
 
+def known_source(model: str, path: Path, engine: Path) -> dict[str, Any] | None:
+    """describe(), or None where the checkpoint was itself made by edgemed from another, about which nothing is known here."""
+    file = path / store.MANIFEST
+    made = file.is_file() and any(name.startswith("checkpoint/") for name in json.loads(file.read_text(encoding="utf-8"))["inputs"])
+    return None if made else describe(model, path, engine)
+
+
 def directory_of(model: str) -> Path:
     """Where a checkpoint named by directory or hub id lies; it is opened, and fetched where that is possible."""
     return open_checkpoint(model).path
@@ -80,11 +89,25 @@ def datasets(manifest: Json, evals: Sequence[Json], heldout: str | None) -> list
     if heldout:
         found.append(text_set(heldout, "heldout", read_card(heldout).digest("heldout")))
     for name, sha in {(result["task"], result["task_sha256"]): None for result in evals}:
-        task = plugins.load("tasks", name).TASK
-        shipped = store.file_sha256(plugins.ROOT / "tasks" / "samples" / task.sample) == sha
-        licence, origin = (task.licence, task.source) if shipped else (None, f"a file of the user's in the layout of {task.source}")
-        found.append({"name": name, "use": "evaluation", "sha256": sha, "licence": licence, "source": origin, "url": None, "split": task.split if shipped else None})
+        found.append(task_set(name, sha))
+    for name in {result["task"]: None for result in evals if re.search(r"\b(random|nearest)-", result["strategy"])}:
+        sha = store.file_sha256(plugins.ROOT / "tasks" / "samples" / plugins.load("tasks", name).TASK.shots)
+        found.append({**task_set(name, None), "name": f"{name}, solved examples", "use": "prompts", "sha256": sha})
     return found
+
+
+def task_set(name: str, sha256: str | None) -> dict[str, Any]:
+    """The file a task was asked from. Its card speaks for the shipped sample (sha256 None) and for the whole published set; a user's own file has no licence here."""
+    import yaml
+
+    file = plugins.ROOT / "tasks" / "samples" / f"{name}.card.yaml"
+    facts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    whole = facts.get("whole_set", [])
+    published = [facts.get("sha256"), *(part["sha256"] for part in (whole if isinstance(whole, list) else [whole]))]
+    known = sha256 is None or sha256 in published
+    source = facts.get("source") if known else f"a file of the user's in the layout of {name}"
+    return {"name": name, "use": "evaluation", "sha256": sha256, "split": facts.get("split") if known else None, "licence": facts.get("licence") if known else None, "source": source,
+            "url": facts.get("url") if known else None}
 
 
 def text_set(name: str, split: str, sha256: str) -> dict[str, Any]:

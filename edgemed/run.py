@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import params as strict
-from edgemed import plugins, store
+from edgemed import plugins, provenance, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
 from edgemed.data import read_card, texts
 from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
-from edgemed.errors import EdgemedError
+from edgemed.errors import EdgemedError, need
 from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
 from edgemed.plan import parameters
 from edgemed.random_weights import make_random
@@ -68,6 +68,9 @@ def run(recipe: Recipe, work: Path) -> Path:
     records = [bench_engine(engine, recipe) if recipe.bench and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
     source_evals, evals = run_evals(line.source, engines, recipe, cache)
     gate = run_gate(engines, evals, recipe)
+    for engine, result, found in zip(engines, verified, evals, strict=True):
+        source = provenance.known_source(recipe.model, line.points["model"].path, engine.path)
+        provenance.document(engine.path, source, result, found, part_of(gate, engine.name), recipe.verify.prompts if result else None)
     document = {
         "schema": 2, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
@@ -88,6 +91,7 @@ def check_inputs(recipe: Recipe) -> None:
         Weights(open_checkpoint(recipe.model))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
+    need("cyclonedx", "bom")
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
     for spec in recipe.eval.tasks if recipe.eval else ():
