@@ -110,9 +110,11 @@ def order(record: Json) -> tuple[Any, ...]:
 
 
 def figure(value: float, unit: str) -> str:
-    """A measured value with three significant digits, bytes in powers of ten."""
+    """A measured value with three significant digits, bytes in powers of ten, less than a second in milliseconds."""
     if unit == "B":
         return size(value)
+    if unit == "s" and value < 1:
+        value, unit = 1e3 * value, "ms"
     text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return text if unit == "1" else f"{text} {unit}"
 

@@ -27,11 +27,12 @@ def card(
     """Write an engine's model card and bill of materials again from what its directory holds, new measurements included."""
     from edgemed import provenance, store
 
+    before = store.read_manifest(engine)
     sections = {"source": provenance.describe(source, provenance.directory_of(source), engine)} if source else {}
     evidence = provenance.write(engine, sections)
     result = {"card": str(engine / "README.md"), "bill of materials": str(engine / "bom.cdx.json"), "licence": evidence.licence, "as of": evidence.newest}
-    signed = {"signature": "no longer fits: sign again"} if (engine / store.SIGNATURE).exists() else {}
-    show(result | signed, json_)
+    stale = (engine / store.SIGNATURE).exists() and store.read_manifest(engine) != before
+    show(result | ({"signature": "no longer fits: sign again"} if stale else {}), json_)
 
 
 def keygen(out: Annotated[Path, typer.Option(help="Directory to write private.pem and public.pem into.")], password_file: PasswordFile = None, json_: Json = False) -> None:

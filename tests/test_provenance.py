@@ -423,6 +423,13 @@ def signed(engine: Path, keys: Path) -> Path:
     return engine
 
 
+def test_card_says_when_it_outdates_a_signature(signed: Path, keys: Path) -> None:
+    assert "signature" not in json.loads(cli("card", signed, "--json").stdout) and problems(signed, keys) == []
+    store.append_records(signed, [record(signed, "first_token_seconds", 0.0123, "s", prompt=8)])
+    assert json.loads(cli("card", signed, "--json").stdout)["signature"] == "no longer fits: sign again" and len(problems(signed, keys)) == 4
+    assert "| first token | 12.3 ms |" in (signed / card.FILE).read_text()
+
+
 def problems(engine: Path, keys: Path) -> list[str]:
     return signature.check(engine, keys / "public.pem")["problems"]
 
