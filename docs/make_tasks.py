@@ -21,7 +21,10 @@ Ask for a task as `NAME[/LANGUAGE][:FILE.jsonl]`: `medqa` is the shipped sample,
 (`--limit`) are as mixed as the whole. `bench/tasks/make_samples.py` cuts them again from the whole public sets, and `--whole OUT` writes those in the layout that works by path.
 
 The samples are for comparing an engine with its source. For numbers to put beside published ones, evaluate the whole split. Prompts are worded as in lm-evaluation-harness 0.4.13 where it has the task;
-`bench/lm_eval_parity.py` compares prompts and scores with it item by item.
+`bench/lm_eval_parity.py` compares prompts and scores with it item by item ([lm-eval.md](lm-eval.md)).
+
+Solved examples for few-shot prompts are of another split where one was at hand. For medqa, medmcqa and worldmedqa it was not: theirs are rows of the evaluated split that the sample does not hold, and since a question that
+is asked is never shown solved, few-shot strategies have none left over those whole splits.
 """
 ROWS = """
 ## What a row looks like

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgemed import evidence as facts_of
 from edgemed import store
 from edgemed.errors import need
-from edgemed.evidence import PIPELINES, Evidence, Json
+from edgemed.evidence import Evidence, Json
 
 if TYPE_CHECKING:
     from cyclonedx.model import Property
@@ -185,8 +185,8 @@ def model_card(evidence: Evidence) -> dict[str, Any]:
     """The modelCard object of the CycloneDX 1.6 schema."""
     facts, head = evidence.facts, evidence.facts["head"]
     parameters = {
-        "task": PIPELINES[head], "architectureFamily": "transformer", "modelArchitecture": facts["family"],
-        "datasets": [{"ref": data_reference(d)} for d in evidence.datasets], "inputs": [{"format": "text"}], "outputs": [{"format": "text" if head == "lm" else "scores"}],
+        "task": evidence.pipeline, "architectureFamily": "transformer", "modelArchitecture": facts["family"], "datasets": [{"ref": data_reference(d)} for d in evidence.datasets],
+        "inputs": [{"format": name} for name in ("text", "image") if name == "text" or facts.get("vision")], "outputs": [{"format": "text" if head == "lm" else "scores"}],
     }
     considerations = {
         "users": ["Researchers, and engineers of devices that run language models offline"], "useCases": ["Research on small medical language models without a network"],

@@ -36,7 +36,7 @@ def render(evidence: Evidence) -> str:
     return environment.get_template("card.md.j2").render(
         front=front, e=evidence, facts=evidence.facts, steps=[step(manifest) for manifest in facts_of.steps(evidence)], origin=origin(evidence),
         evals=[{**result, "title": facts_of.title(result)} for result in evidence.evals], machines=machines(evidence), size_bytes=size_of(evidence.manifest),
-        limits=facts_of.limits(evidence), not_measured=facts_of.not_measured(evidence), extra=evidence.facts["target"], pipeline=PIPELINES[evidence.facts["head"]],
+        limits=facts_of.limits(evidence), not_measured=facts_of.not_measured(evidence), extra=evidence.facts["target"], sees=bool(evidence.facts.get("vision")),
     )
 
 
@@ -47,7 +47,7 @@ def front_matter(evidence: Evidence) -> dict[str, Any]:
     front: dict[str, Any] = {"license": source["licence"] or "unknown"}
     front |= {key: source[key] for key in ("license_name", "license_link") if source[key]}
     front |= {"base_model": source["name"]} if source["name"] and not facts["random_weights"] else {}
-    front |= {"library_name": "edgemed", "pipeline_tag": PIPELINES[facts["head"]], "tags": tags}
+    front |= {"library_name": "edgemed", "pipeline_tag": evidence.pipeline, "tags": tags}
     if results := [result_of(result, facts["head"]) for result in evidence.evals]:
         front["model-index"] = [{"name": facts["name"], "results": results}]
     return front
@@ -106,7 +106,7 @@ def machines(evidence: Evidence) -> list[dict[str, Any]]:
 def order(record: Json) -> tuple[Any, ...]:
     names = list(LABELS)
     place = names.index(record["name"]) if record["name"] in names else len(names)
-    return record["machine"]["label"], place, record["name"], record["how"].get("prompt") or 0, record["how"].get("generate") or 0
+    return record["machine"]["label"], place, record["name"], record["how"].get("prompt") or 0, record["how"].get("generate") or 0, record["how"].get("threads") or 0
 
 
 def figure(value: float, unit: str) -> str:

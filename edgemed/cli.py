@@ -288,36 +288,42 @@ def leave(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")], json_: Json = False) -> None:
-    """Render the report of a run again from its report.json."""
-    from edgemed.report import render
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of finished runs, or of engines with their records.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write, FILE.html; default: report.html in the run, or compare.html.")] = None,
+    json_: Json = False,
+) -> None:
+    """Render the report of one run again, or compare several runs and engines on one page; Markdown and JSON lie beside it."""
+    from edgemed.compare import comparison, read_runs, write_comparison
+    from edgemed.report import write
 
-    file = run_directory / "report.json"
-    if not file.is_file():
-        raise EdgemedError(f"{run_directory} has no report.json", "Give a directory made by edgemed run")
-    document = json.loads(file.read_text(encoding="utf-8"))
+    runs = read_runs(directories)
+    alone = len(runs) == 1 and (directories[0] / "report.json").is_file()
     if json_:
-        show(document, True)
-        return
-    (run_directory / "report.html").write_text(render(document), encoding="utf-8")
-    typer.echo(str(run_directory / "report.html"))
+        show(runs[0].document if alone else comparison(runs), True)
+    elif alone and out is None:
+        typer.echo(str(write(runs[0].document, directories[0])))
+    else:
+        typer.echo(str(write_comparison(runs, out or Path("compare.html"))))
 
 
 @app.command()
 def generate(
     engine: EngineDir,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
+    image: Annotated[list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")] = None,
+    template: Annotated[str | None, typer.Option(help="chat, reasoning or none; default: chat with images, none without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
     seed: int = 0, threads: Threads = None, json_: Json = False,
 ) -> None:
-    """Continue a text, offline, printing words as they come."""
+    """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads)
+    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template)
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return

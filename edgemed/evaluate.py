@@ -115,7 +115,7 @@ def judge(results: Mapping[str, Sequence[Mapping[str, Any]]], margin: float, alp
         for row in rows:
             if row["paired"] and (engine, row["task_key"]) not in seen:
                 seen.add((engine, row["task_key"]))
-                compared.append(({"engine": engine, "task": title(row), "strategy": row["strategy"]}, row["paired"]))
+                compared.append(((engine, title(row), row["strategy"]), row["paired"]))
     return stats.gate(compared, margin, alpha) if compared else None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgemed import store
+from edgemed import lineage, store
 from edgemed.engine import ENGINE
 from edgemed.errors import EdgemedError
 
@@ -20,6 +20,7 @@ Json = Mapping[str, Any]
 UNKNOWN = "unknown: see the source model"
 NOBODY_SAID = {"name": None, "licence": None, "license_name": None, "license_link": None, "adapters": ()}
 PIPELINES = {"lm": "text-generation", "choice": "multiple-choice", "classes": "text-classification"}
+SEES = "image-text-to-text"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Evidence:
     @property
     def key(self) -> str:
         return self.manifest["key"]
+
+    @property
+    def pipeline(self) -> str:
+        """The hub's name for what it does."""
+        return SEES if self.facts.get("vision") else PIPELINES[self.facts["head"]]
 
     @property
     def licence(self) -> str:
@@ -82,7 +88,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
     newest: dict[tuple[Any, ...], Json] = {}
     for record in store.read_records(directory):
         if record["engine_key"] == manifest["key"]:
-            newest[record["machine"]["label"], record["name"], record["how"].get("prompt"), record["how"].get("generate")] = record
+            newest[record["machine"]["label"], record["name"], *(record["how"].get(name) for name in ("prompt", "generate", "threads"))] = record
     return Evidence(
         json.loads((Path(directory) / ENGINE).read_text(encoding="utf-8")), chain(manifest), NOBODY_SAID | (held.get("source") or {}), held.get("verify"),
         tuple(held.get("evals") or ()), held.get("gate"), tuple(held.get("datasets") or ()), tuple(newest.values()),
@@ -99,13 +105,12 @@ def chain(manifest: Json) -> tuple[Json, ...]:
 
 def origin(chain: tuple[Json, ...]) -> dict[str, str]:
     """file -> sha256 of the checkpoint a chain begins with: one that came from elsewhere, or one that edgemed made of nothing (random weights)."""
-    first = {name.removeprefix("checkpoint/"): sha for name, sha in chain[0]["inputs"].items() if name.startswith("checkpoint/")}
-    return first or {name: entry["sha256"] for name, entry in chain[0]["files"].items()}
+    return lineage.read(chain[0]) or lineage.outputs(chain[0])
 
 
 def steps(evidence: Evidence) -> list[Json]:
     """Manifests of what was done to the source, in order, the engine's own compilation last."""
-    return [manifest for manifest in evidence.chain if any(name.startswith("checkpoint/") for name in manifest["inputs"])]
+    return [manifest for manifest in evidence.chain if lineage.read(manifest)]
 
 
 def brought(manifest: Json) -> dict[str, dict[str, str]]:

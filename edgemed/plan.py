@@ -15,7 +15,7 @@ from typing import Any
 from edgemed import plugins
 from edgemed.checkpoint import Checkpoint, Entry, open_checkpoint
 from edgemed.device import GIB, Device, read_device
-from edgemed.family import Decoder, Family, family_of
+from edgemed.family import Decoder, Family, every_part, family_of
 from edgemed.gguf_layout import layout
 from edgemed.gguf_types import Model, tensor_types
 from edgemed.random_weights import MARK, reference_config
@@ -56,7 +56,7 @@ def described(name: str) -> Checkpoint:
     config = reference_config(name) | {MARK: True}
     family = family_of(config, name)
     entries: dict[str, Entry] = {}
-    for part in family.parts(family.decoder(config, {})).values():
+    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}) if family.vision else None).values():
         for module, shape in part.stored():
             tensors = {"weight": shape} | ({"bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
             for suffix, size in tensors.items():
@@ -133,7 +133,7 @@ def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
     kind, weight, bias = part
     if kind == "matrix":
         # The few rows of a classification head stay float32.
-        per_weight = bits + 32 / GROUP if name.startswith("layers.") else 8 + 32 / 32 if name == "lm_head" else 32.0
+        per_weight = bits + 32 / GROUP if name.startswith("layers.") else 8 + 32 / 32 if name == "lm_head" else 32.0  # a vision tower is float32 by default
     else:
         per_weight = {"table": 16.0, "norm": 32.0}[kind]
     return per_weight * weight + 32 * bias

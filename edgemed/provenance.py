@@ -7,13 +7,12 @@ data) goes with it, and the two documents can be made again from the directory a
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgemed import bom, card, plugins, store
+from edgemed import bom, card, lineage, plugins, store
 from edgemed.checkpoint import open_checkpoint
 from edgemed.data import card_names, read_card
 from edgemed.errors import EdgemedError
@@ -63,8 +62,7 @@ def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
 
 def known_source(model: str, path: Path, engine: Path) -> dict[str, Any] | None:
     """describe(), or None where the checkpoint was itself made by edgemed from another, about which nothing is known here."""
-    file = path / store.MANIFEST
-    made = file.is_file() and any(name.startswith("checkpoint/") for name in json.loads(file.read_text(encoding="utf-8"))["inputs"])
+    made = (path / store.MANIFEST).is_file() and bool(lineage.read(store.read_manifest(path)))
     return None if made else describe(model, path, engine)
 
 
@@ -74,10 +72,8 @@ def directory_of(model: str) -> Path:
 
 
 def summary(result: Json) -> dict[str, Any]:
-    """An evaluation without its single items and reliability bins, which stay in the run's report.json."""
-    calibration = result.get("calibration")
-    kept = {key: value for key, value in result.items() if key not in ("items", "calibration")}
-    return kept | {"calibration": calibration and {key: value for key, value in calibration.items() if key != "bins"}}
+    """An evaluation without its single items, which stay in the run's report.json."""
+    return {key: value for key, value in result.items() if key != "items"}
 
 
 def datasets(manifest: Json, evals: Sequence[Json], heldout: str | None) -> list[dict[str, Any]]:

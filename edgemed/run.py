@@ -86,11 +86,13 @@ def run(recipe: Recipe, work: Path) -> Path:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Find a missing model, adapter, text set or task file in the first second, not after an hour of work."""
+    """Find a missing model, adapter, text set, importance or task file in the first second, not after an hour of work."""
     if not recipe.model.startswith(RANDOM):
         Weights(open_checkpoint(recipe.model))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
+    for stage in recipe.engines:
+        plugins.load("targets", stage.plugin).inputs(stage.params)
     need("cyclonedx", "bom")
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
@@ -120,9 +122,10 @@ def open_model(model: str, cache: Path) -> Checkpoint:
 
 def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
     """An engine of true dimensions with random weights, for latency and memory only."""
-    stage = Stage(target, strict.build(plugins.load("targets", target).Params, values, target))
+    module = plugins.load("targets", target)
+    stage = Stage(target, strict.build(module.Params, values, target))
     checkpoint = open_model(f"random:{name}", work)
-    out = work / f"{name}-{target}-{short(stage, {})}"
+    out = work / f"{name}-{target}-{short(stage, module.inputs(stage.params))}"
     return export(checkpoint, target, stage.params, out, name=out.name).path
 
 
@@ -168,7 +171,8 @@ def answers(source: Checkpoint, spec: VerifySpec) -> Reference:
 def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path) -> Engine:
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = reference.trim(recipe.verify.carried) if reference else None
-    inputs = checkpoint.hashes() | {"reference": carried.digest() if carried else "none", "name": stage.name}
+    inputs = checkpoint.hashes() | plugins.load("targets", stage.plugin).inputs(stage.params)
+    inputs |= {"reference": carried.digest() if carried else "none", "name": stage.name}
     final = cache / f"{stage.name}-{short(stage, inputs)}"
     say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
     engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name)

@@ -349,6 +349,12 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
     assert not schema_errors((tmp_path / "engine" / bom.FILE).read_text())
 
 
+def test_an_engine_that_sees_is_said_to(tmp_path: Path) -> None:
+    engine = documented(make_engine(tmp_path / "made", vision={"family": "x"}))
+    assert "pipeline_tag: image-text-to-text" in (engine / card.FILE).read_text() and "edgemed generate . --image FILE --prompt" in (engine / card.FILE).read_text()
+    assert {"format": "image"} in bill(engine)["metadata"]["component"]["modelCard"]["modelParameters"]["inputs"]
+
+
 @pytest.mark.parametrize(("front", "licence"), [
     ("---\nlicense: apache-2.0\n---\n", "apache-2.0"), ("---\r\nlicense: mit\r\n---\r\nx", "mit"), ("---\nlicense:\n- mit\n- cc-by-4.0\n---\n", "mit AND cc-by-4.0"),
     ("no front matter\n---\nlicense: mit\n---\n", None), ("---\nlicense: [\n---\n", None), ("---\n- a list\n---\n", None), ("---\ntags: [x]\n---\n", None), ("", None),
