@@ -9,7 +9,7 @@ from typing import Any
 
 from edgemed import engine as engines
 from edgemed import params as strict
-from edgemed import plugins, store
+from edgemed import plugins, provenance, store
 from edgemed.checkpoint import open_checkpoint
 from edgemed.engine import Engine, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
@@ -56,7 +56,9 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     if prompts and not checkpoint.random_weights:
         origin = open_model(source, out.parent) if source else checkpoint
         reference = answers(origin, VerifySpec(prompts, **EXPORT_REFERENCE)).trim(EXPORT_REFERENCE["carried"])
-    return engines.export(checkpoint, target, built, out, reference)
+    engine = engines.export(checkpoint, target, built, out, reference)
+    provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None)
+    return engine
 
 
 def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = True) -> dict[str, Any]:

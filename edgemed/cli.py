@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemed import cli_provenance
+from edgemed.console import show
 from edgemed.errors import EdgemedError
 
 app = typer.Typer(
@@ -27,16 +29,6 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 AcceptUndecided = Annotated[bool, typer.Option("--accept-undecided", help="Exit 0 although the gate is undecided (otherwise 3).")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
-
-
-def show(value: Any, as_json: bool) -> None:
-    """Print a result: JSON for programs, 'key: value' lines or a table for people."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-        return
-    from edgemed.console import table
-
-    table(value)
 
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
@@ -194,6 +186,7 @@ def verify(
     manifest: Annotated[Path | None, typer.Option(help="Only re-check every file of this artifact against its manifest.")] = None,
     max_kl: Annotated[float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")] = 0.05,
     min_top1: Annotated[float, typer.Option(help="Limit on top-1 agreement with the source.")] = 0.9,
+    key: Annotated[Path | None, typer.Option(help="The signer's public.pem: first check the signature, and name every file changed since.")] = None,
     threads: Threads = None, json_: Json = False,
 ) -> None:
     """Compare an engine with the float32 source's answers it carries; or, with --manifest, re-check every byte of an artifact."""
@@ -204,13 +197,14 @@ def verify(
 
     if (engine is None) == (manifest is None):
         raise EdgemedError("give either ENGINE or --manifest DIR", "For example: edgemed verify runs/quickstart/engines/onnx-int4")
+    signed = cli_provenance.signed(engine or manifest, key, json_)
     if manifest is not None:
         problems = store.check_manifest(manifest)
-        show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), "intact": not problems, "problems": problems}, json_)
+        show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), **signed, "intact": not problems, "problems": problems}, json_)
         sys.exit(1 if problems else 0)
     opened = open_engine(engine, check=True)
     result = verify_engine(opened, opened.reference(), Limits(max_kl, min_top1), threads)
-    show(result, json_)
+    show(result | signed, json_)
     sys.exit(0 if result["passed"] else 1)
 
 
@@ -367,6 +361,11 @@ def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, thr
     from edgemed.session import Sampling
 
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads)
+
+
+app.command()(cli_provenance.card)
+app.command()(cli_provenance.keygen)
+app.command()(cli_provenance.sign)
 
 
 @app.command(name="list")

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import params as strict
-from edgemed import plugins, store
+from edgemed import plugins, provenance, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
 from edgemed.data import read_card, texts
 from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
-from edgemed.errors import EdgemedError
+from edgemed.errors import EdgemedError, need
 from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
 from edgemed.plan import parameters
 from edgemed.random_weights import make_random
@@ -68,6 +68,9 @@ def run(recipe: Recipe, work: Path) -> Path:
     records = [bench_engine(engine, recipe) if recipe.bench and not engine.stand_in and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
     source_evals, evals = run_evals(line.source, engines, recipe, cache)
     gate = run_gate(engines, evals, recipe)
+    for engine, result, found in zip(engines, verified, evals, strict=True):
+        source = provenance.known_source(recipe.model, line.points["model"].path, engine.path)
+        provenance.document(engine.path, source, result, found, part_of(gate, engine.name), recipe.verify.prompts if result else None)
     document = {
         "schema": 2, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
@@ -90,6 +93,7 @@ def check_inputs(recipe: Recipe) -> None:
         plugins.load("steps", stage.plugin).inputs(stage.params)
     for stage in recipe.engines:
         plugins.load("targets", stage.plugin).inputs(stage.params)
+    need("cyclonedx", "bom")
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
     for spec in recipe.eval.tasks if recipe.eval else ():
@@ -286,8 +290,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]], gate: Mapping[str, Any] | None) -> dict[str, Any]:
     manifest = store.read_manifest(engine.path)
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": size,
+    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": store.size_of(manifest),
             "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name), "stages": []}
 
 

@@ -25,14 +25,16 @@ ORDER = [
     "= device checkpoint family task data tokenizer session reference grid weights scoring strategy images dicom image_files jetson",
     "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build",
     "families steps targets tasks",
-    "= plan verify bench evaluate lineage summary views plots accuracy report compare doctor lm_eval",
+    "= plan verify bench evaluate lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature",
     "run",
     "api",
+    "cli_provenance",
     "cli",
     "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
-HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "PIL", "pydicom", "huggingface_hub", "matplotlib", "tensorrt", "accelerate"}
+HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "PIL", "pydicom", "huggingface_hub", "matplotlib", "tensorrt", "accelerate", "cyclonedx", "packageurl",
+         "cryptography"}
 
 
 def name_of(file: Path) -> str:
