@@ -46,7 +46,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
         measured.append(("peak_memory_bytes", "B", [store.peak_memory()], {"what": "resident set of the whole process, interpreter included"}))
     finally:
         session.close()
-    measured.append(("file_bytes", "B", [sum(entry["bytes"] for entry in store.read_manifest(engine.path)["files"].values())], {}))
+    measured.append(("file_bytes", "B", [store.size_of(store.read_manifest(engine.path))], {}))
     bandwidth = read_bandwidth(threads)
     ceiling = bandwidth * 1e9 / engine.bytes_per_token
     measured.append(("bandwidth_gb_s", "GB/s", [bandwidth], {"what": "best read bandwidth measured in this process"}))

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemed import cli_provenance
+from edgemed.console import show
 from edgemed.errors import EdgemedError
 
 app = typer.Typer(
@@ -25,17 +27,8 @@ EngineDir = Annotated[Path, typer.Argument(help="Engine directory made by export
 Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anything else.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+AcceptUndecided = Annotated[bool, typer.Option("--accept-undecided", help="Exit 0 although the gate is undecided (otherwise 3).")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
-
-
-def show(value: Any, as_json: bool) -> None:
-    """Print a result: JSON for programs, 'key: value' lines or a table for people."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-        return
-    from edgemed.console import table
-
-    table(value)
 
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
@@ -85,6 +78,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.")],
     sets: Sets = None,
     work: Annotated[Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")] = None,
+    accept_undecided: AcceptUndecided = False,
     json_: Json = False,
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
@@ -101,6 +95,7 @@ def run(
         typer.echo(f"report: {report}")
     if any(engine["verify"] and not engine["verify"]["passed"] for engine in document["engines"]):
         sys.exit(1)
+    leave(document["gate"], accept_undecided)
 
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +104,8 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if engine["verify"]:
         row |= {"verified": engine["verify"]["passed"], "top-1": round(engine["verify"]["top1"], 4), "mean KL": round(engine["verify"]["mean_kl"], 5)}
     row |= {label: round(values[name], 1) for name, label in (("decode_tokens_per_second", "tok/s"),) if name in values}
-    return row | {result["task"]: round(result["accuracy"], 4) for result in engine["evals"]}
+    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}  # of several strategies, the first stays
+    return row | ({"not worse": engine["gate"]["verdict"]} if engine["gate"] else {})
 
 
 @app.command()
@@ -190,6 +186,7 @@ def verify(
     manifest: Annotated[Path | None, typer.Option(help="Only re-check every file of this artifact against its manifest.")] = None,
     max_kl: Annotated[float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")] = 0.05,
     min_top1: Annotated[float, typer.Option(help="Limit on top-1 agreement with the source.")] = 0.9,
+    key: Annotated[Path | None, typer.Option(help="The signer's public.pem: first check the signature, and name every file changed since.")] = None,
     threads: Threads = None, json_: Json = False,
 ) -> None:
     """Compare an engine with the float32 source's answers it carries; or, with --manifest, re-check every byte of an artifact."""
@@ -200,13 +197,14 @@ def verify(
 
     if (engine is None) == (manifest is None):
         raise EdgemedError("give either ENGINE or --manifest DIR", "For example: edgemed verify runs/quickstart/engines/onnx-int4")
+    signed = cli_provenance.signed(engine or manifest, key, json_)
     if manifest is not None:
         problems = store.check_manifest(manifest)
-        show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), "intact": not problems, "problems": problems}, json_)
+        show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), **signed, "intact": not problems, "problems": problems}, json_)
         sys.exit(1 if problems else 0)
     opened = open_engine(engine, check=True)
     result = verify_engine(opened, opened.reference(), Limits(max_kl, min_top1), threads)
-    show(result, json_)
+    show(result | signed, json_)
     sys.exit(0 if result["passed"] else 1)
 
 
@@ -249,57 +247,104 @@ def bench(
 @app.command(name="eval")
 def eval_(
     engine: EngineDir,
-    task: Annotated[list[str], typer.Option(help="Task name, or name:file.jsonl for your own rows; may be repeated.")],
-    source: Annotated[str | None, typer.Option(help="Float checkpoint to compare with, item by item (needs edgemed[build]).")] = None,
+    task: Annotated[list[str], typer.Option(help="Task as NAME, NAME/LANGUAGE, or NAME:FILE.jsonl for your own rows; may be repeated.")],
+    strategy: Annotated[list[str] | None, typer.Option(help="Prompt strategy: zero-shot, random-3, nearest-3/cot, self-consistency-5, ...; may be repeated, the first is judged.")] = None,
+    source: Annotated[str | None, typer.Option(help="Float checkpoint the engine was made from, evaluated too (needs edgemed[build]).")] = None,
+    against: Annotated[Path | None, typer.Option(help="File of the source's results, written with --out where the source was evaluated.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Largest loss of accuracy that counts as not worse, e.g. 0.02; gives a verdict.")] = None,
+    alpha: Annotated[float, typer.Option(help="How often a worse engine may pass.")] = 0.05,
+    scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
     limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    accept_undecided: AcceptUndecided = False,
     out: Annotated[Path | None, typer.Option(help="Write the whole result, every item included, to this JSON file.")] = None,
-    threads: Threads = None, json_: Json = False,
+    threads: Threads = None, sets: Sets = None, json_: Json = False,
 ) -> None:
-    """Accuracy of the engine that ships, by option log-likelihood; with --source, paired against the float checkpoint."""
+    """Accuracy of the engine that ships; with --source or --against, paired with its float checkpoint, and with --margin judged."""
+    from edgemed import params
     from edgemed.api import evaluate_tasks
+    from edgemed.recipe import EvalSpec
 
-    results = evaluate_tasks(engine, task, source, limit, threads)
+    values = settings(sets, tasks=task, strategies=strategy, limit=limit, margin=margin, alpha=alpha, scoring=scoring)
+    if margin is not None and not (source or against):
+        raise EdgemedError("a verdict needs the source's answers", "Give --source MODEL or --against FILE")
+    found = evaluate_tasks(engine, params.build(EvalSpec, values, "eval"), source, against, threads)
     if out:
         from edgemed.store import write_json
 
-        write_json(out, results)
+        write_json(out, found)
     if json_:
-        show(results, True)
+        show(found, True)
     else:
-        show([{key: r[key] for key in ("task", "model", "n", "accuracy", "majority", "truncated", "seconds", "paired")} for r in results], False)
+        show([result_row(result) for result in (*found["source"], *found["engine"])], False)
+        if found["gate"]:
+            show([verdict_row(row) for row in found["gate"]["comparisons"]], False)
+    leave(found["gate"], accept_undecided)
+
+
+def result_row(result: dict[str, Any]) -> dict[str, Any]:
+    """One result as a person reads it."""
+    low, high = result["interval"]
+    row = {"task": result["task"], "model": result["model"], "strategy": result["strategy"], "n": result["n"], "accuracy": f"{result['accuracy']:.4f}"}
+    row |= {"95 %": f"{low:.3f}-{high:.3f}", "majority": round(result["majority"], 4), "cut": result["truncated"], "s/question": result["seconds_per_question"]}
+    paired = result["paired"]
+    return row | {"lost": paired["only_source"] if paired else None, "gained": paired["only_engine"] if paired else None}
+
+
+def verdict_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One comparison of the gate as a person reads it."""
+    low, high = row["interval"]
+    need = {"more items": row["items_needed"]} if row["verdict"] == "undecided" else {}
+    return {"engine": row["engine"], "task": row["task"], "verdict": row["verdict"], "difference": f"{row['difference']:+.4f}", "95 %": f"{low:+.3f} to {high:+.3f}", "p": row["p_holm"], **need}
+
+
+def leave(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
+    """End with the gate's exit code: 1 failed, 3 undecided."""
+    if not gate or gate["verdict"] == "pass":
+        return
+    if gate["verdict"] == "fail":
+        sys.exit(1)
+    if not accept_undecided:
+        typer.echo("undecided: too few items to say that an engine is not worse; --accept-undecided lets this pass", err=True)
+        sys.exit(3)
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")], json_: Json = False) -> None:
-    """Render the report of a run again from its report.json."""
-    from edgemed.report import render
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of finished runs, or of engines with their records.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write, FILE.html; default: report.html in the run, or compare.html.")] = None,
+    json_: Json = False,
+) -> None:
+    """Render the report of one run again, or compare several runs and engines on one page; Markdown and JSON lie beside it."""
+    from edgemed.compare import comparison, read_runs, write_comparison
+    from edgemed.report import write
 
-    file = run_directory / "report.json"
-    if not file.is_file():
-        raise EdgemedError(f"{run_directory} has no report.json", "Give a directory made by edgemed run")
-    document = json.loads(file.read_text(encoding="utf-8"))
+    runs = read_runs(directories)
+    alone = len(runs) == 1 and (directories[0] / "report.json").is_file()
     if json_:
-        show(document, True)
-        return
-    (run_directory / "report.html").write_text(render(document), encoding="utf-8")
-    typer.echo(str(run_directory / "report.html"))
+        show(runs[0].document if alone else comparison(runs), True)
+    elif alone and out is None:
+        typer.echo(str(write(runs[0].document, directories[0])))
+    else:
+        typer.echo(str(write_comparison(runs, out or Path("compare.html"))))
 
 
 @app.command()
 def generate(
     engine: EngineDir,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
+    image: Annotated[list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")] = None,
+    template: Annotated[str | None, typer.Option(help="chat, reasoning or none; default: chat with images, none without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
     seed: int = 0, threads: Threads = None, json_: Json = False,
 ) -> None:
-    """Continue a text, offline, printing words as they come."""
+    """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads)
+    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template)
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return
@@ -316,6 +361,11 @@ def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, thr
     from edgemed.session import Sampling
 
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads)
+
+
+app.command()(cli_provenance.card)
+app.command()(cli_provenance.keygen)
+app.command()(cli_provenance.sign)
 
 
 @app.command(name="list")

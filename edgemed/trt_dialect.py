@@ -51,6 +51,35 @@ class PlainDialect:
                 graph.value("inputs", f"past.{n}.{part}", graph.float_type, [1, "past", d.kv_heads, d.head_dim])
                 graph.value("outputs", f"present.{n}.{part}", graph.float_type, [1, "new", d.kv_heads, d.head_dim])
         self._masks(graph, d)
+        if d.positions == "rope":
+            self._angles(graph, d)
+
+    def _angles(self, graph: Graph, d: Decoder) -> None:
+        """rope.cos and rope.sin [1, new, 1, pairs] of the new tokens' positions, computed in float32."""
+        node, constant = graph.node, graph.constant
+        counted = node("Transpose", [node("Cast", ["positions"], "rope.positions", to=graph.onnx.TensorProto.FLOAT)], "rope.column", perm=[1, 0])
+        angles = node("Mul", [counted, constant("rope.frequencies", np.array(d.rope_frequencies, np.float32))], "rope.angles")
+        place = constant("rope.place", np.array([0, 2], np.int64))
+        for table, op in (("rope.cos", "Cos"), ("rope.sin", "Sin")):
+            wide = node("Unsqueeze", [node(op, [angles], f"{table}.wide"), place], f"{table}.placed")
+            node("Cast", [wide], table, to=graph.float_type)
+
+    def _rotated(self, graph: Graph, d: Decoder, x: str, name: str) -> str:
+        """x [1, new, heads, head_dim] turned by the rotary angles, where the model has them."""
+        if d.positions != "rope":
+            return graph.node("Identity", [x], name)
+        node, half = graph.node, len(d.rope_frequencies)
+        sizes, parts = [half, half], [f"{name}.first", f"{name}.second"]
+        if d.head_dim > 2 * half:
+            sizes, parts = [*sizes, d.head_dim - 2 * half], [*parts, f"{name}.rest"]
+        node("Split", [x, graph.constant(f"{name}.sizes", np.array(sizes, np.int64))], f"{name}.split", parts, axis=-1)
+
+        def product(part: str, table: str) -> str:
+            return node("Mul", [part, f"rope.{table}"], f"{part}.{table}")
+
+        a, b, *rest = parts
+        turned = [node("Sub", [product(a, "cos"), product(b, "sin")], f"{name}.a"), node("Add", [product(b, "cos"), product(a, "sin")], f"{name}.b")]
+        return node("Concat", [*turned, *rest], name, axis=-1)
 
     def _masks(self, graph: Graph, d: Decoder) -> None:
         """mask [new, past + new]: 0 where a query may look, FAR where it may not; `past` as a number, for cutting."""
@@ -64,13 +93,23 @@ class PlainDialect:
         for name, value in (("start", 0), ("end", np.iinfo(np.int64).max), ("score_axis", 4 if grouped else 3), *([("group_axis", 2)] if grouped else [])):
             constant(name, np.array([value], np.int64))
 
-    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str) -> tuple[str, str]:
+    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str | None) -> tuple[str, str]:
         """(x + add, norm(x + add)); sum and norm in the stream's format, the result in that of the activations."""
         floats, stream = graph.precision.floats, graph.stream
         if add is not None:
             x = graph.node("Add", [x, graph.cast(add, floats, stream, f"{name}.branch")], f"{name}.sum")
-        y = graph.node("LayerNormalization", [x, weight, bias], f"{name}.norm", epsilon=d.norm_eps, axis=-1)
+        if d.norm == "rmsnorm":
+            y = self._rms(graph, d, f"{name}.norm", x, weight)
+        else:
+            y = graph.node("LayerNormalization", [x, weight, bias], f"{name}.norm", epsilon=d.norm_eps, axis=-1)
         return x, graph.cast(y, stream, floats, name)
+
+    def _rms(self, graph: Graph, d: Decoder, name: str, x: str, weight: str) -> str:
+        """x / sqrt(mean(x^2) + eps) * weight, in the stream's format; RMSNormalization is parsed from TensorRT 10.15 on only."""
+        node, axis = graph.node, graph.constant(f"{name}.axis", np.array([-1], np.int64))
+        mean = node("ReduceMean", [node("Mul", [x, x], f"{name}.squares"), axis], f"{name}.mean", keepdims=1)
+        root = node("Sqrt", [node("Add", [mean, graph.constant(f"{name}.eps", np.array(d.norm_eps, graph.stream))], f"{name}.shifted")], f"{name}.root")
+        return node("Mul", [node("Div", [x, root], f"{name}.unit"), weight], name)
 
     def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str:
         """softmax(q k^T scale + mask) v over past and new rows; scores of the two parts are joined, keys and values never are.
@@ -83,7 +122,9 @@ class PlainDialect:
         node("Split", [qkv, graph.constant(f"{name}.sizes", np.array([d.q_size, d.kv_size, d.kv_size], np.int64))], f"{name}.split", parts, axis=-1)
         heads = graph.constant(f"{name}.kv_shape", np.array([0, 0, d.kv_heads, d.head_dim], np.int64))
         for source, kind in zip(parts[1:], ("key", "value"), strict=True):
-            node("Reshape", [source, heads], f"present.{layer}.{kind}")
+            shaped = node("Reshape", [source, heads], f"{name}.{kind}_heads" if kind == "key" else f"present.{layer}.{kind}")
+            if kind == "key":
+                self._rotated(graph, d, shaped, f"present.{layer}.key")
 
         def turned(part: str, kind: str, perm: list[int]) -> str:
             x = node("Transpose", [f"{part}.{layer}.{kind}"], f"{name}.{part}_{kind}", perm=perm)
@@ -112,11 +153,15 @@ class PlainDialect:
         power = 2.0 ** math.floor(math.log2(scale))
         if power != 1:
             q = graph.node("Mul", [q, graph.constant(f"{name}.power", np.array(power).astype(graph.precision.floats))], f"{name}.q_scaled")
-        shape = [0, 0, d.heads, d.head_dim] if group == 1 else [0, 0, d.kv_heads, group, d.head_dim]
-        q = graph.node("Reshape", [q, graph.constant(f"{name}.q_shape", np.array(shape, np.int64))], f"{name}.q_heads")
+        q = graph.node("Reshape", [q, graph.constant(f"{name}.q_shape", np.array([0, 0, d.heads, d.head_dim], np.int64))], f"{name}.q_heads")
+        q = self._rotated(graph, d, q, f"{name}.q_turned")
+        if group > 1:
+            q = graph.node("Reshape", [q, graph.constant(f"{name}.q_group_shape", np.array([0, 0, d.kv_heads, group, d.head_dim], np.int64))], f"{name}.q_groups")
         return graph.node("Transpose", [q], f"{name}.query", perm=[0, 2, 1, 3] if group == 1 else [0, 2, 3, 1, 4]), scale / power
 
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str:
+        if d.activation == "silu":
+            return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{name}.gate")], name)
         return graph.node("Gelu", [x], name, approximate="tanh" if d.activation == "gelu_tanh" else "none")
 
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:

@@ -25,7 +25,8 @@ from edgemed.decoder import logits  # noqa: E402
 from edgemed.engine import Engine, export, finish, open_engine  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
 from edgemed.reference import make_reference  # noqa: E402
-from edgemed.session import Sampling, generate, score_options  # noqa: E402
+from edgemed.scoring import Reader  # noqa: E402
+from edgemed.session import Sampling, generate  # noqa: E402
 from edgemed.targets.tensorrt import Params  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
@@ -137,7 +138,7 @@ def test_build_verb_verifies_and_measures(made: dict[str, Path], tmp_path: Path,
     assert not store.check_manifest(engine.path)
     session = open_engine(engine.path).open()
     assert len(list(generate(session, IDS[:10], Sampling(max_tokens=5)))) == 5
-    assert np.isfinite(score_options(session, IDS[:20], [[1, 2], [3]])).all()
+    assert np.isfinite(Reader(session).options(IDS[:20], [[1, 2], [3]])).all()
     session.close()
 
 

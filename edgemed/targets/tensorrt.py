@@ -50,6 +50,11 @@ def label(params: Params) -> str:
     return "tensorrt" if params.precision == "auto" else f"tensorrt-{params.precision}"
 
 
+def inputs(params: Params) -> dict[str, str]:
+    """No files besides the checkpoint's."""
+    return {}
+
+
 def bits_of(weights: Weights, params: Params) -> int | None:
     if params.precision == "auto":
         return weights.quantization["bits"] if weights.quantization else None
@@ -61,6 +66,8 @@ def supports(weights: Weights, params: Params) -> str | None:
     d, bits, stored = weights.decoder, bits_of(weights, params), weights.quantization
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
+    if weights.vision:
+        return "vision towers and image features have not been written for TensorRT yet; use onnx or llamacpp"
     if params.prefill < 1 or params.workspace_mb < 1:
         return "prefill and workspace_mb must be above 0"
     if not bits:
