@@ -19,12 +19,12 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 PLUGINS = ("families", "steps", "targets", "tasks")
 # From left to right: a module imports only from groups to its left, or from its own group where that is marked with '='.
 ORDER = [
-    "errors", "plugins", "params store console", "= device checkpoint family task data tokenizer session reference grid weights",
+    "errors", "plugins", "params store console sysfs", "= device jetson nvml sensors thermal checkpoint family task data tokenizer session reference grid weights",
     "= decoder graph gptq engine gguf_types gguf_file importance llama random_weights recipe", "families steps targets tasks",
-    "= plan verify bench evaluate report doctor", "run", "api", "cli", "__init__ __main__",
+    "= plan verify bench conditions sweep evaluate report doctor", "run", "api", "cli", "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
-HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "huggingface_hub", "matplotlib", "tensorrt", "accelerate"}
+HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "huggingface_hub", "matplotlib", "tensorrt", "accelerate", "pynvml"}
 
 
 def name_of(file: Path) -> str:
