@@ -87,9 +87,17 @@ def clocks(root: Path) -> str:
     return f"{said}: {'held by jetson_clocks' if held else 'free to change (sudo jetson_clocks holds them at the top)'}"
 
 
+def is_board(root: Path) -> bool:
+    """Whether this is a Jetson; in containers /etc/nv_tegra_release is missing and the device tree is not."""
+    return release(root) is not None or "tegra" in (text(root / "proc/device-tree/compatible") or "")
+
+
 def rails(root: Path) -> list[Rail]:
-    """Every connected power rail: INA3221 by its hwmon driver (L4T 34 and later) or by the iio driver before, and Thor's INA238."""
-    return [*_hwmon(root), *_iio(root), *_ina238(root)]
+    """Every connected power rail: INA3221 by its hwmon driver (L4T 34 and later) or by the iio driver before, and Thor's INA238.
+
+    Only on a Jetson: the same chips elsewhere measure whatever somebody wired to them.
+    """
+    return [*_hwmon(root), *_iio(root), *_ina238(root)] if is_board(root) else []
 
 
 def whole(found: Sequence[Rail]) -> list[Rail]:
