@@ -214,8 +214,14 @@ def bench(
         engine = random_engine(random_weights, target, settings(sets), work)
     plan = BenchSpec(tuple(prompt or (32, 128)), generate, runs, threads)
     if sweep:
-        sweep_engine(sweep, engine, plan, wait, json_)
+        from edgemed.sweep import shown
+        from edgemed.sweep import sweep as sweep_engine
+
+        rows = sweep_engine(sweep, engine, plan, wait)
+        show(rows if json_ else [shown(row) for row in rows], json_)
     elif random_weights or wait != "auto":
+        from edgemed.sweep import bench_afresh
+
         bench_afresh(engine, plan, wait, json_)
     else:
         bench_here(engine, plan, json_)
@@ -224,6 +230,7 @@ def bench(
 def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
     from edgemed import store
     from edgemed.bench import bench as bench_engine
+    from edgemed.conditions import sentences
     from edgemed.engine import open_engine
 
     opened = open_engine(engine, check=True)
@@ -236,42 +243,8 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
     if opened.random_weights:
         typer.echo("random weights: these numbers say something about latency and memory only")
     show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in records], False)
-    for line in state_lines(records[0]["state"]):
+    for line in sentences(records[0]["state"]):
         typer.echo(line)
-
-
-def state_lines(state: dict[str, Any]) -> list[str]:
-    """What a reader of the speeds has to know about the machine while they were measured."""
-    lines = [f"energy was not measured: {state['energy_reason']}"] if state["energy_reason"] else []
-    lines += [f"throttled: {'; '.join(state['throttling'])}"] if state["throttling"] else []
-    return lines + (["temperature and clocks: this machine does not tell them"] if state["throttled"] is None else [])
-
-
-def bench_afresh(engine: Path, plan: Any, wait: str, as_json: bool) -> None:
-    """The same bench in this process started anew: how threads wait is read when a runtime is loaded, and making an engine loads much."""
-    import os
-
-    from edgemed.sweep import environment
-
-    command = ["bench", str(engine), "--generate", str(plan.generate), "--runs", str(plan.runs), *(["--json"] if as_json else [])]
-    command += [part for length in plan.prompt for part in ("--prompt", str(length))] + (["--threads", str(plan.threads)] if plan.threads else [])
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "edgemed", *command], environment(wait))
-
-
-def sweep_engine(what: str, engine: Path, plan: Any, wait: str, as_json: bool) -> None:
-    from edgemed.errors import nearest
-    from edgemed.sweep import sweep
-
-    if what != "threads":
-        raise EdgemedError(f"cannot sweep '{what}'", nearest(what, ["threads"]))
-    if plan.threads:
-        raise EdgemedError("--threads and --sweep threads contradict each other", "Leave one of them out")
-    rows = sweep(engine, plan, wait)
-    if as_json:
-        show(rows, True)
-        return
-    show([{key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items() if not key.endswith(("_min", "_max"))} for row in rows], False)
 
 
 @app.command(name="eval")

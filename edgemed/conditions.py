@@ -126,3 +126,10 @@ def gpu() -> nvml.Card | None:
 def waiting() -> dict[str, str | None]:
     """How idle threads wait, as the libraries found it when they were loaded: OpenMP's policy, and libgomp's rounds of spinning."""
     return {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+
+
+def sentences(state: dict[str, Any]) -> list[str]:
+    """What a reader of the speeds has to know about the machine while they were measured, from a record's state."""
+    lines = [f"energy was not measured: {state['energy_reason']}"] if state["energy_reason"] else []
+    lines += [f"throttled: {'; '.join(state['throttling'])}"] if state["throttling"] else []
+    return lines + (["temperature and clocks: this machine does not tell them"] if state["throttled"] is None else [])

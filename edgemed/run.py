@@ -252,6 +252,7 @@ def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str,
     missing = [] if recipe.device is None else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
     reasons = dict.fromkeys(found[0]["state"]["energy_reason"] for found in records if found)
     missing += [f"Energy was not measured: {reason}." for reason in reasons if reason] if reasons else ["Energy was not measured."]
+    missing += [f"{e.name}: not measured at full clocks: {'; '.join(held)}." for e, found in zip(engines, records, strict=True) if found and (held := found[0]["state"]["throttling"])]
     missing += [f"{e.name}: not benchmarked, because it failed verification." for e, v in zip(engines, verified, strict=True) if v and not v["passed"] and recipe.bench]
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]
     missing += [] if recipe.verify else ["Engines were not verified against their source (no verify: in the recipe)."]

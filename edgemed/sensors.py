@@ -57,8 +57,8 @@ def board(root: Path) -> list[Sensor]:
     """The rails of a Jetson that together are its module, each a sensor; tegrastats where their files are not visible."""
     rails = jetson.whole(jetson.rails(root))
     found = [Sensor(rail.name, "board", "power", "INA power monitor", rail.watts, settle=rail.settle) for rail in rails]
-    blocked = [p for p in (root / "sys/bus/i2c/drivers/ina3221").glob("*-*/hwmon/hwmon*/in*_input") if not found and forbidden(p)]
-    if blocked:
+    voltages = (root / "sys/bus/i2c/drivers/ina3221").glob("*-*/hwmon/hwmon*/in*_input")
+    if blocked := [file for file in voltages if not found and jetson.is_board(root) and forbidden(file)]:
         return [Sensor("INA3221", "board", "power", "INA power monitor", problem=f"no permission: /{blocked[0].relative_to(root)} is not readable", fix="Run with sudo")]
     if not found and root == ROOT and shutil.which("tegrastats"):
         return [Tegra().sensor]

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from edgemed import thermal
 from edgemed.bench import decoding, prefills
+from edgemed.console import track
 from edgemed.device import machine
 from edgemed.engine import open_engine
 from edgemed.errors import EdgemedError, nearest
@@ -64,13 +65,15 @@ def points(logical: int, physical: int, groups: Sequence[Sequence[int]]) -> list
     return found + [Point(n, tuple(group)) for group in groups if len(groups) > 1 for n in range(1, len(group) + 1)]
 
 
-def sweep(path: Path, plan: BenchSpec, wait: str = "auto") -> list[dict[str, Any]]:
-    """Measure every point in `plan.runs` rounds; one row per point with medians, extremes and 'best' where it won.
+def sweep(what: str, path: Path, plan: BenchSpec, wait: str = "auto") -> list[dict[str, Any]]:
+    """Measure every point in `plan.runs` rounds; one row per point with medians, extremes and 'best' where it won. what: 'threads'.
 
-    Raises EdgemedError where a point cannot be measured.
+    Raises EdgemedError for anything else to sweep, for a plan that fixes the threads, and where a point cannot be measured.
     """
-    from edgemed.console import track
-
+    if what != "threads":
+        raise EdgemedError(f"cannot sweep '{what}'", nearest(what, ["threads"]))
+    if plan.threads:
+        raise EdgemedError("--threads and --sweep threads contradict each other", "Leave one of them out")
     engine, facts = open_engine(path, check=True), machine()
     if max(plan.prompt) >= engine.context:
         raise EdgemedError(f"a prompt of {max(plan.prompt)} tokens does not fit the engine's context of {engine.context}", "Sweep with a shorter prompt")
@@ -99,6 +102,16 @@ def spread(values: Sequence[dict[str, float]]) -> dict[str, float]:
     return found
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a person reads it: median (lowest to highest)."""
+    found = {"threads": row["threads"], "cores": row["cores"]}
+    for name in ("decode", "prefill"):
+        key = f"{name}_tokens_per_second"
+        if key in row:
+            found[f"{name} tok/s"] = f"{row[key]:.4g} ({row[f'{key}_min']:.4g} to {row[f'{key}_max']:.4g})"
+    return found | {"best": row["best"]}
+
+
 def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) -> dict[str, float]:
     """One point measured once, in a fresh process."""
     order = {"engine": str(path), "threads": point.threads, "cores": point.cores, "prompt": max(plan.prompt), "generate": plan.generate}
@@ -123,3 +136,11 @@ def child() -> None:
         found = {"decode_tokens_per_second": measured["decode_tokens_per_second"][0]} | found
     session.close()
     print(json.dumps(found))
+
+
+def bench_afresh(engine: Path, plan: BenchSpec, wait: str, as_json: bool) -> NoReturn:
+    """Replace this process by `edgemed bench ENGINE`: how threads wait is read when a runtime is loaded, and making an engine loads much."""
+    command = ["bench", str(engine), "--generate", str(plan.generate), "--runs", str(plan.runs), *(["--json"] if as_json else [])]
+    command += [part for length in plan.prompt for part in ("--prompt", str(length))] + (["--threads", str(plan.threads)] if plan.threads else [])
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "edgemed", *command], environment(wait))

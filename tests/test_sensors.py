@@ -13,7 +13,8 @@ import pytest
 
 from edgemed import conditions, device, doctor, jetson, nvml, sensors, sweep, thermal
 from edgemed.errors import EdgemedError
-from edgemed.recipe import BenchSpec
+from edgemed.recipe import BenchSpec, Recipe
+from edgemed.run import not_measured
 from edgemed.sysfs import number
 
 DATA = Path(__file__).parent / "data" / "sensors"
@@ -163,6 +164,22 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
     assert "sudo chmod a+r" in meter.reason and "CVE-2020-8694" in meter.reason
     [finding] = doctor.power_sensors(sensors.find(root))
     assert finding.state == "missing" and "no permission" in finding.detail and "chmod" in finding.fix
+
+
+def test_a_jetson_that_hides_its_rails_is_a_reason(machine, monkeypatch):
+    root, texts, raw = machine("jetson-orin-nano-super"), Path.read_text, Path.read_bytes
+
+    def refuse(read):
+        def call(self, *arguments, **named):
+            if self.name.endswith("_input") and "ina3221" in str(self):
+                raise PermissionError(13, "Permission denied", str(self))
+            return read(self, *arguments, **named)
+        return call
+
+    monkeypatch.setattr(Path, "read_text", refuse(texts))
+    monkeypatch.setattr(Path, "read_bytes", refuse(raw))
+    chosen, reason = sensors.choose(sensors.find(root))
+    assert chosen == [] and reason.startswith("no permission: /sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in") and reason.endswith("Run with sudo")
 
 
 def test_no_sensor_is_a_reason(tmp_path):
@@ -471,17 +488,30 @@ def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "open_engine", lambda path, check: types.SimpleNamespace(context=64))
     monkeypatch.setattr(sweep, "machine", lambda: {"logical_cores": 3, "physical_cores": 3})
     monkeypatch.setattr(sweep.thermal, "clusters", list)
-    rows = sweep.sweep(tmp_path, BenchSpec((8,), 4, 2))
+    rows = sweep.sweep("threads", tmp_path, BenchSpec((8,), 4, 2))
     assert order == [1, 2, 3, 3, 2, 1]
     assert [(row["threads"], row["best"]) for row in rows] == [(1, "prefill"), (2, ""), (3, "decode")]
     assert rows[0]["prefill_tokens_per_second"] == 103.5 and (rows[0]["prefill_tokens_per_second_min"], rows[0]["prefill_tokens_per_second_max"]) == (101, 106)
     with pytest.raises(EdgemedError, match="does not fit"):
-        sweep.sweep(tmp_path, BenchSpec((64,), 4, 1))
+        sweep.sweep("threads", tmp_path, BenchSpec((64,), 4, 1))
 
 
 def test_a_point_that_fails_is_named(tmp_path):
     with pytest.raises(EdgemedError, match=r"2 threads on cores 0-1 failed: .*does not exist"):
         sweep.one(tmp_path / "none", sweep.Point(2, (0, 1)), BenchSpec((8,), 4, 1), sweep.environment("auto"))
+
+
+def test_a_report_says_why_there_is_no_energy_and_what_held_the_clocks_down():
+    def benched(reason, throttling):
+        return [{"state": {"energy_reason": reason, "throttling": throttling}}]
+
+    recipe = Recipe("model", (), (), bench=BenchSpec())
+    engines = [types.SimpleNamespace(name=name, random_weights=False) for name in ("a", "b", "c")]
+    said = not_measured(recipe, engines, [None] * 3, [benched("no permission", []), benched("no permission", ["GPU slowed"]), []])
+    assert [line for line in said if "Energy" in line] == ["Energy was not measured: no permission."]
+    assert "b: not measured at full clocks: GPU slowed." in said
+    assert not [line for line in not_measured(recipe, engines[:1], [None], [benched(None, [])]) if "Energy" in line]
+    assert "Energy was not measured." in not_measured(recipe, engines[:1], [None], [[]])
 
 
 def test_power_mode_of_a_jetson_without_nvpmodel(monkeypatch):
