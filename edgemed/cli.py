@@ -25,6 +25,7 @@ EngineDir = Annotated[Path, typer.Argument(help="Engine directory made by export
 Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anything else.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+AcceptUndecided = Annotated[bool, typer.Option("--accept-undecided", help="Exit 0 although the gate is undecided (otherwise 3).")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
 
 
@@ -85,6 +86,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.")],
     sets: Sets = None,
     work: Annotated[Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")] = None,
+    accept_undecided: AcceptUndecided = False,
     json_: Json = False,
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
@@ -101,6 +103,7 @@ def run(
         typer.echo(f"report: {report}")
     if any(engine["verify"] and not engine["verify"]["passed"] for engine in document["engines"]):
         sys.exit(1)
+    leave(document["gate"], accept_undecided)
 
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +112,8 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if engine["verify"]:
         row |= {"verified": engine["verify"]["passed"], "top-1": round(engine["verify"]["top1"], 4), "mean KL": round(engine["verify"]["mean_kl"], 5)}
     row |= {label: round(values[name], 1) for name, label in (("decode_tokens_per_second", "tok/s"),) if name in values}
-    return row | {result["task"]: round(result["accuracy"], 4) for result in engine["evals"]}
+    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}  # of several strategies, the first stays
+    return row | ({"not worse": engine["gate"]["verdict"]} if engine["gate"] else {})
 
 
 @app.command()
@@ -250,24 +254,65 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
 @app.command(name="eval")
 def eval_(
     engine: EngineDir,
-    task: Annotated[list[str], typer.Option(help="Task name, or name:file.jsonl for your own rows; may be repeated.")],
-    source: Annotated[str | None, typer.Option(help="Float checkpoint to compare with, item by item (needs edgemed[build]).")] = None,
+    task: Annotated[list[str], typer.Option(help="Task as NAME, NAME/LANGUAGE, or NAME:FILE.jsonl for your own rows; may be repeated.")],
+    strategy: Annotated[list[str] | None, typer.Option(help="Prompt strategy: zero-shot, random-3, nearest-3/cot, self-consistency-5, ...; may be repeated, the first is judged.")] = None,
+    source: Annotated[str | None, typer.Option(help="Float checkpoint the engine was made from, evaluated too (needs edgemed[build]).")] = None,
+    against: Annotated[Path | None, typer.Option(help="File of the source's results, written with --out where the source was evaluated.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Largest loss of accuracy that counts as not worse, e.g. 0.02; gives a verdict.")] = None,
+    alpha: Annotated[float, typer.Option(help="How often a worse engine may pass.")] = 0.05,
+    scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
     limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    accept_undecided: AcceptUndecided = False,
     out: Annotated[Path | None, typer.Option(help="Write the whole result, every item included, to this JSON file.")] = None,
-    threads: Threads = None, json_: Json = False,
+    threads: Threads = None, sets: Sets = None, json_: Json = False,
 ) -> None:
-    """Accuracy of the engine that ships, by option log-likelihood; with --source, paired against the float checkpoint."""
+    """Accuracy of the engine that ships; with --source or --against, paired with its float checkpoint, and with --margin judged."""
+    from edgemed import params
     from edgemed.api import evaluate_tasks
+    from edgemed.recipe import EvalSpec
 
-    results = evaluate_tasks(engine, task, source, limit, threads)
+    values = settings(sets, tasks=task, strategies=strategy, limit=limit, margin=margin, alpha=alpha, scoring=scoring)
+    if margin is not None and not (source or against):
+        raise EdgemedError("a verdict needs the source's answers", "Give --source MODEL or --against FILE")
+    found = evaluate_tasks(engine, params.build(EvalSpec, values, "eval"), source, against, threads)
     if out:
         from edgemed.store import write_json
 
-        write_json(out, results)
+        write_json(out, found)
     if json_:
-        show(results, True)
+        show(found, True)
     else:
-        show([{key: r[key] for key in ("task", "model", "n", "accuracy", "majority", "truncated", "seconds", "paired")} for r in results], False)
+        show([result_row(result) for result in (*found["source"], *found["engine"])], False)
+        if found["gate"]:
+            show([verdict_row(row) for row in found["gate"]["comparisons"]], False)
+    leave(found["gate"], accept_undecided)
+
+
+def result_row(result: dict[str, Any]) -> dict[str, Any]:
+    """One result as a person reads it."""
+    low, high = result["interval"]
+    row = {"task": result["task"], "model": result["model"], "strategy": result["strategy"], "n": result["n"], "accuracy": f"{result['accuracy']:.4f}"}
+    row |= {"95 %": f"{low:.3f}-{high:.3f}", "majority": round(result["majority"], 4), "cut": result["truncated"], "s/question": result["seconds_per_question"]}
+    paired = result["paired"]
+    return row | {"lost": paired["only_source"] if paired else None, "gained": paired["only_engine"] if paired else None}
+
+
+def verdict_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One comparison of the gate as a person reads it."""
+    low, high = row["interval"]
+    need = {"more items": row["items_needed"]} if row["verdict"] == "undecided" else {}
+    return {"engine": row["engine"], "task": row["task"], "verdict": row["verdict"], "difference": f"{row['difference']:+.4f}", "95 %": f"{low:+.3f} to {high:+.3f}", "p": row["p_holm"], **need}
+
+
+def leave(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
+    """End with the gate's exit code: 1 failed, 3 undecided."""
+    if not gate or gate["verdict"] == "pass":
+        return
+    if gate["verdict"] == "fail":
+        sys.exit(1)
+    if not accept_undecided:
+        typer.echo("undecided: too few items to say that an engine is not worse; --accept-undecided lets this pass", err=True)
+        sys.exit(3)
 
 
 @app.command()

@@ -42,6 +42,7 @@ class Engine:
     eos: int | None
     random_weights: bool
     params: Mapping[str, Any]
+    rope_frequencies: tuple[float, ...] = ()
 
     @property
     def key(self) -> str:
@@ -70,7 +71,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     if reason := module.supports(weights, params):
         raise EdgemedError(f"target {target} cannot take {checkpoint.path}: {reason}")
     tokenizer = None if checkpoint.random_weights else open_tokenizer(checkpoint.path, d.vocab)
-    inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()}
+    inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()} | module.inputs(params)
     if reference:
         inputs["reference"] = reference.digest()
     parent = checkpoint.path / store.MANIFEST
@@ -83,6 +84,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
+                "rope_frequencies": d.rope_frequencies,
             }
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:

@@ -46,7 +46,7 @@ class Dialect(Protocol):
     domains: dict[str, int]
 
     def inputs(self, graph: Graph, d: Decoder) -> None: ...
-    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str) -> tuple[str, str]: ...
+    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str | None) -> tuple[str, str]: ...
     def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str: ...
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str: ...
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str: ...
@@ -136,6 +136,19 @@ def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np
     return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name) if bias is not None else y
 
 
+def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str:
+    """What layer n's MLP gives for x [1, T, hidden]."""
+    d, name = weights.decoder, f"layers.{n}"
+    y = linear(graph, dialect, weights, f"{name}.up", x)
+    if d.gated:
+        gate, up = f"{name}.gate", f"{name}.value"
+        graph.node("Split", [y], f"{name}.halves", [gate, up], axis=-1, num_outputs=2)
+        y = graph.node("Mul", [dialect.activation(graph, d, f"{name}.act", gate), up], f"{name}.gated")
+    else:
+        y = dialect.activation(graph, d, f"{name}.act", y)
+    return linear(graph, dialect, weights, f"{name}.down", y)
+
+
 def embedding(graph: Graph, weights: Weights) -> str:
     """tokens [1, T], positions [1, T] -> hidden states [1, T, hidden]."""
     rows, d = [], weights.decoder
@@ -154,11 +167,11 @@ def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
     picked = graph.node("Gather", [x, "select"], "picked", axis=1)
     name = "lm_head" if d.head == "lm" else "head"
     matrix = weights.matrix(name)
+    bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
     if name == "lm_head" and graph.precision.small_tables and d.hidden % 32 == 0:
         q, scale = ggml_q8(matrix.dense().numpy())
-        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), None)
+        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), bias)
     else:
-        bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
         y = float_linear(graph, name, picked, matrix.dense(), bias)
     if graph.precision.floats == "float32":
         graph.node("Identity", [y], "scores")
@@ -174,21 +187,23 @@ def build_decoder(weights: Weights, out: Path, precision: Precision, dialect: Di
         graph.value("inputs", name, graph.onnx.TensorProto.INT64, [1, "new"])
     dialect.inputs(graph, d)
 
-    def norm_weights(name: str) -> tuple[str, str]:
+    def norm(name: str, x: str, branch: str | None) -> tuple[str, str]:
         weight, bias = weights.norm(name)
-        bias = bias if bias is not None else weight.new_zeros(weight.shape)
-        return graph.floats(f"{name}.weight", weight), graph.floats(f"{name}.bias", bias)
+        if d.norm == "layernorm" and bias is None:
+            bias = weight.new_zeros(weight.shape)
+        return dialect.residual_norm(graph, d, name, x, branch, graph.floats(f"{name}.weight", weight), None if bias is None else graph.floats(f"{name}.bias", bias))
 
     x, branch = embedding(graph, weights), None
     for n in track(range(d.layers), "onnx graph"):
         name = f"layers.{n}"
-        x, y = dialect.residual_norm(graph, d, f"{name}.attn_norm", x, branch, *norm_weights(f"{name}.attn_norm"))
-        y = dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", y))
-        branch = linear(graph, dialect, weights, f"{name}.o", y)
-        x, y = dialect.residual_norm(graph, d, f"{name}.mlp_norm", x, branch, *norm_weights(f"{name}.mlp_norm"))
-        y = dialect.activation(graph, d, f"{name}.act", linear(graph, dialect, weights, f"{name}.up", y))
-        branch = linear(graph, dialect, weights, f"{name}.down", y)
-    _, y = dialect.residual_norm(graph, d, "final_norm", x, branch, *norm_weights("final_norm"))
+        x, read = norm(f"{name}.attn_norm", x, branch)
+        branch = linear(graph, dialect, weights, f"{name}.o", dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", read)))
+        if d.parallel:
+            branch = graph.node("Add", [branch, mlp(graph, dialect, weights, n, read)], f"{name}.branches")
+        else:
+            x, read = norm(f"{name}.mlp_norm", x, branch)
+            branch = mlp(graph, dialect, weights, n, read)
+    _, y = norm("final_norm", x, branch)
     scores(graph, dialect, weights, y)
     graph.save(weights.family.name, dialect)
     return graph

@@ -16,6 +16,7 @@ from edgemed import plugins
 from edgemed.checkpoint import Checkpoint, Entry, open_checkpoint
 from edgemed.device import GIB, Device, read_device
 from edgemed.family import Decoder, Family, family_of
+from edgemed.gguf_layout import layout
 from edgemed.gguf_types import Model, tensor_types
 from edgemed.random_weights import MARK, reference_config
 from edgemed.weights import Weights
@@ -25,8 +26,6 @@ RESERVE_SHARED, RESERVE_OWN = int(1.5 * GIB), GIB // 2
 GROUP = 128
 # Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not divide get the block-of-32 ones.
 GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
-GGUF_NAMES = {"embed": "token_embd", "positions": "position_embd", "lm_head": "output",
-              "qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 MB = 1e6
 
 
@@ -58,9 +57,8 @@ def described(name: str) -> Checkpoint:
     family = family_of(config, name)
     entries: dict[str, Entry] = {}
     for part in family.parts(family.decoder(config, {})).values():
-        for module in part.modules:
-            shape = part.shape[::-1] if part.conv1d else part.shape
-            tensors = {"weight": shape} | ({"bias": shape[-1:]} if part.bias or part.kind == "norm" else {})
+        for module, shape in part.stored():
+            tensors = {"weight": shape} | ({"bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
             for suffix, size in tensors.items():
                 entries[f"{family.prefixes[0]}{module}.{suffix}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
     return Checkpoint(Path(f"random:{name}"), config, entries)
@@ -149,16 +147,12 @@ def _tied_head(weights: Weights) -> int:
 
 def q4_k_m(weights: Weights) -> int:
     """Bytes of a Q4_K_M file's tensors, by llama.cpp's own rules for which matrix gets which type."""
-    found, d = sizes(weights), weights.source
-    shapes = {name: weights.parts[name].shape for name, (kind, _, _) in found.items() if kind != "norm" and name != "head"}
-    types, _ = tensor_types(Model({_gguf_name(name): shape for name, shape in shapes.items()}, d.layers, d.heads // d.kv_heads), "q4_k_m")
-    bits = sum((GGUF_BITS[types[_gguf_name(name)]] if name in shapes else 32) * weight + 32 * bias for name, (_, weight, bias) in found.items())
-    return round(bits / 8)
-
-
-def _gguf_name(name: str) -> str:
-    prefix, _, last = name.rpartition(".")
-    return f"{prefix.replace('layers', 'blk')}.{GGUF_NAMES[last]}.weight".lstrip(".")
+    d = weights.source
+    places = {t: p for t, p in layout(weights.family, d, weights.parts).items() if t.endswith("weight") and len(p.shape) == 2}
+    types, _ = tensor_types(Model({t: p.shape for t, p in places.items()}, d.layers, d.heads // d.kv_heads), "q4_k_m")
+    bits = sum(GGUF_BITS[types[t]] * math.prod(p.shape) for t, p in places.items())
+    rest = sum(bias + (weight if kind == "norm" or name == "head" else 0) for name, (kind, weight, bias) in sizes(weights).items())
+    return round((bits + 32 * rest) / 8)
 
 
 def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[str, Any]:

@@ -45,18 +45,17 @@ def make_random(config: str | Mapping[str, Any], out: Path, dtype: str = "bfloat
             writer, std = Writer(work.path, config), config.get("initializer_range", 0.02)
             written: set[str] = set()
             for part in track(list(family.parts(decoder).values()), "random weights"):
-                for module in part.modules:
+                for module, shape in part.stored():
                     if module in written:
                         continue
                     written.add(module)
-                    shape = part.shape[::-1] if part.conv1d else part.shape
                     if part.kind == "norm":
                         weight = torch.ones(shape)
                     else:
                         weight = torch.empty(shape).normal_(0, std, generator=generator)
                     writer.add(f"{family.prefixes[0]}{module}.weight", weight.to(getattr(torch, dtype)))
-                    if part.bias or part.kind == "norm":
-                        writer.add(f"{family.prefixes[0]}{module}.bias", torch.zeros(part.shape[0], dtype=getattr(torch, dtype)))
+                    if part.bias:
+                        writer.add(f"{family.prefixes[0]}{module}.bias", torch.zeros(shape[-1 if part.conv1d else 0], dtype=getattr(torch, dtype)))
             writer.close()
             work.notes[MARK] = True
     return open_checkpoint(out)

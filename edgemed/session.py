@@ -1,4 +1,4 @@
-"""The protocol every running engine speaks, and decoding and option scoring written once on top of it.
+"""The protocol every running engine speaks, and decoding written once on top of it.
 
 `prefill` and `step` are the only two primitives: parity, latency and accuracy are all built on them, so every engine is
 measured by the same code. `rewind` moves the write position back, which is how the options of a question share its context.
@@ -69,8 +69,12 @@ def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: 
     """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
     if session.head != "lm":
         raise EdgemedError(f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval")
+    yield from continued(session, session.prefill(prompt)[-1], sampling, stop)
+
+
+def continued(session: Session, scores: np.ndarray, sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+    """The same where the prompt has been read already; scores [vocab] are those after its last token."""
     random = np.random.default_rng(sampling.seed)
-    scores = session.prefill(prompt)[-1]
     for count in range(sampling.max_tokens):
         token = pick(scores, sampling, random)
         if token in stop:
@@ -102,23 +106,3 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     scores = scores.astype(np.float64)
     shifted = scores - scores.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def score_options(session: Session, context: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
-    """Sum of token log-probabilities of each option after the context, which is computed once.
-
-    Raises EdgemedError where an option is empty or context and option do not fit.
-    """
-    session.rewind(0)
-    first = log_softmax(session.prefill(context)[-1])
-    shared, scores = session.position, []
-    for option in options:
-        if not len(option):
-            raise EdgemedError("an option has no tokens", "Every option needs at least one token")
-        total = float(first[option[0]])
-        if len(option) > 1:
-            rows = log_softmax(session.prefill(option[:-1], every=True))
-            total += float(rows[np.arange(len(option) - 1), list(option[1:])].sum())
-            session.rewind(shared)
-        scores.append(total)
-    return scores

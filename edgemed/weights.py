@@ -97,19 +97,17 @@ class Weights:
 
     def _check_shapes(self) -> None:
         for name, part in self.parts.items():
-            if len(part.modules) > 1:
-                continue
-            for key, shape in self._stored(self.keys[name][0], part).items():
-                entry = self.checkpoint.tensors.get(key)
-                if entry is not None and entry.shape != shape:
-                    raise EdgemedError(
-                        f"{self.checkpoint.path}: tensor '{key}' has shape {list(entry.shape)}, config.json asks for {list(shape)}", "Config and weights do not belong together"
-                    )
+            for key, (_, weight) in zip(self.keys[name], part.stored(), strict=True):
+                for tensor, shape in self._stored(key, part, weight).items():
+                    entry = self.checkpoint.tensors.get(tensor)
+                    if entry is not None and entry.shape != shape:
+                        problem = f"{self.checkpoint.path}: tensor '{tensor}' has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+                        raise EdgemedError(problem, "Config and weights do not belong together")
 
-    def _stored(self, key: str, part: Part) -> dict[str, tuple[int, ...]]:
+    def _stored(self, key: str, part: Part, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors a module may have, with their shapes."""
-        rows, columns = part.shape[0], part.shape[-1]
-        found = {f"{key}.weight": part.shape[::-1] if part.conv1d else part.shape, f"{key}.bias": (rows,)}
+        rows, columns = (weight[-1] if part.conv1d else weight[0]), part.shape[-1]
+        found = {f"{key}.weight": weight, f"{key}.bias": (rows,)}
         if f"{key}.weight" in self.checkpoint.tensors:
             return found
         bits, group = self._packing()
@@ -140,9 +138,7 @@ class Weights:
         """A matrix in [out, in] layout with its bias; modules of one part are joined along the output axis."""
         torch = need("torch", "build")
         found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
-        if len(found) > 1:
-            raise EdgemedError(f"{name}: joining {len(found)} modules is not supported yet", "")
-        matrix = found[0]
+        matrix = found[0] if len(found) == 1 else joined(found, name)
         if self.fold and name.endswith(".qkv"):
             factor = self.source.fold_factor(int(name.split(".")[1]))
             rows = torch.ones(self.parts[name].shape[0])
@@ -170,6 +166,25 @@ class Weights:
         if g_idx is not None and bool((g_idx == need("torch", "build").arange(columns) // group).all()):
             g_idx = None
         return Packed(q, read(f"{key}.scales").float().T.contiguous(), zeros, g_idx, bits, group, bias)
+
+
+def joined(found: list[Dense | Packed], name: str) -> Dense | Packed:
+    """Matrices with the same inputs as one, along the output axis. A bias that only some of them have is zero in the others.
+
+    Raises EdgemedError where packed ones are packed differently.
+    """
+    torch = need("torch", "build")
+    bias = None
+    if any(m.bias is not None for m in found):
+        rows = [m.q.shape[0] if isinstance(m, Packed) else m.weight.shape[0] for m in found]
+        bias = torch.cat([m.bias if m.bias is not None else torch.zeros(n) for m, n in zip(found, rows, strict=True)])
+    if all(isinstance(m, Dense) for m in found):
+        return Dense(torch.cat([m.weight for m in found]), bias)
+    first = found[0]
+    same = all(isinstance(m, Packed) and (m.bits, m.group) == (first.bits, first.group) for m in found)
+    if not same or any((m.g_idx is None) != (first.g_idx is None) or (m.g_idx is not None and not torch.equal(m.g_idx, first.g_idx)) for m in found):
+        raise EdgemedError(f"{name}: its modules are quantized in different ways", "Quantize them alike, or start from the float checkpoint")
+    return Packed(*(torch.cat([getattr(m, field) for m in found]) for field in ("q", "scales", "zeros")), first.g_idx, first.bits, first.group, bias)
 
 
 def unpack(packed: torch.Tensor, bits: int, axis: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgemed.weights import Weights
 
 MS = "com.microsoft"
+ROPE = ("rope.cos", "rope.sin")
 # Largest logit error against the float32 source, for precisions that must be exact.
 EXACT = {"fp32": 1e-3}
 # The package that runs these engines, and the extra that installs it.
@@ -38,16 +39,23 @@ class Params:
     """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
+    context: tokens of the KV cache (default the model's).
     """
 
     precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
+    context: int | None = None
 
 
 def label(params: Params) -> str:
     """A short engine name."""
     return "onnx" if params.precision == "auto" else f"onnx-{params.precision}"
+
+
+def inputs(params: Params) -> dict[str, str]:
+    """sha256 of every file that params name: none."""
+    return {}
 
 
 def bits_of(weights: Weights, params: Params) -> int | None:
@@ -66,8 +74,12 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {weights.quantization['group_size']}"
     if d.head_dim % 8:
         return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
+    if len(d.rope_frequencies) % 8:
+        return f"GroupQueryAttention rotates a multiple of 16 elements of each head, this model {2 * len(d.rope_frequencies)}"
     if d.hidden % 32:
         return f"hidden size {d.hidden} is not a multiple of 32"
+    if params.context and params.context > d.context:
+        return f"context {params.context} is longer than the model's {d.context}"
     if bits and not stored and (d.hidden % params.group or d.ffn % params.group):
         return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64"
     return None
@@ -88,13 +100,18 @@ class OrtDialect:
             for part in ("key", "value"):
                 graph.value("inputs", f"past.{n}.{part}", graph.float_type, shape)
                 graph.value("outputs", f"present.{n}.{part}", graph.float_type, shape)
+        if d.positions == "rope":
+            # Rows are filled by the session, so that what a position means (one number, or three for an image) is not the graph's business.
+            for table in ROPE:
+                graph.value("inputs", table, graph.float_type, ["context", len(d.rope_frequencies)])
 
-    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str) -> tuple[str, str]:
+    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str | None) -> tuple[str, str]:
         """(x + add, norm(x + add)); one fused node where there is something to add."""
+        rms, scale = d.norm == "rmsnorm", [weight] if bias is None else [weight, bias]
         if add is None:
-            return x, graph.node("LayerNormalization", [x, weight, bias], name, epsilon=d.norm_eps, axis=-1)
+            return x, graph.node("SimplifiedLayerNormalization" if rms else "LayerNormalization", [x, *scale], name, epsilon=d.norm_eps, axis=-1)
         outputs = [name, "", "", f"{name}.sum"]
-        graph.node("SkipLayerNormalization", [x, add, weight, bias], name, outputs, MS, epsilon=d.norm_eps)
+        graph.node("SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization", [x, add, *scale], name, outputs, MS, epsilon=d.norm_eps)
         return f"{name}.sum", name
 
     def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str:
@@ -102,11 +119,13 @@ class OrtDialect:
         name = f"layers.{layer}.attention"
         outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
         return graph.node(
-            "GroupQueryAttention", [qkv, "", "", *past, "last_index", "total"], name, outputs, MS,
-            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.score_scale[layer],
+            "GroupQueryAttention", [qkv, "", "", *past, "last_index", "total", *(ROPE if d.positions == "rope" else ())], name, outputs, MS,
+            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.score_scale[layer], do_rotary=int(d.positions == "rope"),
         )
 
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str:
+        if d.activation == "silu":
+            return graph.node("QuickGelu", [x], name, domain=MS, alpha=1.0)  # x * sigmoid(alpha x)
         return graph.node("FastGelu" if d.activation == "gelu_tanh" else "Gelu", [x], name, domain=MS)
 
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:
@@ -142,7 +161,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = f"int{bits} {'per column' if group == -1 else f'g{group}'}" if bits else {"float32": "fp32", "float16": "fp16"}[floats]
     return {
-        "precision": label, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer",
+        "precision": label, "context": params.context or weights.decoder.context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer",
         **({"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"} if bits else {}),
     }
 
@@ -189,6 +208,10 @@ class OrtSession:
                 buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
                 self.binding.bind_ortvalue_input(value.name, buffer)
                 self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
+            elif value.name in ROPE:
+                angles = np.arange(self.context)[:, None] * np.array(engine.rope_frequencies)
+                table = np.cos(angles) if value.name == ROPE[0] else np.sin(angles)
+                self._bound(value.name, table.astype(np.float16 if value.type == "tensor(float16)" else np.float32))
         self.last, self.total = self._bound("last_index", np.zeros(1, np.int32)), self._bound("total", np.zeros(1, np.int32))
         self.shape: tuple[int, int] | None = None
 
