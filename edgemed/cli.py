@@ -217,13 +217,12 @@ def bench(
     generate: Annotated[int, typer.Option(help="New tokens per round.")] = 64,
     runs: Annotated[int, typer.Option(help="Counted rounds after one warm-up.")] = 5,
     threads: Threads = None,
+    sweep: Annotated[str | None, typer.Option(help="'threads': speeds by number of threads instead, and by group of cores where cores differ; --runs rounds in turns.")] = None,
+    wait: Annotated[str, typer.Option(help="How idle threads wait: auto, active (spin) or passive (sleep).")] = "auto",
     work: Annotated[Path, typer.Option(help="With --random-weights: where checkpoint and engine are kept.")] = Path("runs/random"),
     sets: Sets = None, json_: Json = False,
 ) -> None:
-    """Measure load time, first token, prefill, step latency, decoding speed, memory and the bandwidth ceiling."""
-    from edgemed import store
-    from edgemed.bench import bench as bench_engine
-    from edgemed.engine import open_engine
+    """Measure load time, first token, prefill, step latency, decoding speed, memory, energy and the bandwidth ceiling."""
     from edgemed.recipe import BenchSpec
 
     if (engine is None) == (random_weights is None):
@@ -232,16 +231,39 @@ def bench(
         from edgemed.run import random_engine
 
         engine = random_engine(random_weights, target, settings(sets), work)
+    plan = BenchSpec(tuple(prompt or (32, 128)), generate, runs, threads)
+    if sweep:
+        from edgemed.sweep import shown
+        from edgemed.sweep import sweep as sweep_engine
+
+        rows = sweep_engine(sweep, engine, plan, wait)
+        show(rows if json_ else [shown(row) for row in rows], json_)
+    elif random_weights or wait != "auto":
+        from edgemed.sweep import bench_afresh
+
+        bench_afresh(engine, plan, wait, json_)
+    else:
+        bench_here(engine, plan, json_)
+
+
+def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
+    from edgemed import store
+    from edgemed.bench import bench as bench_engine
+    from edgemed.conditions import sentences
+    from edgemed.engine import open_engine
+
     opened = open_engine(engine, check=True)
     store.reset_peak_memory()
-    records = bench_engine(opened, BenchSpec(tuple(prompt or (32, 128)), generate, runs, threads))
+    records = bench_engine(opened, plan)
     store.append_records(engine, records)
-    if json_:
+    if as_json:
         show(records, True)
         return
     if opened.random_weights:
         typer.echo("random weights: these numbers say something about latency and memory only")
     show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in records], False)
+    for line in sentences(records[0]["state"]):
+        typer.echo(line)
 
 
 @app.command(name="eval")
