@@ -12,7 +12,7 @@ from edgemed import plugins
 from edgemed.engine import Engine, open_engine
 from edgemed.errors import EdgemedError
 from edgemed.evaluate import evaluate, pair
-from edgemed.plan import inspect
+from edgemed.facts import inspect
 from edgemed.session import Sampling, Session, generate
 from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode

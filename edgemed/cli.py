@@ -75,7 +75,7 @@ def doctor(json_: Json = False) -> None:
 @app.command()
 def inspect(model: Model, json_: Json = False) -> None:
     """Family, parameters, memory per precision, and which targets are possible and why not."""
-    from edgemed.plan import inspect
+    from edgemed.facts import inspect
 
     show(inspect(model), json_)
 

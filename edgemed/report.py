@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgemed.device import Device
+from edgemed.device import Device, usable
 from edgemed.errors import EdgemedError
-from edgemed.plan import usable
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCHEMA = 1

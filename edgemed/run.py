@@ -25,7 +25,7 @@ from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.evaluate import evaluate, pair
-from edgemed.plan import parameters
+from edgemed.facts import parameters
 from edgemed.random_weights import make_random
 from edgemed.recipe import Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of

@@ -14,14 +14,12 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.checkpoint import Checkpoint, Entry, open_checkpoint
-from edgemed.device import GIB, Device, read_device
+from edgemed.device import Device, fits, read_device, usable
 from edgemed.family import Decoder, Family, family_of
 from edgemed.gguf_types import Model, tensor_types
 from edgemed.random_weights import MARK, reference_config
 from edgemed.weights import Weights
 
-# What an operating system, the runtime and its work buffers are assumed to hold beside the engine: an assumption, not a measurement.
-RESERVE_SHARED, RESERVE_OWN = int(1.5 * GIB), GIB // 2
 GROUP = 128
 # Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not divide get the block-of-32 ones.
 GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
@@ -167,19 +165,6 @@ def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[s
     found = {"weights_mb": weight_bytes, "kv_cache_mb": cache_bytes, "total_mb": total}
     too_big = [device.name for device in devices if fits(total, device) is False]
     return {name: size / MB for name, size in found.items()} | {"too_big_for": too_big}
-
-
-def fits(needed: int, device: Device) -> bool | None:
-    """Whether an engine of `needed` bytes (weights and KV cache) leaves a device its reserve; None where its memory is not known."""
-    room = usable(device)
-    return None if room is None else needed <= room
-
-
-def usable(device: Device) -> int | None:
-    """Bytes left for an engine: memory less 1.5 GiB where the system shares it, less 0.5 GiB on a card of its own; None: not known."""
-    if device.memory_gb is None:
-        return None
-    return int(device.memory_gb * GIB) - (RESERVE_SHARED if device.shared_memory else RESERVE_OWN)
 
 
 def possible(weights: Weights, target: str) -> dict[str, Any]:

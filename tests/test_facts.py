@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from edgemed import plan
+from edgemed import facts
 from edgemed.checkpoint import open_checkpoint
-from edgemed.device import GIB, Device, read_device
+from edgemed.device import GIB, Device, fits, read_device
 from edgemed.engine import export
 from edgemed.errors import EdgemedError
-from edgemed.plan import inspect
+from edgemed.facts import inspect
 from edgemed.plugins import load
 from edgemed.random_weights import make_random
 from edgemed.weights import Weights
@@ -71,7 +71,7 @@ def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
     assert found["parameters"] == base["parameters"] and found["architecture"] == base["architecture"]
     assert found["quantization"]["bits"] == 4 and found["quantization"]["group_size"] == 64
     assert found["stored"]["mb"] < 0.6 * base["stored"]["mb"]
-    assert plan.parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
+    assert facts.parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
 
 
 def test_impossible_targets_say_why(tmp_path):
@@ -88,8 +88,8 @@ def test_a_missing_runtime_names_the_command(small, monkeypatch):
 
 def test_fits_leaves_the_device_its_reserve():
     shared, own = read_device("jetson-orin-nano-8gb"), read_device("rtx-4060-8gb")
-    assert plan.fits(6 * GIB, shared) and not plan.fits(7 * GIB, shared) and plan.fits(7 * GIB, own)
-    assert plan.fits(1, Device("cpu", "cpu", True, ("here",))) is None
+    assert fits(6 * GIB, shared) and not fits(7 * GIB, shared) and fits(7 * GIB, own)
+    assert fits(1, Device("cpu", "cpu", True, {"memory": "here"})) is None
 
 
 def test_inspect_needs_no_torch(small):
