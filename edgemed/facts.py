@@ -1,7 +1,7 @@
 """What a checkpoint is and where it could run, read from its headers alone: no tensor is loaded and no torch is needed.
 
 Numbers here are arithmetic on shapes, so that a person knows before the first long build whether an engine can fit a device;
-what an engine really takes is measured later, by bench.
+what an engine really takes is measured later, by bench, and how fast it would be is predicted by plan.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from edgemed.device import Device, fits, read_device, usable
 from edgemed.family import Decoder, Family, family_of
 from edgemed.gguf_types import Model, tensor_types
 from edgemed.random_weights import MARK, reference_config
+from edgemed.roofline import Dimensions
 from edgemed.weights import Weights
 
 GROUP = 128
 # Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not divide get the block-of-32 ones.
 GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
+# Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
+REPACKED = ("Q4_K", "Q8_0")
 GGUF_NAMES = {"embed": "token_embd", "positions": "position_embd", "lm_head": "output",
               "qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 MB = 1e6
@@ -146,12 +150,70 @@ def _tied_head(weights: Weights) -> int:
 
 
 def q4_k_m(weights: Weights) -> int:
-    """Bytes of a Q4_K_M file's tensors, by llama.cpp's own rules for which matrix gets which type."""
+    """Bytes of a Q4_K_M file's tensors."""
+    return gguf_size(weights, "q4_k_m").total
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of an engine's weights, and bits per weight (scales included) of its layer matrices and of its output matrix.
+
+    copy: bytes of a second, rearranged copy a runtime keeps in memory.
+    """
+
+    total: int
+    layer_bits: float
+    head_bits: float
+    copy: int = 0
+
+
+def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
+    """The size of an engine of this target and precision, as edgemed writes it.
+
+    tensorrt keeps embedding and output matrix in float16 and holds a tied one twice; its int8 has one float32 scale per output (not counted: under
+    0.1 %), its int4 a float16 scale per 128. onnx and llamacpp: see `precisions`.
+    """
+    if target == "llamacpp":
+        return gguf_size(weights, precision)
+    found, d = sizes(weights), weights.source
+    tied = d.vocab * d.hidden if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"] else 0
+    if target == "tensorrt":
+        layer = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / GROUP}[precision]
+        bits = sum((layer if kind == "matrix" and name.startswith("layers.") else 16 if kind != "norm" else 32) * weight + 32 * bias for name, (kind, weight, bias) in found.items())
+        return Size(round(bits / 8) + 2 * tied, layer, 16)
+    if precision == "fp32":
+        return Size(4 * (parameters(weights) + tied), 32, 32)
+    integer = int(precision.removeprefix("int"))
+    total = round(sum(_int_bits(name, part, integer) for name, part in found.items()) / 8)
+    return Size(total + _tied_head(weights), integer + 32 / GROUP, 9)
+
+
+def gguf_size(weights: Weights, file_type: str) -> Size:
+    """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type."""
     found, d = sizes(weights), weights.source
     shapes = {name: weights.parts[name].shape for name, (kind, _, _) in found.items() if kind != "norm" and name != "head"}
-    types, _ = tensor_types(Model({_gguf_name(name): shape for name, shape in shapes.items()}, d.layers, d.heads // d.kv_heads), "q4_k_m")
-    bits = sum((GGUF_BITS[types[_gguf_name(name)]] if name in shapes else 32) * weight + 32 * bias for name, (_, weight, bias) in found.items())
-    return round(bits / 8)
+    types, _ = tensor_types(Model({_gguf_name(name): shape for name, shape in shapes.items()}, d.layers, d.heads // d.kv_heads), file_type)
+    stored = {name: (types[_gguf_name(name)], weight) for name, (_, weight, _) in found.items() if name in shapes}
+    bits = {name: GGUF_BITS[kind] * weight for name, (kind, weight) in stored.items()}
+    rest = sum(32 * (bias + (0 if name in shapes else weight)) for name, (_, weight, bias) in found.items())
+    layers = [name for name in stored if name.startswith("layers.")]
+    head = "lm_head" if "lm_head" in stored else "embed"
+    copy = sum(bits[name] for name in layers if stored[name][0] in REPACKED)
+    return Size(round((sum(bits.values()) + rest) / 8), sum(bits[name] for name in layers) / sum(stored[name][1] for name in layers), GGUF_BITS[stored[head][0]], round(copy / 8))
+
+
+def dimensions(weights: Weights) -> Dimensions:
+    """A checkpoint's decoder as the roofline model sees it."""
+    d, found = weights.source, sizes(weights)
+    matrices = sum(weight for name, (kind, weight, _) in found.items() if kind == "matrix" and name.startswith("layers."))
+    tables = sum(weight for kind, weight, _ in found.values() if kind == "table")
+    head = math.prod(weights.parts["lm_head" if d.head == "lm" else "head"].shape)
+    return Dimensions(d.layers, d.hidden, d.ffn, d.q_size, d.kv_size, d.layers, matrices, head, tables)
+
+
+def largest_matrix(weights: Weights) -> int:
+    """Weights of the largest single tensor, which is what a streaming build holds in float32."""
+    return max(weight for _, weight, _ in sizes(weights).values())
 
 
 def _gguf_name(name: str) -> str:

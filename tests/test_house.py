@@ -21,7 +21,7 @@ PLUGINS = ("families", "steps", "targets", "tasks")
 ORDER = [
     "errors", "plugins", "params store console", "= device checkpoint family task data tokenizer session reference grid weights",
     "= decoder graph gptq engine gguf_types gguf_file importance llama random_weights recipe", "families steps targets tasks",
-    "= facts plan verify bench evaluate report doctor", "run", "api", "cli", "__init__ __main__",
+    "= facts plan published roofline measure units verify bench evaluate report doctor", "run", "api", "cli", "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "huggingface_hub", "matplotlib", "tensorrt", "accelerate"}

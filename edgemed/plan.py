@@ -1,0 +1,292 @@
+"""What a model would take and how fast it would be on a device, for every engine edgemed can make, before anything is built or bought.
+
+Sizes are arithmetic on shapes; times come from the roofline model, whose error on measurements it has not seen is stated beside them.
+Accuracy is not predicted: among choices that meet every wish the one that keeps most bits is recommended, and verify has the last word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgemed import plugins
+from edgemed.checkpoint import open_checkpoint
+from edgemed.device import GIB, Device, PowerMode, lacks, power_mode_of, read_device, usable
+from edgemed.errors import EdgemedError, nearest
+from edgemed.facts import MB, described, dimensions, engine_bytes, largest_matrix
+from edgemed.roofline import Constants, Dimensions, Place, Storage, constants, decode_seconds, place, prefill_seconds, vision_seconds
+from edgemed.weights import Weights
+
+# Tokens of an answer, for the room it takes in the context and for ranking by the time until it is there.
+ANSWER = 128
+# What a build holds beside the largest matrix in float32, and an engine's process beside the engine: the resident sizes of edgemed's own
+# records (export of 2.6 billion weights within 0.77 GB; interpreter, numpy and a runtime about 0.15 GB).
+BUILD, PROCESS = 450e6, 150e6
+WORKSPACE = 1e9
+STEPS_FIRST = "weights are rounded by GPTQ first, which costs less accuracy than rounding to nearest"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kind of engine. params: the target's parameters that make it; bits: those a quantize step would round to first, 0 for none.
+
+    arithmetic: what the device must be able to compute in; kv: KV cache precision -> (bytes per element, further parameters).
+    """
+
+    target: str
+    precision: str
+    params: dict[str, Any]
+    storage: Storage
+    arithmetic: str = "fp32"
+    bits: int = 0
+    kv: dict[str, tuple[float, dict[str, Any]]] = field(default_factory=dict)
+
+
+GGUF_KV = {"f16": (2.0, {}), "q8_0": (34 / 32, {"kv": "q8_0"})}
+# Bits are those of each target's own layout, scales included; llama.cpp's mixtures depend on the shapes and are filled in by facts.engine_bytes.
+CHOICES = (
+    Choice("tensorrt", "fp16", {"precision": "fp16"}, Storage(16, 16, "fp16"), "fp16", kv={"fp16": (2.0, {})}),
+    Choice("tensorrt", "int8", {"precision": "int8"}, Storage(8, 16, "weight_only"), "fp16", 8, kv={"fp16": (2.0, {})}),
+    Choice("tensorrt", "int4", {"precision": "int4"}, Storage(4.125, 16, "weight_only"), "fp16", 4, kv={"fp16": (2.0, {})}),
+    Choice("onnx", "fp32", {"precision": "fp32"}, Storage(32, 32, "fp32"), kv={"fp32": (4.0, {})}),
+    Choice("onnx", "int8", {"precision": "int8"}, Storage(8.25, 9, "weight_only"), bits=8, kv={"fp32": (4.0, {})}),
+    Choice("onnx", "int4", {"precision": "int4"}, Storage(4.25, 9, "weight_only"), bits=4, kv={"fp32": (4.0, {})}),
+    Choice("llamacpp", "f16", {"type": "f16"}, Storage(16, 16, "fp16"), kv=GGUF_KV),
+    Choice("llamacpp", "q8_0", {"type": "q8_0"}, Storage(8.5, 8.5, "weight_only"), kv=GGUF_KV),
+    Choice("llamacpp", "q4_k_m", {"type": "q4_k_m"}, Storage(4.85, 6.5625, "weight_only"), kv=GGUF_KV),
+)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked of the engine. prompt, images: of one request; context: tokens the cache holds, None for two sensible sizes.
+
+    ttft: seconds to the first token at most; tps: tokens/s at least; memory: bytes at most while running; None: no wish.
+    """
+
+    prompt: int = 512
+    images: int = 0
+    context: int | None = None
+    ttft: float | None = None
+    tps: float | None = None
+    memory: int | None = None
+    precision: str | None = None
+
+
+def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None) -> dict[str, Any]:
+    """Predict every choice for `model` on a device: {'model', 'device', 'power_mode', 'choices', 'front', 'recommended', 'recipe', 'left_out', 'notes'}.
+
+    choices: one mapping each, sizes in MB of 10^6 bytes, times in seconds. Raises EdgemedError where a name is unknown, the device lacks the
+    precision asked for, the prompt does not fit the model, or nothing fits the device (by how much, and what would help).
+    """
+    device = read_device(device_name)
+    mode, weights = power_mode_of(device, power), weights_of(model)
+    d, known, room = dimensions(weights), constants(), usable(device)
+    if room is None:
+        raise EdgemedError(f"{device.title}: its memory is not known", "Measure it there: edgemed doctor --measure --out DEVICE.yaml")
+    room = min(room, wishes.memory) if wishes.memory else room
+    check_precision(wishes.precision, device)
+    tokens = prompt_tokens(d, wishes)
+    contexts = contexts_for(weights.source.context, tokens, wishes)
+    found, left_out = [], []
+    for choice in CHOICES:
+        reason = why_not(choice, weights, device, wishes)
+        if reason:
+            left_out.append({"target": choice.target, "precision": choice.precision, "why": reason})
+            continue
+        for kv in choice.kv:
+            for context in contexts:
+                found.append(predict(choice, kv, context, tokens, weights, d, device, mode, known, room, wishes))
+    if not found:
+        raise EdgemedError(f"no engine is possible on {device.title}: " + "; ".join(f"{e['target']} {e['precision']}: {e['why']}" for e in left_out))
+    fitting = [entry for entry in found if entry["fits"]]
+    if not fitting:
+        raise too_big(found, device, room, weights)
+    front = pareto(fitting)
+    chosen = recommended(fitting, wishes)
+    return {
+        "model": model, "device": device.name, "power_mode": mode.name, "usable_mb": room / MB, "prompt": tokens, "choices": ranked(found), "front": ranked(front),
+        "recommended": chosen, "recipe": recipe_text(chosen, model, device_name, weights, wishes, tokens), "left_out": left_out, "notes": notes(device, mode, chosen, wishes),
+    }
+
+
+def weights_of(model: str) -> Weights:
+    """A model's weights, unread: a directory, hub id or random:NAME."""
+    kind, _, name = model.partition(":")
+    return Weights(described(name) if kind == "random" else open_checkpoint(model))
+
+
+def prompt_tokens(d: Dimensions, wishes: Wishes) -> int:
+    if wishes.prompt < 1 or wishes.images < 0:
+        raise EdgemedError(f"a prompt of {wishes.prompt} tokens with {wishes.images} images is no request", "Use --prompt 1 or more and --images 0 or more")
+    if wishes.images and d.vision is None:
+        raise EdgemedError("this model has no vision tower", "Leave --images out")
+    return wishes.prompt + wishes.images * IMAGE_TOKENS
+
+
+# Tokens of one image where nothing else is said: 448 x 448 pixels in Qwen2-VL's patches of 14, merged by four.
+IMAGE_TOKENS = 256
+
+
+def contexts_for(most: int, tokens: int, wishes: Wishes) -> list[int]:
+    """Cache sizes to plan: the one asked for, or the request with its answer (in steps of 256) and the model's whole context.
+
+    Raises EdgemedError where the request does not fit.
+    """
+    if wishes.context is not None and not 1 <= wishes.context <= most:
+        raise EdgemedError(f"--context {wishes.context} is not between 1 and the model's {most}", "Choose another")
+    limit = wishes.context or most
+    if tokens >= limit:
+        raise EdgemedError(f"a prompt of {tokens} tokens does not fit a context of {limit}", "Use a shorter --prompt or a longer --context")
+    return [limit] if wishes.context else sorted({min(most, -(-(tokens + ANSWER) // 256) * 256), most})
+
+
+def check_precision(precision: str | None, device: Device) -> None:
+    """Raise EdgemedError for a precision that the device lacks or that no engine of edgemed has."""
+    if precision is None:
+        return
+    missing = lacks(device, precision)
+    known = sorted({choice.precision for choice in CHOICES})
+    if missing:
+        raise EdgemedError(missing, f"Choose among {', '.join(known)}")
+    if precision not in known:
+        raise EdgemedError(f"edgemed makes no {precision} engines", nearest(precision, known))
+
+
+def why_not(choice: Choice, weights: Weights, device: Device, wishes: Wishes) -> str | None:
+    """Why a choice is not planned, or None."""
+    if wishes.precision not in (None, choice.precision):
+        return f"precision {wishes.precision} was asked for"
+    if choice.target not in plugins.names("targets"):
+        return "this edgemed has no such target"
+    if choice.target == "tensorrt" and not device.compute_capability:
+        return "no NVIDIA GPU"
+    if choice.target == "tensorrt" and device.tensorrt and profile(device) is None:
+        return f"TensorRT {', '.join(device.tensorrt.values())} is older than edgemed's profiles"
+    if choice.target == "onnx" and device.compute_capability:
+        return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
+    if missing := lacks(device, choice.arithmetic):
+        return missing
+    module = plugins.load("targets", choice.target)
+    return module.supports(weights, module.Params(**params_of(choice, weights)))
+
+
+def params_of(choice: Choice, weights: Weights) -> dict[str, Any]:
+    """The target's parameters for this checkpoint: one that holds integers already is carried as it is."""
+    return {} if weights.quantization and choice.bits == weights.quantization["bits"] else choice.params
+
+
+def profile(device: Device) -> str | None:
+    """The tensorrt target's profile for a device's newest TensorRT that has one; cards without a JetPack take the newest."""
+    versions = [tuple(map(int, version.split(".")[:2])) for version in device.tensorrt.values()] or [(11, 0)]
+    names = {(10, 3): "jetpack6", (10, 16): "jetpack7"}
+    return next((names.get(version, "trt11" if version >= (11, 0) else None) for version in sorted(versions) if version >= (10, 3)), None)
+
+
+def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights, d: Dimensions, device: Device, mode: PowerMode, known: Constants, room: int,
+            wishes: Wishes) -> dict[str, Any]:
+    """One choice with one cache: memory (MB), seconds by stage, tokens/s, joules, whether it fits and which wishes it misses."""
+    size = engine_bytes(weights, choice.target, choice.precision)
+    storage = dataclasses.replace(choice.storage, layer_bits=size.layer_bits, head_bits=size.head_bits, kv_bytes=choice.kv[kv][0])
+    here = place(device, mode, choice.target, known, choice.precision)
+    stages = stages_of(d, storage, here, tokens, wishes)
+    step = decode_seconds(d, storage, here, tokens + ANSWER // 2)
+    cache = round(2 * d.kv_layers * d.kv_size * context * storage.kv_bytes)
+    work, vision = activations(d, tokens, choice.target), d.vision.weights * 2 if d.vision and wishes.images else 0
+    run = size.total + size.copy + cache + work + vision + (PROCESS if device.shared_memory else 0)
+    build = BUILD + 4 * largest_matrix(weights) if choice.target != "tensorrt" else 2 * size.total + WORKSPACE
+    ttft, tps = sum(stages.values()), 1 / step
+    missed = [name for name, bad in (("ttft", wishes.ttft and ttft > wishes.ttft), ("tps", wishes.tps and tps < wishes.tps), ("memory", run > room)) if bad]
+    return {
+        "target": choice.target, "precision": choice.precision, "kv": kv, "context": context, "weights_mb": size.total / MB, "kv_cache_mb": cache / MB, "activations_mb": work / MB,
+        "vision_mb": vision / MB, "build_mb": build / MB, "run_mb": run / MB, "ttft_s": ttft, "stages_s": stages, "tokens_per_s": tps, "answer_s": ttft + ANSWER * step,
+        "joules_per_token_at_most": mode.watts * step if mode.watts else None, "bits": size.layer_bits, "fits": run <= room, "misses": missed,
+    }
+
+
+def stages_of(d: Dimensions, storage: Storage, here: Place, tokens: int, wishes: Wishes) -> dict[str, float]:
+    """Seconds to the first token by stage."""
+    found = {"vision": wishes.images * vision_seconds(d.vision, here, IMAGE_TOKENS)} if wishes.images and d.vision else {}
+    return found | {"prefill": prefill_seconds(d, storage, here, tokens)}
+
+
+def activations(d: Dimensions, tokens: int, target: str) -> int:
+    """Bytes of the buffers of one prefill: residual stream, q, k, v and MLP of every token in the widths the target keeps, scores of the last."""
+    width = 2 if target == "tensorrt" else 4
+    return tokens * (3 * d.hidden + d.q_size + 2 * d.kv_size + 2 * d.ffn) * width + 4 * d.head // d.hidden
+
+
+def pareto(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that no other beats in memory, time to first token and speed at once."""
+    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        pairs = [(a["run_mb"], b["run_mb"]), (a["ttft_s"], b["ttft_s"]), (-a["tokens_per_s"], -b["tokens_per_s"])]
+        return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
+    return [entry for entry in entries if not any(beats(other, entry) for other in entries)]
+
+
+def ranked(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What fits first, then by the time until an answer is there."""
+    return sorted(entries, key=lambda entry: (not entry["fits"], entry["answer_s"], entry["run_mb"]))
+
+
+def recommended(fitting: Sequence[dict[str, Any]], wishes: Wishes) -> dict[str, Any]:
+    """Of those that meet every wish the one that keeps most bits per weight, then the fastest; without wishes, or where none meets them, the fastest."""
+    meeting = [entry for entry in fitting if not entry["misses"]]
+    if meeting and (wishes.ttft or wishes.tps):
+        return min(meeting, key=lambda entry: (-entry["bits"], entry["answer_s"], entry["run_mb"]))
+    return min(meeting or fitting, key=lambda entry: (len(entry["misses"]), entry["answer_s"], entry["run_mb"]))
+
+
+def too_big(found: Sequence[dict[str, Any]], device: Device, room: int, weights: Weights) -> EdgemedError:
+    """By how much the smallest choice does not fit, and what would help."""
+    least = min(found, key=lambda entry: entry["run_mb"])
+    over = least["run_mb"] * MB - room
+    larger = sorted(((usable(other), other.name) for other in map(read_device, plugins.names("devices")) if (usable(other) or 0) >= least["run_mb"] * MB))
+    helps = [f"a device that leaves {least['run_mb'] * MB / GIB:.1f} GiB, such as {larger[0][1]}"] if larger else []
+    helps += ["a shorter --context"] if least["kv_cache_mb"] * MB > over else []
+    return EdgemedError(
+        f"nothing fits {device.title}: the smallest engine ({least['target']} {least['precision']}, context {least['context']}, {least['kv']} cache) needs "
+        f"{least['run_mb'] / 1e3:.2f} GB while running, {room / 1e9:.2f} GB are left for it, {over / 1e9:.2f} GB too little",
+        "What would help: " + " or ".join([*helps, "a smaller model"]),
+    )
+
+
+def notes(device: Device, mode: PowerMode, chosen: dict[str, Any], wishes: Wishes) -> list[str]:
+    """What a person must know to read the numbers."""
+    found = []
+    if chosen["misses"]:
+        found.append(f"Nothing meets every wish: what is shown as the best misses {' and '.join(chosen['misses'])}.")
+    if mode.gpu_mhz is None and len(device.power_modes) > 1:
+        found.append(f"The clocks of the mode {mode.name} are not known: times are those of the full clocks, and too short.")
+    if not device.compute_capability and not device.achieved:
+        found.append("This CPU's speed is taken from its data sheet, which predicts badly: measure it with edgemed doctor --measure --out DEVICE.yaml.")
+    if device.usable_gb is None:
+        found.append(f"Memory left for an engine is the sheet's less {1.5 if device.shared_memory else 0.5} GiB, an assumption.")
+    if chosen["joules_per_token_at_most"] is not None:
+        found.append(f"Energy is the {mode.watts:g} W the mode allows times the time: an upper bound.")
+    return [*found, "Peaks while building are estimates; accuracy is not predicted: edgemed verify measures it."]
+
+
+def recipe_text(chosen: dict[str, Any], model: str, device: str, weights: Weights, wishes: Wishes, tokens: int) -> str:
+    """The recipe that makes the recommended engine, as YAML text."""
+    choice = next(c for c in CHOICES if (c.target, c.precision) == (chosen["target"], chosen["precision"]))
+    random, packed = weights.checkpoint.random_weights, weights.quantization
+    module = plugins.load("targets", choice.target)
+    allowed = {f.name for f in dataclasses.fields(module.Params)}
+    rounding = choice.bits and not packed and not random
+    params = {} if rounding else dict(params_of(choice, weights))
+    params |= choice.kv[chosen["kv"]][1] | ({"context": chosen["context"]} if "context" in allowed else {})
+    if choice.target == "tensorrt":
+        params["profile"] = profile(read_device(device))
+    lines = [f"# {model} for {device}: {chosen['target']} {chosen['precision']}, predicted {chosen['tokens_per_s']:.1f} tokens/s, first token after {chosen['ttft_s']:.2f} s",
+             f"model: {model}", f"device: {device}"]
+    if rounding:
+        group = -1 if (choice.target, choice.bits) == ("tensorrt", 8) else 128
+        lines += ["steps:", f"  - quantize: {{method: gptq, bits: {choice.bits}, group: {group}, calibration: pubmedqa-abstracts}}"]
+    inside = ", ".join(f"{key}: {value}" for key, value in params.items())
+    lines += ["engines:", f"  - {choice.target}: {{{inside}}}"]
+    lines += [] if random else ["verify: {prompts: pubmedqa-abstracts}"]
+    return "\n".join([*lines, f"bench:  {{prompt: [{min(tokens, chosen['context'] - ANSWER)}], generate: 64}}"]) + "\n"
