@@ -1,12 +1,14 @@
 """Speeds of engines of several sizes and precisions on this CPU, for the planner's CPU part: each row holds the bandwidth of its own rounds.
 
 Random weights at true dimensions (BioMedLM, GPT-2 XL, GPT-2 medium), one process per engine. The machine's own products are measured first,
-as `edgemed doctor --measure` does. Run: python bench/plan_rows.py --work DIR [--checkpoint DIR]
+as `edgemed doctor --measure` does. With one thread the CPU time of the process is measured, which a busy machine does not lengthen by making
+the process wait; with more it is wall time, and the machine must be quiet. Run: python bench/plan_rows.py --work DIR [--checkpoint DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +25,19 @@ ENGINES = [("onnx", {"precision": "int4"}), ("onnx", {"precision": "int8"}), ("o
 PROMPT, NEW = 128, 24
 
 
+def read_alone() -> float:
+    """Read bandwidth of one thread in 10^9 bytes/s of its CPU time, best of 20 reads of a buffer far larger than the caches."""
+    import numpy as np
+
+    buffer = np.ones(1 << 26, np.int64)
+    times = []
+    for _ in range(20):
+        started = time.process_time()
+        np.bitwise_or.reduce(buffer)
+        times.append(time.process_time() - started)
+    return buffer.nbytes / min(times) / 1e9
+
+
 def worker(pipe: Any, path: str, threads: int, rounds: int) -> None:
     """Send {'prefill_ms', 'decode_tok_s', 'bandwidth_gb_s', 'peak_memory_bytes', 'bytes_per_token'} of one engine."""
     import numpy as np
@@ -34,18 +49,19 @@ def worker(pipe: Any, path: str, threads: int, rounds: int) -> None:
     engine = open_engine(path)
     session = engine.open(threads)
     tokens = np.random.default_rng(0).integers(0, engine.vocab, PROMPT).tolist()
+    clock = time.process_time if threads == 1 else time.perf_counter
     found: dict[str, list[float]] = {"prefill_ms": [], "decode_tok_s": [], "bandwidth_gb_s": []}
     session.step(int(session.prefill(tokens)[0].argmax()))
     peak = store.peak_memory()  # before the buffer of the bandwidth measurement
     for round_number in range(rounds + 1):
-        bandwidth = read_bandwidth(threads, 10)
+        bandwidth = read_alone() if threads == 1 else read_bandwidth(threads, 10)
         session.rewind(0)
-        started = time.perf_counter()
+        started = clock()
         token = int(session.prefill(tokens)[0].argmax())
-        marks = [time.perf_counter()]
+        marks = [clock()]
         for _ in range(NEW):
             token = int(session.step(token).argmax())
-            marks.append(time.perf_counter())
+            marks.append(clock())
         if round_number:
             found["prefill_ms"].append(1e3 * (marks[0] - started))
             found["decode_tok_s"].append(NEW / (marks[-1] - marks[0]))
@@ -85,7 +101,7 @@ def main() -> None:
                 process.start()
                 found = pipe.recv()
                 process.join()
-                save("plan_rows", {"model": name, "target": target, "params": params, "random_weights": True, "threads": threads, "prompt": PROMPT, "new": NEW, **found})
+                save("plan_rows", {"model": name, "target": target, "params": params, "random_weights": True, "clock": "cpu" if threads == 1 else "wall", "load_average": os.getloadavg()[0], "threads": threads, "prompt": PROMPT, "new": NEW, **found})
 
 
 if __name__ == "__main__":

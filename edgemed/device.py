@@ -237,6 +237,12 @@ def gpus() -> tuple[list[dict[str, Any]], str | None]:
     ], None
 
 
+def gpu_clock() -> float | None:
+    """Highest clock of the first GPU's processors in MHz, as nvidia-smi tells it."""
+    found = re.match(r"\d+", _output(["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"])[0])
+    return float(found[0]) if found else None
+
+
 def recognised(memory_bytes: int, gpus: list[dict[str, Any]], board: str, cpu: str = "") -> str | None:
     """The name under devices/ of a machine with this memory, these GPUs, this board and this CPU, or None.
 

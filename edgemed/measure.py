@@ -19,7 +19,7 @@ import numpy as np
 
 from edgemed import store
 from edgemed.console import say, track
-from edgemed.device import GIB, machine, read_bandwidth
+from edgemed.device import GIB, gpu_clock, machine, read_bandwidth
 from edgemed.errors import EdgemedError, need
 
 # A prompt of 128 tokens through a matrix of a model of one to three billion parameters.
@@ -38,7 +38,10 @@ def measure(quick: bool = False, threads: int | None = None) -> tuple[dict[str, 
     facts, seconds = machine(), SHORT if quick else LONG
     cores, skipped = threads or facts["physical_cores"], []
     counts = sorted({1, *(n for n in (2, 4, 8, 16) if n < cores), cores})
-    usable = psutil.virtual_memory().available
+    usable, load = psutil.virtual_memory().available, psutil.getloadavg()[0]
+    if load > 0.3 * cores:
+        # The measurement's own threads are not in it yet: the average of the last minute is of what ran before.
+        say(f"the machine is busy (load average {load:.1f} on {facts['physical_cores']} cores): what is measured now is too slow; close what else runs")
     bandwidth = {n: read_bandwidth(n, rounds=5 if quick else 40) for n in track(counts, "bandwidth")}
     products: dict[str, float] = {}
     for name, run in track(list(_products(cores, skipped)), "products"):
@@ -53,19 +56,35 @@ def measure(quick: bool = False, threads: int | None = None) -> tuple[dict[str, 
     }
     values |= gpu_values(seconds, skipped)
     versions = ", ".join(f"{name} {version}" for name, version in store.versions().items() if name in ("edgemed", "numpy", "onnxruntime", "torch"))
-    said = f"measured on the machine itself, {time.strftime('%Y-%m-%d', time.gmtime())}{' (quick)' if quick else ''}, {facts['os']}, {versions}"
+    said = f"measured on the machine itself, {time.strftime('%Y-%m-%d', time.gmtime())}{' (quick)' if quick else ''}, load average {load:.1f}, {facts['os']}, {versions}"
     parts = {"memory": ("memory_gb",), "bandwidth": ("achievable_gb_s",), "compute": ("achieved", "launch_us")}
     return values | {"source": {part: said for part in parts}}, skipped
 
 
-def write_device(values: dict[str, Any], out: Path) -> None:
-    """Write a device file. Raises EdgemedError where `out` is there already or does not end in .yaml."""
-    import yaml
+def measured(out: Path | None, quick: bool) -> dict[str, Any]:
+    """Measure, and write a device file where `out` is given; the result for a person: the values, where they went and what was skipped."""
+    if out:
+        check_out(out)
+    values, skipped = measure(quick)
+    if out:
+        write_device(values, out)
+    return {**values, "source": values["source"]["bandwidth"], "skipped": skipped, "file": str(out) if out else None}
 
+
+def check_out(out: Path) -> None:
+    """Raises EdgemedError where a device file cannot go to `out`: before two minutes are spent."""
     if out.suffix != ".yaml":
         raise EdgemedError(f"{out} does not end in .yaml", "A device file does, so that its name is not taken for a known device's")
     if out.exists():
         raise EdgemedError(f"{out} is there already", "Give another name, or delete it first")
+    if not out.parent.is_dir():
+        raise EdgemedError(f"{out.parent} is no directory", "Make it first")
+
+
+def write_device(values: dict[str, Any], out: Path) -> None:
+    """Write a device file that read_device accepts."""
+    import yaml
+
     text = "# Written by edgemed doctor --measure. Use it as: edgemed plan MODEL --device " + out.name + "\n"
     out.write_text(text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=200), encoding="utf-8")
 
@@ -149,8 +168,8 @@ def one_operator(op: str, x: np.ndarray, constants: dict[str, np.ndarray], attri
 
 
 def _value(name: str, dtype: str) -> bytes:
-    # ValueInfoProto: 1 name, 2 type; TypeProto: 1 tensor_type; its 1 elem_type, and no shape.
-    return _field(1, name.encode()) + _field(2, _field(1, _number(1, ONNX_TYPES[dtype])))
+    # ValueInfoProto: 1 name, 2 type; TypeProto: 1 tensor_type; its 1 elem_type, 2 shape; TensorShapeProto: 1 dim, here two of any size.
+    return _field(1, name.encode()) + _field(2, _field(1, _number(1, ONNX_TYPES[dtype]) + _field(2, 2 * _field(1, b""))))
 
 
 def _field(number: int, payload: bytes) -> bytes:
@@ -197,7 +216,7 @@ def gpu_values(seconds: float, skipped: list[str]) -> dict[str, Any]:
         "title": f"{properties.name}, measured", "memory_gb": round(total / GIB, 2), "usable_gb": round(free / GIB, 2), "shared_memory": shared,
         "memory": "as CUDA reports it", "achievable_gb_s": round(read, 1), "bandwidth_note": "GB/s of a sum over 1 GiB", "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}", "achieved": products, "compute_note": f"Products of two {size} x {size} matrices by torch",
-        "launch_us": round(gpu_best(torch, lambda: one.add_(1), seconds) * 1e6, 3), "gpu_mhz": round(getattr(properties, "clock_rate", 0) / 1000) or None,
+        "launch_us": round(gpu_best(torch, lambda: one.add_(1), seconds) * 1e6, 3), "gpu_mhz": round(getattr(properties, "clock_rate", 0) / 1000) or gpu_clock(),
     }
 
 

@@ -7,8 +7,9 @@ Accuracy is not predicted: among choices that meet every wish the one that keeps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from edgemed import plugins
@@ -16,6 +17,7 @@ from edgemed.checkpoint import open_checkpoint
 from edgemed.device import GIB, Device, PowerMode, lacks, power_mode_of, read_device, usable
 from edgemed.errors import EdgemedError, nearest
 from edgemed.facts import MB, described, dimensions, engine_bytes, largest_matrix
+from edgemed.recipe import read_recipe
 from edgemed.roofline import Constants, Dimensions, Place, Storage, constants, decode_seconds, place, prefill_seconds, vision_seconds
 from edgemed.weights import Weights
 
@@ -25,7 +27,6 @@ ANSWER = 128
 # records (export of 2.6 billion weights within 0.77 GB; interpreter, numpy and a runtime about 0.15 GB).
 BUILD, PROCESS = 450e6, 150e6
 WORKSPACE = 1e9
-STEPS_FIRST = "weights are rounded by GPTQ first, which costs less accuracy than rounding to nearest"
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is asked of the engine. prompt, images: of one request; context: tokens the cache holds, None for two sensible sizes.
+    """What is asked of the engine. prompt, images: of one request, None: 512 tokens or half the model's context; context: tokens the cache
+    holds, None for two sensible sizes.
 
     ttft: seconds to the first token at most; tps: tokens/s at least; memory: bytes at most while running; None: no wish.
     """
 
-    prompt: int = 512
+    prompt: int | None = None
     images: int = 0
     context: int | None = None
     ttft: float | None = None
@@ -88,7 +90,7 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
         raise EdgemedError(f"{device.title}: its memory is not known", "Measure it there: edgemed doctor --measure --out DEVICE.yaml")
     room = min(room, wishes.memory) if wishes.memory else room
     check_precision(wishes.precision, device)
-    tokens = prompt_tokens(d, wishes)
+    tokens = prompt_tokens(d, weights.source.context, wishes)
     contexts = contexts_for(weights.source.context, tokens, wishes)
     found, left_out = [], []
     for choice in CHOICES:
@@ -103,13 +105,49 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
         raise EdgemedError(f"no engine is possible on {device.title}: " + "; ".join(f"{e['target']} {e['precision']}: {e['why']}" for e in left_out))
     fitting = [entry for entry in found if entry["fits"]]
     if not fitting:
-        raise too_big(found, device, room, weights)
+        raise too_big(found, device, room)
     front = pareto(fitting)
     chosen = recommended(fitting, wishes)
     return {
         "model": model, "device": device.name, "power_mode": mode.name, "usable_mb": room / MB, "prompt": tokens, "choices": ranked(found), "front": ranked(front),
-        "recommended": chosen, "recipe": recipe_text(chosen, model, device_name, weights, wishes, tokens), "left_out": left_out, "notes": notes(device, mode, chosen, wishes),
+        "recommended": chosen, "recipe": recipe_text(chosen, model, device_name, weights, tokens), "left_out": left_out, "notes": notes(device, mode, chosen),
     }
+
+
+def plan_for(model: str, device: str | None, wishes: Wishes, power: str | None = None) -> dict[str, Any]:
+    """`plan` for a model or for a recipe's model and, where none is given, its device. Raises EdgemedError as plan does, and where no device is said."""
+    if Path(model).suffix == ".yaml" or (not Path(model).exists() and model in {p.stem for p in plugins.shared("recipes").glob("*.yaml")}):
+        recipe = read_recipe(model)
+        model, device = recipe.model, device or recipe.device
+    if device is None:
+        raise EdgemedError("no device is said", f"Add --device NAME. Known: {', '.join(name for name in plugins.names('devices') if read_device(name).memory_gb)}")
+    return plan(model, device, wishes, power)
+
+
+COLUMNS = "{:<6}{:<18}{:<6}{:>8}{:>9}{:>7}{:>8}{:>8}{:>9}{:>8}{:>9}  {}"
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """A plan for a person, line by line."""
+    best = found["recommended"]
+    head = COLUMNS.format("", "engine", "kv", "context", "weights", "cache", "run MB", "build", "ttft s", "tok/s", "J/token", "").rstrip()
+    said = [f"{found['model']} on {found['device']}, power mode {found['power_mode']}: {found['usable_mb'] / 1e3:.2f} GB for an engine, prompt of {found['prompt']} tokens", head]
+    said += [row(entry, entry is best, entry in found["front"]) for entry in found["choices"]]
+    said += ["*: none is at once smaller while running, sooner with the first token (ttft) and faster (tok/s). Sizes in MB of 10^6 bytes; J/token at most.",
+             f"best: {best['target']} {best['precision']}; activations {best['activations_mb']:.0f} MB, vision tower {best['vision_mb']:.0f} MB; first token after "
+             + ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best["stages_s"].items())]
+    reasons = {entry["why"]: [f"{e['target']} {e['precision']}" for e in found["left_out"] if e["why"] == entry["why"]] for entry in found["left_out"]}
+    said += [f"not planned: {', '.join(names)} ({why})" for why, names in reasons.items()]
+    return [*said, *found["notes"], "", found["recipe"].rstrip()]
+
+
+def row(entry: dict[str, Any], best: bool, front: bool) -> str:
+    energy = entry["joules_per_token_at_most"]
+    verdict = "does not fit" if not entry["fits"] else f"misses {', '.join(entry['misses'])}" if entry["misses"] else ""
+    return COLUMNS.format(
+        ("best" if best else "") + ("*" if front else ""), f"{entry['target']} {entry['precision']}", entry["kv"], entry["context"], round(entry["weights_mb"]),
+        round(entry["kv_cache_mb"]), round(entry["run_mb"]), round(entry["build_mb"]), f"{entry['ttft_s']:.3g}", f"{entry['tokens_per_s']:.3g}", "-" if energy is None else f"{energy:.2g}", verdict,
+    ).rstrip()
 
 
 def weights_of(model: str) -> Weights:
@@ -118,12 +156,14 @@ def weights_of(model: str) -> Weights:
     return Weights(described(name) if kind == "random" else open_checkpoint(model))
 
 
-def prompt_tokens(d: Dimensions, wishes: Wishes) -> int:
-    if wishes.prompt < 1 or wishes.images < 0:
-        raise EdgemedError(f"a prompt of {wishes.prompt} tokens with {wishes.images} images is no request", "Use --prompt 1 or more and --images 0 or more")
+def prompt_tokens(d: Dimensions, most: int, wishes: Wishes) -> int:
+    """Tokens of the request, its images included. Raises EdgemedError for one that is none."""
+    prompt = min(512, (wishes.context or most) // 2) if wishes.prompt is None else wishes.prompt
+    if prompt < 1 or wishes.images < 0:
+        raise EdgemedError(f"a prompt of {prompt} tokens with {wishes.images} images is no request", "Use --prompt 1 or more and --images 0 or more")
     if wishes.images and d.vision is None:
         raise EdgemedError("this model has no vision tower", "Leave --images out")
-    return wishes.prompt + wishes.images * IMAGE_TOKENS
+    return prompt + wishes.images * IMAGE_TOKENS
 
 
 # Tokens of one image where nothing else is said: 448 x 448 pixels in Qwen2-VL's patches of 14, merged by four.
@@ -195,14 +235,15 @@ def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights
     step = decode_seconds(d, storage, here, tokens + ANSWER // 2)
     cache = round(2 * d.kv_layers * d.kv_size * context * storage.kv_bytes)
     work, vision = activations(d, tokens, choice.target), d.vision.weights * 2 if d.vision and wishes.images else 0
-    run = size.total + size.copy + cache + work + vision + (PROCESS if device.shared_memory else 0)
+    # Only the CPU kernels want their weights rearranged.
+    run = size.total + (0 if device.compute_capability else size.copy) + cache + work + vision + (PROCESS if device.shared_memory else 0)
     build = BUILD + 4 * largest_matrix(weights) if choice.target != "tensorrt" else 2 * size.total + WORKSPACE
     ttft, tps = sum(stages.values()), 1 / step
     missed = [name for name, bad in (("ttft", wishes.ttft and ttft > wishes.ttft), ("tps", wishes.tps and tps < wishes.tps), ("memory", run > room)) if bad]
     return {
         "target": choice.target, "precision": choice.precision, "kv": kv, "context": context, "weights_mb": size.total / MB, "kv_cache_mb": cache / MB, "activations_mb": work / MB,
         "vision_mb": vision / MB, "build_mb": build / MB, "run_mb": run / MB, "ttft_s": ttft, "stages_s": stages, "tokens_per_s": tps, "answer_s": ttft + ANSWER * step,
-        "joules_per_token_at_most": mode.watts * step if mode.watts else None, "bits": size.layer_bits, "fits": run <= room, "misses": missed,
+        "joules_per_token_at_most": mode.watts * step if mode.watts else None, "bits": size.layer_bits, "usual_cache": kv == next(iter(choice.kv)), "fits": run <= room, "misses": missed,
     }
 
 
@@ -233,19 +274,24 @@ def ranked(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def recommended(fitting: Sequence[dict[str, Any]], wishes: Wishes) -> dict[str, Any]:
-    """Of those that meet every wish the one that keeps most bits per weight, then the fastest; without wishes, or where none meets them, the fastest."""
-    meeting = [entry for entry in fitting if not entry["misses"]]
-    if meeting and (wishes.ttft or wishes.tps):
-        return min(meeting, key=lambda entry: (-entry["bits"], entry["answer_s"], entry["run_mb"]))
-    return min(meeting or fitting, key=lambda entry: (len(entry["misses"]), entry["answer_s"], entry["run_mb"]))
+    """Of those that meet every wish the one that keeps most bits per weight, then the fastest; without wishes, or where none meets them, the fastest.
+
+    A cache smaller than the target's usual one only where no other meets as much.
+    """
+    least = min(len(entry["misses"]) for entry in fitting)
+    meeting = [entry for entry in fitting if len(entry["misses"]) == least]
+    meeting = [entry for entry in meeting if entry["usual_cache"]] or meeting
+    keep = not least and bool(wishes.ttft or wishes.tps)
+    return min(meeting, key=lambda entry: (-entry["bits"] if keep else 0, entry["answer_s"], entry["run_mb"]))
 
 
-def too_big(found: Sequence[dict[str, Any]], device: Device, room: int, weights: Weights) -> EdgemedError:
+def too_big(found: Sequence[dict[str, Any]], device: Device, room: int) -> EdgemedError:
     """By how much the smallest choice does not fit, and what would help."""
     least = min(found, key=lambda entry: entry["run_mb"])
     over = least["run_mb"] * MB - room
-    larger = sorted(((usable(other), other.name) for other in map(read_device, plugins.names("devices")) if (usable(other) or 0) >= least["run_mb"] * MB))
-    helps = [f"a device that leaves {least['run_mb'] * MB / GIB:.1f} GiB, such as {larger[0][1]}"] if larger else []
+    alike = [other for other in map(read_device, plugins.names("devices")) if bool(other.compute_capability) == bool(device.compute_capability)]
+    larger = sorted((usable(other) or 0, other.name) for other in alike if (usable(other) or 0) >= least["run_mb"] * MB)
+    helps = ["a larger --memory"] if least["run_mb"] * MB <= (usable(device) or 0) else [f"a device that leaves {least['run_mb'] * MB / GIB:.1f} GiB, such as {larger[0][1]}"] if larger else []
     helps += ["a shorter --context"] if least["kv_cache_mb"] * MB > over else []
     return EdgemedError(
         f"nothing fits {device.title}: the smallest engine ({least['target']} {least['precision']}, context {least['context']}, {least['kv']} cache) needs "
@@ -254,7 +300,7 @@ def too_big(found: Sequence[dict[str, Any]], device: Device, room: int, weights:
     )
 
 
-def notes(device: Device, mode: PowerMode, chosen: dict[str, Any], wishes: Wishes) -> list[str]:
+def notes(device: Device, mode: PowerMode, chosen: dict[str, Any]) -> list[str]:
     """What a person must know to read the numbers."""
     found = []
     if chosen["misses"]:
@@ -263,6 +309,8 @@ def notes(device: Device, mode: PowerMode, chosen: dict[str, Any], wishes: Wishe
         found.append(f"The clocks of the mode {mode.name} are not known: times are those of the full clocks, and too short.")
     if not device.compute_capability and not device.achieved:
         found.append("This CPU's speed is taken from its data sheet, which predicts badly: measure it with edgemed doctor --measure --out DEVICE.yaml.")
+    if device.compute_capability and chosen["target"] == "llamacpp":
+        found.append("llama.cpp on CUDA: one published decoding speed stands behind this, and no prefill.")
     if device.usable_gb is None:
         found.append(f"Memory left for an engine is the sheet's less {1.5 if device.shared_memory else 0.5} GiB, an assumption.")
     if chosen["joules_per_token_at_most"] is not None:
@@ -270,7 +318,7 @@ def notes(device: Device, mode: PowerMode, chosen: dict[str, Any], wishes: Wishe
     return [*found, "Peaks while building are estimates; accuracy is not predicted: edgemed verify measures it."]
 
 
-def recipe_text(chosen: dict[str, Any], model: str, device: str, weights: Weights, wishes: Wishes, tokens: int) -> str:
+def recipe_text(chosen: dict[str, Any], model: str, device: str, weights: Weights, tokens: int) -> str:
     """The recipe that makes the recommended engine, as YAML text."""
     choice = next(c for c in CHOICES if (c.target, c.precision) == (chosen["target"], chosen["precision"]))
     random, packed = weights.checkpoint.random_weights, weights.quantization
@@ -289,4 +337,4 @@ def recipe_text(chosen: dict[str, Any], model: str, device: str, weights: Weight
     inside = ", ".join(f"{key}: {value}" for key, value in params.items())
     lines += ["engines:", f"  - {choice.target}: {{{inside}}}"]
     lines += [] if random else ["verify: {prompts: pubmedqa-abstracts}"]
-    return "\n".join([*lines, f"bench:  {{prompt: [{min(tokens, chosen['context'] - ANSWER)}], generate: 64}}"]) + "\n"
+    return "\n".join([*lines, f"bench:  {{prompt: [{tokens}], generate: 64}}"]) + "\n"

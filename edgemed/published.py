@@ -172,6 +172,13 @@ def table(file: str) -> list[dict[str, Any]]:
     return found
 
 
+def validation() -> dict[str, list[dict[str, Any]]]:
+    """Everything `edgemed plan --validate` shows: the summary, the table of each file, and what is left out with the reason."""
+    found = {"summary": summary()} | {label: table(file) for file, label in FILES.items()}
+    left = [{"rows": label, "row": row, "quantity": quantity, "why": why} for file, label in FILES.items() for row, quantity, why in cases(file)[1]]
+    return found | {"not predicted": left}
+
+
 UNITS = {"decode": "decode tok/s", "prefill": "prefill ms", "vision": "vision ms"}
 
 
