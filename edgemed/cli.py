@@ -109,6 +109,7 @@ def plan(
 ) -> None:
     """Predict memory and speed of every engine of a model on a device, and print the recipe of the best; or, with --validate, the error of such predictions."""
     from edgemed import units
+    from edgemed.console import wide
 
     if validate:
         from edgemed.published import validation
@@ -117,8 +118,7 @@ def plan(
             show(validation(), True)
             return
         for name, table in validation().items():
-            typer.echo(name)
-            show(table, False)
+            typer.echo("\n".join([name, *(wide(table) or ["none"]), ""]))
         return
     from edgemed.plan import Wishes, lines, plan_for
 

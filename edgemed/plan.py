@@ -14,9 +14,11 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.checkpoint import open_checkpoint
+from edgemed.console import wide
 from edgemed.device import GIB, Device, PowerMode, lacks, power_mode_of, read_device, usable
 from edgemed.errors import EdgemedError, nearest
 from edgemed.facts import MB, described, dimensions, engine_bytes, largest_matrix
+from edgemed.published import summary
 from edgemed.recipe import read_recipe
 from edgemed.roofline import Constants, Dimensions, Place, Storage, constants, decode_seconds, place, prefill_seconds, vision_seconds
 from edgemed.weights import Weights
@@ -124,15 +126,11 @@ def plan_for(model: str, device: str | None, wishes: Wishes, power: str | None =
     return plan(model, device, wishes, power)
 
 
-COLUMNS = "{:<6}{:<18}{:<6}{:>8}{:>9}{:>7}{:>8}{:>8}{:>9}{:>8}{:>9}  {}"
-
-
 def lines(found: dict[str, Any]) -> list[str]:
     """A plan for a person, line by line."""
     best = found["recommended"]
-    head = COLUMNS.format("", "engine", "kv", "context", "weights", "cache", "run MB", "build", "ttft s", "tok/s", "J/token", "").rstrip()
-    said = [f"{found['model']} on {found['device']}, power mode {found['power_mode']}: {found['usable_mb'] / 1e3:.2f} GB for an engine, prompt of {found['prompt']} tokens", head]
-    said += [row(entry, entry is best, entry in found["front"]) for entry in found["choices"]]
+    said = [f"{found['model']} on {found['device']}, power mode {found['power_mode']}: {found['usable_mb'] / 1e3:.2f} GB for an engine, prompt of {found['prompt']} tokens"]
+    said += wide([row(entry, entry is best, entry in found["front"]) for entry in found["choices"]])
     said += ["*: none is at once smaller while running, sooner with the first token (ttft) and faster (tok/s). Sizes in MB of 10^6 bytes; J/token at most.",
              f"best: {best['target']} {best['precision']}; activations {best['activations_mb']:.0f} MB, vision tower {best['vision_mb']:.0f} MB; first token after "
              + ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best["stages_s"].items())]
@@ -141,13 +139,13 @@ def lines(found: dict[str, Any]) -> list[str]:
     return [*said, *found["notes"], "", found["recipe"].rstrip()]
 
 
-def row(entry: dict[str, Any], best: bool, front: bool) -> str:
-    energy = entry["joules_per_token_at_most"]
+def row(entry: dict[str, Any], best: bool, front: bool) -> dict[str, Any]:
     verdict = "does not fit" if not entry["fits"] else f"misses {', '.join(entry['misses'])}" if entry["misses"] else ""
-    return COLUMNS.format(
-        ("best" if best else "") + ("*" if front else ""), f"{entry['target']} {entry['precision']}", entry["kv"], entry["context"], round(entry["weights_mb"]),
-        round(entry["kv_cache_mb"]), round(entry["run_mb"]), round(entry["build_mb"]), f"{entry['ttft_s']:.3g}", f"{entry['tokens_per_s']:.3g}", "-" if energy is None else f"{energy:.2g}", verdict,
-    ).rstrip()
+    sizes = {label: round(entry[f"{name}_mb"]) for label, name in (("weights", "weights"), ("cache", "kv_cache"), ("run", "run"), ("build", "build"))}
+    return {
+        "": ("best" if best else "") + ("*" if front else ""), "engine": f"{entry['target']} {entry['precision']}", "kv": entry["kv"], "context": entry["context"], **sizes,
+        "ttft s": float(f"{entry['ttft_s']:.3g}"), "tok/s": float(f"{entry['tokens_per_s']:.3g}"), "J/token": entry["joules_per_token_at_most"], "verdict": verdict,
+    }
 
 
 def weights_of(model: str) -> Weights:
@@ -309,6 +307,7 @@ def notes(device: Device, mode: PowerMode, chosen: dict[str, Any]) -> list[str]:
         found.append(f"The clocks of the mode {mode.name} are not known: times are those of the full clocks, and too short.")
     if not device.compute_capability and not device.achieved:
         found.append("This CPU's speed is taken from its data sheet, which predicts badly: measure it with edgemed doctor --measure --out DEVICE.yaml.")
+    found.append(stated_error(device))
     if device.compute_capability and chosen["target"] == "llamacpp":
         found.append("llama.cpp on CUDA: one published decoding speed stands behind this, and no prefill.")
     if device.usable_gb is None:
@@ -316,6 +315,14 @@ def notes(device: Device, mode: PowerMode, chosen: dict[str, Any]) -> list[str]:
     if chosen["joules_per_token_at_most"] is not None:
         found.append(f"Energy is the {mode.watts:g} W the mode allows times the time: an upper bound.")
     return [*found, "Peaks while building are estimates; accuracy is not predicted: edgemed verify measures it."]
+
+
+def stated_error(device: Device) -> str:
+    """How far predictions were off on measurements of devices that the constants had not seen."""
+    rows = "published" if device.compute_capability else "edgemed's own"
+    found = [entry for entry in summary() if entry["rows"] == rows and entry["prediction"] == "device left out" and entry["quantity"] != "vision"]
+    said = " and ".join(f"{entry['quantity']} by {entry['median error %']:g} % in the median of {entry['n']}" for entry in found)
+    return f"How far off: on {'Jetsons' if device.compute_capability else 'CPUs'} the constants had not seen, {said} rows (edgemed plan --validate)."
 
 
 def recipe_text(chosen: dict[str, Any], model: str, device: str, weights: Weights, tokens: int) -> str:

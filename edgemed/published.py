@@ -114,6 +114,7 @@ def _predict_own(device: Device, target: str, precision: str, storage: Storage, 
     return prefill_seconds(d, storage, here, tokens) if quantity == "prefill" else decode_seconds(d, storage, here, tokens)
 
 
+@functools.cache
 def base_of(model: str) -> str:
     """The decoder a model shares with others: leaving out a model leaves out all that have its matrices."""
     import yaml
@@ -131,13 +132,19 @@ def error(case: Case, predicted: float) -> float:
 
 def held_out(case: Case, by: str) -> Constants:
     """The constants fitted without this case's device or model (`by`)."""
-    return params.build(Constants, fitted()["held_out"][by][case.device if by == "device" else case.base], "roofline.yaml")
+    return _left_out(by, case.device if by == "device" else case.base)
+
+
+@functools.cache
+def _left_out(by: str, name: str) -> Constants:
+    return params.build(Constants, fitted()["held_out"][by][name], "roofline.yaml")
 
 
 FILES = {"published_latency": "published", "published_later": "found later", "own_latency": "edgemed's own"}
 LEFT_OUT: dict[str, Callable[[Case], Constants]] = {"device left out": lambda case: held_out(case, "device"), "model left out": lambda case: held_out(case, "model")}
 
 
+@functools.cache
 def summary() -> list[dict[str, Any]]:
     """Median absolute error and shares within 20 % and 45 %, per source, quantity and kind of prediction."""
     found = []
