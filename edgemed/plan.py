@@ -28,6 +28,7 @@ ANSWER = 128
 # What a build holds beside the largest matrix in float32, and an engine's process beside the engine: the resident sizes of edgemed's own
 # records (export of 2.6 billion weights within 0.77 GB; interpreter, numpy and a runtime about 0.15 GB).
 BUILD, PROCESS = 450e6, 150e6
+# TensorRT holds the weights three times while it compiles (parser, plan, engine), and may use this much to try kernels: a rule of thumb.
 WORKSPACE = 1e9
 
 
@@ -140,7 +141,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def row(entry: dict[str, Any], best: bool, front: bool) -> dict[str, Any]:
-    verdict = "does not fit" if not entry["fits"] else f"misses {', '.join(entry['misses'])}" if entry["misses"] else ""
+    verdict = "cannot be built there" if not entry["builds"] else "does not fit" if not entry["fits"] else f"misses {', '.join(entry['misses'])}" if entry["misses"] else ""
     sizes = {label: round(entry[f"{name}_mb"]) for label, name in (("weights", "weights"), ("cache", "kv_cache"), ("run", "run"), ("build", "build"))}
     return {
         "": ("best" if best else "") + ("*" if front else ""), "engine": f"{entry['target']} {entry['precision']}", "kv": entry["kv"], "context": entry["context"], **sizes,
@@ -235,13 +236,16 @@ def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights
     work, vision = activations(d, tokens, choice.target), d.vision.weights * 2 if d.vision and wishes.images else 0
     # Only the CPU kernels want their weights rearranged.
     run = size.total + (0 if device.compute_capability else size.copy) + cache + work + vision + (PROCESS if device.shared_memory else 0)
-    build = BUILD + 4 * largest_matrix(weights) if choice.target != "tensorrt" else 2 * size.total + WORKSPACE
+    on_device = choice.target == "tensorrt"
+    build = 3 * size.total + WORKSPACE if on_device else BUILD + 4 * largest_matrix(weights)
+    # TensorRT compiles on the device itself; a card's host has memory of its own for that.
+    builds = not (on_device and device.shared_memory) or build <= (usable(device) or 0)
     ttft, tps = sum(stages.values()), 1 / step
     missed = [name for name, bad in (("ttft", wishes.ttft and ttft > wishes.ttft), ("tps", wishes.tps and tps < wishes.tps), ("memory", run > room)) if bad]
     return {
         "target": choice.target, "precision": choice.precision, "kv": kv, "context": context, "weights_mb": size.total / MB, "kv_cache_mb": cache / MB, "activations_mb": work / MB,
         "vision_mb": vision / MB, "build_mb": build / MB, "run_mb": run / MB, "ttft_s": ttft, "stages_s": stages, "tokens_per_s": tps, "answer_s": ttft + ANSWER * step,
-        "joules_per_token_at_most": mode.watts * step if mode.watts else None, "bits": size.layer_bits, "usual_cache": kv == next(iter(choice.kv)), "fits": run <= room, "misses": missed,
+        "joules_per_token_at_most": mode.watts * step if mode.watts else None, "bits": size.layer_bits, "usual_cache": kv == next(iter(choice.kv)), "fits": run <= room and builds, "builds": builds, "misses": missed,
     }
 
 
@@ -286,13 +290,20 @@ def recommended(fitting: Sequence[dict[str, Any]], wishes: Wishes) -> dict[str, 
 def too_big(found: Sequence[dict[str, Any]], device: Device, room: int) -> EdgemedError:
     """By how much the smallest choice does not fit, and what would help."""
     least = min(found, key=lambda entry: entry["run_mb"])
+    engine = f"{least['target']} {least['precision']}, context {least['context']}, {least['kv']} cache"
+    if least["run_mb"] * MB <= room:
+        over = least["build_mb"] * MB - (usable(device) or 0)
+        return EdgemedError(
+            f"nothing can be built on {device.title}: the smallest engine ({engine}) needs about {least['build_mb'] / 1e3:.2f} GB while TensorRT compiles it there, {over / 1e9:.2f} GB too much",
+            "What would help: a precision with fewer bits, or another target",
+        )
     over = least["run_mb"] * MB - room
     alike = [other for other in map(read_device, plugins.names("devices")) if bool(other.compute_capability) == bool(device.compute_capability)]
     larger = sorted((usable(other) or 0, other.name) for other in alike if (usable(other) or 0) >= least["run_mb"] * MB)
     helps = ["a larger --memory"] if least["run_mb"] * MB <= (usable(device) or 0) else [f"a device that leaves {least['run_mb'] * MB / GIB:.1f} GiB, such as {larger[0][1]}"] if larger else []
     helps += ["a shorter --context"] if least["kv_cache_mb"] * MB > over else []
     return EdgemedError(
-        f"nothing fits {device.title}: the smallest engine ({least['target']} {least['precision']}, context {least['context']}, {least['kv']} cache) needs "
+        f"nothing fits {device.title}: the smallest engine ({engine}) needs "
         f"{least['run_mb'] / 1e3:.2f} GB while running, {room / 1e9:.2f} GB are left for it, {over / 1e9:.2f} GB too little",
         "What would help: " + " or ".join([*helps, "a smaller model"]),
     )

@@ -35,7 +35,7 @@ def test_every_device_can_be_planned(device):
     assert json.loads(json.dumps(found)) == found
     for entry in found["choices"]:
         parts = entry["weights_mb"] + entry["kv_cache_mb"] + entry["activations_mb"] + entry["vision_mb"]
-        assert parts <= entry["run_mb"] and entry["fits"] is (entry["run_mb"] * 1e6 <= usable(read_device(device)))
+        assert parts <= entry["run_mb"] * (1 + 1e-9) and entry["fits"] is (entry["builds"] and entry["run_mb"] * 1e6 <= usable(read_device(device)))
         assert entry["ttft_s"] == pytest.approx(sum(entry["stages_s"].values())) and entry["tokens_per_s"] > 0
     # Whatever is not planned says why.
     planned = {(entry["target"], entry["precision"]) for entry in found["choices"]}
@@ -203,3 +203,12 @@ def test_plan_needs_no_torch_and_prints_both_ways(small):
 def test_clocks_that_are_not_known_are_said():
     assert any("clocks of the mode 10W are not known" in note for note in plan.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W")["notes"])
     assert power_mode_of(read_device(BOARD), None).watts is None and plan.plan(MODEL, BOARD, Wishes())["recommended"]["joules_per_token_at_most"] is None
+
+
+@pytest.mark.skipif("tensorrt" not in plugins.names("targets"), reason="no tensorrt target here")
+def test_an_engine_the_device_cannot_compile_is_not_recommended():
+    found = plan.plan(MODEL, BOARD, Wishes(precision="int4"))
+    assert found["recommended"]["target"] == "tensorrt" and found["recommended"]["builds"] and "profile: jetpack6" in found["recipe"]
+    with pytest.raises(EdgemedError, match="nothing can be built on .*Orin Nano 8GB.*TensorRT compiles it there"):
+        plan.plan(MODEL, BOARD, Wishes(precision="fp16"))
+    assert plan.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16"))["recommended"]["builds"]
