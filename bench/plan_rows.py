@@ -101,7 +101,8 @@ def main() -> None:
                 process.start()
                 found = pipe.recv()
                 process.join()
-                save("plan_rows", {"model": name, "target": target, "params": params, "random_weights": True, "clock": "cpu" if threads == 1 else "wall", "load_average": os.getloadavg()[0], "threads": threads, "prompt": PROMPT, "new": NEW, **found})
+                how = {"clock": "cpu" if threads == 1 else "wall", "load_average": os.getloadavg()[0], "threads": threads, "prompt": PROMPT, "new": NEW}
+                save("plan_rows", {"model": name, "target": target, "params": params, "random_weights": True, **how, **found})
 
 
 if __name__ == "__main__":

@@ -243,9 +243,10 @@ def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights
     ttft, tps = sum(stages.values()), 1 / step
     missed = [name for name, bad in (("ttft", wishes.ttft and ttft > wishes.ttft), ("tps", wishes.tps and tps < wishes.tps), ("memory", run > room)) if bad]
     return {
-        "target": choice.target, "precision": choice.precision, "kv": kv, "context": context, "weights_mb": size.total / MB, "kv_cache_mb": cache / MB, "activations_mb": work / MB,
-        "vision_mb": vision / MB, "build_mb": build / MB, "run_mb": run / MB, "ttft_s": ttft, "stages_s": stages, "tokens_per_s": tps, "answer_s": ttft + ANSWER * step,
-        "joules_per_token_at_most": mode.watts * step if mode.watts else None, "bits": size.layer_bits, "usual_cache": kv == next(iter(choice.kv)), "fits": run <= room and builds, "builds": builds, "misses": missed,
+        "target": choice.target, "precision": choice.precision, "kv": kv, "context": context,
+        "weights_mb": size.total / MB, "kv_cache_mb": cache / MB, "activations_mb": work / MB, "vision_mb": vision / MB, "build_mb": build / MB, "run_mb": run / MB,
+        "ttft_s": ttft, "stages_s": stages, "tokens_per_s": tps, "answer_s": ttft + ANSWER * step, "joules_per_token_at_most": mode.watts * step if mode.watts else None,
+        "bits": size.layer_bits, "usual_cache": kv == next(iter(choice.kv)), "fits": run <= room and builds, "builds": builds, "misses": missed,
     }
 
 
