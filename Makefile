@@ -58,6 +58,7 @@ test: setup .venv-device/.ready
 
 docs: setup
 	.venv/bin/python docs/make_cli.py
+	.venv/bin/python docs/make_tasks.py
 
 clean:
 	rm -rf .venv .venv-device .wheels runs

@@ -13,41 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemed.cli_plan import doctor, inspect, plan
 from edgemed.errors import EdgemedError
+from edgemed.options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings, show
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Tiny medical language models on small devices: merge, quantize, compile, and prove it did not get worse.",
 )
-
-Model = Annotated[str, typer.Argument(help="Model directory in Hugging Face layout, hub id, or random:NAME (true dimensions, random weights).")]
-EngineDir = Annotated[Path, typer.Argument(help="Engine directory made by export or run.")]
-Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anything else.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
-
-
-def show(value: Any, as_json: bool) -> None:
-    """Print a result: JSON for programs, 'key: value' lines or a table for people."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-        return
-    from edgemed.console import table
-
-    table(value)
-
-
-def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
-    """Parameters from options (those given) and --set key=value."""
-    from edgemed.params import parse_set
-
-    values = {key: value for key, value in named.items() if value is not None}
-    for text in sets or []:
-        keys, value = parse_set(text)
-        values[".".join(keys)] = value
-    return values
-
 
 def main() -> None:
     try:
@@ -62,75 +35,8 @@ def main() -> None:
         raise
 
 
-@app.command()
-def doctor(
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine instead (about two minutes): bandwidth, products, calls, memory.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="With --measure: seconds instead of minutes, and less exact.")] = False,
-    out: Annotated[Path | None, typer.Option(help="With --measure: write a device file for `edgemed plan --device` and recipes.")] = None,
-    json_: Json = False,
-) -> None:
-    """Look at this machine: CPU, memory, GPUs, runtimes and their self-checks; what is missing and the command that adds it."""
-    from dataclasses import asdict
-
-    from edgemed.doctor import examine
-
-    if (out or quick) and not measure:
-        raise EdgemedError("--out and --quick belong to --measure", "For example: edgemed doctor --measure --out board.yaml")
-    if not measure:
-        show([asdict(finding) for finding in examine()], json_)
-        return
-    from edgemed.measure import measured
-
-    show(measured(out, quick), json_)
-
-
-@app.command()
-def inspect(model: Model, json_: Json = False) -> None:
-    """Family, parameters, memory per precision, and which targets are possible and why not."""
-    from edgemed.facts import inspect
-
-    show(inspect(model), json_)
-
-
-@app.command()
-def plan(
-    model: Annotated[str | None, typer.Argument(help="Model directory, hub id, random:NAME, or a recipe.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device name, or a file written by `edgemed doctor --measure`; default: the recipe's.")] = None,
-    ttft: Annotated[str | None, typer.Option(help="Time to the first token at most, such as 1s or 800ms.")] = None,
-    tps: Annotated[float | None, typer.Option(help="Tokens per second at least.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory at most while running, such as 6GB or 6GiB.")] = None,
-    prompt: Annotated[int | None, typer.Option(help="Prompt length in tokens, without images; default: 512, or half the context.")] = None,
-    images: Annotated[int, typer.Option(help="Images in the prompt.")] = 0,
-    context: Annotated[int | None, typer.Option(help="Tokens the KV cache holds; default: two sizes are planned.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Only this precision.")] = None,
-    power: Annotated[str | None, typer.Option(help="Power mode of the device; default: the highest.")] = None,
-    validate: Annotated[bool, typer.Option("--validate", help="Show instead how far predictions are from measurements.")] = False,
-    json_: Json = False,
-) -> None:
-    """Predict memory and speed of every engine of a model on a device, and print the recipe of the best; or, with --validate, the error of such predictions."""
-    from edgemed import units
-    from edgemed.console import wide
-
-    if validate:
-        from edgemed.published import validation
-
-        if json_:
-            show(validation(), True)
-            return
-        for name, table in validation().items():
-            typer.echo("\n".join([name, *(wide(table) or ["none"]), ""]))
-        return
-    from edgemed.plan import Wishes, lines, plan_for
-
-    if model is None:
-        raise EdgemedError("give a MODEL or a recipe, or --validate", "For example: edgemed plan random:biomedlm --device jetson-orin-nano-8gb --tps 15")
-    wishes = Wishes(prompt, images, context, units.seconds(ttft, "--ttft") if ttft else None, tps, units.size(memory, "--memory") if memory else None, precision)
-    found = plan_for(model, device, wishes, power)
-    if json_:
-        show(found, True)
-        return
-    for line in lines(found):
-        typer.echo(line)
+for verb in (doctor, inspect, plan):
+    app.command()(verb)
 
 
 @app.command()
@@ -138,6 +44,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.")],
     sets: Sets = None,
     work: Annotated[Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")] = None,
+    accept_undecided: AcceptUndecided = False,
     json_: Json = False,
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
@@ -154,6 +61,7 @@ def run(
         typer.echo(f"report: {report}")
     if any(engine["verify"] and not engine["verify"]["passed"] for engine in document["engines"]):
         sys.exit(1)
+    leave(document["gate"], accept_undecided)
 
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +70,8 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if engine["verify"]:
         row |= {"verified": engine["verify"]["passed"], "top-1": round(engine["verify"]["top1"], 4), "mean KL": round(engine["verify"]["mean_kl"], 5)}
     row |= {label: round(values[name], 1) for name, label in (("decode_tokens_per_second", "tok/s"),) if name in values}
-    return row | {result["task"]: round(result["accuracy"], 4) for result in engine["evals"]}
+    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}  # of several strategies, the first stays
+    return row | ({"not worse": engine["gate"]["verdict"]} if engine["gate"] else {})
 
 
 @app.command()
@@ -281,24 +190,65 @@ def bench(
 @app.command(name="eval")
 def eval_(
     engine: EngineDir,
-    task: Annotated[list[str], typer.Option(help="Task name, or name:file.jsonl for your own rows; may be repeated.")],
-    source: Annotated[str | None, typer.Option(help="Float checkpoint to compare with, item by item (needs edgemed[build]).")] = None,
+    task: Annotated[list[str], typer.Option(help="Task as NAME, NAME/LANGUAGE, or NAME:FILE.jsonl for your own rows; may be repeated.")],
+    strategy: Annotated[list[str] | None, typer.Option(help="Prompt strategy: zero-shot, random-3, nearest-3/cot, self-consistency-5, ...; may be repeated, the first is judged.")] = None,
+    source: Annotated[str | None, typer.Option(help="Float checkpoint the engine was made from, evaluated too (needs edgemed[build]).")] = None,
+    against: Annotated[Path | None, typer.Option(help="File of the source's results, written with --out where the source was evaluated.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Largest loss of accuracy that counts as not worse, e.g. 0.02; gives a verdict.")] = None,
+    alpha: Annotated[float, typer.Option(help="How often a worse engine may pass.")] = 0.05,
+    scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
     limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    accept_undecided: AcceptUndecided = False,
     out: Annotated[Path | None, typer.Option(help="Write the whole result, every item included, to this JSON file.")] = None,
-    threads: Threads = None, json_: Json = False,
+    threads: Threads = None, sets: Sets = None, json_: Json = False,
 ) -> None:
-    """Accuracy of the engine that ships, by option log-likelihood; with --source, paired against the float checkpoint."""
+    """Accuracy of the engine that ships; with --source or --against, paired with its float checkpoint, and with --margin judged."""
+    from edgemed import params
     from edgemed.api import evaluate_tasks
+    from edgemed.recipe import EvalSpec
 
-    results = evaluate_tasks(engine, task, source, limit, threads)
+    values = settings(sets, tasks=task, strategies=strategy, limit=limit, margin=margin, alpha=alpha, scoring=scoring)
+    if margin is not None and not (source or against):
+        raise EdgemedError("a verdict needs the source's answers", "Give --source MODEL or --against FILE")
+    found = evaluate_tasks(engine, params.build(EvalSpec, values, "eval"), source, against, threads)
     if out:
         from edgemed.store import write_json
 
-        write_json(out, results)
+        write_json(out, found)
     if json_:
-        show(results, True)
+        show(found, True)
     else:
-        show([{key: r[key] for key in ("task", "model", "n", "accuracy", "majority", "truncated", "seconds", "paired")} for r in results], False)
+        show([result_row(result) for result in (*found["source"], *found["engine"])], False)
+        if found["gate"]:
+            show([verdict_row(row) for row in found["gate"]["comparisons"]], False)
+    leave(found["gate"], accept_undecided)
+
+
+def result_row(result: dict[str, Any]) -> dict[str, Any]:
+    """One result as a person reads it."""
+    low, high = result["interval"]
+    row = {"task": result["task"], "model": result["model"], "strategy": result["strategy"], "n": result["n"], "accuracy": f"{result['accuracy']:.4f}"}
+    row |= {"95 %": f"{low:.3f}-{high:.3f}", "majority": round(result["majority"], 4), "cut": result["truncated"], "s/question": result["seconds_per_question"]}
+    paired = result["paired"]
+    return row | {"lost": paired["only_source"] if paired else None, "gained": paired["only_engine"] if paired else None}
+
+
+def verdict_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One comparison of the gate as a person reads it."""
+    low, high = row["interval"]
+    need = {"more items": row["items_needed"]} if row["verdict"] == "undecided" else {}
+    return {"engine": row["engine"], "task": row["task"], "verdict": row["verdict"], "difference": f"{row['difference']:+.4f}", "95 %": f"{low:+.3f} to {high:+.3f}", "p": row["p_holm"], **need}
+
+
+def leave(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
+    """End with the gate's exit code: 1 failed, 3 undecided."""
+    if not gate or gate["verdict"] == "pass":
+        return
+    if gate["verdict"] == "fail":
+        sys.exit(1)
+    if not accept_undecided:
+        typer.echo("undecided: too few items to say that an engine is not worse; --accept-undecided lets this pass", err=True)
+        sys.exit(3)
 
 
 @app.command()
@@ -320,18 +270,20 @@ def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a fi
 @app.command()
 def generate(
     engine: EngineDir,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
+    image: Annotated[list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")] = None,
+    template: Annotated[str | None, typer.Option(help="chat, reasoning or none; default: chat with images, none without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
     seed: int = 0, threads: Threads = None, json_: Json = False,
 ) -> None:
-    """Continue a text, offline, printing words as they come."""
+    """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads)
+    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template)
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgemed import plugins, store
 from edgemed.checkpoint import Checkpoint
 from edgemed.errors import EdgemedError
+from edgemed.family import Vision
 from edgemed.reference import Reference
 from edgemed.session import Session
 from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
 
 ENGINE = "engine.json"
-COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Engine:
     eos: int | None
     random_weights: bool
     params: Mapping[str, Any]
+    rope_frequencies: tuple[float, ...] = ()
+    rope_axes: tuple[int, ...] = ()
+    vision: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -70,7 +74,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     if reason := module.supports(weights, params):
         raise EdgemedError(f"target {target} cannot take {checkpoint.path}: {reason}")
     tokenizer = None if checkpoint.random_weights else open_tokenizer(checkpoint.path, d.vocab)
-    inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()}
+    inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()} | module.inputs(params)
     if reference:
         inputs["reference"] = reference.digest()
     parent = checkpoint.path / store.MANIFEST
@@ -79,10 +83,12 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     with store.building(Path(out), "engine", target, asdict(params), inputs, parent_manifest) as work:
         if work is not None:
             notes = module.build(weights, work.path, params)
+            seen = asdict(replace(weights.vision, pixels=pixels_of(weights.vision, params))) if weights.vision else None
             facts = {
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
+                "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen,
             }
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
@@ -94,6 +100,14 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 reference.save(work.path)
             work.notes.update(notes)
     return open_engine(out)
+
+
+def pixels_of(vision: Vision, params: Any) -> tuple[int, int]:
+    """(least, most) pixels of an image: the target's parameters min_pixels and max_pixels, or the model's own. Raises EdgemedError where they cross."""
+    least, most = params.min_pixels or vision.pixels[0], params.max_pixels or vision.pixels[1]
+    if not 0 <= least <= most:
+        raise EdgemedError(f"min_pixels {least} is above max_pixels {most}", "Give a range")
+    return least, most
 
 
 def open_engine(path: str | Path, check: bool = False) -> Engine:

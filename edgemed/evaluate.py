@@ -1,42 +1,72 @@
-"""Accuracy of an engine, or of its source, on the same items, by option log-likelihood.
+"""Accuracy of an engine, or of its source, on the same items, and what changed between the two.
 
-The engine that ships is what is scored, through the same two session primitives for every runtime; a result names the task
-file's sha256, and results on different files or different items are never paired.
+The engine that ships is what is scored, through the same two session primitives for every runtime. A result names the items and the model it
+belongs to, so that only an engine and its own source, on the very same items, are ever paired.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from edgemed import confidence, stats, store
 from edgemed.console import track
+from edgemed.device import machine
 from edgemed.errors import EdgemedError
-from edgemed.session import Session, score_options
-from edgemed.task import Example, Prompt, Questions
-from edgemed.tokenizer import encode
+from edgemed.session import Session
+from edgemed.strategy import Answerer, Settings, Strategy, parse
+from edgemed.task import Questions
 
-SCORING = {"lm": "sum of option token log-likelihoods", "choice": "multiple-choice head", "classes": "sequence-classification head"}
+SCORING = {
+    "sum": "sum of option token log-likelihoods", "normalised": "option log-likelihood per character", "generated": "the option a greedily generated answer names",
+    "choice": "multiple-choice head", "classes": "sequence-classification head",
+}
+SOURCE = "source (float32)"
 
 
-def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str, engine_key: str | None = None) -> dict[str, Any]:
+def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str, model_key: str, strategy: Strategy | str = "zero-shot",
+             settings: Settings = Settings(), stop: frozenset[int] = frozenset()) -> dict[str, Any]:
     """Answer every question. Contexts that do not fit lose their first tokens, options never; how many did is reported.
 
-    Returns {task, model, n, correct, accuracy, truncated, seconds, items: [{id, gold, answer, scores}], ...}.
+    model_key: the engine's key, or source_key of a checkpoint. Returns the result mapping of docs/report.md.
+    Raises EdgemedError where this engine or task cannot follow the strategy.
     """
+    strategy = parse(strategy) if isinstance(strategy, str) else strategy
+    answerer = Answerer(session, tokenizer, questions, settings, stop)
+    answerer.check(strategy)
     items, truncated, started = [], 0, time.perf_counter()
-    for example in track(questions.examples, f"{questions.task.name} on {model}"):
-        scores, cut = answer(session, tokenizer, example, questions.task.render(example))
-        truncated += cut
-        items.append({"id": example.id, "gold": example.gold, "answer": int(np.argmax(scores)), "scores": [round(float(s), 6) for s in scores]})
+    for example in track(questions.examples, f"{questions.task.name}, {strategy.name}, on {model}"):
+        found = answerer.answer(example, strategy)
+        truncated += found.cut
+        scores = [round(score, 6) for score in found.scores]
+        items.append({"id": example.id, "gold": example.gold, "answer": found.option, "scores": scores, "groups": dict(example.groups)})
+    seconds, n = time.perf_counter() - started, len(items)
     correct = sum(item["answer"] == item["gold"] for item in items)
     return {
-        "task": questions.task.name, "model": model, "engine_key": engine_key, "task_sha256": questions.sha256, "n": len(items), "correct": correct,
-        "accuracy": correct / len(items), "majority": majority(questions), "truncated": truncated, "seconds": round(time.perf_counter() - started, 3),
-        "scoring": SCORING[session.head], "items": items, "paired": None,
+        "task": questions.task.name, "language": questions.language, "task_sha256": questions.sha256, "task_key": questions.key, "model": model, "model_key": model_key,
+        "strategy": strategy.name, "scoring": SCORING[settings.scoring if session.head == "lm" else session.head], "settings": settings_of(strategy, settings),
+        "n": n, "correct": correct, "accuracy": correct / n, "interval": list(stats.wilson(correct, n)), "majority": majority(questions),
+        "truncated": truncated, "unparsed": sum(item["answer"] < 0 for item in items), "seconds": round(seconds, 3), "seconds_per_question": seconds / n,
+        "tokens_read": answerer.reader.tokens_read, "tokens_generated": answerer.reader.tokens_generated, "joules": None, "joules_per_question": None,
+        "machine": machine()["label"], "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "calibration": confidence.summary(items), "items": items, "paired": None,
     }
+
+
+def settings_of(strategy: Strategy, settings: Settings) -> dict[str, Any]:
+    """What a strategy besides its name depends on, for the record."""
+    parts = (strategy, *strategy.members)
+    found: dict[str, Any] = {}
+    if any(p.k or p.votes > 1 for p in parts):
+        found["seed"] = settings.seed
+    if any(p.shots == "nearest" for p in parts):
+        found["nearest_by"] = "TF-IDF over character trigrams"
+    if any(p.reason for p in parts):
+        found["rationale_tokens"] = settings.rationale
+    if any(p.reason and p.votes > 1 for p in parts):
+        found["temperature"] = settings.temperature
+    return found
 
 
 def majority(questions: Questions) -> float:
@@ -45,44 +75,60 @@ def majority(questions: Questions) -> float:
     return max(golds.count(gold) for gold in set(golds)) / len(golds)
 
 
-def answer(session: Session, tokenizer: Any, example: Example, prompt: Prompt) -> tuple[list[float], bool]:
-    """(score per option, whether the context was cut)."""
-    context = encode(tokenizer, prompt.context)
-    if session.head == "classes":
-        if session.width != len(example.options):
-            raise EdgemedError(f"the head gives {session.width} classes, question {example.id} has {len(example.options)} options", "Evaluate it on the task it was trained for")
-        session.rewind(0)
-        return session.prefill(context[-session.context :])[0].tolist(), len(context) > session.context
-    options = []
-    for option in prompt.options:
-        # Encoded together, so that a tokenizer that merges across the border is asked what it would really see.
-        whole = encode(tokenizer, prompt.context + option)
-        options.append(whole[len(context) :] if whole[: len(context)] == context else encode(tokenizer, option))
-    longest = max(map(len, options))
-    room = session.context - longest
-    if room < 1:
-        raise EdgemedError(f"an option of question {example.id} has {longest} tokens, the context is {session.context}", "Shorten the option")
-    kept = context[-room:]
-    if session.head == "choice":
-        scores = []
-        for option in options:
-            session.rewind(0)
-            scores.append(float(session.prefill(kept + option)[0, 0]))
-        return scores, len(kept) < len(context)
-    return score_options(session, kept, options), len(kept) < len(context)
+def source_key(files: Mapping[str, str]) -> str:
+    """Name of a checkpoint by its contents. files: file -> sha256."""
+    return store.digest(dict(files))
 
 
-def pair(engine: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, int]:
-    """What changed between source and engine, item by item.
+def ancestors(manifest: Mapping[str, Any] | None) -> set[str]:
+    """Keys of the checkpoints an engine was made from, through all steps."""
+    found = set()
+    while manifest:
+        inputs = {name.removeprefix("checkpoint/"): sha for name, sha in manifest["inputs"].items() if name.startswith("checkpoint/")}
+        found.add(source_key(inputs))
+        manifest = manifest["parent"]
+    return found
 
-    Raises EdgemedError where the two were not measured on the same items of the same file.
+
+def pair(engine: Mapping[str, Any], source: Mapping[str, Any], manifest: Mapping[str, Any], margin: float | None, alpha: float) -> dict[str, Any]:
+    """The engine's result with what changed against its source, item by item. manifest: the engine's.
+
+    margin None: the statistics are given, and no verdict. Raises EdgemedError where the two results do not belong together.
     """
-    ids = [[item["id"] for item in result["items"]] for result in (engine, source)]
-    if engine["task_sha256"] != source["task_sha256"] or ids[0] != ids[1]:
-        raise EdgemedError(f"{engine['task']}: engine and source were evaluated on different items", "Evaluate both on the same task file")
-    counts = {"both": 0, "only_source": 0, "only_engine": 0, "neither": 0, "changed": 0}
-    for a, b in zip(engine["items"], source["items"], strict=True):
-        right = (b["answer"] == b["gold"], a["answer"] == a["gold"])
-        counts[{(True, True): "both", (True, False): "only_source", (False, True): "only_engine", (False, False): "neither"}[right]] += 1
-        counts["changed"] += a["answer"] != b["answer"]
-    return counts | {"source_correct": source["correct"]}
+    where = f"{engine['task']} on {engine['model']}"
+    if source["model_key"] not in ancestors(manifest):
+        raise EdgemedError(f"{where}: the result of '{source['model']}' is not that of a source of this engine", "Pair an engine only with the checkpoint it was made from")
+    for key, what in (("task_key", "another version, part or file of the task"), ("strategy", "another strategy"), ("scoring", "another scoring"), ("settings", "other settings")):
+        if engine[key] != source[key]:
+            raise EdgemedError(f"{where}: the source was evaluated on {what}", "Evaluate both the same way")
+    found = stats.paired(source["items"], engine["items"], margin, alpha)
+    return {**engine, "paired": {**found, "source_model": source["model"]}}
+
+
+def judge(results: Mapping[str, Sequence[Mapping[str, Any]]], margin: float, alpha: float) -> dict[str, Any] | None:
+    """The gate over engines. results: engine name -> its paired results. Only the first strategy of each task is judged: it is the one that ships.
+
+    Returns None where nothing was paired.
+    """
+    compared, seen = [], set()
+    for engine, rows in results.items():
+        for row in rows:
+            if row["paired"] and (engine, row["task_key"]) not in seen:
+                seen.add((engine, row["task_key"]))
+                compared.append(((engine, title(row), row["strategy"]), row["paired"]))
+    return stats.gate(compared, margin, alpha) if compared else None
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """A task by name, and its language where only one was asked for."""
+    return f"{result['task']}/{result['language']}" if result["language"] else result["task"]
+
+
+def part_of(gate: Mapping[str, Any] | None, engine: str) -> dict[str, Any] | None:
+    """One engine's share of the gate: its comparisons and the worst of their verdicts; the correction is that over all engines."""
+    own = [row for row in gate["comparisons"] if row["engine"] == engine] if gate else []
+    if not own:
+        return None
+    verdicts = {row["verdict"] for row in own}
+    verdict = next(v for v in ("fail", "undecided", "pass") if v in verdicts)
+    return {**{key: gate[key] for key in ("margin", "alpha", "correction")}, "verdict": verdict, "comparisons": own}

@@ -16,10 +16,11 @@ from typing import Any
 from edgemed import plugins
 from edgemed.checkpoint import Checkpoint, Entry, open_checkpoint
 from edgemed.device import Device, fits, read_device, usable
-from edgemed.family import Decoder, Family, family_of
+from edgemed.family import Decoder, Family, every_part, family_of
+from edgemed.gguf_layout import layout
 from edgemed.gguf_types import Model, tensor_types
 from edgemed.random_weights import MARK, reference_config
-from edgemed.roofline import Dimensions
+from edgemed.roofline import Dimensions, Vision
 from edgemed.weights import Weights
 
 GROUP = 128
@@ -27,8 +28,6 @@ GROUP = 128
 GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
 # Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
 REPACKED = ("Q4_K", "Q8_0")
-GGUF_NAMES = {"embed": "token_embd", "positions": "position_embd", "lm_head": "output",
-              "qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 MB = 1e6
 
 
@@ -59,10 +58,9 @@ def described(name: str) -> Checkpoint:
     config = reference_config(name) | {MARK: True}
     family = family_of(config, name)
     entries: dict[str, Entry] = {}
-    for part in family.parts(family.decoder(config, {})).values():
-        for module in part.modules:
-            shape = part.shape[::-1] if part.conv1d else part.shape
-            tensors = {"weight": shape} | ({"bias": shape[-1:]} if part.bias or part.kind == "norm" else {})
+    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}) if family.vision else None).values():
+        for module, shape in part.stored():
+            tensors = {"weight": shape} | ({"bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
             for suffix, size in tensors.items():
                 entries[f"{family.prefixes[0]}{module}.{suffix}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
     return Checkpoint(Path(f"random:{name}"), config, entries)
@@ -137,7 +135,7 @@ def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
     kind, weight, bias = part
     if kind == "matrix":
         # The few rows of a classification head stay float32.
-        per_weight = bits + 32 / GROUP if name.startswith("layers.") else 8 + 32 / 32 if name == "lm_head" else 32.0
+        per_weight = bits + 32 / GROUP if name.startswith("layers.") else 8 + 32 / 32 if name == "lm_head" else 32.0  # a vision tower is float32 by default
     else:
         per_weight = {"table": 16.0, "norm": 32.0}[kind]
     return per_weight * weight + 32 * bias
@@ -150,21 +148,23 @@ def _tied_head(weights: Weights) -> int:
 
 
 def q4_k_m(weights: Weights) -> int:
-    """Bytes of a Q4_K_M file's tensors."""
-    return gguf_size(weights, "q4_k_m").total
+    """Bytes of a Q4_K_M file's tensors, and of the vision tower beside it."""
+    size = gguf_size(weights, "q4_k_m")
+    return size.total + size.tower
 
 
 @dataclass(frozen=True)
 class Size:
     """Bytes of an engine's weights, and bits per weight (scales included) of its layer matrices and of its output matrix.
 
-    copy: bytes of a second, rearranged copy a runtime keeps in memory.
+    copy: bytes of a second, rearranged copy a runtime keeps in memory. tower: bytes of a vision tower and projector, which lie in a file of their own.
     """
 
     total: int
     layer_bits: float
     head_bits: float
     copy: int = 0
+    tower: int = 0
 
 
 def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
@@ -175,50 +175,53 @@ def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
     """
     if target == "llamacpp":
         return gguf_size(weights, precision)
-    found, d = sizes(weights), weights.source
+    found, d = {name: part for name, part in sizes(weights).items() if not name.startswith("vision.")}, weights.source
+    tower = seen(weights) * (2 if target == "tensorrt" else 4)
     tied = d.vocab * d.hidden if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"] else 0
     if target == "tensorrt":
         layer = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / GROUP}[precision]
         bits = sum((layer if kind == "matrix" and name.startswith("layers.") else 16 if kind != "norm" else 32) * weight + 32 * bias for name, (kind, weight, bias) in found.items())
-        return Size(round(bits / 8) + 2 * tied, layer, 16)
+        return Size(round(bits / 8) + 2 * tied, layer, 16, tower=tower)
     if precision == "fp32":
-        return Size(4 * (parameters(weights) + tied), 32, 32)
+        return Size(4 * (sum(weight + bias for _, weight, bias in found.values()) + tied), 32, 32, tower=tower)
     integer = int(precision.removeprefix("int"))
     total = round(sum(_int_bits(name, part, integer) for name, part in found.items()) / 8)
-    return Size(total + _tied_head(weights), integer + 32 / GROUP, 9)
+    return Size(total + _tied_head(weights), integer + 32 / GROUP, 9, tower=tower)
+
+
+def seen(weights: Weights) -> int:
+    """Weights and biases of the vision tower and projector."""
+    return sum(weight + bias for name, (_, weight, bias) in sizes(weights).items() if name.startswith("vision."))
 
 
 def gguf_size(weights: Weights, file_type: str) -> Size:
-    """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type."""
-    found, d = sizes(weights), weights.source
-    shapes = {name: weights.parts[name].shape for name, (kind, _, _) in found.items() if kind != "norm" and name != "head"}
-    types, _ = tensor_types(Model({_gguf_name(name): shape for name, shape in shapes.items()}, d.layers, d.heads // d.kv_heads), file_type)
-    stored = {name: (types[_gguf_name(name)], weight) for name, (_, weight, _) in found.items() if name in shapes}
-    bits = {name: GGUF_BITS[kind] * weight for name, (kind, weight) in stored.items()}
-    rest = sum(32 * (bias + (0 if name in shapes else weight)) for name, (_, weight, bias) in found.items())
-    layers = [name for name in stored if name.startswith("layers.")]
-    head = "lm_head" if "lm_head" in stored else "embed"
-    copy = sum(bits[name] for name in layers if stored[name][0] in REPACKED)
-    return Size(round((sum(bits.values()) + rest) / 8), sum(bits[name] for name in layers) / sum(stored[name][1] for name in layers), GGUF_BITS[stored[head][0]], round(copy / 8))
+    """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a vision tower lies in a file of its own."""
+    d = weights.source
+    places = {t: math.prod(p.shape) for t, p in layout(weights.family, d, weights.parts).items() if t.endswith("weight") and len(p.shape) == 2}
+    shapes = {t: p.shape for t, p in layout(weights.family, d, weights.parts).items() if t in places}
+    types, _ = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads), file_type)
+    bits = {t: GGUF_BITS[types[t]] * weight for t, weight in places.items()}
+    rest = sum(bias + (weight if kind == "norm" or name == "head" else 0) for name, (kind, weight, bias) in sizes(weights).items() if not name.startswith("vision."))
+    layers = [t for t in places if t.startswith("blk.")]
+    head = "output.weight" if "output.weight" in types else "token_embd.weight"
+    copy = sum(bits[t] for t in layers if types[t] in REPACKED)
+    return Size(round((sum(bits.values()) + 32 * rest) / 8), sum(bits[t] for t in layers) / sum(places[t] for t in layers), GGUF_BITS[types[head]], round(copy / 8), 4 * seen(weights))
 
 
 def dimensions(weights: Weights) -> Dimensions:
     """A checkpoint's decoder as the roofline model sees it."""
     d, found = weights.source, sizes(weights)
     matrices = sum(weight for name, (kind, weight, _) in found.items() if kind == "matrix" and name.startswith("layers."))
-    tables = sum(weight for kind, weight, _ in found.values() if kind == "table")
+    tables = sum(weight for name, (kind, weight, _) in found.items() if kind == "table" and not name.startswith("vision."))
     head = math.prod(weights.parts["lm_head" if d.head == "lm" else "head"].shape)
-    return Dimensions(d.layers, d.hidden, d.ffn, d.q_size, d.kv_size, d.layers, matrices, head, tables)
+    v, around = weights.vision, sum(weight for name, (_, weight, _) in found.items() if name.startswith(("vision.projector.", "vision.patch")))
+    vision = Vision(v.layers, v.width, v.ffn, v.merge**2, around) if v else None
+    return Dimensions(d.layers, d.hidden, d.ffn, d.q_size, d.kv_size, d.layers, matrices, head, tables, vision=vision)
 
 
 def largest_matrix(weights: Weights) -> int:
     """Weights of the largest single tensor, which is what a streaming build holds in float32."""
     return max(weight for _, weight, _ in sizes(weights).values())
-
-
-def _gguf_name(name: str) -> str:
-    prefix, _, last = name.rpartition(".")
-    return f"{prefix.replace('layers', 'blk')}.{GGUF_NAMES[last]}.weight".lstrip(".")
 
 
 def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from edgemed.weights import Packed, Weights
 if TYPE_CHECKING:
     import torch
 
-DATA = "model.onnx.data"
 ALIGN = 4096  # a page, so that the runtime can map each tensor where it lies
 
 
@@ -46,7 +45,7 @@ class Dialect(Protocol):
     domains: dict[str, int]
 
     def inputs(self, graph: Graph, d: Decoder) -> None: ...
-    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str) -> tuple[str, str]: ...
+    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str | None) -> tuple[str, str]: ...
     def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str: ...
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str: ...
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str: ...
@@ -58,16 +57,22 @@ class Graph:
 
     out: Path
     precision: Precision
+    file: str = "model.onnx"
     nodes: list[Any] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     tensors: list[Any] = field(default_factory=list)
     offset: int = 0
+    named: set[str] = field(default_factory=set)  # nodes that are made once for all who need them
     layer_bytes: int = 0  # weight bytes every new token has to read
 
     def __post_init__(self) -> None:
         self.onnx = need("onnx", "build")
-        self.data = open(self.out / DATA, "wb")
+        self.data = open(self.out / self.data_file, "wb")
+
+    @property
+    def data_file(self) -> str:
+        return f"{self.file}.data"
 
     @property
     def float_type(self) -> int:
@@ -90,7 +95,7 @@ class Graph:
             self.data.write(b"\0" * padding)
             self.offset += padding
             tensor.data_location = self.onnx.TensorProto.EXTERNAL
-            for key, value in (("location", DATA), ("offset", self.offset), ("length", array.nbytes)):
+            for key, value in (("location", self.data_file), ("offset", self.offset), ("length", array.nbytes)):
                 tensor.external_data.add(key=key, value=str(value))
             self.data.write(memoryview(array).cast("B"))
             self.offset += array.nbytes
@@ -111,12 +116,12 @@ class Graph:
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializer=self.tensors)
         opsets = [helper.make_opsetid("", dialect.opset), *(helper.make_opsetid(d, v) for d, v in dialect.domains.items())]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="edgemed", ir_version=10)
-        self.onnx.save_model(model, self.out / "model.onnx")
+        self.onnx.save_model(model, self.out / self.file)
 
 
-def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
-    """x [.., in] -> x W^T + b [.., out], in the precision of the graph."""
-    matrix, bits = weights.matrix(name), graph.precision.bits
+def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, exact: bool = False) -> str:
+    """x [.., in] -> x W^T + b [.., out], in the precision of the graph; exact: in its floats, not its integers."""
+    matrix, bits = weights.matrix(name), None if exact else graph.precision.bits
     bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
     if isinstance(matrix, Packed) and bits == matrix.bits:
         if matrix.g_idx is not None:
@@ -136,6 +141,19 @@ def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np
     return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name) if bias is not None else y
 
 
+def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str:
+    """What layer n's MLP gives for x [1, T, hidden]."""
+    d, name = weights.decoder, f"layers.{n}"
+    y = linear(graph, dialect, weights, f"{name}.up", x)
+    if d.gated:
+        gate, up = f"{name}.gate", f"{name}.value"
+        graph.node("Split", [y], f"{name}.halves", [gate, up], axis=-1, num_outputs=2)
+        y = graph.node("Mul", [dialect.activation(graph, d, f"{name}.act", gate), up], f"{name}.gated")
+    else:
+        y = dialect.activation(graph, d, f"{name}.act", y)
+    return linear(graph, dialect, weights, f"{name}.down", y)
+
+
 def embedding(graph: Graph, weights: Weights) -> str:
     """tokens [1, T], positions [1, T] -> hidden states [1, T, hidden]."""
     rows, d = [], weights.decoder
@@ -144,7 +162,21 @@ def embedding(graph: Graph, weights: Weights) -> str:
         table = table.astype("float16" if graph.precision.small_tables else graph.precision.floats)
         row = graph.node("Gather", [graph.constant(f"{name}.table", table, counted=False), index], f"{name}.row")
         rows.append(graph.node("Cast", [row], f"{name}.value", to=graph.float_type) if table.dtype != graph.precision.floats else row)
-    return graph.node("Add", rows, "hidden") if len(rows) > 1 else rows[0]
+    x = graph.node("Add", rows, "text") if len(rows) > 1 else rows[0]
+    return with_pictures(graph, d, x) if weights.vision else x
+
+
+def with_pictures(graph: Graph, d: Decoder, x: str) -> str:
+    """Image features in their places: input slots int64 [1, T] says which row of features [n, hidden] a token is, -1 for text."""
+    onnx = graph.onnx.TensorProto
+    graph.value("inputs", "slots", onnx.INT64, [1, "new"])
+    graph.value("inputs", "features", onnx.FLOAT, ["features", d.hidden])
+    zero = graph.constant("slots.zero", np.array(0))
+    picked = graph.node("Gather", ["features", graph.node("Max", ["slots", zero], "slots.row")], "features.row", axis=0)
+    if graph.precision.floats != "float32":
+        picked = graph.node("Cast", [picked], "features.cast", to=graph.float_type)
+    seen = graph.node("Unsqueeze", [graph.node("GreaterOrEqual", ["slots", zero], "slots.seen"), graph.constant("slots.axis", np.array([2]))], "slots.mask")
+    return graph.node("Where", [seen, picked, x], "hidden")
 
 
 def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
@@ -154,11 +186,11 @@ def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
     picked = graph.node("Gather", [x, "select"], "picked", axis=1)
     name = "lm_head" if d.head == "lm" else "head"
     matrix = weights.matrix(name)
+    bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
     if name == "lm_head" and graph.precision.small_tables and d.hidden % 32 == 0:
         q, scale = ggml_q8(matrix.dense().numpy())
-        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), None)
+        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), bias)
     else:
-        bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
         y = float_linear(graph, name, picked, matrix.dense(), bias)
     if graph.precision.floats == "float32":
         graph.node("Identity", [y], "scores")
@@ -174,21 +206,23 @@ def build_decoder(weights: Weights, out: Path, precision: Precision, dialect: Di
         graph.value("inputs", name, graph.onnx.TensorProto.INT64, [1, "new"])
     dialect.inputs(graph, d)
 
-    def norm_weights(name: str) -> tuple[str, str]:
+    def norm(name: str, x: str, branch: str | None) -> tuple[str, str]:
         weight, bias = weights.norm(name)
-        bias = bias if bias is not None else weight.new_zeros(weight.shape)
-        return graph.floats(f"{name}.weight", weight), graph.floats(f"{name}.bias", bias)
+        if d.norm == "layernorm" and bias is None:
+            bias = weight.new_zeros(weight.shape)
+        return dialect.residual_norm(graph, d, name, x, branch, graph.floats(f"{name}.weight", weight), None if bias is None else graph.floats(f"{name}.bias", bias))
 
     x, branch = embedding(graph, weights), None
     for n in track(range(d.layers), "onnx graph"):
         name = f"layers.{n}"
-        x, y = dialect.residual_norm(graph, d, f"{name}.attn_norm", x, branch, *norm_weights(f"{name}.attn_norm"))
-        y = dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", y))
-        branch = linear(graph, dialect, weights, f"{name}.o", y)
-        x, y = dialect.residual_norm(graph, d, f"{name}.mlp_norm", x, branch, *norm_weights(f"{name}.mlp_norm"))
-        y = dialect.activation(graph, d, f"{name}.act", linear(graph, dialect, weights, f"{name}.up", y))
-        branch = linear(graph, dialect, weights, f"{name}.down", y)
-    _, y = dialect.residual_norm(graph, d, "final_norm", x, branch, *norm_weights("final_norm"))
+        x, read = norm(f"{name}.attn_norm", x, branch)
+        branch = linear(graph, dialect, weights, f"{name}.o", dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", read)))
+        if d.parallel:
+            branch = graph.node("Add", [branch, mlp(graph, dialect, weights, n, read)], f"{name}.branches")
+        else:
+            x, read = norm(f"{name}.mlp_norm", x, branch)
+            branch = mlp(graph, dialect, weights, n, read)
+    _, y = norm("final_norm", x, branch)
     scores(graph, dialect, weights, y)
     graph.save(weights.family.name, dialect)
     return graph

@@ -93,7 +93,7 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
         raise EdgemedError(f"{device.title}: its memory is not known", "Measure it there: edgemed doctor --measure --out DEVICE.yaml")
     room = min(room, wishes.memory) if wishes.memory else room
     check_precision(wishes.precision, device)
-    tokens = prompt_tokens(d, weights.source.context, wishes)
+    tokens = prompt_tokens(weights, wishes)
     contexts = contexts_for(weights.source.context, tokens, wishes)
     found, left_out = [], []
     for choice in CHOICES:
@@ -155,18 +155,24 @@ def weights_of(model: str) -> Weights:
     return Weights(described(name) if kind == "random" else open_checkpoint(model))
 
 
-def prompt_tokens(d: Dimensions, most: int, wishes: Wishes) -> int:
+def prompt_tokens(weights: Weights, wishes: Wishes) -> int:
     """Tokens of the request, its images included. Raises EdgemedError for one that is none."""
-    prompt = min(512, (wishes.context or most) // 2) if wishes.prompt is None else wishes.prompt
+    prompt = min(512, (wishes.context or weights.source.context) // 2) if wishes.prompt is None else wishes.prompt
     if prompt < 1 or wishes.images < 0:
         raise EdgemedError(f"a prompt of {prompt} tokens with {wishes.images} images is no request", "Use --prompt 1 or more and --images 0 or more")
-    if wishes.images and d.vision is None:
+    if wishes.images and weights.vision is None:
         raise EdgemedError("this model has no vision tower", "Leave --images out")
-    return prompt + wishes.images * IMAGE_TOKENS
+    return prompt + (wishes.images * image_tokens(weights) if wishes.images else 0)
 
 
-# Tokens of one image where nothing else is said: 448 x 448 pixels in Qwen2-VL's patches of 14, merged by four.
-IMAGE_TOKENS = 256
+# Pixels per side of an image where the tower takes any size.
+IMAGE = 448
+
+
+def image_tokens(weights: Weights) -> int:
+    """Tokens of one image: the tower's own size, or 448 x 448 pixels, in patches merged by `merge` per side."""
+    v = weights.vision
+    return ((v.size or IMAGE) // (v.patch * v.merge)) ** 2
 
 
 def contexts_for(most: int, tokens: int, wishes: Wishes) -> list[int]:
@@ -206,6 +212,8 @@ def why_not(choice: Choice, weights: Weights, device: Device, wishes: Wishes) ->
         return f"TensorRT {', '.join(device.tensorrt.values())} is older than edgemed's profiles"
     if choice.target == "onnx" and device.compute_capability:
         return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
+    if choice.target == "llamacpp" and device.compute_capability and weights.vision:
+        return "its vision tower runs on the CPU, which is not planned on a device with a GPU"
     if missing := lacks(device, choice.arithmetic):
         return missing
     module = plugins.load("targets", choice.target)
@@ -230,12 +238,12 @@ def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights
     size = engine_bytes(weights, choice.target, choice.precision)
     storage = dataclasses.replace(choice.storage, layer_bits=size.layer_bits, head_bits=size.head_bits, kv_bytes=choice.kv[kv][0])
     here = place(device, mode, choice.target, known, choice.precision)
-    stages = stages_of(d, storage, here, tokens, wishes)
+    stages = stages_of(d, storage, here, tokens, wishes, weights)
     step = decode_seconds(d, storage, here, tokens + ANSWER // 2)
     cache = round(2 * d.kv_layers * d.kv_size * context * storage.kv_bytes)
-    work, vision = activations(d, tokens, choice.target), d.vision.weights * 2 if d.vision and wishes.images else 0
+    work = activations(d, tokens, choice.target)
     # Only the CPU kernels want their weights rearranged.
-    run = size.total + (0 if device.compute_capability else size.copy) + cache + work + vision + (PROCESS if device.shared_memory else 0)
+    run = size.total + (0 if device.compute_capability else size.copy) + cache + work + size.tower + (PROCESS if device.shared_memory else 0)
     on_device = choice.target == "tensorrt"
     build = 3 * size.total + WORKSPACE if on_device else BUILD + 4 * largest_matrix(weights)
     # TensorRT compiles on the device itself; a card's host has memory of its own for that.
@@ -244,15 +252,15 @@ def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights
     missed = [name for name, bad in (("ttft", wishes.ttft and ttft > wishes.ttft), ("tps", wishes.tps and tps < wishes.tps), ("memory", run > room)) if bad]
     return {
         "target": choice.target, "precision": choice.precision, "kv": kv, "context": context,
-        "weights_mb": size.total / MB, "kv_cache_mb": cache / MB, "activations_mb": work / MB, "vision_mb": vision / MB, "build_mb": build / MB, "run_mb": run / MB,
+        "weights_mb": size.total / MB, "kv_cache_mb": cache / MB, "activations_mb": work / MB, "vision_mb": size.tower / MB, "build_mb": build / MB, "run_mb": run / MB,
         "ttft_s": ttft, "stages_s": stages, "tokens_per_s": tps, "answer_s": ttft + ANSWER * step, "joules_per_token_at_most": mode.watts * step if mode.watts else None,
         "bits": size.layer_bits, "usual_cache": kv == next(iter(choice.kv)), "fits": run <= room and builds, "builds": builds, "misses": missed,
     }
 
 
-def stages_of(d: Dimensions, storage: Storage, here: Place, tokens: int, wishes: Wishes) -> dict[str, float]:
+def stages_of(d: Dimensions, storage: Storage, here: Place, tokens: int, wishes: Wishes, weights: Weights) -> dict[str, float]:
     """Seconds to the first token by stage."""
-    found = {"vision": wishes.images * vision_seconds(d.vision, here, IMAGE_TOKENS)} if wishes.images and d.vision else {}
+    found = {"vision": wishes.images * vision_seconds(d.vision, here, image_tokens(weights))} if wishes.images and d.vision else {}
     return found | {"prefill": prefill_seconds(d, storage, here, tokens)}
 
 

@@ -24,7 +24,7 @@ LINEAR_KEYS, LINEAR_SIZE, LINEAR_EVERY = 16, 128, 4
 
 @dataclass(frozen=True)
 class Vision:
-    """A vision transformer. merge: patches that become one token of the decoder; projector: weights between the two."""
+    """A vision transformer. merge: patches that become one token of the decoder; projector: weights in front of and behind it."""
 
     layers: int
     hidden: int

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,22 @@ from edgemed.data import read_card, texts
 from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.evaluate import evaluate, pair
+from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
 from edgemed.facts import parameters
 from edgemed.random_weights import make_random
-from edgemed.recipe import Recipe, Stage, VerifySpec
+from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
 from edgemed.report import render
-from edgemed.task import questions
+from edgemed.session import Session
+from edgemed.strategy import Settings, parse
+from edgemed.task import Questions, questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.verify import Limits, verify
 from edgemed.weights import Weights
 
 
 RANDOM = "random:"
+Opened = tuple[Session, Any, int | None]  # session, tokenizer, end-of-text token
 
 
 @dataclass
@@ -63,11 +67,13 @@ def run(recipe: Recipe, work: Path) -> Path:
     verified = [verify_engine(engine, reference, recipe, cache) if reference else None for engine in engines]
     records = [bench_engine(engine, recipe) if recipe.bench and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
     source_evals, evals = run_evals(line.source, engines, recipe, cache)
+    gate = run_gate(engines, evals, recipe)
     document = {
-        "schema": 1, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
+        "schema": 2, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
-        "engines": [entry(*facts) for facts in zip(engines, verified, records, evals, strict=True)],
-        "source_evals": source_evals, "not_measured": not_measured(recipe, engines, verified),
+        "engines": [entry(*facts, gate) for facts in zip(engines, verified, records, evals, strict=True)],
+        "source_evals": source_evals, "strategies": list(recipe.eval.strategies) if recipe.eval else [], "gate": gate,
+        "not_measured": not_measured(recipe, engines, verified),
     }
     store.write_json(work / "report.json", document)
     page = render(document)
@@ -77,15 +83,19 @@ def run(recipe: Recipe, work: Path) -> Path:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Find a missing model, adapter, text set or task file in the first second, not after an hour of work."""
+    """Find a missing model, adapter, text set, importance or task file in the first second, not after an hour of work."""
     if not recipe.model.startswith(RANDOM):
         Weights(open_checkpoint(recipe.model))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
+    for stage in recipe.engines:
+        plugins.load("targets", stage.plugin).inputs(stage.params)
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
     for spec in recipe.eval.tasks if recipe.eval else ():
         questions(spec)
+    for text in recipe.eval.strategies if recipe.eval else ():
+        parse(text)
 
 
 def run_steps(recipe: Recipe, cache: Path) -> Line:
@@ -108,9 +118,10 @@ def open_model(model: str, cache: Path) -> Checkpoint:
 
 def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
     """An engine of true dimensions with random weights, for latency and memory only."""
-    stage = Stage(target, strict.build(plugins.load("targets", target).Params, values, target))
+    module = plugins.load("targets", target)
+    stage = Stage(target, strict.build(module.Params, values, target))
     checkpoint = open_model(f"random:{name}", work)
-    out = work / f"{name}-{target}-{short(stage, {})}"
+    out = work / f"{name}-{target}-{short(stage, module.inputs(stage.params))}"
     return export(checkpoint, target, stage.params, out, name=out.name).path
 
 
@@ -156,7 +167,8 @@ def answers(source: Checkpoint, spec: VerifySpec) -> Reference:
 def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path) -> Engine:
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = reference.trim(recipe.verify.carried) if reference else None
-    inputs = checkpoint.hashes() | {"reference": carried.digest() if carried else "none", "name": stage.name}
+    inputs = checkpoint.hashes() | plugins.load("targets", stage.plugin).inputs(stage.params)
+    inputs |= {"reference": carried.digest() if carried else "none", "name": stage.name}
     final = cache / f"{stage.name}-{short(stage, inputs)}"
     say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
     engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name)
@@ -200,38 +212,67 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def run_evals(source: Checkpoint, engines: list[Engine], recipe: Recipe, cache: Path) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """Every task on the source and on every engine, paired item by item."""
-    from edgemed.decoder import TorchSession
-
+    """Every task in every strategy on the source and on every engine, paired item by item."""
     source_results: list[dict[str, Any]] = []
     results: list[list[dict[str, Any]]] = [[] for _ in engines]
     if not recipe.eval or source.random_weights:
         return source_results, results
-    hashes = source.hashes()
-    for spec in recipe.eval.tasks:
-        asked = questions(spec, recipe.eval.limit)
-        params = {"task": asked.task.name, "limit": recipe.eval.limit}
-
-        def on_source() -> dict[str, Any]:
-            weights = Weights(source)
-            return evaluate(TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), asked, "source (float32)")
-
-        say(f"eval: {asked.task.name} on the source and {len(engines)} engines, {len(asked.examples)} items")
-        base = cached(cache, "eval", params, {**hashes, "task": asked.sha256}, on_source)
-        source_results.append(base)
+    spec = recipe.eval
+    for task in spec.tasks:
+        asked = questions(task, spec.limit)
+        say(f"eval: {task} on the source and {len(engines)} engines, {len(asked.examples)} items, {', '.join(spec.strategies)}")
+        for base in evals_of(None, source, asked, spec, cache):
+            source_results.append(base)
         for engine, found in zip(engines, results, strict=True):
-            inputs = {"engine": engine.key, "task": asked.sha256}
-            result = cached(cache, "eval", params, inputs, lambda: evaluate_engine(engine, asked))
-            found.append({**result, "paired": pair(result, base)})
+            manifest = store.read_manifest(engine.path)
+            for base, result in zip(source_results[-len(spec.strategies) :], evals_of(engine, source, asked, spec, cache), strict=True):
+                found.append(pair(result, base, manifest, spec.margin, spec.alpha))
     return source_results, results
 
 
-def evaluate_engine(engine: Engine, asked: Any, threads: int | None = None) -> dict[str, Any]:
-    session = engine.open(threads)
+def evals_of(engine: Engine | None, source: Checkpoint, asked: Questions, spec: EvalSpec, cache: Path) -> list[dict[str, Any]]:
+    """One result per strategy, of an engine or (None) of the source; what was computed before is taken from the cache."""
+    found, settings, opened = [], spec.settings(), None
+
+    def compute(text: str) -> dict[str, Any]:
+        nonlocal opened  # opened at the first strategy that is not in the cache, and used for all
+        opened = opened or (open_source(source) if engine is None else (engine.open(), engine.tokenizer(), engine.eos))
+        return evaluate_opened(opened, asked, name, key, text, settings)
+
+    key, name = (source_key(source.hashes()), SOURCE) if engine is None else (engine.key, engine.name)
     try:
-        return evaluate(session, engine.tokenizer(), asked, engine.name, engine.key)
+        for text in spec.strategies:
+            params = {"strategy": text, "settings": asdict(settings)}
+            found.append(cached(cache, "eval", params, {"model": key, "task": asked.key}, partial(compute, text)))
     finally:
-        session.close()
+        if opened:
+            opened[0].close()
+    return found
+
+
+def open_source(source: Checkpoint) -> Opened:
+    """The float32 source as a session, with its tokenizer and end-of-text token."""
+    from edgemed.decoder import TorchSession
+
+    weights = Weights(source)
+    return TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos
+
+
+def evaluate_opened(opened: Opened, asked: Questions, name: str, key: str, strategy: str, settings: Settings) -> dict[str, Any]:
+    session, tokenizer, eos = opened
+    return evaluate(session, tokenizer, asked, name, key, strategy, settings, frozenset() if eos is None else frozenset({eos}))
+
+
+def run_gate(engines: list[Engine], evals: list[list[dict[str, Any]]], recipe: Recipe) -> dict[str, Any] | None:
+    """The verdict over all engines, or None where the recipe names no margin."""
+    if not recipe.eval or recipe.eval.margin is None:
+        return None
+    gate = judge({engine.name: found for engine, found in zip(engines, evals, strict=True)}, recipe.eval.margin, recipe.eval.alpha)
+    colours = {"pass": "green", "undecided": "yellow", "fail": "red"}
+    for engine in engines:
+        if part := part_of(gate, engine.name):
+            say(f"gate: {engine.name} [{colours[part['verdict']]}]{part['verdict']}[/]")
+    return gate
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -240,11 +281,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "random_weights": checkpoint.random_weights}
 
 
-def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
+def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]], gate: Mapping[str, Any] | None) -> dict[str, Any]:
     manifest = store.read_manifest(engine.path)
     size = sum(file["bytes"] for file in manifest["files"].values())
     return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": size,
-            "manifest": manifest, "verify": verified, "records": records, "evals": evals}
+            "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name), "stages": []}
 
 
 def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None]) -> list[str]:
@@ -255,5 +296,7 @@ def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str,
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]
     missing += [] if recipe.verify else ["Engines were not verified against their source (no verify: in the recipe)."]
     missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]
-    missing += ["Accuracy differences carry no confidence interval yet."] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
+    missing += [] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
+    missing += ["Whether an engine is not worse was not judged (no margin: in the recipe's eval)."] if recipe.eval and recipe.eval.margin is None else []
+    missing += [f"Only the first {recipe.eval.limit} rows of each task were asked."] if recipe.eval and recipe.eval.limit else []
     return missing
