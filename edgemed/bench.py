@@ -14,7 +14,7 @@ import numpy as np
 
 from edgemed import store
 from edgemed.device import machine, read_bandwidth
-from edgemed.engine import Engine
+from edgemed.engine import Engine, require_built
 from edgemed.errors import EdgemedError
 from edgemed.recipe import BenchSpec
 from edgemed.session import Session
@@ -23,8 +23,9 @@ from edgemed.session import Session
 def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
     """Measure load, first token, prefill, step latency, decoding, memory and the bandwidth ceiling; one record per number.
 
-    Raises EdgemedError where prompt and answer do not fit the context.
+    Raises EdgemedError where the engine is unbuilt, or prompt and answer do not fit the context.
     """
+    require_built(engine, "bench")
     threads = plan.threads or machine()["physical_cores"]
     longest = max(plan.prompt)
     if longest >= engine.context:
@@ -45,7 +46,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
         measured.append(("peak_memory_bytes", "B", [store.peak_memory()], {"what": "resident set of the whole process, interpreter included"}))
     finally:
         session.close()
-    measured.append(("file_bytes", "B", [sum(entry["bytes"] for entry in store.read_manifest(engine.path)["files"].values())], {}))
+    measured.append(("file_bytes", "B", [store.size_of(store.read_manifest(engine.path))], {}))
     bandwidth = read_bandwidth(threads)
     ceiling = bandwidth * 1e9 / engine.bytes_per_token
     measured.append(("bandwidth_gb_s", "GB/s", [bandwidth], {"what": "best read bandwidth measured in this process"}))

@@ -13,14 +13,34 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli_plan import doctor, inspect, plan
+from edgemed import cli_plan, cli_provenance
+from edgemed.console import show
 from edgemed.errors import EdgemedError
-from edgemed.options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings, show
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Tiny medical language models on small devices: merge, quantize, compile, and prove it did not get worse.",
 )
+
+Model = Annotated[str, typer.Argument(help="Model directory in Hugging Face layout, hub id, or random:NAME (true dimensions, random weights).")]
+EngineDir = Annotated[Path, typer.Argument(help="Engine directory made by export or run.")]
+Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anything else.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+AcceptUndecided = Annotated[bool, typer.Option("--accept-undecided", help="Exit 0 although the gate is undecided (otherwise 3).")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
+
+
+def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
+    """Parameters from options (those given) and --set key=value."""
+    from edgemed.params import parse_set
+
+    values = {key: value for key, value in named.items() if value is not None}
+    for text in sets or []:
+        keys, value = parse_set(text)
+        values[".".join(keys)] = value
+    return values
+
 
 def main() -> None:
     try:
@@ -35,7 +55,7 @@ def main() -> None:
         raise
 
 
-for verb in (doctor, inspect, plan):
+for verb in (cli_plan.doctor, cli_plan.inspect, cli_plan.plan):
     app.command()(verb)
 
 
@@ -103,7 +123,7 @@ def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool
 @app.command()
 def export(
     model: Annotated[str | None, typer.Argument(help="Model directory, hub id or random:NAME.")] = None,
-    target: Annotated[str, typer.Option(help="onnx or llamacpp.")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, llamacpp or tensorrt.")] = "onnx",
     out: Annotated[Path, typer.Option(help="Engine directory to make.")] = Path("engine"),
     random_weights: Annotated[str | None, typer.Option(help="True dimensions of this model with random weights, for latency and memory only.")] = None,
     prompts: Annotated[str, typer.Option(help="Held-out texts for the reference answers that travel along; 'none' leaves them out.")] = "pubmedqa-abstracts",
@@ -122,7 +142,28 @@ def export(
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its name says.
     for change in sorted(set(notes.get("fallbacks", {}).values())):
         say(f"{change}: {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}")
-    show({"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}, json_)
+    shown = {"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}
+    show(shown | ({"unbuilt": f"on the device run: edgemed build {engine.path}"} if engine.stand_in else {}), json_)
+
+
+@app.command()
+def build(
+    engine: EngineDir,
+    workspace_mb: Annotated[int | None, typer.Option(help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's.")] = None,
+    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")] = True,
+    json_: Json = False,
+) -> None:
+    """On the device: compile an exported engine for this GPU, then verify and measure it."""
+    from edgemed.api import build as build_engine
+
+    found = build_engine(engine, workspace_mb, measure)
+    if json_:
+        show(found, True)
+    else:
+        plan, verified = found["plan"], found["verify"]
+        show({**plan["params"], **plan["notes"], "verified": None if verified is None else verified["passed"]}, False)
+        show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in found["records"]], False)
+    sys.exit(0 if found["verify"] is None or found["verify"]["passed"] else 1)
 
 
 @app.command()
@@ -131,6 +172,7 @@ def verify(
     manifest: Annotated[Path | None, typer.Option(help="Only re-check every file of this artifact against its manifest.")] = None,
     max_kl: Annotated[float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")] = 0.05,
     min_top1: Annotated[float, typer.Option(help="Limit on top-1 agreement with the source.")] = 0.9,
+    key: Annotated[Path | None, typer.Option(help="The signer's public.pem: first check the signature, and name every file changed since.")] = None,
     threads: Threads = None, json_: Json = False,
 ) -> None:
     """Compare an engine with the float32 source's answers it carries; or, with --manifest, re-check every byte of an artifact."""
@@ -141,13 +183,14 @@ def verify(
 
     if (engine is None) == (manifest is None):
         raise EdgemedError("give either ENGINE or --manifest DIR", "For example: edgemed verify runs/quickstart/engines/onnx-int4")
+    signed = cli_provenance.signed(engine or manifest, key, json_)
     if manifest is not None:
         problems = store.check_manifest(manifest)
-        show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), "intact": not problems, "problems": problems}, json_)
+        show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), **signed, "intact": not problems, "problems": problems}, json_)
         sys.exit(1 if problems else 0)
     opened = open_engine(engine, check=True)
     result = verify_engine(opened, opened.reference(), Limits(max_kl, min_top1), threads)
-    show(result, json_)
+    show(result | signed, json_)
     sys.exit(0 if result["passed"] else 1)
 
 
@@ -252,19 +295,23 @@ def leave(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")], json_: Json = False) -> None:
-    """Render the report of a run again from its report.json."""
-    from edgemed.report import render
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of finished runs, or of engines with their records.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write, FILE.html; default: report.html in the run, or compare.html.")] = None,
+    json_: Json = False,
+) -> None:
+    """Render the report of one run again, or compare several runs and engines on one page; Markdown and JSON lie beside it."""
+    from edgemed.compare import comparison, read_runs, write_comparison
+    from edgemed.report import write
 
-    file = run_directory / "report.json"
-    if not file.is_file():
-        raise EdgemedError(f"{run_directory} has no report.json", "Give a directory made by edgemed run")
-    document = json.loads(file.read_text(encoding="utf-8"))
+    runs = read_runs(directories)
+    alone = len(runs) == 1 and (directories[0] / "report.json").is_file()
     if json_:
-        show(document, True)
-        return
-    (run_directory / "report.html").write_text(render(document), encoding="utf-8")
-    typer.echo(str(run_directory / "report.html"))
+        show(runs[0].document if alone else comparison(runs), True)
+    elif alone and out is None:
+        typer.echo(str(write(runs[0].document, directories[0])))
+    else:
+        typer.echo(str(write_comparison(runs, out or Path("compare.html"))))
 
 
 @app.command()
@@ -300,6 +347,11 @@ def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, thr
     from edgemed.session import Sampling
 
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads)
+
+
+app.command()(cli_provenance.card)
+app.command()(cli_provenance.keygen)
+app.command()(cli_provenance.sign)
 
 
 @app.command(name="list")

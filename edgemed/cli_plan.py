@@ -1,6 +1,6 @@
 """The verbs for the time before anything is built: what this machine is, what a model is, and what would run where.
 
-As everywhere on the command line, heavy imports stay inside the verb that needs them.
+They stand apart from cli.py because none of them makes or runs an engine; cli.py puts them on the same command line.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from typing import Annotated
 
 import typer
 
+from edgemed.console import show
 from edgemed.errors import EdgemedError
-from edgemed.options import Json, Model, show
+
+Model = Annotated[str, typer.Argument(help="Model directory in Hugging Face layout, hub id, or random:NAME (true dimensions, random weights).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 def doctor(

@@ -5,6 +5,7 @@ Progress goes to standard error and only to a terminal, so that standard output 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -25,6 +26,14 @@ def say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+def show(value: object, as_json: bool) -> None:
+    """Print a result on standard output: JSON for programs, 'key: value' lines or a table for people."""
+    if as_json:
+        print(json.dumps(value, indent=1, ensure_ascii=False))
+    else:
+        table(value)
 
 
 def table(value: object) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 from edgemed import plugins
 from edgemed.device import gpus, machine, read_device
 from edgemed.errors import EdgemedError
+from edgemed.jetson import describe, read_jetson
 
 # Distributions, and the extra of pyproject.toml that brings each. The core's own are listed by `edgemed` being installed at all.
 PACKAGES = {
@@ -38,7 +39,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at CPU, memory, disk, GPUs, Python, packages, and run every target's self-check. Takes seconds; fails for nothing missing."""
-    found = [*hardware(), Finding("python", "ok", platform.python_version())]
+    found = [*hardware(), *jetpack(), Finding("python", "ok", platform.python_version())]
     found += [package(name, extra) for name, extra in PACKAGES.items()]
     return found + [self_check(name) for name in plugins.names("targets")]
 
@@ -59,6 +60,14 @@ def hardware() -> list[Finding]:
         Finding("disk", "ok", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in the current directory"),
         *graphics(),
     ]
+
+
+def jetpack() -> list[Finding]:
+    """On a Jetson: its JetPack, L4T and TensorRT, and what is missing of them; nothing elsewhere."""
+    if (found := read_jetson()) is None:
+        return []
+    detail, fix = describe(found)
+    return [Finding("jetpack", "missing" if fix else "ok", detail, fix)]
 
 
 def graphics() -> list[Finding]:

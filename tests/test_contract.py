@@ -208,6 +208,8 @@ def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family, target = request.param
     folder = tmp_path_factory.mktemp("exact")
     path = write_model(folder / "model", family=family)
+    if reason := plugins.load("targets", target).supports(Weights(open_checkpoint(path)), exact_params(target, path, folder)):
+        pytest.skip(f"{target} does not take {family}: {reason}")
     engine = export(open_checkpoint(path), target, exact_params(target, path, folder), folder / "engine")
     ids = tokens(CONTEXT, seed=2)
     return engine, logits(Weights(open_checkpoint(path)), torch.tensor([ids]))[0].numpy(), ids
