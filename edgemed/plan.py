@@ -105,7 +105,7 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
             for context in contexts:
                 found.append(predict(choice, kv, context, tokens, weights, d, device, mode, known, room, wishes))
     if not found:
-        raise EdgemedError(f"no engine is possible on {device.title}: " + "; ".join(f"{e['target']} {e['precision']}: {e['why']}" for e in left_out))
+        raise EdgemedError(f"no engine is possible on {device.title}: " + "; ".join(reasons(left_out)), "Choose another device or model")
     fitting = [entry for entry in found if entry["fits"]]
     if not fitting:
         raise too_big(found, device, room)
@@ -113,7 +113,7 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
     chosen = recommended(fitting, wishes)
     return {
         "model": model, "device": device.name, "power_mode": mode.name, "usable_mb": room / MB, "prompt": tokens, "choices": ranked(found), "front": ranked(front),
-        "recommended": chosen, "recipe": recipe_text(chosen, model, device_name, weights, tokens), "left_out": left_out, "notes": notes(device, mode, chosen),
+        "recommended": chosen, "recipe": recipe_text(chosen, model, device_name, weights, tokens), "left_out": left_out, "notes": notes(device, mode, chosen, wishes),
     }
 
 
@@ -135,9 +135,14 @@ def lines(found: dict[str, Any]) -> list[str]:
     said += ["*: none is at once smaller while running, sooner with the first token (ttft) and faster (tok/s). Sizes in MB of 10^6 bytes; J/token at most.",
              f"best: {best['target']} {best['precision']}; activations {best['activations_mb']:.0f} MB, vision tower {best['vision_mb']:.0f} MB; first token after "
              + ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best["stages_s"].items())]
-    reasons = {entry["why"]: [f"{e['target']} {e['precision']}" for e in found["left_out"] if e["why"] == entry["why"]] for entry in found["left_out"]}
-    said += [f"not planned: {', '.join(names)} ({why})" for why, names in reasons.items()]
+    said += [f"not planned: {reason}" for reason in reasons(found["left_out"])]
     return [*said, *found["notes"], "", found["recipe"].rstrip()]
+
+
+def reasons(left_out: Sequence[dict[str, Any]]) -> list[str]:
+    """Each reason once, behind the engines it holds for."""
+    why = {entry["why"]: [f"{e['target']} {e['precision']}" for e in left_out if e["why"] == entry["why"]] for entry in left_out}
+    return [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
 
 
 def row(entry: dict[str, Any], best: bool, front: bool) -> dict[str, Any]:
@@ -212,8 +217,6 @@ def why_not(choice: Choice, weights: Weights, device: Device, wishes: Wishes) ->
         return f"TensorRT {', '.join(device.tensorrt.values())} is older than edgemed's profiles"
     if choice.target == "onnx" and device.compute_capability:
         return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
-    if choice.target == "llamacpp" and device.compute_capability and weights.vision:
-        return "its vision tower runs on the CPU, which is not planned on a device with a GPU"
     if missing := lacks(device, choice.arithmetic):
         return missing
     module = plugins.load("targets", choice.target)
@@ -238,7 +241,9 @@ def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights
     size = engine_bytes(weights, choice.target, choice.precision)
     storage = dataclasses.replace(choice.storage, layer_bits=size.layer_bits, head_bits=size.head_bits, kv_bytes=choice.kv[kv][0])
     here = place(device, mode, choice.target, known, choice.precision)
-    stages = stages_of(d, storage, here, tokens, wishes, weights)
+    stages = {"prefill": prefill_seconds(d, storage, here, tokens)}
+    if wishes.images and not tower_elsewhere(choice.target, device):
+        stages = {"vision": wishes.images * vision_seconds(d.vision, here, image_tokens(weights))} | stages
     step = decode_seconds(d, storage, here, tokens + ANSWER // 2)
     cache = round(2 * d.kv_layers * d.kv_size * context * storage.kv_bytes)
     work = activations(d, tokens, choice.target)
@@ -258,10 +263,9 @@ def predict(choice: Choice, kv: str, context: int, tokens: int, weights: Weights
     }
 
 
-def stages_of(d: Dimensions, storage: Storage, here: Place, tokens: int, wishes: Wishes, weights: Weights) -> dict[str, float]:
-    """Seconds to the first token by stage."""
-    found = {"vision": wishes.images * vision_seconds(d.vision, here, image_tokens(weights))} if wishes.images and d.vision else {}
-    return found | {"prefill": prefill_seconds(d, storage, here, tokens)}
+def tower_elsewhere(target: str, device: Device) -> bool:
+    """Whether a vision tower runs on the CPU of a device whose GPU runs the decoder: nothing is known of such a CPU's speed."""
+    return target == "llamacpp" and bool(device.compute_capability)
 
 
 def activations(d: Dimensions, tokens: int, target: str) -> int:
@@ -318,7 +322,7 @@ def too_big(found: Sequence[dict[str, Any]], device: Device, room: int) -> Edgem
     )
 
 
-def notes(device: Device, mode: PowerMode, chosen: dict[str, Any]) -> list[str]:
+def notes(device: Device, mode: PowerMode, chosen: dict[str, Any], wishes: Wishes) -> list[str]:
     """What a person must know to read the numbers."""
     found = []
     if chosen["misses"]:
@@ -327,6 +331,8 @@ def notes(device: Device, mode: PowerMode, chosen: dict[str, Any]) -> list[str]:
         found.append(f"The clocks of the mode {mode.name} are not known: times are those of the full clocks, and too short.")
     if not device.compute_capability and not device.achieved:
         found.append("This CPU's speed is taken from its data sheet, which predicts badly: measure it with edgemed doctor --measure --out DEVICE.yaml.")
+    if wishes.images and tower_elsewhere(chosen["target"], device):
+        found.append("llama.cpp engines see through ONNX Runtime on the CPU, whose speed there is not known: the time of the vision tower is missing from every first token.")
     found.append(stated_error(device))
     if device.compute_capability and chosen["target"] == "llamacpp":
         found.append("llama.cpp on CUDA: one published decoding speed stands behind this, and no prefill.")

@@ -12,7 +12,7 @@ from conftest import ROOT
 from edgemed import plan, plugins, units
 from edgemed.device import GIB, power_mode_of, read_device, usable
 from edgemed.errors import EdgemedError
-from edgemed.facts import dimensions, engine_bytes
+from edgemed.facts import dimensions, engine_bytes, sizes
 from edgemed.plan import CHOICES, Wishes
 from edgemed.plugins import load
 from edgemed.random_weights import make_random
@@ -212,3 +212,26 @@ def test_an_engine_the_device_cannot_compile_is_not_recommended():
     with pytest.raises(EdgemedError, match="nothing can be built on .*Orin Nano 8GB.*TensorRT compiles it there"):
         plan.plan(MODEL, BOARD, Wishes(precision="fp16"))
     assert plan.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16"))["recommended"]["builds"]
+
+
+def seeing():
+    """A model that sees, of published dimensions."""
+    from edgemed.family import all_families
+
+    return f"random:{next(family.reference_name for family in all_families().values() if family.vision)}"
+
+
+def test_images_cost_tower_tokens_and_time():
+    blind, one, two = (plan.plan(seeing(), "n100-mini-pc-16gb", Wishes(images=n, prompt=64, precision="int4", context=2048))["recommended"] for n in range(3))
+    assert blind["vision_mb"] == one["vision_mb"] > 1000 and blind["stages_s"].keys() == {"prefill"}
+    assert two["stages_s"]["vision"] == pytest.approx(2 * one["stages_s"]["vision"]) and two["stages_s"]["prefill"] > one["stages_s"]["prefill"] > blind["stages_s"]["prefill"]
+    found = plan.plan(seeing(), BOARD, Wishes(images=1, prompt=64))
+    assert "vision" not in found["recommended"]["stages_s"] and any("vision tower is missing from every first token" in note for note in found["notes"])
+
+
+def test_a_vision_tower_is_counted_once():
+    weights = plan.weights_of(seeing())
+    size, d = engine_bytes(weights, "onnx", "int4"), dimensions(weights)
+    tower = sum(n for name, (_, n, _) in sizes(weights).items() if name.startswith("vision."))
+    assert size.tower == pytest.approx(4 * tower, rel=0.01) and d.vision.weights == pytest.approx(tower, rel=0.01)
+    assert d.matrices + d.head == pytest.approx(1.544e9, rel=0.01), "Qwen2-1.5B's decoder"
