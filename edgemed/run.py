@@ -26,7 +26,7 @@ from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
-from edgemed.plan import parameters
+from edgemed.facts import parameters
 from edgemed.random_weights import make_random
 from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
