@@ -20,7 +20,7 @@ from edgemed.errors import EdgemedError, nearest
 from edgemed.facts import MB, described, dimensions, engine_bytes, largest_matrix
 from edgemed.published import summary
 from edgemed.recipe import read_recipe
-from edgemed.roofline import Constants, Dimensions, Place, Storage, constants, decode_seconds, place, prefill_seconds, vision_seconds
+from edgemed.roofline import Constants, Dimensions, Storage, constants, decode_seconds, place, prefill_seconds, vision_seconds
 from edgemed.weights import Weights
 
 # Tokens of an answer, for the room it takes in the context and for ranking by the time until it is there.

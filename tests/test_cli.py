@@ -53,7 +53,7 @@ def test_every_result_as_json(engine: Path, model: Path, tmp_path: Path) -> None
     assert [json.loads(line) for line in lines] == records
     assert all(r["state"]["wait"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY") and (r["state"]["energy"] is None) == (r["state"]["energy_reason"] is not None) for r in records)
     scored = json.loads(cli("eval", engine, "--task", "section", "--source", model, "--limit", 4, "--json", "--out", tmp_path / "e.json").stdout)
-    assert [r["n"] for r in scored] == [4, 4] and scored[1]["paired"]["changed"] == 0
+    assert [r["n"] for r in (*scored["source"], *scored["engine"])] == [4, 4] and scored["engine"][0]["paired"]["changed"] == 0 and scored["gate"] is None
     assert json.loads((tmp_path / "e.json").read_text()) == scored
     # Records beside the engine are no alteration of it.
     assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]

@@ -506,7 +506,7 @@ def test_a_report_says_why_there_is_no_energy_and_what_held_the_clocks_down():
         return [{"state": {"energy_reason": reason, "throttling": throttling}}]
 
     recipe = Recipe("model", (), (), bench=BenchSpec())
-    engines = [types.SimpleNamespace(name=name, random_weights=False) for name in ("a", "b", "c")]
+    engines = [types.SimpleNamespace(name=name, random_weights=False, stand_in="") for name in ("a", "b", "c")]
     said = not_measured(recipe, engines, [None] * 3, [benched("no permission", []), benched("no permission", ["GPU slowed"]), []])
     assert [line for line in said if "Energy" in line] == ["Energy was not measured: no permission."]
     assert "b: not measured at full clocks: GPU slowed." in said
