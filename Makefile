@@ -45,7 +45,7 @@ check:
 # What a device has: the two runtimes, no torch, no transformers; edgemed installed as a user would, not from the source tree.
 .venv-device/.ready: $(SOURCES) constraints.txt .wheels/llama-cpp.ready | check
 	test -x .venv-device/bin/pip || $(PYTHON) -m venv .venv-device
-	.venv-device/bin/pip install $(PIP_ARGS) '.[onnx,llamacpp]'
+	.venv-device/bin/pip install $(PIP_ARGS) '.[onnx,llamacpp,sign]'
 	.venv-device/bin/pip install $(PIP_ARGS) --force-reinstall --no-deps .
 	touch $@
 

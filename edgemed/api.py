@@ -9,14 +9,14 @@ from typing import Any
 
 from edgemed import engine as engines
 from edgemed import params as strict
-from edgemed import plugins, store
+from edgemed import plugins, provenance, store
 from edgemed.checkpoint import open_checkpoint
-from edgemed.engine import Engine, open_engine
+from edgemed.engine import Engine, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluate import SOURCE, judge, pair, source_key
+from edgemed.facts import inspect
 from edgemed.family import Family
 from edgemed.image_files import open_image
-from edgemed.plan import inspect
 from edgemed.recipe import EvalSpec
 from edgemed.run import evaluate_opened, open_source
 from edgemed.session import Pictures, Sampling, Session, generate
@@ -24,7 +24,7 @@ from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode
 from edgemed.vision import VisionSession
 
-__all__ = ["chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
+__all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
 
 # Reference answers of a single export: few and short, because a large source is slow on a CPU; a recipe's verify: asks for more.
 EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
@@ -56,7 +56,31 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     if prompts and not checkpoint.random_weights:
         origin = open_model(source, out.parent) if source else checkpoint
         reference = answers(origin, VerifySpec(prompts, **EXPORT_REFERENCE)).trim(EXPORT_REFERENCE["carried"])
-    return engines.export(checkpoint, target, built, out, reference)
+    engine = engines.export(checkpoint, target, built, out, reference)
+    provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None)
+    return engine
+
+
+def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = True) -> dict[str, Any]:
+    """Finish an engine on its device: compile, then verify and (measure) bench it. Returns plan (its manifest), verify and records.
+
+    verify is None where the engine carries no reference answers; nothing is measured where it failed. Raises EdgemedError as engine.finish.
+    """
+    from edgemed.bench import bench
+    from edgemed.recipe import BenchSpec
+    from edgemed.reference import FILE as REFERENCE
+    from edgemed.verify import Limits, verify
+
+    opened = open_engine(engine, check=True)
+    plan = engines.finish(opened, workspace_mb)
+    result = verify(opened, opened.reference(), Limits()) if (opened.path / REFERENCE).is_file() else None
+    records: list[dict[str, Any]] = []
+    if measure and (result is None or result["passed"]):
+        store.reset_peak_memory()
+        lengths = tuple(length for length in BenchSpec().prompt if length + BenchSpec().generate < opened.context) or (max(1, opened.context // 2),)
+        records = bench(opened, BenchSpec(lengths))
+        store.append_records(opened.path, records)
+    return {"plan": plan, "verify": result, "records": records}
 
 
 def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None, against: str | Path | None = None, threads: int | None = None) -> dict[str, Any]:
@@ -68,6 +92,7 @@ def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None
     if source and against:
         raise EdgemedError("give either a source or a file of its results", "Leave one of --source and --against out")
     opened, settings = open_engine(engine, check=True), spec.settings()
+    require_built(opened, "evaluate")
     known = read_results(against) if against else []
     bases, results = [], []
     base_model = open_source(open_checkpoint(source)) if source else None
@@ -114,6 +139,7 @@ def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | N
     is); default: 'chat' where there are images, else 'none'.
     """
     opened = open_engine(engine)
+    require_built(opened, "generate from")
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
     pictures = [open_image(image) for image in images]
@@ -154,6 +180,7 @@ def _words(engine: Engine, session: Session, tokens: Sequence[int], sampling: Sa
 def chat(engine: str | Path, sampling: Sampling, threads: int | None = None) -> None:
     """Read lines from standard input and answer each, the conversation kept in the prompt."""
     opened = open_engine(engine)
+    require_built(opened, "talk to")
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
     tokenizer, session, messages = opened.tokenizer(), opened.open(threads), []

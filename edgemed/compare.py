@@ -83,7 +83,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
         first = machine == machines[0]
         engines.append({
             "name": facts["name"] if len(machines) == 1 else f"{facts['name']} on {machine}", "target": facts["target"], "precision": facts["precision"], "path": str(directory),
-            "bytes": sum(entry["bytes"] for entry in manifest["files"].values() if not entry.get("attached")), "manifest": manifest, "verify": manifest.get("verify"),
+            "bytes": store.size_of(manifest), "manifest": manifest, "verify": manifest.get("verify"),
             "records": latest([record for record in own if machine_name(record["machine"]) == machine]),
             "evals": evals if first else [], "gate": manifest.get("gate") if first else None, "stages": manifest.get("stages") or [],
         })

@@ -23,12 +23,16 @@ from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
 
 ENGINE = "engine.json"
+PLAN = "plan"
 COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token."""
+    """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token.
+
+    unbuilt: what open() runs until `edgemed build` has compiled the engine on its device; '' for engines that are complete as exported.
+    """
 
     path: Path
     name: str
@@ -46,6 +50,12 @@ class Engine:
     rope_frequencies: tuple[float, ...] = ()
     rope_axes: tuple[int, ...] = ()
     vision: Mapping[str, Any] | None = None
+    unbuilt: str = ""
+
+    @property
+    def stand_in(self) -> str:
+        """What open() runs instead of the engine's own runtime, '' where the engine is built."""
+        return "" if (self.path / store.ON_DEVICE / PLAN / store.MANIFEST).is_file() else self.unbuilt
 
     @property
     def key(self) -> str:
@@ -89,7 +99,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
                 "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen,
-            }
+            } | ({"unbuilt": notes["unbuilt"]} if "unbuilt" in notes else {})
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
                 tokenizer.save(str(work.path / "tokenizer.json"))
@@ -123,7 +133,36 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
         raise EdgemedError(f"{path} is a {manifest['kind']}, not an engine", "Make an engine with: edgemed export MODEL --target onnx --out DIR")
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     wrong = [name for name, size in sizes.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
-    wrong = [f"{name} is missing or has another size" for name in wrong] or (store.check_manifest(path) if check else [])
+    wrong = [f"{name} is missing or has another size" for name in wrong] or ([*store.check_manifest(path), *_plan_problems(path)] if check else [])
     if wrong:
         raise EdgemedError(f"{path} was altered after it was made: {'; '.join(wrong)}", "Copy or export the engine again")
     return Engine(path=path, **json.loads((path / ENGINE).read_text(encoding="utf-8")))
+
+
+def _plan_problems(path: Path) -> list[str]:
+    plan = path / store.ON_DEVICE / PLAN
+    return store.check_manifest(plan) if (plan / store.MANIFEST).is_file() else []
+
+
+def require_built(engine: Engine, verb: str) -> None:
+    """Raise EdgemedError where an engine still has to be compiled on its device, before `verb` would tell something about another runtime."""
+    if engine.stand_in:
+        raise EdgemedError(f"{engine.path} is unbuilt: {engine.target} has not compiled it yet, so there is nothing to {verb}", f"On the device run: edgemed build {engine.path}")
+
+
+def finish(engine: Engine, workspace_mb: int | None = None) -> dict[str, Any]:
+    """Compile an exported engine for the GPU of this machine; returns the manifest of what was made under on-device/.
+
+    The engine itself stays as it was exported, so its key and its records stay valid; a plan of another TensorRT or GPU is replaced.
+    Raises EdgemedError where nothing is left to build, or the machine lacks what it takes.
+    """
+    module, out = plugins.load("targets", engine.target), engine.path / store.ON_DEVICE / PLAN
+    if not engine.unbuilt:
+        raise EdgemedError(f"{engine.path} is complete: target {engine.target} needs no building", f"Measure it with: edgemed bench {engine.path}")
+    facts = module.identity(engine) | {"workspace_mb": workspace_mb or engine.params["workspace_mb"]}
+    if (out / store.MANIFEST).is_file() and store.read_manifest(out)["params"] != facts:
+        shutil.rmtree(out)
+    with store.building(out, "plan", engine.target, facts, {"engine": engine.key}) as work:
+        if work is not None:
+            work.notes.update(module.finish(engine, work.path, facts["workspace_mb"]))
+    return store.read_manifest(out)

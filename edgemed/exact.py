@@ -1,7 +1,7 @@
 """One-sided tests for a paired difference of proportions, with a size that is proven and not approximated.
 
-Tango's score statistic alone passes a bad engine too often where few answers differ (7 % instead of 5 % is possible); here it only orders
-the possible outcomes, and the p value is the exact probability of what is at least as extreme, at the worst plausible share of changed answers.
+Tango's score test alone passes a bad engine too often where few answers change (6.9 % instead of 5 % was found, and 9.6 % for wrongly failing a
+good one); here its statistic only orders the outcomes, and p is the exact probability of the more extreme ones at the worst plausible truth.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def p_loss_at_least(only_source: int, only_engine: int, n: int, loss: float) -> 
 
     The region 'score at least as large as observed' grows with fewer only_source and with more only_engine, so its probability under H0 is
     largest where the loss is exactly `loss`; what is left unknown there is the share of changed answers. p is an upper bound on the largest
-    probability over its confidence set, plus GAMMA (Berger and Boos, JASA 89:1012, 1994): P(p <= alpha) <= alpha for every n and every truth.
+    probability over its confidence set, plus GAMMA (Berger and Boos, JASA 89:1012, 1994): P(p <= alpha) <= alpha for every n and every truth, up to
+    rounding. The largest size found by enumeration for n = 10 to 2000: 4.98 % at alpha 5 % (docs/measuring.md).
     """
     changed = only_source + only_engine
     low, high = (max(end, abs(loss)) for end in plausible(changed, n))

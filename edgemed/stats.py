@@ -119,7 +119,7 @@ def items_needed(only_source: int, only_engine: int, n: int, margin: float, alph
     size = max(math.ceil(size), n + 1)
     # A normal approximation of a handful of items promises too much; of many it does not.
     while size < 50_000 and not decided(round(size * lost), round(size * gained), size, margin, alpha):
-        size += max(1, size // 50)
+        size += max(1, size // 200)
     return size
 
 

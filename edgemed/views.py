@@ -77,7 +77,7 @@ def engine_view(engine: Json, run: Run, known: set[str]) -> dict[str, Any]:
     return {
         **engine, "run": run, "label": f"{run.label}: {engine['name']}" if run.label else engine["name"], "verdict": verdict,
         "values": values, "prompts": by_prompt, "last": by_prompt[-1] if by_prompt else None,
-        "why_no_speed": {"failed": "not benchmarked: parity failed"}.get(verdict, "not benchmarked") if not records else None,
+        "why_no_speed": None if records else silence(engine, verdict),
         "greedy": verify["greedy_same"] / verify["greedy_tokens"] if verify and verify.get("greedy_tokens") else None,
         "machine": machine_name(records[-1]["machine"]) if records else None, "source_key": lineage.source_of(engine["manifest"], known),
         # Several strategies on one task: the first, which is the one the gate judges, stands for it.
@@ -87,6 +87,14 @@ def engine_view(engine: Json, run: Run, known: set[str]) -> dict[str, Any]:
         "cached": ceiling is not None and ceiling["how"]["bytes_per_token"] < ceiling["machine"].get("cache_bytes", 0),
         "room": summary.usable_bytes(run.document["device"], records[-1]["machine"]) if records and summary.shares_memory(run.document["device"]) else None,
     }
+
+
+def silence(engine: Json, verdict: str) -> str:
+    """Why an engine shows no speed."""
+    if verdict == "failed":
+        return "not benchmarked: parity failed"
+    unbuilt = engine["manifest"]["notes"].get("unbuilt")
+    return f"unbuilt, not benchmarked; parity is that of {unbuilt}" if unbuilt else "not benchmarked"
 
 
 def machine_name(machine: Json) -> str:

@@ -208,6 +208,8 @@ def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family, target = request.param
     folder = tmp_path_factory.mktemp("exact")
     path = write_model(folder / "model", family=family)
+    if reason := plugins.load("targets", target).supports(Weights(open_checkpoint(path)), exact_params(target, path, folder)):
+        pytest.skip(f"{target} does not take {family}: {reason}")
     engine = export(open_checkpoint(path), target, exact_params(target, path, folder), folder / "engine")
     ids = tokens(CONTEXT, seed=2)
     return engine, logits(Weights(open_checkpoint(path)), torch.tensor([ids]))[0].numpy(), ids
@@ -314,11 +316,13 @@ def test_no_solved_example_is_asked(name: str) -> None:
 
 @pytest.mark.parametrize("name", plugins.names("devices"))
 def test_device(name: str) -> None:
-    from edgemed.device import read_device
+    from edgemed.device import SOURCE_OF, read_device
 
     device = read_device(name)
     assert device.name == name and device.title
-    assert device.source or not device.memory_gb, "numbers of a device name their source"
+    for field, part in SOURCE_OF.items():
+        assert not getattr(device, field) or device.source.get(part), f"{name}: {field} names no source ({part})"
+    assert set(device.source) <= set(SOURCE_OF.values())
 
 
 @pytest.mark.parametrize("name", card_names())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Params:
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
     context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector;
     min_pixels, max_pixels: to which images are resized (default the model's).
+    provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
 
     precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
@@ -46,6 +48,7 @@ class Params:
     tower: Literal["fp32", "fp16", "int8"] = "fp32"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    provider: Literal["cpu", "cuda"] = "cpu"
 
 
 def label(params: Params) -> str:
@@ -72,6 +75,8 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"the checkpoint holds {stored}-bit integers and precision {params.precision} asks for {bits}; use precision auto"
     if stored and weights.quantization["group_size"] != -1 and weights.quantization["group_size"] % 16:
         return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {weights.quantization['group_size']}"
+    if params.provider == "cuda" and params.precision == "fp32":
+        return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
     if d.head_dim % 8:
         return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
     if len(d.rope_frequencies) % 8:
@@ -91,7 +96,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     from edgemed.vision_graph import build_vision
 
     bits = bits_of(weights, params)
-    floats = "float16" if params.precision == "fp16" else "float32"
+    floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}
     if weights.vision:
         seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)}
@@ -135,20 +140,34 @@ class OrtSession:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
+        self.cuda = engine.params.get("provider") == "cuda"
+        if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise EdgemedError(f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider", "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'")
+        if self.cuda and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from the wheels beside it, where the system has none
+        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+            # These threads are not OpenMP's, but whoever asks for that policy means them too.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
             raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {engine.path}: {str(error).splitlines()[0]}", "Export the engine again") from error
+        if self.cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            # onnxruntime only logs this and would run everything on the CPU.
+            raise EdgemedError(f"onnxruntime {ort.__version__} cannot start CUDA here", "Install the CUDA and cuDNN it was built for (its log names the missing library)")
         self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
         self.ort, self.binding = ort, self.session.io_binding()
         # The arena would keep the largest prefill's buffers for good; a device wants that memory back.
         self.shrinking = ort.RunOptions()
-        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0")
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
                 dtype = np.float16 if value.type == "tensor(float16)" else np.float32
                 shape = (1, value.shape[1], self.context, value.shape[3])
-                buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
+                if self.cuda:
+                    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
+                else:
+                    buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
                 self.binding.bind_ortvalue_input(value.name, buffer)
                 self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
         self.rope = rope_tables(engine)
@@ -175,7 +194,7 @@ class OrtSession:
         self.tokens = self._bound("tokens", np.zeros((1, new), np.int64))
         self.positions = self._bound("positions", np.zeros((1, new), np.int64))
         self.select = self._bound("select", np.zeros(selected, np.int64))
-        self.slots = self._bound("slots", np.full((1, new), -1, np.int64)) if self.sees else None
+        self.feature_rows = self._bound("feature_rows", np.full((1, new), -1, np.int64)) if self.sees else None
         self.scores = np.zeros((1, selected, self.width), np.float32)
         self.binding.bind_ortvalue_output("scores", self.ort.OrtValue.ortvalue_from_numpy(self.scores))
         self.shape = (new, selected)
@@ -191,7 +210,7 @@ class OrtSession:
             raise EdgemedError("this engine reads text only", "Ask it without an image, or export a model that sees")
         check_pictures(tokens, pictures)
         seen = np.array(tokens) == pictures.token
-        self.slots[0] = np.where(seen, np.cumsum(seen) - 1, -1)
+        self.feature_rows[0] = np.where(seen, np.cumsum(seen) - 1, -1)
         self._bound("features", np.ascontiguousarray(pictures.features, np.float32))
 
     def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
@@ -206,7 +225,7 @@ class OrtSession:
         if pictures:
             self._show(tokens, pictures)
         elif self.sees:
-            self.slots[:] = -1
+            self.feature_rows[:] = -1
         self.session.run_with_iobinding(self.binding, self.shrinking if new > 1 else None)
         self.position = end
         return self.scores[0]
