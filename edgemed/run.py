@@ -26,7 +26,7 @@ from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
-from edgemed.plan import parameters
+from edgemed.facts import parameters
 from edgemed.random_weights import make_random
 from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
@@ -76,7 +76,7 @@ def run(recipe: Recipe, work: Path) -> Path:
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
         "engines": [entry(*facts, gate) for facts in zip(engines, verified, records, evals, strict=True)],
         "source_evals": source_evals, "strategies": list(recipe.eval.strategies) if recipe.eval else [], "gate": gate,
-        "not_measured": not_measured(recipe, engines, verified),
+        "not_measured": not_measured(recipe, engines, verified, records),
     }
     store.write_json(work / "report.json", document)
     page = render(document)
@@ -294,10 +294,12 @@ def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[st
             "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name), "stages": []}
 
 
-def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None]) -> list[str]:
+def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None], records: list[list[dict[str, Any]]]) -> list[str]:
     """What a reader might take for granted and nobody measured."""
     missing = [] if recipe.device is None else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
-    missing += ["Energy was not measured."]
+    reasons = dict.fromkeys(found[0]["state"]["energy_reason"] for found in records if found)
+    missing += [f"Energy was not measured: {reason}." for reason in reasons if reason] if reasons else ["Energy was not measured."]
+    missing += [f"{e.name}: not measured at full clocks: {'; '.join(held)}." for e, found in zip(engines, records, strict=True) if found and (held := found[0]["state"]["throttling"])]
     missing += [f"{e.name}: not benchmarked, because it failed verification." for e, v in zip(engines, verified, strict=True) if v and not v["passed"] and recipe.bench]
     missing += [f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was measured; parity is that of {e.stand_in}." for e in engines if e.stand_in]
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]

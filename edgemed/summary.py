@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from edgemed.device import GIB, Device
+from edgemed.device import GIB, Device, usable
 from edgemed.formats import count, number, percent, point_interval, points, seconds, size
-from edgemed.plan import usable
 
 Json = Mapping[str, Any]
 MANY = 1_000_000
@@ -51,7 +50,7 @@ def fits(engine: Json, device: Json | None) -> Answer:
 def usable_bytes(device: Json | None, machine: Json) -> int | None:
     """Bytes left for an engine on the device, or on `machine` where no device, or only 'whatever this runs on', was asked for."""
     if device is None:
-        return usable(Device("", "", True, (), memory_gb=machine["memory_bytes"] / GIB))
+        return usable(Device("", "", True, {}, memory_gb=machine["memory_bytes"] / GIB))
     known = {field.name for field in fields(Device)}
     asked = Device(**{key: value for key, value in device.items() if key in known})
     if asked.memory_gb is None and not asked.recognise:
