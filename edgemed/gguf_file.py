@@ -144,6 +144,9 @@ def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None
         writer.add_rope_dimension_count(2 * len(d.rope_frequencies))
         writer.add_rope_freq_base(d.rope_theta)
         writer.add_parallel_residual(d.parallel)
+        if d.rope_axes:
+            # llama.cpp counts four parts of a position, the last always empty.
+            writer.add_rope_dimension_sections([*(d.rope_axes.count(axis) for axis in range(3)), 0])
     writer.add_vocab_size(d.vocab)
     writer.add_file_type(file_type)
     writer.add_quantization_version(need("gguf", "build").GGML_QUANT_VERSION)

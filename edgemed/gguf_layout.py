@@ -47,7 +47,7 @@ def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, P
     """tensor -> where it comes from, in the file's order. A tied output matrix and a classification head are not in it."""
     found = {}
     for name, part in parts.items():
-        if name == "head" or (name == "lm_head" and part.modules == parts["embed"].modules):
+        if name == "head" or name.startswith("vision.") or (name == "lm_head" and part.modules == parts["embed"].modules):
             continue
         prefix, _, last = name.rpartition(".")
         start = 0

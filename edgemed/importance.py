@@ -6,6 +6,7 @@ memory is that of one layer and the activations of one window.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,15 @@ import numpy as np
 from edgemed.console import track
 from edgemed.decoder import block, embed, linear, load_layer
 from edgemed.errors import EdgemedError, need
+from edgemed.store import file_sha256
 from edgemed.weights import MATRICES, Weights
 
 if TYPE_CHECKING:
     import torch
 
     from edgemed.decoder import Layer
+
+FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 
 def importance(weights: Weights, windows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
@@ -51,12 +55,17 @@ def save(path: Path, values: Mapping[str, np.ndarray]) -> None:
     np.savez(path, **values)
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    """Raises EdgemedError where the file is missing or is no importance file."""
+def digest(path: Path) -> str:
+    """sha256 of an importance file. Raises EdgemedError where it is missing."""
     if not Path(path).is_file():
-        raise EdgemedError(f"importance file {path} does not exist", "Give a .npz file made by edgemed, or the name of a calibration card")
+        raise EdgemedError(f"importance file {path} does not exist", FIX)
+    return file_sha256(path)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Raises EdgemedError where the file is no importance file."""
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except ValueError as error:
-        raise EdgemedError(f"{path} is not an importance file: {error}", "Give a .npz file made by edgemed, or the name of a calibration card") from None
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise EdgemedError(f"{path} is not an importance file: {error}", FIX) from None

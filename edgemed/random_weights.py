@@ -14,7 +14,7 @@ from edgemed import store
 from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
 from edgemed.console import track
 from edgemed.errors import EdgemedError, need, nearest
-from edgemed.family import all_families, family_of
+from edgemed.family import all_families, every_part, family_of
 
 MARK = "edgemed_random_weights"
 
@@ -44,7 +44,7 @@ def make_random(config: str | Mapping[str, Any], out: Path, dtype: str = "bfloat
             generator = torch.Generator().manual_seed(seed)
             writer, std = Writer(work.path, config), config.get("initializer_range", 0.02)
             written: set[str] = set()
-            for part in track(list(family.parts(decoder).values()), "random weights"):
+            for part in track(list(every_part(family, decoder, family.vision(config, {}) if family.vision else None).values()), "random weights"):
                 for module, shape in part.stored():
                     if module in written:
                         continue

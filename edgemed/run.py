@@ -18,21 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import params as strict
-from edgemed import plugins, store
+from edgemed import plugins, provenance, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
 from edgemed.data import read_card, texts
 from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
-from edgemed.errors import EdgemedError
+from edgemed.errors import EdgemedError, need
 from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
-from edgemed.plan import parameters
+from edgemed.facts import parameters
 from edgemed.random_weights import make_random
 from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
-from edgemed.report import render
+from edgemed.report import write
 from edgemed.session import Session
 from edgemed.strategy import Settings, parse
+from edgemed.summary import on_device
 from edgemed.task import Questions, questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.verify import Limits, verify
@@ -54,7 +55,7 @@ class Line:
 
 
 def run(recipe: Recipe, work: Path) -> Path:
-    """Execute a recipe in `work` and return the path of report.html.
+    """Execute a recipe in `work` and return the path of report.html (report.json and report.md lie beside it).
 
     Raises EdgemedError for anything a person can put right; a second call goes on from the last finished step.
     """
@@ -65,29 +66,32 @@ def run(recipe: Recipe, work: Path) -> Path:
     reference = reference_for(line.source, recipe.verify, cache) if recipe.verify and not line.source.random_weights else None
     engines = [run_target(stage, line, reference, recipe, cache, work) for stage in recipe.engines]
     verified = [verify_engine(engine, reference, recipe, cache) if reference else None for engine in engines]
-    records = [bench_engine(engine, recipe) if recipe.bench and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
+    records = [bench_engine(engine, recipe) if recipe.bench and not engine.stand_in and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
     source_evals, evals = run_evals(line.source, engines, recipe, cache)
     gate = run_gate(engines, evals, recipe)
+    for engine, result, found in zip(engines, verified, evals, strict=True):
+        source = provenance.known_source(recipe.model, line.points["model"].path, engine.path)
+        provenance.document(engine.path, source, result, found, part_of(gate, engine.name), recipe.verify.prompts if result else None)
     document = {
         "schema": 2, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
         "engines": [entry(*facts, gate) for facts in zip(engines, verified, records, evals, strict=True)],
         "source_evals": source_evals, "strategies": list(recipe.eval.strategies) if recipe.eval else [], "gate": gate,
-        "not_measured": not_measured(recipe, engines, verified),
+        "not_measured": not_measured(recipe, engines, verified, records),
     }
     store.write_json(work / "report.json", document)
-    page = render(document)
-    (work / ".report.html").write_text(page, encoding="utf-8")
-    os.replace(work / ".report.html", work / "report.html")
-    return work / "report.html"
+    return write(document, work)
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Find a missing model, adapter, text set or task file in the first second, not after an hour of work."""
+    """Find a missing model, adapter, text set, importance or task file in the first second, not after an hour of work."""
     if not recipe.model.startswith(RANDOM):
         Weights(open_checkpoint(recipe.model))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
+    for stage in recipe.engines:
+        plugins.load("targets", stage.plugin).inputs(stage.params)
+    need("cyclonedx", "bom")
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
     for spec in recipe.eval.tasks if recipe.eval else ():
@@ -116,9 +120,10 @@ def open_model(model: str, cache: Path) -> Checkpoint:
 
 def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
     """An engine of true dimensions with random weights, for latency and memory only."""
-    stage = Stage(target, strict.build(plugins.load("targets", target).Params, values, target))
+    module = plugins.load("targets", target)
+    stage = Stage(target, strict.build(module.Params, values, target))
     checkpoint = open_model(f"random:{name}", work)
-    out = work / f"{name}-{target}-{short(stage, {})}"
+    out = work / f"{name}-{target}-{short(stage, module.inputs(stage.params))}"
     return export(checkpoint, target, stage.params, out, name=out.name).path
 
 
@@ -164,7 +169,8 @@ def answers(source: Checkpoint, spec: VerifySpec) -> Reference:
 def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path) -> Engine:
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = reference.trim(recipe.verify.carried) if reference else None
-    inputs = checkpoint.hashes() | {"reference": carried.digest() if carried else "none", "name": stage.name}
+    inputs = checkpoint.hashes() | plugins.load("targets", stage.plugin).inputs(stage.params)
+    inputs |= {"reference": carried.digest() if carried else "none", "name": stage.name}
     final = cache / f"{stage.name}-{short(stage, inputs)}"
     say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
     engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name)
@@ -179,7 +185,8 @@ def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Re
 
 def verify_engine(engine: Engine, reference: Reference, recipe: Recipe, cache: Path) -> dict[str, Any]:
     limits = Limits(recipe.verify.max_kl, recipe.verify.min_top1)
-    result = cached(cache, "verify", {"limits": asdict(limits)}, {"engine": engine.key, "reference": reference.digest()}, lambda: verify(engine, reference, limits))
+    inputs = {"engine": engine.key, "reference": reference.digest(), "ran_on": engine.stand_in or engine.target}
+    result = cached(cache, "verify", {"limits": asdict(limits)}, inputs, lambda: verify(engine, reference, limits))
     say(f"verify: {engine.name} " + ("[green]passed[/green]" if result["passed"] else f"[red]failed[/red]: {'; '.join(result['problems'])}"))
     return result
 
@@ -220,6 +227,8 @@ def run_evals(source: Checkpoint, engines: list[Engine], recipe: Recipe, cache: 
         for base in evals_of(None, source, asked, spec, cache):
             source_results.append(base)
         for engine, found in zip(engines, results, strict=True):
+            if engine.stand_in:
+                continue
             manifest = store.read_manifest(engine.path)
             for base, result in zip(source_results[-len(spec.strategies) :], evals_of(engine, source, asked, spec, cache), strict=True):
                 found.append(pair(result, base, manifest, spec.margin, spec.alpha))
@@ -279,16 +288,19 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]], gate: Mapping[str, Any] | None) -> dict[str, Any]:
     manifest = store.read_manifest(engine.path)
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": size,
+    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": store.size_of(manifest),
             "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name), "stages": []}
 
 
-def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None]) -> list[str]:
+def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None], records: list[list[dict[str, Any]]]) -> list[str]:
     """What a reader might take for granted and nobody measured."""
-    missing = [] if recipe.device is None else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
-    missing += ["Energy was not measured."]
+    device = asdict(read_device(recipe.device)) if recipe.device else None
+    missing = [] if on_device(device, machine()) else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
+    reasons = dict.fromkeys(found[0]["state"]["energy_reason"] for found in records if found)
+    missing += [f"Energy was not measured: {reason}." for reason in reasons if reason] if reasons else ["Energy was not measured."]
+    missing += [f"{e.name}: not measured at full clocks: {'; '.join(held)}." for e, found in zip(engines, records, strict=True) if found and (held := found[0]["state"]["throttling"])]
     missing += [f"{e.name}: not benchmarked, because it failed verification." for e, v in zip(engines, verified, strict=True) if v and not v["passed"] and recipe.bench]
+    missing += [f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was measured; parity is that of {e.stand_in}." for e in engines if e.stand_in]
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]
     missing += [] if recipe.verify else ["Engines were not verified against their source (no verify: in the recipe)."]
     missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]

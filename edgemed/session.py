@@ -15,6 +15,32 @@ import numpy as np
 from edgemed.errors import EdgemedError
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a prompt, as features. features float32 [n, hidden]: one for each token of the prompt whose id is `token`, in order.
+
+    positions int64 [parts, T]: rotary positions of all tokens of the prompt, counted from 0; what follows goes on after the largest.
+    """
+
+    features: np.ndarray
+    positions: np.ndarray
+    token: int
+
+
+class Positions:
+    """Rotary positions of every token a session holds, for models whose images take less room in them than they have tokens."""
+
+    def __init__(self, parts: int, context: int):
+        self.held = np.zeros((parts, context), np.int64)
+
+    def add(self, start: int, count: int, given: np.ndarray | None = None) -> np.ndarray:
+        """Positions [parts, count] of `count` tokens appended at sequence index `start`; given: counted from 0."""
+        after = int(self.held[:, :start].max()) + 1 if start else 0
+        new = np.arange(count)[None] if given is None else given
+        self.held[:, start : start + count] = after + new
+        return self.held[:, start : start + count]
+
+
 class Session(Protocol):
     """A running engine with one sequence. Arrays returned are float32 and valid until the next call.
 
@@ -26,10 +52,10 @@ class Session(Protocol):
     context: int
     position: int
 
-    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
         """Append tokens; scores [1, width] of the last one, or [len(tokens), width] with every=True.
 
-        Raises EdgemedError where the tokens do not fit the context.
+        pictures: features that take the place of image tokens. Raises EdgemedError where the tokens do not fit the context, or the engine sees nothing.
         """
         ...
 
@@ -54,6 +80,13 @@ def check_room(session: Session, tokens: Sequence[int]) -> None:
         )
 
 
+def check_pictures(tokens: Sequence[int], pictures: Pictures) -> None:
+    """Raise EdgemedError where a prompt has another number of image tokens than there are features."""
+    places = sum(token == pictures.token for token in tokens)
+    if places != len(pictures.features):
+        raise EdgemedError(f"the prompt has room for {places} image features, the images have {len(pictures.features)}", "Give as many images as the prompt has places for")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts off."""
@@ -65,11 +98,11 @@ class Sampling:
     max_tokens: int = 256
 
 
-def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset(), pictures: Pictures | None = None) -> Iterator[int]:
     """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
     if session.head != "lm":
         raise EdgemedError(f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval")
-    yield from continued(session, session.prefill(prompt)[-1], sampling, stop)
+    yield from continued(session, (session.prefill(prompt, pictures=pictures) if pictures else session.prefill(prompt))[-1], sampling, stop)
 
 
 def continued(session: Session, scores: np.ndarray, sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:

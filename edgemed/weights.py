@@ -6,12 +6,13 @@ integer layout are dealt with once.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgemed.checkpoint import Checkpoint
 from edgemed.errors import EdgemedError, need
-from edgemed.family import Decoder, Family, Part, family_of
+from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,8 @@ class Weights:
         self.fold = fold
         plain = (self.source.head_dim**-0.5,) * self.source.layers
         self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
-        self.parts: dict[str, Part] = self.family.parts(self.source)
+        self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint)) if self.family.vision else None
+        self.parts: dict[str, Part] = every_part(self.family, self.source, self.vision)
         self.quantization: dict[str, Any] | None = checkpoint.config.get("quantization_config")
         if self.quantization and self.quantization.get("quant_method") != "gptq":
             method = self.quantization.get("quant_method")
@@ -139,7 +141,7 @@ class Weights:
         torch = need("torch", "build")
         found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
         matrix = found[0] if len(found) == 1 else joined(found, name)
-        if self.fold and name.endswith(".qkv"):
+        if self.fold and name.startswith("layers.") and name.endswith(".qkv"):
             factor = self.source.fold_factor(int(name.split(".")[1]))
             rows = torch.ones(self.parts[name].shape[0])
             rows[: self.source.q_size] = factor
@@ -154,6 +156,7 @@ class Weights:
         bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
         if f"{key}.weight" in tensors:
             weight = read(f"{key}.weight")
+            weight = weight.flatten(1) if weight.ndim > 2 else weight  # a convolution over patches is a product with each patch
             # Turned before it is widened: half the bytes to move for a 16-bit checkpoint.
             return Dense((weight.T.contiguous() if conv1d else weight).float(), bias)
         bits, group = self._packing()
@@ -166,6 +169,15 @@ class Weights:
         if g_idx is not None and bool((g_idx == need("torch", "build").arange(columns) // group).all()):
             g_idx = None
         return Packed(q, read(f"{key}.scales").float().T.contiguous(), zeros, g_idx, bits, group, bias)
+
+
+def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
+    """preprocessor_config.json, which says how images are resized; {} where there is none."""
+    file = checkpoint.path / "preprocessor_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise EdgemedError(f"{file} is not JSON ({error})", "Download it again") from None
 
 
 def joined(found: list[Dense | Packed], name: str) -> Dense | Packed:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB, EOS, CONTEXT = 288, 256, 192
 # Not copied from the family's own numbers: head sizes, context and layers small enough for a second per test.
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128, "max_position_embeddings": CONTEXT,
-        "partial_rotary_factor": 0.5, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2}
+        "partial_rotary_factor": 0.5, "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2}
 
 
 def pytest_configure() -> None:
@@ -41,7 +41,12 @@ def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
     from edgemed.family import all_families
 
     published = all_families()[family].reference_config
-    return {**published, **{key: value for key, value in TINY.items() if key in published}, **changes}
+    tiny = {key: value for key, value in TINY.items() if key in published}
+    if "mrope_section" in (published.get("rope_scaling") or {}):
+        tiny["rope_scaling"] = {**published["rope_scaling"], "mrope_section": [4, 6, 6]}
+    if "vision_config" in published:
+        tiny["vision_config"] = {**published["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64}
+    return {**published, **tiny, **changes}
 
 
 def write_tokenizer(path: Path) -> None:
@@ -62,7 +67,7 @@ def write_model(path: Path, dtype: str = "float32", seed: int = 0, family: str =
     """A checkpoint with random weights, biases and norms (make_random's are 0 and 1), and the tokenizer."""
     import torch
     from edgemed.checkpoint import Writer
-    from edgemed.family import family_of
+    from edgemed.family import every_part, family_of
 
     path.mkdir(parents=True)
     config = tiny_config(family, **changes)
@@ -72,7 +77,7 @@ def write_model(path: Path, dtype: str = "float32", seed: int = 0, family: str =
     def random(*shape: int) -> torch.Tensor:
         return torch.empty(shape).normal_(0, 0.15, generator=generator)
 
-    for part in family.parts(family.decoder(config, {})).values():
+    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}) if family.vision else None).values():
         for module, shape in part.stored():
             if module in written:
                 continue

@@ -27,7 +27,7 @@ from edgemed.decoder import TorchSession, logits  # noqa: E402
 from edgemed.engine import Engine, export  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
 from edgemed.family import Decoder, Family, all_families  # noqa: E402
-from edgemed.recipe import read_recipe  # noqa: E402
+from edgemed.recipe import PATH_KEYS, read_recipe  # noqa: E402
 from edgemed.session import generate  # noqa: E402
 from edgemed.session import Sampling  # noqa: E402
 from edgemed.task import Task, describe, questions  # noqa: E402
@@ -39,7 +39,7 @@ IDS = tokens(40)
 
 def filled(value: object) -> None:
     for field in dataclasses.fields(value):
-        assert getattr(value, field.name) is not None, f"{field.name} is missing"
+        assert field.default is None or getattr(value, field.name) is not None, f"{field.name} is missing"
 
 
 # --- families
@@ -98,7 +98,7 @@ def test_family_logits_equal_transformers(name: str, tmp_path: Path, dtype: str)
     compare(tmp_path, model)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "classes" in plugins.load("families", name).FAMILY.auto_classes])
 def test_family_classes_head_equals_transformers(name: str, tmp_path: Path) -> None:
     model = transformers_model(name, all_families()[name].auto_classes["classes"], tmp_path, num_labels=3)
     weights = Weights(open_checkpoint(tmp_path))
@@ -171,8 +171,24 @@ def test_target_module(name: str) -> None:
     assert isinstance(module.label(module.Params()), str) and isinstance(module.self_check(), str)
     runtime, extra = module.RUNTIME
     assert runtime and extra in (ROOT / "pyproject.toml").read_text()
-    for function, parameters in (("supports", ["weights", "params"]), ("build", ["weights", "out", "params"]), ("open", ["engine", "threads"])):
+    for function, parameters in (("inputs", ["params"]), ("supports", ["weights", "params"]), ("build", ["weights", "out", "params"]), ("open", ["engine", "threads"])):
         assert list(inspect.signature(getattr(module, function)).parameters) == parameters
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_target_inputs_are_the_files_its_params_name(name: str, tmp_path: Path) -> None:
+    module, file = plugins.load("targets", name), tmp_path / "text.jsonl"
+    plain = module.inputs(module.Params())
+    assert isinstance(plain, dict)
+    for field in {field.name for field in dataclasses.fields(module.Params)} & set(PATH_KEYS):
+        named, found = dataclasses.replace(module.Params(), **{field: str(file)}), []
+        file.unlink(missing_ok=True)
+        with pytest.raises(EdgemedError, match="does not exist"):
+            module.inputs(named)
+        for text in ("one", "another"):
+            file.write_text(json.dumps({"id": 1, "text": text}))
+            found.append(module.inputs(named))
+        assert found[0] != found[1] and hashlib.sha256(file.read_bytes()).hexdigest() in found[1].values() and found[1].keys() > plain.keys()
 
 
 def exact_params(name: str, model: Path, folder: Path):
@@ -192,6 +208,8 @@ def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family, target = request.param
     folder = tmp_path_factory.mktemp("exact")
     path = write_model(folder / "model", family=family)
+    if reason := plugins.load("targets", target).supports(Weights(open_checkpoint(path)), exact_params(target, path, folder)):
+        pytest.skip(f"{target} does not take {family}: {reason}")
     engine = export(open_checkpoint(path), target, exact_params(target, path, folder), folder / "engine")
     ids = tokens(CONTEXT, seed=2)
     return engine, logits(Weights(open_checkpoint(path)), torch.tensor([ids]))[0].numpy(), ids
@@ -298,11 +316,13 @@ def test_no_solved_example_is_asked(name: str) -> None:
 
 @pytest.mark.parametrize("name", plugins.names("devices"))
 def test_device(name: str) -> None:
-    from edgemed.device import read_device
+    from edgemed.device import SOURCE_OF, read_device
 
     device = read_device(name)
     assert device.name == name and device.title
-    assert device.source or not device.memory_gb, "numbers of a device name their source"
+    for field, part in SOURCE_OF.items():
+        assert not getattr(device, field) or device.source.get(part), f"{name}: {field} names no source ({part})"
+    assert set(device.source) <= set(SOURCE_OF.values())
 
 
 @pytest.mark.parametrize("name", card_names())

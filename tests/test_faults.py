@@ -315,6 +315,8 @@ RECIPE = "model: {model}\nsteps:\n  - quantize: {{method: rtn, group: 32}}\nengi
     ("engines:", "eval: {tasks: [pubmedq]}\nengines:", ["pubmedq", "Did you mean 'pubmedqa'"]),
     ("engines:", "verify: {prompts: pubmedqa-abstract}\nengines:", ["pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"]),
     ("engines:", "device: jetson-orin-nano\nengines:", ["jetson-orin-nano", "Did you mean 'jetson-orin-n"]),
+    ("onnx: {}", "llamacpp: {imatrix: nowhere.npz}", ["nowhere.npz", "does not exist"]),
+    ("onnx: {}", "llamacpp: {imatrix: pubmedqa-abstract}", ["pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"]),
     ("  - onnx: {}", "  onnx: {}", ["'engines' is not a list"]),
     ("  - onnx: {}", "  - [", ["not valid YAML"]),
 ])

@@ -25,7 +25,7 @@ from edgemed.gguf_layout import NAMES  # noqa: E402
 from edgemed.gguf_types import FILE_TYPES, Model, needs_imatrix, tensor_types  # noqa: E402
 from edgemed.grid import rtn  # noqa: E402
 from edgemed.random_weights import make_random  # noqa: E402
-from edgemed.store import read_manifest  # noqa: E402
+from edgemed.store import file_sha256, read_manifest  # noqa: E402
 from edgemed.targets import llamacpp  # noqa: E402
 from edgemed.targets.llamacpp import Params  # noqa: E402
 from edgemed.weights import Packed, Weights, pack  # noqa: E402
@@ -222,6 +222,19 @@ def test_every_family_gets_the_types_llama_quantize_gives(family: str, kind: str
     source = export(model, "llamacpp", Params("f32"), tmp_path / "f32")
     made = export(model, "llamacpp", Params(kind), tmp_path / kind)
     assert compare_with_llama(source, made, kind, None, tmp_path) == len(tensors_of(source))
+
+
+def test_importance_changed_in_place_makes_a_new_engine(small: tuple[Checkpoint, Engine], tmp_path: Path) -> None:
+    model, file = small[0], tmp_path / "importance.npz"
+    columns, params = importance.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]]), Params("q2_k_s", imatrix=str(file))
+    importance.save(file, columns)
+    first, again = (read_manifest(export(model, "llamacpp", params, tmp_path / "first").path) for _ in range(2))
+    assert first == again and first["inputs"]["imatrix"] == file_sha256(file)
+    importance.save(file, {name: values[::-1] for name, values in columns.items()})
+    with pytest.raises(EdgemedError, match="made from other inputs"):
+        export(model, "llamacpp", params, tmp_path / "first")
+    second = read_manifest(export(model, "llamacpp", params, tmp_path / "second").path)
+    assert first["key"] != second["key"] and first["files"]["model.gguf"] != second["files"]["model.gguf"]
 
 
 def test_low_bits_need_importance(model: Checkpoint, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
 
 def parts(d: Decoder) -> dict[str, Part]:
     bias = dict.fromkeys(("norm", "qkv", "o", "mlp", "lm_head"), True)
-    return usual_parts(d, bias, o="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", final_norm="model.final_layernorm")
+    return usual_parts(d, bias, o="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", final_norm="final_layernorm")
 
 
 FAMILY = Family(

@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemed import gguf_file
-from edgemed.data import calibration_windows
+from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
 from edgemed.gguf_layout import ROPE, Place, Reader, layout, rescaled
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
+from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import FILE, HEAD, LlamaSession
 from edgemed.tokenizer import open_tokenizer
+from edgemed.vision_graph import build_vision
 
 if TYPE_CHECKING:
     from edgemed.weights import Weights
@@ -47,6 +49,8 @@ class Params:
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
+    tower: precision of a vision tower and projector, which run on ONNX Runtime: llama.cpp resizes images in its own way, and its CLIP towers are wrong;
+    min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
     type: Literal[
@@ -60,6 +64,9 @@ class Params:
     context: int | None = None
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
     repack: bool = True
+    tower: Literal["fp32", "fp16", "int8"] = "fp32"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 def label(params: Params) -> str:
@@ -69,6 +76,17 @@ def label(params: Params) -> str:
 
 def file_type(params: Params) -> str:
     return params.type or ("q8_0" if params.from_checkpoint else "q4_k_m")
+
+
+def inputs(params: Params) -> dict[str, str]:
+    """sha256 of the importance file, or of the text it is to be measured on. Raises EdgemedError where that is missing."""
+    if params.imatrix is None:
+        return {}
+    if params.imatrix.endswith(".npz"):
+        from edgemed import importance
+
+        return {"imatrix": importance.digest(Path(params.imatrix))}
+    return {"imatrix": read_card(params.imatrix).digest("calibration")}
 
 
 def supports(weights: Weights, params: Params) -> str | None:
@@ -99,13 +117,14 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         head = folded.matrix("head")
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
         np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
+    seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)} if weights.vision else {}
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
     carried = gguf_file.carried_type(weights.quantization["bits"]) if params.from_checkpoint else None
     notes = {
         "precision": f"{carried} carried" if carried else file_type(params).upper(),
         "bytes_per_token": sum(t.nbytes for t in tensors if t.name not in looked_up),
         "context": params.context or weights.decoder.context,
-        "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks,
+        "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks, **seen,
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
     return notes | ({"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {})
