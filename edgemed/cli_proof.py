@@ -112,6 +112,7 @@ def eval_(
     scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
     limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
     accept_undecided: AcceptUndecided = False,
+    record: Annotated[bool, typer.Option("--record", help="Put the results and the verdict into the engine's manifest; sign it again afterwards.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the whole result, every item included, to this JSON file.")] = None,
     threads: Threads = None, sets: Sets = None, json_: Json = False,
 ) -> None:
@@ -124,6 +125,12 @@ def eval_(
     if margin is not None and not (source or against):
         raise EdgemedError("a verdict needs the source's answers", "Give --source MODEL or --against FILE")
     found = evaluate_tasks(engine, params.build(EvalSpec, values, "eval"), source, against, threads)
+    if record:
+        from edgemed.engine import open_engine
+        from edgemed.evaluate import part_of
+        from edgemed.provenance import record as put
+
+        put(engine, found["engine"], part_of(found["gate"], open_engine(engine).name))
     if out:
         from edgemed.store import write_json
 
