@@ -11,10 +11,30 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgemed.task import Example
+from edgemed.task import Example, Prompt
 
 NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}}
+BRIEFLY = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's wording
+YES_NO = ("yes", "no")
 Pairs = Sequence[tuple[Example, Mapping[str, Any]]]
+
+
+def closed_or_open(identity: str, question: str, answer: str, closed: bool, groups: Mapping[str, str], images: tuple[str, ...]) -> Example:
+    """A question of a set like VQA-RAD. Only yes and no are options; a closed question with another answer ('left or right?') is written like an open one.
+
+    Raises ValueError for a blank answer.
+    """
+    if not normalised(answer):
+        raise ValueError("'answer' is blank")
+    groups = {"kind": "closed" if closed else "open", **groups}
+    if closed and normalised(answer) in YES_NO:
+        return Example(identity, question, YES_NO, YES_NO.index(normalised(answer)), groups, images)
+    return Example(identity, question, (), 0, groups, images, answer.strip())
+
+
+def render(example: Example) -> Prompt:
+    """Task.render of such a set."""
+    return Prompt(example.question + BRIEFLY, tuple(f" {option}" for option in example.options))
 
 
 def normalised(text: str) -> str:

@@ -266,7 +266,8 @@ class Answerer:
         written = self.settings.scoring == "generated" or not options
         most = WRITTEN + (self.settings.rationale if reasons else 0) if written else max(map(len, options))
         if len(tokens) + most > self.session.context:
-            raise EdgemedError(f"question {example.id}: prompt and images are {len(tokens)} tokens long, {most} more for the answer do not fit into {self.session.context}", "Export with fewer max_pixels or a longer context")
+            problem = f"question {example.id}: prompt and images are {len(tokens)} tokens long, {most} more for the answer do not fit into {self.session.context}"
+            raise EdgemedError(problem, "Export with fewer max_pixels or a longer context")
         if written:
             said = self.tokenizer.decode(self.reader.write(tokens, Sampling(max_tokens=most), self.stop, pictures)).strip()
             return self._read(example, said, family if reasons else None)

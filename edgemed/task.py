@@ -140,6 +140,14 @@ def multiple_choice(row: Mapping[str, Any], *groups: str) -> Example:
     return Example(str(row["id"]), text(row, "question"), texts, gold, {name: text(row, name) for name in groups if name in row})
 
 
+def image_names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """"image": a name, or "images": several. Raises KeyError or ValueError."""
+    names = row["images"] if "images" in row else [row["image"]]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("'image' is not a name" if "images" not in row else "'images' is not a list of names")
+    return tuple(names)
+
+
 def choice(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     """Which of a task's fixed options "answer" names. Raises KeyError or ValueError."""
     if row["answer"] not in options:
@@ -160,6 +168,11 @@ def bracketed(options: tuple[str, ...]) -> str:
 def letters(options: tuple[str, ...]) -> tuple[str, ...]:
     """' A', ' B', one per option: what a lettered prompt is continued with."""
     return tuple(f" {letter}" for letter, _ in zip(LETTERS, options, strict=False))
+
+
+def bracketed_choice(example: Example) -> Prompt:
+    """Task.render of multiple choice about images: the question with its options under letters. The family puts its own instructions around it."""
+    return Prompt(f"{example.question}\n{bracketed(example.options)}", letters(example.options))
 
 
 def describe(task: Task, example: Example) -> str:
