@@ -16,7 +16,9 @@ from edgemed.task import Example, Task, bracketed_choice, image_names, multiple_
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"pair", "image", "question", "options": {"A": text, "B": text}, "answer": letter, "category"}; two rows per pair, options in the same order."""
-    found = multiple_choice({**row, "id": f"{text(row, 'pair')}/{text(row, 'image')}"}, "category")
+    if "/" in text(row, "pair"):
+        raise ValueError("'pair' holds a slash")
+    found = multiple_choice({**row, "id": f"{row['pair']}/{text(row, 'image')}"}, "category")
     return replace(found, images=image_names(row))
 
 
