@@ -129,8 +129,9 @@ def shown(values: Json) -> str:
 
 
 def title(result: Json) -> str:
-    """An evaluation by name: task, its language where only one was asked, and the prompt strategy."""
-    return f"{result['task']}/{result['language']}, {result['strategy']}" if result["language"] else f"{result['task']}, {result['strategy']}"
+    """An evaluation by name: task, its language or part where only one was asked, and the prompt strategy."""
+    asked = result["language"] or result.get("part")  # results of earlier versions name no part
+    return f"{result['task']}/{asked}, {result['strategy']}" if asked else f"{result['task']}, {result['strategy']}"
 
 
 def limits(evidence: Evidence) -> list[str]:

@@ -164,6 +164,21 @@ def test_set_accuracy_and_confusion_by_hand() -> None:
     assert asked.task.scores(pairs[:3])["set_accuracy"] == {"value": 1.0, "n": 1}
 
 
+def test_a_report_shows_a_sets_own_metrics() -> None:
+    from edgemed.card import result_of
+    from edgemed.report import render
+    from report_documents import document
+
+    run = document(tasks=(("vqa_rad", 100, 2, 0.4, ()),), strategies=("zero-shot",))
+    results = [*run["source_evals"], *(r for e in run["engines"] for r in e["evals"])]
+    for result in results:
+        result.update(part="image_disjoint", scores={"legacy_closed": {"value": 0.8125, "n": 64}, "open_exact": {"value": None, "n": 0}})
+    page = render(run)
+    assert "vqa_rad/image_disjoint" in page and "legacy closed" in page and "81.2" in page and "n = 64" in page
+    card = result_of(results[0], "lm")
+    assert card["dataset"]["config"] == "image_disjoint" and [m["type"] for m in card["metrics"]][:2] == ["accuracy", "legacy_closed"] and "open_exact" not in str(card["metrics"])
+
+
 def test_two_wrong_wordings_are_a_changed_answer() -> None:
     items = [{"id": "1", "gold": 0, "answer": 1, "said": "left"}, {"id": "2", "gold": 0, "answer": 0, "said": "lung"}]
     found = stats.paired(items, [{**items[0], "said": "right"}, items[1]], None, 0.05)
