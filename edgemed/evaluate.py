@@ -37,14 +37,15 @@ def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str,
     answerer = Answerer(session, tokenizer, questions, settings, stop, eyes)
     answerer.check(strategy)
     items, truncated, started = [], 0, time.perf_counter()
-    for example in track(questions.examples, f"{questions.task.name}, {strategy.name}, on {model}"):
+    for example in track(questions.examples, f"{questions.task.name}{' (synthetic sample)' if questions.synthetic else ''}, {strategy.name}, on {model}"):
         found = answerer.answer(example, strategy)
         truncated += found.cut
         items.append(item_of(example, found))
     seconds, n = time.perf_counter() - started, len(items)
     correct = sum(item["answer"] == item["gold"] for item in items)
     return {
-        "task": questions.task.name, "language": questions.language, "part": questions.part, "task_sha256": questions.sha256, "task_key": questions.key, "model": model, "model_key": model_key,
+        "task": questions.task.name, "language": questions.language, "part": questions.part, "synthetic": questions.synthetic,
+        "task_sha256": questions.sha256, "task_key": questions.key, "model": model, "model_key": model_key,
         "strategy": strategy.name, "scoring": scoring_of(questions, session.head, settings), "settings": settings_of(strategy, settings, questions.sees),
         "n": n, "correct": correct, "accuracy": correct / n, "interval": list(stats.wilson(correct, n)), "majority": majority(questions),
         "truncated": truncated, "unparsed": sum(item["answer"] < 0 for item in items), "seconds": round(seconds, 3), "seconds_per_question": seconds / n,

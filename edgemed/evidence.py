@@ -148,6 +148,8 @@ def limits(evidence: Evidence) -> list[str]:
         where = title(result)
         if result["interval"][0] <= result["majority"]:
             found.append(f"{where}: its accuracy is not clearly above {result['majority']:.3f}, that of always giving the most frequent answer.")
+        if result.get("synthetic"):
+            found.append(f"{where}: measured on the shipped synthetic stand-in, which says nothing about accuracy.")
         if result["truncated"]:
             found.append(f"{where}: {result['truncated']} of {result['n']} prompts did not fit and lost their first tokens.")
         if result["unparsed"]:

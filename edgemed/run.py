@@ -328,5 +328,7 @@ def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str,
     missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]
     missing += [] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
     missing += ["Whether an engine is not worse was not judged (no margin: in the recipe's eval)."] if recipe.eval and recipe.eval.margin is None else []
+    stand_ins = [spec for spec in recipe.eval.tasks if questions(spec, 1).synthetic] if recipe.eval else []
+    missing += [f"{spec}: asked on the shipped synthetic stand-in, which says nothing about accuracy; name a file of the real set." for spec in stand_ins]
     missing += [f"Only the first {recipe.eval.limit} rows of each task were asked."] if recipe.eval and recipe.eval.limit else []
     return missing

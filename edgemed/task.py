@@ -87,8 +87,8 @@ class Task:
 class Questions:
     """The examples of a task, and the sha256 of the file they came from: results on different files are never paired.
 
-    language: the one asked for, None for all; part: the same of a task's parts. key: digest of the file and of every word and image a model is shown,
-    solved examples included; results with different keys are never paired. shots: solved examples, none of whose questions is asked.
+    language: the one asked for, None for all; part: the same of a task's parts; synthetic: a stand-in for data that cannot be shipped. key: digest of the
+    file and of every word and image a model is shown, solved examples included; results with different keys are never paired. shots: solved examples, none of whose questions is asked.
     """
 
     task: Task
@@ -99,6 +99,7 @@ class Questions:
     shots: tuple[Example, ...] = ()
     album: Album | None = None
     part: str | None = None
+    synthetic: bool = False
 
     @property
     def sees(self) -> bool:
@@ -210,7 +211,7 @@ def questions(spec: str, limit: int | None = None) -> Questions:
     facts = {"file": sha256, "task": name, "language": language or None, "n": len(examples), "shown": shown}
     if any(e.images for e in examples):
         facts |= {"images": [[hashlib.sha256(album.read(image)).hexdigest() for image in e.images] for e in examples]}
-    return Questions(task, sha256, examples, language or None, digest(facts), shots, album, part)
+    return Questions(task, sha256, examples, language or None, digest(facts), shots, album, part, bool(task.place) and not colon)
 
 
 def _examples(file: Path, task: Task, language: str, part: str | None, album: Album) -> tuple[Example, ...]:

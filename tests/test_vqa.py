@@ -372,4 +372,5 @@ def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: P
 
     found = evaluate_tasks(engine.path, EvalSpec((f"cells:{write(folder, ROW)}", "worldmedqa_v/he", "vqa_rad/image_disjoint"), limit=1, margin=0.5), str(sees), threads=1)
     assert [title(r) for r in found["engine"]] == ["cells", "worldmedqa_v/he", "vqa_rad/image_disjoint"]
+    assert [r["synthetic"] for r in found["engine"]] == [False, True, False]
     assert all(r["paired"] and r["paired"]["changed"] == 0 for r in found["engine"]) and len(found["gate"]["comparisons"]) == 3
