@@ -32,7 +32,7 @@ from edgemed.weights import Weights
 from records import save
 
 PROJECT = Path(__file__).resolve().parent.parent
-THREADS = 2
+THREADS = 1
 Row = dict[str, Any]
 
 

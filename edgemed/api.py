@@ -14,11 +14,11 @@ from edgemed.checkpoint import open_checkpoint
 from edgemed.engine import Engine, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluate import SOURCE, judge, pair, source_key
+from edgemed.facts import inspect
 from edgemed.family import Family
 from edgemed.image_files import open_image
-from edgemed.plan import inspect
 from edgemed.recipe import EvalSpec
-from edgemed.run import evaluate_opened, start_engine, open_source
+from edgemed.run import evaluate_opened, open_source, start_engine
 from edgemed.session import Pictures, Sampling, Session, generate
 from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode

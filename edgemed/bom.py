@@ -33,7 +33,7 @@ def render(evidence: Evidence, card: bytes, version: int) -> bytes:
 
     The serial number follows from the engine's key. Raises EdgemedError without the package of edgemed[bom].
     """
-    need("cyclonedx.model.bom", "bom")
+    need("cyclonedx", "bom")
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.model.lifecycle import LifecyclePhase, PredefinedLifecycle
@@ -212,7 +212,7 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
             for row in paired["subgroups"]:
                 group = f"{facts_of.title(result)}, {row['group']}={row['value']}, {row['n']} questions"
                 found += [metric("accuracy", row["engine"], group), metric("accuracy less that of the float32 source", row["difference"], group, row["interval"])]
-    for record in evidence.records if evidence.measured else ():
+    for record in evidence.speeds:
         how = [f"{key}={record['how'][key]}" for key in ("prompt", "generate", "threads") if record["how"].get(key) is not None]
         found.append(metric(f"{record['name']} ({record['unit']})", record["value"], ", ".join([record["machine"]["label"], *how, f"n={record['n']}"])))
     return found

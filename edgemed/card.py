@@ -98,7 +98,7 @@ def origin(evidence: Evidence) -> list[tuple[str, str]]:
 def machines(evidence: Evidence) -> list[dict[str, Any]]:
     """Per machine the newest record of each number, in the order of LABELS; none where verification failed."""
     found: dict[str, dict[str, Any]] = {}
-    for record in sorted(evidence.records, key=order) if evidence.measured else ():
+    for record in sorted(evidence.speeds, key=order):
         machine = found.setdefault(record["machine"]["label"], {"machine": record["machine"], "records": []})
         how = [f"{key} {record['how'][key]}" for key in ("prompt", "generate", "threads") if record["how"].get(key) is not None]
         machine["records"].append({**record, "label": LABELS.get(record["name"], record["name"].replace("_", " ")), "conditions": ", ".join(how)})

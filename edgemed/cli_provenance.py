@@ -11,11 +11,10 @@ from typing import Annotated
 
 import typer
 
+from edgemed.cli_options import EngineDir, Json
 from edgemed.console import show
 from edgemed.errors import EdgemedError
 
-EngineDir = Annotated[Path, typer.Argument(help="Engine directory made by export or run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 PasswordFile = Annotated[Path | None, typer.Option(help="File whose first line is the private key's password.")]
 
 

@@ -7,6 +7,7 @@ through the report as a whole run does.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 def labels(directories: Sequence[Path]) -> list[str]:
     """The last part of each path, with as many parts before it as it takes for all to differ."""
-    parts = [directory.resolve().parts for directory in directories]
+    # As it was named, not where a link leads: runs/x/engines/onnx-int4 is a link into the store.
+    parts = [Path(os.path.abspath(directory)).parts for directory in directories]
     for depth in range(1, max(map(len, parts)) + 1):
         found = ["/".join(p[-depth:]).lstrip("/") for p in parts]
         if len(set(found)) == len(found):
@@ -123,7 +125,7 @@ def missing(name: str, engines: Sequence[Json], foreign: int) -> list[str]:
 
 def write_comparison(runs: Sequence[Run], out: Path) -> Path:
     """One page over all runs at `out`, with Markdown and JSON beside it. Raises EdgemedError where `out` cannot be written."""
-    title = f"Comparison: {', '.join(run.label for run in runs)}" if len(runs) > 1 else str(runs[0].document["title"])
+    title = f"Comparison: {', '.join(run.label for run in runs)}" if len(runs) > 1 else ""
     if out.suffix != ".html" or out.is_dir():
         raise EdgemedError(f"{out} is no name for a page", "Give --out FILE.html")
     if not out.parent.is_dir():

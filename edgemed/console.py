@@ -53,6 +53,14 @@ def table(value: object) -> None:
                 console.print(f"{str(key):<{width}}  {_text(item)}", soft_wrap=True, markup=False)
 
 
+def wide(rows: Sequence[dict[str, object]]) -> list[str]:
+    """Rows as lines of aligned text, as wide as they need to be: for tables whose cells must not be folded. Numbers stand to the right."""
+    columns = {name: [name, *(_text(row.get(name)) for row in rows)] for name in rows[0]} if rows else {}
+    right = {name for name in columns if any(isinstance(row.get(name), (int, float)) for row in rows)}
+    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
+    return ["  ".join(cells[n].rjust(widths[name]) if name in right else cells[n].ljust(widths[name]) for name, cells in columns.items()).rstrip() for n in range(len(rows) + 1 if rows else 0)]
+
+
 def _grid(rows: list[dict[str, object]]) -> object:
     from rich.table import Table
     from rich.text import Text

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgemed import confidence, free_text, stats, store
+from edgemed import confidence, free_text, lineage, stats, store
 from edgemed.console import track
 from edgemed.device import machine
 from edgemed.errors import EdgemedError
@@ -98,23 +98,13 @@ def source_key(files: Mapping[str, str]) -> str:
     return store.digest(dict(files))
 
 
-def ancestors(manifest: Mapping[str, Any] | None) -> set[str]:
-    """Keys of the checkpoints an engine was made from, through all steps."""
-    found = set()
-    while manifest:
-        inputs = {name.removeprefix("checkpoint/"): sha for name, sha in manifest["inputs"].items() if name.startswith("checkpoint/")}
-        found.add(source_key(inputs))
-        manifest = manifest["parent"]
-    return found
-
-
 def pair(engine: Mapping[str, Any], source: Mapping[str, Any], manifest: Mapping[str, Any], margin: float | None, alpha: float) -> dict[str, Any]:
     """The engine's result with what changed against its source, item by item. manifest: the engine's.
 
     margin None: the statistics are given, and no verdict. Raises EdgemedError where the two results do not belong together.
     """
     where = f"{engine['task']} on {engine['model']}"
-    if source["model_key"] not in ancestors(manifest):
+    if source["model_key"] not in {key for key, _ in lineage.ancestors(manifest)}:
         raise EdgemedError(f"{where}: the result of '{source['model']}' is not that of a source of this engine", "Pair an engine only with the checkpoint it was made from")
     for key, what in (("task_key", "another version, part or file of the task"), ("strategy", "another strategy"), ("scoring", "another scoring"), ("settings", "other settings")):
         if engine[key] != source[key]:

@@ -66,9 +66,11 @@ class Evidence:
         return origin(self.chain)
 
     @property
-    def measured(self) -> bool:
-        """Whether speeds may be shown: those of an engine that failed verification mean nothing."""
-        return bool(self.records) and (self.verify is None or self.verify["passed"])
+    def speeds(self) -> tuple[Json, ...]:
+        """Records that may be shown: none of an engine that failed verification, and no bandwidth ceiling where the weights fit the cache and are not bound by it."""
+        if self.verify and not self.verify["passed"]:
+            return ()
+        return tuple(r for r in self.records if not r["name"].startswith("ceiling") or self.facts["bytes_per_token"] >= r["machine"].get("cache_bytes", 0))
 
 
 def read_evidence(directory: Path, sections: Json) -> Evidence:
@@ -168,7 +170,7 @@ def not_measured(evidence: Evidence) -> list[str]:
         alone = sorted({title(r) for r in evidence.evals if not r["paired"]})
         found += [f"The accuracy of its source on the same questions: {'; '.join(alone)}."] if alone else []
         found += ["Whether it is not worse than its source by a stated margin (no gate)."] if evidence.evals and not evidence.gate else []
-    machines = sorted({r["machine"]["label"] for r in evidence.records}) if evidence.measured else []
+    machines = sorted({r["machine"]["label"] for r in evidence.speeds})
     found.append(f"Speed and memory on any machine but {', '.join(machines)}." if machines else "Speed and memory.")
     if not any(r["unit"] == "J" for r in evidence.records) and not any(r.get("joules") for r in evidence.evals):
         found.append("Energy.")

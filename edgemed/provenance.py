@@ -30,6 +30,14 @@ def document(directory: Path, source: Json | None, verify: Json | None = None, e
     write(directory, sections)
 
 
+def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
+    """Put evaluations and their verdict into an engine's manifest. Card and bill of materials, which a device cannot write, follow with `edgemed card`.
+
+    A signature made before no longer fits. Raises EdgemedError where the engine was altered or cannot be written to.
+    """
+    store.attach(directory, {}, {"evals": [summary(result) for result in evals], "gate": gate})
+
+
 def write(directory: Path, sections: Json) -> Evidence:
     """Write README.md and bom.cdx.json from what the directory holds and `sections`, and attach all of it in one stroke."""
     evidence, manifest = read_evidence(directory, sections), store.read_manifest(directory)
@@ -89,7 +97,8 @@ def datasets(manifest: Json, evals: Sequence[Json], heldout: str | None) -> list
     for name in {result["task"]: None for result in evals if re.search(r"\b(random|nearest)-", result["strategy"])}:
         sha = store.file_sha256(plugins.ROOT / "tasks" / "samples" / plugins.load("tasks", name).TASK.shots)
         found.append({**task_set(name, None), "name": f"{name}, solved examples", "use": "prompts", "sha256": sha})
-    return found
+    # One text may serve two steps, quantization and an importance matrix, say.
+    return list({(each["use"], each["name"], each["sha256"]): each for each in found}.values())
 
 
 def task_set(name: str, sha256: str | None) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def task_set(name: str, sha256: str | None) -> dict[str, Any]:
     file = plugins.ROOT / "tasks" / "samples" / f"{name}.card.yaml"
     facts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     whole = facts.get("whole_set", [])
-    published = [facts.get("sha256"), *(part["sha256"] for part in (whole if isinstance(whole, list) else [whole]))]
+    published = [facts.get("sha256"), *(part.get("sha256") for part in (whole if isinstance(whole, list) else [whole]))]
     known = sha256 is None or sha256 in published
     source = facts.get("source") if known else f"a file of the user's in the layout of {name}"
     return {"name": name, "use": "evaluation", "sha256": sha256, "split": facts.get("split") if known else None, "licence": facts.get("licence") if known else None, "source": source,

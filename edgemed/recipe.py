@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from edgemed import params as strict
 from edgemed import plugins
+from edgemed.device import read_device
 from edgemed.errors import EdgemedError, nearest
 from edgemed.strategy import Settings
 
@@ -145,8 +146,10 @@ def parse(document: Mapping[str, Any], where: str, folder: Path) -> Recipe:
     if "verify" in checks:
         checks["verify"] = replace(checks["verify"], prompts=_path(checks["verify"].prompts, folder))
     device = document.get("device")
-    if device is not None and device not in plugins.names("devices"):
-        raise EdgemedError(f"{where}: unknown device '{device}'", nearest(str(device), plugins.names("devices")))
+    if device is not None:
+        device = _path(str(device), folder)
+        # A device of your own is a file beside the recipe; an unknown one must stop the run now, not after the first build.
+        read_device(device)
     return Recipe(_path(document["model"], folder), steps, engines, document.get("title", where), device, document=dict(document), **checks)
 
 

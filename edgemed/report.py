@@ -26,12 +26,12 @@ Json = Mapping[str, Any]
 
 def render(document: Json) -> str:
     """The report page of a run document, as HTML text. Raises EdgemedError for a document of another schema."""
-    return page([Run(document)], document["title"] if "title" in document else "")
+    return page([Run(document)])
 
 
 def markdown(document: Json) -> str:
     """The same report as Markdown: every table, no charts. Raises EdgemedError for a document of another schema."""
-    return page([Run(document)], document["title"] if "title" in document else "", "report.md.j2")
+    return page([Run(document)], template="report.md.j2")
 
 
 def write(document: Json, folder: Path) -> Path:
@@ -47,13 +47,13 @@ def put(file: Path, content: str) -> Path:
     return file
 
 
-def page(runs: Sequence[Run], title: str, template: str = "report.html.j2") -> str:
-    """One page over one or several runs."""
+def page(runs: Sequence[Run], title: str = "", template: str = "report.html.j2") -> str:
+    """One page over one or several runs. title: empty for that of the first. Raises EdgemedError for a document of another schema."""
     for run in runs:
         check(run.document, run.label)
     shown = view(runs)
     tasks = accuracy.tasks(runs, shown["engines"])
-    context = shown | {"title": title, "tasks": tasks, "costs": accuracy.costs(tasks), **charts(shown)}
+    context = shown | {"title": title or runs[0].document["title"], "tasks": tasks, "costs": accuracy.costs(tasks), **charts(shown)}
     return environment().get_template(template).render(context)
 
 

@@ -26,13 +26,14 @@ from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
-from edgemed.plan import parameters
+from edgemed.facts import parameters
 from edgemed.random_weights import make_random
 from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
-from edgemed.report import render
+from edgemed.report import write
 from edgemed.session import Session
 from edgemed.strategy import Eyes, Settings, parse
+from edgemed.summary import on_device
 from edgemed.task import Questions, questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.verify import Limits, verify
@@ -69,7 +70,7 @@ class Line:
 
 
 def run(recipe: Recipe, work: Path) -> Path:
-    """Execute a recipe in `work` and return the path of report.html.
+    """Execute a recipe in `work` and return the path of report.html (report.json and report.md lie beside it).
 
     Raises EdgemedError for anything a person can put right; a second call goes on from the last finished step.
     """
@@ -91,13 +92,10 @@ def run(recipe: Recipe, work: Path) -> Path:
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
         "engines": [entry(*facts, gate) for facts in zip(engines, verified, records, evals, strict=True)],
         "source_evals": source_evals, "strategies": list(recipe.eval.strategies) if recipe.eval else [], "gate": gate,
-        "not_measured": not_measured(recipe, engines, verified),
+        "not_measured": not_measured(recipe, engines, verified, records),
     }
     store.write_json(work / "report.json", document)
-    page = render(document)
-    (work / ".report.html").write_text(page, encoding="utf-8")
-    os.replace(work / ".report.html", work / "report.html")
-    return work / "report.html"
+    return write(document, work)
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -317,10 +315,13 @@ def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[st
             "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name), "stages": []}
 
 
-def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None]) -> list[str]:
+def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None], records: list[list[dict[str, Any]]]) -> list[str]:
     """What a reader might take for granted and nobody measured."""
-    missing = [] if recipe.device is None else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
-    missing += ["Energy was not measured."]
+    device = asdict(read_device(recipe.device)) if recipe.device else None
+    missing = [] if on_device(device, machine()) else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
+    reasons = dict.fromkeys(found[0]["state"]["energy_reason"] for found in records if found)
+    missing += [f"Energy was not measured: {reason}." for reason in reasons if reason] if reasons else ["Energy was not measured."]
+    missing += [f"{e.name}: not measured at full clocks: {'; '.join(held)}." for e, found in zip(engines, records, strict=True) if found and (held := found[0]["state"]["throttling"])]
     missing += [f"{e.name}: not benchmarked, because it failed verification." for e, v in zip(engines, verified, strict=True) if v and not v["passed"] and recipe.bench]
     missing += [f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was measured; parity is that of {e.stand_in}." for e in engines if e.stand_in]
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]

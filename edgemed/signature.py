@@ -82,6 +82,7 @@ def check(directory: Path, key: Path) -> dict[str, Any]:
     problems += [f"{name} was altered after signing" for name in signed if name in found and found[name] != signed[name]]
     # Measuring on the device adds records, which is no attack; but only the signer can say so.
     problems = [f"{problem}: sign again if these measurements are yours" if problem.startswith(f"{store.RECORDS} was ") else problem for problem in problems]
+    problems = [f"{problem}: sign again if you built it on this device" if problem.startswith(f"{store.ON_DEVICE}/") else problem for problem in problems]
     return {"public_key": statement["public_key"], "signed": statement["signed"], "files": len(signed), "problems": sorted(problems)}
 
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from edgemed.device import GIB, Device
+from edgemed.device import GIB, Device, usable
 from edgemed.formats import count, number, percent, point_interval, points, seconds, size
-from edgemed.plan import usable
 
 Json = Mapping[str, Any]
 MANY = 1_000_000
@@ -35,7 +34,12 @@ def answers(engine: Json, document: Json) -> dict[str, Answer]:
 
 def fits(engine: Json, device: Json | None) -> Answer:
     """Whether the measured peak memory leaves the device its reserve; without a device, the machine it ran on."""
-    peak = engine["values"].get("peak_memory_bytes")
+    process, card = (engine["values"].get(name) for name in ("peak_memory_bytes", "peak_gpu_memory_bytes"))
+    own = not shares_memory(device)
+    peak = card if own else process
+    if peak is None and own and process:
+        # What the process holds in the computer's memory says nothing about a card with memory of its own.
+        return none(f"memory on the card was not measured; the process took {size(process['value'])}")
     if peak is None:
         return none(engine["why_no_speed"] or "peak memory was not measured")
     room = usable_bytes(device, peak["machine"])
@@ -48,10 +52,15 @@ def fits(engine: Json, device: Json | None) -> Answer:
     return Answer("yes", "yes", why) if peak["value"] <= room else Answer("no", "no", why)
 
 
+def shares_memory(device: Json | None) -> bool:
+    """Whether the memory of a process counts against this device: not where a card has memory of its own."""
+    return device is None or device["shared_memory"]
+
+
 def usable_bytes(device: Json | None, machine: Json) -> int | None:
     """Bytes left for an engine on the device, or on `machine` where no device, or only 'whatever this runs on', was asked for."""
     if device is None:
-        return usable(Device("", "", True, (), memory_gb=machine["memory_bytes"] / GIB))
+        return usable(Device("", "", True, {}, memory_gb=machine["memory_bytes"] / GIB))
     known = {field.name for field in fields(Device)}
     asked = Device(**{key: value for key, value in device.items() if key in known})
     if asked.memory_gb is None and not asked.recognise:

@@ -174,15 +174,16 @@ class PlainDialect:
         if not (ints.scales > 0).all():
             raise EdgemedError(f"{name}: has a scale that is not above 0, which TensorRT refuses", "Quantize the model again, or export with precision=fp16")
         zero, (out, inp) = 1 << ints.bits - 1, ints.q.shape
-        signed = (ints.q.T.astype(np.int16) - zero).astype(np.int8)
+        # Flipping the top bit of q turns it into q - zero in two's complement.
+        signed = np.ascontiguousarray(ints.q.T) ^ np.uint8(zero)
         if ints.bits == 8:
             if (ints.scales != ints.scales[:, :1]).any():
                 raise EdgemedError(f"{name}: TensorRT takes int8 with one scale per output, this matrix has one per {ints.block} inputs", "Quantize with group -1, or export with precision=fp16")
-            q = graph.constant(f"{name}.q", signed)
+            q = graph.constant(f"{name}.q", signed.view(np.int8))
             scale = graph.constant(f"{name}.scales", ints.scales[:, 0].astype(graph.precision.floats))
             weight = graph.node("DequantizeLinear", [q, scale], f"{name}.weight", axis=1)
         else:
-            nibbles = signed.reshape(-1).view(np.uint8) & 15
+            nibbles = signed.reshape(-1)
             q = graph.constant(f"{name}.q", nibbles[0::2] | nibbles[1::2] << 4, dims=(inp, out), data_type=graph.onnx.TensorProto.INT4)
             scale = graph.constant(f"{name}.scales", ints.scales.T.astype(graph.precision.floats))
             weight = graph.node("DequantizeLinear", [q, scale], f"{name}.weight", axis=0, block_size=ints.block)

@@ -62,7 +62,8 @@ def run_view(run: Run) -> dict[str, Any]:
 
 
 def target_name(document: Json) -> str:
-    return document["device"]["title"] if document["device"] else "the machine it ran on"
+    device = document["device"]
+    return device["title"] if device and device["recognise"] else "the machine it ran on"
 
 
 def engine_view(engine: Json, run: Run, known: set[str]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def engine_view(engine: Json, run: Run, known: set[str]) -> dict[str, Any]:
         "best": set(), "bars": {}, "further": [record for record in records if record["name"] not in NAMED],
         # Weights that fit the cache are not read from memory for every token, so the memory's ceiling does not bound them.
         "cached": ceiling is not None and ceiling["how"]["bytes_per_token"] < ceiling["machine"].get("cache_bytes", 0),
-        "room": summary.usable_bytes(run.document["device"], records[-1]["machine"]) if records else None,
+        "room": summary.usable_bytes(run.document["device"], records[-1]["machine"]) if records and summary.shares_memory(run.document["device"]) else None,
     }
 
 

@@ -331,11 +331,13 @@ def test_no_solved_example_is_asked(name: str) -> None:
 
 @pytest.mark.parametrize("name", plugins.names("devices"))
 def test_device(name: str) -> None:
-    from edgemed.device import read_device
+    from edgemed.device import SOURCE_OF, read_device
 
     device = read_device(name)
     assert device.name == name and device.title
-    assert device.source or not device.memory_gb, "numbers of a device name their source"
+    for field, part in SOURCE_OF.items():
+        assert not getattr(device, field) or device.source.get(part), f"{name}: {field} names no source ({part})"
+    assert set(device.source) <= set(SOURCE_OF.values())
 
 
 @pytest.mark.parametrize("name", card_names())

@@ -21,20 +21,20 @@ PLUGINS = ("families", "steps", "targets", "tasks")
 ORDER = [
     "errors",
     "plugins",
-    "params store console confidence exact formats svg cuda",
-    "= device checkpoint family task data tokenizer session reference grid weights scoring strategy free_text images dicom image_files jetson",
+    "params store console confidence exact formats svg cuda sysfs",
+    "= device checkpoint family task data tokenizer session reference grid weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors thermal",
     "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build",
     "families steps targets tasks",
-    "= plan verify bench evaluate lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature",
+    "= plan verify bench conditions sweep evaluate lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure units",
     "run",
     "api",
-    "cli_provenance",
+    "cli_options", "= cli_provenance cli_plan cli_proof",
     "cli",
     "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "PIL", "pydicom", "huggingface_hub", "matplotlib", "tensorrt", "accelerate", "cyclonedx", "packageurl",
-         "cryptography"}
+         "cryptography", "pynvml"}
 
 
 def name_of(file: Path) -> str:

@@ -349,6 +349,14 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
     assert not schema_errors((tmp_path / "engine" / bom.FILE).read_text())
 
 
+def test_no_ceiling_for_weights_that_fit_the_cache(engine: Path) -> None:
+    ceiling = record(engine, "ceiling_tokens_per_second", 5000.0, "tok/s")
+    for cache, shown in ((999, True), (1001, False)):
+        store.append_records(engine, [{**ceiling, "machine": {**MACHINE, "cache_bytes": cache}}])
+        provenance.write(engine, {})
+        assert ("at most by that bandwidth" in (engine / card.FILE).read_text()) is shown and ("ceiling_tokens" in (engine / bom.FILE).read_text()) is shown
+
+
 def test_an_engine_that_sees_is_said_to(tmp_path: Path) -> None:
     engine = documented(make_engine(tmp_path / "made", vision={"family": "x"}))
     assert "pipeline_tag: image-text-to-text" in (engine / card.FILE).read_text() and "edgemed generate . --image FILE --prompt" in (engine / card.FILE).read_text()
@@ -382,6 +390,20 @@ def test_only_the_model_an_engine_was_made_from_lends_its_name(engine: Path, tmp
         provenance.describe(str(other), other, engine)
 
 
+def test_datasets_are_known_by_their_hash(engine: Path) -> None:
+    """A licence is claimed for the shipped sample and the whole published set, never for another file of the same name."""
+    manifest = store.read_manifest(engine)
+    whole = "389a1226142077ce806e3332bd2edcb53bf8733dfa5fdac36c7cd999ea09e4c5"
+    evals = [evaluated(task="medqa", task_sha256=whole, strategy="nearest-3/cot"), evaluated(task="medqa", task_sha256=whole), evaluated(task_sha256=SHA)]
+    found = {(d["name"], d["use"]): d for d in provenance.datasets(manifest, evals, None)}
+    assert set(found) == {("pubmedqa-sections", "calibration"), ("medqa", "evaluation"), ("pubmedqa", "evaluation"), ("medqa, solved examples", "prompts")}
+    assert found["medqa", "evaluation"]["licence"] == "MIT" and found["medqa", "evaluation"]["url"] and found["pubmedqa", "evaluation"]["licence"] is None
+    changed = {**manifest, "inputs": {**manifest["inputs"], "imatrix": SHA}, "params": {"imatrix": "pubmedqa-sections"}}
+    assert [d["licence"] for d in provenance.datasets(changed, [], None)] == ["MIT", None], "the text of that name, but not the one its card describes"
+    again = {**changed, "inputs": {**manifest["inputs"], "imatrix": found["pubmedqa-sections", "calibration"]["sha256"]}}
+    assert len(provenance.datasets(again, [], None)) == 1
+
+
 def test_limits_and_gaps(engine: Path) -> None:
     evidence = read_evidence(engine, {"evals": [evaluated(interval=[0.5, 0.6], unparsed=2, paired=None)], "verify": None})
     assert any("not clearly above 0.550" in limit for limit in limits(evidence)) and any("2 of 200 answers named no option" in limit for limit in limits(evidence))
@@ -404,7 +426,8 @@ def test_nothing_is_written_about_an_altered_engine(engine: Path) -> None:
 
 def test_card_from_the_command_line(engine: Path) -> None:
     source = engine.parent.parent / "BioTiny"
-    store.append_records(engine, [record(engine, "decode_tokens_per_second", 77.0, "tok/s", prompt=8, generate=4), {**record(engine, "decode_tokens_per_second", 88.0, "tok/s"), "engine_key": "another"}])
+    foreign = {**record(engine, "decode_tokens_per_second", 88.0, "tok/s"), "engine_key": "another"}
+    store.append_records(engine, [record(engine, "decode_tokens_per_second", 77.0, "tok/s", prompt=8, generate=4), foreign])
     first = json.loads(cli("card", engine, "--json").stdout)
     text = (engine / card.FILE).read_text()
     assert first["licence"] == "unknown: see the source model" and "unknown: see the source model" in text and "77 tok/s" in text and "88 tok/s" not in text
@@ -565,7 +588,8 @@ def test_wrong_keys(signed: Path, keys: Path, tmp_path: Path) -> None:
                        ("absent", "cannot be read: No such file"), ("other.pub", "is a public key")):
         with pytest.raises(EdgemedError, match=said):
             signature.sign(signed, wrong[name])
-    for name, said in (("rsa.pub", "of the kind RSAPublicKey, not Ed25519"), ("ec.pub", "not Ed25519"), ("other.pub", "was made with another key"), ("rsa", "is a private key"), ("garbage", "is a private key"), ("absent", "cannot be read")):
+    for name, said in (("rsa.pub", "of the kind RSAPublicKey, not Ed25519"), ("ec.pub", "not Ed25519"), ("other.pub", "was made with another key"), ("rsa", "is a private key"),
+                       ("absent", "cannot be read")):
         with pytest.raises(EdgemedError, match=said):
             signature.check(signed, wrong[name])
     with pytest.raises(EdgemedError, match="cannot be read as a private key"):
@@ -632,7 +656,9 @@ def test_checking_needs_no_torch(signed: Path, keys: Path) -> None:
     assert done.returncode == 0 and "'problems': []" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("module", "extra", "arguments"), [("cyclonedx", "bom", ["card"]), ("cryptography", "sign", ["sign", "--key", "x.pem"]), ("cryptography", "sign", ["verify", "--key", "x.pem"])])
+@pytest.mark.parametrize(("module", "extra", "arguments"), [
+    ("cyclonedx", "bom", ["card"]), ("cryptography", "sign", ["sign", "--key", "x.pem"]), ("cryptography", "sign", ["verify", "--key", "x.pem"]),
+])
 def test_a_missing_package_is_named(engine: Path, module: str, extra: str, arguments: list[str]) -> None:
     verb, *options = arguments
     code = f"import sys\nclass Absent:\n    def find_spec(self, name, path=None, target=None):\n        if name.split('.')[0] == {module!r}:\n            raise ModuleNotFoundError(name, name=name)\n"

@@ -137,6 +137,8 @@ def test_labels_are_short_and_differ(drawn, tmp_path):
     third = {**drawn, "title": "third"}
     folders = [save(tmp_path / "monday" / "run", drawn), save(tmp_path / "tuesday" / "run", other), save(tmp_path / "run2", third)]
     assert [r.label for r in compare.read_runs(folders)] == ["monday/run", "tuesday/run", f"{tmp_path.name}/run2"]
+    (tmp_path / "today").symlink_to(folders[0])
+    assert [r.label for r in compare.read_runs([tmp_path / "today", folders[2]])] == ["today", "run2"], "as it was named, not where a link leads"
     assert [r.label for r in compare.read_runs(folders[1:])] == ["run", "run2"] and compare.read_runs(folders[:1])[0].label == ""
 
 

@@ -271,3 +271,12 @@ def test_a_gain_is_not_called_a_loss(run):
         worst["difference"] = max(0.0, worst["difference"])
     found = accuracy.tasks([Run(run)], view([Run(run)])["engines"])[0]["subgroups"]
     assert found["worst"] == [] and not any(c["worst"] for line in found["rows"] for c in line["cells"])
+
+
+def test_a_cards_own_memory_is_not_the_processs(run):
+    run["device"].update(shared_memory=False, name="rtx-4060-8gb")
+    assert answers(run)["fits"].kind == "none" and "memory on the card was not measured" in answers(run)["fits"].why
+    assert view([Run(run)])["engines"][0]["room"] is None
+    [peak] = [r for r in run["engines"][0]["records"] if r["name"] == "peak_memory_bytes"]
+    run["engines"][0]["records"].append({**peak, "name": "peak_gpu_memory_bytes", "value": 8.3e9})
+    assert answers(run)["fits"].kind == "no"

@@ -130,6 +130,8 @@ def test_an_engine_that_cannot_be_captured_still_runs(made: dict[str, Path], mod
 
 def test_build_verb_verifies_and_measures(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tensorrt.install(monkeypatch)
+    # The bandwidth of this machine's memory takes long to measure and says nothing about a GPU.
+    monkeypatch.setattr("edgemed.bench.read_bandwidth", lambda threads: 10.0)
     engine = engine_of(made, "fp16", tmp_path)
     found = api.build(engine.path)
     assert found["verify"]["passed"] and found["verify"]["ran_on"] == "tensorrt"
@@ -274,3 +276,19 @@ def test_int4_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = engine.open()
     assert np.abs(session.prefill(IDS[:90], every=True) - right).max() < 0.05
     session.close()
+
+
+def test_a_signed_engine_is_signed_again_after_building(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cryptography")
+    from edgemed import signature
+
+    fake_tensorrt.install(monkeypatch)
+    engine = engine_of(made, "fp32", tmp_path)
+    signature.keygen(tmp_path / "keys")
+    private, public = tmp_path / "keys" / signature.PRIVATE, tmp_path / "keys" / signature.PUBLIC
+    signature.sign(engine.path, private)
+    finish(engine)
+    problems = signature.check(engine.path, public)["problems"]
+    assert any("on-device/plan/model.plan was added after signing: sign again if you built it" in problem for problem in problems)
+    signature.sign(engine.path, private)
+    assert not signature.check(engine.path, public)["problems"]

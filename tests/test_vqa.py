@@ -14,9 +14,9 @@ from conftest import write_model
 
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import free_text, plugins, stats  # noqa: E402
+from edgemed import free_text, plugins, stats, store  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.evaluate import ancestors, evaluate, pair, title  # noqa: E402
+from edgemed.evaluate import evaluate, pair, source_key, title  # noqa: E402
 from edgemed.scoring import Reader, behind, shared  # noqa: E402
 from edgemed.session import Pictures  # noqa: E402
 from edgemed.strategy import Settings  # noqa: E402
@@ -264,10 +264,10 @@ def test_engine_answers_as_its_source(sees: Path, engine: Any, folder: Path) -> 
 
 def test_open_questions_are_paired_like_others(sees: Path, engine: Any) -> None:
     asked = questions("slake", 4)
-    source = result(sees, asked, key="")
-    manifest = {"inputs": {}, "parent": None}
-    (key,) = ancestors(manifest)
-    found = pair(result(engine, asked), {**source, "model_key": key}, manifest, None, 0.05)
+    from edgemed.checkpoint import open_checkpoint
+
+    source = result(sees, asked, key=source_key(open_checkpoint(sees).hashes()))
+    found = pair(result(engine, asked), source, store.read_manifest(engine.path), None, 0.05)
     assert found["paired"]["n"] == 4 and found["paired"]["changed"] == 0 and found["part"] == "en" and found["scores"]["open_exact"]["n"] == 2
     assert found["scoring"] == "sum of option token log-likelihoods; open questions: exact match of a greedily generated answer"
     assert {"text", "said"} <= set(found["items"][1]) and "text" not in found["items"][0]

@@ -20,7 +20,7 @@ from corpus import WORK, data_argument
 from PIL import Image
 
 SEED = 20240601
-STAGES = (("tower", 1500, 64), ("lookup", 700, 32), ("bare", 600, 32), ("whole", 300, 16))  # what, steps, images or questions a step
+STAGES = (("tower", 560, 64), ("lookup", 350, 32), ("bare", 350, 32), ("whole", 150, 16))  # what, steps, images or questions a step
 PEAKS = {"tower": 1.0, "lookup": 1.0, "bare": 0.5, "whole": 0.3}  # share of the largest learning rate
 
 
