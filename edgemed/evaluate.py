@@ -14,6 +14,7 @@ from edgemed import confidence, free_text, lineage, stats, store
 from edgemed.console import track
 from edgemed.device import machine
 from edgemed.errors import EdgemedError
+from edgemed.sensors import Meter
 from edgemed.session import Session
 from edgemed.strategy import Answer, Answerer, Eyes, Settings, Strategy, parse
 from edgemed.task import Example, Questions
@@ -37,10 +38,12 @@ def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str,
     answerer = Answerer(session, tokenizer, questions, settings, stop, eyes)
     answerer.check(strategy)
     items, truncated, started = [], 0, time.perf_counter()
-    for example in track(questions.examples, f"{questions.task.name}{' (synthetic sample)' if questions.synthetic else ''}, {strategy.name}, on {model}"):
-        found = answerer.answer(example, strategy)
-        truncated += found.cut
-        items.append(item_of(example, found))
+    label = f"{questions.task.name}{' (synthetic sample)' if questions.synthetic else ''}, {strategy.name}, on {model}"
+    with Meter(on_gpu=getattr(session, "device", "cpu") == "cuda") as meter:
+        for example in track(questions.examples, label):
+            found = answerer.answer(example, strategy)
+            truncated += found.cut
+            items.append(item_of(example, found))
     seconds, n = time.perf_counter() - started, len(items)
     correct = sum(item["answer"] == item["gold"] for item in items)
     return {
@@ -49,7 +52,7 @@ def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str,
         "strategy": strategy.name, "scoring": scoring_of(questions, session.head, settings), "settings": settings_of(strategy, settings, questions.sees),
         "n": n, "correct": correct, "accuracy": correct / n, "interval": list(stats.wilson(correct, n)), "majority": majority(questions),
         "truncated": truncated, "unparsed": sum(item["answer"] < 0 for item in items), "seconds": round(seconds, 3), "seconds_per_question": seconds / n,
-        "tokens_read": answerer.reader.tokens_read, "tokens_generated": answerer.reader.tokens_generated, "joules": None, "joules_per_question": None,
+        "tokens_read": answerer.reader.tokens_read, "tokens_generated": answerer.reader.tokens_generated, "joules": meter.joules, "joules_per_question": None if meter.joules is None else meter.joules / n,
         "machine": machine()["label"], "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "calibration": confidence.summary(items), "items": items, "paired": None,
         "scores": questions.task.scores(list(zip(questions.examples, items, strict=True))) if questions.task.scores else {},
