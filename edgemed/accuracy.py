@@ -18,8 +18,9 @@ Json = Mapping[str, Any]
 
 
 def title_of(result: Json) -> str:
-    """A task by name, and its language where only one was asked for."""
-    return f"{result['task']}/{result['language']}" if result["language"] else result["task"]
+    """A task by name, and its language or part where only one was asked for."""
+    asked = result["language"] or result.get("part")  # results of earlier versions name no part
+    return f"{result['task']}/{asked}" if asked else result["task"]
 
 
 def tasks(runs: Sequence[Run], engines: Sequence[Json]) -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ def task(title: str, key: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
         "difference_chart": plots.differences(charted, margin, f"Accuracy on {title} less the source's") if paired else None,
         "flip_chart": plots.flips(charted, f"Answers on {title} that changed against the source") if paired else None,
         "calibrated": any(row["c"] for row in rows), "target": covers[0]["target"] if covers else None, "reliability": [reliability(block, title) for block in blocks],
-        "subgroups": subgroups(blocks[0]["rows"]),
+        "subgroups": subgroups(blocks[0]["rows"]), "scores": list(first.get("scores") or ()),
     }
 
 

@@ -18,7 +18,7 @@ from edgemed.facts import inspect
 from edgemed.family import Family
 from edgemed.image_files import open_image
 from edgemed.recipe import EvalSpec
-from edgemed.run import evaluate_opened, open_source
+from edgemed.run import evaluate_opened, open_source, start_engine
 from edgemed.session import Pictures, Sampling, Session, generate
 from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode
@@ -95,11 +95,12 @@ def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None
     require_built(opened, "evaluate")
     known = read_results(against) if against else []
     bases, results = [], []
-    base_model = open_source(open_checkpoint(source)) if source else None
-    model = (opened.open(threads), opened.tokenizer(), opened.eos)
+    every = [questions(task, spec.limit) for task in spec.tasks]
+    sees = any(asked.sees for asked in every)
+    model = start_engine(opened, sees, threads)
+    base_model = open_source(open_checkpoint(source), sees) if source else None
     try:
-        for task in spec.tasks:
-            asked = questions(task, spec.limit)
+        for asked in every:
             for text in spec.strategies:
                 base = evaluate_opened(base_model, asked, SOURCE, source_key(open_checkpoint(source).hashes()), text, settings) if source else None
                 result = evaluate_opened(model, asked, opened.name, opened.key, text, settings)
@@ -107,7 +108,7 @@ def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None
                 results.append(pair(result, base, store.read_manifest(opened.path), spec.margin, spec.alpha) if base else result)
                 bases += [base] if base else []
     finally:
-        model[0].close()
+        model.close()
     gate = judge({opened.name: results}, spec.margin, spec.alpha) if spec.margin is not None else None
     return {"source": bases, "engine": results, "gate": gate}
 

@@ -33,7 +33,7 @@ def render(evidence: Evidence, card: bytes, version: int) -> bytes:
 
     The serial number follows from the engine's key. Raises EdgemedError without the package of edgemed[bom].
     """
-    need("cyclonedx.model.bom", "bom")
+    need("cyclonedx", "bom")
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.model.lifecycle import LifecyclePhase, PredefinedLifecycle

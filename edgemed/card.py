@@ -56,10 +56,12 @@ def front_matter(evidence: Evidence) -> dict[str, Any]:
 def result_of(result: Json, head: str) -> dict[str, Any]:
     """One evaluation in the hub's form; the file it was measured on is named by its sha256, since a sample is not the whole set."""
     metrics = [{"type": "accuracy", "value": result["accuracy"], "name": f"accuracy, {result['strategy']}, {result['n']} questions"}]
+    metrics += [{"type": name, "value": score["value"], "name": f"{name.replace('_', ' ')}, {result['strategy']}, {score['n']} questions"}
+                for name, score in (result.get("scores") or {}).items() if score["value"] is not None]
     if result["paired"]:
         difference = result["paired"]["difference"]
         metrics.append({"type": "accuracy_difference", "value": difference["value"], "name": f"accuracy less that of the float32 source ({difference['method']})"})
-    dataset = {"type": result["task"], "name": result["task"], "revision": result["task_sha256"]} | ({"config": result["language"]} if result["language"] else {})
+    dataset = {"type": result["task"], "name": result["task"], "revision": result["task_sha256"]} | ({"config": asked} if (asked := result["language"] or result.get("part")) else {})
     return {"task": {"type": "multiple-choice" if head == "lm" else PIPELINES[head], "name": "multiple-choice questions"}, "dataset": dataset, "metrics": metrics}
 
 

@@ -103,7 +103,7 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
 
 def eval_(
     engine: EngineDir,
-    task: Annotated[list[str], typer.Option(help="Task as NAME, NAME/LANGUAGE, or NAME:FILE.jsonl for your own rows; may be repeated.")],
+    task: Annotated[list[str], typer.Option(help="Task as NAME, NAME/LANGUAGE or NAME/PART, or NAME:FILE.jsonl for your own rows; may be repeated.")],
     strategy: Annotated[list[str] | None, typer.Option(help="Prompt strategy: zero-shot, random-3, nearest-3/cot, self-consistency-5, ...; may be repeated, the first is judged.")] = None,
     source: Annotated[str | None, typer.Option(help="Float checkpoint the engine was made from, evaluated too (needs edgemed[build]).")] = None,
     against: Annotated[Path | None, typer.Option(help="File of the source's results, written with --out where the source was evaluated.")] = None,
@@ -112,6 +112,7 @@ def eval_(
     scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
     limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
     accept_undecided: AcceptUndecided = False,
+    record: Annotated[bool, typer.Option("--record", help="Put the results and the verdict into the engine's manifest; sign it again afterwards.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the whole result, every item included, to this JSON file.")] = None,
     threads: Threads = None, sets: Sets = None, json_: Json = False,
 ) -> None:
@@ -124,6 +125,12 @@ def eval_(
     if margin is not None and not (source or against):
         raise EdgemedError("a verdict needs the source's answers", "Give --source MODEL or --against FILE")
     found = evaluate_tasks(engine, params.build(EvalSpec, values, "eval"), source, against, threads)
+    if record:
+        from edgemed.engine import open_engine
+        from edgemed.evaluate import part_of
+        from edgemed.provenance import record as put
+
+        put(engine, found["engine"], part_of(found["gate"], open_engine(engine).name))
     if out:
         from edgemed.store import write_json
 
@@ -131,7 +138,11 @@ def eval_(
     if json_:
         show(found, True)
     else:
-        show([result_row(result) for result in (*found["source"], *found["engine"])], False)
+        results = (*found["source"], *found["engine"])
+        show([result_row(result) for result in results], False)
+        # Metrics of a task's own differ from task to task: a line each.
+        if own := [{"task": r["task"], "model": r["model"], "metric": name, "value": s["value"], "n": s["n"]} for r in results for name, s in r["scores"].items()]:
+            show(own, False)
         if found["gate"]:
             show([verdict_row(row) for row in found["gate"]["comparisons"]], False)
     leave(found["gate"], accept_undecided)
@@ -140,7 +151,7 @@ def eval_(
 def result_row(result: dict[str, Any]) -> dict[str, Any]:
     """One result as a person reads it."""
     low, high = result["interval"]
-    row = {"task": result["task"], "model": result["model"], "strategy": result["strategy"], "n": result["n"], "accuracy": f"{result['accuracy']:.4f}"}
+    row = {"task": result["task"] + " (synthetic)" * result["synthetic"], "model": result["model"], "strategy": result["strategy"], "n": result["n"], "accuracy": f"{result['accuracy']:.4f}"}
     row |= {"95 %": f"{low:.3f}-{high:.3f}", "majority": round(result["majority"], 4), "cut": result["truncated"], "s/question": result["seconds_per_question"]}
     paired = result["paired"]
     return row | {"lost": paired["only_source"] if paired else None, "gained": paired["only_engine"] if paired else None}

@@ -86,6 +86,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file, or of a .json file with one list of objects, as several published sets are. Raises EdgemedError as read_jsonl."""
+    if Path(path).suffix != ".json":
+        return read_jsonl(path)
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise EdgemedError(f"{path} cannot be read as JSON: {error}", "Give a file in UTF-8 with one list of objects") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise EdgemedError(f"{path} is not a list of JSON objects", "Give such a list, or a .jsonl file with one object per line")
+    return rows
+
+
 def texts(name: str, split: str = "calibration") -> list[str]:
     """The texts of one split. Raises EdgemedError for an empty set or a row without 'text'."""
     card = read_card(name)

@@ -10,59 +10,80 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgemed import confidence, lineage, stats, store
+from edgemed import confidence, free_text, lineage, stats, store
 from edgemed.console import track
 from edgemed.device import machine
 from edgemed.errors import EdgemedError
+from edgemed.sensors import Meter
 from edgemed.session import Session
-from edgemed.strategy import Answerer, Settings, Strategy, parse
-from edgemed.task import Questions
+from edgemed.strategy import Answer, Answerer, Eyes, Settings, Strategy, parse
+from edgemed.task import Example, Questions
 
 SCORING = {
     "sum": "sum of option token log-likelihoods", "normalised": "option log-likelihood per character", "generated": "the option a greedily generated answer names",
     "choice": "multiple-choice head", "classes": "sequence-classification head",
 }
+OPEN = "exact match of a greedily generated answer"
 SOURCE = "source (float32)"
 
 
 def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str, model_key: str, strategy: Strategy | str = "zero-shot",
-             settings: Settings = Settings(), stop: frozenset[int] = frozenset()) -> dict[str, Any]:
-    """Answer every question. Contexts that do not fit lose their first tokens, options never; how many did is reported.
+             settings: Settings = Settings(), stop: frozenset[int] = frozenset(), eyes: Eyes | None = None) -> dict[str, Any]:
+    """Answer every question. Contexts that do not fit lose their first tokens, options and prompts with images never; how many did is reported.
 
-    model_key: the engine's key, or source_key of a checkpoint. Returns the result mapping of docs/report.md.
+    eyes: needed where the task shows images. model_key: the engine's key, or source_key of a checkpoint. Returns the result mapping of docs/report.md.
     Raises EdgemedError where this engine or task cannot follow the strategy.
     """
     strategy = parse(strategy) if isinstance(strategy, str) else strategy
-    answerer = Answerer(session, tokenizer, questions, settings, stop)
+    answerer = Answerer(session, tokenizer, questions, settings, stop, eyes)
     answerer.check(strategy)
     items, truncated, started = [], 0, time.perf_counter()
-    for example in track(questions.examples, f"{questions.task.name}, {strategy.name}, on {model}"):
-        found = answerer.answer(example, strategy)
-        truncated += found.cut
-        scores = [round(score, 6) for score in found.scores]
-        items.append({"id": example.id, "gold": example.gold, "answer": found.option, "scores": scores, "groups": dict(example.groups)})
+    label = f"{questions.task.name}{' (synthetic sample)' if questions.synthetic else ''}, {strategy.name}, on {model}"
+    with Meter(on_gpu=getattr(session, "device", "cpu") == "cuda") as meter:
+        for example in track(questions.examples, label):
+            found = answerer.answer(example, strategy)
+            truncated += found.cut
+            items.append(item_of(example, found))
     seconds, n = time.perf_counter() - started, len(items)
     correct = sum(item["answer"] == item["gold"] for item in items)
     return {
-        "task": questions.task.name, "language": questions.language, "task_sha256": questions.sha256, "task_key": questions.key, "model": model, "model_key": model_key,
-        "strategy": strategy.name, "scoring": SCORING[settings.scoring if session.head == "lm" else session.head], "settings": settings_of(strategy, settings),
+        "task": questions.task.name, "language": questions.language, "part": questions.part, "synthetic": questions.synthetic,
+        "task_sha256": questions.sha256, "task_key": questions.key, "model": model, "model_key": model_key,
+        "strategy": strategy.name, "scoring": scoring_of(questions, session.head, settings), "settings": settings_of(strategy, settings, questions.sees),
         "n": n, "correct": correct, "accuracy": correct / n, "interval": list(stats.wilson(correct, n)), "majority": majority(questions),
         "truncated": truncated, "unparsed": sum(item["answer"] < 0 for item in items), "seconds": round(seconds, 3), "seconds_per_question": seconds / n,
-        "tokens_read": answerer.reader.tokens_read, "tokens_generated": answerer.reader.tokens_generated, "joules": None, "joules_per_question": None,
+        "tokens_read": answerer.reader.tokens_read, "tokens_generated": answerer.reader.tokens_generated, "joules": meter.joules, "joules_per_question": None if meter.joules is None else meter.joules / n,
         "machine": machine()["label"], "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "calibration": confidence.summary(items), "items": items, "paired": None,
+        "scores": questions.task.scores(list(zip(questions.examples, items, strict=True))) if questions.task.scores else {},
     }
 
 
-def settings_of(strategy: Strategy, settings: Settings) -> dict[str, Any]:
-    """What a strategy besides its name depends on, for the record."""
+def item_of(example: Example, found: Answer) -> dict[str, Any]:
+    """One item of a result. text: what was written; said: the same normalised, of an open question, so that two wrong answers can be told apart."""
+    item = {"id": example.id, "gold": example.gold, "answer": found.option, "scores": [round(score, 6) for score in found.scores], "groups": dict(example.groups)}
+    item |= {} if found.text is None else {"text": found.text}
+    return item | ({} if example.options else {"said": free_text.normalised(found.text)})
+
+
+def scoring_of(questions: Questions, head: str, settings: Settings) -> str:
+    """How the answers were scored, in words."""
+    said = SCORING[settings.scoring if head == "lm" else head]
+    opened = sum(not example.options for example in questions.examples)
+    if opened == len(questions.examples):
+        return OPEN
+    return f"{said}; open questions: {OPEN}" if opened else said
+
+
+def settings_of(strategy: Strategy, settings: Settings, sees: bool = False) -> dict[str, Any]:
+    """What a strategy besides its name depends on, for the record. sees: whether the task shows images, whose models reason when they generate."""
     parts = (strategy, *strategy.members)
     found: dict[str, Any] = {}
     if any(p.k or p.votes > 1 for p in parts):
         found["seed"] = settings.seed
     if any(p.shots == "nearest" for p in parts):
         found["nearest_by"] = "TF-IDF over character trigrams"
-    if any(p.reason for p in parts):
+    if any(p.reason for p in parts) or (sees and settings.scoring == "generated"):
         found["rationale_tokens"] = settings.rationale
     if any(p.reason and p.votes > 1 for p in parts):
         found["temperature"] = settings.temperature
@@ -71,7 +92,7 @@ def settings_of(strategy: Strategy, settings: Settings) -> dict[str, Any]:
 
 def majority(questions: Questions) -> float:
     """Accuracy of always giving the most frequent answer."""
-    golds = [example.gold for example in questions.examples]
+    golds = [(example.gold, free_text.normalised(example.reference)) for example in questions.examples]
     return max(golds.count(gold) for gold in set(golds)) / len(golds)
 
 
@@ -110,8 +131,9 @@ def judge(results: Mapping[str, Sequence[Mapping[str, Any]]], margin: float, alp
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """A task by name, and its language where only one was asked for."""
-    return f"{result['task']}/{result['language']}" if result["language"] else result["task"]
+    """A task by name, and its language or part where only one was asked for."""
+    asked = result["language"] or result.get("part")  # results of earlier versions name no part
+    return f"{result['task']}/{asked}" if asked else result["task"]
 
 
 def part_of(gate: Mapping[str, Any] | None, engine: str) -> dict[str, Any] | None:

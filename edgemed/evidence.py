@@ -131,8 +131,9 @@ def shown(values: Json) -> str:
 
 
 def title(result: Json) -> str:
-    """An evaluation by name: task, its language where only one was asked, and the prompt strategy."""
-    return f"{result['task']}/{result['language']}, {result['strategy']}" if result["language"] else f"{result['task']}, {result['strategy']}"
+    """An evaluation by name: task, its language or part where only one was asked, and the prompt strategy."""
+    asked = result["language"] or result.get("part")  # results of earlier versions name no part
+    return f"{result['task']}/{asked}, {result['strategy']}" if asked else f"{result['task']}, {result['strategy']}"
 
 
 def limits(evidence: Evidence) -> list[str]:
@@ -149,6 +150,8 @@ def limits(evidence: Evidence) -> list[str]:
         where = title(result)
         if result["interval"][0] <= result["majority"]:
             found.append(f"{where}: its accuracy is not clearly above {result['majority']:.3f}, that of always giving the most frequent answer.")
+        if result.get("synthetic"):
+            found.append(f"{where}: measured on the shipped synthetic stand-in, which says nothing about accuracy.")
         if result["truncated"]:
             found.append(f"{where}: {result['truncated']} of {result['n']} prompts did not fit and lost their first tokens.")
         if result["unparsed"]:

@@ -140,6 +140,7 @@ class Family:
     'vision.projector.*'), of families that see.
     chat(text, images) -> prompt: one user turn in the model's own conversation form, with one image token where each image stands. reasoning(question)
     -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
+    opening: what such an answer writes right before that letter.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Family:
     chat: Callable[[str, int], str] | None = None
     reasoning: Callable[[str], str] | None = None
     answer: Callable[[str], str | None] | None = None
+    opening: str = ""
 
 
 def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:

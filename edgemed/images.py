@@ -6,20 +6,24 @@ features are then another image's.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
+from edgemed.session import Pictures
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from edgemed.family import Vision
 
+KEPT = 32  # images whose features are kept: a few megabytes
 NARROWEST = 200  # Qwen2-VL refuses images longer than this many times their width
 
 
@@ -112,6 +116,52 @@ def token_positions(tokens: Any, token: int, grids: list[tuple[int, int]], parts
         found[:, place : place + rows * columns] = at + grid
         place, at = place + rows * columns, at + max(rows, columns)
     return found
+
+
+Seen = tuple[np.ndarray, tuple[int, int]]  # features float32 [n, hidden] of one image, and how many (rows, columns) they are
+
+
+class Kept:
+    """Features of the last few images, found again by their pixels, so that a second question about an image costs no second look."""
+
+    def __init__(self, compute: Callable[[Image.Image], Seen]):
+        self.compute = compute
+        self.found: OrderedDict[str, Seen] = OrderedDict()
+
+    def features(self, image: Image.Image) -> Seen:
+        """Those of one RGB image, computed where they are not kept."""
+        key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        if key not in self.found:
+            self.found[key] = self.compute(image)
+            if len(self.found) > KEPT:
+                self.found.popitem(last=False)
+        self.found.move_to_end(key)
+        return self.found[key]
+
+
+def placed(tokens: Sequence[int], seen: Sequence[Seen], v: Vision, parts: int, context: int) -> tuple[list[int], Pictures | None]:
+    """(tokens with every image token repeated for its image's features, the features themselves).
+
+    tokens: a prompt with one image token for each image, in order; seen: what the images became. Raises EdgemedError where prompt and images are longer
+    than the context: an image is never cut.
+    """
+    if not seen:
+        return list(tokens), None
+    counts, found = iter([len(features) for features, _ in seen]), []
+    for token in tokens:
+        found += [token] * (next(counts) if token == v.token else 1)
+    if len(found) > context:
+        most = max(len(features) for features, _ in seen)
+        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Export with fewer max_pixels or a longer context")
+    positions = token_positions(found, v.token, [grid for _, grid in seen], parts)
+    return found, Pictures(np.concatenate([features for features, _ in seen]), positions, v.token)
+
+
+def check_places(tokens: Sequence[int], token: int, images: int) -> None:
+    """Raise EdgemedError where a prompt has more or fewer places for images than there are images."""
+    places = sum(t == token for t in tokens)
+    if places != images:
+        raise EdgemedError(f"the prompt has places for {places} images, {images} were given", "Give one image for each place")
 
 
 def vision_of(facts: Mapping[str, Any]) -> Vision:

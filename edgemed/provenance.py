@@ -30,6 +30,14 @@ def document(directory: Path, source: Json | None, verify: Json | None = None, e
     write(directory, sections)
 
 
+def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
+    """Put evaluations and their verdict into an engine's manifest. Card and bill of materials, which a device cannot write, follow with `edgemed card`.
+
+    A signature made before no longer fits. Raises EdgemedError where the engine was altered or cannot be written to.
+    """
+    store.attach(directory, {}, {"evals": [summary(result) for result in evals], "gate": gate})
+
+
 def write(directory: Path, sections: Json) -> Evidence:
     """Write README.md and bom.cdx.json from what the directory holds and `sections`, and attach all of it in one stroke."""
     evidence, manifest = read_evidence(directory, sections), store.read_manifest(directory)

@@ -32,16 +32,31 @@ from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
 from edgemed.report import write
 from edgemed.session import Session
-from edgemed.strategy import Settings, parse
+from edgemed.strategy import Eyes, Settings, parse
 from edgemed.summary import on_device
 from edgemed.task import Questions, questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.verify import Limits, verify
+from edgemed.vision import VisionSession
 from edgemed.weights import Weights
 
 
 RANDOM = "random:"
-Opened = tuple[Session, Any, int | None]  # session, tokenizer, end-of-text token
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to be evaluated. eos: its end-of-text token; eyes: where it shall see."""
+
+    session: Session
+    tokenizer: Any
+    eos: int | None
+    eyes: Eyes | None = None
+
+    def close(self) -> None:
+        self.session.close()
+        if self.eyes:
+            self.eyes.close()
 
 
 @dataclass
@@ -85,8 +100,7 @@ def run(recipe: Recipe, work: Path) -> Path:
 
 def check_inputs(recipe: Recipe) -> None:
     """Find a missing model, adapter, text set, importance or task file in the first second, not after an hour of work."""
-    if not recipe.model.startswith(RANDOM):
-        Weights(open_checkpoint(recipe.model))
+    weights = None if recipe.model.startswith(RANDOM) else Weights(open_checkpoint(recipe.model))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
     for stage in recipe.engines:
@@ -95,7 +109,8 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
     for spec in recipe.eval.tasks if recipe.eval else ():
-        questions(spec)
+        if questions(spec).sees and weights and not weights.vision:
+            raise EdgemedError(f"task {spec} shows images, and {recipe.model} reads text only", "Leave the task out, or give a model that sees")
     for text in recipe.eval.strategies if recipe.eval else ():
         parse(text)
 
@@ -241,7 +256,7 @@ def evals_of(engine: Engine | None, source: Checkpoint, asked: Questions, spec: 
 
     def compute(text: str) -> dict[str, Any]:
         nonlocal opened  # opened at the first strategy that is not in the cache, and used for all
-        opened = opened or (open_source(source) if engine is None else (engine.open(), engine.tokenizer(), engine.eos))
+        opened = opened or (open_source(source, asked.sees) if engine is None else start_engine(engine, asked.sees))
         return evaluate_opened(opened, asked, name, key, text, settings)
 
     key, name = (source_key(source.hashes()), SOURCE) if engine is None else (engine.key, engine.name)
@@ -251,21 +266,29 @@ def evals_of(engine: Engine | None, source: Checkpoint, asked: Questions, spec: 
             found.append(cached(cache, "eval", params, {"model": key, "task": asked.key}, partial(compute, text)))
     finally:
         if opened:
-            opened[0].close()
+            opened.close()
     return found
 
 
-def open_source(source: Checkpoint) -> Opened:
-    """The float32 source as a session, with its tokenizer and end-of-text token."""
+def open_source(source: Checkpoint, sees: bool = False) -> Opened:
+    """The float32 source as a session, with its tokenizer and end-of-text token. sees: with its eyes; raises EdgemedError where it has none."""
     from edgemed.decoder import TorchSession
+    from edgemed.tower import TorchEyes
 
     weights = Weights(source)
-    return TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos
+    eyes = TorchEyes(weights) if sees else None
+    return Opened(TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos, eyes)
+
+
+def start_engine(engine: Engine, sees: bool = False, threads: int | None = None) -> Opened:
+    """An engine in the same form."""
+    eyes = VisionSession(engine, threads) if sees else None
+    return Opened(engine.open(threads), engine.tokenizer(), engine.eos, eyes)
 
 
 def evaluate_opened(opened: Opened, asked: Questions, name: str, key: str, strategy: str, settings: Settings) -> dict[str, Any]:
-    session, tokenizer, eos = opened
-    return evaluate(session, tokenizer, asked, name, key, strategy, settings, frozenset() if eos is None else frozenset({eos}))
+    stop = frozenset() if opened.eos is None else frozenset({opened.eos})
+    return evaluate(opened.session, opened.tokenizer, asked, name, key, strategy, settings, stop, opened.eyes)
 
 
 def run_gate(engines: list[Engine], evals: list[list[dict[str, Any]]], recipe: Recipe) -> dict[str, Any] | None:
@@ -306,5 +329,7 @@ def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str,
     missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]
     missing += [] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
     missing += ["Whether an engine is not worse was not judged (no margin: in the recipe's eval)."] if recipe.eval and recipe.eval.margin is None else []
+    stand_ins = [spec for spec in recipe.eval.tasks if questions(spec, 1).synthetic] if recipe.eval else []
+    missing += [f"{spec}: asked on the shipped synthetic stand-in, which says nothing about accuracy; name a file of the real set." for spec in stand_ins]
     missing += [f"Only the first {recipe.eval.limit} rows of each task were asked."] if recipe.eval and recipe.eval.limit else []
     return missing

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgemed.errors import EdgemedError
-from edgemed.session import Sampling, Session, continued, log_softmax
+from edgemed.session import Pictures, Sampling, Session, continued, log_softmax
 from edgemed.task import Prompt
 from edgemed.tokenizer import encode
 
@@ -22,35 +22,36 @@ SHARED = 32
 
 
 class Reader:
-    """A session that remembers which tokens it holds. tokens_read, tokens_generated: what was computed so far."""
+    """A session that remembers which tokens and images it holds. tokens_read, tokens_generated: what was computed so far."""
 
     def __init__(self, session: Session):
         self.session, self.held, self.tokens_read, self.tokens_generated = session, [], 0, 0
+        self.seen: Pictures | None = None
         session.rewind(0)
 
-    def read(self, tokens: Sequence[int]) -> np.ndarray:
-        """Scores [width] after `tokens`, valid until the next call. A beginning that the session already holds is not read again."""
-        same = 0
-        for held, token in zip(self.held, tokens[:-1], strict=False):
-            if held != token:
-                break
-            same += 1
+    def read(self, tokens: Sequence[int], pictures: Pictures | None = None) -> np.ndarray:
+        """Scores [width] after `tokens`, valid until the next call. A beginning that the session already holds is not read again.
+
+        pictures: features that take the place of image tokens; two images have the same tokens, so theirs are compared too.
+        """
+        same = shared(self.held, tokens, self.seen, pictures)
         same = same if same >= SHARED else 0
         self.session.rewind(same)
         self.held = []  # should the next line fail, nothing is taken to be held
-        scores = self.session.prefill(tokens[same:])[-1]
-        self.held = list(tokens)
+        rest = behind(tokens, pictures, same)
+        scores = (self.session.prefill(tokens[same:], pictures=rest) if rest else self.session.prefill(tokens[same:]))[-1]
+        self.held, self.seen = list(tokens), pictures
         self.tokens_read += len(tokens) - same
         return scores
 
-    def options(self, context: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
+    def options(self, context: Sequence[int], options: Sequence[Sequence[int]], pictures: Pictures | None = None) -> list[float]:
         """Sum of the token log-probabilities of each option after the context, which is read once.
 
         Raises EdgemedError where an option has no tokens, or context and option do not fit.
         """
         if not all(options):
             raise EdgemedError("an option has no tokens", "Every option needs at least one token")
-        first, scores = log_softmax(self.read(context)), []
+        first, scores = log_softmax(self.read(context, pictures)), []
         for option in options:
             total = float(first[option[0]])
             if len(option) > 1:
@@ -65,14 +66,45 @@ class Reader:
         """One score per whole sequence, from a multiple-choice head."""
         return [float(self.read(sequence)[0]) for sequence in sequences]
 
-    def write(self, context: Sequence[int], sampling: Sampling, stop: frozenset[int]) -> list[int]:
+    def write(self, context: Sequence[int], sampling: Sampling, stop: frozenset[int], pictures: Pictures | None = None) -> list[int]:
         """Tokens generated after the context."""
-        scores = self.read(context)
+        scores = self.read(context, pictures)
         found = list(continued(self.session, scores, sampling, stop))
         # The newest token was picked and never fed back, so the session holds all but that one.
         self.held = [*context, *found][: self.session.position]
         self.tokens_generated += len(found)
         return found
+
+
+def shared(held: Sequence[int], tokens: Sequence[int], seen: Pictures | None, pictures: Pictures | None) -> int:
+    """How many of the first tokens need not be read again: fewer than all of them, the same images in them, and no image begun."""
+    same = 0
+    for one, other in zip(held, tokens[:-1], strict=False):
+        if one != other:
+            break
+        same += 1
+    if seen is None and pictures is None:
+        return same
+    if seen is None or pictures is None or seen.token != pictures.token:
+        token = (seen or pictures).token
+        return next((i for i in range(same) if tokens[i] == token), same)
+    places = [i for i in range(same) if tokens[i] == pictures.token]
+    alike = (seen.features[: len(places)] == pictures.features[: len(places)]).all(1)
+    same = same if alike.all() else places[int(alike.argmin())]
+    # Positions of an image count from where it begins: it is read as a whole.
+    while 0 < same < len(tokens) and tokens[same] == tokens[same - 1] == pictures.token:
+        same -= 1
+    return same
+
+
+def behind(tokens: Sequence[int], pictures: Pictures | None, start: int) -> Pictures | None:
+    """The pictures of tokens[start:], positions counted from 0 again; None where no image stands there."""
+    if pictures is None or not start:
+        return pictures
+    before = sum(token == pictures.token for token in tokens[:start])
+    if before == len(pictures.features):
+        return None
+    return Pictures(pictures.features[before:], pictures.positions[:, start:] - (pictures.positions[:, :start].max() + 1), pictures.token)
 
 
 def option_tokens(tokenizer: Any, prompt: Prompt, context: Sequence[int], where: str) -> list[list[int]]:

@@ -44,7 +44,7 @@ class Positions:
 class Session(Protocol):
     """A running engine with one sequence. Arrays returned are float32 and valid until the next call.
 
-    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise.
+    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise. A session that runs on a GPU has device = 'cuda'.
     """
 
     head: str

@@ -148,7 +148,8 @@ def paired(source_items: Items, engine_items: Items, margin: float | None, alpha
     check(margin, alpha)
     same_items(source_items, engine_items)
     right = [(s["answer"] == s["gold"], e["answer"] == e["gold"]) for s, e in zip(source_items, engine_items, strict=True)]
-    changed = [s["answer"] != e["answer"] for s, e in zip(source_items, engine_items, strict=True)]
+    # Two wrong answers to an open question have one number; their words tell them apart.
+    changed = [(s["answer"], s.get("said")) != (e["answer"], e.get("said")) for s, e in zip(source_items, engine_items, strict=True)]
     n, both, neither = len(right), right.count((True, True)), right.count((False, False))
     lost, gained = right.count((True, False)), right.count((False, True))
     rows = list(subgroups(source_items, right, confidence))

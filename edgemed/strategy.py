@@ -10,18 +10,23 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from edgemed.errors import EdgemedError
+from edgemed.family import Family
+from edgemed.free_text import exact
 from edgemed.scoring import Reader, chosen, fitted, option_tokens
-from edgemed.session import Sampling, Session, log_softmax
-from edgemed.task import Example, Prompt, Questions, Task, describe
+from edgemed.session import Pictures, Sampling, Session, log_softmax
+from edgemed.task import LETTERS, Example, Prompt, Questions, Task, describe
 from edgemed.tokenizer import encode
 
 # Kojima et al. 2022; English for every language, as OpenMedLM does.
 THINK, CONCLUDE = " Let's think step by step.", "\nTherefore, the answer is"
+# LLaVA-1.5's wording, for families without instructions of their own.
+ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
+WRITTEN = 32  # tokens of a written answer, without the rationale in front of it
 KNOWN = "zero-shot, random-K, nearest-K, cot, vote-N, self-consistency-N (cot/vote-N), joined by / as in nearest-3/cot, and ensembles joined by +"
 
 
@@ -58,12 +63,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """option: index, -1 where a generated answer named none. scores: one per option, log scale (empty for a generated answer). cut: whether the
-    context lost its first tokens."""
+    """option: index, -1 where a generated answer named none; of an open question 0 right, 1 wrong, -1 nothing written. scores: one per option, log scale
+    (empty for a generated answer). cut: whether the context lost its first tokens. text: what was written, where words and not letters were asked for."""
 
     option: int
     scores: tuple[float, ...]
     cut: bool
+    text: str | None = None
+
+
+class Eyes(Protocol):
+    """What turns the images of a prompt into features: vision.VisionSession of an engine, tower.TorchEyes of its source."""
+
+    family: Family
+
+    def see(self, tokens: Sequence[int], images: Sequence[Any]) -> tuple[list[int], Pictures | None]: ...
+
+    def close(self) -> None: ...
 
 
 def parse(text: str) -> Strategy:
@@ -138,9 +154,11 @@ def _trigrams(text: str) -> dict[str, int]:
 class Answerer:
     """Puts the questions of one task to one session. reader: what it has cost so far."""
 
-    def __init__(self, session: Session, tokenizer: Any, questions: Questions, settings: Settings, stop: frozenset[int] = frozenset()):
+    def __init__(self, session: Session, tokenizer: Any, questions: Questions, settings: Settings, stop: frozenset[int] = frozenset(), eyes: Eyes | None = None):
+        """eyes: needed only where the task shows images."""
         self.session, self.tokenizer, self.questions, self.settings, self.stop = session, tokenizer, questions, settings, stop
         self.task: Task = questions.task
+        self.eyes = eyes
         self.reader = Reader(session)
         self.pools: dict[str | None, tuple[Example, ...]] = {}
         self.neighbours: dict[str | None, Neighbours] = {}
@@ -153,6 +171,10 @@ class Answerer:
             raise EdgemedError(f"task {self.task.name} has no solved examples for {strategy.name}", "Use a strategy without examples")
         if strategy.votes > 1 and not strategy.reason and not self.task.lettered:
             raise EdgemedError(f"task {self.task.name} does not list its options, so {strategy.name} would ask the same question {strategy.votes} times", f"Use self-consistency-{strategy.votes}")
+        if self.questions.sees and (self.eyes is None or self.eyes.family.chat is None or self.session.head != "lm"):
+            raise EdgemedError(f"task {self.task.name} shows images, and this model reads text only", "Evaluate it on a text task, or give a model that sees")
+        if self.questions.sees and (strategy.k or strategy.reason):
+            raise EdgemedError(f"task {self.task.name} shows images, and {strategy.name} is a strategy for text", "Use zero-shot or vote-N; with scoring: generated the model reasons in its own form")
         for member in strategy.members:
             self.check(member)
 
@@ -181,6 +203,8 @@ class Answerer:
         return Answer(order[answer.option] if answer.option >= 0 else -1, scores, answer.cut)
 
     def _once(self, example: Example, strategy: Strategy, turn: int) -> Answer:
+        if example.images:
+            return self._seen(example)
         prompt = self.task.render(example)
         before = "".join(f"{p.context}{p.options[shot.gold]}\n\n" for shot in self._shots(example, strategy) for p in (self.task.render(shot),))
         prompt = Prompt(describe(self.task, example) + before + prompt.context, prompt.options)
@@ -223,6 +247,43 @@ class Answerer:
         kept, short = fitted(context, self.session.context - most, example.id)
         text = self.tokenizer.decode(self.reader.write(kept, Sampling(max_tokens=most), self.stop))
         return Answer(chosen(text, prompt.options, self.task.lettered), (), cut or short)
+
+    def _seen(self, example: Example) -> Answer:
+        """One answer to a question with images, in the conversation form of the model's family.
+
+        Nothing of such a prompt is ever cut, for half an image is another image. Raises EdgemedError where it does not fit.
+        """
+        prompt, family = self.task.render(example), self.eyes.family
+        listed = self.task.lettered and bool(example.options)
+        reasons = listed and family.reasoning is not None
+        asked = prompt.context if not listed else family.reasoning(prompt.context) if reasons else prompt.context + ONE_LETTER
+        text = family.chat(asked, len(example.images))
+        opening = family.opening if reasons else "" if text[-1:].isspace() else " "
+        prompt = Prompt(text, tuple(opening + option.lstrip() for option in prompt.options))
+        context = encode(self.tokenizer, text)
+        options = option_tokens(self.tokenizer, prompt, context, example.id)
+        tokens, pictures = self.eyes.see(context, self.questions.pictures(example))
+        written = self.settings.scoring == "generated" or not options
+        most = WRITTEN + (self.settings.rationale if reasons else 0) if written else max(map(len, options))
+        if len(tokens) + most > self.session.context:
+            problem = f"question {example.id}: prompt and images are {len(tokens)} tokens long, {most} more for the answer do not fit into {self.session.context}"
+            raise EdgemedError(problem, "Export with fewer max_pixels or a longer context")
+        if written:
+            said = self.tokenizer.decode(self.reader.write(tokens, Sampling(max_tokens=most), self.stop, pictures)).strip()
+            return self._read(example, said, family if reasons else None)
+        scores = self.reader.options(tokens, options, pictures)
+        if self.settings.scoring == "normalised":
+            scores = [score / len(option.removeprefix(opening)) for score, option in zip(scores, prompt.options, strict=True)]
+        return Answer(int(np.argmax(scores)), tuple(scores), False)
+
+    def _read(self, example: Example, said: str, family: Family | None) -> Answer:
+        """What a written answer means. family: whose answer form was asked for, None for plain words or a plain letter."""
+        if not example.options:
+            return Answer(-1 if not said else 0 if exact(said, example.reference) else 1, (), False, said)
+        if family is None:
+            return Answer(chosen(said, example.options, self.task.lettered), (), False, None if self.task.lettered else said)
+        place = LETTERS.find(family.answer(said) or " ")
+        return Answer(place if place < len(example.options) else -1, (), False)
 
     def _shots(self, example: Example, strategy: Strategy) -> list[Example]:
         """Solved examples in the question's own language; the most alike stands last, next to the question."""

@@ -5,15 +5,18 @@ Built from a family's Vision values, one layer in memory at a time, like the tex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgemed.errors import need
+from edgemed.errors import EdgemedError, need
 from edgemed.family import Vision
-from edgemed.images import Patches, axial_angles
+from edgemed.images import Kept, Patches, Seen, axial_angles, check_places, patches, placed
+from edgemed.session import Pictures
 from edgemed.weights import Weights
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 
 def features(weights: Weights, found: Patches) -> dict[str, torch.Tensor]:
@@ -77,3 +80,30 @@ def _projected(weights: Weights, v: Vision, x: torch.Tensor) -> torch.Tensor:
     x = _norm(weights, "vision.projector.norm", x) if v.projector_norm else x
     x = torch.nn.functional.gelu(_linear(weights, "vision.projector.first", x.reshape(len(x) // v.merge**2, -1)))
     return _linear(weights, "vision.projector.second", x)
+
+
+class TorchEyes:
+    """The eyes of a checkpoint, in float32: what VisionSession is to an engine. family: whose prompts and answers its model knows."""
+
+    def __init__(self, weights: Weights):
+        if not weights.vision:
+            raise EdgemedError(f"{weights.checkpoint.path} reads text only", "Ask it without an image, or give a model that sees")
+        self.weights, self.v, self.family = weights, weights.vision, weights.family
+        self.parts, self.context = max(weights.decoder.rope_axes, default=0) + 1, weights.decoder.context
+        self.kept = Kept(self._computed)
+
+    def features(self, image: Image.Image) -> Seen:
+        """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for the same pixels."""
+        return self.kept.features(image)
+
+    def _computed(self, image: Image.Image) -> Seen:
+        found = patches(image, self.v)
+        return features(self.weights, found)["features"].numpy(), (found.rows // self.v.merge, found.columns // self.v.merge)
+
+    def see(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], Pictures | None]:
+        """As VisionSession.see."""
+        check_places(tokens, self.v.token, len(images))
+        return placed(tokens, [self.features(image) for image in images], self.v, self.parts, self.context)
+
+    def close(self) -> None:
+        self.kept.found.clear()

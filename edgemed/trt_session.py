@@ -32,6 +32,8 @@ def aligned(size: int) -> int:
 class TrtSession:
     """A Session on TensorRT with one sequence; scores come back as float32 in page-locked host memory."""
 
+    device = "cuda"  # whose energy counts
+
     def __init__(self, engine: Engine):
         """Raises EdgemedError where TensorRT, driver or GPU is missing or not the plan's, or memory is too small."""
         self.trt, folder = tensorrt(engine.params["runtime"]), engine.path / store.ON_DEVICE / "plan"

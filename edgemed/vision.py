@@ -6,16 +6,16 @@ one checkpoint. Needs no torch.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemed import plugins
 from edgemed.errors import EdgemedError, need
-from edgemed.images import Patches, axial_angles, patches, token_positions, vision_of
+from edgemed.family import Family
+from edgemed.images import Kept, Patches, Seen, axial_angles, check_places, patches, placed, vision_of
 from edgemed.session import Pictures
 
 if TYPE_CHECKING:
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
     from edgemed.engine import Engine
 
-KEPT = 32  # images whose features are kept: a few megabytes
-
 
 class VisionSession:
-    """Features of images. seconds: what the last call to `see` spent on preprocessing, tower and projector; all 0 for images that were kept."""
+    """An engine's eyes. family: whose prompts and answers its model knows. seconds: what the last call to `see` spent on preprocessing, tower and projector; all 0 for images that were kept."""
 
     def __init__(self, engine: Engine, threads: int | None = None):
         if not engine.vision:
@@ -38,7 +36,8 @@ class VisionSession:
         self.v, self.parts = vision_of(engine.vision), max(engine.rope_axes, default=0) + 1
         self.tower, self.projector = (ort.InferenceSession(str(engine.path / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in ("tower", "projector"))
         self.context = engine.context
-        self.kept: OrderedDict[str, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
+        self.family: Family = plugins.load("families", engine.family).FAMILY
+        self.kept = Kept(self._computed)
         self.seconds = {"preprocess": 0.0, "tower": 0.0, "projector": 0.0}
 
     def run_tower(self, found: Patches) -> np.ndarray:
@@ -53,12 +52,11 @@ class VisionSession:
         """features float32 [features, hidden] of one image."""
         return self.projector.run(None, {"tower": tower})[0]
 
-    def features(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+    def features(self, image: Image.Image) -> Seen:
         """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for the same pixels."""
-        key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            return self.kept[key]
+        return self.kept.features(image)
+
+    def _computed(self, image: Image.Image) -> Seen:
         marks = [time.perf_counter()]
         found = patches(image, self.v)
         marks.append(time.perf_counter())
@@ -68,31 +66,16 @@ class VisionSession:
         marks.append(time.perf_counter())
         for name, spent in zip(self.seconds, np.diff(marks), strict=True):
             self.seconds[name] += float(spent)
-        self.kept[key] = result
-        if len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
         return result
 
     def see(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], Pictures | None]:
         """(tokens with every image token repeated for its image's features, the features themselves).
 
-        tokens: a prompt with one image token for each image, in order. Raises EdgemedError where there are more or fewer.
+        tokens: a prompt with one image token for each image, in order. Raises EdgemedError where there are more or fewer, or they do not fit.
         """
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        places = sum(token == self.v.token for token in tokens)
-        if places != len(images):
-            raise EdgemedError(f"the prompt has places for {places} images, {len(images)} were given", "Give one image for each place")
-        if not images:
-            return list(tokens), None
-        seen = [self.features(image) for image in images]
-        counts, found = iter([len(features) for features, _ in seen]), []
-        for token in tokens:
-            found += [token] * (next(counts) if token == self.v.token else 1)
-        if len(found) > self.context:
-            most = max(len(features) for features, _ in seen)
-            raise EdgemedError(f"prompt and images are {len(found)} tokens long, {self.context} fit (the largest image alone is {most})", "Export with fewer max_pixels or a longer context")
-        positions = token_positions(found, self.v.token, [grid for _, grid in seen], self.parts)
-        return found, Pictures(np.concatenate([features for features, _ in seen]), positions, self.v.token)
+        check_places(tokens, self.v.token, len(images))
+        return placed(tokens, [self.features(image) for image in images], self.v, self.parts, self.context)
 
     def close(self) -> None:
         del self.tower, self.projector

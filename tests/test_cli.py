@@ -90,3 +90,20 @@ def test_python_api(engine: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         em.nothing  # noqa: B018
     assert sys.modules["edgemed"].__all__ == sorted(em.__all__)
+
+
+def test_the_gate_ends_the_command_and_its_verdict_can_be_recorded(engine: Path, model: Path, tmp_path: Path) -> None:
+    asked = ("eval", engine, "--task", "section", "--limit", 30, "--out", tmp_path / "e.json")
+    # Thirty equal answers cannot show that no more than two points are lost; that half are not is shown.
+    undecided = cli(*asked, "--source", model, "--margin", 0.02)
+    assert undecided.returncode == 3 and "undecided" in undecided.stderr and "items" in undecided.stdout
+    assert cli(*asked, "--source", model, "--margin", 0.02, "--accept-undecided").returncode == 0
+    passed = cli(*asked, "--against", tmp_path / "e.json", "--margin", 0.5, "--record")
+    assert passed.returncode == 0, passed.stderr
+    manifest = json.loads((engine / "manifest.json").read_text())
+    assert manifest["gate"]["verdict"] == "pass" and manifest["evals"][0]["paired"]["n"] == 30
+    assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
+    refused(cli(*asked, "--margin", 0.02), "a verdict needs the source's answers")
+    refused(cli(*asked[:4], "--against", tmp_path / "e.json", "--limit", 7), "another version, part or file of the task")
+    refused(cli(*asked, "--against", engine / "engine.json"), "holds no results of a source")
+    refused(cli(*asked, "--strategy", "nearest"), "unknown strategy 'nearest'")

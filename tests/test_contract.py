@@ -277,7 +277,7 @@ def test_task(name: str) -> None:
         prompt, before = task.render(example), describe(task, example)
         assert len(prompt.options) == len(example.options) and all(option.startswith(" ") and option.strip() for option in prompt.options)
         assert not prompt.context.endswith((" ", "\n")) and "{" not in before and before == before.lstrip()
-        listed = [f"\n{letter}. {option}" in prompt.context for letter, option in zip("ABCDEFGH", example.options, strict=False)]
+        listed = [f"\n{letter}{')' if task.images else '.'} {option}" in prompt.context for letter, option in zip("ABCDEFGH", example.options, strict=False)]
         assert all(listed) if task.lettered else not any(listed)
 
 
@@ -286,11 +286,16 @@ def test_task_sample_and_card(name: str) -> None:
     task, folder = plugins.load("tasks", name).TASK, plugins.ROOT / "tasks" / "samples"
     card = yaml.safe_load((folder / f"{Path(task.sample).stem}.card.yaml").read_text(encoding="utf-8"))
     asked = questions(name)
-    for entry, file in ((card, task.sample), (card["shots"], task.shots)):
-        assert entry["sha256"] == hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    assert (card["n"], card["shots"]["n"], card["shots"]["file"]) == (len(asked.examples), len(asked.shots), task.shots)
-    assert card["licence"] == task.licence and card["contains_phi"] is False and card["source"] and card["shots"]["from"]
+    described = [(card, task.sample)] + [(card[kind], file) for kind, file in (("shots", task.shots), ("images", task.images)) if file]
+    for entry, file in described:
+        assert entry["sha256"] == hashlib.sha256((folder / file).read_bytes()).hexdigest() and entry.get("file", file) == file
+    assert card["n"] == (len(asked.examples) if not task.parts else len((folder / task.sample).read_text(encoding="utf-8").splitlines()))
+    assert not task.shots or (card["shots"]["n"], bool(card["shots"]["from"])) == (len(asked.shots), True)
+    assert card["licence"] == task.licence and card["contains_phi"] is False and card["source"]
     assert any(name in line for line in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text(encoding="utf-8").splitlines())
+    if card.get("synthetic"):
+        assert task.place and "synthetic" in task.split and "whole_set" not in card and {language for language in task.languages if questions(f"{name}/{language}").examples} == set(task.languages)
+        return
     for part in card["whole_set"] if isinstance(card["whole_set"], list) else [card["whole_set"]]:
         assert part["path"] and len(part["sha256"]) == 64 and part["n"] > 0
     for language in task.languages if len(task.languages) > 1 else ():
@@ -298,7 +303,17 @@ def test_task_sample_and_card(name: str) -> None:
         assert len(spoken.examples) >= 30 and len(spoken.shots) >= 5 and {e.groups["language"] for e in (*spoken.examples, *spoken.shots)} == {language}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if plugins.load("tasks", name).TASK.images])
+def test_images_of_a_task_open(name: str) -> None:
+    pytest.importorskip("PIL")
+    for spec in (name, *(f"{name}/{part}" for part in plugins.load("tasks", name).TASK.parts)):
+        asked = questions(spec)
+        assert asked.sees and all(example.images for example in asked.examples)
+        for example in (asked.examples[0], asked.examples[-1]):
+            assert all(picture.mode == "RGB" and max(picture.size) <= 224 for picture in asked.pictures(example))
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if plugins.load("tasks", name).TASK.shots])
 def test_no_solved_example_is_asked(name: str) -> None:
     task, folder = plugins.load("tasks", name).TASK, plugins.ROOT / "tasks" / "samples"
     rows, solved = ([json.loads(line) for line in (folder / file).read_text(encoding="utf-8").splitlines()] for file in (task.sample, task.shots))

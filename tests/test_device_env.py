@@ -62,7 +62,7 @@ def test_engine_runs_there(engines: dict[str, Path], target: str, tmp_path: Path
 
     scored = device("eval", engine, "--task", "section", "--limit", 5, "--json", cwd=tmp_path)
     assert scored.returncode == 0, scored.stderr
-    assert json.loads(scored.stdout)[0]["n"] == 5
+    assert json.loads(scored.stdout)["engine"][0]["n"] == 5
 
     intact = device("verify", "--manifest", engine, "--json", cwd=tmp_path)
     assert json.loads(intact.stdout)["intact"] is True

@@ -1,6 +1,6 @@
 """Cuts the real samples and solved examples of the tasks in edgemed/tasks/samples/, with their cards, from the whole public sets.
 
-Seeded, so that everybody can cut them again: python bench/tasks/make_samples.py --data DIR, where DIR holds text_mcq/ and text_qa/ (default: ../shared/data beside the project).
+Seeded, so that everybody can cut them again: python bench/tasks/make_samples.py --data DIR, where DIR holds text_mcq/, text_qa/, images/ and vqa/ (default: ../shared/data beside the project).
 --whole OUT also writes each whole set in the layout `edgemed eval --task NAME:OUT/NAME.jsonl` reads (subject, language and country filled in).
 The rows of pubmedqa.jsonl and section.jsonl themselves are cut by bench/tiny/samples.py, together with the quickstart's training data.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import image_samples
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ SAMPLES = PROJECT / "edgemed" / "tasks" / "samples"
 SEED = 20240601
 MIRAGE = "files as in Teddy-XiongGZ/MIRAGE, commit 392943af99cd"
 LOCAL = {"brazil": "pt", "israel": "he", "japan": "ja", "spain": "es"}
-LICENCES = ("medqa_MIT.txt", "medmcqa_MIT.txt", "headqa_MIT.txt", "worldmedqa_MIT.txt", "MIRAGE_NCBI_public_domain.txt")
+LICENCES = ("medqa_MIT.txt", "medmcqa_MIT.txt", "headqa_MIT.txt", "worldmedqa_MIT.txt", "MIRAGE_NCBI_public_domain.txt", "bccd_MIT.txt", "chula_rbc12_MIT.txt")
 Row = dict[str, Any]
 
 
@@ -220,6 +221,9 @@ def main() -> None:
     arguments = parser.parse_args()
     whole = {make.__name__: make(arguments.data) for make in (medqa, medmcqa, mmlu_medical, headqa, worldmedqa, pubmedqa)}
     section()
+    image_samples.cells(arguments.data)
+    image_samples.vqa_rad(arguments.data)
+    image_samples.synthetic()
     for name in LICENCES:
         shutil.copyfile(arguments.data / "LICENSES" / name, PROJECT / "LICENSES" / name)
     if arguments.whole:

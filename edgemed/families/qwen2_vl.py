@@ -130,4 +130,5 @@ FAMILY = Family(
     chat=chat,
     reasoning=reasoning,
     answer=answer,
+    opening="<answer>",
 )

@@ -141,6 +141,7 @@ class OrtSession:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
         self.cuda = engine.params.get("provider") == "cuda"
+        self.device = "cuda" if self.cuda else "cpu"
         if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
             raise EdgemedError(f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider", "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'")
         if self.cuda and hasattr(ort, "preload_dlls"):
