@@ -217,7 +217,9 @@ class Answerer:
             context, cut = self._rationale(example, strategy, context, max(map(len, options)), turn)
         if self.settings.scoring == "generated":
             return self._generated(example, prompt, context, cut)
-        kept, short = fitted(context, self.session.context - max(map(len, options)), example.id)
+        # An option's last token is scored and never read, except by a head, which reads whole sequences.
+        room = self.session.context + (self.session.head == "lm") - max(map(len, options))
+        kept, short = fitted(context, room, example.id)
         if self.session.head == "choice":
             scores = self.reader.sequences([kept + option for option in options])
         else:

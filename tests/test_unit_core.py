@@ -238,8 +238,8 @@ def test_evaluate_counts_and_cuts_long_contexts_from_the_left() -> None:
     good, session = asked(["short", "x" * 50 + "end"]), Oracle(True)
     result = evaluate(session, Letters(), good, "m", "engine")
     assert (result["accuracy"], result["n"], result["truncated"], result["majority"]) == (1.0, 2, 1, 1.0)
-    assert "".join(map(chr, session.seen[:39])).endswith("xend")
-    assert result["tokens_read"] == 5 + 39 and result["interval"][1] == pytest.approx(1) and result["seconds_per_question"] > 0
+    assert "".join(map(chr, session.seen[:40])).endswith("xend")
+    assert result["tokens_read"] == 5 + 40 and result["interval"][1] == pytest.approx(1) and result["seconds_per_question"] > 0
     wrong = evaluate(Oracle(False), Letters(), good, "m", "engine")
     assert wrong["accuracy"] == 0.0 and [item["answer"] for item in wrong["items"]] == [0, 0]
     assert majority(good) == 1.0

@@ -233,7 +233,7 @@ def test_generated_answers_may_name_no_option() -> None:
 def test_long_contexts_lose_their_beginning_and_say_so() -> None:
     answerer = Answerer(Memory(40), Characters(), asked(), Settings())
     answer = answerer.answer(answerer.questions.examples[0], parse("zero-shot"))
-    text = letters(answerer.questions.examples[0]).context[-38:]
+    text = letters(answerer.questions.examples[0]).context[-39:]
     assert answer.cut and answer.scores[0] == pytest.approx(alone([ord(c) for c in text], [ord(" "), ord("A")]))
 
 
