@@ -48,6 +48,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(args[0], item, where) for item in items)
+    if origin is list and isinstance(value, list):
+        return [_convert(args[0], item, where) for item in value]
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, where)
     if origin is dict:
@@ -55,7 +57,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return {_convert(args[0], key, where): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif hint is typing.Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+    elif hint is typing.Any or (origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise EdgemedError(f"{where}: {value!r} is not a {_say(hint)}", "")
 

@@ -155,7 +155,7 @@ def building(final: Path, kind: str, stage: str, params: Mapping[str, Any], inpu
 
 
 def attach(directory: Path, files: Mapping[str, bytes], sections: Mapping[str, Any]) -> None:
-    """Add documents and manifest sections derived from an artifact to it, or replace those added before; its key stays.
+    """Add documents and manifest sections derived from an artifact to it, or replace those added before; its key stays. Nothing is touched where all are there.
 
     Not inside `building` of the same artifact, whose lock it takes. Raises EdgemedError where the directory cannot be written.
     """
@@ -165,6 +165,9 @@ def attach(directory: Path, files: Mapping[str, bytes], sections: Mapping[str, A
         built = {name for name in files if name in BESIDE or (name in before and not before[name].get("attached"))} | (set(sections) & OWN)
         if built:
             raise ValueError(f"{', '.join(sorted(built))} of an artifact cannot be replaced")
+        there = all((final / name).is_file() and file_sha256(final / name) == before.get(name, {}).get("sha256") == hashlib.sha256(content).hexdigest() for name, content in files.items())
+        if there and "pending" not in manifest and all(name in manifest and canonical(manifest[name]) == canonical(value) for name, value in sections.items()):
+            return
         _switch(final, part, {**manifest, "files": before}, files, sections)
 
 

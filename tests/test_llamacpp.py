@@ -217,8 +217,8 @@ def test_every_family_gets_the_types_llama_quantize_gives(family: str, kind: str
     # Query heads in groups of four, so that the rules for shared key heads are met; eight layers, so that those for the first and last are.
     published = all_families()[family].reference_config
     small = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 512, "num_hidden_layers": 8, "max_position_embeddings": 128,
-             "n_embd": 256, "n_head": 8, "n_layer": 8, "n_positions": 128, "vocab_size": 256}
-    model = make_random({**published, **{k: v for k, v in small.items() if k in published}}, tmp_path / "model", dtype="float32")
+             "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]} if "vision_config" in published else None, "n_embd": 256, "n_head": 8, "n_layer": 8, "n_positions": 128, "vocab_size": 256}
+    model = make_random({**published, **{k: v for k, v in small.items() if k in published and v is not None}}, tmp_path / "model", dtype="float32")
     source = export(model, "llamacpp", Params("f32"), tmp_path / "f32")
     made = export(model, "llamacpp", Params(kind), tmp_path / kind)
     assert compare_with_llama(source, made, kind, None, tmp_path) == len(tensors_of(source))
