@@ -7,6 +7,10 @@ groups shows at once, while rounding itself does not.
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from edgemed.engine import Engine, export  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
 from edgemed.grid import ggml_q8, rtn  # noqa: E402
 from edgemed.steps import quantize  # noqa: E402
+from edgemed.targets import onnx as target  # noqa: E402
 from edgemed.targets.onnx import Params  # noqa: E402
 from edgemed.weights import MATRICES, Dense, Packed, Weights, pack  # noqa: E402
 
@@ -234,6 +239,26 @@ def onnxruntime_view(pointer: int, shape: tuple[int, ...]) -> np.ndarray:
     import ctypes
 
     return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape)
+
+
+def test_weights_move_into_huge_pages_unchanged() -> None:
+    switch = target.PAGES / "enabled"
+    version = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+    if platform.system() != "Linux" or not switch.exists() or "[never]" in switch.read_text() or version < (6, 1):
+        pytest.skip("this kernel cannot move pages into huge ones on request")
+    content = os.urandom(1 << 20) * 32
+    buffer = mmap.mmap(-1, len(content), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer.madvise(mmap.MADV_NOHUGEPAGE)
+    buffer[:] = content
+    buffer.madvise(mmap.MADV_HUGEPAGE)
+    small = huge_bytes()
+    target._use_huge_pages()
+    assert buffer[:] == content
+    assert huge_bytes() - small >= len(content) // 2
+
+
+def huge_bytes() -> int:
+    return int(re.search(r"AnonHugePages: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text())[1]) << 10
 
 
 def test_export_is_the_same_every_time(model: Path, tmp_path: Path) -> None:
