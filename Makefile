@@ -39,13 +39,13 @@ check:
 # torch comes first and pinned, so that nothing after it can pull in another build of it.
 .venv/.ready: pyproject.toml constraints.txt .wheels/llama-cpp.ready | .venv/bin/pip
 	.venv/bin/pip install $(PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
-	.venv/bin/pip install $(PIP_ARGS) --editable '.[build,onnx,llamacpp,report,dev]'
+	.venv/bin/pip install $(PIP_ARGS) --editable '.[build,onnx,llamacpp,vision,nvml,dev]'
 	touch $@
 
 # What a device has: the two runtimes, no torch, no transformers; edgemed installed as a user would, not from the source tree.
 .venv-device/.ready: $(SOURCES) constraints.txt .wheels/llama-cpp.ready | check
 	test -x .venv-device/bin/pip || $(PYTHON) -m venv .venv-device
-	.venv-device/bin/pip install $(PIP_ARGS) '.[onnx,llamacpp]'
+	.venv-device/bin/pip install $(PIP_ARGS) '.[onnx,llamacpp,sign]'
 	.venv-device/bin/pip install $(PIP_ARGS) --force-reinstall --no-deps .
 	touch $@
 
@@ -58,6 +58,7 @@ test: setup .venv-device/.ready
 
 docs: setup
 	.venv/bin/python docs/make_cli.py
+	.venv/bin/python docs/make_tasks.py
 
 clean:
 	rm -rf .venv .venv-device .wheels runs

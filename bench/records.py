@@ -17,12 +17,13 @@ from edgemed.device import machine
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(script: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Append one line and print it."""
+def save(script: str, facts: dict[str, Any], file: Path | None = None) -> dict[str, Any]:
+    """Append one line to `file` (default: results/<machine>.jsonl) and print it."""
     here = machine()
     line = {"script": script, **facts, "machine": here, "versions": store.versions(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{here['label']}.jsonl", "a", encoding="utf-8") as handle:
+    file = file or RESULTS / f"{here['label']}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as handle:
         handle.write(json.dumps(line) + "\n")
     print(json.dumps({key: value for key, value in line.items() if key not in ("machine", "versions")}, indent=1))
     return line

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgemed import engine as engines
 from edgemed import params as strict
-from edgemed import plugins
-from edgemed.engine import Engine, open_engine
-from edgemed.errors import EdgemedError
-from edgemed.evaluate import evaluate, pair
-from edgemed.plan import inspect
-from edgemed.session import Sampling, Session, generate
+from edgemed import plugins, provenance, store
+from edgemed.checkpoint import open_checkpoint
+from edgemed.engine import Engine, open_engine, require_built
+from edgemed.errors import EdgemedError, nearest
+from edgemed.evaluate import SOURCE, judge, pair, source_key
+from edgemed.facts import inspect
+from edgemed.family import Family
+from edgemed.image_files import open_image
+from edgemed.recipe import EvalSpec
+from edgemed.run import evaluate_opened, open_source, start_engine
+from edgemed.session import Pictures, Sampling, Session, generate
 from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode
+from edgemed.vision import VisionSession
 
-__all__ = ["chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
+__all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
 
 # Reference answers of a single export: few and short, because a large source is slow on a CPU; a recipe's verify: asks for more.
 EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
@@ -49,47 +56,120 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     if prompts and not checkpoint.random_weights:
         origin = open_model(source, out.parent) if source else checkpoint
         reference = answers(origin, VerifySpec(prompts, **EXPORT_REFERENCE)).trim(EXPORT_REFERENCE["carried"])
-    return engines.export(checkpoint, target, built, out, reference)
+    engine = engines.export(checkpoint, target, built, out, reference)
+    provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None)
+    return engine
 
 
-def evaluate_tasks(engine: str | Path, tasks: Sequence[str], source: str | None = None, limit: int | None = None, threads: int | None = None) -> list[dict[str, Any]]:
-    """Evaluate an engine on tasks; with `source`, the float checkpoint too, and both paired item by item."""
-    opened, results = open_engine(engine, check=True), []
-    tokenizer = opened.tokenizer()
-    for spec in tasks:
-        asked = questions(spec, limit)
-        base = None
-        if source:
-            from edgemed.checkpoint import open_checkpoint
-            from edgemed.decoder import TorchSession
-            from edgemed.weights import Weights
+def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = True) -> dict[str, Any]:
+    """Finish an engine on its device: compile, then verify and (measure) bench it. Returns plan (its manifest), verify and records.
 
-            base = evaluate(TorchSession(Weights(open_checkpoint(source))), tokenizer, asked, "source (float32)")
-        session = opened.open(threads)
-        try:
-            result = evaluate(session, tokenizer, asked, opened.name, opened.key)
-        finally:
-            session.close()
-        results += [base, {**result, "paired": pair(result, base)}] if base else [result]
-    return results
+    verify is None where the engine carries no reference answers; nothing is measured where it failed. Raises EdgemedError as engine.finish.
+    """
+    from edgemed.bench import bench
+    from edgemed.recipe import BenchSpec
+    from edgemed.reference import FILE as REFERENCE
+    from edgemed.verify import Limits, verify
+
+    opened = open_engine(engine, check=True)
+    plan = engines.finish(opened, workspace_mb)
+    result = verify(opened, opened.reference(), Limits()) if (opened.path / REFERENCE).is_file() else None
+    records: list[dict[str, Any]] = []
+    if measure and (result is None or result["passed"]):
+        store.reset_peak_memory()
+        lengths = tuple(length for length in BenchSpec().prompt if length + BenchSpec().generate < opened.context) or (max(1, opened.context // 2),)
+        records = bench(opened, BenchSpec(lengths))
+        store.append_records(opened.path, records)
+    return {"plan": plan, "verify": result, "records": records}
 
 
-def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | None = None) -> Iterator[str]:
-    """Continue a text; yields pieces of text as they are decoded."""
+def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None, against: str | Path | None = None, threads: int | None = None) -> dict[str, Any]:
+    """Evaluate an engine on tasks, and pair it item by item with its float32 source.
+
+    source: the checkpoint, evaluated too (needs torch); against: a file of results of the source, written by --out where it was evaluated.
+    Returns {'source': results, 'engine': paired results, 'gate': verdict or None}. Raises EdgemedError where results do not belong together.
+    """
+    if source and against:
+        raise EdgemedError("give either a source or a file of its results", "Leave one of --source and --against out")
+    opened, settings = open_engine(engine, check=True), spec.settings()
+    require_built(opened, "evaluate")
+    known = read_results(against) if against else []
+    bases, results = [], []
+    every = [questions(task, spec.limit) for task in spec.tasks]
+    sees = any(asked.sees for asked in every)
+    model = start_engine(opened, sees, threads)
+    base_model = open_source(open_checkpoint(source), sees) if source else None
+    try:
+        for asked in every:
+            for text in spec.strategies:
+                base = evaluate_opened(base_model, asked, SOURCE, source_key(open_checkpoint(source).hashes()), text, settings) if source else None
+                result = evaluate_opened(model, asked, opened.name, opened.key, text, settings)
+                base = base or (same_question(known, result, str(against)) if against else None)
+                results.append(pair(result, base, store.read_manifest(opened.path), spec.margin, spec.alpha) if base else result)
+                bases += [base] if base else []
+    finally:
+        model.close()
+    gate = judge({opened.name: results}, spec.margin, spec.alpha) if spec.margin is not None else None
+    return {"source": bases, "engine": results, "gate": gate}
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The source's results in a file written by `edgemed eval --out`. Raises EdgemedError where it is none."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [result for result in document["source"] if result["items"] is not None and result["model_key"]]
+    except OSError as error:
+        raise EdgemedError(f"{path} cannot be read: {error.strerror}", "Give a file written by edgemed eval --out") from None
+    except (ValueError, KeyError, TypeError):
+        raise EdgemedError(f"{path} holds no results of a source", "Give a file written by edgemed eval ENGINE --source MODEL --out FILE") from None
+
+
+def same_question(known: Sequence[dict[str, Any]], result: dict[str, Any], where: str) -> dict[str, Any]:
+    """The result in `known` on the same task and strategy; whether it is truly comparable is for pair() to check."""
+    found = [k for k in known if (k["task"], k["strategy"]) == (result["task"], result["strategy"])]
+    if not found:
+        held = ", ".join(f"{k['task']} {k['strategy']}" for k in known)
+        raise EdgemedError(f"{where} has no result on {result['task']} with {result['strategy']}", f"It has: {held or 'none'}")
+    return next((k for k in found if k["task_key"] == result["task_key"]), found[0])
+
+
+def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | None = None, images: Sequence[str | Path] = (), template: str | None = None) -> Iterator[str]:
+    """Continue a text, or answer a question about images; yields pieces of text as they are decoded.
+
+    template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the instructions of a reasoning fine-tune) or 'none' (the text as it
+    is); default: 'chat' where there are images, else 'none'.
+    """
     opened = open_engine(engine)
+    require_built(opened, "generate from")
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
+    pictures = [open_image(image) for image in images]
+    eyes = VisionSession(opened, threads) if pictures else None
+    text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
+    tokens = encode(opened.tokenizer(), text)
+    tokens, seen = eyes.see(tokens, pictures) if eyes else (tokens, None)
     session = opened.open(threads)
     try:
-        yield from _words(opened, session, encode(opened.tokenizer(), prompt), sampling)
+        yield from _words(opened, session, tokens, sampling, seen)
     finally:
         session.close()
 
 
-def _words(engine: Engine, session: Session, tokens: Sequence[int], sampling: Sampling) -> Iterator[str]:
+def templated(engine: Engine, text: str, images: int, template: str) -> str:
+    """A user's text as the prompt a model was trained on. Raises EdgemedError for a template this engine's family does not have."""
+    if template == "none":
+        return text
+    family: Family = plugins.load("families", engine.family).FAMILY
+    known = [name for name, there in (("chat", family.chat), ("reasoning", family.reasoning)) if there] + ["none"]
+    if template not in known:
+        raise EdgemedError(f"family {family.name} has no template '{template}'", nearest(template, known))
+    return family.chat(family.reasoning(text) if template == "reasoning" else text, images)
+
+
+def _words(engine: Engine, session: Session, tokens: Sequence[int], sampling: Sampling, pictures: Pictures | None = None) -> Iterator[str]:
     tokenizer, found, shown = engine.tokenizer(), [], ""
     stop = frozenset() if engine.eos is None else frozenset({engine.eos})
-    for token in generate(session, tokens, sampling, stop):
+    for token in generate(session, tokens, sampling, stop, pictures):
         found.append(token)
         text = tokenizer.decode(found)
         # Half a UTF-8 character decodes to the replacement sign: wait for the rest.
@@ -101,6 +181,7 @@ def _words(engine: Engine, session: Session, tokens: Sequence[int], sampling: Sa
 def chat(engine: str | Path, sampling: Sampling, threads: int | None = None) -> None:
     """Read lines from standard input and answer each, the conversation kept in the prompt."""
     opened = open_engine(engine)
+    require_built(opened, "talk to")
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
     tokenizer, session, messages = opened.tokenizer(), opened.open(threads), []

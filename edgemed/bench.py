@@ -13,22 +13,30 @@ from typing import Any
 import numpy as np
 
 from edgemed import store
+from edgemed.conditions import Conditions
 from edgemed.device import machine, read_bandwidth
-from edgemed.engine import Engine
+from edgemed.engine import Engine, require_built
 from edgemed.errors import EdgemedError
 from edgemed.recipe import BenchSpec
 from edgemed.session import Session
 
+# Together they draw the distribution of a latency, without keeping every value.
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+
 
 def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
-    """Measure load, first token, prefill, step latency, decoding, memory and the bandwidth ceiling; one record per number.
+    """Measure load, first token, prefill, step latency, decoding, memory, energy and the bandwidth ceiling; one record per number.
 
-    Raises EdgemedError where prompt and answer do not fit the context.
+    Every record carries `state`: temperature, clocks and throttling around the measurement, and why energy was not measured where it was not.
+
+    Raises EdgemedError where the engine is unbuilt, or prompt and answer do not fit the context.
     """
+    require_built(engine, "bench")
     threads = plan.threads or machine()["physical_cores"]
     longest = max(plan.prompt)
     if longest >= engine.context:
         raise EdgemedError(f"a prompt of {longest} tokens does not fit the engine's context of {engine.context}", "Bench shorter prompts")
+    conditions = Conditions()
     before = store.peak_memory()
     started = time.perf_counter()
     session = engine.open(threads)
@@ -36,6 +44,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
     measured = [("load_seconds", "s", [load], {"before_load_bytes": before, "page_cache": "as found"})]
     try:
         tokens = np.random.default_rng(0).integers(0, engine.vocab, longest).tolist()
+        conditions.begin(session, tokens)
         for length in plan.prompt:
             times = prefills(session, tokens[:length], plan.runs)
             measured.append(("first_token_seconds", "s", times, {"prompt": length}))
@@ -43,9 +52,12 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
         if engine.head == "lm":
             measured += decoding(session, tokens[: min(plan.prompt)], plan)
         measured.append(("peak_memory_bytes", "B", [store.peak_memory()], {"what": "resident set of the whole process, interpreter included"}))
+        start = tokens[: min(plan.prompt)]
+        measured += conditions.end(session, tokens, start, min(plan.generate, engine.context - len(start) - 1) if engine.head == "lm" else 0)
     finally:
         session.close()
-    measured.append(("file_bytes", "B", [sum(entry["bytes"] for entry in store.read_manifest(engine.path)["files"].values())], {}))
+    measured += conditions.rest()
+    measured.append(("file_bytes", "B", [store.size_of(store.read_manifest(engine.path))], {}))
     bandwidth = read_bandwidth(threads)
     ceiling = bandwidth * 1e9 / engine.bytes_per_token
     measured.append(("bandwidth_gb_s", "GB/s", [bandwidth], {"what": "best read bandwidth measured in this process"}))
@@ -53,8 +65,8 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
     speed = next((np.median(values) for name, _, values, _ in measured if name == "decode_tokens_per_second"), None)
     if speed is not None:
         measured.append(("ceiling_share", "1", [float(speed) / ceiling], {}))
-    common = {"threads": threads, "runs": plan.runs}
-    return [record(engine, name, unit, values, {**how, **common}) for name, unit, values, how in measured]
+    common, state = {"threads": threads, "runs": plan.runs}, conditions.state()
+    return [record(engine, name, unit, values, {**how, **common}, state) for name, unit, values, how in measured]
 
 
 def prefills(session: Session, tokens: Sequence[int], runs: int) -> list[float]:
@@ -88,14 +100,14 @@ def decoding(session: Session, prompt: Sequence[int], plan: BenchSpec) -> list[t
     return [("step_milliseconds", "ms", latencies, how), ("decode_tokens_per_second", "tok/s", speeds, how)]
 
 
-def record(engine: Engine, name: str, unit: str, values: list[float], how: dict[str, Any]) -> dict[str, Any]:
+def record(engine: Engine, name: str, unit: str, values: list[float], how: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """One number: the median of `values`, with its spread and everything needed to read it."""
     array = np.array(values, float)
     spread = {"min": float(array.min()), "median": float(np.median(array)), "max": float(array.max())}
     if len(values) >= 20:
-        spread |= {f"p{p}": float(np.percentile(array, p)) for p in (50, 90, 99)}
+        spread |= {f"p{p}": float(np.percentile(array, p)) for p in PERCENTILES}
     return {
         "name": name, "value": spread["median"], "unit": unit, "n": len(values), "spread": spread, "how": how, "engine": engine.name,
         "engine_key": engine.key, "precision": engine.precision, "target": engine.target, "random_weights": engine.random_weights,
-        "machine": machine(), "versions": store.versions(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine(), "state": state, "versions": store.versions(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -13,40 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemed import cli_plan, cli_proof, cli_provenance
+from edgemed.cli_options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings
+from edgemed.console import show
 from edgemed.errors import EdgemedError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Tiny medical language models on small devices: merge, quantize, compile, and prove it did not get worse.",
 )
-
-Model = Annotated[str, typer.Argument(help="Model directory in Hugging Face layout, hub id, or random:NAME (true dimensions, random weights).")]
-EngineDir = Annotated[Path, typer.Argument(help="Engine directory made by export or run.")]
-Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anything else.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
-
-
-def show(value: Any, as_json: bool) -> None:
-    """Print a result: JSON for programs, 'key: value' lines or a table for people."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-        return
-    from edgemed.console import table
-
-    table(value)
-
-
-def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
-    """Parameters from options (those given) and --set key=value."""
-    from edgemed.params import parse_set
-
-    values = {key: value for key, value in named.items() if value is not None}
-    for text in sets or []:
-        keys, value = parse_set(text)
-        values[".".join(keys)] = value
-    return values
 
 
 def main() -> None:
@@ -62,22 +37,8 @@ def main() -> None:
         raise
 
 
-@app.command()
-def doctor(json_: Json = False) -> None:
-    """Look at this machine: CPU, memory, GPUs, runtimes and their self-checks; what is missing and the command that adds it."""
-    from dataclasses import asdict
-
-    from edgemed.doctor import examine
-
-    show([asdict(finding) for finding in examine()], json_)
-
-
-@app.command()
-def inspect(model: Model, json_: Json = False) -> None:
-    """Family, parameters, memory per precision, and which targets are possible and why not."""
-    from edgemed.plan import inspect
-
-    show(inspect(model), json_)
+for verb in (cli_plan.doctor, cli_plan.inspect, cli_plan.plan):
+    app.command()(verb)
 
 
 @app.command()
@@ -85,6 +46,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.")],
     sets: Sets = None,
     work: Annotated[Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")] = None,
+    accept_undecided: AcceptUndecided = False,
     json_: Json = False,
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
@@ -101,6 +63,7 @@ def run(
         typer.echo(f"report: {report}")
     if any(engine["verify"] and not engine["verify"]["passed"] for engine in document["engines"]):
         sys.exit(1)
+    cli_proof.leave(document["gate"], accept_undecided)
 
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +72,8 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if engine["verify"]:
         row |= {"verified": engine["verify"]["passed"], "top-1": round(engine["verify"]["top1"], 4), "mean KL": round(engine["verify"]["mean_kl"], 5)}
     row |= {label: round(values[name], 1) for name, label in (("decode_tokens_per_second", "tok/s"),) if name in values}
-    return row | {result["task"]: round(result["accuracy"], 4) for result in engine["evals"]}
+    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}  # of several strategies, the first stays
+    return row | ({"not worse": engine["gate"]["verdict"]} if engine["gate"] else {})
 
 
 @app.command()
@@ -141,7 +105,7 @@ def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool
 @app.command()
 def export(
     model: Annotated[str | None, typer.Argument(help="Model directory, hub id or random:NAME.")] = None,
-    target: Annotated[str, typer.Option(help="onnx or llamacpp.")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, llamacpp or tensorrt.")] = "onnx",
     out: Annotated[Path, typer.Option(help="Engine directory to make.")] = Path("engine"),
     random_weights: Annotated[str | None, typer.Option(help="True dimensions of this model with random weights, for latency and memory only.")] = None,
     prompts: Annotated[str, typer.Option(help="Held-out texts for the reference answers that travel along; 'none' leaves them out.")] = "pubmedqa-abstracts",
@@ -160,125 +124,53 @@ def export(
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its name says.
     for change in sorted(set(notes.get("fallbacks", {}).values())):
         say(f"{change}: {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}")
-    show({"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}, json_)
+    shown = {"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}
+    show(shown | ({"unbuilt": f"on the device run: edgemed build {engine.path}"} if engine.stand_in else {}), json_)
 
 
 @app.command()
-def verify(
-    engine: Annotated[Path | None, typer.Argument(help="Engine directory.")] = None,
-    manifest: Annotated[Path | None, typer.Option(help="Only re-check every file of this artifact against its manifest.")] = None,
-    max_kl: Annotated[float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")] = 0.05,
-    min_top1: Annotated[float, typer.Option(help="Limit on top-1 agreement with the source.")] = 0.9,
-    threads: Threads = None, json_: Json = False,
-) -> None:
-    """Compare an engine with the float32 source's answers it carries; or, with --manifest, re-check every byte of an artifact."""
-    from edgemed import store
-    from edgemed.engine import open_engine
-    from edgemed.verify import Limits
-    from edgemed.verify import verify as verify_engine
-
-    if (engine is None) == (manifest is None):
-        raise EdgemedError("give either ENGINE or --manifest DIR", "For example: edgemed verify runs/quickstart/engines/onnx-int4")
-    if manifest is not None:
-        problems = store.check_manifest(manifest)
-        show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), "intact": not problems, "problems": problems}, json_)
-        sys.exit(1 if problems else 0)
-    opened = open_engine(engine, check=True)
-    result = verify_engine(opened, opened.reference(), Limits(max_kl, min_top1), threads)
-    show(result, json_)
-    sys.exit(0 if result["passed"] else 1)
-
-
-@app.command()
-def bench(
-    engine: Annotated[Path | None, typer.Argument(help="Engine directory.")] = None,
-    random_weights: Annotated[str | None, typer.Option(help="Make and bench an engine of these true dimensions with random weights.")] = None,
-    target: Annotated[str, typer.Option(help="With --random-weights: the target.")] = "onnx",
-    prompt: Annotated[list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")] = None,
-    generate: Annotated[int, typer.Option(help="New tokens per round.")] = 64,
-    runs: Annotated[int, typer.Option(help="Counted rounds after one warm-up.")] = 5,
-    threads: Threads = None,
-    work: Annotated[Path, typer.Option(help="With --random-weights: where checkpoint and engine are kept.")] = Path("runs/random"),
-    sets: Sets = None, json_: Json = False,
-) -> None:
-    """Measure load time, first token, prefill, step latency, decoding speed, memory and the bandwidth ceiling."""
-    from edgemed import store
-    from edgemed.bench import bench as bench_engine
-    from edgemed.engine import open_engine
-    from edgemed.recipe import BenchSpec
-
-    if (engine is None) == (random_weights is None):
-        raise EdgemedError("give either ENGINE or --random-weights NAME", "For example: edgemed bench --random-weights biomedlm --target onnx --set precision=int4")
-    if random_weights:
-        from edgemed.run import random_engine
-
-        engine = random_engine(random_weights, target, settings(sets), work)
-    opened = open_engine(engine, check=True)
-    store.reset_peak_memory()
-    records = bench_engine(opened, BenchSpec(tuple(prompt or (32, 128)), generate, runs, threads))
-    store.append_records(engine, records)
-    if json_:
-        show(records, True)
-        return
-    if opened.random_weights:
-        typer.echo("random weights: these numbers say something about latency and memory only")
-    show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in records], False)
-
-
-@app.command(name="eval")
-def eval_(
+def build(
     engine: EngineDir,
-    task: Annotated[list[str], typer.Option(help="Task name, or name:file.jsonl for your own rows; may be repeated.")],
-    source: Annotated[str | None, typer.Option(help="Float checkpoint to compare with, item by item (needs edgemed[build]).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the whole result, every item included, to this JSON file.")] = None,
-    threads: Threads = None, json_: Json = False,
+    workspace_mb: Annotated[int | None, typer.Option(help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's.")] = None,
+    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")] = True,
+    json_: Json = False,
 ) -> None:
-    """Accuracy of the engine that ships, by option log-likelihood; with --source, paired against the float checkpoint."""
-    from edgemed.api import evaluate_tasks
+    """On the device: compile an exported engine for this GPU, then verify and measure it."""
+    from edgemed.api import build as build_engine
 
-    results = evaluate_tasks(engine, task, source, limit, threads)
-    if out:
-        from edgemed.store import write_json
-
-        write_json(out, results)
+    found = build_engine(engine, workspace_mb, measure)
     if json_:
-        show(results, True)
+        show(found, True)
     else:
-        show([{key: r[key] for key in ("task", "model", "n", "accuracy", "majority", "truncated", "seconds", "paired")} for r in results], False)
+        plan, verified = found["plan"], found["verify"]
+        show({**plan["params"], **plan["notes"], "verified": None if verified is None else verified["passed"]}, False)
+        show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in found["records"]], False)
+    sys.exit(0 if found["verify"] is None or found["verify"]["passed"] else 1)
 
 
-@app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")], json_: Json = False) -> None:
-    """Render the report of a run again from its report.json."""
-    from edgemed.report import render
-
-    file = run_directory / "report.json"
-    if not file.is_file():
-        raise EdgemedError(f"{run_directory} has no report.json", "Give a directory made by edgemed run")
-    document = json.loads(file.read_text(encoding="utf-8"))
-    if json_:
-        show(document, True)
-        return
-    (run_directory / "report.html").write_text(render(document), encoding="utf-8")
-    typer.echo(str(run_directory / "report.html"))
+for verb in (cli_proof.verify, cli_proof.bench):
+    app.command()(verb)
+app.command(name="eval")(cli_proof.eval_)
+app.command()(cli_proof.report)
 
 
 @app.command()
 def generate(
     engine: EngineDir,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
+    image: Annotated[list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")] = None,
+    template: Annotated[str | None, typer.Option(help="chat, reasoning or none; default: chat with images, none without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
     seed: int = 0, threads: Threads = None, json_: Json = False,
 ) -> None:
-    """Continue a text, offline, printing words as they come."""
+    """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads)
+    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template)
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return
@@ -295,6 +187,10 @@ def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, thr
     from edgemed.session import Sampling
 
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads)
+
+
+for verb in (cli_provenance.card, cli_provenance.keygen, cli_provenance.sign):
+    app.command()(verb)
 
 
 @app.command(name="list")

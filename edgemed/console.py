@@ -5,6 +5,7 @@ Progress goes to standard error and only to a terminal, so that standard output 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -27,6 +28,14 @@ def say(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
+def show(value: object, as_json: bool) -> None:
+    """Print a result on standard output: JSON for programs, 'key: value' lines or a table for people."""
+    if as_json:
+        print(json.dumps(value, indent=1, ensure_ascii=False))
+    else:
+        table(value)
+
+
 def table(value: object) -> None:
     """Print a result for a person on standard output: a list of mappings as a table, a mapping as lines, mappings in it as tables."""
     from rich.console import Console
@@ -42,6 +51,14 @@ def table(value: object) -> None:
                 console.print(_grid([{"": name, **row} for name, row in item.items()]))
             else:
                 console.print(f"{str(key):<{width}}  {_text(item)}", soft_wrap=True, markup=False)
+
+
+def wide(rows: Sequence[dict[str, object]]) -> list[str]:
+    """Rows as lines of aligned text, as wide as they need to be: for tables whose cells must not be folded. Numbers stand to the right."""
+    columns = {name: [name, *(_text(row.get(name)) for row in rows)] for name in rows[0]} if rows else {}
+    right = {name for name in columns if any(isinstance(row.get(name), (int, float)) for row in rows)}
+    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
+    return ["  ".join(cells[n].rjust(widths[name]) if name in right else cells[n].ljust(widths[name]) for name, cells in columns.items()).rstrip() for n in range(len(rows) + 1 if rows else 0)]
 
 
 def _grid(rows: list[dict[str, object]]) -> object:

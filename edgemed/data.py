@@ -60,15 +60,20 @@ def read_card(name: str) -> Card:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file. Raises EdgemedError naming the line that is not a JSON object, or an encoding other than UTF-8."""
+    """Rows of a .jsonl file; a byte-order mark is skipped. Raises EdgemedError naming the line that is not a JSON object, or not UTF-8."""
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        content = Path(path).read_bytes()
+        # Not splitlines(): a text may hold U+2028 or U+0085, which end a line for Python and not for JSON.
+        lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise EdgemedError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})", "Convert it to UTF-8") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise EdgemedError(f"{path} line {line} is not UTF-8 ({error.reason} at byte {error.start})", "Convert the file to UTF-8") from None
     except OSError as error:
         raise EdgemedError(f"{path} cannot be read: {error.strerror}", "Check the path and its permissions") from None
     for number, line in enumerate(lines, 1):
+        # Also inside the file, where files were joined that each began with a mark.
+        line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
         try:
@@ -78,6 +83,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise EdgemedError(f"{path} line {number} is not a JSON object", "Every line must be one JSON object")
         rows.append(row)
+    return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file, or of a .json file with one list of objects, as several published sets are. Raises EdgemedError as read_jsonl."""
+    if Path(path).suffix != ".json":
+        return read_jsonl(path)
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise EdgemedError(f"{path} cannot be read as JSON: {error}", "Give a file in UTF-8 with one list of objects") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise EdgemedError(f"{path} is not a list of JSON objects", "Give such a list, or a .jsonl file with one object per line")
     return rows
 
 

@@ -6,14 +6,15 @@ needs the memory of one layer only, and because steps must see the input of ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgemed.errors import need
 from edgemed.family import Decoder
-from edgemed.session import check_room
+from edgemed.session import Pictures, Positions, check_pictures, check_room
 from edgemed.weights import MATRICES, Weights
 
 if TYPE_CHECKING:
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
     Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
     Cache = tuple[torch.Tensor, torch.Tensor]
+    Product = Callable[[Layer, str, torch.Tensor], torch.Tensor]
 
 
 def load_layer(weights: Weights, n: int) -> Layer:
     """(weight, bias) of each part of layer n, float32, quantized matrices expanded."""
-    layer: Layer = {name: weights.norm(f"layers.{n}.{name}") for name in ("attn_norm", "mlp_norm")}
+    norms = [name for name in ("attn_norm", "mlp_norm") if f"layers.{n}.{name}" in weights.parts]
+    layer: Layer = {name: weights.norm(f"layers.{n}.{name}") for name in norms}
     for name in MATRICES:
         matrix = weights.matrix(f"layers.{n}.{name}")
         layer[name] = (matrix.dense(), matrix.bias)
@@ -35,6 +38,8 @@ def load_layer(weights: Weights, n: int) -> Layer:
 def norm(d: Decoder, layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     weight, bias = layer[name]
+    if d.norm == "rmsnorm":
+        return x * (x.square().mean(-1, keepdim=True) + d.norm_eps).rsqrt() * weight
     return torch.nn.functional.layer_norm(x, (d.hidden,), weight, bias, d.norm_eps)
 
 
@@ -44,20 +49,47 @@ def linear(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def activate(d: Decoder, x: torch.Tensor) -> torch.Tensor:
+    """What 'down' reads, from what 'up' gives: [.., ffn], or [.., gate and up] where the MLP is gated."""
     torch = need("torch", "build")
-    return torch.nn.functional.gelu(x, approximate="tanh" if d.activation == "gelu_tanh" else "none")
+    gate, x = x.chunk(2, -1) if d.gated else (x, None)
+    if d.activation == "silu":
+        gate = torch.nn.functional.silu(gate)
+    else:
+        gate = torch.nn.functional.gelu(gate, approximate="tanh" if d.activation == "gelu_tanh" else "none")
+    return gate if x is None else gate * x
 
 
-def attention(d: Decoder, n: int, qkv: torch.Tensor, cache: Cache | None = None, position: int = 0) -> torch.Tensor:
+def rope_angles(d: Decoder, positions: torch.Tensor) -> torch.Tensor:
+    """Rotary angles float32 [tokens, pairs] of positions [parts, tokens] (one part where positions are plain numbers)."""
+    torch = need("torch", "build")
+    counted = positions[list(d.rope_axes)] if d.rope_axes else positions[[0]]
+    return counted.T.float() * torch.tensor(d.rope_frequencies)
+
+
+def rotated(d: Decoder, x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    """x [batch, heads, tokens, head_dim] turned by rope_angles, where the model has them."""
+    torch = need("torch", "build")
+    if angles is None:
+        return x
+    half = len(d.rope_frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def attention(d: Decoder, n: int, qkv: torch.Tensor, cache: Cache | None = None, position: int = 0, angles: torch.Tensor | None = None) -> torch.Tensor:
     """Causal attention of layer n. qkv [batch, tokens, q+k+v] -> [batch, tokens, hidden].
 
-    cache: (keys, values), each [batch, kv_heads, context, head_dim]; rows from `position` on are written in place.
+    cache: (keys, values), each [batch, kv_heads, context, head_dim]; rows from `position` on are written in place. angles: rotary angles of the tokens,
+    None where they are counted from `position`.
     """
     torch = need("torch", "build")
     batch, tokens, _ = qkv.shape
+    if angles is None and d.positions == "rope":
+        angles = rope_angles(d, torch.arange(position, position + tokens).expand(max(d.rope_axes, default=0) + 1, -1))
     q, k, v = qkv.split([d.q_size, d.kv_size, d.kv_size], dim=-1)
-    q = q.view(batch, tokens, d.heads, d.head_dim).transpose(1, 2)
-    k = k.view(batch, tokens, d.kv_heads, d.head_dim).transpose(1, 2)
+    q = rotated(d, q.view(batch, tokens, d.heads, d.head_dim).transpose(1, 2), angles)
+    k = rotated(d, k.view(batch, tokens, d.kv_heads, d.head_dim).transpose(1, 2), angles)
     v = v.view(batch, tokens, d.kv_heads, d.head_dim).transpose(1, 2)
     end = position + tokens
     if cache is not None:
@@ -70,15 +102,20 @@ def attention(d: Decoder, n: int, qkv: torch.Tensor, cache: Cache | None = None,
     return out.transpose(1, 2).reshape(batch, tokens, d.q_size)
 
 
-def block(d: Decoder, layer: Layer, n: int, x: torch.Tensor, cache: Cache | None = None, position: int = 0) -> torch.Tensor:
-    """One decoder layer: x [batch, tokens, hidden] -> the same shape."""
-    x = x + linear(layer, "o", attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)), cache, position))
-    return x + linear(layer, "down", activate(d, linear(layer, "up", norm(d, layer, "mlp_norm", x))))
+def block(d: Decoder, layer: Layer, n: int, x: torch.Tensor, cache: Cache | None = None, position: int = 0, product: Product = linear,
+          angles: torch.Tensor | None = None) -> torch.Tensor:
+    """One decoder layer: x [batch, tokens, hidden] -> the same shape. product(layer, name, x) computes a matrix; a step may look at its input."""
+    read = norm(d, layer, "attn_norm", x)
+    branch = product(layer, "o", attention(d, n, product(layer, "qkv", read), cache, position, angles))
+    x = x + branch
+    read = read if d.parallel else norm(d, layer, "mlp_norm", x)
+    return x + product(layer, "down", activate(d, product(layer, "up", read)))
 
 
 def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
     """tokens [batch, tokens] from position 0 -> hidden states, float32."""
-    return weights.table("embed")[tokens] + weights.table("positions")[: tokens.shape[1]]
+    x = weights.table("embed")[tokens]
+    return x + weights.table("positions")[: tokens.shape[1]] if weights.decoder.positions == "learned" else x
 
 
 def top(weights: Weights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
@@ -114,25 +151,34 @@ class TorchSession:
         d = weights.decoder
         self.weights, self.d = weights, d
         self.head, self.context, self.position = d.head, d.context, 0
-        needed = 4 * d.layers * (d.hidden * (d.q_size + 2 * d.kv_size) + d.q_size * d.hidden + 2 * d.hidden * d.ffn)
+        needed = 4 * sum(math.prod(part.shape) for name, part in weights.parts.items() if name.startswith("layers."))
         if resident is None:
             resident = needed < 0.6 * psutil.virtual_memory().available
         self.layers = [load_layer(weights, n) for n in range(d.layers)] if resident else None
-        self.embed, self.positions = weights.table("embed"), weights.table("positions")
+        self.embed, self.positions = weights.table("embed"), weights.table("positions") if d.positions == "learned" else None
         self.final, self.matrix, self.bias = top(weights)
         self.width = self.matrix.shape[0]
+        self.counted = Positions(max(d.rope_axes) + 1, d.context) if d.rope_axes else None
         shape = (1, d.kv_heads, d.context, d.head_dim)
         self.cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(d.layers)]
 
-    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
         torch = need("torch", "build")
         check_room(self, tokens)
         with torch.inference_mode():
             end = self.position + len(tokens)
-            x = (self.embed[torch.tensor(list(tokens))] + self.positions[self.position : end])[None]
+            x = self.embed[torch.tensor(list(tokens))][None]
+            x = x + self.positions[self.position : end] if self.positions is not None else x
+            if pictures:
+                check_pictures(tokens, pictures)
+                x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(np.asarray(pictures.features, np.float32))
+            angles = None
+            if self.counted:
+                placed = self.counted.add(self.position, len(tokens), pictures.positions if pictures else None)
+                angles = rope_angles(self.d, torch.from_numpy(placed))
             for n in range(self.d.layers):
                 layer = self.layers[n] if self.layers else load_layer(self.weights, n)
-                x = block(self.d, layer, n, x, self.cache[n], self.position)
+                x = block(self.d, layer, n, x, self.cache[n], self.position, angles=angles)
             self.position = end
             x = x if every else x[:, -1:]
             return torch.nn.functional.linear(norm(self.d, self.final, "final_norm", x), self.matrix, self.bias)[0].numpy()

@@ -9,25 +9,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgemed import plugins, store
 from edgemed.checkpoint import Checkpoint
 from edgemed.errors import EdgemedError
+from edgemed.family import Vision
 from edgemed.reference import Reference
 from edgemed.session import Session
 from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
 
 ENGINE = "engine.json"
-COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+PLAN = "plan"
+COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token."""
+    """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token.
+
+    unbuilt: what open() runs until `edgemed build` has compiled the engine on its device; '' for engines that are complete as exported.
+    """
 
     path: Path
     name: str
@@ -42,6 +47,15 @@ class Engine:
     eos: int | None
     random_weights: bool
     params: Mapping[str, Any]
+    rope_frequencies: tuple[float, ...] = ()
+    rope_axes: tuple[int, ...] = ()
+    vision: Mapping[str, Any] | None = None
+    unbuilt: str = ""
+
+    @property
+    def stand_in(self) -> str:
+        """What open() runs instead of the engine's own runtime, '' where the engine is built."""
+        return "" if (self.path / store.ON_DEVICE / PLAN / store.MANIFEST).is_file() else self.unbuilt
 
     @property
     def key(self) -> str:
@@ -79,11 +93,13 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     with store.building(Path(out), "engine", target, asdict(params), inputs, parent_manifest) as work:
         if work is not None:
             notes = module.build(weights, work.path, params)
+            seen = asdict(replace(weights.vision, pixels=pixels_of(weights.vision, params))) if weights.vision else None
             facts = {
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
-            }
+                "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen,
+            } | ({"unbuilt": notes["unbuilt"]} if "unbuilt" in notes else {})
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
                 tokenizer.save(str(work.path / "tokenizer.json"))
@@ -94,6 +110,14 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 reference.save(work.path)
             work.notes.update(notes)
     return open_engine(out)
+
+
+def pixels_of(vision: Vision, params: Any) -> tuple[int, int]:
+    """(least, most) pixels of an image: the target's parameters min_pixels and max_pixels, or the model's own. Raises EdgemedError where they cross."""
+    least, most = params.min_pixels or vision.pixels[0], params.max_pixels or vision.pixels[1]
+    if not 0 <= least <= most:
+        raise EdgemedError(f"min_pixels {least} is above max_pixels {most}", "Give a range")
+    return least, most
 
 
 def open_engine(path: str | Path, check: bool = False) -> Engine:
@@ -109,7 +133,36 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
         raise EdgemedError(f"{path} is a {manifest['kind']}, not an engine", "Make an engine with: edgemed export MODEL --target onnx --out DIR")
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     wrong = [name for name, size in sizes.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
-    wrong = [f"{name} is missing or has another size" for name in wrong] or (store.check_manifest(path) if check else [])
+    wrong = [f"{name} is missing or has another size" for name in wrong] or ([*store.check_manifest(path), *_plan_problems(path)] if check else [])
     if wrong:
         raise EdgemedError(f"{path} was altered after it was made: {'; '.join(wrong)}", "Copy or export the engine again")
     return Engine(path=path, **json.loads((path / ENGINE).read_text(encoding="utf-8")))
+
+
+def _plan_problems(path: Path) -> list[str]:
+    plan = path / store.ON_DEVICE / PLAN
+    return store.check_manifest(plan) if (plan / store.MANIFEST).is_file() else []
+
+
+def require_built(engine: Engine, verb: str) -> None:
+    """Raise EdgemedError where an engine still has to be compiled on its device, before `verb` would tell something about another runtime."""
+    if engine.stand_in:
+        raise EdgemedError(f"{engine.path} is unbuilt: {engine.target} has not compiled it yet, so there is nothing to {verb}", f"On the device run: edgemed build {engine.path}")
+
+
+def finish(engine: Engine, workspace_mb: int | None = None) -> dict[str, Any]:
+    """Compile an exported engine for the GPU of this machine; returns the manifest of what was made under on-device/.
+
+    The engine itself stays as it was exported, so its key and its records stay valid; a plan of another TensorRT or GPU is replaced.
+    Raises EdgemedError where nothing is left to build, or the machine lacks what it takes.
+    """
+    module, out = plugins.load("targets", engine.target), engine.path / store.ON_DEVICE / PLAN
+    if not engine.unbuilt:
+        raise EdgemedError(f"{engine.path} is complete: target {engine.target} needs no building", f"Measure it with: edgemed bench {engine.path}")
+    facts = module.identity(engine) | {"workspace_mb": workspace_mb or engine.params["workspace_mb"]}
+    if (out / store.MANIFEST).is_file() and store.read_manifest(out)["params"] != facts:
+        shutil.rmtree(out)
+    with store.building(out, "plan", engine.target, facts, {"engine": engine.key}) as work:
+        if work is not None:
+            work.notes.update(module.finish(engine, work.path, facts["workspace_mb"]))
+    return store.read_manifest(out)

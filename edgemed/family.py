@@ -6,6 +6,7 @@ ask which family they have, so a new architecture is one new file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,12 @@ from edgemed.errors import EdgemedError, nearest
 class Decoder:
     """Numbers of one decoder-only transformer; all sizes in elements.
 
-    score_scale: factor on q.k per layer. positions: 'learned' (absolute table). activation: 'gelu_tanh'.
-    head: 'lm' (next token), 'choice' (one score per sequence) or 'classes' (head_size scores per sequence),
-    the last two read from the last token.
+    score_scale: factor on q.k per layer. norm: 'layernorm' or 'rmsnorm'. positions: 'learned' (absolute table) or 'rope': the first
+    2 * len(rope_frequencies) elements of each head are rotated, element i with element i + len(rope_frequencies), by position * rope_frequencies[i]
+    radians (rope_theta is the base they come from); rope_axes[i]: which part of a position with several parts pair i counts (all 0: positions are
+    plain numbers). activation: 'gelu_tanh', 'gelu' or 'silu'. gated: the MLP is down(activation(gate x) * (up x)).
+    parallel: attention and MLP both read the attention norm of the same x. head: 'lm' (next token), 'choice' (one score per sequence) or
+    'classes' (head_size scores per sequence), the last two read from the last token.
     """
 
     hidden: int
@@ -35,7 +39,12 @@ class Decoder:
     score_scale: tuple[float, ...]
     norm: str = "layernorm"
     positions: str = "learned"
+    rope_frequencies: tuple[float, ...] = ()
+    rope_theta: float = 0.0
+    rope_axes: tuple[int, ...] = ()
     activation: str = "gelu_tanh"
+    gated: bool = False
+    parallel: bool = False
     tied: bool = True
     head: str = "lm"
     head_size: int = 0
@@ -55,11 +64,51 @@ class Decoder:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """Numbers of a vision tower and of the projector behind it; sizes in elements.
+
+    layers: those that are computed. patch: pixels per side of a patch; temporal: how often an image is stacked in one (a still image as frames of a
+    film); merge: patches per side that become one feature. pixels: (least, most) of an image, which is resized to multiples of patch * merge within
+    them; size: or the one side every image gets. frequencies: rotary over row (first half of the pairs) and column (second half); empty: a learned
+    table and, in front, a class token that is dropped again. pre_norm: a norm before the first layer. projector_hidden: middle of the two-layer
+    projector; projector_norm: a norm in front of it. token: id that stands for one feature in a prompt, between `before` and `after`. mean, std: of RGB
+    in 0..1. activation: 'quick_gelu' or 'gelu'.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    norm_eps: float
+    activation: str
+    patch: int
+    projector_hidden: int
+    token: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    temporal: int = 1
+    merge: int = 1
+    pixels: tuple[int, int] = (0, 0)
+    size: int = 0
+    frequencies: tuple[float, ...] = ()
+    pre_norm: bool = False
+    projector_norm: bool = False
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers of one patch: 3 colours, `temporal` frames, patch * patch pixels."""
+        return 3 * self.temporal * self.patch**2
+
+
+@dataclass(frozen=True)
 class Part:
     """One canonical part of a decoder and the checkpoint modules it is made of (joined along the output axis).
 
-    kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'table' (weight [rows, width]) or 'norm' (weight, bias [width]).
-    conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is stored.
+    kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'table' (weight [rows, width]) or 'norm' (weight [width], perhaps bias).
+    conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is stored. rows: output rows of each module, where there are several.
+    stored_shape: where a weight is stored with more axes than `shape` has (a convolution over patches).
     """
 
     modules: tuple[str, ...]
@@ -67,6 +116,13 @@ class Part:
     shape: tuple[int, ...]
     conv1d: bool = False
     bias: bool = False
+    rows: tuple[int, ...] = ()
+    stored_shape: tuple[int, ...] = ()
+
+    def stored(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(module, shape of its weight as stored) of each module."""
+        shapes = [self.stored_shape] if self.stored_shape else [(rows, *self.shape[1:]) for rows in self.rows or self.shape[:1]]
+        return [(module.split("|")[0], shape[::-1] if self.conv1d else shape) for module, shape in zip(self.modules, shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -74,11 +130,17 @@ class Family:
     """What is peculiar to one architecture.
 
     decoder(config, tensor_shapes) -> Decoder. parts(decoder) -> canonical name -> Part, canonical names being 'embed', 'positions',
-    'layers.N.{attn_norm,qkv,o,mlp_norm,up,down}', 'final_norm', and 'lm_head' or 'head'.
+    'layers.N.{attn_norm,qkv,o,mlp_norm,up,down}', 'final_norm', and 'lm_head' or 'head'. qkv holds the rows of q, k and v; up holds, where
+    the MLP is gated, the rows of gate and then of up; a parallel block has no mlp_norm.
     prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers that carry no information.
     folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
     the graph and the pre-tokenizer. reference_config: published true dimensions, for --random-weights.
-    auto_classes: head -> transformers Auto class, for peft.
+    auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
+    vision(config, preprocessor_config) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch', 'vision.layers.N.*',
+    'vision.projector.*'), of families that see.
+    chat(text, images) -> prompt: one user turn in the model's own conversation form, with one image token where each image stands. reasoning(question)
+    -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
+    opening: what such an answer writes right before that letter.
     """
 
     name: str
@@ -93,6 +155,18 @@ class Family:
     reference_name: str
     reference_config: Mapping[str, Any]
     auto_classes: Mapping[str, str]
+    gguf_interleaved: bool = False
+    vision: Callable[[Mapping[str, Any], Mapping[str, Any]], Vision] | None = None
+    vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
+    chat: Callable[[str, int], str] | None = None
+    reasoning: Callable[[str], str] | None = None
+    answer: Callable[[str], str | None] | None = None
+    opening: str = ""
+
+
+def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:
+    """All canonical parts of a checkpoint: the text decoder's, and the vision tower's where there is one."""
+    return family.parts(d) | (family.vision_parts(vision, d) if vision else {})
 
 
 def whole(config: Mapping[str, Any], key: str) -> int:
@@ -102,6 +176,89 @@ def whole(config: Mapping[str, Any], key: str) -> int:
         said = f"has {key} {value!r}, which is not a whole number above 0" if key in config else f"has no {key}"
         raise EdgemedError(f"config.json {said}", "Download it again")
     return value
+
+
+def rotary(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """Decoder's rope fields from a config in transformers' layout, old (rope_theta, rope_scaling, partial_rotary_factor or rope_pct) or new (rope_parameters)."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+    def known(*names: str, default: float) -> float:
+        return float(next((place[name] for name in names for place in (scaling, config) if place.get(name) is not None), default))
+
+    theta = known("rope_theta", default=10000.0)
+    width = int(head_dim * known("partial_rotary_factor", "rope_pct", default=1.0))
+    return {"positions": "rope", "rope_theta": theta, "rope_frequencies": inverse_frequencies(width, theta, scaling)}
+
+
+def first_token(value: Any) -> int | None:
+    """An end-of-text id; recent configs may list several, of which the first is the base model's."""
+    return value[0] if isinstance(value, list) else value
+
+
+def head_of(shapes: Mapping[str, tuple[int, ...]], module: str = "score") -> dict[str, Any]:
+    """Decoder's head fields from the stored tensors: a classification head is there, or the model is a language model."""
+    shape = shapes.get(f"{module}.weight")
+    return {"head": "classes", "head_size": shape[0]} if shape else {}
+
+
+def checked(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise EdgemedError where a config asks for something this family's graph does not have. wanted: key -> the one supported value."""
+    for key, value in wanted.items():
+        if config.get(key, value) != value:
+            raise EdgemedError(f"config.json: {key} {config[key]!r} is not supported", f"Known: {value!r}")
+
+
+def usual_parts(d: Decoder, bias: Mapping[str, bool], o: str = "self_attn.o_proj", up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"), down: str = "mlp.down_proj",
+                final_norm: str = "norm", roots: tuple[str, ...] = ("model.",)) -> dict[str, Part]:
+    """The parts of a decoder stored in transformers' usual layout (model.layers.N.self_attn.q_proj and so on).
+
+    bias: which of 'norm', 'qkv', 'o', 'mlp', 'lm_head' store one. roots: what may stand before the names of everything but the output matrix.
+    """
+    def at(module: str) -> str:
+        return "|".join(root + module for root in roots)
+
+    found = {"embed": Part((at("embed_tokens"),), "table", (d.vocab, d.hidden))}
+    heads, kv = d.q_size, d.kv_size
+    for n in range(d.layers):
+        layer = f"layers.{n}."
+        qkv = tuple(at(f"{layer}self_attn.{part}_proj") for part in "qkv")
+        found[f"layers.{n}.attn_norm"] = Part((at(f"{layer}input_layernorm"),), "norm", (d.hidden,), bias=bias["norm"])
+        found[f"layers.{n}.qkv"] = Part(qkv, "matrix", (heads + 2 * kv, d.hidden), bias=bias["qkv"], rows=(heads, kv, kv))
+        found[f"layers.{n}.o"] = Part((at(layer + o),), "matrix", (d.hidden, heads), bias=bias["o"])
+        if not d.parallel:
+            found[f"layers.{n}.mlp_norm"] = Part((at(f"{layer}post_attention_layernorm"),), "norm", (d.hidden,), bias=bias["norm"])
+        modules = tuple(at(layer + part) for part in up)
+        found[f"layers.{n}.up"] = Part(modules, "matrix", (len(up) * d.ffn, d.hidden), bias=bias["mlp"], rows=(d.ffn,) * len(up))
+        found[f"layers.{n}.down"] = Part((at(layer + down),), "matrix", (d.hidden, d.ffn), bias=bias["mlp"])
+    found["final_norm"] = Part((at(final_norm),), "norm", (d.hidden,), bias=bias["norm"])
+    if d.head == "lm":
+        found["lm_head"] = Part((at("embed_tokens"),) if d.tied else ("lm_head",), "matrix", (d.vocab, d.hidden), bias=bias["lm_head"] and not d.tied)
+    else:
+        found["head"] = Part(("score",), "matrix", (d.head_size, d.hidden))
+    return found
+
+
+def inverse_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[float, ...]:
+    """Rotary frequencies theta^(-2i/width), i < width/2 (Su et al. 2021), rescaled as transformers' rope types 'default', 'linear' and 'llama3' do.
+
+    Raises EdgemedError for another rope type.
+    """
+    found = [theta ** (-2 * i / width) for i in range(width // 2)]
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return tuple(found)
+    if kind == "linear":
+        return tuple(f / scaling["factor"] for f in found)
+    if kind != "llama3":
+        raise EdgemedError(f"config.json: rope type '{kind}' is not supported", "Known: default, linear, llama3")
+    # Llama 3.1: long waves are slowed by `factor`, short ones kept, those between mixed.
+    low, high, old = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+    mixed = []
+    for f in found:
+        share = min(max((old * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0)
+        mixed.append((1 - share) * f / scaling["factor"] + share * f)
+    return tuple(mixed)
 
 
 def all_families() -> dict[str, Family]:

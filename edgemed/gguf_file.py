@@ -137,7 +137,16 @@ def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None
     writer.add_feed_forward_length(d.ffn)
     writer.add_head_count(d.heads)
     writer.add_head_count_kv(d.kv_heads)
-    writer.add_layer_norm_eps(d.norm_eps)
+    (writer.add_layer_norm_rms_eps if d.norm == "rmsnorm" else writer.add_layer_norm_eps)(d.norm_eps)
+    if d.positions == "rope":
+        writer.add_key_length(d.head_dim)
+        writer.add_value_length(d.head_dim)
+        writer.add_rope_dimension_count(2 * len(d.rope_frequencies))
+        writer.add_rope_freq_base(d.rope_theta)
+        writer.add_parallel_residual(d.parallel)
+        if d.rope_axes:
+            # llama.cpp counts four parts of a position, the last always empty.
+            writer.add_rope_dimension_sections([*(d.rope_axes.count(axis) for axis in range(3)), 0])
     writer.add_vocab_size(d.vocab)
     writer.add_file_type(file_type)
     writer.add_quantization_version(need("gguf", "build").GGML_QUANT_VERSION)
@@ -147,8 +156,9 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocab: int, pre: str, where:
     """Tokens, their kinds and the merges of a byte-level BPE tokenizer. Raises EdgemedError for another kind."""
     kinds = need("gguf", "build").TokenType
     model = json.loads(tokenizer.to_str())["model"]
-    if model["type"] != "BPE":
-        raise EdgemedError(f"{where}: a {model['type']} tokenizer cannot be written into GGUF yet", "Only byte-level BPE is supported")
+    kind = "SentencePiece" if model.get("byte_fallback") else model["type"]
+    if kind != "BPE":
+        raise EdgemedError(f"{where}: a {kind} tokenizer cannot be written into GGUF yet", "Only byte-level BPE is supported")
     names = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     added = tokenizer.get_added_tokens_decoder()
     types = [

@@ -89,14 +89,16 @@ def _mixture(model: Model, name: str, default: str, file_type: str) -> str:
         return {"iq2_xxs": "Q2_K", "iq2_xs": "Q2_K", "iq2_s": "IQ3_S", "iq2_m": "IQ3_S", "iq3_xxs": "IQ3_S"}.get(file_type, default)
     _, number, part, _ = name.split(".")
     layer = int(number)
-    if part == "attn_qkv":
+    if part in ("attn_qkv", "attn_v"):
         return _value(model, layer, default, file_type)
+    if part in ("attn_q", "attn_k"):
+        return {"iq3_xs": "IQ3_XXS", "iq3_xxs": "IQ2_S"}.get(file_type, default)
     if part == "ffn_down":
         return _down(model, layer, default, file_type)
     if part == "attn_output":
         return _attention_output(default, file_type)
     middle = model.layers // 8 <= layer < 7 * model.layers // 8
-    return "IQ3_XXS" if part == "ffn_up" and file_type == "iq3_xs" and middle else default
+    return "IQ3_XXS" if part in ("ffn_up", "ffn_gate") and file_type == "iq3_xs" and middle else default
 
 
 def _more_bits(layer: int, layers: int) -> bool:

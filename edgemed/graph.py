@@ -22,21 +22,22 @@ from edgemed.weights import Packed, Weights
 if TYPE_CHECKING:
     import torch
 
-DATA = "model.onnx.data"
 ALIGN = 4096  # a page, so that the runtime can map each tensor where it lies
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Number formats of a graph. floats: 'float32' or 'float16' for activations; bits: 4 or 8 for the layer matrices, None for floats;
-    group: inputs per scale; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8); small_tables: embedding in
-    float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so that both engines carry the same integers)."""
+    """Number formats of a graph. floats: 'float32', 'float16' or 'bfloat16' for activations; bits: 4 or 8 for the layer matrices, None for
+    floats; group: inputs per scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8); small_tables:
+    embedding in float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so that both engines carry the same integers);
+    stream: format of the residual stream and the norms, '' for that of the activations."""
 
     floats: str = "float32"
     bits: int | None = None
     group: int = 128
     accuracy_level: int = 4
     small_tables: bool = False
+    stream: str = ""
 
 
 class Dialect(Protocol):
@@ -46,7 +47,7 @@ class Dialect(Protocol):
     domains: dict[str, int]
 
     def inputs(self, graph: Graph, d: Decoder) -> None: ...
-    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str) -> tuple[str, str]: ...
+    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str | None) -> tuple[str, str]: ...
     def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str: ...
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str: ...
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str: ...
@@ -58,20 +59,33 @@ class Graph:
 
     out: Path
     precision: Precision
+    file: str = "model.onnx"
     nodes: list[Any] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     tensors: list[Any] = field(default_factory=list)
     offset: int = 0
+    named: set[str] = field(default_factory=set)  # nodes that are made once for all who need them
     layer_bytes: int = 0  # weight bytes every new token has to read
 
     def __post_init__(self) -> None:
         self.onnx = need("onnx", "build")
-        self.data = open(self.out / DATA, "wb")
+        self.data = open(self.out / self.data_file, "wb")
+
+    @property
+    def data_file(self) -> str:
+        return f"{self.file}.data"
 
     @property
     def float_type(self) -> int:
-        return getattr(self.onnx.TensorProto, self.precision.floats.replace("float32", "FLOAT").replace("float16", "FLOAT16"))
+        return self.type_of(self.precision.floats)
+
+    @property
+    def stream(self) -> str:
+        return self.precision.stream or self.precision.floats
+
+    def type_of(self, floats: str) -> int:
+        return getattr(self.onnx.TensorProto, {"float32": "FLOAT"}.get(floats, floats.upper()))
 
     def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, domain: str = "", **attributes: Any) -> str:
         """Add one node; its first output is called `name` unless outputs are given."""
@@ -79,10 +93,13 @@ class Graph:
         self.nodes.append(self.onnx.helper.make_node(op, inputs, outputs, name=f"{name}/{op}", domain=domain, **attributes))
         return outputs[0]
 
-    def constant(self, name: str, array: np.ndarray, counted: bool = True) -> str:
-        """Store a tensor. counted: it is read whole for every new token (embedding tables are not)."""
+    def constant(self, name: str, array: np.ndarray, counted: bool = True, dims: tuple[int, ...] | None = None, data_type: int | None = None) -> str:
+        """Store a tensor. counted: it is read whole for every new token (embedding tables are not).
+
+        dims, data_type: what the bytes of `array` stand for, where numpy has no such type (packed int4).
+        """
         array = np.ascontiguousarray(array)
-        tensor = self.onnx.TensorProto(name=name, dims=array.shape, data_type=self.onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+        tensor = self.onnx.TensorProto(name=name, dims=dims or array.shape, data_type=data_type or self.onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
         if array.nbytes < 1024:
             tensor.raw_data = array.tobytes()
         else:
@@ -90,16 +107,20 @@ class Graph:
             self.data.write(b"\0" * padding)
             self.offset += padding
             tensor.data_location = self.onnx.TensorProto.EXTERNAL
-            for key, value in (("location", DATA), ("offset", self.offset), ("length", array.nbytes)):
+            for key, value in (("location", self.data_file), ("offset", self.offset), ("length", array.nbytes)):
                 tensor.external_data.add(key=key, value=str(value))
-            self.data.write(memoryview(array).cast("B"))
+            self.data.write(memoryview(array.view(np.uint8)).cast("B"))  # as bytes: Python's buffers know no bfloat16
             self.offset += array.nbytes
         self.tensors.append(tensor)
         self.layer_bytes += array.nbytes if counted else 0
         return name
 
-    def floats(self, name: str, tensor: torch.Tensor, counted: bool = True) -> str:
-        return self.constant(name, tensor.numpy().astype(self.precision.floats), counted)
+    def floats(self, name: str, tensor: torch.Tensor, counted: bool = True, stream: bool = False) -> str:
+        return self.constant(name, tensor.numpy().astype(self.stream if stream else self.precision.floats), counted)
+
+    def cast(self, x: str, have: str, want: str, name: str) -> str:
+        """x in the format `want`; no node where it has that already."""
+        return x if have == want else self.node("Cast", [x], name, to=self.type_of(want))
 
     def value(self, kind: str, name: str, dtype: int, shape: list[int | str]) -> None:
         getattr(self, kind).append(self.onnx.helper.make_tensor_value_info(name, dtype, shape))
@@ -111,12 +132,12 @@ class Graph:
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializer=self.tensors)
         opsets = [helper.make_opsetid("", dialect.opset), *(helper.make_opsetid(d, v) for d, v in dialect.domains.items())]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="edgemed", ir_version=10)
-        self.onnx.save_model(model, self.out / "model.onnx")
+        self.onnx.save_model(model, self.out / self.file)
 
 
-def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
-    """x [.., in] -> x W^T + b [.., out], in the precision of the graph."""
-    matrix, bits = weights.matrix(name), graph.precision.bits
+def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, exact: bool = False) -> str:
+    """x [.., in] -> x W^T + b [.., out], in the precision of the graph; exact: in its floats, not its integers."""
+    matrix, bits = weights.matrix(name), None if exact else graph.precision.bits
     bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
     if isinstance(matrix, Packed) and bits == matrix.bits:
         if matrix.g_idx is not None:
@@ -126,14 +147,29 @@ def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) 
             matrix = Packed(matrix.q[:, order], matrix.scales, matrix.zeros, None, matrix.bits, matrix.group, matrix.bias)
         return dialect.quantized(graph, name, x, block_ints(matrix), bias)
     if bits is not None:
-        q, scales = rtn(matrix.dense(), bits, graph.precision.group)
-        return dialect.quantized(graph, name, x, Ints(q.numpy(), scales.numpy(), bits, graph.precision.group), bias)
+        weight = matrix.dense()
+        group = weight.shape[1] if graph.precision.group == -1 else graph.precision.group
+        q, scales = rtn(weight, bits, group)
+        return dialect.quantized(graph, name, x, Ints(q.numpy(), scales.numpy(), bits, group), bias)
     return float_linear(graph, name, x, matrix.dense(), bias)
 
 
 def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np.ndarray | None) -> str:
     y = graph.node("MatMul", [x, graph.floats(f"{name}.weight", weight.T)], f"{name}.product")
     return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name) if bias is not None else y
+
+
+def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str:
+    """What layer n's MLP gives for x [1, T, hidden]."""
+    d, name = weights.decoder, f"layers.{n}"
+    y = linear(graph, dialect, weights, f"{name}.up", x)
+    if d.gated:
+        gate, up = f"{name}.gate", f"{name}.value"
+        graph.node("Split", [y], f"{name}.halves", [gate, up], axis=-1, num_outputs=2)
+        y = graph.node("Mul", [dialect.activation(graph, d, f"{name}.act", gate), up], f"{name}.gated")
+    else:
+        y = dialect.activation(graph, d, f"{name}.act", y)
+    return linear(graph, dialect, weights, f"{name}.down", y)
 
 
 def embedding(graph: Graph, weights: Weights) -> str:
@@ -143,8 +179,21 @@ def embedding(graph: Graph, weights: Weights) -> str:
         table = weights.table(name).numpy()
         table = table.astype("float16" if graph.precision.small_tables else graph.precision.floats)
         row = graph.node("Gather", [graph.constant(f"{name}.table", table, counted=False), index], f"{name}.row")
-        rows.append(graph.node("Cast", [row], f"{name}.value", to=graph.float_type) if table.dtype != graph.precision.floats else row)
-    return graph.node("Add", rows, "hidden") if len(rows) > 1 else rows[0]
+        rows.append(graph.cast(row, str(table.dtype), graph.stream, f"{name}.value"))
+    x = graph.node("Add", rows, "text") if len(rows) > 1 else rows[0]
+    return with_pictures(graph, d, x) if weights.vision else x
+
+
+def with_pictures(graph: Graph, d: Decoder, x: str) -> str:
+    """Image features in their places: input feature_rows int64 [1, T] says which row of features [n, hidden] a token is, -1 for text."""
+    onnx = graph.onnx.TensorProto
+    graph.value("inputs", "feature_rows", onnx.INT64, [1, "new"])
+    graph.value("inputs", "features", onnx.FLOAT, ["features", d.hidden])
+    zero = graph.constant("features.zero", np.array(0))
+    picked = graph.node("Gather", ["features", graph.node("Max", ["feature_rows", zero], "features.picked")], "features.row", axis=0)
+    picked = graph.cast(picked, "float32", graph.stream, "features.cast")
+    seen = graph.node("Unsqueeze", [graph.node("GreaterOrEqual", ["feature_rows", zero], "features.seen"), graph.constant("features.axis", np.array([2]))], "features.mask")
+    return graph.node("Where", [seen, picked, x], "hidden")
 
 
 def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
@@ -154,11 +203,11 @@ def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
     picked = graph.node("Gather", [x, "select"], "picked", axis=1)
     name = "lm_head" if d.head == "lm" else "head"
     matrix = weights.matrix(name)
+    bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
     if name == "lm_head" and graph.precision.small_tables and d.hidden % 32 == 0:
         q, scale = ggml_q8(matrix.dense().numpy())
-        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), None)
+        y = dialect.quantized(graph, name, picked, Ints(q, scale, 8, 32), bias)
     else:
-        bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
         y = float_linear(graph, name, picked, matrix.dense(), bias)
     if graph.precision.floats == "float32":
         graph.node("Identity", [y], "scores")
@@ -174,21 +223,23 @@ def build_decoder(weights: Weights, out: Path, precision: Precision, dialect: Di
         graph.value("inputs", name, graph.onnx.TensorProto.INT64, [1, "new"])
     dialect.inputs(graph, d)
 
-    def norm_weights(name: str) -> tuple[str, str]:
+    def norm(name: str, x: str, branch: str | None) -> tuple[str, str]:
         weight, bias = weights.norm(name)
-        bias = bias if bias is not None else weight.new_zeros(weight.shape)
-        return graph.floats(f"{name}.weight", weight), graph.floats(f"{name}.bias", bias)
+        if d.norm == "layernorm" and bias is None:
+            bias = weight.new_zeros(weight.shape)
+        return dialect.residual_norm(graph, d, name, x, branch, graph.floats(f"{name}.weight", weight, stream=True), None if bias is None else graph.floats(f"{name}.bias", bias, stream=True))
 
     x, branch = embedding(graph, weights), None
     for n in track(range(d.layers), "onnx graph"):
         name = f"layers.{n}"
-        x, y = dialect.residual_norm(graph, d, f"{name}.attn_norm", x, branch, *norm_weights(f"{name}.attn_norm"))
-        y = dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", y))
-        branch = linear(graph, dialect, weights, f"{name}.o", y)
-        x, y = dialect.residual_norm(graph, d, f"{name}.mlp_norm", x, branch, *norm_weights(f"{name}.mlp_norm"))
-        y = dialect.activation(graph, d, f"{name}.act", linear(graph, dialect, weights, f"{name}.up", y))
-        branch = linear(graph, dialect, weights, f"{name}.down", y)
-    _, y = dialect.residual_norm(graph, d, "final_norm", x, branch, *norm_weights("final_norm"))
+        x, read = norm(f"{name}.attn_norm", x, branch)
+        branch = linear(graph, dialect, weights, f"{name}.o", dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", read)))
+        if d.parallel:
+            branch = graph.node("Add", [branch, mlp(graph, dialect, weights, n, read)], f"{name}.branches")
+        else:
+            x, read = norm(f"{name}.mlp_norm", x, branch)
+            branch = mlp(graph, dialect, weights, n, read)
+    _, y = norm("final_norm", x, branch)
     scores(graph, dialect, weights, y)
     graph.save(weights.family.name, dialect)
     return graph

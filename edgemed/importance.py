@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.console import track
-from edgemed.decoder import activate, attention, embed, linear, load_layer, norm
+from edgemed.decoder import block, embed, linear, load_layer
 from edgemed.errors import EdgemedError, need
 from edgemed.store import file_sha256
 from edgemed.weights import MATRICES, Weights
 
 if TYPE_CHECKING:
     import torch
+
+    from edgemed.decoder import Layer
 
 FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
@@ -39,13 +41,12 @@ def importance(weights: Weights, windows: Sequence[Sequence[int]]) -> dict[str, 
             layer = load_layer(weights, n)
             sums = {name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64) for name in MATRICES}
 
-            def matrix(name: str, x: torch.Tensor) -> torch.Tensor:
+            def product(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
                 sums[name] += x.double().square().sum((0, 1))
                 return linear(layer, name, x)
 
             for i, x in enumerate(hidden):
-                x = x + matrix("o", attention(d, n, matrix("qkv", norm(d, layer, "attn_norm", x))))
-                hidden[i] = x + matrix("down", activate(d, matrix("up", norm(d, layer, "mlp_norm", x))))
+                hidden[i] = block(d, layer, n, x, product=product)
             found |= {f"layers.{n}.{name}": (total / tokens).float().numpy() for name, total in sums.items()}
     return found
 

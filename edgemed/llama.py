@@ -16,7 +16,7 @@ import numpy as np
 from edgemed.device import machine
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
-from edgemed.session import check_room
+from edgemed.session import Pictures, Positions, check_pictures, check_room
 
 FILE, HEAD = "model.gguf", "head.npz"
 BATCH = 512  # tokens per llama_decode call
@@ -51,6 +51,8 @@ class LlamaSession:
         self.one.n_tokens, wanted[0] = 1, 1
         self.decode, self.read = self.lib.llama_decode, self.lib.llama_get_logits if self.matrix is None else self.lib.llama_get_embeddings
         self.address, self.row = None, None
+        self.hidden = self.lib.llama_model_n_embd(self.model)
+        self.sees, self.counted = engine.vision is not None, Positions(max(engine.rope_axes) + 1, self.context) if engine.rope_axes else None
 
     def _settings(self, engine: Engine, threads: int | None) -> Any:
         lib, params = self.lib, self.lib.llama_context_default_params()
@@ -67,30 +69,58 @@ class LlamaSession:
         params.no_perf = True
         return params
 
-    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
         check_room(self, tokens)
-        kept, total = [], len(tokens)
-        for start in range(0, total, self.batch_size):
-            part = tokens[start : start + self.batch_size]
-            last = start + len(part) == total
-            ids, positions, wanted = self.batch_arrays
-            self.batch.n_tokens = len(part)
-            ids[: len(part)] = part
-            positions[: len(part)] = np.arange(self.position, self.position + len(part))
-            wanted[: len(part)] = every
-            wanted[len(part) - 1] = every or last
-            self._decode(self.batch, len(part))
-            if every:
-                kept.append(self._outputs(len(part)).copy())
+        if pictures and not self.sees:
+            raise EdgemedError("this engine reads text only", "Ask it without an image, or export a model that sees")
+        placed = self.counted.add(self.position, len(tokens), pictures.positions if pictures else None) if self.counted else None
+        spans = [(0, len(tokens), False)]
+        if pictures:
+            check_pictures(tokens, pictures)
+            spans = [(start, end, tokens[start] == pictures.token) for start, end in runs(tokens, pictures.token)]
+        kept, shown, begin = [], 0, self.position
+        for start, end, image in spans:
+            for first in range(start, end, self.batch_size):
+                count = min(self.batch_size, end - first)
+                wanted = every or first + count == len(tokens)
+                positions = np.arange(begin + first, begin + first + count)[None] if placed is None else placed[:, first : first + count]
+                if image:
+                    self._decode_features(pictures.features[shown : shown + count], positions, every, wanted)
+                    shown += count
+                else:
+                    self._decode_tokens(tokens[first : first + count], positions[0], every, wanted)
+                if every:
+                    kept.append(self._outputs(count).copy())
         # With embeddings on, llama.cpp gives a row for every token of the batch.
-        return np.concatenate(kept) if every else self._outputs(len(part) if self.matrix is not None else 1)[-1:]
+        return np.concatenate(kept) if every else self._outputs(count if self.matrix is not None else 1)[-1:]
+
+    def _decode_tokens(self, tokens: Sequence[int], positions: np.ndarray, every: bool, last: bool) -> None:
+        ids, places, wanted = self.batch_arrays
+        count = self.batch.n_tokens = len(tokens)
+        ids[:count], places[:count], wanted[:count] = tokens, positions, every
+        wanted[count - 1] = last
+        self._decode(self.batch, count)
+
+    def _decode_features(self, features: np.ndarray, positions: np.ndarray, every: bool, last: bool) -> None:
+        """Image features in the place of token embeddings. positions [parts, n]; llama.cpp reads all of the first part, then all of the second."""
+        count = len(features)
+        rows = np.ascontiguousarray(features, np.float32)
+        # Models with positions of several parts count four of them there, the last empty.
+        places = np.zeros((4 if len(positions) > 1 else 1, count), np.int32)
+        places[: len(positions)] = positions
+        wanted = np.full(count, every, np.int8)
+        wanted[-1] = last
+        # A batch that holds embeddings and no tokens; its sequence numbers are those of the batch made once.
+        batch = type(self.batch)(count, None, rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), places.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+                                 self.batch.n_seq_id, self.batch.seq_id, wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)))
+        self._decode(batch, count)
 
     def step(self, token: int) -> np.ndarray:
         # The inner loop of every measurement: no calls but the two into llama.cpp.
         position = self.position
         if position >= self.context:
             check_room(self, [token])
-        self.one_ids[0], self.one_positions[0] = token, position
+        self.one_ids[0], self.one_positions[0] = token, position if self.counted is None else self.counted.add(position, 1)[0, 0]
         if code := self.decode(self.ctx, self.one):
             self._fail(code, 1)
         self.position = position + 1
@@ -116,7 +146,8 @@ class LlamaSession:
         return found if self.matrix is None else found @ self.matrix + self.bias
 
     def rewind(self, position: int) -> None:
-        self.lib.llama_memory_seq_rm(self.memory, 0, position, -1)
+        place = position if self.counted is None or position >= self.position else int(self.counted.held[0, position])
+        self.lib.llama_memory_seq_rm(self.memory, 0, place, -1)
         self.position = position
 
     def close(self) -> None:
@@ -128,6 +159,13 @@ class LlamaSession:
         self.lib.llama_free(self.ctx)
         self.lib.llama_model_free(self.model)
         self.ctx = None
+
+
+def runs(tokens: Sequence[int], token: int) -> list[tuple[int, int]]:
+    """(start, end) of the stretches of a prompt that are all this token, or all others."""
+    changes = np.flatnonzero(np.diff(np.array(tokens) == token)) + 1
+    ends = [0, *changes.tolist(), len(tokens)]
+    return list(zip(ends[:-1], ends[1:], strict=True))
 
 
 def _arrays(batch: Any, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -48,9 +48,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(args[0], item, where) for item in items)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, where)
     if origin is dict:
         if isinstance(value, Mapping):
-            return dict(value)
+            return {_convert(args[0], key, where): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint is typing.Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
@@ -65,6 +67,8 @@ def _say(hint: Any) -> str:
         return "value among " + ", ".join(map(str, args))
     if typing.get_origin(hint) is tuple:
         return f"list of {_say(args[0])}"
+    if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
+        return "mapping"
     return names.get(hint) or (_say(args[0]) if args else str(hint))
 
 

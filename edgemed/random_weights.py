@@ -14,7 +14,7 @@ from edgemed import store
 from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
 from edgemed.console import track
 from edgemed.errors import EdgemedError, need, nearest
-from edgemed.family import all_families, family_of
+from edgemed.family import all_families, every_part, family_of
 
 MARK = "edgemed_random_weights"
 
@@ -44,19 +44,18 @@ def make_random(config: str | Mapping[str, Any], out: Path, dtype: str = "bfloat
             generator = torch.Generator().manual_seed(seed)
             writer, std = Writer(work.path, config), config.get("initializer_range", 0.02)
             written: set[str] = set()
-            for part in track(list(family.parts(decoder).values()), "random weights"):
-                for module in part.modules:
+            for part in track(list(every_part(family, decoder, family.vision(config, {}) if family.vision else None).values()), "random weights"):
+                for module, shape in part.stored():
                     if module in written:
                         continue
                     written.add(module)
-                    shape = part.shape[::-1] if part.conv1d else part.shape
                     if part.kind == "norm":
                         weight = torch.ones(shape)
                     else:
                         weight = torch.empty(shape).normal_(0, std, generator=generator)
                     writer.add(f"{family.prefixes[0]}{module}.weight", weight.to(getattr(torch, dtype)))
-                    if part.bias or part.kind == "norm":
-                        writer.add(f"{family.prefixes[0]}{module}.bias", torch.zeros(part.shape[0], dtype=getattr(torch, dtype)))
+                    if part.bias:
+                        writer.add(f"{family.prefixes[0]}{module}.bias", torch.zeros(shape[-1 if part.conv1d else 0], dtype=getattr(torch, dtype)))
             writer.close()
             work.notes[MARK] = True
     return open_checkpoint(out)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgemed import params as strict
 from edgemed import plugins
+from edgemed.device import read_device
 from edgemed.errors import EdgemedError, nearest
+from edgemed.strategy import Settings
 
 PATH_KEYS = ("adapter", "calibration", "imatrix")
 SECTIONS = ("model", "device", "title", "steps", "engines", "verify", "bench", "eval")
@@ -37,20 +39,38 @@ class VerifySpec:
 
 @dataclass(frozen=True)
 class BenchSpec:
-    """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round."""
+    """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round.
+
+    max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as fast enough in the report; None: no target.
+    """
 
     prompt: tuple[int, ...] = (32, 128)
     generate: int = 64
     runs: int = 5
     threads: int | None = None
+    max_first_token: float | None = None
+    min_tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """tasks: names or name:file.jsonl. limit: only the first rows (for a quick look; said in the result)."""
+    """tasks: NAME[/LANGUAGE][:FILE.jsonl]. limit: only the first rows (for a quick look; said in the result). strategies: prompt strategies, of which
+    the first is the one the gate judges. margin: largest loss of accuracy that counts as not worse (0.02: two points); None: no gate.
+    alpha: how often a worse engine may pass. The rest is strategy.Settings.
+    """
 
     tasks: tuple[str, ...]
     limit: int | None = None
+    strategies: tuple[str, ...] = ("zero-shot",)
+    margin: float | None = None
+    alpha: float = 0.05
+    scoring: Literal["sum", "normalised", "generated"] = "sum"
+    rationale: int = 96
+    temperature: float = 0.7
+    seed: int = 0
+
+    def settings(self) -> Settings:
+        return Settings(self.scoring, self.rationale, self.temperature, self.seed)
 
 
 @dataclass(frozen=True)
@@ -126,8 +146,10 @@ def parse(document: Mapping[str, Any], where: str, folder: Path) -> Recipe:
     if "verify" in checks:
         checks["verify"] = replace(checks["verify"], prompts=_path(checks["verify"].prompts, folder))
     device = document.get("device")
-    if device is not None and device not in plugins.names("devices"):
-        raise EdgemedError(f"{where}: unknown device '{device}'", nearest(str(device), plugins.names("devices")))
+    if device is not None:
+        device = _path(str(device), folder)
+        # A device of your own is a file beside the recipe; an unknown one must stop the run now, not after the first build.
+        read_device(device)
     return Recipe(_path(document["model"], folder), steps, engines, document.get("title", where), device, document=dict(document), **checks)
 
 

@@ -13,30 +13,50 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgemed import params as strict
-from edgemed import plugins, store
+from edgemed import plugins, provenance, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
 from edgemed.data import read_card, texts
 from edgemed.device import machine, read_device
 from edgemed.engine import Engine, export
-from edgemed.errors import EdgemedError
-from edgemed.evaluate import evaluate, pair
-from edgemed.plan import parameters
+from edgemed.errors import EdgemedError, need
+from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
+from edgemed.facts import parameters
 from edgemed.random_weights import make_random
-from edgemed.recipe import Recipe, Stage, VerifySpec
+from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
-from edgemed.report import render
-from edgemed.task import questions
+from edgemed.report import write
+from edgemed.session import Session
+from edgemed.strategy import Eyes, Settings, parse
+from edgemed.summary import on_device
+from edgemed.task import Questions, questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.verify import Limits, verify
+from edgemed.vision import VisionSession
 from edgemed.weights import Weights
 
 
 RANDOM = "random:"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to be evaluated. eos: its end-of-text token; eyes: where it shall see."""
+
+    session: Session
+    tokenizer: Any
+    eos: int | None
+    eyes: Eyes | None = None
+
+    def close(self) -> None:
+        self.session.close()
+        if self.eyes:
+            self.eyes.close()
 
 
 @dataclass
@@ -50,7 +70,7 @@ class Line:
 
 
 def run(recipe: Recipe, work: Path) -> Path:
-    """Execute a recipe in `work` and return the path of report.html.
+    """Execute a recipe in `work` and return the path of report.html (report.json and report.md lie beside it).
 
     Raises EdgemedError for anything a person can put right; a second call goes on from the last finished step.
     """
@@ -61,33 +81,38 @@ def run(recipe: Recipe, work: Path) -> Path:
     reference = reference_for(line.source, recipe.verify, cache) if recipe.verify and not line.source.random_weights else None
     engines = [run_target(stage, line, reference, recipe, cache, work) for stage in recipe.engines]
     verified = [verify_engine(engine, reference, recipe, cache) if reference else None for engine in engines]
-    records = [bench_engine(engine, recipe) if recipe.bench and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
+    records = [bench_engine(engine, recipe) if recipe.bench and not engine.stand_in and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
     source_evals, evals = run_evals(line.source, engines, recipe, cache)
+    gate = run_gate(engines, evals, recipe)
+    for engine, result, found in zip(engines, verified, evals, strict=True):
+        source = provenance.known_source(recipe.model, line.points["model"].path, engine.path)
+        provenance.document(engine.path, source, result, found, part_of(gate, engine.name), recipe.verify.prompts if result else None)
     document = {
-        "schema": 1, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
+        "schema": 2, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,
-        "engines": [entry(*facts) for facts in zip(engines, verified, records, evals, strict=True)],
-        "source_evals": source_evals, "not_measured": not_measured(recipe, engines, verified),
+        "engines": [entry(*facts, gate) for facts in zip(engines, verified, records, evals, strict=True)],
+        "source_evals": source_evals, "strategies": list(recipe.eval.strategies) if recipe.eval else [], "gate": gate,
+        "not_measured": not_measured(recipe, engines, verified, records),
     }
     store.write_json(work / "report.json", document)
-    page = render(document)
-    (work / ".report.html").write_text(page, encoding="utf-8")
-    os.replace(work / ".report.html", work / "report.html")
-    return work / "report.html"
+    return write(document, work)
 
 
 def check_inputs(recipe: Recipe) -> None:
     """Find a missing model, adapter, text set, importance or task file in the first second, not after an hour of work."""
-    if not recipe.model.startswith(RANDOM):
-        Weights(open_checkpoint(recipe.model))
+    weights = None if recipe.model.startswith(RANDOM) else Weights(open_checkpoint(recipe.model))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
     for stage in recipe.engines:
         plugins.load("targets", stage.plugin).inputs(stage.params)
+    need("cyclonedx", "bom")
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
     for spec in recipe.eval.tasks if recipe.eval else ():
-        questions(spec)
+        if questions(spec).sees and weights and not weights.vision:
+            raise EdgemedError(f"task {spec} shows images, and {recipe.model} reads text only", "Leave the task out, or give a model that sees")
+    for text in recipe.eval.strategies if recipe.eval else ():
+        parse(text)
 
 
 def run_steps(recipe: Recipe, cache: Path) -> Line:
@@ -175,7 +200,8 @@ def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Re
 
 def verify_engine(engine: Engine, reference: Reference, recipe: Recipe, cache: Path) -> dict[str, Any]:
     limits = Limits(recipe.verify.max_kl, recipe.verify.min_top1)
-    result = cached(cache, "verify", {"limits": asdict(limits)}, {"engine": engine.key, "reference": reference.digest()}, lambda: verify(engine, reference, limits))
+    inputs = {"engine": engine.key, "reference": reference.digest(), "ran_on": engine.stand_in or engine.target}
+    result = cached(cache, "verify", {"limits": asdict(limits)}, inputs, lambda: verify(engine, reference, limits))
     say(f"verify: {engine.name} " + ("[green]passed[/green]" if result["passed"] else f"[red]failed[/red]: {'; '.join(result['problems'])}"))
     return result
 
@@ -204,38 +230,77 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def run_evals(source: Checkpoint, engines: list[Engine], recipe: Recipe, cache: Path) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """Every task on the source and on every engine, paired item by item."""
-    from edgemed.decoder import TorchSession
-
+    """Every task in every strategy on the source and on every engine, paired item by item."""
     source_results: list[dict[str, Any]] = []
     results: list[list[dict[str, Any]]] = [[] for _ in engines]
     if not recipe.eval or source.random_weights:
         return source_results, results
-    hashes = source.hashes()
-    for spec in recipe.eval.tasks:
-        asked = questions(spec, recipe.eval.limit)
-        params = {"task": asked.task.name, "limit": recipe.eval.limit}
-
-        def on_source() -> dict[str, Any]:
-            weights = Weights(source)
-            return evaluate(TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), asked, "source (float32)")
-
-        say(f"eval: {asked.task.name} on the source and {len(engines)} engines, {len(asked.examples)} items")
-        base = cached(cache, "eval", params, {**hashes, "task": asked.sha256}, on_source)
-        source_results.append(base)
+    spec = recipe.eval
+    for task in spec.tasks:
+        asked = questions(task, spec.limit)
+        say(f"eval: {task} on the source and {len(engines)} engines, {len(asked.examples)} items, {', '.join(spec.strategies)}")
+        for base in evals_of(None, source, asked, spec, cache):
+            source_results.append(base)
         for engine, found in zip(engines, results, strict=True):
-            inputs = {"engine": engine.key, "task": asked.sha256}
-            result = cached(cache, "eval", params, inputs, lambda: evaluate_engine(engine, asked))
-            found.append({**result, "paired": pair(result, base)})
+            if engine.stand_in:
+                continue
+            manifest = store.read_manifest(engine.path)
+            for base, result in zip(source_results[-len(spec.strategies) :], evals_of(engine, source, asked, spec, cache), strict=True):
+                found.append(pair(result, base, manifest, spec.margin, spec.alpha))
     return source_results, results
 
 
-def evaluate_engine(engine: Engine, asked: Any, threads: int | None = None) -> dict[str, Any]:
-    session = engine.open(threads)
+def evals_of(engine: Engine | None, source: Checkpoint, asked: Questions, spec: EvalSpec, cache: Path) -> list[dict[str, Any]]:
+    """One result per strategy, of an engine or (None) of the source; what was computed before is taken from the cache."""
+    found, settings, opened = [], spec.settings(), None
+
+    def compute(text: str) -> dict[str, Any]:
+        nonlocal opened  # opened at the first strategy that is not in the cache, and used for all
+        opened = opened or (open_source(source, asked.sees) if engine is None else start_engine(engine, asked.sees))
+        return evaluate_opened(opened, asked, name, key, text, settings)
+
+    key, name = (source_key(source.hashes()), SOURCE) if engine is None else (engine.key, engine.name)
     try:
-        return evaluate(session, engine.tokenizer(), asked, engine.name, engine.key)
+        for text in spec.strategies:
+            params = {"strategy": text, "settings": asdict(settings)}
+            found.append(cached(cache, "eval", params, {"model": key, "task": asked.key}, partial(compute, text)))
     finally:
-        session.close()
+        if opened:
+            opened.close()
+    return found
+
+
+def open_source(source: Checkpoint, sees: bool = False) -> Opened:
+    """The float32 source as a session, with its tokenizer and end-of-text token. sees: with its eyes; raises EdgemedError where it has none."""
+    from edgemed.decoder import TorchSession
+    from edgemed.tower import TorchEyes
+
+    weights = Weights(source)
+    eyes = TorchEyes(weights) if sees else None
+    return Opened(TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos, eyes)
+
+
+def start_engine(engine: Engine, sees: bool = False, threads: int | None = None) -> Opened:
+    """An engine in the same form."""
+    eyes = VisionSession(engine, threads) if sees else None
+    return Opened(engine.open(threads), engine.tokenizer(), engine.eos, eyes)
+
+
+def evaluate_opened(opened: Opened, asked: Questions, name: str, key: str, strategy: str, settings: Settings) -> dict[str, Any]:
+    stop = frozenset() if opened.eos is None else frozenset({opened.eos})
+    return evaluate(opened.session, opened.tokenizer, asked, name, key, strategy, settings, stop, opened.eyes)
+
+
+def run_gate(engines: list[Engine], evals: list[list[dict[str, Any]]], recipe: Recipe) -> dict[str, Any] | None:
+    """The verdict over all engines, or None where the recipe names no margin."""
+    if not recipe.eval or recipe.eval.margin is None:
+        return None
+    gate = judge({engine.name: found for engine, found in zip(engines, evals, strict=True)}, recipe.eval.margin, recipe.eval.alpha)
+    colours = {"pass": "green", "undecided": "yellow", "fail": "red"}
+    for engine in engines:
+        if part := part_of(gate, engine.name):
+            say(f"gate: {engine.name} [{colours[part['verdict']]}]{part['verdict']}[/]")
+    return gate
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -244,20 +309,27 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "random_weights": checkpoint.random_weights}
 
 
-def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
+def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]], gate: Mapping[str, Any] | None) -> dict[str, Any]:
     manifest = store.read_manifest(engine.path)
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": size,
-            "manifest": manifest, "verify": verified, "records": records, "evals": evals}
+    return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": store.size_of(manifest),
+            "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name), "stages": []}
 
 
-def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None]) -> list[str]:
+def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None], records: list[list[dict[str, Any]]]) -> list[str]:
     """What a reader might take for granted and nobody measured."""
-    missing = [] if recipe.device is None else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
-    missing += ["Energy was not measured."]
+    device = asdict(read_device(recipe.device)) if recipe.device else None
+    missing = [] if on_device(device, machine()) else [f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named below."]
+    reasons = dict.fromkeys(found[0]["state"]["energy_reason"] for found in records if found)
+    missing += [f"Energy was not measured: {reason}." for reason in reasons if reason] if reasons else ["Energy was not measured."]
+    missing += [f"{e.name}: not measured at full clocks: {'; '.join(held)}." for e, found in zip(engines, records, strict=True) if found and (held := found[0]["state"]["throttling"])]
     missing += [f"{e.name}: not benchmarked, because it failed verification." for e, v in zip(engines, verified, strict=True) if v and not v["passed"] and recipe.bench]
+    missing += [f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was measured; parity is that of {e.stand_in}." for e in engines if e.stand_in]
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]
     missing += [] if recipe.verify else ["Engines were not verified against their source (no verify: in the recipe)."]
     missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]
-    missing += ["Accuracy differences carry no confidence interval yet."] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
+    missing += [] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
+    missing += ["Whether an engine is not worse was not judged (no margin: in the recipe's eval)."] if recipe.eval and recipe.eval.margin is None else []
+    stand_ins = [spec for spec in recipe.eval.tasks if questions(spec, 1).synthetic] if recipe.eval else []
+    missing += [f"{spec}: asked on the shipped synthetic stand-in, which says nothing about accuracy; name a file of the real set." for spec in stand_ins]
+    missing += [f"Only the first {recipe.eval.limit} rows of each task were asked."] if recipe.eval and recipe.eval.limit else []
     return missing

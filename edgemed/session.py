@@ -1,4 +1,4 @@
-"""The protocol every running engine speaks, and decoding and option scoring written once on top of it.
+"""The protocol every running engine speaks, and decoding written once on top of it.
 
 `prefill` and `step` are the only two primitives: parity, latency and accuracy are all built on them, so every engine is
 measured by the same code. `rewind` moves the write position back, which is how the options of a question share its context.
@@ -15,10 +15,36 @@ import numpy as np
 from edgemed.errors import EdgemedError
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a prompt, as features. features float32 [n, hidden]: one for each token of the prompt whose id is `token`, in order.
+
+    positions int64 [parts, T]: rotary positions of all tokens of the prompt, counted from 0; what follows goes on after the largest.
+    """
+
+    features: np.ndarray
+    positions: np.ndarray
+    token: int
+
+
+class Positions:
+    """Rotary positions of every token a session holds, for models whose images take less room in them than they have tokens."""
+
+    def __init__(self, parts: int, context: int):
+        self.held = np.zeros((parts, context), np.int64)
+
+    def add(self, start: int, count: int, given: np.ndarray | None = None) -> np.ndarray:
+        """Positions [parts, count] of `count` tokens appended at sequence index `start`; given: counted from 0."""
+        after = int(self.held[:, :start].max()) + 1 if start else 0
+        new = np.arange(count)[None] if given is None else given
+        self.held[:, start : start + count] = after + new
+        return self.held[:, start : start + count]
+
+
 class Session(Protocol):
     """A running engine with one sequence. Arrays returned are float32 and valid until the next call.
 
-    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise.
+    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise. A session that runs on a GPU has device = 'cuda'.
     """
 
     head: str
@@ -26,10 +52,10 @@ class Session(Protocol):
     context: int
     position: int
 
-    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
         """Append tokens; scores [1, width] of the last one, or [len(tokens), width] with every=True.
 
-        Raises EdgemedError where the tokens do not fit the context.
+        pictures: features that take the place of image tokens. Raises EdgemedError where the tokens do not fit the context, or the engine sees nothing.
         """
         ...
 
@@ -54,6 +80,13 @@ def check_room(session: Session, tokens: Sequence[int]) -> None:
         )
 
 
+def check_pictures(tokens: Sequence[int], pictures: Pictures) -> None:
+    """Raise EdgemedError where a prompt has another number of image tokens than there are features."""
+    places = sum(token == pictures.token for token in tokens)
+    if places != len(pictures.features):
+        raise EdgemedError(f"the prompt has room for {places} image features, the images have {len(pictures.features)}", "Give as many images as the prompt has places for")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts off."""
@@ -65,12 +98,16 @@ class Sampling:
     max_tokens: int = 256
 
 
-def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset(), pictures: Pictures | None = None) -> Iterator[int]:
     """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
     if session.head != "lm":
         raise EdgemedError(f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval")
+    yield from continued(session, (session.prefill(prompt, pictures=pictures) if pictures else session.prefill(prompt))[-1], sampling, stop)
+
+
+def continued(session: Session, scores: np.ndarray, sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+    """The same where the prompt has been read already; scores [vocab] are those after its last token."""
     random = np.random.default_rng(sampling.seed)
-    scores = session.prefill(prompt)[-1]
     for count in range(sampling.max_tokens):
         token = pick(scores, sampling, random)
         if token in stop:
@@ -102,23 +139,3 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     scores = scores.astype(np.float64)
     shifted = scores - scores.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def score_options(session: Session, context: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
-    """Sum of token log-probabilities of each option after the context, which is computed once.
-
-    Raises EdgemedError where an option is empty or context and option do not fit.
-    """
-    session.rewind(0)
-    first = log_softmax(session.prefill(context)[-1])
-    shared, scores = session.position, []
-    for option in options:
-        if not len(option):
-            raise EdgemedError("an option has no tokens", "Every option needs at least one token")
-        total = float(first[option[0]])
-        if len(option) > 1:
-            rows = log_softmax(session.prefill(option[:-1], every=True))
-            total += float(rows[np.arange(len(option) - 1), list(option[1:])].sum())
-            session.rewind(shared)
-        scores.append(total)
-    return scores

@@ -26,19 +26,36 @@ from edgemed.errors import EdgemedError
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
+ON_DEVICE = "on-device"  # what a device adds to an engine: artifacts of their own, each with its own manifest
+SIGNATURE = "signature.json"
+# Beside an artifact's files, not of them: the manifest names the files, records grow on the device, a signature covers all the others.
+BESIDE = (MANIFEST, RECORDS, SIGNATURE)
 SCHEMA = 1
-PACKAGES = ("edgemed", "torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama-cpp-python", "numpy", "tokenizers")
+# What `building` writes into a manifest; sections attached later have other names.
+OWN = {"schema", "key", "kind", "stage", "params", "inputs", "files", "notes", "versions", "wall_seconds", "peak_memory_bytes", "created", "parent", "pending"}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PACKAGES = ("edgemed", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "gguf", "llama-cpp-python", "numpy", "tokenizers")
+
+
+def canonical(value: Any) -> bytes:
+    """A JSON-able value in its one canonical form: keys sorted, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def digest(value: Any) -> str:
     """sha256 of a JSON-able value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file; remembered within the process while size and modification time stay the same."""
     facts = os.stat(path)
     return _sha256(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+def forget_hashes() -> None:
+    """Read every file anew from here on: a modification time can be set back, and a signature must not rest on it."""
+    _sha256.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -57,13 +74,18 @@ def versions() -> dict[str, str]:
 
 
 def files_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """name -> {sha256, bytes} of every file that belongs to an artifact (its manifest and records excluded)."""
+    """name -> {sha256, bytes} of every file that belongs to an artifact (those BESIDE it and what a device added excluded)."""
     found = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
-        if name not in (MANIFEST, RECORDS):
+        if name not in BESIDE and not name.startswith(f"{ON_DEVICE}/"):
             found[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     return found
+
+
+def size_of(manifest: Mapping[str, Any]) -> int:
+    """Bytes of what was built; documents attached afterwards are not counted."""
+    return sum(entry["bytes"] for entry in manifest["files"].values() if not entry.get("attached"))
 
 
 def reset_peak_memory() -> None:
@@ -96,7 +118,7 @@ def building(final: Path, kind: str, stage: str, params: Mapping[str, Any], inpu
              parent: Mapping[str, Any] | None = None) -> Iterator[Build | None]:
     """Make `final` appear whole or not at all. Yields None where an identical artifact is already there.
 
-    kind: 'checkpoint' | 'engine' | 'reference' | 'result'; stage: the step or target that makes it; inputs: name -> sha256.
+    kind: 'checkpoint' | 'engine' | 'plan' | 'reference' | 'result'; stage: the step or target that makes it; inputs: name -> sha256.
     Raises EdgemedError where `final` holds something else, or the disk is full.
     """
     final = Path(final)
@@ -125,12 +147,85 @@ def building(final: Path, kind: str, stage: str, params: Mapping[str, Any], inpu
             write_json(part / MANIFEST, manifest)
             os.replace(part, final)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(final.parent).free / 1e9
-                raise EdgemedError(f"the disk is full while writing {final} ({free:.1f} GB free)", "Free space or choose another --work / --out") from None
+            if error.errno in FULL:
+                raise _disk_full(final) from None
             raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def attach(directory: Path, files: Mapping[str, bytes], sections: Mapping[str, Any]) -> None:
+    """Add documents and manifest sections derived from an artifact to it, or replace those added before; its key stays.
+
+    Not inside `building` of the same artifact, whose lock it takes. Raises EdgemedError where the directory cannot be written.
+    """
+    with _changing(directory) as (final, part):
+        manifest = read_manifest(final)
+        before = _expected(manifest, files_of(final)) if "pending" in manifest else manifest["files"]
+        built = {name for name in files if name in BESIDE or (name in before and not before[name].get("attached"))} | (set(sections) & OWN)
+        if built:
+            raise ValueError(f"{', '.join(sorted(built))} of an artifact cannot be replaced")
+        _switch(final, part, {**manifest, "files": before}, files, sections)
+
+
+def put(directory: Path, name: str, value: Any) -> None:
+    """Write a JSON file beside an artifact's files. Raises EdgemedError where the directory cannot be written."""
+    with _changing(directory) as (final, part):
+        write_json(part / name, value)
+        os.replace(part / name, final / name)
+
+
+@contextlib.contextmanager
+def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
+    # (an artifact, a directory beside it for what is not ready yet): a kill must leave no file in the artifact that nobody knows.
+    final = Path(directory).resolve()
+    part = final.with_name(f".{final.name}.part")
+    try:
+        with _lock(final.with_name(f".{final.name}.lock")):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            try:
+                yield final, part
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise _disk_full(final) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV):
+            raise EdgemedError(f"cannot write into {final}: {error.strerror}", "Check its permissions and those of the directory it lies in") from None
+        raise
+
+
+def _switch(final: Path, part: Path, manifest: dict[str, Any], files: Mapping[str, bytes], sections: Mapping[str, Any]) -> None:
+    # Several files cannot be replaced in one stroke. So the manifest first allows each document to be the old or the new one, and says
+    # which at the end; everything is written beside the artifact before, and after a kill at any moment the artifact is whole.
+    kept = {name: entry for name, entry in manifest["files"].items() if name not in files}
+    fresh = {name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "attached": True} for name, content in files.items()}
+    pending = {name: [manifest["files"][name], entry] if name in manifest["files"] else [entry] for name, entry in fresh.items()}
+    done = {key: value for key, value in manifest.items() if key != "pending"} | {"files": kept | fresh} | dict(sections)
+    for number, content in enumerate(files.values()):
+        (part / f"{number}").write_bytes(content)
+    write_json(part / "during.json", {**manifest, "files": kept, "pending": pending})
+    write_json(part / "after.json", done)
+    os.replace(part / "during.json", final / MANIFEST)
+    for number, name in enumerate(files):
+        os.replace(part / f"{number}", final / name)
+    os.replace(part / "after.json", final / MANIFEST)
+
+
+def _expected(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    # The files a manifest names; where an attach was cut short, a document is right as it was before or as it was to become.
+    expected = dict(manifest["files"])
+    for name, entries in manifest.get("pending", {}).items():
+        same = [entry for entry in entries if name in found and found[name]["sha256"] == entry["sha256"]]
+        if same or name in found or len(entries) > 1:
+            expected[name] = (same or entries)[0]
+    return expected
+
+
+def _disk_full(final: Path) -> EdgemedError:
+    free = shutil.disk_usage(final.parent).free / 1e9
+    return EdgemedError(f"the disk is full while writing {final} ({free:.1f} GB free)", "Free space or choose another --work / --out")
 
 
 @contextlib.contextmanager
@@ -185,7 +280,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def check_manifest(directory: Path) -> list[str]:
     """What differs from the manifest, one sentence each; empty when every byte is as it was made."""
-    expected, found = read_manifest(directory)["files"], files_of(Path(directory))
+    manifest, found = read_manifest(directory), files_of(Path(directory))
+    expected = _expected(manifest, found)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} was added" for name in found if name not in expected]
     problems += [
@@ -201,5 +297,11 @@ def append_records(directory: Path, records: list[dict[str, Any]]) -> None:
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    path = Path(directory) / RECORDS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """All records beside an engine. Raises EdgemedError naming a line that is not one, such as the last before a power cut."""
+    path, found = Path(directory) / RECORDS, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise EdgemedError(f"{path} line {number} is not JSON ({error})", "Remove that line") from None
+    return found

@@ -44,7 +44,7 @@ def verify(engine: Engine, reference: Reference, limits: Limits, threads: int | 
         session.close()
     problems = judge(engine, measured, limits)
     return {
-        "engine": engine.name, "engine_key": engine.key, "prompts": len(reference.windows), "reference": reference.digest(), **measured,
+        "engine": engine.name, "engine_key": engine.key, "prompts": len(reference.windows), "reference": reference.digest(), "ran_on": engine.stand_in or engine.target, **measured,
         "limits": {"max_kl": limits.max_kl, "min_top1": limits.min_top1, "max_logit_error": exact_error(engine)}, "passed": not problems, "problems": problems,
     }
 

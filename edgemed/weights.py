@@ -6,12 +6,13 @@ integer layout are dealt with once.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgemed.checkpoint import Checkpoint
 from edgemed.errors import EdgemedError, need
-from edgemed.family import Decoder, Family, Part, family_of
+from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,8 @@ class Weights:
         self.fold = fold
         plain = (self.source.head_dim**-0.5,) * self.source.layers
         self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
-        self.parts: dict[str, Part] = self.family.parts(self.source)
+        self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint)) if self.family.vision else None
+        self.parts: dict[str, Part] = every_part(self.family, self.source, self.vision)
         self.quantization: dict[str, Any] | None = checkpoint.config.get("quantization_config")
         if self.quantization and self.quantization.get("quant_method") != "gptq":
             method = self.quantization.get("quant_method")
@@ -97,19 +99,17 @@ class Weights:
 
     def _check_shapes(self) -> None:
         for name, part in self.parts.items():
-            if len(part.modules) > 1:
-                continue
-            for key, shape in self._stored(self.keys[name][0], part).items():
-                entry = self.checkpoint.tensors.get(key)
-                if entry is not None and entry.shape != shape:
-                    raise EdgemedError(
-                        f"{self.checkpoint.path}: tensor '{key}' has shape {list(entry.shape)}, config.json asks for {list(shape)}", "Config and weights do not belong together"
-                    )
+            for key, (_, weight) in zip(self.keys[name], part.stored(), strict=True):
+                for tensor, shape in self._stored(key, part, weight).items():
+                    entry = self.checkpoint.tensors.get(tensor)
+                    if entry is not None and entry.shape != shape:
+                        problem = f"{self.checkpoint.path}: tensor '{tensor}' has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+                        raise EdgemedError(problem, "Config and weights do not belong together")
 
-    def _stored(self, key: str, part: Part) -> dict[str, tuple[int, ...]]:
+    def _stored(self, key: str, part: Part, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors a module may have, with their shapes."""
-        rows, columns = part.shape[0], part.shape[-1]
-        found = {f"{key}.weight": part.shape[::-1] if part.conv1d else part.shape, f"{key}.bias": (rows,)}
+        rows, columns = (weight[-1] if part.conv1d else weight[0]), part.shape[-1]
+        found = {f"{key}.weight": weight, f"{key}.bias": (rows,)}
         if f"{key}.weight" in self.checkpoint.tensors:
             return found
         bits, group = self._packing()
@@ -140,10 +140,8 @@ class Weights:
         """A matrix in [out, in] layout with its bias; modules of one part are joined along the output axis."""
         torch = need("torch", "build")
         found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
-        if len(found) > 1:
-            raise EdgemedError(f"{name}: joining {len(found)} modules is not supported yet", "")
-        matrix = found[0]
-        if self.fold and name.endswith(".qkv"):
+        matrix = found[0] if len(found) == 1 else joined(found, name)
+        if self.fold and name.startswith("layers.") and name.endswith(".qkv"):
             factor = self.source.fold_factor(int(name.split(".")[1]))
             rows = torch.ones(self.parts[name].shape[0])
             rows[: self.source.q_size] = factor
@@ -158,6 +156,7 @@ class Weights:
         bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
         if f"{key}.weight" in tensors:
             weight = read(f"{key}.weight")
+            weight = weight.flatten(1) if weight.ndim > 2 else weight  # a convolution over patches is a product with each patch
             # Turned before it is widened: half the bytes to move for a 16-bit checkpoint.
             return Dense((weight.T.contiguous() if conv1d else weight).float(), bias)
         bits, group = self._packing()
@@ -170,6 +169,34 @@ class Weights:
         if g_idx is not None and bool((g_idx == need("torch", "build").arange(columns) // group).all()):
             g_idx = None
         return Packed(q, read(f"{key}.scales").float().T.contiguous(), zeros, g_idx, bits, group, bias)
+
+
+def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
+    """preprocessor_config.json, which says how images are resized; {} where there is none."""
+    file = checkpoint.path / "preprocessor_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise EdgemedError(f"{file} is not JSON ({error})", "Download it again") from None
+
+
+def joined(found: list[Dense | Packed], name: str) -> Dense | Packed:
+    """Matrices with the same inputs as one, along the output axis. A bias that only some of them have is zero in the others.
+
+    Raises EdgemedError where packed ones are packed differently.
+    """
+    torch = need("torch", "build")
+    bias = None
+    if any(m.bias is not None for m in found):
+        rows = [m.q.shape[0] if isinstance(m, Packed) else m.weight.shape[0] for m in found]
+        bias = torch.cat([m.bias if m.bias is not None else torch.zeros(n) for m, n in zip(found, rows, strict=True)])
+    if all(isinstance(m, Dense) for m in found):
+        return Dense(torch.cat([m.weight for m in found]), bias)
+    first = found[0]
+    same = all(isinstance(m, Packed) and (m.bits, m.group) == (first.bits, first.group) for m in found)
+    if not same or any((m.g_idx is None) != (first.g_idx is None) or (m.g_idx is not None and not torch.equal(m.g_idx, first.g_idx)) for m in found):
+        raise EdgemedError(f"{name}: its modules are quantized in different ways", "Quantize them alike, or start from the float checkpoint")
+    return Packed(*(torch.cat([getattr(m, field) for m in found]) for field in ("q", "scales", "zeros")), first.g_idx, first.bits, first.group, bias)
 
 
 def unpack(packed: torch.Tensor, bits: int, axis: int) -> torch.Tensor:

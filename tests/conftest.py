@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, EOS, CONTEXT = 288, 256, 192
 # Not copied from the family's own numbers: head sizes, context and layers small enough for a second per test.
-TINY = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2}
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128, "max_position_embeddings": CONTEXT,
+        "partial_rotary_factor": 0.5, "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2}
 
 
 def pytest_configure() -> None:
@@ -39,7 +40,13 @@ def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
     """The family's published config shrunk to the tiny model's numbers."""
     from edgemed.family import all_families
 
-    return {**all_families()[family].reference_config, **TINY, **changes}
+    published = all_families()[family].reference_config
+    tiny = {key: value for key, value in TINY.items() if key in published}
+    if "mrope_section" in (published.get("rope_scaling") or {}):
+        tiny["rope_scaling"] = {**published["rope_scaling"], "mrope_section": [4, 6, 6]}
+    if "vision_config" in published:
+        tiny["vision_config"] = {**published["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64}
+    return {**published, **tiny, **changes}
 
 
 def write_tokenizer(path: Path) -> None:
@@ -56,29 +63,29 @@ def write_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}))
 
 
-def write_model(path: Path, dtype: str = "float32", seed: int = 0, **changes: object) -> Path:
+def write_model(path: Path, dtype: str = "float32", seed: int = 0, family: str = "gpt2", **changes: object) -> Path:
     """A checkpoint with random weights, biases and norms (make_random's are 0 and 1), and the tokenizer."""
     import torch
     from edgemed.checkpoint import Writer
-    from edgemed.family import family_of
+    from edgemed.family import every_part, family_of
 
     path.mkdir(parents=True)
-    config = tiny_config(**changes)
+    config = tiny_config(family, **changes)
     family = family_of(config, "test model")
     generator, writer, written = torch.Generator().manual_seed(seed), Writer(path, config), set()
 
     def random(*shape: int) -> torch.Tensor:
         return torch.empty(shape).normal_(0, 0.15, generator=generator)
 
-    for part in family.parts(family.decoder(config, {})).values():
-        (module,) = part.modules
-        if module in written:
-            continue
-        written.add(module)
-        weight = 1 + random(*part.shape) if part.kind == "norm" else random(*(part.shape[::-1] if part.conv1d else part.shape))
-        writer.add(f"{family.prefixes[0]}{module}.weight", weight.to(getattr(torch, dtype)))
-        if part.bias or part.kind == "norm":
-            writer.add(f"{family.prefixes[0]}{module}.bias", random(part.shape[0]).to(getattr(torch, dtype)))
+    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}) if family.vision else None).values():
+        for module, shape in part.stored():
+            if module in written:
+                continue
+            written.add(module)
+            weight = 1 + random(*shape) if part.kind == "norm" else random(*shape)
+            writer.add(f"{family.prefixes[0]}{module}.weight", weight.to(getattr(torch, dtype)))
+            if part.bias:
+                writer.add(f"{family.prefixes[0]}{module}.bias", random(shape[-1 if part.conv1d else 0]).to(getattr(torch, dtype)))
     writer.close()
     write_tokenizer(path)
     return path

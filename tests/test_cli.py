@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli
+from conftest import ROOT, cli, refused
 
-VERBS = {"doctor", "inspect", "run", "merge", "quantize", "export", "verify", "bench", "eval", "report", "generate", "chat", "list", "recipes"}
+VERBS = {"doctor", "inspect", "plan", "run", "merge", "quantize", "export", "build", "verify", "bench", "eval", "report", "generate", "chat", "list", "recipes", "card", "keygen", "sign"}
 
 
 def test_reference_page_is_current() -> None:
@@ -50,11 +51,23 @@ def test_every_result_as_json(engine: Path, model: Path, tmp_path: Path) -> None
     assert {"decode_tokens_per_second", "step_milliseconds"} <= {r["name"] for r in records} and all(r["value"] > 0 for r in records)
     lines = (engine / "records.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records
+    assert all(r["state"]["wait"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY") and (r["state"]["energy"] is None) == (r["state"]["energy_reason"] is not None) for r in records)
     scored = json.loads(cli("eval", engine, "--task", "section", "--source", model, "--limit", 4, "--json", "--out", tmp_path / "e.json").stdout)
-    assert [r["n"] for r in scored] == [4, 4] and scored[1]["paired"]["changed"] == 0
+    assert [r["n"] for r in (*scored["source"], *scored["engine"])] == [4, 4] and scored["engine"][0]["paired"]["changed"] == 0 and scored["gate"] is None
     assert json.loads((tmp_path / "e.json").read_text()) == scored
     # Records beside the engine are no alteration of it.
     assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
+
+
+def test_thread_sweep_and_waiting(engine: Path) -> None:
+    rows = json.loads(cli("bench", engine, "--sweep", "threads", "--runs", 1, "--generate", 4, "--prompt", 8, "--json").stdout)
+    assert {row["threads"] for row in rows} >= {1} and all(row["decode_tokens_per_second"] > 0 and row["prefill_tokens_per_second"] > 0 for row in rows)
+    assert sorted(word for row in rows for word in row["best"].replace(" and ", " ").split()) == ["decode", "prefill"]
+    records = json.loads(cli("bench", engine, "--wait", "passive", "--runs", 1, "--generate", 4, "--prompt", 8, "--threads", 1, "--json").stdout)
+    assert records[0]["state"]["wait"]["OMP_WAIT_POLICY"] == "passive" and {r["how"]["threads"] for r in records} == {1}
+    refused(cli("bench", engine, "--wait", "actve"), "Did you mean 'active'")
+    refused(cli("bench", engine, "--sweep", "thread"), "Did you mean 'threads'")
+    refused(cli("bench", engine, "--sweep", "threads", "--threads", 2), "--threads")
 
 
 def test_generate_and_chat(engine: Path) -> None:
@@ -77,3 +90,20 @@ def test_python_api(engine: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         em.nothing  # noqa: B018
     assert sys.modules["edgemed"].__all__ == sorted(em.__all__)
+
+
+def test_the_gate_ends_the_command_and_its_verdict_can_be_recorded(engine: Path, model: Path, tmp_path: Path) -> None:
+    asked = ("eval", engine, "--task", "section", "--limit", 30, "--out", tmp_path / "e.json")
+    # Thirty equal answers cannot show that no more than two points are lost; that half are not is shown.
+    undecided = cli(*asked, "--source", model, "--margin", 0.02)
+    assert undecided.returncode == 3 and "undecided" in undecided.stderr and "items" in undecided.stdout
+    assert cli(*asked, "--source", model, "--margin", 0.02, "--accept-undecided").returncode == 0
+    passed = cli(*asked, "--against", tmp_path / "e.json", "--margin", 0.5, "--record")
+    assert passed.returncode == 0, passed.stderr
+    manifest = json.loads((engine / "manifest.json").read_text())
+    assert manifest["gate"]["verdict"] == "pass" and manifest["evals"][0]["paired"]["n"] == 30
+    assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
+    refused(cli(*asked, "--margin", 0.02), "a verdict needs the source's answers")
+    refused(cli(*asked[:4], "--against", tmp_path / "e.json", "--limit", 7), "another version, part or file of the task")
+    refused(cli(*asked, "--against", engine / "engine.json"), "holds no results of a source")
+    refused(cli(*asked, "--strategy", "nearest"), "unknown strategy 'nearest'")

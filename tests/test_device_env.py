@@ -62,7 +62,7 @@ def test_engine_runs_there(engines: dict[str, Path], target: str, tmp_path: Path
 
     scored = device("eval", engine, "--task", "section", "--limit", 5, "--json", cwd=tmp_path)
     assert scored.returncode == 0, scored.stderr
-    assert json.loads(scored.stdout)[0]["n"] == 5
+    assert json.loads(scored.stdout)["engine"][0]["n"] == 5
 
     intact = device("verify", "--manifest", engine, "--json", cwd=tmp_path)
     assert json.loads(intact.stdout)["intact"] is True
@@ -82,3 +82,18 @@ def test_building_there_says_what_to_install(tmp_path: Path, model: Path) -> Non
     done = device("export", model, "--target", "onnx", "--prompts", "none", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "pip install 'edgemed[build]'" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signature_is_checked_there(engines: dict[str, Path], tmp_path: Path) -> None:
+    engine, keys = engines["onnx"], tmp_path / "keys"
+    for arguments in (["keygen", "--out", keys], ["sign", engine, "--key", keys / "private.pem"]):
+        done = cli(*arguments)
+        assert done.returncode == 0, done.stderr
+    command = ["verify", engine, "--key", keys / "public.pem", "--min-top1", 0, "--max-kl", 9, "--json"]
+    done = device(*command, cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["signed by"].startswith("sha256:"), done.stderr
+    text = (engine / "README.md").read_text(encoding="utf-8")
+    (engine / "README.md").write_text(text + "x", encoding="utf-8")
+    done = device(*command, cwd=tmp_path)
+    (engine / "README.md").write_text(text, encoding="utf-8")
+    assert done.returncode == 1 and json.loads(done.stdout)["problems"] == ["README.md was altered after signing"]

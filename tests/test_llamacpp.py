@@ -15,11 +15,13 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from edgemed import gguf_file, importance, llama  # noqa: E402
+from edgemed import gguf_file, importance, llama, plugins  # noqa: E402
 from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint  # noqa: E402
 from edgemed.decoder import logits  # noqa: E402
 from edgemed.engine import Engine, export, open_engine  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
+from edgemed.family import all_families  # noqa: E402
+from edgemed.gguf_layout import NAMES  # noqa: E402
 from edgemed.gguf_types import FILE_TYPES, Model, needs_imatrix, tensor_types  # noqa: E402
 from edgemed.grid import rtn  # noqa: E402
 from edgemed.random_weights import make_random  # noqa: E402
@@ -157,7 +159,8 @@ def test_mixtures_at_sixteen_layers(tmp_path: Path) -> None:
     # llama.cpp's dry run says which type it would choose; sixteen layers reach every rule about the first and last layers.
     model = make_random({**CONFIG, "n_layer": 16, "n_inner": 256, "vocab_size": 128}, tmp_path / "model", dtype="float32")
     source, columns = export(model, "llamacpp", Params("f32"), tmp_path / "f32"), {"layers.0.qkv": np.ones(256, np.float32)}
-    shapes, _ = llamacpp.layout(Weights(model).parts)
+    weights = Weights(model)
+    shapes = {t: place.shape for t, place in llamacpp.layout(weights.family, weights.decoder, weights.parts).items()}
     for kind in FILE_TYPES:
         for given in (None, columns):
             said = dry_run(source, kind, given)
@@ -189,7 +192,7 @@ def quantize_params(kind: str, columns: dict[str, np.ndarray] | None) -> ctypes.
         entries = (lib.llama_model_imatrix_data * (len(columns) + 1))()
         for entry, (name, values) in zip(entries, columns.items(), strict=False):
             _, layer, part = name.split(".")
-            entry.name = f"blk.{layer}.{llamacpp.NAMES[part]}.weight".encode()
+            entry.name = f"blk.{layer}.{NAMES[part][0]}.weight".encode()
             entry.data, entry.size = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size
         params.imatrix = entries
     return params
@@ -206,6 +209,19 @@ def compare_with_llama(source: Engine, made: Engine, kind: str, columns: dict[st
         same += 1
     assert same == len(ours)
     return same
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q3_k_m", "q2_k", "q5_k_s", "iq4_xs", "iq3_s", "q8_0"])
+@pytest.mark.parametrize("family", plugins.names("families"))
+def test_every_family_gets_the_types_llama_quantize_gives(family: str, kind: str, tmp_path: Path) -> None:
+    # Query heads in groups of four, so that the rules for shared key heads are met; eight layers, so that those for the first and last are.
+    published = all_families()[family].reference_config
+    small = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 512, "num_hidden_layers": 8, "max_position_embeddings": 128,
+             "n_embd": 256, "n_head": 8, "n_layer": 8, "n_positions": 128, "vocab_size": 256}
+    model = make_random({**published, **{k: v for k, v in small.items() if k in published}}, tmp_path / "model", dtype="float32")
+    source = export(model, "llamacpp", Params("f32"), tmp_path / "f32")
+    made = export(model, "llamacpp", Params(kind), tmp_path / kind)
+    assert compare_with_llama(source, made, kind, None, tmp_path) == len(tensors_of(source))
 
 
 def test_importance_changed_in_place_makes_a_new_engine(small: tuple[Checkpoint, Engine], tmp_path: Path) -> None:
@@ -285,7 +301,7 @@ def test_from_checkpoint_carries_the_integers(model: Checkpoint, tmp_path: Path,
     found, weights = tensors_of(engine), Weights(packed, fold=True)
     for name in ("layers.0.qkv", "layers.1.qkv", "layers.3.o", "layers.2.up", "layers.3.down"):
         _, layer, part = name.split(".")
-        tensor, matrix = found[f"blk.{layer}.{llamacpp.NAMES[part]}.weight"], weights.matrix(name)
+        tensor, matrix = found[f"blk.{layer}.{NAMES[part][0]}.weight"], weights.matrix(name)
         assert isinstance(matrix, Packed) and tensor.tensor_type.name == kind
         assert np.array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), matrix.dense().numpy())
     assert (found["token_embd.weight"].tensor_type.name, found["output.weight"].tensor_type.name) == ("F16", "Q8_0")

@@ -277,3 +277,20 @@ def test_what_it_cannot_take(tmp_path: Path, changes: dict[str, int], params: Pa
     with pytest.raises(EdgemedError, match=said):
         export(checkpoint, "onnx", params, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+def test_engines_for_cuda(model: Path, tmp_path: Path) -> None:
+    """No GPU here: the float16 graph is checked on the CPU, and an engine for CUDA says what is missing."""
+    import onnxruntime
+
+    engine = export(open_checkpoint(model), "onnx", Params("int4", 32, accuracy_level=1, provider="cuda"), tmp_path / "engine")
+    weights = Rounded(open_checkpoint(model))
+    found = scores(replace(engine, params={**engine.params, "provider": "cpu"}))
+    assert np.abs(found - expected(weights)).max() < 0.1
+    kinds = {value.type.tensor_type.elem_type for value in onnx.load(engine.path / "model.onnx", load_external_data=False).graph.input if value.name.startswith("past.")}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(EdgemedError, match="exported for CUDA, and this onnxruntime has no CUDA provider.*onnx-gpu"):
+            engine.open(1)
+    with pytest.raises(EdgemedError, match="takes float16, not float32"):
+        export(open_checkpoint(model), "onnx", Params("fp32", provider="cuda"), tmp_path / "other")

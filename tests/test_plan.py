@@ -1,25 +1,26 @@
-"""What inspect says about a checkpoint must be what the files hold and what engines then weigh, without loading a tensor."""
+"""A plan must follow from shapes and device numbers, refuse what cannot be, and recommend what a recipe can really make."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import yaml
+from conftest import ROOT
 
-from edgemed import plan
-from edgemed.checkpoint import open_checkpoint
-from edgemed.device import GIB, Device, read_device
-from edgemed.engine import export
+from edgemed import plan, plugins, units
+from edgemed.device import GIB, power_mode_of, read_device, usable
 from edgemed.errors import EdgemedError
-from edgemed.plan import inspect
+from edgemed.facts import dimensions, engine_bytes, sizes
+from edgemed.plan import CHOICES, Wishes
 from edgemed.plugins import load
 from edgemed.random_weights import make_random
-from edgemed.weights import Weights
+from edgemed.recipe import parse
 
-CONFIG = {
-    "model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 128, "vocab_size": 512, "eos_token_id": 0,
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_by_inverse_layer_idx": True,
-}
+MODEL = "random:biomedlm"
+BOARD = "jetson-orin-nano-8gb"
+CONFIG = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 128, "vocab_size": 512, "eos_token_id": 0, "activation_function": "gelu_new"}
 
 
 @pytest.fixture(scope="module")
@@ -27,87 +28,210 @@ def small(tmp_path_factory):
     return make_random(CONFIG, tmp_path_factory.mktemp("plan") / "small", "float16")
 
 
-def test_biomedlm_has_its_published_size():
-    found = inspect("random:biomedlm")
-    assert found["parameters"] == 2_594_247_680 and found["random_weights"]
-    assert found["architecture"]["layers"] == 32 and found["architecture"]["head"] == "lm"
-    # 2 * 32 layers * 2560 * 1024 positions * 4 bytes
-    assert found["memory"]["fp32"]["kv_cache_mb"] == pytest.approx(671.089, abs=1e-3)
-    assert "jetson-orin-nano-8gb" in found["memory"]["fp32"]["too_big_for"]
-    assert found["memory"]["int4 g128"]["too_big_for"] == []
-    assert any("scaled differently in each layer" in note for note in found["notes"])
+@pytest.mark.parametrize("device", [name for name in plugins.names("devices") if name != "cpu"])
+def test_every_device_can_be_planned(device):
+    found = plan.plan(MODEL, device, Wishes())
+    assert found["choices"] and found["front"] and found["recommended"] in found["choices"] and found["recommended"] in found["choices"]
+    assert json.loads(json.dumps(found)) == found
+    for entry in found["choices"]:
+        parts = entry["weights_mb"] + entry["kv_cache_mb"] + entry["activations_mb"] + entry["vision_mb"]
+        assert parts <= entry["run_mb"] * (1 + 1e-9) and entry["fits"] is (entry["builds"] and entry["run_mb"] * 1e6 <= usable(read_device(device)))
+        assert entry["ttft_s"] == pytest.approx(sum(entry["stages_s"].values())) and entry["tokens_per_s"] > 0
+    # Whatever is not planned says why.
+    planned = {(entry["target"], entry["precision"]) for entry in found["choices"]}
+    assert planned | {(entry["target"], entry["precision"]) for entry in found["left_out"] if entry["why"]} == {(c.target, c.precision) for c in CHOICES}
 
 
-def test_parameters_are_counted_exactly(small):
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+@pytest.mark.parametrize("device", [BOARD, "n100-mini-pc-16gb", "rtx-4060-8gb"])
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(tps=1, prompt=64), Wishes(context=1024, precision="q8_0")])
+def test_the_recipe_is_one_that_runs(device, wishes, small, tmp_path):
+    for model in (MODEL, str(small.path)):
+        if model != MODEL:
+            wishes = replace(wishes, context=128 if wishes.context else None, prompt=32)
+        found = plan.plan(model, device, wishes)
+        recipe = parse(yaml.safe_load(found["recipe"]), "recipe.yaml", tmp_path)
+        [engine] = recipe.engines
+        assert engine.plugin == found["recommended"]["target"] and recipe.device == device and recipe.model == model
+        assert recipe.bench.prompt == (found["prompt"],) and (recipe.verify is None) is (model == MODEL or small.random_weights)
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small.path))
-    found = inspect(str(small.path))
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert found["stored"] == {"mb": found["parameters"] * 2 / 1e6, "dtypes": {"float16": found["parameters"] * 2 / 1e6}}
+
+def test_front_is_what_nothing_beats():
+    entries = [{"run_mb": m, "ttft_s": t, "tokens_per_s": s} for m, t, s in ((1, 9, 9), (2, 5, 9), (2, 6, 9), (3, 5, 8), (1, 9, 9), (4, 9, 20))]
+    assert [e["run_mb"] for e in plan.pareto(entries)] == [1, 2, 1, 4]
 
 
-@pytest.mark.parametrize(("target", "params", "precision"), [
-    ("onnx", {"precision": "int4"}, "int4 g128"), ("onnx", {"precision": "int8"}, "int8 g128"), ("llamacpp", {"type": "q4_k_m"}, "Q4_K_M"),
-])
-def test_predicted_weights_are_the_engine_files(small, tmp_path, target, params, precision):
+def test_a_wish_met_by_more_bits_is_met_by_more_bits():
+    fast, slow = plan.plan(MODEL, BOARD, Wishes(tps=25))["recommended"], plan.plan(MODEL, BOARD, Wishes(tps=5))["recommended"]
+    assert fast["bits"] < slow["bits"] and not fast["misses"] and not slow["misses"] and slow["tokens_per_s"] >= 5
+    impossible = plan.plan(MODEL, BOARD, Wishes(tps=500))
+    assert impossible["recommended"]["misses"] == ["tps"] and "misses tps" in impossible["notes"][0]
+
+
+def test_more_context_memory_and_watts_do_what_they_must(small):
+    def only(**given):
+        wishes = Wishes(**{"precision": "q4_k_m", "context": 1024, **given})
+        return plan.plan(MODEL, BOARD, wishes, power)["recommended"]
+
+    power = None
+    short, full = only(context=768), only()
+    assert short["kv_cache_mb"] * 4 == pytest.approx(full["kv_cache_mb"] * 3) and short["run_mb"] < full["run_mb"]
+    assert full["kv_cache_mb"] == pytest.approx(2 * 32 * 2560 * 1024 * 2 / 1e6)
+    longer = only(prompt=800)
+    assert longer["ttft_s"] > full["ttft_s"] and longer["tokens_per_s"] < full["tokens_per_s"]
+    power = "15W"
+    assert only()["tokens_per_s"] < 0.7 * full["tokens_per_s"] and only()["joules_per_token_at_most"] == pytest.approx(15 / only()["tokens_per_s"])
+
+
+def test_sizes_are_those_of_inspect(small):
+    from edgemed.facts import inspect
+
+    memory = inspect(MODEL)["memory"]
+    weights = plan.weights_of(MODEL)
+    assert engine_bytes(weights, "llamacpp", "q4_k_m").total == pytest.approx(memory["Q4_K_M"]["weights_mb"] * 1e6, abs=1)
+    assert engine_bytes(weights, "onnx", "int4").total == pytest.approx(memory["int4 g128"]["weights_mb"] * 1e6, abs=1)
+    d = dimensions(weights)
+    assert d.matrices == 12 * 2560**2 * 32 and d.head == 28896 * 2560 and d.tables == d.head + 1024 * 2560
+
+
+@pytest.mark.parametrize(("target", "precision", "params"), [("onnx", "int8", {"precision": "int8"}), ("onnx", "fp32", {"precision": "fp32"}), ("llamacpp", "q8_0", {"type": "q8_0"}),
+                                                             ("llamacpp", "f16", {"type": "f16"})])
+def test_predicted_sizes_are_the_engine_files(small, tmp_path, target, precision, params):
+    from edgemed.engine import export
+
     pytest.importorskip(load("targets", target).RUNTIME[0])
     engine = export(small, target, load("targets", target).Params(**params), tmp_path / "engine")
     file = next(f for f in engine.path.glob("model.*") if f.suffix in (".data", ".gguf"))
-    predicted = inspect(str(small.path))["memory"][precision]["weights_mb"] * 1e6
-    # Beside the tensors a file holds its header and, in ONNX, padding of every tensor to a page.
-    assert predicted <= file.stat().st_size + (1 << 14) <= predicted * 1.05 + (1 << 18)
+    predicted = engine_bytes(plan.weights_of(str(small.path)), target, precision)
+    assert predicted.total <= file.stat().st_size + (1 << 14) <= predicted.total * 1.05 + (1 << 18)
+    read = (dimensions(plan.weights_of(str(small.path))).matrices * predicted.layer_bits + 512 * 256 * predicted.head_bits) / 8
+    assert read == pytest.approx(engine.bytes_per_token, rel=0.03)
 
 
-def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
-    from edgemed.recipe import Stage
-    from edgemed.run import run_step
-
-    quantize = load("steps", "quantize")
-    packed = run_step(Stage("quantize", quantize.Params(method="rtn", bits=4, group=64)), small, tmp_path)
-    found, base = inspect(str(packed.path)), inspect(str(small.path))
-    assert found["parameters"] == base["parameters"] and found["architecture"] == base["architecture"]
-    assert found["quantization"]["bits"] == 4 and found["quantization"]["group_size"] == 64
-    assert found["stored"]["mb"] < 0.6 * base["stored"]["mb"]
-    assert plan.parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
+def test_nothing_fits_says_by_how_much_and_what_would_help():
+    with pytest.raises(EdgemedError, match=r"nothing fits .*Orin Nano 4GB: the smallest engine .* needs \d\.\d+ GB .* are left .*such as jetson-orin-nano-8gb"):
+        plan.plan(MODEL, "jetson-orin-nano-4gb", Wishes(precision="f16"))
+    with pytest.raises(EdgemedError, match="1.00 GB are left for it, .*a larger --memory"):
+        plan.plan(MODEL, BOARD, Wishes(memory=10**9))
 
 
-def test_impossible_targets_say_why(tmp_path):
-    odd = make_random({**CONFIG, "n_embd": 72, "n_head": 6}, tmp_path / "odd")
-    found = inspect(str(odd.path))["targets"]["onnx"]
-    assert not found["possible"] and "multiple of 8" in found["why_not"]
+@pytest.mark.parametrize(("given", "message"), [
+    ({"wishes": Wishes(precision="fp8")}, "no fp8 arithmetic: it came with compute capability 8.9, this GPU has 8.7.*int4"),
+    ({"wishes": Wishes(precision="fp8"), "device_name": "rtx-4060-8gb"}, "edgemed makes no fp8 engines"),
+    ({"wishes": Wishes(precision="int8"), "device_name": "jetson-nano-4gb"}, "Jetson Nano 4GB has no int8 arithmetic"),
+    ({"wishes": Wishes(precision="q4km")}, "makes no q4km engines. Did you mean 'q4_k_m'"),
+    ({"device_name": "jetson-orin-nano8"}, "unknown device.*Did you mean 'jetson-orin-nano-8gb'"),
+    ({"device_name": "cpu"}, "its memory is not known.*doctor --measure"),
+    ({"wishes": Wishes(prompt=1024)}, "does not fit a context of 1024"),
+    ({"wishes": Wishes(prompt=300, context=256)}, "does not fit a context of 256"),
+    ({"wishes": Wishes(context=4096)}, "not between 1 and the model's 1024"),
+    ({"wishes": Wishes(images=1)}, "no vision tower"),
+    ({"wishes": Wishes(prompt=0)}, "is no request"),
+    ({"power": "35W"}, "no power mode '35W'"),
+    ({"model": "random:biomedml"}, "no true dimensions are known"),
+])
+def test_bad_input_is_refused_in_one_line(given, message):
+    with pytest.raises(EdgemedError, match=message):
+        plan.plan(**{"model": MODEL, "device_name": BOARD, "wishes": Wishes(), **given})
 
 
-def test_a_missing_runtime_names_the_command(small, monkeypatch):
-    monkeypatch.setattr(load("targets", "onnx"), "RUNTIME", ("edgemed_no_such_module", "onnx"))
-    found = inspect(str(small.path))["targets"]["onnx"]
-    assert found["possible"] and not found["runtime_installed"] and found["fix"] == "pip install 'edgemed[onnx]'"
+def test_a_device_file_too_short_to_plan_says_what_is_missing(tmp_path):
+    file = tmp_path / "board.yaml"
+    file.write_text("title: Board\nshared_memory: true\nmemory_gb: 8\nsource: {memory: here}\n")
+    with pytest.raises(EdgemedError, match="speed in float32 is not known.*doctor --measure"):
+        plan.plan(MODEL, str(file), Wishes())
+    file.write_text("title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nsource: {memory: here}\n")
+    with pytest.raises(EdgemedError, match="memory bandwidth is not known"):
+        plan.plan(MODEL, str(file), Wishes())
+    file.write_text("title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nachievable_gb_s: 20\nsource: {memory: here}\n")
+    found = plan.plan(MODEL, str(file), Wishes())
+    assert found["device"] == "board" and f"device: {file}" in found["recipe"]
 
 
-def test_fits_leaves_the_device_its_reserve():
-    shared, own = read_device("jetson-orin-nano-8gb"), read_device("rtx-4060-8gb")
-    assert plan.fits(6 * GIB, shared) and not plan.fits(7 * GIB, shared) and plan.fits(7 * GIB, own)
-    assert plan.fits(1, Device("cpu", "cpu", True, ("here",))) is None
+def test_a_recipe_brings_model_and_device(tmp_path, small):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {small.path}\ndevice: {BOARD}\nengines: [onnx]\n")
+    found = plan.plan_for(str(file), None, Wishes())
+    assert found["model"] == str(small.path) and found["device"] == BOARD
+    assert plan.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"] == "raspberry-pi-5-8gb"
+    with pytest.raises(EdgemedError, match="no device is said.*jetson-thor"):
+        plan.plan_for(str(small.path), None, Wishes())
 
 
-def test_inspect_needs_no_torch(small):
+def test_profiles_follow_the_newest_tensorrt_edgemed_knows():
+    assert [plan.profile(read_device(name)) for name in ("jetson-orin-nano-8gb", "jetson-thor", "rtx-4060-8gb", "jetson-nano-4gb")] == ["jetpack6", "jetpack7", "trt11", None]
+
+
+@pytest.mark.parametrize(("text", "value"), [("1s", 1.0), ("800ms", 0.8), ("0.5 S", 0.5), ("2min", 120.0)])
+def test_times_are_read(text, value):
+    assert units.seconds(text, "--ttft") == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("6GB", 6 * 10**9), ("6GiB", 6 * GIB), ("512mb", 512 * 10**6), (".5GiB", GIB // 2)])
+def test_sizes_are_read(text, value):
+    assert units.size(text, "--memory") == value
+
+
+@pytest.mark.parametrize(("read", "text", "message"), [
+    (units.seconds, "1", "the unit is missing"), (units.seconds, "1h", "'h' is not a unit known here"), (units.seconds, "1GB", "'GB' is not"), (units.seconds, "fast", "not a number with a unit"),
+    (units.seconds, "0s", "must be above 0"), (units.size, "6", "the unit is missing.*GiB"), (units.size, "6s", "'s' is not"), (units.size, "1.2.3GB", "not a number"), (units.size, "-1GB", "not a number"),
+])
+def test_wrong_units_are_refused(read, text, message):
+    with pytest.raises(EdgemedError, match=f"--option {text}: .*{message}|{message}"):
+        read(text, "--option")
+
+
+def test_plan_needs_no_torch_and_prints_both_ways(small):
     code = (
-        "import sys, json\n"
+        "import sys\n"
         "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'transformers'): raise ModuleNotFoundError(name, name=name)\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'scipy', 'onnx'): raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from edgemed import inspect\n"
-        "print(json.dumps(inspect(sys.argv[1])))\n"
+        "from edgemed.cli import main\n"
+        "sys.argv[0] = 'edgemed'\n"
+        "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(small.path)], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == json.loads(json.dumps(inspect(str(small.path))))
+    command = [sys.executable, "-c", code, "plan", str(small.path), "--device", BOARD, "--prompt", "32"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "best" in said and "engines:" in said and max(map(len, said.splitlines())) < 200
+    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert found["recommended"]["target"] in said
+    bad = subprocess.run([*command, "--ttft", "1"], capture_output=True, text=True, cwd=ROOT)
+    assert bad.returncode == 1 and bad.stderr.startswith("error: --ttft 1: the unit is missing") and bad.stderr.count("\n") == 1
 
 
-def test_bad_models_are_refused_in_one_line(tmp_path, small):
-    with pytest.raises(EdgemedError, match="does not exist"):
-        inspect(str(tmp_path / "none"))
-    with pytest.raises(EdgemedError, match="no true dimensions are known for 'biomedml'.*'biomedlm'"):
-        inspect("random:biomedml")
+def test_clocks_that_are_not_known_are_said():
+    assert any("clocks of the mode 10W are not known" in note for note in plan.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W")["notes"])
+    assert power_mode_of(read_device(BOARD), None).watts is None and plan.plan(MODEL, BOARD, Wishes())["recommended"]["joules_per_token_at_most"] is None
+
+
+@pytest.mark.skipif("tensorrt" not in plugins.names("targets"), reason="no tensorrt target here")
+def test_an_engine_the_device_cannot_compile_is_not_recommended():
+    found = plan.plan(MODEL, BOARD, Wishes(precision="int4"))
+    assert found["recommended"]["target"] == "tensorrt" and found["recommended"]["builds"] and "profile: jetpack6" in found["recipe"]
+    with pytest.raises(EdgemedError, match="nothing can be built on .*Orin Nano 8GB.*TensorRT compiles it there"):
+        plan.plan(MODEL, BOARD, Wishes(precision="fp16"))
+    assert plan.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16"))["recommended"]["builds"]
+
+
+def seeing():
+    """A model that sees, of published dimensions."""
+    from edgemed.family import all_families
+
+    return f"random:{next(family.reference_name for family in all_families().values() if family.vision)}"
+
+
+def test_images_cost_tower_tokens_and_time():
+    blind, one, two = (plan.plan(seeing(), "n100-mini-pc-16gb", Wishes(images=n, prompt=64, precision="int4", context=2048))["recommended"] for n in range(3))
+    assert blind["vision_mb"] == one["vision_mb"] > 1000 and blind["stages_s"].keys() == {"prefill"}
+    assert two["stages_s"]["vision"] == pytest.approx(2 * one["stages_s"]["vision"]) and two["stages_s"]["prefill"] > one["stages_s"]["prefill"] > blind["stages_s"]["prefill"]
+    found = plan.plan(seeing(), BOARD, Wishes(images=1, prompt=64))
+    assert "vision" not in found["recommended"]["stages_s"] and any("vision tower is missing from every first token" in note for note in found["notes"])
+
+
+def test_a_vision_tower_is_counted_once():
+    weights = plan.weights_of(seeing())
+    size, d = engine_bytes(weights, "onnx", "int4"), dimensions(weights)
+    tower = sum(n for name, (_, n, _) in sizes(weights).items() if name.startswith("vision."))
+    assert size.tower == pytest.approx(4 * tower, rel=0.01) and d.vision.weights == pytest.approx(tower, rel=0.01)
+    assert d.matrices + d.head == pytest.approx(1.544e9, rel=0.01), "Qwen2-1.5B's decoder"

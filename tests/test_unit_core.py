@@ -12,7 +12,7 @@ import pytest
 from edgemed import params, store
 from edgemed.data import read_card, texts
 from edgemed.errors import EdgemedError, nearest, need
-from edgemed.evaluate import evaluate, majority, pair
+from edgemed.evaluate import evaluate, judge, majority, pair, part_of, source_key
 from edgemed.recipe import override, read_recipe
 from edgemed.reference import Reference, windows_of
 from edgemed.task import Example, Prompt, Questions, Task, questions
@@ -226,25 +226,50 @@ class Letters:
         return Encoding
 
 
-def asked(contexts: list[str]) -> Questions:
+def asked(contexts: list[str], key: str = "key") -> Questions:
     task = Task("toy", "", "", "", "", "", "", lambda row: row, lambda example: Prompt(example.question, example.options))
-    return Questions(task, "sha", tuple(Example(str(i), text, ("a", "b"), 1) for i, text in enumerate(contexts)))
+    return Questions(task, "sha", tuple(Example(str(i), text, ("a", "b"), 1) for i, text in enumerate(contexts)), None, key)
+
+
+MADE_FROM = {"inputs": {"checkpoint/model.safetensors": "1"}, "parent": {"inputs": {"checkpoint/model.safetensors": "0"}, "parent": None}}
 
 
 def test_evaluate_counts_and_cuts_long_contexts_from_the_left() -> None:
     good, session = asked(["short", "x" * 50 + "end"]), Oracle(True)
-    result = evaluate(session, Letters(), good, "m")
+    result = evaluate(session, Letters(), good, "m", "engine")
     assert (result["accuracy"], result["n"], result["truncated"], result["majority"]) == (1.0, 2, 1, 1.0)
-    assert "".join(map(chr, session.seen[:39])).endswith("xend")
-    wrong = evaluate(Oracle(False), Letters(), good, "m")
+    assert "".join(map(chr, session.seen[:40])).endswith("xend")
+    assert result["tokens_read"] == 5 + 40 and result["interval"][1] == pytest.approx(1) and result["seconds_per_question"] > 0
+    wrong = evaluate(Oracle(False), Letters(), good, "m", "engine")
     assert wrong["accuracy"] == 0.0 and [item["answer"] for item in wrong["items"]] == [0, 0]
-    assert pair(wrong, result) == {"both": 0, "only_source": 2, "only_engine": 0, "neither": 0, "changed": 2, "source_correct": 2}
-    assert pair(result, result)["both"] == 2 and majority(good) == 1.0
+    assert majority(good) == 1.0
+
+
+def test_an_engine_is_paired_with_a_checkpoint_it_was_made_from() -> None:
+    good = asked(["a", "b", "c"])
+    for source in ("0", "1"):
+        right = evaluate(Oracle(True), Letters(), good, "source", source_key({"model.safetensors": source}))
+        found = pair(evaluate(Oracle(False), Letters(), good, "m", "engine"), right, MADE_FROM, None, 0.05)["paired"]
+        assert (found["only_source"], found["only_engine"], found["changed"], found["verdict"], found["source_model"]) == (3, 0, 3, None, "source")
+    stranger = {**right, "model_key": "another engine"}
+    with pytest.raises(EdgemedError, match="not that of a source of this engine"):
+        pair(right, stranger, MADE_FROM, 0.02, 0.05)
 
 
 def test_results_on_other_items_are_never_paired() -> None:
-    one, two = (evaluate(Oracle(True), Letters(), asked(c), "m") for c in (["a"], ["a", "b"]))
-    with pytest.raises(EdgemedError, match="different items"):
-        pair(one, two)
-    with pytest.raises(EdgemedError, match="different items"):
-        pair(one, {**one, "task_sha256": "other"})
+    key = source_key({"model.safetensors": "1"})
+    one, two = evaluate(Oracle(True), Letters(), asked(["a"]), "m", key), evaluate(Oracle(True), Letters(), asked(["a", "b"], "other"), "m", key)
+    with pytest.raises(EdgemedError, match="another version, part or file of the task"):
+        pair(one, two, MADE_FROM, 0.02, 0.05)
+    with pytest.raises(EdgemedError, match="other settings"):
+        pair(one, {**one, "settings": {"seed": 3}}, MADE_FROM, 0.02, 0.05)
+
+
+def test_the_gate_judges_the_first_strategy_and_every_engine() -> None:
+    good, key = asked([str(i) for i in range(300)]), source_key({"model.safetensors": "1"})
+    base = evaluate(Oracle(True), Letters(), good, "source", key)
+    same, lost = (pair(evaluate(Oracle(right), Letters(), good, name, "e"), base, MADE_FROM, 0.05, 0.05) for right, name in ((True, "same"), (False, "lost")))
+    gate = judge({"same": [same, {**lost, "strategy": "cot"}], "lost": [lost]}, 0.05, 0.05)
+    assert gate["verdict"] == "fail" and [row["verdict"] for row in gate["comparisons"]] == ["pass", "fail"]
+    assert part_of(gate, "same")["verdict"] == "pass" and part_of(gate, "lost")["verdict"] == "fail" and part_of(gate, "none") is None
+    assert judge({"same": [base]}, 0.05, 0.05) is None

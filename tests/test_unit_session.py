@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from edgemed.errors import EdgemedError
-from edgemed.session import Sampling, check_room, generate, log_softmax, pick, score_options
+from edgemed.session import Sampling, check_room, generate, log_softmax, pick
 
 
 class Toy:
@@ -58,16 +58,7 @@ def test_a_head_cannot_generate() -> None:
         list(generate(toy, [0], Sampling()))
 
 
-def test_option_scores_are_sums_of_conditional_log_probabilities() -> None:
-    toy = Toy()
-    logp = log_softmax(toy.table)
-    found = score_options(toy, [3, 2], [[1], [4, 0, 3]])
-    assert found == pytest.approx([logp[2, 1], logp[2, 4] + logp[4, 0] + logp[0, 3]])
-
-
-def test_empty_option_and_empty_prompt_are_refused() -> None:
-    with pytest.raises(EdgemedError, match="option has no tokens"):
-        score_options(Toy(), [1], [[]])
+def test_empty_prompt_is_refused() -> None:
     with pytest.raises(EdgemedError, match="prompt is empty"):
         Toy().prefill([])
 

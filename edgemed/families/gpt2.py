@@ -45,14 +45,14 @@ def parts(d: Decoder) -> dict[str, Part]:
     }
     for n in range(d.layers):
         found |= {
-            f"layers.{n}.attn_norm": Part((f"h.{n}.ln_1",), "norm", (d.hidden,)),
+            f"layers.{n}.attn_norm": Part((f"h.{n}.ln_1",), "norm", (d.hidden,), bias=True),
             f"layers.{n}.qkv": Part((f"h.{n}.attn.c_attn",), "matrix", (3 * d.hidden, d.hidden), conv1d=True, bias=True),
             f"layers.{n}.o": Part((f"h.{n}.attn.c_proj",), "matrix", (d.hidden, d.hidden), conv1d=True, bias=True),
-            f"layers.{n}.mlp_norm": Part((f"h.{n}.ln_2",), "norm", (d.hidden,)),
+            f"layers.{n}.mlp_norm": Part((f"h.{n}.ln_2",), "norm", (d.hidden,), bias=True),
             f"layers.{n}.up": Part((f"h.{n}.mlp.c_fc",), "matrix", (d.ffn, d.hidden), conv1d=True, bias=True),
             f"layers.{n}.down": Part((f"h.{n}.mlp.c_proj",), "matrix", (d.hidden, d.ffn), conv1d=True, bias=True),
         }
-    found["final_norm"] = Part(("ln_f",), "norm", (d.hidden,))
+    found["final_norm"] = Part(("ln_f",), "norm", (d.hidden,), bias=True)
     if d.head == "lm":
         found["lm_head"] = Part(("wte",) if d.tied else ("lm_head",), "matrix", (d.vocab, d.hidden))
     else:

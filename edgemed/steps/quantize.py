@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemed.decoder import Layer
+    from edgemed.family import Decoder
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,15 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             _copy(weights, writer, name)
     for n, matrices in track(layers, f"quantize ({params.method}, {params.bits} bit)", total=weights.decoder.layers):
         for name, (solution, bias, errors) in matrices.items():
-            for suffix, tensor in _packed(solution, bias, weights, f"layers.{n}.{name}", params).items():
-                writer.add(f"{weights.keys[f'layers.{n}.{name}'][0]}.{suffix}", tensor)
+            part, keys = weights.parts[f"layers.{n}.{name}"], weights.keys[f"layers.{n}.{name}"]
+            start = 0
+            for key, rows in zip(keys, part.rows or part.shape[:1], strict=True):
+                own = slice(start, start + rows)
+                start += rows
+                # A bias that a module does not have was read as zeros; it is not written.
+                held = bias[own] if bias is not None and f"{key}.bias" in weights.checkpoint.tensors else None
+                for suffix, tensor in _packed(Solution(solution.q[own], solution.scales[own]), held, f"layers.{n}.{name}", params).items():
+                    writer.add(f"{key}.{suffix}", tensor)
             notes["errors"][f"layers.{n}.{name}"] = errors
     writer.close()
     return notes | {"calibration_sha256": digests.get("calibration")}
@@ -87,7 +95,9 @@ def _is_layer_matrix(name: str) -> bool:
 def _check(weights: Weights, params: Params) -> None:
     per = 32 // params.bits
     for name in filter(_is_layer_matrix, weights.parts):
-        (rows, columns), (key, *_) = weights.parts[name].shape, weights.keys[name]
+        part, (key, *_) = weights.parts[name], weights.keys[name]
+        # Of several joined modules, the one whose rows pack worst.
+        rows, columns = max(part.rows or part.shape[:1], key=lambda r: r % per), part.shape[1]
         if params.group != -1 and columns % params.group:
             raise EdgemedError(f"'{key}.weight': a group of {params.group} does not divide a row of {columns} weights", _groups(weights))
         if rows % per or columns % per:
@@ -148,7 +158,7 @@ def _gptq(weights: Weights, windows: torch.Tensor, params: Params) -> Iterator[t
         x = embed(weights, windows)
         for n in range(d.layers):
             layer, found = load_layer(weights, n), {}
-            for name, feed in _feeds(weights, n, layer).items():
+            for name, feed in _feeds(d, n, layer).items():
                 weight, bias = layer[name]
                 hessian = Hessian(weight.shape[1])
                 for row in x.split(1):
@@ -160,20 +170,33 @@ def _gptq(weights: Weights, windows: torch.Tensor, params: Params) -> Iterator[t
                 rounded = solution.dense(params.bits)
                 errors = {"weight": _weight_error(weight, rounded), "output": output_error(weight, rounded, hessian.moment)}
                 found[name], layer[name] = (solution, bias, errors), (rounded, bias)
-                if name in ("o", "down"):
+                # A parallel block's MLP reads the layer's own input: nothing is added before its end.
+                if name == "o" and not d.parallel:
                     for row in x.split(1):
                         row += linear(layer, name, feed(row))
+            for row in x.split(1):
+                row += branches(d, layer, n, row)
             yield n, found
 
 
-def _feeds(weights: Weights, n: int, layer: Layer) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """matrix -> its input, from the hidden state at the start of its half of the layer. Reads `layer` as it is when called."""
-    d = weights.decoder
+def branches(d: Decoder, layer: Layer, n: int, x: torch.Tensor) -> torch.Tensor:
+    """What a finished layer still has to add to x: its MLP, and in a parallel block its attention too."""
+    feeds = _feeds(d, n, layer)
+    mlp = linear(layer, "down", feeds["down"](x))
+    return mlp + linear(layer, "o", feeds["o"](x)) if d.parallel else mlp
+
+
+def _feeds(d: Decoder, n: int, layer: Layer) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """matrix -> its input, from the hidden state at the start of its half of the layer (of the layer, where the block is parallel).
+
+    Reads `layer` as it is when called.
+    """
+    before = "attn_norm" if d.parallel else "mlp_norm"
     return {
         "qkv": lambda x: norm(d, layer, "attn_norm", x),
         "o": lambda x: attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x))),
-        "up": lambda x: norm(d, layer, "mlp_norm", x),
-        "down": lambda x: activate(d, linear(layer, "up", norm(d, layer, "mlp_norm", x))),
+        "up": lambda x: norm(d, layer, before, x),
+        "down": lambda x: activate(d, linear(layer, "up", norm(d, layer, before, x))),
     }
 
 
@@ -185,7 +208,7 @@ def _weight_error(weight: torch.Tensor, rounded: torch.Tensor) -> float:
     return float((weight - rounded).norm() / weight.norm().clamp_min(1e-30))
 
 
-def _packed(solution: Solution, bias: torch.Tensor | None, weights: Weights, name: str, params: Params) -> dict[str, torch.Tensor]:
+def _packed(solution: Solution, bias: torch.Tensor | None, name: str, params: Params) -> dict[str, torch.Tensor]:
     """AutoGPTQ v1 tensors of one matrix: qweight int32 [in*bits/32, out], qzeros (zero - 1), scales float16 [groups, out], g_idx int32 [in]."""
     torch = need("torch", "build")
     columns, groups = solution.q.shape[1], solution.scales.shape[1]

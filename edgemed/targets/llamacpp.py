@@ -23,23 +23,20 @@ from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
+from edgemed.gguf_layout import ROPE, Place, Reader, layout, rescaled
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
+from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import FILE, HEAD, LlamaSession
 from edgemed.tokenizer import open_tokenizer
+from edgemed.vision_graph import build_vision
 
 if TYPE_CHECKING:
-    from edgemed.family import Decoder, Part
     from edgemed.weights import Weights
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
 EXACT = {"F32": 5e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("llama_cpp", "llamacpp")
-# canonical part -> llama.cpp's tensor
-NAMES = {
-    "embed": "token_embd", "positions": "position_embd", "final_norm": "output_norm", "lm_head": "output",
-    "attn_norm": "attn_norm", "qkv": "attn_qkv", "o": "attn_output", "mlp_norm": "ffn_norm", "up": "ffn_up", "down": "ffn_down",
-}
 REBUILD = (
     "Build it without AMX: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 "
     "-mno-amx-bf16'\" pip install --force-reinstall --no-cache-dir --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
@@ -52,6 +49,8 @@ class Params:
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
+    tower: precision of a vision tower and projector, which run on ONNX Runtime: llama.cpp resizes images in its own way, and its CLIP towers are wrong;
+    min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
     type: Literal[
@@ -65,6 +64,9 @@ class Params:
     context: int | None = None
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
     repack: bool = True
+    tower: Literal["fp32", "fp16", "int8"] = "fp32"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 def label(params: Params) -> str:
@@ -90,8 +92,10 @@ def inputs(params: Params) -> dict[str, str]:
 def supports(weights: Weights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
     d = weights.source
-    if d.activation != "gelu_tanh":
-        return f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this model uses {d.activation}"
+    if d.activation == "gelu":
+        return f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this model the exact one"
+    if rescaled(d) is not None and not weights.family.gguf_interleaved:
+        return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     if params.from_checkpoint and not weights.quantization:
@@ -113,30 +117,17 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         head = folded.matrix("head")
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
         np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
+    seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)} if weights.vision else {}
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
     carried = gguf_file.carried_type(weights.quantization["bits"]) if params.from_checkpoint else None
     notes = {
         "precision": f"{carried} carried" if carried else file_type(params).upper(),
         "bytes_per_token": sum(t.nbytes for t in tensors if t.name not in looked_up),
         "context": params.context or weights.decoder.context,
-        "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks,
+        "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks, **seen,
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
     return notes | ({"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {})
-
-
-def layout(parts: Mapping[str, Part]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """(tensor -> shape, tensor -> canonical part) of the GGUF file. A tied output matrix and a head are not in it."""
-    shapes, canonical = {}, {}
-    for name, part in parts.items():
-        if name == "head" or (name == "lm_head" and part.modules == parts["embed"].modules):
-            continue
-        prefix, _, last = name.rpartition(".")
-        stem = f"{prefix.replace('layers', 'blk')}.{NAMES[last]}" if prefix else NAMES[last]
-        shapes[f"{stem}.weight"], canonical[f"{stem}.weight"] = part.shape, name
-        if part.kind == "norm" or part.bias:
-            shapes[f"{stem}.bias"], canonical[f"{stem}.bias"] = part.shape[:1], name
-    return shapes, canonical
 
 
 def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
@@ -145,55 +136,32 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) ->
     Raises EdgemedError where a type needs an importance matrix and there is none.
     """
     d, parts, wanted = weights.decoder, weights.parts, file_type(params)
-    shapes, canonical = layout(parts)
+    places = layout(weights.family, d, parts)
     # As in the other engines of one quantization: embedding rows in float16, only the output matrix in integers.
     apart = params.from_checkpoint and FILE_TYPES[wanted][1] not in FLOATS
-    if apart and "lm_head" in parts:
-        shapes["output.weight"], canonical["output.weight"] = parts["lm_head"].shape, "lm_head"
+    if apart and "lm_head" in parts and "output.weight" not in places:
+        places["output.weight"] = Place("lm_head", parts["lm_head"].shape)
+    shapes = {t: place.shape for t, place in places.items()}
     types, fallbacks = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads, bool(columns)), wanted)
-    packed = {t for t, name in canonical.items() if params.from_checkpoint and t.endswith("weight") and parts[name].kind == "matrix" and name != "lm_head"}
+    packed = {t for t, p in places.items() if params.from_checkpoint and t.endswith("weight") and parts[p.part].kind == "matrix" and p.part != "lm_head"}
     if apart:
         types["token_embd.weight"] = "F16"
     if packed:
         types |= dict.fromkeys(packed, gguf_file.carried_type(weights.quantization["bits"]))
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
-    blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and canonical[t] not in columns]
+    blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and places[t].part not in columns]
     if blind:
         raise EdgemedError(f"type {wanted} needs an importance matrix (first for {blind[0]}: {types[blind[0]]})", "Give imatrix: a calibration card's name, or choose q3_k_s, iq4_xs or larger")
     reader = Reader(weights)
-    return [
+    tensors = [
         gguf_file.Tensor(
-            t, shape, types[t], partial(reader.read, canonical[t], t.endswith("bias"), t in packed), t in packed,
-            columns.get(canonical[t]) if t.endswith("weight") else None,
+            t, place.shape, types[t], partial(reader.read, place, t.endswith("bias"), t in packed), t in packed,
+            columns.get(place.part) if t.endswith("weight") else None,
         )
-        for t, shape in shapes.items()
-    ], fallbacks
-
-
-class Reader:
-    """Reads a part's weight and then its bias from one pass over the checkpoint."""
-
-    def __init__(self, weights: Weights):
-        self.weights = weights
-        self.biases: dict[str, np.ndarray] = {}
-
-    def read(self, name: str, bias: bool, packed: bool) -> np.ndarray:
-        """float32 weight or bias of a canonical part, or the bytes of a packed one."""
-        if bias:
-            return self.biases.pop(name)
-        kind = self.weights.parts[name].kind
-        if kind == "table":
-            return self.weights.table(name).numpy()
-        if kind == "norm":
-            weight, found = self.weights.norm(name)
-        else:
-            matrix = self.weights.matrix(name)
-            found = matrix.bias
-            weight = None if packed else matrix.dense()
-        if self.weights.parts[name].bias or kind == "norm":
-            # llama.cpp's graphs have a bias wherever the family stores one; a checkpoint may leave it out where it is zero.
-            self.biases[name] = found.numpy() if found is not None else np.zeros(self.weights.parts[name].shape[0], np.float32)
-        return gguf_file.carried(matrix, name) if packed else weight.numpy()
+        for t, place in places.items()
+    ]
+    factors = rescaled(d)
+    return ([gguf_file.Tensor(ROPE, factors.shape, "F32", lambda: factors)] if factors is not None else []) + tensors, fallbacks
 
 
 def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
@@ -259,7 +227,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
     """A tiny random engine; numpy and gguf suffice. The first family lends its graph."""
     family = next(iter(all_families().values()))
     d = replace(family.decoder(family.reference_config, {}), hidden=256, layers=2, heads=4, kv_heads=4, head_dim=64, ffn=1024, vocab=512, context=512)
-    shapes, _ = layout(family.parts(d))
+    shapes = {t: place.shape for t, place in layout(family, d, family.parts(d)).items()}
     types, _ = tensor_types(Model(shapes, d.layers), wanted)
     random = np.random.default_rng(0)
     tensors = [gguf_file.Tensor(t, s, types[t], partial(random.normal, 0, 0.05, s)) for t, s in shapes.items()]

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,13 @@ import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.grid import Ints
-from edgemed.session import check_room
+from edgemed.ort_dialect import ROPE, OrtDialect
+from edgemed.session import Pictures, Positions, check_pictures, check_room
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
-    from edgemed.family import Decoder
-    from edgemed.graph import Graph
     from edgemed.weights import Weights
 
-MS = "com.microsoft"
 # Largest logit error against the float32 source, for precisions that must be exact.
 EXACT = {"fp32": 1e-3}
 # Linux's advice to move pages into huge ones now; Python's mmap module does not know it.
@@ -42,11 +41,19 @@ class Params:
     """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
+    context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector;
+    min_pixels, max_pixels: to which images are resized (default the model's).
+    provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
 
     precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
+    context: int | None = None
+    tower: Literal["fp32", "fp16", "int8"] = "fp32"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    provider: Literal["cpu", "cuda"] = "cpu"
 
 
 def label(params: Params) -> str:
@@ -73,91 +80,50 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"the checkpoint holds {stored}-bit integers and precision {params.precision} asks for {bits}; use precision auto"
     if stored and weights.quantization["group_size"] != -1 and weights.quantization["group_size"] % 16:
         return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {weights.quantization['group_size']}"
+    if params.provider == "cuda" and params.precision == "fp32":
+        return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
     if d.head_dim % 8:
         return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
+    if len(d.rope_frequencies) % 8:
+        return f"GroupQueryAttention rotates a multiple of 16 elements of each head, this model {2 * len(d.rope_frequencies)}"
     if d.hidden % 32:
         return f"hidden size {d.hidden} is not a multiple of 32"
+    if params.context and params.context > d.context:
+        return f"context {params.context} is longer than the model's {d.context}"
     if bits and not stored and (d.hidden % params.group or d.ffn % params.group):
         return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64"
     return None
 
 
-class OrtDialect:
-    """ONNX Runtime's operators: GroupQueryAttention, MatMulNBits, SkipLayerNormalization, FastGelu (domain com.microsoft)."""
-
-    opset = 20
-    domains = {MS: 1}
-
-    def inputs(self, graph: Graph, d: Decoder) -> None:
-        int32 = graph.onnx.TensorProto.INT32
-        graph.value("inputs", "last_index", int32, [1])  # index of the newest position: total - 1
-        graph.value("inputs", "total", int32, [1])
-        shape = [1, d.kv_heads, "context", d.head_dim]
-        for n in range(d.layers):
-            for part in ("key", "value"):
-                graph.value("inputs", f"past.{n}.{part}", graph.float_type, shape)
-                graph.value("outputs", f"present.{n}.{part}", graph.float_type, shape)
-
-    def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str) -> tuple[str, str]:
-        """(x + add, norm(x + add)); one fused node where there is something to add."""
-        if add is None:
-            return x, graph.node("LayerNormalization", [x, weight, bias], name, epsilon=d.norm_eps, axis=-1)
-        outputs = [name, "", "", f"{name}.sum"]
-        graph.node("SkipLayerNormalization", [x, add, weight, bias], name, outputs, MS, epsilon=d.norm_eps)
-        return f"{name}.sum", name
-
-    def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str:
-        past = [f"past.{layer}.key", f"past.{layer}.value"]
-        name = f"layers.{layer}.attention"
-        outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
-        return graph.node(
-            "GroupQueryAttention", [qkv, "", "", *past, "last_index", "total"], name, outputs, MS,
-            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.score_scale[layer],
-        )
-
-    def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str:
-        return graph.node("FastGelu" if d.activation == "gelu_tanh" else "Gelu", [x], name, domain=MS)
-
-    def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:
-        out, inp = ints.q.shape
-        blocks = ints.q.reshape(out, inp // ints.block, ints.block)
-        packed = blocks if ints.bits == 8 else blocks[..., 0::2] | blocks[..., 1::2] << 4
-        inputs = [x, graph.constant(f"{name}.q", packed), graph.constant(f"{name}.scales", ints.scales.astype(graph.precision.floats))]
-        inputs += [graph.constant(f"{name}.zeros", _pack_zeros(ints)) if ints.zeros is not None else "", ""]
-        inputs += [graph.constant(f"{name}.bias", bias)] if bias is not None else []
-        while not inputs[-1]:
-            inputs.pop()
-        return graph.node(
-            "MatMulNBits", inputs, name, domain=MS, K=inp, N=out, bits=ints.bits, block_size=ints.block, accuracy_level=graph.precision.accuracy_level
-        )
-
-
-def _pack_zeros(ints: Ints) -> np.ndarray:
-    if ints.bits == 8:
-        return ints.zeros
-    padded = np.pad(ints.zeros, ((0, 0), (0, ints.zeros.shape[1] % 2)))
-    return padded[:, 0::2] | padded[:, 1::2] << 4
-
-
 def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.onnx (+ .data); returns the facts for engine.json and the manifest."""
     from edgemed.graph import Precision, build_decoder
+    from edgemed.vision_graph import build_vision
 
     bits = bits_of(weights, params)
-    floats = "float16" if params.precision == "fp16" else "float32"
+    floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
+    seen = {}
+    if weights.vision:
+        seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)}
     group = weights.quantization["group_size"] if weights.quantization else params.group
     precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
     graph = build_decoder(weights, out, precision, OrtDialect())
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = f"int{bits} {'per column' if group == -1 else f'g{group}'}" if bits else {"float32": "fp32", "float16": "fp16"}[floats]
     return {
-        "precision": label, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer",
+        "precision": label, "context": params.context or weights.decoder.context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer", **seen,
         **({"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"} if bits else {}),
     }
 
 
 def open(engine: Engine, threads: int | None) -> OrtSession:
     return OrtSession(engine, threads)
+
+
+def rope_tables(engine: Engine) -> list[np.ndarray]:
+    """cos and sin float64 [context, pairs] of plain positions; [] where the model has no rotary ones."""
+    angles = np.arange(engine.context)[:, None] * np.array(engine.rope_frequencies)
+    return [np.cos(angles), np.sin(angles)] if engine.rope_frequencies else []
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -196,23 +162,49 @@ class OrtSession:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
+        self.cuda = engine.params.get("provider") == "cuda"
+        self.device = "cuda" if self.cuda else "cpu"
+        if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise EdgemedError(f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider", "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'")
+        if self.cuda and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from the wheels beside it, where the system has none
+        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+            # These threads are not OpenMP's, but whoever asks for that policy means them too.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
             raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {engine.path}: {str(error).splitlines()[0]}", "Export the engine again") from error
-        _use_huge_pages()
+        if self.cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            # onnxruntime only logs this and would run everything on the CPU.
+            raise EdgemedError(f"onnxruntime {ort.__version__} cannot start CUDA here", "Install the CUDA and cuDNN it was built for (its log names the missing library)")
+        if not self.cuda:
+            _use_huge_pages()
         self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
         self.ort, self.binding = ort, self.session.io_binding()
         # The arena would keep the largest prefill's buffers for good; a device wants that memory back.
         self.shrinking = ort.RunOptions()
-        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0")
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
                 dtype = np.float16 if value.type == "tensor(float16)" else np.float32
                 shape = (1, value.shape[1], self.context, value.shape[3])
-                buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
+                if self.cuda:
+                    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
+                else:
+                    buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
                 self.binding.bind_ortvalue_input(value.name, buffer)
                 self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
+        self.rope = rope_tables(engine)
+        for name, table in zip(ROPE, self.rope, strict=False):
+            kind = next(value.type for value in self.session.get_inputs() if value.name == name)
+            table = table.astype(np.float16 if kind == "tensor(float16)" else np.float32)
+            self.rope[ROPE.index(name)] = self._bound(name, table)
+        self.frequencies, self.axes = np.array(engine.rope_frequencies), list(engine.rope_axes)
+        self.counted = Positions(max(self.axes) + 1, self.context) if self.axes else None
+        self.sees, self.hidden = engine.vision is not None, next((v.shape[1] for v in self.session.get_inputs() if v.name == "features"), 0)
+        if self.sees:
+            self._bound("features", np.zeros((1, self.hidden), np.float32))
         self.last, self.total = self._bound("last_index", np.zeros(1, np.int32)), self._bound("total", np.zeros(1, np.int32))
         self.shape: tuple[int, int] | None = None
 
@@ -227,17 +219,38 @@ class OrtSession:
         self.tokens = self._bound("tokens", np.zeros((1, new), np.int64))
         self.positions = self._bound("positions", np.zeros((1, new), np.int64))
         self.select = self._bound("select", np.zeros(selected, np.int64))
+        self.feature_rows = self._bound("feature_rows", np.full((1, new), -1, np.int64)) if self.sees else None
         self.scores = np.zeros((1, selected, self.width), np.float32)
         self.binding.bind_ortvalue_output("scores", self.ort.OrtValue.ortvalue_from_numpy(self.scores))
         self.shape = (new, selected)
 
-    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+    def _place(self, start: int, count: int, pictures: Pictures | None) -> None:
+        # Where images shift what positions mean, the rows of the rotary tables are those tokens', not those places'.
+        placed = self.counted.add(start, count, pictures.positions if pictures else None)
+        angles = placed[self.axes].T * self.frequencies
+        self.rope[0][start : start + count], self.rope[1][start : start + count] = np.cos(angles), np.sin(angles)
+
+    def _show(self, tokens: Sequence[int], pictures: Pictures) -> None:
+        if not self.sees:
+            raise EdgemedError("this engine reads text only", "Ask it without an image, or export a model that sees")
+        check_pictures(tokens, pictures)
+        seen = np.array(tokens) == pictures.token
+        self.feature_rows[0] = np.where(seen, np.cumsum(seen) - 1, -1)
+        self._bound("features", np.ascontiguousarray(pictures.features, np.float32))
+
+    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
         check_room(self, tokens)
         new, end = len(tokens), self.position + len(tokens)
         self._shape(new, new if every else 1)
         self.tokens[0], self.positions[0] = tokens, np.arange(self.position, end)
         self.select[:] = np.arange(new) if every else new - 1
         self.last[0], self.total[0] = end - 1, end
+        if self.counted:
+            self._place(self.position, new, pictures)
+        if pictures:
+            self._show(tokens, pictures)
+        elif self.sees:
+            self.feature_rows[:] = -1
         self.session.run_with_iobinding(self.binding, self.shrinking if new > 1 else None)
         self.position = end
         return self.scores[0]
@@ -248,6 +261,8 @@ class OrtSession:
         position = self.position
         self.tokens[0, 0], self.positions[0, 0], self.select[0] = token, position, 0
         self.last[0], self.total[0] = position, position + 1
+        if self.counted:
+            self._place(position, 1, None)
         self.session.run_with_iobinding(self.binding)
         self.position = position + 1
         return self.scores[0, 0]

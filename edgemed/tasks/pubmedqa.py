@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.task import Example, Prompt, Task
+from edgemed.task import Example, Prompt, Task, choice, text
 
 ANSWERS = ("yes", "no", "maybe")
 
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "question", "contexts": [paragraph, ...], "answer": "yes" | "no" | "maybe"}."""
-    question = "Abstract: " + "\n".join(row["contexts"]) + f"\nQuestion: {row['question']}"
-    return Example(row["id"], question, ANSWERS, ANSWERS.index(row["answer"]), {"answer": row["answer"]})
+    if not isinstance(row["contexts"], list) or not "".join(row["contexts"]).strip():
+        raise ValueError("'contexts' is not a list of paragraphs")
+    question = "Abstract: " + "\n".join(row["contexts"]) + f"\nQuestion: {text(row, 'question')}"
+    return Example(str(row["id"]), question, ANSWERS, choice(row, ANSWERS), {"answer": row["answer"]})
 
 
 def render(example: Example) -> Prompt:
@@ -30,7 +32,9 @@ TASK = Task(
     split="test (official 500; the shipped sample is part of it)",
     metric="accuracy",
     prompt="Abstract: {contexts}\nQuestion: {question}\nAnswer:",
+    wording="lm-evaluation-harness pubmedqa",
     sample="pubmedqa.jsonl",
     example=example,
     render=render,
+    shots="pubmedqa.shots.jsonl",
 )

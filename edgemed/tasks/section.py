@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.task import Example, Prompt, Task
+from edgemed.task import Example, Prompt, Task, choice, text
 
 SECTIONS = ("background", "methods", "results", "conclusions")
 
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "passage", "answer": one of SECTIONS}."""
-    return Example(row["id"], f"Passage: {row['passage']}", SECTIONS, SECTIONS.index(row["answer"]), {"answer": row["answer"]})
+    return Example(str(row["id"]), f"Passage: {text(row, 'passage')}", SECTIONS, choice(row, SECTIONS), {"answer": row["answer"]})
 
 
 def render(example: Example) -> Prompt:
@@ -29,7 +29,9 @@ TASK = Task(
     split="test",
     metric="accuracy",
     prompt="Passage: {passage}\nSection:",
+    wording="edgemed's own",
     sample="section.jsonl",
     example=example,
     render=render,
+    shots="section.shots.jsonl",
 )

@@ -1,0 +1,115 @@
+"""Where the canonical parts of a decoder lie in a GGUF file, and how their rows are read for it.
+
+llama.cpp keeps q, k and v, or gate and up, as tensors of their own where a checkpoint does, and some of its graphs rotate neighbouring elements
+of a head, so rows are cut out and, there, interleaved. Sizes can be planned from the same table without reading a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemed import gguf_file
+from edgemed.family import Decoder, Family, Part
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgemed.weights import Dense, Packed, Weights
+
+# canonical part -> llama.cpp's tensor; a part of several modules is that many tensors
+NAMES = {
+    "embed": ("token_embd",), "positions": ("position_embd",), "final_norm": ("output_norm",), "lm_head": ("output",), "attn_norm": ("attn_norm",),
+    "qkv": ("attn_qkv",), "o": ("attn_output",), "mlp_norm": ("ffn_norm",), "up": ("ffn_up",), "down": ("ffn_down",),
+}
+APART = {"qkv": ("attn_q", "attn_k", "attn_v"), "up": ("ffn_gate", "ffn_up")}
+ROPE = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of the file. part: the canonical part it comes from; start, rows: which of its rows; heads: how many heads' rows to interleave, 0: none."""
+
+    part: str
+    shape: tuple[int, ...]
+    start: int = 0
+    heads: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.shape[0])
+
+
+def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, Place]:
+    """tensor -> where it comes from, in the file's order. A tied output matrix and a classification head are not in it."""
+    found = {}
+    for name, part in parts.items():
+        if name == "head" or name.startswith("vision.") or (name == "lm_head" and part.modules == parts["embed"].modules):
+            continue
+        prefix, _, last = name.rpartition(".")
+        start = 0
+        for number, tensor in enumerate(APART[last] if len(part.modules) > 1 else NAMES[last]):
+            stem = f"{prefix.replace('layers', 'blk')}.{tensor}" if prefix else tensor
+            shape = (part.rows[number], *part.shape[1:]) if len(part.modules) > 1 else part.shape
+            heads = {"attn_q": d.heads, "attn_k": d.kv_heads}.get(tensor, 0) if family.gguf_interleaved else 0
+            found[f"{stem}.weight"] = Place(name, shape, start, heads)
+            if part.bias:
+                found[f"{stem}.bias"] = Place(name, shape[:1], start, heads)
+            start += shape[0]
+    return found
+
+
+def rescaled(d: Decoder) -> np.ndarray | None:
+    """float32 [pairs]: what llama.cpp divides each rotary frequency by, where they are not the plain powers of theta; None where they are."""
+    if d.positions != "rope":
+        return None
+    width = 2 * len(d.rope_frequencies)
+    plain = np.array([d.rope_theta ** (-2 * i / width) for i in range(width // 2)])
+    factors = plain / np.array(d.rope_frequencies)
+    return None if np.abs(factors - 1).max() < 1e-6 else factors.astype(np.float32)
+
+
+class Reader:
+    """Reads the tensors of a file in their order; a part is read once for all its tensors."""
+
+    def __init__(self, weights: Weights):
+        self.weights, self.name = weights, ""
+        self.weight: torch.Tensor | Packed | None = None
+        self.bias: torch.Tensor | None = None
+
+    def read(self, place: Place, bias: bool, packed: bool) -> np.ndarray:
+        """float32 weight or bias, or the bytes of a packed weight."""
+        if place.part != self.name:
+            self.weight = self.bias = None  # before the next one is read, or two would be in memory
+            self.weight, self.bias = self._part(place.part, packed)
+            self.name = place.part
+        if bias:
+            # llama.cpp's graphs have a bias wherever the family stores one; a checkpoint may leave it out where it is zero.
+            return interleaved(self.bias.numpy() if self.bias is not None else np.zeros(place.rows.stop, np.float32), place)
+        if packed:
+            matrix = self.weight
+            cut = type(matrix)(*(interleaved(getattr(matrix, f), place) for f in ("q", "scales", "zeros")), matrix.g_idx, matrix.bits, matrix.group, None)
+            return gguf_file.carried(cut, place.part)
+        return interleaved(self.weight.numpy(), place)
+
+    def _part(self, name: str, packed: bool) -> tuple[torch.Tensor | Packed, torch.Tensor | None]:
+        kind = self.weights.parts[name].kind
+        if kind == "table":
+            return self.weights.table(name), None
+        if kind == "norm":
+            return self.weights.norm(name)
+        matrix: Dense | Packed = self.weights.matrix(name)
+        return (matrix if packed else matrix.dense()), matrix.bias
+
+
+def interleaved(rows, place: Place):
+    """The rows of a place, of an array or tensor [rows, ...]; with heads, element i of a head's first half is followed by element i of its second."""
+    cut = rows[place.rows]
+    if not place.heads:
+        return cut
+    halves = cut.reshape(place.heads, 2, cut.shape[0] // place.heads // 2, *cut.shape[1:])
+    turned = halves.swapaxes(1, 2)
+    return turned.reshape(cut.shape)

@@ -1,0 +1,171 @@
+"""Turns an image into the numbers a vision tower reads: resized by the model's own rule, normalised and cut into patches.
+
+Needs only Pillow and numpy, because it runs on the device. It resizes before any runtime does, since runtimes resize in ways of their own and the
+features are then another image's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemed.errors import EdgemedError, need
+from edgemed.session import Pictures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from edgemed.family import Vision
+
+KEPT = 32  # images whose features are kept: a few megabytes
+NARROWEST = 200  # Qwen2-VL refuses images longer than this many times their width
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One image as its tower reads it. pixels float32 [rows * columns, numbers of a patch]; rows, columns: of patches, before merging."""
+
+    pixels: np.ndarray
+    rows: int
+    columns: int
+
+
+def fitted_size(width: int, height: int, v: Vision) -> tuple[int, int]:
+    """(width, height) to which an image is resized: Qwen2-VL's smart_resize, or the tower's own square.
+
+    Raises EdgemedError for an image far longer than wide.
+    """
+    if v.size:
+        return v.size, v.size
+    if max(width, height) > NARROWEST * min(width, height):
+        raise EdgemedError(f"an image of {width} x {height} pixels is too narrow", f"Crop it: at most {NARROWEST} times as long as wide")
+    unit, (least, most) = v.patch * v.merge, v.pixels
+    # Python rounds halves to even, as the published rule does.
+    w, h = round(width / unit) * unit, round(height / unit) * unit
+    if h * w > most:
+        shrink = math.sqrt(height * width / most)
+        return max(unit, math.floor(width / shrink / unit) * unit), max(unit, math.floor(height / shrink / unit) * unit)
+    if h * w < least:
+        grow = math.sqrt(least / (height * width))
+        return math.ceil(width * grow / unit) * unit, math.ceil(height * grow / unit) * unit
+    return w, h
+
+
+def resized(image: Image.Image, v: Vision) -> Image.Image:
+    """The image at the size its tower reads, bicubic. A square tower gets it padded to a square with the mean colour first, as LLaVA does."""
+    pil = need("PIL.Image", "vision")
+    if v.size and image.width != image.height:
+        side = max(image.size)
+        canvas = pil.new("RGB", (side, side), tuple(int(255 * m) for m in v.mean))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = canvas
+    size = fitted_size(image.width, image.height, v)
+    return image if image.size == size else image.resize(size, pil.Resampling.BICUBIC)
+
+
+def patches(image: Image.Image, v: Vision) -> Patches:
+    """One RGB image as normalised patches, those that are merged into one feature side by side (transformers' Qwen2-VL order)."""
+    pixels = np.asarray(resized(image, v), np.float32) / np.float32(255)
+    pixels = (pixels - np.array(v.mean, np.float32)) / np.array(v.std, np.float32)
+    rows, columns, m, p = pixels.shape[0] // v.patch, pixels.shape[1] // v.patch, v.merge, v.patch
+    cut = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    stacked = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], v.temporal, p, p))
+    return Patches(np.ascontiguousarray(stacked.reshape(rows * columns, v.patch_size)), rows, columns)
+
+
+def axial_positions(found: Patches, v: Vision) -> np.ndarray:
+    """(row, column) of each patch in the order of `patches`, int64 [n, 2]."""
+    grid = np.stack(np.meshgrid(np.arange(found.rows), np.arange(found.columns), indexing="ij"), -1)
+    m = v.merge
+    return grid.reshape(found.rows // m, m, found.columns // m, m, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+def axial_angles(found: Patches, v: Vision) -> np.ndarray:
+    """Rotary angles of each patch, float32 [n, pairs of a head]: row times frequencies, then column times frequencies."""
+    at = axial_positions(found, v)[..., None] * np.array(v.frequencies)
+    return at.reshape(len(at), -1).astype(np.float32)
+
+
+def feature_count(found: Patches, v: Vision) -> int:
+    """Features, and so tokens, that an image becomes."""
+    return found.rows * found.columns // v.merge**2
+
+
+def token_positions(tokens: Any, token: int, grids: list[tuple[int, int]], parts: int, start: int = 0) -> np.ndarray:
+    """Rotary positions of a prompt, int64 [parts, T], counted from `start`. grids: (rows, columns) of features of each image in the prompt.
+
+    One part: positions are plain numbers. Three: an image's features share the first, and count row and column in the other two from where the text
+    stood; the text behind goes on after the largest (Qwen2-VL's get_rope_index).
+    """
+    if parts == 1:
+        return np.arange(start, start + len(tokens))[None]
+    found, at, place, waiting = np.empty((3, len(tokens)), np.int64), start, 0, list(grids)
+    while place < len(tokens):
+        if tokens[place] != token:
+            found[:, place] = at
+            place, at = place + 1, at + 1
+            continue
+        rows, columns = waiting.pop(0)
+        grid = np.stack(np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij")).reshape(3, -1)
+        found[:, place : place + rows * columns] = at + grid
+        place, at = place + rows * columns, at + max(rows, columns)
+    return found
+
+
+Seen = tuple[np.ndarray, tuple[int, int]]  # features float32 [n, hidden] of one image, and how many (rows, columns) they are
+
+
+class Kept:
+    """Features of the last few images, found again by their pixels, so that a second question about an image costs no second look."""
+
+    def __init__(self, compute: Callable[[Image.Image], Seen]):
+        self.compute = compute
+        self.found: OrderedDict[str, Seen] = OrderedDict()
+
+    def features(self, image: Image.Image) -> Seen:
+        """Those of one RGB image, computed where they are not kept."""
+        key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        if key not in self.found:
+            self.found[key] = self.compute(image)
+            if len(self.found) > KEPT:
+                self.found.popitem(last=False)
+        self.found.move_to_end(key)
+        return self.found[key]
+
+
+def placed(tokens: Sequence[int], seen: Sequence[Seen], v: Vision, parts: int, context: int) -> tuple[list[int], Pictures | None]:
+    """(tokens with every image token repeated for its image's features, the features themselves).
+
+    tokens: a prompt with one image token for each image, in order; seen: what the images became. Raises EdgemedError where prompt and images are longer
+    than the context: an image is never cut.
+    """
+    if not seen:
+        return list(tokens), None
+    counts, found = iter([len(features) for features, _ in seen]), []
+    for token in tokens:
+        found += [token] * (next(counts) if token == v.token else 1)
+    if len(found) > context:
+        most = max(len(features) for features, _ in seen)
+        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Export with fewer max_pixels or a longer context")
+    positions = token_positions(found, v.token, [grid for _, grid in seen], parts)
+    return found, Pictures(np.concatenate([features for features, _ in seen]), positions, v.token)
+
+
+def check_places(tokens: Sequence[int], token: int, images: int) -> None:
+    """Raise EdgemedError where a prompt has more or fewer places for images than there are images."""
+    places = sum(t == token for t in tokens)
+    if places != images:
+        raise EdgemedError(f"the prompt has places for {places} images, {images} were given", "Give one image for each place")
+
+
+def vision_of(facts: Mapping[str, Any]) -> Vision:
+    """Vision values as an engine carries them in JSON."""
+    from edgemed.family import Vision
+
+    return Vision(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})

@@ -1,0 +1,46 @@
+"""WorldMedQA-V without its images: medical examinations of Brazil, Israel, Japan and Spain, each in its own language and in English.
+
+lm-evaluation-harness has no such task; the prompt is worded like its medqa_4options, in English around questions of every language. The questions
+come with an image that a text model does not see, so the accuracy is a lower bound, good for comparing an engine with its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from edgemed.task import Example, Prompt, Task, lettered, letters, multiple_choice
+
+COUNTRIES = ("brazil", "israel", "japan", "spain")
+
+
+def example(row: Mapping[str, Any]) -> Example:
+    """Rows: {"id", "question", "options": {"A": text, ...}, "answer": "A", "country", "language"}.
+
+    Without "country" it is read from an id such as brazil-17; it may be left out.
+    """
+    found = multiple_choice(row, "country", "language")
+    country = found.id.split("-")[0]
+    return replace(found, groups={"country": country, **found.groups}) if country in COUNTRIES else found
+
+
+def render(example: Example) -> Prompt:
+    return Prompt(f"Question: {example.question}\n{lettered(example.options)}\nAnswer:", letters(example.options))
+
+
+TASK = Task(
+    name="worldmedqa",
+    source="WorldMedQA-V (Matos et al. 2024), github.com/WorldMedQA/V; text only, the images are not used",
+    licence="MIT",
+    split="the whole published set, 568 questions in two languages each (the shipped sample is part of it)",
+    metric="accuracy (a lower bound: the images are missing)",
+    prompt="Question: {question}\nA. {option}\nB. {option}\n...\nAnswer:",
+    wording="edgemed's own, like lm-evaluation-harness medqa_4options",
+    sample="worldmedqa.jsonl",
+    example=example,
+    render=render,
+    languages=("pt", "he", "ja", "es", "en"),
+    lettered=True,
+    shots="worldmedqa.shots.jsonl",
+)

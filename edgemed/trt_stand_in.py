@@ -1,0 +1,122 @@
+"""Runs the graph written for TensorRT on ONNX Runtime's CPU, so that what TensorRT will be given is known to be right.
+
+It is a stand-in for parity only and never fast: no number made with it is a TensorRT number, and everything that shows its results says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemed.errors import EdgemedError, need
+from edgemed.session import check_room
+from edgemed.trt_dialect import BLOCK, NOWHERE, rows_offered
+
+if TYPE_CHECKING:
+    from edgemed.engine import Engine
+
+
+class StandIn:
+    """A Session on ONNX Runtime over the plain graph; the cache is [1, rows, kv_heads, head_dim] per layer, new rows are written behind the old."""
+
+    def __init__(self, engine: Engine, threads: int | None):
+        ort = need("onnxruntime", "onnx")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # ONNX Runtime fuses int4 DequantizeLinear + MatMul and would round activations to int8, which TensorRT does not.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        file = engine.path / "model.onnx"
+        model: Any = widened(file) if "bf16" in engine.precision else str(file)
+        try:
+            self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
+            raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {engine.path}: {str(error).splitlines()[0]}", "Export the engine again") from error
+        self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
+        rows = rows_offered(self.context)
+        self.cache = {
+            value.name: np.zeros((1, rows, *value.shape[2:]), np.float16 if value.type == "tensor(float16)" else np.float32)
+            for value in self.session.get_inputs() if value.name.startswith("past.")
+        }
+        self.outputs = ["scores", *(name.replace("past", "present") for name in self.cache)]
+
+    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+        check_room(self, tokens)
+        new, end = len(tokens), self.position + len(tokens)
+        past = rows_offered(self.position)
+        slots = np.full(past, NOWHERE, np.int64)
+        slots[: self.position] = np.arange(self.position)
+        feeds = {
+            "tokens": np.array([tokens], np.int64), "positions": np.arange(self.position, end, dtype=np.int64)[None], "slots": slots,
+            "select": np.arange(new) if every else np.array([new - 1]), **{name: rows[:, :past] for name, rows in self.cache.items()},
+        }
+        scores, *fresh = self.session.run(self.outputs, feeds)
+        for rows, made in zip(self.cache.values(), fresh, strict=True):
+            rows[:, self.position : end] = made
+        self.position = end
+        return scores[0]
+
+    def step(self, token: int) -> np.ndarray:
+        return self.prefill([token])[0]
+
+    def rewind(self, position: int) -> None:
+        self.position = position
+
+    def close(self) -> None:
+        del self.session
+
+
+def widened(file: Path) -> bytes:
+    """The same graph with bfloat16 widened to float32, which ONNX Runtime's CPU kernels lack: weights keep their bfloat16 values, activations are not rounded.
+
+    Raises EdgemedError where the graph is too large for one in-memory model (2 GB in float32).
+    """
+    onnx = need("onnx", "build")
+    model = onnx.load(str(file))
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    for tensor in model.graph.initializer:
+        if tensor.data_type == narrow:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == narrow:
+            value.type.tensor_type.elem_type = wide
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+    if model.ByteSize() >= 1 << 31:
+        raise EdgemedError(
+            f"{file}: too large to widen from bfloat16 to float32 in memory, and ONNX Runtime's CPU has no bfloat16",
+            "Check parity with precision=fp16, or on the device after edgemed build",
+        )
+    return model.SerializeToString()
+
+
+def self_check() -> str:
+    """One int4 product of the plain dialect on ONNX Runtime against numpy; a sentence. Raises EdgemedError where the result is wrong."""
+    import tempfile
+
+    from edgemed.graph import Graph, Precision
+    from edgemed.grid import Ints
+    from edgemed.trt_dialect import PlainDialect
+
+    ort = need("onnxruntime", "onnx")
+    random = np.random.default_rng(0)
+    q, scales = random.integers(0, 16, (64, 128), dtype=np.uint8), random.random((64, 2), dtype=np.float32) + 0.1
+    x = random.standard_normal((5, 128), dtype=np.float32)
+    expected = x @ ((q.reshape(64, 2, BLOCK).astype(np.float32) - 8) * scales[..., None]).reshape(64, 128).T
+    with tempfile.TemporaryDirectory() as folder:
+        graph, dialect = Graph(Path(folder), Precision(bits=4, group=BLOCK)), PlainDialect(4)
+        graph.value("inputs", "x", graph.float_type, list(x.shape))
+        graph.value("outputs", "y", graph.float_type, [len(x), len(q)])
+        dialect.quantized(graph, "y", "x", Ints(q, scales, 4, BLOCK), None)
+        graph.save("self-check", dialect)
+        found = ort.InferenceSession(str(Path(folder) / "model.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if error > 0.02:
+        raise EdgemedError(f"onnxruntime {ort.__version__} gives wrong int4 products (relative error {error:.2g})", "pip install --force-reinstall onnxruntime")
+    return f"onnxruntime {ort.__version__} runs the same graph (int4 product within {error:.1e} of numpy)"

@@ -1,0 +1,82 @@
+"""The vision tower of an engine on the device: images in, features out, each image computed once and kept.
+
+It runs the engine's two vision graphs with ONNX Runtime whatever runtime the text decoder has, so an image means the same to every engine made from
+one checkpoint. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemed import plugins
+from edgemed.errors import EdgemedError, need
+from edgemed.family import Family
+from edgemed.images import Kept, Patches, Seen, axial_angles, check_places, patches, placed, vision_of
+from edgemed.session import Pictures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from edgemed.engine import Engine
+
+
+class VisionSession:
+    """An engine's eyes. family: whose prompts and answers its model knows. seconds: what the last call to `see` spent on preprocessing, tower and projector; all 0 for images that were kept."""
+
+    def __init__(self, engine: Engine, threads: int | None = None):
+        if not engine.vision:
+            raise EdgemedError(f"{engine.path} reads text only", "Ask it without an image, or export a model that sees")
+        ort = need("onnxruntime", "onnx")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
+        self.v, self.parts = vision_of(engine.vision), max(engine.rope_axes, default=0) + 1
+        self.tower, self.projector = (ort.InferenceSession(str(engine.path / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in ("tower", "projector"))
+        self.context = engine.context
+        self.family: Family = plugins.load("families", engine.family).FAMILY
+        self.kept = Kept(self._computed)
+        self.seconds = {"preprocess": 0.0, "tower": 0.0, "projector": 0.0}
+
+    def run_tower(self, found: Patches) -> np.ndarray:
+        """tower float32 [patches, width] of one image."""
+        feeds = {"pixels": found.pixels}
+        if self.v.frequencies:
+            angles = axial_angles(found, self.v)
+            feeds |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+        return self.tower.run(None, feeds)[0]
+
+    def run_projector(self, tower: np.ndarray) -> np.ndarray:
+        """features float32 [features, hidden] of one image."""
+        return self.projector.run(None, {"tower": tower})[0]
+
+    def features(self, image: Image.Image) -> Seen:
+        """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for the same pixels."""
+        return self.kept.features(image)
+
+    def _computed(self, image: Image.Image) -> Seen:
+        marks = [time.perf_counter()]
+        found = patches(image, self.v)
+        marks.append(time.perf_counter())
+        tower = self.run_tower(found)
+        marks.append(time.perf_counter())
+        result = self.run_projector(tower), (found.rows // self.v.merge, found.columns // self.v.merge)
+        marks.append(time.perf_counter())
+        for name, spent in zip(self.seconds, np.diff(marks), strict=True):
+            self.seconds[name] += float(spent)
+        return result
+
+    def see(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], Pictures | None]:
+        """(tokens with every image token repeated for its image's features, the features themselves).
+
+        tokens: a prompt with one image token for each image, in order. Raises EdgemedError where there are more or fewer, or they do not fit.
+        """
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        check_places(tokens, self.v.token, len(images))
+        return placed(tokens, [self.features(image) for image in images], self.v, self.parts, self.context)
+
+    def close(self) -> None:
+        del self.tower, self.projector
+

@@ -1,0 +1,100 @@
+"""Writes a vision tower and its projector as two ONNX graphs of their own, so that each can be checked, replaced and run by itself.
+
+Like the text decoder they are written node by node from the family's values. One image is read at a time, hence no mask, any number of patches,
+and features that can be kept and used again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from edgemed.console import track
+from edgemed.graph import Graph, Precision, linear
+
+if TYPE_CHECKING:
+    from edgemed.family import Vision
+    from edgemed.graph import Dialect
+    from edgemed.weights import Weights
+
+TOWER, PROJECTOR = "tower.onnx", "projector.onnx"
+ANGLES = ("cos", "sin")
+
+
+class VisionDialect(Protocol):
+    """What a runtime wants besides the decoder's nodes."""
+
+    def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str: ...
+
+
+def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16"], bits: int | None) -> int:
+    """Write tower.onnx and projector.onnx with their data files into `out`; returns their weight bytes.
+
+    Inputs: pixels float32 [patches, numbers of a patch], and with rotary positions cos and sin float32 [patches, pairs of a head]; between them
+    tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices where a row is a multiple of 32.
+    """
+    v: Vision = weights.vision
+    precision = Precision(floats, bits, 32)
+    return _tower(weights, v, Graph(out, precision, TOWER), dialect) + _projector(weights, v, Graph(out, precision, PROJECTOR), dialect)
+
+
+def _tower(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
+    onnx = graph.onnx.TensorProto
+    graph.value("inputs", "pixels", onnx.FLOAT, ["patches", v.patch_size])
+    if v.frequencies:
+        for name in ANGLES:
+            graph.value("inputs", name, onnx.FLOAT, ["patches", 2 * len(v.frequencies)])
+    # Patches have rows of no round length and are read once an image: their matrix stays in floats.
+    x = linear(graph, dialect, weights, "vision.patch", _cast(graph, "pixels", "pixels.cast"), exact=True)
+    if not v.frequencies:
+        first = graph.floats("vision.class", weights.table("vision.class").reshape(1, -1))
+        x = graph.node("Concat", [first, x], "vision.with_class", axis=0)
+        x = graph.node("Add", [x, graph.floats("vision.positions", weights.table("vision.positions"))], "vision.placed")
+    x = _norm(graph, weights, v, "vision.pre_norm", x) if v.pre_norm else x
+    for n in track(range(v.layers), "vision tower"):
+        name = f"vision.layers.{n}"
+        y = dialect.tower_attention(graph, v, name, linear(graph, dialect, weights, f"{name}.qkv", _norm(graph, weights, v, f"{name}.attn_norm", x)))
+        x = graph.node("Add", [x, linear(graph, dialect, weights, f"{name}.o", y)], f"{name}.attended")
+        y = linear(graph, dialect, weights, f"{name}.up", _norm(graph, weights, v, f"{name}.mlp_norm", x))
+        y = linear(graph, dialect, weights, f"{name}.down", _activated(graph, v, y, f"{name}.act"))
+        x = graph.node("Add", [x, y], f"{name}.sum")
+    if not v.frequencies:
+        start, end, axis = (graph.constant(f"vision.{name}", np.array([value])) for name, value in (("first_patch", 1), ("last_patch", 1 << 30), ("patch_axis", 0)))
+        x = graph.node("Slice", [x, start, end, axis], "vision.patches")
+    graph.node("Cast", [x], "tower", to=onnx.FLOAT)
+    graph.value("outputs", "tower", onnx.FLOAT, ["patches", v.width])
+    graph.save("tower", dialect)
+    return graph.layer_bytes
+
+
+def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
+    onnx = graph.onnx.TensorProto
+    graph.value("inputs", "tower", onnx.FLOAT, ["patches", v.width])
+    x = _cast(graph, "tower", "tower.cast")
+    x = _norm(graph, weights, v, "vision.projector.norm", x) if v.projector_norm else x
+    if v.merge > 1:
+        x = graph.node("Reshape", [x, graph.constant("vision.merged", np.array([-1, v.width * v.merge**2]))], "vision.folded")
+    x = graph.node("Gelu", [linear(graph, dialect, weights, "vision.projector.first", x)], "vision.projector.act")
+    x = linear(graph, dialect, weights, "vision.projector.second", x)
+    graph.node("Cast", [x], "features", to=onnx.FLOAT)
+    graph.value("outputs", "features", onnx.FLOAT, ["features", weights.decoder.hidden])
+    graph.save("projector", dialect)
+    return graph.layer_bytes
+
+
+def _cast(graph: Graph, x: str, name: str) -> str:
+    return x if graph.precision.floats == "float32" else graph.node("Cast", [x], name, to=graph.float_type)
+
+
+def _norm(graph: Graph, weights: Weights, v: Vision, name: str, x: str) -> str:
+    weight, bias = weights.norm(name)
+    return graph.node("LayerNormalization", [x, graph.floats(f"{name}.weight", weight), graph.floats(f"{name}.bias", bias)], name, epsilon=v.norm_eps, axis=-1)
+
+
+def _activated(graph: Graph, v: Vision, x: str, name: str) -> str:
+    if v.activation == "gelu":
+        return graph.node("Gelu", [x], name)
+    scaled = graph.node("Mul", [x, graph.constant(f"{name}.alpha", np.array(1.702, graph.precision.floats))], f"{name}.scaled")
+    return graph.node("Mul", [x, graph.node("Sigmoid", [scaled], f"{name}.gate")], name)
