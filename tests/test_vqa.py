@@ -23,7 +23,7 @@ from edgemed.strategy import Settings  # noqa: E402
 from edgemed.task import Questions, questions  # noqa: E402
 
 IMAGE = 260  # the image token of the tests' tiny model
-ROW = {"id": "1", "image": "a.png", "question": "Which organ?", "options": ["Liver", "Heart"], "answer": 1, "kind": "organ", "label": "heart"}
+ROW = {"id": "1", "image": "a.png", "question": "Which organ?", "options": ["Liver", "Heart"], "answer": 1, "kind": "organ", "modality": "drawing"}
 
 
 def noise(seed: int, side: int = 60) -> Image.Image:
@@ -46,19 +46,19 @@ def folder(tmp_path: Path) -> Path:
 # --- rows and their images
 
 def test_images_lie_beside_the_rows_or_in_the_zip(folder: Path) -> None:
-    beside = questions(f"cells:{write(folder, ROW)}")
+    beside = questions(f"micro_bench:{write(folder, ROW)}")
     (picture,) = beside.pictures(beside.examples[0])
     assert beside.sees and np.array_equal(np.asarray(picture), np.asarray(noise(0)))
     packed = folder / "packed"
     packed.mkdir()
-    with zipfile.ZipFile(packed / "cells.zip", "w") as archive:
+    with zipfile.ZipFile(packed / "micro_bench.zip", "w") as archive:
         archive.write(folder / "a.png", "a.png")
-    zipped = questions(f"cells:{write(packed, ROW)}")
+    zipped = questions(f"micro_bench:{write(packed, ROW)}")
     assert np.array_equal(np.asarray(zipped.pictures(zipped.examples[0])[0]), np.asarray(noise(0)))
     assert zipped.key == beside.key, "the same rows and images, wherever they lie"
     noise(7).save(folder / "a.png")
-    assert questions(f"cells:{folder / 'rows.jsonl'}").key != beside.key, "another image under the same name is another question"
-    two = questions(f"cells:{write(folder, {**ROW, 'images': ['a.png', 'b.png']})}")
+    assert questions(f"micro_bench:{folder / 'rows.jsonl'}").key != beside.key, "another image under the same name is another question"
+    two = questions(f"micro_bench:{write(folder, {**ROW, 'images': ['a.png', 'b.png']})}")
     assert [p.size for p in two.pictures(two.examples[0])] == [(60, 60)] * 2
 
 
@@ -66,13 +66,13 @@ def test_images_lie_beside_the_rows_or_in_the_zip(folder: Path) -> None:
     ({**ROW, "image": "c.png"}, "row 1: image 'c.png' is not there. Put it under that name in"),
     ({**ROW, "image": "../a.png"}, "image '../a.png' is not there"),
     ({**ROW, "image": "/etc/hostname"}, "image '/etc/hostname' is not there"),
-    ({**ROW, "image": 3}, "row 1: not a cells row ('image' is not a name)"),
+    ({**ROW, "image": 3}, "row 1: not a micro_bench row ('image' is not a name)"),
     ({**ROW, "images": []}, "'images' is not a list of names"),
     ({key: value for key, value in ROW.items() if key != "image"}, "'image' is missing"),
 ])
 def test_refused_rows(folder: Path, row: dict[str, Any], said: str) -> None:
     with pytest.raises(EdgemedError) as caught:
-        questions(f"cells:{write(folder, row)}")
+        questions(f"micro_bench:{write(folder, row)}")
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -83,15 +83,15 @@ def test_where_real_data_goes_is_said(folder: Path) -> None:
 
 def test_damaged_images_and_zip_files(folder: Path) -> None:
     (folder / "a.png").write_bytes((folder / "b.png").read_bytes()[:200])
-    asked = questions(f"cells:{write(folder, ROW)}")
+    asked = questions(f"micro_bench:{write(folder, ROW)}")
     with pytest.raises(EdgemedError, match="question 1: image .*a.png is damaged"):
         asked.pictures(asked.examples[0])
-    (folder / "cells.zip").write_bytes(b"PK not a zip")
-    with pytest.raises(EdgemedError, match="cells.zip is damaged"):
-        questions(f"cells:{folder / 'rows.jsonl'}")
-    with zipfile.ZipFile(folder / "cells.zip", "w") as archive:
+    (folder / "micro_bench.zip").write_bytes(b"PK not a zip")
+    with pytest.raises(EdgemedError, match="micro_bench.zip is damaged"):
+        questions(f"micro_bench:{folder / 'rows.jsonl'}")
+    with zipfile.ZipFile(folder / "micro_bench.zip", "w") as archive:
         archive.writestr("e.png", b"")
-    asked = questions(f"cells:{write(folder, {**ROW, 'image': 'e.png'})}")
+    asked = questions(f"micro_bench:{write(folder, {**ROW, 'image': 'e.png'})}")
     with pytest.raises(EdgemedError, match="question 1: image e.png is empty"):
         asked.pictures(asked.examples[0])
 
@@ -249,7 +249,7 @@ def result(model: Path | Any, asked: Questions, settings: Settings = Settings(),
 
 def test_engine_answers_as_its_source(sees: Path, engine: Any, folder: Path) -> None:
     rows = [{**ROW, "id": str(n), "image": f"{'ab'[n % 2]}.png", "answer": n % 2} for n in range(4)]
-    asked = questions(f"cells:{write(folder, *rows)}")
+    asked = questions(f"micro_bench:{write(folder, *rows)}")
     for settings in (Settings(), Settings("normalised"), Settings("generated", rationale=4)):
         ours, theirs = result(engine, asked, settings), result(sees, asked, settings)
         assert [i["answer"] for i in ours["items"]] == [i["answer"] for i in theirs["items"]]
@@ -284,11 +284,11 @@ class Says:
 
 
 @pytest.mark.parametrize(("task", "said", "answer"), [
-    ("cells", "<think>It pumps.</think>\n<answer>B</answer>", 1), ("cells", "<answer> A </answer>", 0), ("cells", "B", -1), ("cells", "<answer>C</answer>", -1), ("cells", "", -1),
+    ("micro_bench", "<think>It pumps.</think>\n<answer>B</answer>", 1), ("micro_bench", "<answer> A </answer>", 0), ("micro_bench", "B", -1), ("micro_bench", "<answer>C</answer>", -1), ("micro_bench", "", -1),
     ("pathvqa", "No, it is normal.", 1), ("pathvqa", "normal", -1), ("open", "The left lung.", 0), ("open", "lung", 1), ("open", " ", -1),
 ])
 def test_how_a_written_answer_is_read(sees: Path, folder: Path, task: str, said: str, answer: int) -> None:
-    row = ROW if task == "cells" else {"id": "1", "image": "a.png", "question": "Is it?", "answer": "left lung" if task == "open" else "no"}
+    row = ROW if task == "micro_bench" else {"id": "1", "image": "a.png", "question": "Is it?", "answer": "left lung" if task == "open" else "no"}
     asked = questions(f"{'pathvqa' if task == 'open' else task}:{write(folder, row)}")
     model = opened(sees, asked)
     found = evaluate(model.session, Says(model.tokenizer, said), asked, "m", "k", settings=Settings("generated", rationale=1), eyes=model.eyes)
@@ -296,7 +296,7 @@ def test_how_a_written_answer_is_read(sees: Path, folder: Path, task: str, said:
 
 
 def test_prompt_is_the_familys(sees: Path, folder: Path) -> None:
-    asked, shown = questions(f"cells:{write(folder, ROW)}"), []
+    asked, shown = questions(f"micro_bench:{write(folder, ROW)}"), []
     model = opened(sees, asked)
     see = model.eyes.see
     model.eyes.see = lambda tokens, images: shown.append(model.tokenizer.decode(tokens, skip_special_tokens=False)) or see(tokens, images)
@@ -306,7 +306,7 @@ def test_prompt_is_the_familys(sees: Path, folder: Path) -> None:
 
 
 def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) -> None:
-    asked = questions(f"cells:{write(folder, ROW)}")
+    asked = questions(f"micro_bench:{write(folder, ROW)}")
     model = opened(sees, asked)
 
     def scores(reader: Reader, seed: int, question: str) -> np.ndarray:
@@ -323,32 +323,32 @@ def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) ->
 
 
 def test_text_and_images_meet_the_wrong_model(sees: Path, engine: Any, model: Path, folder: Path) -> None:
-    asked, text = questions(f"cells:{write(folder, ROW)}"), questions("pubmedqa", 1)
+    asked, text = questions(f"micro_bench:{write(folder, ROW)}"), questions("pubmedqa", 1)
     text = replace(text, examples=(replace(text.examples[0], question="Is it?"),))
     assert len(result(sees, text)["items"]) == len(result(engine, text)["items"]) == 1, "a model that sees reads text as well"
     with pytest.raises(EdgemedError, match="reads text only"):
         result(model, asked)
     plain = opened(model, text)
-    with pytest.raises(EdgemedError, match="task cells shows images, and this model reads text only"):
+    with pytest.raises(EdgemedError, match="task micro_bench shows images, and this model reads text only"):
         evaluate(plain.session, plain.tokenizer, asked, "m", "k")
     for strategy in ("random-2", "cot", "self-consistency-2"):
-        with pytest.raises(EdgemedError, match="task cells"):
+        with pytest.raises(EdgemedError, match="task micro_bench"):
             result(sees, asked, strategy=strategy)
 
 
 def test_an_image_is_never_cut(sees: Path, folder: Path, tmp_path: Path) -> None:
     noise(3, 900).save(folder / "a.png")
-    asked = questions(f"cells:{write(folder, ROW)}")
+    asked = questions(f"micro_bench:{write(folder, ROW)}")
     with pytest.raises(EdgemedError, match="prompt and images are .* tokens long, 1024 fit .*largest image alone is 1024"):
         result(sees, asked)
     noise(3, 60).save(folder / "a.png")
-    asked = questions(f"cells:{folder / 'rows.jsonl'}")
+    asked = questions(f"micro_bench:{folder / 'rows.jsonl'}")
     with pytest.raises(EdgemedError, match="question 1: prompt and images are .* tokens long, 1032 more for the answer do not fit into 1024"):
         result(sees, asked, Settings("generated", rationale=1000))
 
 
 def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(sees: Path, folder: Path) -> None:
-    asked = questions(f"cells:{write(folder, ROW)}")
+    asked = questions(f"micro_bench:{write(folder, ROW)}")
     model = opened(sees, asked)
     model.eyes.family = replace(model.eyes.family, reasoning=None, answer=None)
     found = evaluate(model.session, Says(model.tokenizer, "B."), asked, "m", "k", settings=Settings("generated"), eyes=model.eyes)
@@ -361,8 +361,8 @@ def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: P
     from edgemed.run import check_inputs
 
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model: {model}\nengines:\n- onnx: {{precision: fp32}}\neval: {{tasks: [cells]}}\n")
-    with pytest.raises(EdgemedError, match="task cells shows images, and .* reads text only"):
+    recipe.write_text(f"model: {model}\nengines:\n- onnx: {{precision: fp32}}\neval: {{tasks: [micro_bench]}}\n")
+    with pytest.raises(EdgemedError, match="task micro_bench shows images, and .* reads text only"):
         check_inputs(read_recipe(recipe))
 
 
@@ -370,7 +370,7 @@ def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: P
     from edgemed.api import evaluate_tasks
     from edgemed.recipe import EvalSpec
 
-    found = evaluate_tasks(engine.path, EvalSpec((f"cells:{write(folder, ROW)}", "worldmedqa_v/he", "vqa_rad/image_disjoint"), limit=1, margin=0.5), str(sees), threads=1)
-    assert [title(r) for r in found["engine"]] == ["cells", "worldmedqa_v/he", "vqa_rad/image_disjoint"]
+    found = evaluate_tasks(engine.path, EvalSpec((f"micro_bench:{write(folder, ROW)}", "worldmedqa_v/he", "vqa_rad/image_disjoint"), limit=1, margin=0.5), str(sees), threads=1)
+    assert [title(r) for r in found["engine"]] == ["micro_bench", "worldmedqa_v/he", "vqa_rad/image_disjoint"]
     assert [r["synthetic"] for r in found["engine"]] == [False, True, False]
     assert all(r["paired"] and r["paired"]["changed"] == 0 for r in found["engine"]) and len(found["gate"]["comparisons"]) == 3

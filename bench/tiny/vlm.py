@@ -1,6 +1,6 @@
-"""The tiny Qwen2-VL: its sizes, its tokenizer, its prompt, and how a question with an image becomes tokens and pixels.
+"""The tiny Qwen2-VL: its sizes, its tokenizer, its prompt, its loss, and how a question with an image becomes tokens and pixels.
 
-Prompt and answer form are MedVLM-R1's (its published question template inside Qwen2-VL's chat template), so that what works on this model works on that one.
+It is MedVLM-R1's architecture, asked in Qwen2-VL's conversation form; the answer is the class in words.
 """
 
 import json
@@ -8,20 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cells import best, options, question
 from corpus import PROJECT
 from tokenizers import Tokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VOCAB = 4160  # the quickstart's 4,096 and the special tokens, rounded up to a multiple of 64
-# JZPeterPan/MedVLM-R1, README: the question template the model was trained and evaluated with.
-TEMPLATE = """
-    {question} 
-    Your task: 
-    1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. 
-    2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags.
-    3. No extra information or text outside of these tags.
-    """
+# What, steps, images a step: the tower as a classifier first, because one answer per image is little to learn seeing from.
+STAGES = (("tower", 560, 64), ("words", 300, 32))
+PEAKS = {"tower": 1.0, "words": 0.6}  # share of the largest learning rate
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
 
 
@@ -63,13 +59,9 @@ def processor():
     return Qwen2VLImageProcessorPil(**PIXELS)
 
 
-def prompt(text, image_tokens, bare=False):
-    """bare: without the instructions and the system turn, for the first stage of training."""
+def prompt(text, image_tokens):
     pads = "<|image_pad|>" * image_tokens
-    if bare:
-        return f"<|vision_start|>{pads}<|vision_end|>\n    {text} <|im_end|>\n<|im_start|>assistant\n"
-    asked = TEMPLATE.format(question=text)
-    return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{asked}<|im_end|>\n<|im_start|>assistant\n"
+    return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def pixels(images, process):
@@ -78,12 +70,12 @@ def pixels(images, process):
     return np.asarray(found["pixel_values"], np.float32), np.asarray(found["image_grid_thw"], np.int64)
 
 
-def batch(rows, tok, process, bare=False):
+def batch(rows, tok, process):
     """rows: (image, question, answer). Returns the model's inputs, padded on the right; labels count the answer only."""
     patches, grids = pixels([image for image, _, _ in rows], process)
     pad, texts, labels = tok.token_to_id("<|endoftext|>"), [], []
     for (_, asked, answered), grid in zip(rows, grids):
-        before = tok.encode(prompt(asked, int(grid.prod()) // 4, bare), add_special_tokens=False).ids
+        before = tok.encode(prompt(asked, int(grid.prod()) // 4), add_special_tokens=False).ids
         after = tok.encode(answered + "<|im_end|>", add_special_tokens=False).ids
         texts.append(before + after)
         labels.append([-100] * len(before) + after)
@@ -95,6 +87,39 @@ def batch(rows, tok, process, bare=False):
         "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]), "pixel_values": torch.from_numpy(patches), "image_grid_thw": torch.from_numpy(grids),
         "mm_token_type_ids": (tokens == known["<|image_pad|>"]).int(),
     }
+
+
+def pooled(model, images, process):
+    """Mean feature of each image [n, 256], for the first stage."""
+    patches, grids = pixels(images, process)
+    seen = model.model.visual(torch.from_numpy(patches), torch.from_numpy(grids)).pooler_output
+    return torch.stack([part.mean(0) for part in seen.split((grids.prod(1) // 4).tolist())])
+
+
+def loss_of(model, found, images, tok, process, generator):
+    """The question about each image, answered with its class."""
+    rows = [(image, question(picture, options(picture, generator)), picture.label) for picture, image in zip(found, images, strict=True)]
+    return model(**batch(rows, tok, process)).loss
+
+
+def load(folder):
+    return Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def answers(model, asked, tok, process):
+    """The option each (picture, options) gets: the one whose words are the likeliest answer."""
+    rows = [(picture.image(), question(picture, offered), option) for picture, offered in asked for option in offered]
+    inputs = batch(rows, tok, process)
+    labels = inputs.pop("labels")[:, 1:]
+    scores = model(**inputs).logits[:, :-1].float().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    # The token that ends the answer is not part of an option.
+    counted = (labels != -100) & (labels != tok.token_to_id("<|im_end|>"))
+    return best((scores * counted).sum(-1).tolist(), asked)
+
+
+def facts(model, asked, tok, process):
+    """What else is worth knowing of this architecture: nothing."""
+    return {}
 
 
 def save(model, tok, out: Path):

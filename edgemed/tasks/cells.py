@@ -10,12 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.task import Example, Task, bracketed_choice, image_names, multiple_choice
+from edgemed.task import Example, Prompt, Task, image_names, multiple_choice
 
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "image", "question", "options": [text, ...], "answer": index, "kind", "label"}."""
     return replace(multiple_choice(row, "kind", "label"), images=image_names(row))
+
+
+def render(example: Example) -> Prompt:
+    """Options in words, not letters: a model small enough to ship learns to see, and not to look letters up."""
+    return Prompt(f"{example.question} Options: {'; '.join(example.options)}.", tuple(f" {option}" for option in example.options))
 
 
 TASK = Task(
@@ -24,11 +29,10 @@ TASK = Task(
     licence="MIT and CC0-1.0",
     split="test (official photographs of BCCD, Chula's test photographs, image-disjoint VQA-RAD)",
     metric="accuracy",
-    prompt="{question}\nA) {option}\nB) {option}\n...",
+    prompt="{question} Options: {option}; {option}; ...",
     wording="edgemed's own, in the form of the model's family",
     sample="cells.jsonl",
     example=example,
-    render=bracketed_choice,
-    lettered=True,
+    render=render,
     images="cells.zip",
 )
