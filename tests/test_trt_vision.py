@@ -13,7 +13,7 @@ from typing import Any
 import fake_tensorrt
 import numpy as np
 import pytest
-from conftest import refused, cli, tiny_config, tokens, write_model
+from conftest import cli, refused, tiny_config, tokens, write_tokenizer
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
@@ -34,7 +34,7 @@ from edgemed.targets.tensorrt import PROFILES, Params  # noqa: E402
 from edgemed.trt_build import patch_range  # noqa: E402
 from edgemed.trt_dialect import PlainDialect  # noqa: E402
 from edgemed.trt_parser import check, read_table  # noqa: E402
-from edgemed.vision import VisionSession, eyes_of  # noqa: E402
+from edgemed.vision import eyes_of  # noqa: E402
 from edgemed.vision_graph import build_vision  # noqa: E402
 from edgemed.weights import Dense, Weights  # noqa: E402
 
@@ -72,8 +72,6 @@ def sees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(path)
     model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    from conftest import write_tokenizer
-
     write_tokenizer(path)
     return path, model
 
@@ -101,7 +99,7 @@ def theirs(model: Any, images: list[Any], ids: list[int], v: Vision, new: int = 
 
 # --- tower and projector
 
-@pytest.mark.parametrize(("kind", "bound"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 2e-2)])
+@pytest.mark.parametrize(("kind", "bound"), [("fp32", 1e-4), ("fp16", 2e-3), ("bf16", 1e-2)])
 def test_tower_and_projector_equal_transformers(engines: dict[str, Path], sees: tuple[Path, Any], kind: str, bound: float) -> None:
     eyes, visual = eyes_of(open_engine(engines[kind]), 1), sees[1].model.visual
     for size in SIZES:
@@ -238,14 +236,13 @@ def test_second_question_after_going_back(engines: dict[str, Path], sees: tuple[
 
 def test_lower_precisions_stay_near(engines: dict[str, Path], sees: tuple[Path, Any]) -> None:
     images = [noise(*SIZES[0]), noise(*SIZES[1])]
-    weights, found = Rounded(open_checkpoint(sees[0])), {}
-    for kind, bound in (("fp16", 0.15), ("bf16", 1.0)):
+    weights = Rounded(open_checkpoint(sees[0]))
+    for kind, bound in (("fp16", 0.06), ("bf16", 0.4)):
         engine = open_engine(engines[kind])
         eyes, session = eyes_of(engine, 1), engine.open(1)
         seen, scores, _ = answers(session, eyes, prompt(2), images, 1)
         right, _ = theirs(sees[1], images, seen, eyes.v)
-        found[kind] = np.abs(scores - right).max()
-        assert found[kind] < bound, kind
+        assert np.abs(scores - right).max() < bound, kind
         session.close()
     engine = open_engine(engines["int4"])
     eyes, session = eyes_of(engine, 1), engine.open(1)
@@ -291,14 +288,13 @@ def test_a_problem_names_its_graph(sees: tuple[Path, Any], tmp_path: Path, monke
     from edgemed import trt_parser
 
     table = read_table("10.3")
-    lame = replace(table, operators={**table.operators, "Sigmoid": {**table.operators["Sigmoid"], "types": []}})
-    monkeypatch.setattr(trt_parser, "read_table", lambda version: replace(lame, operators={**lame.operators, "LayerNormalization": {**lame.operators["LayerNormalization"], "types": []}}))
-    with pytest.raises(EdgemedError, match=r"TensorRT 10.3 would not parse (model|tower).onnx"):
-        export(open_checkpoint(sees[0]), "tensorrt", Params(**LIMITS), tmp_path / "engine")
-    monkeypatch.setattr(trt_parser, "read_table", lambda version: replace(table, operators={**table.operators, "LayerNormalization": {**table.operators["LayerNormalization"], "types": []}}))
-    with pytest.raises(EdgemedError, match=r"would not parse tower.onnx: .*LayerNormalization is not parsed"):
-        export(open_checkpoint(sees[0]), "tensorrt", Params(**LIMITS), tmp_path / "engine")
-    assert not (tmp_path / "engine").exists()
+    # Each of these operators is in one graph alone: the decoder has RMS norms, and only the projector an exact Gelu.
+    for op, graph in (("Where", "model"), ("LayerNormalization", "tower"), ("Gelu", "projector")):
+        lacking = replace(table, operators={**table.operators, op: {**table.operators[op], "types": []}})
+        monkeypatch.setattr(trt_parser, "read_table", lambda version, lacking=lacking: lacking)
+        with pytest.raises(EdgemedError, match=rf"TensorRT 10.3 would not parse {graph}.onnx: .*operator {op} is not parsed"):
+            export(open_checkpoint(sees[0]), "tensorrt", Params(**LIMITS), tmp_path / "engine")
+        assert not (tmp_path / "engine").exists()
 
 
 # --- three plans
