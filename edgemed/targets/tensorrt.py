@@ -143,7 +143,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     return {
         "precision": f"int{bits} {group}" + (f" {chosen}" if chosen != "fp16" else "") if bits else chosen,
         "bytes_per_token": graph.layer_bytes, "context": context,
-        "unbuilt": same.replace("graph", "graph with bfloat16 widened to float32") if chosen == "bf16" else same,
+        "unbuilt": same.replace("graph", "graph with bfloat16 widened to float32") if "bf16" in (chosen, weights.vision and params.tower) else same,
         "parser": reports["model"], "expected_bytes": estimate(out, names, context, cache, params.workspace_mb * 10**6, scores),
         "attention": "plain operators, cache read in place, new rows written behind it", **seen, **({"vision_parser": {name: reports[name] for name in SEEING}} if weights.vision else {}),
         **({"integers": "gptq checkpoint" if weights.quantization else "rounded to nearest", "output_matrix": chosen, "embedding": chosen} if bits else {}),
