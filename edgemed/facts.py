@@ -29,6 +29,7 @@ GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5,
 # Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
 REPACKED = ("Q4_K", "Q8_0")
 MB = 1e6
+SPARE = "vision.spare."  # layers of a vision tower that are stored and never read
 
 
 def inspect(model: str) -> dict[str, Any]:
@@ -58,11 +59,11 @@ def described(name: str) -> Checkpoint:
     config = reference_config(name) | {MARK: True}
     family = family_of(config, name)
     entries: dict[str, Entry] = {}
-    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}) if family.vision else None).values():
+    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}, {}) if family.vision else None).values():
         for module, shape in part.stored():
-            tensors = {"weight": shape} | ({"bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
-            for suffix, size in tensors.items():
-                entries[f"{family.prefixes[0]}{module}.{suffix}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
+            tensors = {part.weight(module): shape} | ({f"{module}.bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
+            for tensor, size in tensors.items():
+                entries[f"{family.prefixes[0]}{tensor}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
     return Checkpoint(Path(f"random:{name}"), config, entries)
 
 
@@ -116,8 +117,8 @@ def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
     norms and biases float32; their cache is float32.
     Q4_K_M: llama.cpp's mix of types, cache float16.
     """
-    found, d = sizes(weights), weights.source
-    everything = parameters(weights)
+    found, d = {name: part for name, part in sizes(weights).items() if not name.startswith(SPARE)}, weights.source
+    everything = sum(weight + bias for _, weight, bias in found.values())
     yield "fp32", (4 * everything, kv_cache(d, 4))
     yield "fp16", (2 * everything, kv_cache(d, 2))
     for bits in (8, 4):
@@ -190,8 +191,8 @@ def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
 
 
 def seen(weights: Weights) -> int:
-    """Weights and biases of the vision tower and projector."""
-    return sum(weight + bias for name, (_, weight, bias) in sizes(weights).items() if name.startswith("vision."))
+    """Weights and biases of the vision tower and projector that an engine has."""
+    return sum(weight + bias for name, (_, weight, bias) in sizes(weights).items() if name.startswith("vision.") and not name.startswith(SPARE))
 
 
 def gguf_size(weights: Weights, file_type: str) -> Size:

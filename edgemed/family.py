@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgemed import plugins
@@ -67,12 +67,14 @@ class Decoder:
 class Vision:
     """Numbers of a vision tower and of the projector behind it; sizes in elements.
 
-    layers: those that are computed. patch: pixels per side of a patch; temporal: how often an image is stacked in one (a still image as frames of a
+    layers: those that are computed; spare: stored behind them and never read. patch: pixels per side of a patch; temporal: how often an image is stacked in one (a still image as frames of a
     film); merge: patches per side that become one feature. pixels: (least, most) of an image, which is resized to multiples of patch * merge within
-    them; size: or the one side every image gets. frequencies: rotary over row (first half of the pairs) and column (second half); empty: a learned
+    them; size: or the one side every image gets, and fit how: 'pad' (to a square of the mean colour, then resized), 'crop' (shortest side resized, the
+    middle cut out) or 'stretch'. frequencies: rotary over row (first half of the pairs) and column (second half); empty: a learned
     table and, in front, a class token that is dropped again. pre_norm: a norm before the first layer. projector_hidden: middle of the two-layer
-    projector; projector_norm: a norm in front of it. token: id that stands for one feature in a prompt, between `before` and `after`. mean, std: of RGB
-    in 0..1. activation: 'quick_gelu' or 'gelu'.
+    projector; projector_norm: a norm in front of it. token: id that stands for one feature in a prompt, between `before` and `after`; it may lie outside the
+    vocabulary, for it is never looked up. marker: the text that becomes this id where the tokenizer has no token for it; start: ids in front of every
+    prompt. conversation: which of its family's conversation forms the model was trained on. mean, std: of RGB in 0..1. activation: 'quick_gelu' or 'gelu'.
     """
 
     width: int
@@ -90,11 +92,16 @@ class Vision:
     merge: int = 1
     pixels: tuple[int, int] = (0, 0)
     size: int = 0
+    fit: str = "pad"
     frequencies: tuple[float, ...] = ()
     pre_norm: bool = False
     projector_norm: bool = False
+    spare: int = 0
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    marker: str = ""
+    start: tuple[int, ...] = ()
+    conversation: str = ""
 
     @property
     def patch_size(self) -> int:
@@ -108,7 +115,8 @@ class Part:
 
     kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'table' (weight [rows, width]) or 'norm' (weight [width], perhaps bias).
     conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is stored. rows: output rows of each module, where there are several.
-    stored_shape: where a weight is stored with more axes than `shape` has (a convolution over patches).
+    stored_shape: where a weight is stored with other axes than `shape` has (a convolution over patches). bare: stored under the module's own name,
+    without '.weight'.
     """
 
     modules: tuple[str, ...]
@@ -118,6 +126,11 @@ class Part:
     bias: bool = False
     rows: tuple[int, ...] = ()
     stored_shape: tuple[int, ...] = ()
+    bare: bool = False
+
+    def weight(self, module: str) -> str:
+        """The name of a module's weight tensor."""
+        return module if self.bare else f"{module}.weight"
 
     def stored(self) -> list[tuple[str, tuple[int, ...]]]:
         """(module, shape of its weight as stored) of each module."""
@@ -136,9 +149,10 @@ class Family:
     folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
     the graph and the pre-tokenizer. reference_config: published true dimensions, for --random-weights.
     auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
-    vision(config, preprocessor_config) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch', 'vision.layers.N.*',
-    'vision.projector.*'), of families that see.
-    chat(text, images) -> prompt: one user turn in the model's own conversation form, with one image token where each image stands. reasoning(question)
+    vision(config, preprocessor_config, tensor_shapes) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch',
+    'vision.layers.N.*', 'vision.projector.*'; 'vision.spare.*' is stored and never read), of families that see.
+    variant(config) -> the family as one config has it, where its text model may be one of several other families'.
+    chat(text, images, conversation) -> prompt: one user turn in the model's own form (Vision.conversation), with one image token where each image stands. reasoning(question)
     -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
     opening: what such an answer writes right before that letter.
     """
@@ -156,9 +170,10 @@ class Family:
     reference_config: Mapping[str, Any]
     auto_classes: Mapping[str, str]
     gguf_interleaved: bool = False
-    vision: Callable[[Mapping[str, Any], Mapping[str, Any]], Vision] | None = None
+    vision: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], Vision] | None = None
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
-    chat: Callable[[str, int], str] | None = None
+    variant: Callable[[Mapping[str, Any]], Family] | None = None
+    chat: Callable[[str, int, str], str] | None = None
     reasoning: Callable[[str], str] | None = None
     answer: Callable[[str], str | None] | None = None
     opening: str = ""
@@ -167,6 +182,15 @@ class Family:
 def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:
     """All canonical parts of a checkpoint: the text decoder's, and the vision tower's where there is one."""
     return family.parts(d) | (family.vision_parts(vision, d) if vision else {})
+
+
+def relocated(parts: Mapping[str, Part], places: Mapping[str, tuple[str, ...]]) -> dict[str, Part]:
+    """A text model's parts inside a larger checkpoint. places: beginning of a module's name there -> what may stand in its stead, first match."""
+    def at(module: str) -> str:
+        start = next((start for start in places if module.startswith(start)), None)
+        return module if start is None else "|".join(place + module.removeprefix(start) for place in places[start])
+
+    return {name: replace(part, modules=tuple(at(module) for module in part.modules)) for name, part in parts.items()}
 
 
 def whole(config: Mapping[str, Any], key: str) -> int:
@@ -271,6 +295,6 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     families = all_families()
     for family in families.values():
         if model_type in family.model_types:
-            return family
+            return family.variant(config) if family.variant else family
     known = [t for family in families.values() for t in family.model_types]
     raise EdgemedError(f"{where}: unknown architecture '{model_type or '(no model_type)'}'", nearest(model_type, known))

@@ -71,7 +71,7 @@ class Weights:
         self.fold = fold
         plain = (self.source.head_dim**-0.5,) * self.source.layers
         self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
-        self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint)) if self.family.vision else None
+        self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint), self._bare_shapes()) if self.family.vision else None
         self.parts: dict[str, Part] = every_part(self.family, self.source, self.vision)
         self.quantization: dict[str, Any] | None = checkpoint.config.get("quantization_config")
         if self.quantization and self.quantization.get("quant_method") != "gptq":
@@ -91,9 +91,9 @@ class Weights:
         tensors, keys = self.checkpoint.tensors, []
         for module in part.modules:
             choices = [prefix + m for m in module.split("|") for prefix in self.family.prefixes]
-            key = next((c for c in choices if f"{c}.weight" in tensors or f"{c}.qweight" in tensors), None)
+            key = next((c for c in choices if part.weight(c) in tensors or f"{c}.qweight" in tensors), None)
             if key is None:
-                raise EdgemedError(f"{self.checkpoint.path}: tensor '{choices[0]}.weight' ({name}) is missing", "The checkpoint is incomplete; download it again")
+                raise EdgemedError(f"{self.checkpoint.path}: tensor '{part.weight(choices[0])}' ({name}) is missing", "The checkpoint is incomplete; download it again")
             keys.append(key)
         return tuple(keys)
 
@@ -109,8 +109,8 @@ class Weights:
     def _stored(self, key: str, part: Part, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors a module may have, with their shapes."""
         rows, columns = (weight[-1] if part.conv1d else weight[0]), part.shape[-1]
-        found = {f"{key}.weight": weight, f"{key}.bias": (rows,)}
-        if f"{key}.weight" in self.checkpoint.tensors:
+        found = {part.weight(key): weight, f"{key}.bias": (rows,)}
+        if part.weight(key) in self.checkpoint.tensors:
             return found
         bits, group = self._packing()
         groups = 1 if group == -1 else -(-columns // group)
@@ -128,7 +128,7 @@ class Weights:
 
     def table(self, name: str) -> torch.Tensor:
         """An embedding table [rows, width], float32."""
-        return self.checkpoint.read(f"{self.keys[name][0]}.weight").float()
+        return self.checkpoint.read(self.parts[name].weight(self.keys[name][0])).float()
 
     def norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weight, bias) of a norm, float32; bias None where the family stores none."""

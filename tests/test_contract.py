@@ -86,7 +86,7 @@ def compare(path: Path, model, head: bool = False) -> None:
     found = logits(weights, torch.tensor([IDS]))[0]
     found = found[-1] if head else found
     assert (found - right.reshape(found.shape)).abs().max() < 1e-4
-    used = {f"{key}.{kind}" for keys in weights.keys.values() for key in keys for kind in ("weight", "bias")}
+    used = {tensor for name, keys in weights.keys.items() for key in keys for tensor in (weights.parts[name].weight(key), f"{key}.bias")}
     unused = [key for key in weights.checkpoint.tensors if key not in used and not key.endswith(weights.family.ignored) and key != "lm_head.weight"]
     assert not unused, f"stored and never read: {unused}"
 

@@ -130,7 +130,7 @@ def _config(weights: Weights, params: Params) -> dict[str, Any]:
 
 def _copy(weights: Weights, writer: Writer, name: str) -> None:
     for key in weights.keys[name]:
-        for tensor in (f"{key}.weight", f"{key}.bias"):
+        for tensor in (weights.parts[name].weight(key), f"{key}.bias"):
             if tensor in weights.checkpoint.tensors:
                 writer.add(tensor, narrowed(tensor, weights.checkpoint.read(tensor), "float16"))
 
