@@ -8,11 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError, nearest
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of some layers' MLPs. count: experts of one layer; active: how many of them a token uses; layers: which have them.
+
+    The router's scores become gates by softmax over all experts, in float32. A token goes to the `active` experts of the largest gates, and their outputs
+    are added, each times its gate; renormalised: the chosen gates are divided by their sum first. shared: one more expert, which every token uses with
+    gate 1. router_bias: the router adds one.
+    """
+
+    count: int
+    active: int
+    layers: tuple[int, ...]
+    renormalised: bool
+    shared: bool = False
+    router_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class Decoder:
     radians (rope_theta is the base they come from); rope_axes[i]: which part of a position with several parts pair i counts (all 0: positions are
     plain numbers). activation: 'gelu_tanh', 'gelu' or 'silu'. gated: the MLP is down(activation(gate x) * (up x)).
     parallel: attention and MLP both read the attention norm of the same x. head: 'lm' (next token), 'choice' (one score per sequence) or
-    'classes' (head_size scores per sequence), the last two read from the last token.
+    'classes' (head_size scores per sequence), the last two read from the last token. experts: where some MLPs are mixtures of experts, each of size ffn.
     """
 
     hidden: int
@@ -49,6 +66,7 @@ class Decoder:
     head: str = "lm"
     head_size: int = 0
     eos: int | None = None
+    experts: Experts | None = None
 
     @property
     def q_size(self) -> int:
@@ -57,6 +75,20 @@ class Decoder:
     @property
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
+
+    def sparse(self, layer: int) -> bool:
+        """Whether this layer's MLP is a mixture of experts."""
+        return self.experts is not None and layer in self.experts.layers
+
+    def mlps(self, layer: int) -> tuple[str, ...]:
+        """What stands before 'up' and 'down' in the names of this layer's MLPs: '' alone, or 'experts.J.' of each expert and 'shared.'."""
+        if not self.sparse(layer):
+            return ("",)
+        return (*(f"experts.{j}." for j in range(self.experts.count)), *(("shared.",) if self.experts.shared else ()))
+
+    def matrices(self, layer: int) -> tuple[str, ...]:
+        """The matrices of one layer that may be quantized, in the order they are computed; parts are called 'layers.N.' and then these."""
+        return ("qkv", "o", *(f"{mlp}{part}" for mlp in self.mlps(layer) for part in ("up", "down")))
 
     def fold_factor(self, layer: int) -> float:
         """What q must be multiplied with so that the plain 1/sqrt(head_dim) scale gives this layer's scores."""
@@ -113,7 +145,8 @@ class Vision:
 class Part:
     """One canonical part of a decoder and the checkpoint modules it is made of (joined along the output axis).
 
-    kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'table' (weight [rows, width]) or 'norm' (weight [width], perhaps bias).
+    kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'router' (a matrix that stays float32: its rows decide which experts a token uses),
+    'table' (weight [rows, width]) or 'norm' (weight [width], perhaps bias).
     conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is stored. rows: output rows of each module, where there are several.
     stored_shape: where a weight is stored with other axes than `shape` has (a convolution over patches). bare: stored under the module's own name,
     without '.weight'.
@@ -144,11 +177,14 @@ class Family:
 
     decoder(config, tensor_shapes) -> Decoder. parts(decoder) -> canonical name -> Part, canonical names being 'embed', 'positions',
     'layers.N.{attn_norm,qkv,o,mlp_norm,up,down}', 'final_norm', and 'lm_head' or 'head'. qkv holds the rows of q, k and v; up holds, where
-    the MLP is gated, the rows of gate and then of up; a parallel block has no mlp_norm.
+    the MLP is gated, the rows of gate and then of up; a parallel block has no mlp_norm. A layer with experts has router, experts.J.up and experts.J.down, and
+    perhaps shared.up and shared.down in place of up and down.
     prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers that carry no information.
     folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
-    the graph and the pre-tokenizer. reference_config: published true dimensions, for --random-weights.
+    the graph and the pre-tokenizer. reference_config: published true dimensions, for --random-weights; other_references: name -> those of its other models.
     auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
+    gguf_centred: that graph has RMS norms where the model has layer norms, which are the same where the residual stream has no mean: it is taken out of
+    everything that is added to it.
     vision(config, preprocessor_config, tensor_shapes) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch',
     'vision.layers.N.*', 'vision.projector.*'; 'vision.spare.*' is stored and never read), of families that see.
     variant(config) -> the family as one config has it, where its text model may be one of several other families'.
@@ -170,6 +206,7 @@ class Family:
     reference_config: Mapping[str, Any]
     auto_classes: Mapping[str, str]
     gguf_interleaved: bool = False
+    gguf_centred: bool = False
     vision: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], Vision] | None = None
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
     variant: Callable[[Mapping[str, Any]], Family] | None = None
@@ -177,6 +214,7 @@ class Family:
     reasoning: Callable[[str], str] | None = None
     answer: Callable[[str], str | None] | None = None
     opening: str = ""
+    other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:

@@ -22,10 +22,10 @@ MARK = "edgemed_random_weights"
 def reference_config(name: str) -> dict[str, Any]:
     """The published config of a model ('biomedlm') or of a family's best-known one ('gpt2')."""
     families = all_families().values()
-    known = {f.reference_name: f for f in families} | {f.name: f for f in families}
+    known = {name: config for f in families for name, config in ((f.reference_name, f.reference_config), (f.name, f.reference_config), *f.other_references.items())}
     if name not in known:
         raise EdgemedError(f"no true dimensions are known for '{name}'", nearest(name, known))
-    return dict(known[name].reference_config)
+    return dict(known[name])
 
 
 def make_random(config: str | Mapping[str, Any], out: Path, dtype: str = "bfloat16", seed: int = 0) -> Checkpoint:

@@ -17,8 +17,6 @@ from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
 if TYPE_CHECKING:
     import torch
 
-MATRICES = ("qkv", "o", "up", "down")
-
 
 @dataclass(frozen=True)
 class Dense:
@@ -137,7 +135,7 @@ class Weights:
         return self.checkpoint.read(f"{key}.weight").float(), bias
 
     def matrix(self, name: str) -> Dense | Packed:
-        """A matrix in [out, in] layout with its bias; modules of one part are joined along the output axis."""
+        """A matrix or router in [out, in] layout with its bias; modules of one part are joined along the output axis."""
         torch = need("torch", "build")
         found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
         matrix = found[0] if len(found) == 1 else joined(found, name)
