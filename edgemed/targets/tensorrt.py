@@ -33,6 +33,7 @@ class Params:
 
     activations: format beside integers. context: tokens of the KV cache (default the model's). prefill: tokens per run at most; longer
     prompts go in parts. workspace_mb: memory TensorRT may use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX.
+    experts: 'chosen' passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can hold; 'all' computes all of them.
     """
 
     profile: Literal["jetpack6", "jetpack7", "trt11"] = "jetpack6"
@@ -43,6 +44,7 @@ class Params:
     prefill: int = 512
     workspace_mb: int = 1024
     runtime: Literal["tensorrt", "rtx"] = "tensorrt"
+    experts: Literal["chosen", "all"] = "chosen"
 
 
 def label(params: Params) -> str:
@@ -102,7 +104,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     chosen = params.activations if bits else "fp16" if params.precision == "auto" else params.precision
     # Sums and norms stay float32: TensorRT 11 computes a norm in the format of its input.
     precision = Precision(FLOATS[chosen], bits, -1 if bits == 8 else params.group, stream="float32")
-    graph = build_decoder(weights, out, precision, PlainDialect(bits))
+    graph = build_decoder(weights, out, precision, PlainDialect(bits, params.experts == "chosen"))
     report = check(out / "model.onnx", read_table(PROFILES[params.profile]))
     if report["problems"]:
         raise EdgemedError(f"TensorRT {report['tensorrt']} would not parse this graph: {'; '.join(report['problems'][:3])}", f"Choose another profile among {', '.join(PROFILES)}")
