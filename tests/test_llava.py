@@ -1,0 +1,147 @@
+"""LLaVA: every layout of its checkpoints, its tower, projector and text model against transformers', its prompts, and what goes wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY_CLIP, write_tokenizer
+
+Image = pytest.importorskip("PIL.Image")
+torch = pytest.importorskip("torch")
+
+from edgemed import plugins  # noqa: E402
+from edgemed.checkpoint import open_checkpoint  # noqa: E402
+from edgemed.decoder import TorchSession  # noqa: E402
+from edgemed.engine import Engine, export  # noqa: E402
+from edgemed.errors import EdgemedError  # noqa: E402
+from edgemed.families.llava import FAMILY  # noqa: E402
+from edgemed.images import fitted_size, patches, prompt_tokens, resized  # noqa: E402
+from edgemed.session import Sampling, generate  # noqa: E402
+from edgemed.tower import TorchEyes, features  # noqa: E402
+from edgemed.vision import VisionSession  # noqa: E402
+from edgemed.weights import Weights  # noqa: E402
+
+VOCAB, IMAGE, CONTEXT = 288, 258, 256
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1, "eos_token_id": 256}
+ROOTS = {"language_model.model.": "model.", "language_model.lm_head": "lm_head", "multi_modal_projector.linear_1": "model.mm_projector.0", "multi_modal_projector.linear_2": "model.mm_projector.2",
+         "vision_tower.": "model.vision_tower.vision_tower.vision_model."}
+NEW = {"language_model.model.": "model.language_model.", "language_model.lm_head": "lm_head", "multi_modal_projector.": "model.multi_modal_projector.", "vision_tower.": "model.vision_tower."}
+OLD = {"vision_tower.": "vision_tower.vision_model."}
+
+
+def noise(seed: int, width: int = 60, height: int = 60) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def tokenizer_with_image(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    write_tokenizer(path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>"])
+    assert tokenizer.token_to_id("<image>") == IMAGE
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def theirs(path: Path, text: str = "llama", **changes: Any) -> Any:
+    """A tiny random LLaVA made and saved by transformers, weights far enough from zero to tell errors."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **TINY_CLIP, "num_attention_heads": 1}, text_config={"model_type": text, **TEXT}, image_token_index=IMAGE, **changes)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    tokenizer_with_image(path)
+    return transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def renamed(source: Path, out: Path, roots: dict[str, str], config: dict[str, Any] | None = None) -> Path:
+    """The same weights under other names, as another layout has them."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, out)
+    stored = load_file(source / "model.safetensors")
+    start = {key: next((root for root in roots if key.startswith(root)), "") for key in stored}
+    save_file({(roots[start[key]] + key.removeprefix(start[key])) if start[key] else key: tensor for key, tensor in stored.items()}, out / "model.safetensors")
+    if config is not None:
+        (out / "config.json").write_text(json.dumps(config))
+        write_tokenizer(out)
+    return out
+
+
+def authors_config(model_type: str = "llava_llama", **changes: Any) -> dict[str, Any]:
+    rope = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    seen = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_hidden_size": 64, "mm_vision_tower": "openai/clip", "image_aspect_ratio": "pad"}
+    return {"model_type": model_type, **TEXT, **rope, **seen, "mm_use_im_start_end": False, "tie_word_embeddings": False, **changes}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    path = tmp_path_factory.mktemp("llava") / "model"
+    return path, theirs(path)
+
+
+def their_features(model: Any, found: Any, v: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output of the tower's layer before the projector, features) of transformers' model for patches as we cut them."""
+    side = v.size // v.patch
+    pixels = torch.from_numpy(found.pixels).reshape(side, side, 3, v.patch, v.patch).permute(2, 0, 3, 1, 4).reshape(1, 3, v.size, v.size)
+    with torch.inference_mode():
+        tower = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+        return tower, model.model.get_image_features(pixels).pooler_output[0], pixels
+
+
+def close(found: Any, right: torch.Tensor) -> float:
+    return float((torch.as_tensor(np.asarray(found)) - right).abs().max() / right.abs().max())
+
+
+# --- images
+
+SIZES = [(60, 60), (100, 37), (37, 100), (333, 200), (20, 90), (1, 1), (56, 57), (56, 56), (700, 4), (1024, 1023)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_pixels_equal_transformers(model: tuple[Path, Any], size: tuple[int, int], fit: str) -> None:
+    module = pytest.importorskip("transformers.models.llava.image_processing_pil_llava")
+    asked = {"height": 56, "width": 56} if fit == "stretch" else {"shortest_edge": 56}
+    process = module.LlavaImageProcessorPil(size=asked, crop_size={"height": 56, "width": 56}, do_pad=fit == "pad")
+    v = FAMILY.vision(open_checkpoint(model[0]).config, json.loads(process.to_json_string()), {})
+    assert v.fit == fit
+    right = process(images=[noise(1, *size)], return_tensors="np")["pixel_values"][0]
+    found = patches(noise(1, *size), v).pixels.reshape(4, 4, 3, 14, 14).transpose(2, 0, 3, 1, 4).reshape(3, 56, 56)
+    assert np.abs(found - right).max() < 1e-5
+    if fit == "crop":
+        clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil(size=asked, crop_size={"height": 56, "width": 56})
+        assert np.abs(found - clip(images=[noise(1, *size)], return_tensors="np")["pixel_values"][0]).max() < 1e-5
+
+
+# --- layouts
+
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+def test_every_layout_gives_transformers_numbers(tmp_path: Path, text: str) -> None:
+    model = theirs(tmp_path / "saved", text)
+    layouts = {"saved": tmp_path / "saved"}
+    layouts |= {name: renamed(tmp_path / "saved", tmp_path / name, roots) for name, roots in (("new", NEW), ("old", OLD))}
+    layouts["authors"] = renamed(tmp_path / "saved", tmp_path / "authors", ROOTS, authors_config(f"llava_{text}"))
+    for name, path in layouts.items():
+        weights = Weights(open_checkpoint(path))
+        assert weights.vision.layers == 2 and weights.vision.spare == 1, name
+        found = patches(noise(2), weights.vision)
+        tower, seen, pixels = their_features(model, found, weights.vision)
+        ours = features(weights, found)
+        assert close(ours["tower"], tower) < 1e-4 and close(ours["features"], seen) < 1e-4, name
+        ids = [5, 6, *[IMAGE] * 16, 7, 8, 9]
+        with torch.inference_mode():
+            right = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].numpy()
+        eyes, session = TorchEyes(weights), TorchSession(weights)
+        tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8, 9], [noise(2)])
+        assert np.abs(session.prefill(tokens, every=True, pictures=pictures) - right).max() < 1e-3, name
+        assert weights.vision.token == (VOCAB if name == "authors" else IMAGE)
