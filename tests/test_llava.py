@@ -145,3 +145,70 @@ def test_every_layout_gives_transformers_numbers(tmp_path: Path, text: str) -> N
         tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8, 9], [noise(2)])
         assert np.abs(session.prefill(tokens, every=True, pictures=pictures) - right).max() < 1e-3, name
         assert weights.vision.token == (VOCAB if name == "authors" else IMAGE)
+
+
+# --- engines
+
+def engine_of(path: Path, target: str, out: Path, **params: Any) -> Engine:
+    return export(open_checkpoint(path), target, plugins.load("targets", target).Params(**params), out)
+
+
+@pytest.fixture(scope="module", params=["onnx", "llamacpp"])
+def exact(request: pytest.FixtureRequest, model: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Any, float]:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip({"onnx": "onnxruntime", "llamacpp": "llama_cpp"}[request.param])
+    params = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}[request.param]
+    return engine_of(model[0], request.param, tmp_path_factory.mktemp("exact") / "engine", **params), model[1], {"onnx": 1e-3, "llamacpp": 5e-3}[request.param]
+
+
+def test_exact_engine_sees_as_transformers(exact: tuple[Engine, Any, float]) -> None:
+    engine, model, bound = exact
+    eyes, session = VisionSession(engine, 1), engine.open(1)
+    try:
+        for seed, size in enumerate([(60, 60), (100, 37), (30, 200)]):
+            found = patches(noise(seed, *size), eyes.v)
+            tower, seen, pixels = their_features(model, found, eyes.v)
+            assert close(eyes.run_tower(found), tower) < 1e-4 and close(eyes.run_projector(tower.numpy()), seen) < 1e-4
+            tokens, pictures = eyes.see([5, 6, IMAGE, 7, 8, 9], [noise(seed, *size)])
+            with torch.inference_mode():
+                right = model(input_ids=torch.tensor([tokens]), pixel_values=pixels).logits[0].numpy()
+                written = model.generate(input_ids=torch.tensor([tokens]), pixel_values=pixels, max_new_tokens=24, do_sample=False, eos_token_id=None)[0, len(tokens) :].tolist()
+            session.rewind(0)
+            assert np.abs(session.prefill(tokens, every=True, pictures=pictures) - right).max() < bound
+            session.rewind(0)
+            assert list(generate(session, tokens, Sampling(max_tokens=24), pictures=pictures)) == written
+    finally:
+        session.close()
+
+
+def test_two_images_in_one_prompt(exact: tuple[Engine, Any, float]) -> None:
+    engine, model, bound = exact
+    eyes, session = VisionSession(engine, 1), engine.open(1)
+    try:
+        text = FAMILY.chat("Which is larger?", 2, eyes.v.conversation)
+        ids = prompt_tokens(engine.tokenizer(), text, eyes.v)
+        assert ids[0] == 1 and ids.count(IMAGE) == 2 and engine.tokenizer().decode(ids[1:], skip_special_tokens=False) == text
+        tokens, pictures = eyes.see(ids, [noise(1), noise(2)])
+        pixels = torch.cat([their_features(model, patches(noise(seed), eyes.v), eyes.v)[2] for seed in (1, 2)])
+        with torch.inference_mode():
+            right = model(input_ids=torch.tensor([tokens]), pixel_values=pixels).logits[0].numpy()
+        assert np.abs(session.prefill(tokens, every=True, pictures=pictures) - right).max() < bound
+        session.rewind(0)
+        tokens, swapped = eyes.see(ids, [noise(2), noise(1)])
+        assert np.abs(session.prefill(tokens, pictures=swapped)[-1] - right[-1]).max() > 10 * bound, "the order of the images matters"
+    finally:
+        session.close()
+
+
+@pytest.mark.parametrize("target,params,most", [("onnx", {"precision": "int8", "group": 32, "tower": "int8"}, 0.05), ("onnx", {"precision": "int4", "group": 32}, 0.25),
+                                                ("onnx", {"precision": "fp16", "tower": "fp16"}, 0.005), ("llamacpp", {"type": "q8_0"}, 0.05)])
+def test_smaller_engines_stay_near(model: tuple[Path, Any], tmp_path: Path, target: str, params: dict[str, Any], most: float) -> None:
+    engine = engine_of(model[0], target, tmp_path / "engine", **params)
+    weights = Weights(open_checkpoint(model[0]))
+    logits = []
+    for eyes, session in ((VisionSession(engine, 1), engine.open(1)), (TorchEyes(weights), TorchSession(weights))):
+        tokens, pictures = eyes.see([5, IMAGE, 7, 8], [noise(4)])
+        logits.append(session.prefill(tokens, every=True, pictures=pictures).copy())
+        session.close()
+    error = float(np.abs(logits[0] - logits[1]).mean())
+    assert 0 < error < most
