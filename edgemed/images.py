@@ -165,7 +165,7 @@ def placed(tokens: Sequence[int], seen: Sequence[Seen], v: Vision, parts: int, c
         found += [token] * (next(counts) if token == v.token else 1)
     if len(found) > context:
         most = max(len(features) for features, _ in seen)
-        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Export with fewer max_pixels or a longer context")
+        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Ask with fewer or smaller images, or export with a longer context")
     positions = token_positions(found, v.token, [grid for _, grid in seen], parts)
     return found, Pictures(np.concatenate([features for features, _ in seen]), positions, v.token)
 

@@ -212,3 +212,99 @@ def test_smaller_engines_stay_near(model: tuple[Path, Any], tmp_path: Path, targ
         session.close()
     error = float(np.abs(logits[0] - logits[1]).mean())
     assert 0 < error < most
+
+
+# --- steps
+
+def qwen2_vl(path: Path) -> tuple[Path, Any]:
+    """A tiny Qwen2-VL made and saved by transformers, for the steps that must keep any tower."""
+    transformers = pytest.importorskip("transformers")
+    from conftest import tiny_config
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**tiny_config("qwen2_vl"))).eval()
+    model.save_pretrained(path)
+    write_tokenizer(path)
+    return path, model
+
+
+PREPROCESSOR = {"do_pad": True, "size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "min_pixels": 3136, "max_pixels": 12544}
+
+
+@pytest.fixture(scope="module", params=["saved", "authors", "qwen2_vl"])
+def seeing(request: pytest.FixtureRequest, model: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    if request.param == "qwen2_vl":
+        path, _ = qwen2_vl(folder / "base")
+    else:
+        path = renamed(model[0], folder / "base", {} if request.param == "saved" else ROOTS, None if request.param == "saved" else authors_config())
+    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return path
+
+
+def asked(path: Path) -> np.ndarray:
+    """Logits of a checkpoint for a prompt with one image."""
+    weights = Weights(open_checkpoint(path))
+    eyes, session = TorchEyes(weights), TorchSession(weights)
+    tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8], [noise(5, 80, 60)])
+    return session.prefill(tokens, every=True, pictures=pictures)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_merge_keeps_the_tower(seeing: Path, tmp_path: Path, alpha: float) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from edgemed.steps import merge
+
+    weights = Weights(open_checkpoint(seeing))
+    text = weights.family.text_config(weights.checkpoint.config) if weights.family.text_config else None
+    base = (transformers.AutoModelForImageTextToText.from_pretrained(seeing, dtype=torch.float32) if text is None else
+            transformers.AutoModelForCausalLM.from_pretrained(seeing, dtype=torch.float32, config=transformers.AutoConfig.for_model(**text)))
+    regex = r".*(language_model|model)\.layers\.\d+\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=regex)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    notes = merge.run(weights.checkpoint, tmp_path / "merged", merge.Params(str(tmp_path / "adapter"), alpha=alpha))
+    assert notes["check_written"]["max_abs_error"] < 1e-4
+    done = Weights(open_checkpoint(tmp_path / "merged"))
+    assert done.vision == weights.vision and (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    for name in weights.parts:
+        if name.startswith("vision.") and weights.parts[name].kind == "matrix":
+            assert torch.equal(done.matrix(name).dense(), weights.matrix(name).dense())
+    # What the merge should give for an image, from the base's weights and the adapter's product alone.
+    tensors = dict(wrapped.named_parameters())
+    for n in range(weights.decoder.layers):
+        a, b = (next(t for name, t in tensors.items() if f"layers.{n}.mlp.down_proj.lora_{side}" in name and "visual" not in name) for side in "AB")
+        scale = 8 / 4  # peft's default alpha over r
+        right = weights.matrix(f"layers.{n}.down").dense() + alpha * scale * (b @ a).detach()
+        assert (done.matrix(f"layers.{n}.down").dense() - right).abs().max() < 1e-5
+    assert np.abs(asked(tmp_path / "merged") - asked(seeing)).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_quantize_keeps_the_tower(seeing: Path, tmp_path: Path, method: str) -> None:
+    from edgemed.steps import quantize
+
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"id": n, "text": f"patient {n} was given {n * 37 % 101} mg and improved after {n % 9} days"}) + "\n" for n in range(40)))
+    (tmp_path / "packed").mkdir()
+    source = Weights(open_checkpoint(seeing))
+    quantize.run(source.checkpoint, tmp_path / "packed", quantize.Params(method, bits=8, group=32, calibration=str(text) if method == "gptq" else None, samples=8, length=32))
+    done = Weights(open_checkpoint(tmp_path / "packed"))
+    assert done.vision == source.vision and done.parts.keys() == source.parts.keys()
+    for name, part in source.parts.items():
+        if name.startswith("vision.") and part.kind == "matrix":
+            assert torch.equal(done.matrix(name).dense(), source.matrix(name).dense().half().float()), name
+    assert "qweight" in str(sorted(done.checkpoint.tensors)) and not [key for key in done.checkpoint.tensors if key.endswith("qweight") and ("vis" in key or "projector" in key)]
+    assert (tmp_path / "packed" / "preprocessor_config.json").is_file()
+    assert 0 < np.abs(asked(tmp_path / "packed") - asked(seeing)).mean() < 0.05
+    pytest.importorskip("onnxruntime")
+    engine = engine_of(tmp_path / "packed", "onnx", tmp_path / "engine")
+    session, eyes = engine.open(1), VisionSession(engine, 1)
+    tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8], [noise(5, 80, 60)])
+    assert engine.precision == "int8 g32" and np.abs(session.prefill(tokens, every=True, pictures=pictures) - asked(tmp_path / "packed")).mean() < 0.05
+    session.close()
