@@ -14,7 +14,7 @@ import numpy as np
 
 from edgemed.errors import need
 from edgemed.family import Decoder
-from edgemed.session import Pictures, Positions, check_pictures, check_room
+from edgemed.session import Pictures, Positions, check_pictures, check_room, looked_up
 from edgemed.weights import Weights
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class TorchSession:
         check_room(self, tokens)
         with torch.inference_mode():
             end = self.position + len(tokens)
-            x = self.embed[torch.tensor(list(tokens))][None]
+            x = self.embed[torch.from_numpy(looked_up(tokens, pictures))][None]
             x = x + self.positions[self.position : end] if self.positions is not None else x
             if pictures:
                 check_pictures(tokens, pictures)

@@ -188,6 +188,7 @@ class Family:
     vision(config, preprocessor_config, tensor_shapes) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch',
     'vision.layers.N.*', 'vision.projector.*'; 'vision.spare.*' is stored and never read), of families that see.
     variant(config) -> the family as one config has it, where its text model may be one of several other families'.
+    text_config(config) -> the config under which transformers reads the text model alone, None where it reads the whole checkpoint.
     chat(text, images, conversation) -> prompt: one user turn in the model's own form (Vision.conversation), with one image token where each image stands. reasoning(question)
     -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
     opening: what such an answer writes right before that letter.
@@ -210,6 +211,7 @@ class Family:
     vision: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], Vision] | None = None
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
     variant: Callable[[Mapping[str, Any]], Family] | None = None
+    text_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] | None = None
     chat: Callable[[str, int, str], str] | None = None
     reasoning: Callable[[str], str] | None = None
     answer: Callable[[str], str | None] | None = None

@@ -17,6 +17,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.session import Pictures
+from edgemed.tokenizer import encode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -164,9 +165,23 @@ def placed(tokens: Sequence[int], seen: Sequence[Seen], v: Vision, parts: int, c
         found += [token] * (next(counts) if token == v.token else 1)
     if len(found) > context:
         most = max(len(features) for features, _ in seen)
-        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Export with fewer max_pixels or a longer context")
+        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Ask with fewer or smaller images, or export with a longer context")
     positions = token_positions(found, v.token, [grid for _, grid in seen], parts)
     return found, Pictures(np.concatenate([features for features, _ in seen]), positions, v.token)
+
+
+def prompt_tokens(tokenizer: Any, text: str, v: Vision | None) -> list[int]:
+    """Token ids of a prompt to a model that sees: those every prompt starts with, then the text, with the image token wherever the marker stands.
+
+    Where the tokenizer has no token for the marker, the texts around it are encoded one by one (LLaVA's tokenizer_image_token). v None: a text model.
+    """
+    if v is None or not v.marker:
+        return encode(tokenizer, text)
+    first, *others = [text] if tokenizer.token_to_id(v.marker) == v.token else text.split(v.marker)
+    found = [*v.start, *encode(tokenizer, first)]
+    for piece in others:
+        found += [v.token, *encode(tokenizer, piece)]
+    return found
 
 
 def check_places(tokens: Sequence[int], token: int, images: int) -> None:

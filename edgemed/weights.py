@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgemed.checkpoint import Checkpoint
+from edgemed.checkpoint import TOWER, Checkpoint
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
 
@@ -170,12 +170,20 @@ class Weights:
 
 
 def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
-    """preprocessor_config.json, which says how images are resized; {} where there is none."""
-    file = checkpoint.path / "preprocessor_config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise EdgemedError(f"{file} is not JSON ({error})", "Download it again") from None
+    """How images are resized: what processor_config.json says of them (transformers 5 writes it there), or preprocessor_config.json; {} where neither does.
+
+    A vision tower in a folder of its own may bring the file.
+    """
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None), (f"{TOWER}/preprocessor_config.json", None)):
+        file = checkpoint.path / name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            found = found.get(key, {}) if key else found
+        except (ValueError, AttributeError) as error:
+            raise EdgemedError(f"{file} is not a JSON object ({error})", "Download it again") from None
+        if found:
+            return found
+    return {}
 
 
 def joined(found: list[Dense | Packed], name: str) -> Dense | Packed:

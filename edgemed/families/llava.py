@@ -67,6 +67,14 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     return replace(found, context=min(found.context, window)) if window else found
 
 
+def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """transformers knows no model of the authors' layout, but reads its text model, whose tensors have their usual names."""
+    if not authors(config):
+        return None
+    kind, text = text_model(config)
+    return {**text, "model_type": kind}
+
+
 def variant(config: Mapping[str, Any]) -> Family:
     text = all_families()[MODELS[text_model(config)[0]][0]]
 
@@ -91,7 +99,7 @@ def vision(config: Mapping[str, Any], preprocessor: Mapping[str, Any], shapes: M
         ratio = config.get("image_aspect_ratio") or "square"
         if ratio not in ("pad", "square"):
             raise EdgemedError(f"config.json: image_aspect_ratio '{ratio}' is not supported", "Known: pad, square")
-        tower = tower_numbers(None, shapes, ORIGINAL, config.get("mm_vision_tower") or "")
+        tower = tower_numbers(None, shapes, (*ORIGINAL, *TOWER), config.get("mm_vision_tower") or "")
         # HuatuoGPT-Vision's code pads whatever config.json says.
         return clip_vision(tower, preprocessor, config.get("mm_vision_select_layer", -2), ratio == "pad" or form == HUATUO, token=whole(config, "vocab_size"), **rest)
     checked(config, {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"})
@@ -147,6 +155,7 @@ FAMILY = Family(
     reference_config=REFERENCE,
     auto_classes={"lm": "AutoModelForImageTextToText"},
     variant=variant,
+    text_config=text_config,
     vision=vision,
     vision_parts=vision_parts,
     chat=chat,
