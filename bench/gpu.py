@@ -27,14 +27,14 @@ from edgemed.device import gpus, read_bandwidth, slug
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart" / "model"
-TRUE = "biomedlm"  # true dimensions with random weights: latency, memory and power only
+RANDOM = {"true": "biomedlm", "sees": "medvlm-r1"}  # true dimensions with random weights: latency, memory and power only
 REAL = {"prompts": (128, 512), "new": 128, "runs": 5}
 DRY = {"prompts": (16,), "new": 4, "runs": 2}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One engine or peer. model: 'quickstart' or 'true'; runtime: a target, or 'torch'; sets: the target's parameters, or torch's loader; seconds: its limit."""
+    """One engine or peer. model: 'quickstart' or one of RANDOM; runtime: a target, or 'torch'; sets: the target's parameters, or torch's loader; seconds: its limit."""
 
     model: str
     runtime: str
@@ -59,6 +59,7 @@ def stages(dry: bool) -> list[Stage]:
         *found, Stage("true", "tensorrt", ("precision=int4",), 300), Stage("true", "onnx", ("precision=int4", provider), 120),
         Stage("true", "llamacpp", ("type=q4_k_m",), 150), Stage("true", "llamacpp", ("type=q8_0",), 120), Stage("true", "torch", ("bf16",), 120),
         Stage("true", "onnx", ("precision=fp16", provider), 120), Stage("true", "torch", ("nf4",), 120),
+        Stage("sees", "tensorrt", ("precision=int4", "max_pixels=200704", "context=2048"), 300),
     ]
 
 
@@ -173,6 +174,20 @@ def measure(session: Any, vocab: int, nvml: Nvml, plan: dict[str, Any], context:
     return found
 
 
+def measure_eyes(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str, Any]:
+    """Seconds of each part of seeing one square image of noise, another one each time, after one warm-up."""
+    from PIL import Image
+
+    from edgemed.vision import eyes_of
+
+    eyes, random, found = eyes_of(engine), np.random.default_rng(0), []
+    for _ in range(plan["runs"] + 1):
+        tokens, _ = eyes.see([eyes.v.token], [Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8))])
+        found.append(dict(eyes.seconds))
+    eyes.close()
+    return {"image": f"{side} x {side}", "features": len(tokens), **{f"{name}_seconds": spread([run[name] for run in found[1:]]) for name in found[0]}}
+
+
 def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[str, Any]:
     """Measure one engine directory or one torch checkpoint in this process; sizes in bytes."""
     from edgemed import store
@@ -186,7 +201,7 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
         if not llama_cpp.llama_supports_gpu_offload():
             raise SystemExit("this llama.cpp was built without CUDA, and a CPU's numbers do not belong here")
     nvml = Nvml()
-    before, started, per_token = nvml.memory(), time.perf_counter(), None
+    before, started, per_token, eyes = nvml.memory(), time.perf_counter(), None, {}
     if runtime == "torch":
         d = Weights(open_checkpoint(path)).decoder
         session, vocab, context = Torch(path, kind), d.vocab, d.context
@@ -197,8 +212,10 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
     measured = measure(session, vocab, nvml, plan, context)
     after = nvml.memory()
     session.close()
+    if runtime != "torch" and engine.vision:
+        eyes = {"by_image": measure_eyes(engine, plan)}
     return {"load_seconds": load, "by_prompt": measured, "bytes_per_token": per_token, "host_peak_memory_bytes": store.peak_memory(),
-            "gpu_memory_bytes": None if before is None or after is None else after - before, "gpu_memory": "in use after the last round less before loading, all programs"}
+            "gpu_memory_bytes": None if before is None or after is None else after - before, "gpu_memory": "in use after the last round less before loading, all programs", **eyes}
 
 
 class Runner:
@@ -242,7 +259,7 @@ class Runner:
         if stage.runtime == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
             raise RuntimeError("not run: TensorRT is not installed here")
         end, found = time.monotonic() + stage.seconds, {}
-        model = QUICKSTART if stage.model == "quickstart" else self.checkpoint(stage.seconds)
+        model = QUICKSTART if stage.model == "quickstart" else self.checkpoint(RANDOM[stage.model], stage.seconds)
         path, kind = model, stage.sets[0]
         if stage.runtime != "torch":
             path = self.work / stage.name
@@ -261,11 +278,11 @@ class Runner:
                 prompt: m["decode_tokens_per_second"]["median"] * found["bytes_per_token"] / 1e9 / self.bandwidth for prompt, m in found["by_prompt"].items()}
         return found
 
-    def checkpoint(self, seconds: float) -> Path:
+    def checkpoint(self, name: str, seconds: float) -> Path:
         """The random-weight checkpoint of true dimensions, made once."""
-        path = self.work / f"random-{TRUE}"
+        path = self.work / f"random-{name}"
         if not path.is_dir():
-            code = f"from pathlib import Path; from edgemed.run import open_model; open_model('random:{TRUE}', Path({str(self.work)!r}))"
+            code = f"from pathlib import Path; from edgemed.run import open_model; open_model('random:{name}', Path({str(self.work)!r}))"
             self.run([sys.executable, "-c", code], seconds)
         return path
 
@@ -300,12 +317,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     runner = Runner(args.work.resolve(), args.budget, args.dry_run, args.out or (args.work / "dry-run.jsonl" if args.dry_run else RESULTS / f"{name}.jsonl"))
     if args.prepare:
-        runner.checkpoint(args.budget)
+        runner.checkpoint(RANDOM["true"], args.budget)
         return
     runner.record("machine", runner.facts)
     for stage in stages(args.dry_run):
         if not args.only or any(text in stage.name for text in args.only):
-            runner.record(stage.name, lambda: runner.stage(stage), model=stage.model, runtime=stage.runtime, sets=stage.sets, random_weights=stage.model == "true")
+            runner.record(stage.name, lambda: runner.stage(stage), model=stage.model, runtime=stage.runtime, sets=stage.sets, random_weights=stage.model in RANDOM)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,11 @@ class Precision:
 
 
 class Dialect(Protocol):
-    """The nodes a runtime wants. Each method adds nodes to the graph and returns the name of the result."""
+    """The nodes a runtime wants. Each method adds nodes to the graph and returns the name of the result. chosen_only: of a mixture's experts those that no
+    token chose are not read."""
 
     opset: int
+    chosen_only: bool
     domains: dict[str, int]
 
     def inputs(self, graph: Graph, d: Decoder) -> None: ...
@@ -129,10 +131,11 @@ class Graph:
         """An If: what then() adds and returns where the condition holds, else the tensor `otherwise`. then() may read everything outside."""
         ways = {}
         for way, build in (("then", then), ("else", lambda: self.node("Identity", [otherwise], f"{name}.kept"))):
-            outside, self.nodes = self.nodes, []
+            outside, self.nodes, self.tensors = (self.nodes, self.tensors), [], []
             result = self.onnx.helper.make_tensor_value_info(build(), self.float_type, None)
-            ways[f"{way}_branch"] = self.onnx.helper.make_graph(self.nodes, f"{name}.{way}", [], [result])
-            self.nodes = outside
+            # Weights lie inside, where runtimes look for those of a quantized product.
+            ways[f"{way}_branch"] = self.onnx.helper.make_graph(self.nodes, f"{name}.{way}", [], [result], initializer=self.tensors)
+            self.nodes, self.tensors = outside
         return self.node("If", [condition], name, **ways)
 
     def value(self, kind: str, name: str, dtype: int, shape: list[int | str]) -> None:
@@ -178,7 +181,7 @@ def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str
     if not d.sparse(n):
         return one_mlp(graph, dialect, weights, name, x)
     gates, chosen = routed(graph, weights, name, x)
-    graph.share = d.experts.active / d.experts.count
+    graph.share = d.experts.active / d.experts.count if dialect.chosen_only else 1.0
     y = dialect.experts(graph, weights, n, x, gates, chosen)
     graph.share = 1.0
     return graph.node("Add", [y, one_mlp(graph, dialect, weights, f"{name}.shared", x)], f"{name}.mixed") if d.experts.shared else y

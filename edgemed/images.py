@@ -110,6 +110,17 @@ def feature_count(found: Patches, v: Vision) -> int:
     return found.rows * found.columns // v.merge**2
 
 
+def most_features(v: Vision) -> int:
+    """The most features an image can become under the resize rule."""
+    if v.size:
+        return (v.size // v.patch) ** 2 // v.merge**2
+    least, most = (pixels / (v.patch * v.merge) ** 2 for pixels in v.pixels)
+    # Shrinking keeps one unit of the short side, however narrow the image. Growing rounds both sides up, by less than one unit each, and is worst for
+    # the narrowest image as well: (a + 1)(b + 1) where ab = least and a / b = NARROWEST.
+    grown = least + 1 + math.sqrt(least) * (math.sqrt(NARROWEST) + 1 / math.sqrt(NARROWEST))
+    return math.floor(max(1, most, math.sqrt(NARROWEST * most), grown))
+
+
 def token_positions(tokens: Any, token: int, grids: list[tuple[int, int]], parts: int, start: int = 0) -> np.ndarray:
     """Rotary positions of a prompt, int64 [parts, T], counted from `start`. grids: (rows, columns) of features of each image in the prompt.
 

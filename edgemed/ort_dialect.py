@@ -1,6 +1,6 @@
 """ONNX Runtime's own operators for the graphs we write: the fastest measured for one sequence, and the only ones that keep 4- and 8-bit weights packed.
 
-A module of its own because every engine's vision tower runs on ONNX Runtime, whatever runtime its text decoder has.
+A module of its own because engines of several targets run their vision towers on ONNX Runtime, whatever runtime the text decoder has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class OrtDialect:
     """ONNX Runtime's operators: GroupQueryAttention, MatMulNBits, SkipLayerNormalization, FastGelu (domain com.microsoft)."""
 
     opset = 20
+    chosen_only = True
     domains = {MS: 1}
 
     def inputs(self, graph: Graph, d: Decoder) -> None:

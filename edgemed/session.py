@@ -93,6 +93,17 @@ def looked_up(tokens: Sequence[int], pictures: Pictures | None) -> np.ndarray:
     return np.where(found == pictures.token, 0, found) if pictures else found
 
 
+def feature_rows(tokens: Sequence[int], pictures: Pictures | None, sees: bool) -> np.ndarray:
+    """Which row of the features stands for each token, int64 [T]; -1 for text. Raises EdgemedError where they do not fit, or the engine (sees) takes none."""
+    if pictures is None:
+        return np.full(len(tokens), -1)
+    if not sees:
+        raise EdgemedError("this engine reads text only", "Ask it without an image, or export a model that sees")
+    check_pictures(tokens, pictures)
+    seen = np.array(tokens) == pictures.token
+    return np.where(seen, np.cumsum(seen) - 1, -1)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts off."""

@@ -16,7 +16,7 @@ from edgemed.graph import one_mlp, shares
 from edgemed.grid import Ints
 
 if TYPE_CHECKING:
-    from edgemed.family import Decoder
+    from edgemed.family import Decoder, Vision
     from edgemed.graph import Graph
     from edgemed.weights import Weights
 
@@ -33,10 +33,11 @@ def rows_offered(position: int) -> int:
 
 
 class PlainDialect:
-    """Operators of the default domain only (Dialect in graph.py).
+    """Operators of the default domain only (Dialect in graph.py, VisionDialect in vision_graph.py).
 
     Inputs: tokens, positions [1, new]; select [selected]; slots [past], the position each cache row holds; past.N.key and past.N.value
-    [1, past, kv_heads, head_dim]. Outputs: scores, and present.N.key and present.N.value [1, new, kv_heads, head_dim], the new rows alone.
+    [1, past, kv_heads, head_dim]; rope_positions [parts, new] where a rotary position has several parts: `positions` is then the place in the
+    sequence alone, for the mask. Outputs: scores, and present.N.key and present.N.value [1, new, kv_heads, head_dim], the new rows alone.
     The token axis comes first in the cache, so that the first `past` rows of a buffer are one contiguous tensor.
     """
 
@@ -60,8 +61,13 @@ class PlainDialect:
 
     def _angles(self, graph: Graph, d: Decoder) -> None:
         """rope.cos and rope.sin [1, new, 1, pairs] of the new tokens' positions, computed in float32."""
-        node, constant = graph.node, graph.constant
-        counted = node("Transpose", [node("Cast", ["positions"], "rope.positions", to=graph.onnx.TensorProto.FLOAT)], "rope.column", perm=[1, 0])
+        node, constant, parts = graph.node, graph.constant, max(d.rope_axes, default=0) + 1
+        if parts > 1:
+            graph.value("inputs", "rope_positions", graph.onnx.TensorProto.INT64, [parts, "new"])
+        rows = node("Cast", ["rope_positions" if parts > 1 else "positions"], "rope.positions", to=graph.onnx.TensorProto.FLOAT)
+        if parts > 1:
+            rows = node("Gather", [rows, constant("rope.axes", np.array(d.rope_axes, np.int64))], "rope.rows", axis=0)
+        counted = node("Transpose", [rows], "rope.column", perm=[1, 0])
         angles = node("Mul", [counted, constant("rope.frequencies", np.array(d.rope_frequencies, np.float32))], "rope.angles")
         place = constant("rope.place", np.array([0, 2], np.int64))
         for table, op in (("rope.cos", "Cos"), ("rope.sin", "Sin")):
@@ -72,14 +78,18 @@ class PlainDialect:
         """x [1, new, heads, head_dim] turned by the rotary angles, where the model has them."""
         if d.positions != "rope":
             return graph.node("Identity", [x], name)
-        node, half = graph.node, len(d.rope_frequencies)
+        return self._turned(graph, x, name, len(d.rope_frequencies), d.head_dim, "rope")
+
+    def _turned(self, graph: Graph, x: str, name: str, half: int, head_dim: int, angles: str) -> str:
+        """x [.., head_dim], whose first 2 * half elements turn by the tables `angles`.cos and `angles`.sin."""
+        node = graph.node
         sizes, parts = [half, half], [f"{name}.first", f"{name}.second"]
-        if d.head_dim > 2 * half:
-            sizes, parts = [*sizes, d.head_dim - 2 * half], [*parts, f"{name}.rest"]
+        if head_dim > 2 * half:
+            sizes, parts = [*sizes, head_dim - 2 * half], [*parts, f"{name}.rest"]
         node("Split", [x, graph.constant(f"{name}.sizes", np.array(sizes, np.int64))], f"{name}.split", parts, axis=-1)
 
         def product(part: str, table: str) -> str:
-            return node("Mul", [part, f"rope.{table}"], f"{part}.{table}")
+            return node("Mul", [part, f"{angles}.{table}"], f"{part}.{table}")
 
         a, b, *rest = parts
         turned = [node("Sub", [product(a, "cos"), product(b, "sin")], f"{name}.a"), node("Add", [product(b, "cos"), product(a, "sin")], f"{name}.b")]
@@ -162,6 +172,36 @@ class PlainDialect:
         if group > 1:
             q = graph.node("Reshape", [q, graph.constant(f"{name}.q_group_shape", np.array([0, 0, d.kv_heads, group, d.head_dim], np.int64))], f"{name}.q_groups")
         return graph.node("Transpose", [q], f"{name}.query", perm=[0, 2, 1, 3] if group == 1 else [0, 2, 3, 1, 4]), scale / power
+
+    def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str:
+        """qkv [patches, 3 * width] -> [patches, width]; every patch sees every other. Scores and softmax are float32."""
+        node, floats, head = graph.node, graph.precision.floats, v.width // v.heads
+        node("Split", [qkv, graph.constant(f"{name}.sizes", np.array([v.width] * 3, np.int64))], f"{name}.split", [f"{name}.{p}" for p in "qkv"], axis=-1)
+        shape, scale, turned = graph.constant(f"{name}.heads", np.array([0, v.heads, head], np.int64)), head**-0.5, {}
+        # As in the decoder: the power of two in the scale goes to q, the rest to the float32 scores.
+        power = 2.0 ** math.floor(math.log2(scale))
+        for part, perm in (("q", [1, 0, 2]), ("k", [1, 2, 0]), ("v", [1, 0, 2])):
+            x = node("Reshape", [f"{name}.{part}", shape], f"{name}.{part}_heads")
+            if part != "v" and v.frequencies:
+                x = self._turned(graph, x, f"{name}.{part}_turned", head // 2, head, self._patch_angles(graph))
+            if part == "q" and power != 1:
+                x = node("Mul", [x, graph.constant(f"{name}.power", np.array(power).astype(floats))], f"{name}.q_scaled")
+            turned[part] = node("Transpose", [x], f"{name}.{part}_rows", perm=perm)
+        scores = graph.cast(node("MatMul", [turned["q"], turned["k"]], f"{name}.scores"), floats, "float32", f"{name}.wide_scores")
+        if scale != power:
+            scores = node("Mul", [scores, graph.constant(f"{name}.residue", np.array(scale / power, np.float32))], f"{name}.scaled")
+        weights = graph.cast(node("Softmax", [scores], f"{name}.softmax", axis=-1), "float32", floats, f"{name}.weights")
+        mixed = node("Transpose", [node("MatMul", [weights, turned["v"]], f"{name}.mix")], f"{name}.mix_rows", perm=[1, 0, 2])
+        return node("Reshape", [mixed, graph.constant(f"{name}.flat", np.array([0, v.width], np.int64))], f"{name}.attention")
+
+    def _patch_angles(self, graph: Graph) -> str:
+        """Tables patch.cos and patch.sin [patches, 1, pairs of a head] from the graph's inputs; made once."""
+        if "patch" not in graph.named:
+            graph.named.add("patch")
+            axis = graph.constant("patch.axis", np.array([1], np.int64))
+            for table in ("cos", "sin"):
+                graph.node("Unsqueeze", [graph.cast(table, "float32", graph.precision.floats, f"{table}.cast"), axis], f"patch.{table}")
+        return "patch"
 
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str:
         if d.activation == "silu":

@@ -88,7 +88,7 @@ def read_table(version: str) -> Table:
 
 
 def check(file: Path, table: Table) -> dict[str, Any]:
-    """Read model.onnx (not its data) and return nodes, operators {op: count}, dynamic axes, inferred statements used, and problems, one sentence each."""
+    """Read an ONNX file (not its data) and return nodes, operators {op: count}, dynamic axes, inferred statements used, and problems, one sentence each."""
     onnx = need("onnx", "build")
     model = onnx.shape_inference.infer_shapes(onnx.load(str(file), load_external_data=False), strict_mode=True)
     graph = _Graph(onnx, model.graph)
@@ -130,9 +130,10 @@ class _Graph:
         values = [value for part in parts for value in (*part.input, *part.output, *part.value_info)]
         self.types = {v.name: TYPES.get(names[v.type.tensor_type.elem_type], names[v.type.tensor_type.elem_type]) for v in values}
         self.ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.tensor_type.HasField("shape")}
-        self.constants = {t.name: t for t in graph.initializer}
-        self.types |= {t.name: TYPES.get(names[t.data_type], names[t.data_type]) for t in graph.initializer}
-        self.ranks |= {t.name: len(t.dims) for t in graph.initializer}
+        stored = [tensor for part in parts for tensor in part.initializer]
+        self.constants = {t.name: t for t in stored}
+        self.types |= {t.name: TYPES.get(names[t.data_type], names[t.data_type]) for t in stored}
+        self.ranks |= {t.name: len(t.dims) for t in stored}
         self.readers: dict[str, list[str]] = {}
         for node in (node for part in parts for node in part.node):
             for name in node.input:
@@ -199,13 +200,19 @@ def _inputs(node: Any, graph: _Graph, rule: Rule) -> Iterator[str]:
             yield f"{node.op_type}'s input '{given.get(index, index)}' must be below {bound}" + ("" if value is None else f", it is {value.max()}")
 
 
-def estimate(file: Path, context: int, cache_bytes: int, workspace: int) -> dict[str, int]:
+def graph_bytes(folder: Path, name: str) -> int:
+    """Size of a graph and its data file."""
+    return sum(part.stat().st_size for part in folder.glob(f"{name}.onnx*"))
+
+
+def estimate(folder: Path, graphs: tuple[str, ...], context: int, cache_bytes: int, workspace: int, scores: int = 0) -> dict[str, int]:
     """What building and running are expected to take, in bytes: rules of thumb, not measurements.
 
-    plan: the weights in the graph's formats plus 3 %. Building holds the weights in the parser, the serialized plan and the engine on the GPU
-    (three times the weights) besides the workspace. Running holds plan, cache and the activations of the longest prompt part (taken as 5 % of
-    the weights, at least 64 MB).
+    plan: the weights of all graphs in their formats plus 3 %. They are built one after the other: building holds the weights of the largest in the parser,
+    the serialized plan and the engine on the GPU (three times the weights) besides the workspace. Running holds plans, cache, the activations of the longest
+    prompt part (taken as 5 % of the decoder's weights, at least 64 MB) and scores, the attention of a vision tower over its largest image.
     """
-    weights = sum(part.stat().st_size for part in file.parent.glob("model.onnx*"))
-    plan = math.ceil(1.03 * weights)
-    return {"plan": plan, "build_memory": 3 * weights + workspace, "run_memory": plan + cache_bytes + max(64 << 20, weights // 20), "cache": cache_bytes, "context": context}
+    sizes = {name: graph_bytes(folder, name) for name in graphs}
+    plan, largest = math.ceil(1.03 * sum(sizes.values())), max(sizes.values())
+    run = plan + cache_bytes + max(64 << 20, sizes["model"] // 20) + scores
+    return {"plan": plan, "build_memory": 3 * largest + workspace, "run_memory": run, "cache": cache_bytes, "context": context} | ({"tower_attention": scores} if scores else {})

@@ -7,6 +7,7 @@ all layers behind the old ones. TensorRT before 10.15 has no in-place update, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from edgemed import store
 from edgemed.console import say
 from edgemed.cuda import CaptureError, Cuda
 from edgemed.errors import EdgemedError
-from edgemed.session import check_room
-from edgemed.trt_build import EVERY, identity, shape_of, tensorrt
+from edgemed.session import Pictures, Positions, check_room, feature_rows
+from edgemed.trt_build import EVERY, Sizes, identity, shape_of, tensorrt
 from edgemed.trt_dialect import NOWHERE, rows_offered
 
 if TYPE_CHECKING:
@@ -36,21 +37,16 @@ class TrtSession:
 
     def __init__(self, engine: Engine):
         """Raises EdgemedError where TensorRT, driver or GPU is missing or not the plan's, or memory is too small."""
-        self.trt, folder = tensorrt(engine.params["runtime"]), engine.path / store.ON_DEVICE / "plan"
-        check_plan(store.read_manifest(folder)["params"], identity(engine.params["runtime"], None), engine)
+        self.trt = tensorrt(engine.params["runtime"])
+        check_plan(engine)
         self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
         self.part = min(engine.params["prefill"], engine.context)
         self.cuda = Cuda()
-        plan = folder / "model.plan"
-        need_memory(self.cuda, plan.stat().st_size, "the weights")
-        runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.WARNING))
-        self.engine = runtime.deserialize_cuda_engine(plan.read_bytes())
-        if self.engine is None:
-            raise EdgemedError(f"TensorRT {self.trt.__version__} cannot load {plan}", f"Build it again: edgemed build {engine.path}")
+        self.engine = load_plan(self.trt, self.cuda, engine, "model")
         self._buffers()
         strategy = self.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE  # each context holds only its own profile's memory
         self.contexts = [self._context(number, strategy) for number in range(2)]
-        self.shapes: list[tuple[int, int, int] | None] = [None, None]
+        self.shapes: list[Sizes | None] = [None, None]
         self.graph: tuple[int, Any] | None = None
         self.graphs = True
 
@@ -65,13 +61,19 @@ class TrtSession:
         _, _, heads, head_dim = self.declared[self.past[0]]
         self.row = heads * head_dim * item
         self.cache_pitch, self.fresh_pitch = rows * self.row, aligned(self.part * self.row)
-        sizes = {"tokens": 8 * self.part, "positions": 8 * self.part, "select": 8 * EVERY, "slots": 8 * rows}
+        parts = self.declared["rope_positions"][0] if "rope_positions" in self.declared else 0
+        self.counted = Positions(parts, self.context) if parts else None
+        self.hidden = self.declared["features"][1] if "features" in self.declared else 0
+        sizes = {"tokens": 8 * self.part, "positions": 8 * self.part, "select": 8 * EVERY}
+        sizes |= ({"rope_positions": 8 * parts * self.part} if parts else {}) | ({"feature_rows": 8 * self.part} if self.hidden else {})
+        sizes["slots"] = 8 * rows  # last, because only the rows in use are sent
         self.offsets = dict(zip(sizes, np.cumsum([0, *map(aligned, sizes.values())]).tolist(), strict=False))
-        total, scores = sum(map(aligned, sizes.values())), 4 * EVERY * self.width
-        need_memory(self.cuda, len(self.past) * (self.cache_pitch + self.fresh_pitch) + total + scores + engine.device_memory_size_v2, "cache and activations")
+        total, scores, features = sum(map(aligned, sizes.values())), 4 * EVERY * self.width, 4 * self.part * self.hidden
+        need_memory(self.cuda, len(self.past) * (self.cache_pitch + self.fresh_pitch) + total + scores + features + engine.device_memory_size_v2, "cache and activations")
         self.cache = self.cuda.alloc(len(self.past) * self.cache_pitch)
         self.fresh = self.cuda.alloc(len(self.past) * self.fresh_pitch)
         self.inbox, self.outbox = self.cuda.alloc(total), self.cuda.alloc(scores)
+        self.features = self.cuda.alloc(features) if features else 0
         self.host = self.cuda.host(total)
         self.scores = self.cuda.host(scores).view(np.float32).reshape(EVERY, self.width)
         self.fields = {name: self.host[offset : offset + aligned(sizes[name])].view(np.int64) for name, offset in self.offsets.items()}
@@ -87,20 +89,40 @@ class TrtSession:
             context.set_tensor_address(name, self.cache + number * self.cache_pitch)
             context.set_tensor_address(name.replace("past", "present"), self.fresh + number * self.fresh_pitch)
         context.set_tensor_address("scores", self.outbox)
+        if self.features:
+            context.set_tensor_address("features", self.features)
         return context
 
-    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
         check_room(self, tokens)
+        seen = feature_rows(tokens, pictures, bool(self.hidden))
+        if self.counted:
+            self.counted.add(self.position, len(tokens), pictures.positions if pictures else None)
+        ids = np.where(seen < 0, tokens, 0)  # an image token is never looked up and may lie outside the vocabulary
         size, found = min(EVERY, self.part) if every else self.part, []
         for start in range(0, len(tokens), size):
-            part = tokens[start : start + size]
+            part = ids[start : start + size]
+            if self.hidden:
+                self._show(seen[start : start + size], pictures)
             rows = self._run(part, len(part) if every else 1)
             if every:
                 found.append(rows.copy())
         return np.concatenate(found) if every else rows
 
+    def _show(self, seen: np.ndarray, pictures: Pictures | None) -> None:
+        """Put the features of one part of a prompt on the GPU, and their rows among the inputs: an image may begin in one part and end in another."""
+        here = seen >= 0
+        self.fields["feature_rows"][: len(seen)] = np.where(here, np.cumsum(here) - 1, -1)
+        if pictures and here.any():
+            self.shown = np.ascontiguousarray(pictures.features[seen[here]], np.float32)  # kept until it has been copied
+            self.cuda.to_device(self.features, self.shown)
+
     def step(self, token: int) -> np.ndarray:
         check_room(self, [token])
+        if self.counted:
+            self.counted.add(self.position, 1)
+        if self.hidden:
+            self.fields["feature_rows"][0] = -1
         return self._run([token], 1)[0]
 
     def _run(self, tokens: Sequence[int], selected: int) -> np.ndarray:
@@ -109,9 +131,12 @@ class TrtSession:
         fields = self.fields
         fields["tokens"][:new], fields["positions"][:new] = tokens, np.arange(self.position, self.position + new)
         fields["select"][:selected] = np.arange(new - selected, new)
+        if self.counted:
+            placed = self.counted.held[:, self.position : self.position + new]
+            fields["rope_positions"][: placed.size] = placed.reshape(-1)
         fields["slots"][:past] = np.where(np.arange(past) < self.position, np.arange(past), NOWHERE)
         self.cuda.to_device(self.inbox, self.host[: self.offsets["slots"] + 8 * past])
-        self._shape(which, (new, past, selected))
+        self._shape(which, {"new": new, "past": past, "selected": selected, "features": 1 if which else self.part})
         if which and self.graphs:
             self._decode(past)
         else:
@@ -122,14 +147,14 @@ class TrtSession:
         self.position += new
         return self.scores[:selected]
 
-    def _shape(self, which: int, sizes: tuple[int, int, int]) -> None:
+    def _shape(self, which: int, sizes: Sizes) -> None:
         if self.shapes[which] == sizes:
             return
         if which:
             self._forget()  # a graph is valid only while its context stays as it was
         for name in self.inputs:
-            if not self.contexts[which].set_input_shape(name, shape_of(name, self.declared[name], *sizes)):
-                raise RuntimeError(f"TensorRT refuses {sizes} (new, past, selected) for {name}")
+            if not self.contexts[which].set_input_shape(name, shape_of(name, self.declared[name], sizes)):
+                raise RuntimeError(f"TensorRT refuses {sizes} for {name}")
         self.shapes[which] = sizes
 
     def _enqueue(self, which: int) -> None:
@@ -163,14 +188,32 @@ class TrtSession:
         self.cuda.close()
 
 
-def check_plan(made: dict[str, Any], here: dict[str, Any], engine: Engine) -> None:
-    """Raise EdgemedError where the plan was made by another TensorRT or for another GPU than this machine's."""
+def check_plan(engine: Engine) -> None:
+    """Raise EdgemedError where the plans were made by another TensorRT or for another GPU than this machine's."""
+    made, here = store.read_manifest(folder_of(engine))["params"], identity(engine.params["runtime"], None)
     again = f"Build it again here: edgemed build {engine.path}"
     if made["tensorrt"] != here["tensorrt"]:
         raise EdgemedError(f"{engine.path} was built by TensorRT {made['tensorrt']}, and {here['tensorrt']} is installed", again)
     if (made["gpu"], made["compute_capability"]) != (here["gpu"], here["compute_capability"]):
         raise EdgemedError(
             f"{engine.path} was built for {made['gpu']} (compute capability {made['compute_capability']}), this is {here['gpu']} ({here['compute_capability']})", again)
+
+
+def folder_of(engine: Engine) -> Path:
+    """Where an engine's plans lie."""
+    return engine.path / store.ON_DEVICE / "plan"
+
+
+def load_plan(trt: Any, cuda: Cuda, engine: Engine, name: str) -> Any:
+    """TensorRT's engine of NAME.plan. Raises EdgemedError where it is missing, too large for the memory that is free, or not TensorRT's."""
+    plan, again = folder_of(engine) / f"{name}.plan", f"Remove {folder_of(engine)} and build again: edgemed build {engine.path}"
+    if not plan.is_file():
+        raise EdgemedError(f"{plan} is missing", again)
+    need_memory(cuda, plan.stat().st_size, f"the weights of {plan.name}")
+    found = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(plan.read_bytes())
+    if found is None:
+        raise EdgemedError(f"TensorRT {trt.__version__} cannot load {plan}", again)
+    return found
 
 
 def need_memory(cuda: Cuda, size: int, what: str) -> None:

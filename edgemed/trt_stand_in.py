@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
-from edgemed.session import check_room
+from edgemed.session import Pictures, Positions, check_room, feature_rows
 from edgemed.trt_dialect import BLOCK, NOWHERE, rows_offered
+from edgemed.trt_parser import nested
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
@@ -23,19 +24,7 @@ class StandIn:
     """A Session on ONNX Runtime over the plain graph; the cache is [1, rows, kv_heads, head_dim] per layer, new rows are written behind the old."""
 
     def __init__(self, engine: Engine, threads: int | None):
-        ort = need("onnxruntime", "onnx")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # ONNX Runtime fuses int4 DequantizeLinear + MatMul and would round activations to int8, which TensorRT does not.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        file = engine.path / "model.onnx"
-        model: Any = widened(file) if "bf16" in engine.precision else str(file)
-        try:
-            self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
-            raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {engine.path}: {str(error).splitlines()[0]}", "Export the engine again") from error
+        self.session = started(engine.path / "model.onnx", "bf16" in engine.precision, threads)
         self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
         rows = rows_offered(self.context)
         self.cache = {
@@ -43,17 +32,25 @@ class StandIn:
             for value in self.session.get_inputs() if value.name.startswith("past.")
         }
         self.outputs = ["scores", *(name.replace("past", "present") for name in self.cache)]
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        self.hidden = shapes["features"][1] if "features" in shapes else 0
+        self.counted = Positions(shapes["rope_positions"][0], self.context) if "rope_positions" in shapes else None
 
-    def prefill(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
+    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
         check_room(self, tokens)
+        seen = feature_rows(tokens, pictures, bool(self.hidden))
         new, end = len(tokens), self.position + len(tokens)
         past = rows_offered(self.position)
         slots = np.full(past, NOWHERE, np.int64)
         slots[: self.position] = np.arange(self.position)
         feeds = {
-            "tokens": np.array([tokens], np.int64), "positions": np.arange(self.position, end, dtype=np.int64)[None], "slots": slots,
+            "tokens": np.where(seen < 0, tokens, 0)[None], "positions": np.arange(self.position, end, dtype=np.int64)[None], "slots": slots,
             "select": np.arange(new) if every else np.array([new - 1]), **{name: rows[:, :past] for name, rows in self.cache.items()},
         }
+        if self.hidden:
+            feeds |= {"feature_rows": seen[None], "features": np.ascontiguousarray(pictures.features, np.float32) if pictures else np.zeros((1, self.hidden), np.float32)}
+        if self.counted:
+            feeds["rope_positions"] = self.counted.add(self.position, new, pictures.positions if pictures else None)
         scores, *fresh = self.session.run(self.outputs, feeds)
         for rows, made in zip(self.cache.values(), fresh, strict=True):
             rows[:, self.position : end] = made
@@ -70,6 +67,23 @@ class StandIn:
         del self.session
 
 
+def started(file: Path, wide: bool, threads: int | None) -> Any:
+    """An ONNX Runtime session over a plain graph. wide: it holds bfloat16. Raises EdgemedError where it cannot be loaded."""
+    ort = need("onnxruntime", "onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # ONNX Runtime fuses DequantizeLinear + MatMul and would round activations to int8, which TensorRT does not.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    try:
+        return ort.InferenceSession(widened(file) if wide else str(file), options, providers=["CPUExecutionProvider"])
+    except EdgemedError:
+        raise
+    except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
+        raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {file}: {str(error).splitlines()[0]}", "Export the engine again") from error
+
+
 def widened(file: Path) -> bytes:
     """The same graph with bfloat16 widened to float32, which ONNX Runtime's CPU kernels lack: weights keep their bfloat16 values, activations are not rounded.
 
@@ -78,13 +92,14 @@ def widened(file: Path) -> bytes:
     onnx = need("onnx", "build")
     model = onnx.load(str(file))
     narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    for tensor in model.graph.initializer:
+    parts = list(nested(onnx, model.graph))
+    for tensor in (tensor for part in parts for tensor in part.initializer):
         if tensor.data_type == narrow:
             tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for value in (*model.graph.input, *model.graph.output):
+    for value in (value for part in parts for value in (*part.input, *part.output)):
         if value.type.tensor_type.elem_type == narrow:
             value.type.tensor_type.elem_type = wide
-    for node in model.graph.node:
+    for node in (node for part in parts for node in part.node):
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
                 attribute.i = wide

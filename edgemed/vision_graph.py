@@ -29,14 +29,15 @@ class VisionDialect(Protocol):
     def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str: ...
 
 
-def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16"], bits: int | None) -> int:
+def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16", "bfloat16"], bits: int | None, group: int = 32, stream: str = "") -> int:
     """Write tower.onnx and projector.onnx with their data files into `out`; returns their weight bytes.
 
     Inputs: pixels float32 [patches, numbers of a patch], and with rotary positions cos and sin float32 [patches, pairs of a head]; between them
-    tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices where a row is a multiple of 32.
+    tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices with a scale for `group` inputs (-1: for a row); stream:
+    format of the residual stream and the norms, '' for floats.
     """
     v: Vision = weights.vision
-    precision = Precision(floats, bits, 32)
+    precision = Precision(floats, bits, group, stream=stream)
     return _tower(weights, v, Graph(out, precision, TOWER), dialect) + _projector(weights, v, Graph(out, precision, PROJECTOR), dialect)
 
 
@@ -47,19 +48,19 @@ def _tower(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
         for name in ANGLES:
             graph.value("inputs", name, onnx.FLOAT, ["patches", 2 * len(v.frequencies)])
     # Patches have rows of no round length and are read once an image: their matrix stays in floats.
-    x = linear(graph, dialect, weights, "vision.patch", _cast(graph, "pixels", "pixels.cast"), exact=True)
+    x = linear(graph, dialect, weights, "vision.patch", graph.cast("pixels", "float32", graph.precision.floats, "pixels.cast"), exact=True)
+    x = graph.cast(x, graph.precision.floats, graph.stream, "vision.patch.stream")
     if not v.frequencies:
-        first = graph.floats("vision.class", weights.table("vision.class").reshape(1, -1))
+        first = graph.floats("vision.class", weights.table("vision.class").reshape(1, -1), stream=True)
         x = graph.node("Concat", [first, x], "vision.with_class", axis=0)
-        x = graph.node("Add", [x, graph.floats("vision.positions", weights.table("vision.positions"))], "vision.placed")
+        x = graph.node("Add", [x, graph.floats("vision.positions", weights.table("vision.positions"), stream=True)], "vision.placed")
     x = _norm(graph, weights, v, "vision.pre_norm", x) if v.pre_norm else x
     for n in track(range(v.layers), "vision tower"):
         name = f"vision.layers.{n}"
-        y = dialect.tower_attention(graph, v, name, linear(graph, dialect, weights, f"{name}.qkv", _norm(graph, weights, v, f"{name}.attn_norm", x)))
-        x = graph.node("Add", [x, linear(graph, dialect, weights, f"{name}.o", y)], f"{name}.attended")
-        y = linear(graph, dialect, weights, f"{name}.up", _norm(graph, weights, v, f"{name}.mlp_norm", x))
-        y = linear(graph, dialect, weights, f"{name}.down", _activated(graph, v, y, f"{name}.act"))
-        x = graph.node("Add", [x, y], f"{name}.sum")
+        y = dialect.tower_attention(graph, v, name, linear(graph, dialect, weights, f"{name}.qkv", _read(graph, weights, v, f"{name}.attn_norm", x)))
+        x = _sum(graph, x, linear(graph, dialect, weights, f"{name}.o", y), f"{name}.attended")
+        y = linear(graph, dialect, weights, f"{name}.up", _read(graph, weights, v, f"{name}.mlp_norm", x))
+        x = _sum(graph, x, linear(graph, dialect, weights, f"{name}.down", _activated(graph, v, y, f"{name}.act")), f"{name}.sum")
     if not v.frequencies:
         start, end, axis = (graph.constant(f"vision.{name}", np.array([value])) for name, value in (("first_patch", 1), ("last_patch", 1 << 30), ("patch_axis", 0)))
         x = graph.node("Slice", [x, start, end, axis], "vision.patches")
@@ -72,8 +73,9 @@ def _tower(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
 def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
     onnx = graph.onnx.TensorProto
     graph.value("inputs", "tower", onnx.FLOAT, ["patches", v.width])
-    x = _cast(graph, "tower", "tower.cast")
+    x = graph.cast("tower", "float32", graph.stream, "tower.cast")
     x = _norm(graph, weights, v, "vision.projector.norm", x) if v.projector_norm else x
+    x = graph.cast(x, graph.stream, graph.precision.floats, "tower.read")
     if v.merge > 1:
         x = graph.node("Reshape", [x, graph.constant("vision.merged", np.array([-1, v.width * v.merge**2]))], "vision.folded")
     x = graph.node("Gelu", [linear(graph, dialect, weights, "vision.projector.first", x)], "vision.projector.act")
@@ -84,17 +86,23 @@ def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> i
     return graph.layer_bytes
 
 
-def _cast(graph: Graph, x: str, name: str) -> str:
-    return x if graph.precision.floats == "float32" else graph.node("Cast", [x], name, to=graph.float_type)
-
-
 def _norm(graph: Graph, weights: Weights, v: Vision, name: str, x: str) -> str:
-    weight, bias = weights.norm(name)
-    return graph.node("LayerNormalization", [x, graph.floats(f"{name}.weight", weight), graph.floats(f"{name}.bias", bias)], name, epsilon=v.norm_eps, axis=-1)
+    """The norm of x, both in the stream's format."""
+    scale = [graph.floats(f"{name}.{part}", tensor, stream=True) for part, tensor in zip(("weight", "bias"), weights.norm(name), strict=True)]
+    return graph.node("LayerNormalization", [x, *scale], name, epsilon=v.norm_eps, axis=-1)
+
+
+def _read(graph: Graph, weights: Weights, v: Vision, name: str, x: str) -> str:
+    """The same in the format of the activations, as a matrix reads it."""
+    return graph.cast(_norm(graph, weights, v, name, x), graph.stream, graph.precision.floats, f"{name}.read")
+
+
+def _sum(graph: Graph, x: str, branch: str, name: str) -> str:
+    return graph.node("Add", [x, graph.cast(branch, graph.precision.floats, graph.stream, f"{name}.branch")], name)
 
 
 def _activated(graph: Graph, v: Vision, x: str, name: str) -> str:
     if v.activation == "gelu":
         return graph.node("Gelu", [x], name)
-    scaled = graph.node("Mul", [x, graph.constant(f"{name}.alpha", np.array(1.702, graph.precision.floats))], f"{name}.scaled")
+    scaled = graph.node("Mul", [x, graph.constant(f"{name}.alpha", np.array(1.702).astype(graph.precision.floats))], f"{name}.scaled")
     return graph.node("Mul", [x, graph.node("Sigmoid", [scaled], f"{name}.gate")], name)

@@ -194,7 +194,8 @@ class Context:
         assert stream == 77 and set(self.addresses) == set(self.engine.names), "an address is missing"
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         assert set(shapes) == {i.name for i in self.engine.inputs}, "a shape is missing"
-        self.engine.log.append(("execute", "captured" if self.engine.driver.recording is not None else "run", shapes["slots"][0], shapes["tokens"][1]))
+        which = (shapes["slots"][0], shapes["tokens"][1]) if "slots" in shapes else (self.engine.name, next(iter(shapes.values()))[0])
+        self.engine.log.append(("execute", "captured" if self.engine.driver.recording is not None else "run", *which))
         self.engine.driver.submit(lambda: self._run(shapes, addresses))
         return True
 
@@ -218,7 +219,7 @@ class Engine:
     def __init__(self, plan: dict[str, Any], driver: Driver, log: list[Any]):
         import onnxruntime as ort
 
-        self.plan, self.driver, self.log = plan, driver, log
+        self.plan, self.driver, self.log, self.name = plan, driver, log, Path(plan["onnx"]).stem
         self.inputs, self.outputs = network_of(plan["onnx"])
         self.names = [v.name for v in (*self.inputs, *self.outputs)]
         options = ort.SessionOptions()

@@ -53,6 +53,22 @@ def test_without_a_gpu_both_say_so(tmp_path: Path) -> None:
     assert done.returncode == 1 and "--dry-run takes every step on the CPU" in done.stderr
 
 
+def test_an_engine_that_sees_is_timed_seeing(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    from conftest import write_model
+
+    from edgemed.checkpoint import open_checkpoint
+    from edgemed.engine import export
+    from edgemed.targets.onnx import Params
+
+    path = export(open_checkpoint(write_model(tmp_path / "model", family="qwen2_vl", max_position_embeddings=512)), "onnx", Params("fp32"), tmp_path / "engine").path
+    code = f"import gpu, json; from pathlib import Path; print(json.dumps(gpu.worker('onnx', Path({str(path)!r}), 'precision=fp32', gpu.DRY)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, timeout=100)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])["by_image"]
+    assert seen["features"] == 256 and all(len(seen[f"{part}_seconds"]["rounds"]) == 2 and seen[f"{part}_seconds"]["median"] > 0 for part in ("preprocess", "tower", "projector"))
+
+
 def test_the_script_is_valid_and_bounded() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "bench" / "gpu.sh")], check=True)
     text = (ROOT / "bench" / "gpu.sh").read_text()

@@ -12,14 +12,20 @@ from moe_models import MODELS, reference, write
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytest.importorskip("onnx")
 
-from edgemed import facts  # noqa: E402
+import onnx  # noqa: E402
+
+from edgemed import facts, plugins  # noqa: E402
 from edgemed.checkpoint import open_checkpoint  # noqa: E402
 from edgemed.decoder import TorchSession, logits, mlp  # noqa: E402
+from edgemed.engine import Engine, export  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
 from edgemed.family import Decoder, Experts  # noqa: E402
 from edgemed.importance import importance  # noqa: E402
+from edgemed.session import Sampling, generate  # noqa: E402
 from edgemed.steps import quantize  # noqa: E402
+from edgemed.trt_parser import nested  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
 ORACLES = ROOT / "tests" / "data" / "moe"
@@ -239,3 +245,88 @@ def test_importance_is_of_the_tokens_that_reached_an_expert(tinymed: Path) -> No
         module.block(weights.decoder, layer, 0, x, product=product)
     for name in ("qkv", "experts.1.up", "experts.1.down"):
         assert np.abs(found[f"layers.0.{name}"] - seen[name].square().mean(0).numpy()).max() < 1e-4
+
+
+# --- engines
+
+def scores(engine: Engine, every: int = 30) -> np.ndarray:
+    session = engine.open(1)
+    found = np.concatenate([session.prefill(IDS[:every], every=True).copy(), *(session.step(token)[None].copy() for token in IDS[every:])])
+    session.close()
+    return found
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_engine_gives_the_models_scores_and_tokens(name: str, target: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    checkpoint = open_checkpoint(write(tmp_path / "model", name))
+    module = plugins.load("targets", target)
+    engine = export(checkpoint, target, module.Params(precision="fp32"), tmp_path / "engine")
+    right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+    assert np.abs(scores(engine) - right).max() < 1e-4
+    source, session, said = TorchSession(Weights(checkpoint)), engine.open(1), []
+    for each in (source, session):
+        said.append(list(generate(each, IDS[:9], Sampling(max_tokens=40))))
+    assert said[0] == said[1] and len(said[0]) > 1
+    session.close()
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, -1)])
+def test_the_experts_integers_are_carried(medmoe: Path, tmp_path: Path, target: str, bits: int, group: int) -> None:
+    pytest.importorskip("onnxruntime")
+    quantized(medmoe, tmp_path / "packed", method="rtn", bits=bits, group=group)
+    checkpoint, module = open_checkpoint(tmp_path / "packed"), plugins.load("targets", target)
+    wide = {"accuracy_level": 1} if target == "onnx" else {"activations": "fp32"}
+    engine = export(checkpoint, target, module.Params(**wide), tmp_path / "engine")
+    weights = Weights(checkpoint)
+    expected = logits(weights, torch.tensor([IDS]))[0].numpy()
+    found = scores(engine)
+    if target == "tensorrt":
+        # The output matrix stays as stored there; ONNX Runtime's gets integers of its own.
+        assert np.abs(found - expected).max() < 1e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.95
+    model, numbers = onnx.load(engine.path / "model.onnx"), {}
+    for part in nested(onnx, model.graph):
+        numbers |= {t.name: onnx.numpy_helper.to_array(t, str(engine.path)) for t in part.initializer if t.name.endswith(".q")}
+    for name in (f"layers.{n}.{matrix}" for n in range(3) for matrix in weights.decoder.matrices(n)):
+        q, right = numbers[f"{name}.q"], weights.matrix(name).q.numpy()
+        if target == "tensorrt":
+            q = (q.astype(np.int32).T + (1 << bits - 1)).astype(np.uint8)
+        elif bits == 4:
+            q = np.stack([q & 15, q >> 4], -1)
+        assert (q.reshape(right.shape) == right).all(), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_tensorrt_graphs_parse_and_may_compute_all_experts(tinymed: Path, tmp_path: Path, precision: str) -> None:
+    pytest.importorskip("onnxruntime")
+    module, found = plugins.load("targets", "tensorrt"), []
+    right = logits(Weights(open_checkpoint(tinymed)), torch.tensor([IDS]))[0].numpy()
+    for experts, profile in (("chosen", "jetpack6"), ("chosen", "trt11"), ("all", "jetpack7")):
+        engine = export(open_checkpoint(tinymed), "tensorrt", module.Params(precision=precision, experts=experts, profile=profile), tmp_path / f"{experts}-{profile}")
+        found.append(engine)
+        ifs = json.loads((engine.path / "manifest.json").read_text())["notes"]["parser"]["operators"].get("If", 0)
+        assert ifs == (8 if experts == "chosen" else 0)
+        # A token whose experts are close may go to another one in half precision.
+        assert np.median(np.abs(scores(engine) - right)) < 0.02
+    assert found[0].bytes_per_token < found[2].bytes_per_token
+
+
+def test_an_expert_that_nobody_chose_is_not_computed(tinymed: Path, tmp_path: Path) -> None:
+    """The graph of ONNX Runtime profiled: as many experts' products run as tokens chose experts."""
+    ort = pytest.importorskip("onnxruntime")
+    engine = export(open_checkpoint(tinymed), "onnx", plugins.load("targets", "onnx").Params(precision="int8", group=32), tmp_path / "engine")
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    d = Weights(open_checkpoint(tinymed)).decoder
+    feeds = {"tokens": np.array([[5]]), "positions": np.array([[0]]), "select": np.array([0]), "last_index": np.array([0], np.int32), "total": np.array([1], np.int32),
+             "feature_rows": np.array([[-1]]), "features": np.zeros((1, d.hidden), np.float32), "rope.cos": np.ones((8, len(d.rope_frequencies)), np.float32),
+             "rope.sin": np.zeros((8, len(d.rope_frequencies)), np.float32)}
+    feeds |= {v.name: np.zeros((1, d.kv_heads, 8, d.head_dim), np.float32) for v in session.get_inputs() if v.name.startswith("past.")}
+    session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [event["name"] for event in events if event.get("args", {}).get("op_name") == "MatMulNBits" and ".experts." in event["name"] and "kernel_time" in event["name"]]
+    assert len(ran) == 2 * 2 * len(d.experts.layers), ran

@@ -223,8 +223,9 @@ def test_images_cost_tower_tokens_and_time():
     blind, one, two = (plan.plan(seeing(), "n100-mini-pc-16gb", Wishes(images=n, prompt=64, precision="int4", context=2048))["recommended"] for n in range(3))
     assert blind["vision_mb"] == one["vision_mb"] > 1000 and blind["stages_s"].keys() == {"prefill"}
     assert two["stages_s"]["vision"] == pytest.approx(2 * one["stages_s"]["vision"]) and two["stages_s"]["prefill"] > one["stages_s"]["prefill"] > blind["stages_s"]["prefill"]
-    found = plan.plan(seeing(), BOARD, Wishes(images=1, prompt=64))
+    found, onboard = (plan.plan(seeing(), BOARD, Wishes(images=1, prompt=64, precision=precision)) for precision in ("q4_k_m", "int4"))
     assert "vision" not in found["recommended"]["stages_s"] and any("vision tower is missing from every first token" in note for note in found["notes"])
+    assert onboard["recommended"]["target"] == "tensorrt" and onboard["recommended"]["stages_s"]["vision"] > 0 and not any("is missing" in note for note in onboard["notes"])
 
 
 def test_a_vision_tower_is_counted_once():

@@ -202,7 +202,7 @@ def test_altered_onnx_and_altered_plan(made: dict[str, Path], tmp_path: Path, mo
 
 def test_too_little_memory_is_said_before_the_driver_fails(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, engine = fake_tensorrt.install(monkeypatch, memory=1 << 30), engine_of(made, "fp32", tmp_path)
-    with pytest.raises(EdgemedError, match=r"building needs about 14\d\d MB of GPU memory and 1074 MB are free: 3\d\d MB too little"):
+    with pytest.raises(EdgemedError, match=r"building model.onnx needs about 14\d\d MB of GPU memory and 1074 MB are free: 3\d\d MB too little"):
         finish(engine)
     assert not [entry for entry in here.log if entry[0] == "network"]
     finish(engine, 100)
@@ -217,7 +217,7 @@ def test_memory_that_cpu_and_gpu_share(made: dict[str, Path], tmp_path: Path, mo
     fake_tensorrt.install(monkeypatch, integrated=True)
     free = psutil.virtual_memory()._replace(available=10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    with pytest.raises(EdgemedError, match=r"building needs about 14\d\d MB of memory and 1000 MB are free"):
+    with pytest.raises(EdgemedError, match=r"building model.onnx needs about 14\d\d MB of memory and 1000 MB are free"):
         finish(engine_of(made, "fp32", tmp_path))
 
 

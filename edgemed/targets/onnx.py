@@ -21,7 +21,7 @@ import numpy as np
 from edgemed.errors import EdgemedError, need
 from edgemed.grid import Ints
 from edgemed.ort_dialect import ROPE, OrtDialect
-from edgemed.session import Pictures, Positions, check_pictures, check_room, looked_up
+from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
@@ -231,11 +231,7 @@ class OrtSession:
         self.rope[0][start : start + count], self.rope[1][start : start + count] = np.cos(angles), np.sin(angles)
 
     def _show(self, tokens: Sequence[int], pictures: Pictures) -> None:
-        if not self.sees:
-            raise EdgemedError("this engine reads text only", "Ask it without an image, or export a model that sees")
-        check_pictures(tokens, pictures)
-        seen = np.array(tokens) == pictures.token
-        self.feature_rows[0] = np.where(seen, np.cumsum(seen) - 1, -1)
+        self.feature_rows[0] = feature_rows(tokens, pictures, self.sees)
         self._bound("features", np.ascontiguousarray(pictures.features, np.float32))
 
     def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:

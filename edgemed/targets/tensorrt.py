@@ -6,14 +6,16 @@ engine is unbuilt: the same graph runs on ONNX Runtime for parity, and nothing i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgemed.engine import pixels_of
 from edgemed.errors import EdgemedError
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
+    from edgemed.family import Vision
     from edgemed.session import Session
     from edgemed.weights import Weights
 
@@ -23,6 +25,7 @@ EXACT = {"fp32": 1e-3}
 RUNTIME = ("tensorrt", "tensorrt")
 # Where engines go -> the parser table they are checked against.
 PROFILES = {"jetpack6": "10.3", "jetpack7": "10.16", "trt11": "11"}
+SCORES = 16 * 10**9  # bytes of attention scores beyond which a vision tower is refused: a quarter of a 64 GB Jetson
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -34,6 +37,7 @@ class Params:
     activations: format beside integers. context: tokens of the KV cache (default the model's). prefill: tokens per run at most; longer
     prompts go in parts. workspace_mb: memory TensorRT may use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX.
     experts: 'chosen' passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can hold; 'all' computes all of them.
+    tower: precision of a vision tower and projector; min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
     profile: Literal["jetpack6", "jetpack7", "trt11"] = "jetpack6"
@@ -45,6 +49,9 @@ class Params:
     workspace_mb: int = 1024
     runtime: Literal["tensorrt", "rtx"] = "tensorrt"
     experts: Literal["chosen", "all"] = "chosen"
+    tower: Literal["fp16", "fp32", "bf16", "int8"] = "fp16"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 def label(params: Params) -> str:
@@ -68,10 +75,10 @@ def supports(weights: Weights, params: Params) -> str | None:
     d, bits, stored = weights.decoder, bits_of(weights, params), weights.quantization
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
-    if weights.vision:
-        return "vision towers and image features have not been written for TensorRT yet; use onnx or llamacpp"
     if params.prefill < 1 or params.workspace_mb < 1:
         return "prefill and workspace_mb must be above 0"
+    if weights.vision and (reason := images_refused(vision_seen(weights, params), params.context or d.context)):
+        return reason
     if not bits:
         return None
     if stored and bits != stored["bits"]:
@@ -91,24 +98,45 @@ def supports(weights: Weights, params: Params) -> str | None:
     return None
 
 
-def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
-    """Write model.onnx (+ .data), the parser check and the build script; returns the facts for engine.json and the manifest.
+def vision_seen(weights: Weights, params: Params) -> Vision:
+    """The model's vision with the limits of images these parameters set."""
+    return replace(weights.vision, pixels=pixels_of(weights.vision, params))
 
-    Raises EdgemedError where the profile's TensorRT would not parse the graph.
+
+def images_refused(v: Vision, context: int) -> str | None:
+    """Why no image, or not the largest one, can be read, or None."""
+    from edgemed.images import most_features
+    from edgemed.trt_build import patch_range, score_bytes
+
+    fewest = most_features(v) if v.size else -(-v.pixels[0] // (v.patch * v.merge) ** 2)
+    if fewest > context:
+        return f"an image becomes at least {fewest} tokens, context {context} holds none; choose a longer context" + ("" if v.size else " or fewer min_pixels")
+    most, scores = patch_range(v, context)[2], score_bytes(v, context)
+    if scores > SCORES:
+        return (f"images of {v.pixels[1]} pixels make {most} patches, whose attention may take {scores / 1e9:.0f} GB in TensorRT; "
+                f"choose fewer max_pixels (1003520: {28**2 * 1280 // v.patch**2} patches)")
+    return None
+
+
+def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
+    """Write model.onnx (+ .data), tower and projector where the model sees, the parser check and the build script; returns the facts for engine.json and the manifest.
+
+    Raises EdgemedError where the profile's TensorRT would not parse a graph.
     """
     from edgemed.graph import Precision, build_decoder
+    from edgemed.trt_build import SEEING, score_bytes
     from edgemed.trt_dialect import PlainDialect, rows_offered
-    from edgemed.trt_parser import check, estimate, read_table
+    from edgemed.trt_parser import estimate
 
     d, bits = weights.decoder, bits_of(weights, params)
     chosen = params.activations if bits else "fp16" if params.precision == "auto" else params.precision
     # Sums and norms stay float32: TensorRT 11 computes a norm in the format of its input.
     precision = Precision(FLOATS[chosen], bits, -1 if bits == 8 else params.group, stream="float32")
     graph = build_decoder(weights, out, precision, PlainDialect(bits, params.experts == "chosen"))
-    report = check(out / "model.onnx", read_table(PROFILES[params.profile]))
-    if report["problems"]:
-        raise EdgemedError(f"TensorRT {report['tensorrt']} would not parse this graph: {'; '.join(report['problems'][:3])}", f"Choose another profile among {', '.join(PROFILES)}")
-    context = params.context or d.context
+    context, names, seen, scores = params.context or d.context, ("model", *(SEEING if weights.vision else ())), {}, 0
+    if weights.vision:
+        seen, scores = {"tower_bytes": build_eyes(weights, out, params)}, score_bytes(vision_seen(weights, params), context)
+    reports = {name: parsed(out / f"{name}.onnx", params.profile) for name in names}
     cache = 2 * d.layers * rows_offered(context) * d.kv_size * (4 if chosen == "fp32" else 2)
     (out / "build.sh").write_text(SCRIPT, encoding="utf-8")
     stored = weights.quantization["group_size"] if weights.quantization else params.group
@@ -117,11 +145,30 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     return {
         "precision": f"int{bits} {group}" + (f" {chosen}" if chosen != "fp16" else "") if bits else chosen,
         "bytes_per_token": graph.layer_bytes, "context": context,
-        "unbuilt": same.replace("graph", "graph with bfloat16 widened to float32") if chosen == "bf16" else same,
-        "parser": report, "expected_bytes": estimate(out / "model.onnx", context, cache, params.workspace_mb * 10**6),
-        "attention": "plain operators, cache read in place, new rows written behind it",
+        "unbuilt": same.replace("graph", "graph with bfloat16 widened to float32") if "bf16" in (chosen, weights.vision and params.tower) else same,
+        "parser": reports["model"], "expected_bytes": estimate(out, names, context, cache, params.workspace_mb * 10**6, scores),
+        "attention": "plain operators, cache read in place, new rows written behind it", **seen, **({"vision_parser": {name: reports[name] for name in SEEING}} if weights.vision else {}),
         **({"integers": "gptq checkpoint" if weights.quantization else "rounded to nearest", "output_matrix": chosen, "embedding": chosen} if bits else {}),
     }
+
+
+def build_eyes(weights: Weights, out: Path, params: Params) -> int:
+    """Write tower.onnx and projector.onnx; returns their weight bytes. Sums and norms are float32, as in the decoder; int8 has one scale per output."""
+    from edgemed.trt_dialect import PlainDialect
+    from edgemed.vision_graph import build_vision
+
+    bits = 8 if params.tower == "int8" else None
+    return build_vision(weights, out, PlainDialect(bits), FLOATS.get(params.tower, "float16"), bits, group=-1, stream="float32")
+
+
+def parsed(file: Path, profile: str) -> dict[str, Any]:
+    """The parser check of one graph. Raises EdgemedError where the profile's TensorRT would not parse it."""
+    from edgemed.trt_parser import check, read_table
+
+    report = check(file, read_table(PROFILES[profile]))
+    if report["problems"]:
+        raise EdgemedError(f"TensorRT {report['tensorrt']} would not parse {file.name}: {'; '.join(report['problems'][:3])}", f"Choose another profile among {', '.join(PROFILES)}")
+    return report
 
 
 SCRIPT = """#!/bin/sh
@@ -142,7 +189,7 @@ def open(engine: Engine, threads: int | None) -> Session:
 
 
 def finish(engine: Engine, out: Path, workspace_mb: int | None = None) -> dict[str, Any]:
-    """On the device: compile model.onnx into `out`/model.plan; returns the facts for its manifest. Raises EdgemedError as trt_build.compile_plan."""
+    """On the device: compile every graph NAME.onnx into `out`/NAME.plan; returns the facts for its manifest. Raises EdgemedError as trt_build.compile_plan."""
     from edgemed.trt_build import compile_plan
 
     return compile_plan(engine, out, PROFILES[engine.params["profile"]], workspace_mb)
