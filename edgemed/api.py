@@ -17,6 +17,7 @@ from edgemed.evaluate import SOURCE, judge, pair, source_key
 from edgemed.facts import inspect
 from edgemed.family import Family
 from edgemed.image_files import open_image
+from edgemed.images import check_places, prompt_tokens, vision_of
 from edgemed.recipe import EvalSpec
 from edgemed.run import evaluate_opened, open_source, start_engine
 from edgemed.session import Pictures, Sampling, Session, generate
@@ -146,7 +147,10 @@ def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | N
     pictures = [open_image(image) for image in images]
     eyes = eyes_of(opened, threads) if pictures else None
     text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
-    tokens = encode(opened.tokenizer(), text)
+    v = vision_of(opened.vision) if opened.vision else None
+    tokens = prompt_tokens(opened.tokenizer(), text, v)
+    if v:
+        check_places(tokens, v.token, len(pictures))
     tokens, seen = eyes.see(tokens, pictures) if eyes else (tokens, None)
     session = opened.open(threads)
     try:
@@ -163,7 +167,7 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
     known = [name for name, there in (("chat", family.chat), ("reasoning", family.reasoning)) if there] + ["none"]
     if template not in known:
         raise EdgemedError(f"family {family.name} has no template '{template}'", nearest(template, known))
-    return family.chat(family.reasoning(text) if template == "reasoning" else text, images)
+    return family.chat(family.reasoning(text) if template == "reasoning" else text, images, vision_of(engine.vision).conversation)
 
 
 def _words(engine: Engine, session: Session, tokens: Sequence[int], sampling: Sampling, pictures: Pictures | None = None) -> Iterator[str]:

@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
           "I8": "int8", "U8": "uint8", "BOOL": "bool"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-                   "chat_template.jinja", "generation_config.json")
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+              "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+TOWER = "vision_tower"  # folder of a vision tower that a checkpoint lacks: its tensors are read as vision_tower.*
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: file, torch dtype name, shape, and byte range (offset None: a pickle entry)."""
+    """Where one tensor lies: file, torch dtype name, shape, and byte range (offset None: a pickle entry, called `name` there)."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int | None
     nbytes: int
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,16 @@ class Checkpoint:
         if name not in self.tensors:
             raise EdgemedError(f"{self.path}: tensor '{name}' is missing", "The checkpoint is incomplete; download it again")
         entry = self.tensors[name]
-        tensor = _read_pickled(entry.file, name) if entry.offset is None else _read_raw(entry, torch)
+        tensor = _read_pickled(entry.file, entry.name) if entry.offset is None else _read_raw(entry, torch)
         if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise EdgemedError(f"{entry.file.name}: tensor '{name}' holds {bad} NaN or Inf values", "The checkpoint is damaged; do not deploy it")
         return tensor
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of config.json, of every weight file and of the tokenizer."""
+        """sha256 of config.json, of every weight file, of the tokenizer and of what says how images are read."""
         files = {entry.file for entry in self.tensors.values()} | {self.path / "config.json"}
-        files |= {self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+        files |= {folder / name for folder in (self.path, self.path / TOWER) for name in COMPANIONS if (folder / name).is_file()}
         return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in sorted(files)}
 
     @property
@@ -91,6 +93,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     absent = next((name for name in index if name not in tensors), None)
     if absent:
         raise EdgemedError(f"{path / index[absent]} does not hold tensor '{absent}', which the index says it does", "Download the shard again")
+    if (path / TOWER).is_dir():
+        for file in _weight_files(path / TOWER)[0]:
+            found = _pickle_entries(file) if file.suffix == ".bin" else _safetensors_entries(file)
+            tensors |= {f"{TOWER}.{name}": entry for name, entry in found.items() if f"{TOWER}.{name}" not in tensors}
     return Checkpoint(path, read_config(path), tensors)
 
 
@@ -176,7 +182,7 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
 def _pickle_entries(file: Path) -> dict[str, Entry]:
     state = _load_pickle(file)
     return {
-        name: Entry(file, str(t.dtype).removeprefix("torch."), tuple(t.shape), None, t.numel() * t.element_size())
+        name: Entry(file, str(t.dtype).removeprefix("torch."), tuple(t.shape), None, t.numel() * t.element_size(), name)
         for name, t in state.items()
     }
 
@@ -213,12 +219,12 @@ class Writer:
     """Writes a checkpoint shard by shard: at most `shard_bytes` are held in memory. Call `close` last."""
 
     def __init__(self, path: Path, config: Mapping[str, Any], source: Path | None = None, shard_bytes: int = 256 << 20):
-        """source: a checkpoint directory whose tokenizer files are copied beside the weights."""
+        """source: a checkpoint directory whose tokenizer and preprocessor files are copied beside the weights."""
         self.path, self.shard_bytes = Path(path), shard_bytes
         self.pending: dict[str, torch.Tensor] = {}
         self.size, self.shards, self.total = 0, [], 0
         (self.path / "config.json").write_text(json.dumps(dict(config), indent=1) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES if source else ():
+        for name in COMPANIONS if source else ():
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, self.path / name)
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from edgemed.errors import need
 from edgemed.family import Decoder
-from edgemed.session import Pictures, Positions, check_pictures, check_room
-from edgemed.weights import MATRICES, Weights
+from edgemed.session import Pictures, Positions, check_pictures, check_room, looked_up
+from edgemed.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 def load_layer(weights: Weights, n: int) -> Layer:
     """(weight, bias) of each part of layer n, float32, quantized matrices expanded."""
+    d = weights.source
     norms = [name for name in ("attn_norm", "mlp_norm") if f"layers.{n}.{name}" in weights.parts]
     layer: Layer = {name: weights.norm(f"layers.{n}.{name}") for name in norms}
-    for name in MATRICES:
+    for name in (*d.matrices(n), *(("router",) if d.sparse(n) else ())):
         matrix = weights.matrix(f"layers.{n}.{name}")
         layer[name] = (matrix.dense(), matrix.bias)
     return layer
@@ -109,7 +110,34 @@ def block(d: Decoder, layer: Layer, n: int, x: torch.Tensor, cache: Cache | None
     branch = product(layer, "o", attention(d, n, product(layer, "qkv", read), cache, position, angles))
     x = x + branch
     read = read if d.parallel else norm(d, layer, "mlp_norm", x)
-    return x + product(layer, "down", activate(d, product(layer, "up", read)))
+    return x + mlp(d, layer, n, read, product)
+
+
+def mlp(d: Decoder, layer: Layer, n: int, x: torch.Tensor, product: Product = linear) -> torch.Tensor:
+    """What layer n's MLP or mixture of experts gives for x [.., hidden], the same shape. Of the experts only those some token chose are computed."""
+    if not d.sparse(n):
+        return _one_mlp(d, layer, "", x, product)
+    torch, flat = need("torch", "build"), x.reshape(-1, d.hidden)
+    gates, chosen = routed(d, layer, flat)
+    y = _one_mlp(d, layer, "shared.", flat, product) if d.experts.shared else torch.zeros_like(flat)
+    for expert in range(d.experts.count):
+        rows, place = (chosen == expert).nonzero(as_tuple=True)
+        if len(rows):
+            y.index_add_(0, rows, gates[rows, place, None] * _one_mlp(d, layer, f"experts.{expert}.", flat[rows], product))
+    return y.reshape(x.shape)
+
+
+def _one_mlp(d: Decoder, layer: Layer, name: str, x: torch.Tensor, product: Product) -> torch.Tensor:
+    return product(layer, f"{name}down", activate(d, product(layer, f"{name}up", x)))
+
+
+def routed(d: Decoder, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gates, experts chosen), each [tokens, active], for x float32 [tokens, hidden]; see Experts.
+
+    The authors' top-2 adds noise to the second choice even in evaluation; here it is the second largest, always.
+    """
+    gates, chosen = linear(layer, "router", x).softmax(-1).topk(d.experts.active, -1)
+    return (gates / gates.sum(-1, keepdim=True) if d.experts.renormalised else gates), chosen
 
 
 def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
@@ -167,7 +195,7 @@ class TorchSession:
         check_room(self, tokens)
         with torch.inference_mode():
             end = self.position + len(tokens)
-            x = self.embed[torch.tensor(list(tokens))][None]
+            x = self.embed[torch.from_numpy(looked_up(tokens, pictures))][None]
             x = x + self.positions[self.position : end] if self.positions is not None else x
             if pictures:
                 check_pictures(tokens, pictures)

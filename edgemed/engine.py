@@ -113,7 +113,12 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
 
 
 def pixels_of(vision: Vision, params: Any) -> tuple[int, int]:
-    """(least, most) pixels of an image: the target's parameters min_pixels and max_pixels, or the model's own. Raises EdgemedError where they cross."""
+    """(least, most) pixels of an image: the target's parameters min_pixels and max_pixels, or the model's own.
+
+    Raises EdgemedError where they cross, or the tower reads one size only.
+    """
+    if vision.size and (params.min_pixels or params.max_pixels):
+        raise EdgemedError(f"this model's vision tower reads images of {vision.size} x {vision.size} pixels and no others", "Leave min_pixels and max_pixels out")
     least, most = params.min_pixels or vision.pixels[0], params.max_pixels or vision.pixels[1]
     if not 0 <= least <= most:
         raise EdgemedError(f"min_pixels {least} is above max_pixels {most}", "Give a range")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5,
 # Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
 REPACKED = ("Q4_K", "Q8_0")
 MB = 1e6
+SPARE = "vision.spare."  # layers of a vision tower that are stored and never read
 
 
 def inspect(model: str) -> dict[str, Any]:
@@ -58,18 +59,18 @@ def described(name: str) -> Checkpoint:
     config = reference_config(name) | {MARK: True}
     family = family_of(config, name)
     entries: dict[str, Entry] = {}
-    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}) if family.vision else None).values():
+    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}, {}) if family.vision else None).values():
         for module, shape in part.stored():
-            tensors = {"weight": shape} | ({"bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
-            for suffix, size in tensors.items():
-                entries[f"{family.prefixes[0]}{module}.{suffix}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
+            tensors = {part.weight(module): shape} | ({f"{module}.bias": shape[-1:] if part.conv1d else shape[:1]} if part.bias else {})
+            for tensor, size in tensors.items():
+                entries[f"{family.prefixes[0]}{tensor}"] = Entry(Path(), "bfloat16", size, None, 2 * math.prod(size))
     return Checkpoint(Path(f"random:{name}"), config, entries)
 
 
 def architecture(d: Decoder) -> dict[str, Any]:
     """The numbers of the decoder a person compares models by."""
     names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context", "head", "head_size", "tied", "positions", "activation")
-    return {name: getattr(d, name) for name in names}
+    return {name: getattr(d, name) for name in names} | ({"experts": asdict(d.experts)} if d.experts else {})
 
 
 def sizes(weights: Weights) -> dict[str, tuple[str, int, int]]:
@@ -116,8 +117,8 @@ def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
     norms and biases float32; their cache is float32.
     Q4_K_M: llama.cpp's mix of types, cache float16.
     """
-    found, d = sizes(weights), weights.source
-    everything = parameters(weights)
+    found, d = {name: part for name, part in sizes(weights).items() if not name.startswith(SPARE)}, weights.source
+    everything = sum(weight + bias for _, weight, bias in found.values())
     yield "fp32", (4 * everything, kv_cache(d, 4))
     yield "fp16", (2 * everything, kv_cache(d, 2))
     for bits in (8, 4):
@@ -137,7 +138,7 @@ def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
         # The few rows of a classification head stay float32.
         per_weight = bits + 32 / GROUP if name.startswith("layers.") else 8 + 32 / 32 if name == "lm_head" else 32.0  # a vision tower is float32 by default
     else:
-        per_weight = {"table": 16.0, "norm": 32.0}[kind]
+        per_weight = {"table": 16.0, "norm": 32.0, "router": 32.0}[kind]
     return per_weight * weight + 32 * bias
 
 
@@ -180,7 +181,7 @@ def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
     tied = d.vocab * d.hidden if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"] else 0
     if target == "tensorrt":
         layer = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / GROUP}[precision]
-        bits = sum((layer if kind == "matrix" and name.startswith("layers.") else 16 if kind != "norm" else 32) * weight + 32 * bias for name, (kind, weight, bias) in found.items())
+        bits = sum((layer if kind == "matrix" and name.startswith("layers.") else 32 if kind in ("norm", "router") else 16) * weight + 32 * bias for name, (kind, weight, bias) in found.items())
         return Size(round(bits / 8) + 2 * tied, layer, 16, tower=tower)
     if precision == "fp32":
         return Size(4 * (sum(weight + bias for _, weight, bias in found.values()) + tied), 32, 32, tower=tower)
@@ -190,14 +191,14 @@ def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
 
 
 def seen(weights: Weights) -> int:
-    """Weights and biases of the vision tower and projector."""
-    return sum(weight + bias for name, (_, weight, bias) in sizes(weights).items() if name.startswith("vision."))
+    """Weights and biases of the vision tower and projector that an engine has."""
+    return sum(weight + bias for name, (_, weight, bias) in sizes(weights).items() if name.startswith("vision.") and not name.startswith(SPARE))
 
 
 def gguf_size(weights: Weights, file_type: str) -> Size:
     """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a vision tower lies in a file of its own."""
     d = weights.source
-    places = {t: math.prod(p.shape) for t, p in layout(weights.family, d, weights.parts).items() if t.endswith("weight") and len(p.shape) == 2}
+    places = {t: math.prod(p.shape) for t, p in layout(weights.family, d, weights.parts).items() if t.endswith("weight") and len(p.shape) > 1}
     shapes = {t: p.shape for t, p in layout(weights.family, d, weights.parts).items() if t in places}
     types, _ = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads), file_type)
     bits = {t: GGUF_BITS[types[t]] * weight for t, weight in places.items()}
@@ -211,12 +212,16 @@ def gguf_size(weights: Weights, file_type: str) -> Size:
 def dimensions(weights: Weights) -> Dimensions:
     """A checkpoint's decoder as the roofline model sees it."""
     d, found = weights.source, sizes(weights)
-    matrices = sum(weight for name, (kind, weight, _) in found.items() if kind == "matrix" and name.startswith("layers."))
+    layers = {name: weight for name, (kind, weight, _) in found.items() if kind in ("matrix", "router") and name.startswith("layers.")}
+    matrices = sum(weight for name, weight in layers.items() if ".experts." not in name)
+    x = d.experts
+    expert = sum(layers[f"layers.{x.layers[0]}.experts.0.{part}"] for part in ("up", "down")) if x else 0
+    mixture = {"expert": expert, "experts": x.count, "active": x.active, "expert_layers": len(x.layers)} if x else {}
     tables = sum(weight for name, (kind, weight, _) in found.items() if kind == "table" and not name.startswith("vision."))
     head = math.prod(weights.parts["lm_head" if d.head == "lm" else "head"].shape)
     v, around = weights.vision, sum(weight for name, (_, weight, _) in found.items() if name.startswith(("vision.projector.", "vision.patch")))
     vision = Vision(v.layers, v.width, v.ffn, v.merge**2, around) if v else None
-    return Dimensions(d.layers, d.hidden, d.ffn, d.q_size, d.kv_size, d.layers, matrices, head, tables, vision=vision)
+    return Dimensions(d.layers, d.hidden, d.ffn, d.q_size, d.kv_size, d.layers, matrices, head, tables, vision=vision, **mixture)
 
 
 def largest_matrix(weights: Weights) -> int:

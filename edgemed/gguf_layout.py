@@ -7,7 +7,7 @@ of a head, so rows are cut out and, there, interleaved. Sizes can be planned fro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # canonical part -> llama.cpp's tensor; a part of several modules is that many tensors
 NAMES = {
     "embed": ("token_embd",), "positions": ("position_embd",), "final_norm": ("output_norm",), "lm_head": ("output",), "attn_norm": ("attn_norm",),
-    "qkv": ("attn_qkv",), "o": ("attn_output",), "mlp_norm": ("ffn_norm",), "up": ("ffn_up",), "down": ("ffn_down",),
+    "qkv": ("attn_qkv",), "o": ("attn_output",), "mlp_norm": ("ffn_norm",), "up": ("ffn_up",), "down": ("ffn_down",), "router": ("ffn_gate_inp",),
 }
 APART = {"qkv": ("attn_q", "attn_k", "attn_v"), "up": ("ffn_gate", "ffn_up")}
 ROPE = "rope_freqs.weight"
@@ -31,34 +31,61 @@ ROPE = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of the file. part: the canonical part it comes from; start, rows: which of its rows; heads: how many heads' rows to interleave, 0: none."""
+    """One tensor of the file. part: the canonical part it comes from, '' for zeros; start, rows: which of its rows; heads: how many heads' rows to
+    interleave, 0: none; stack: where it holds the same rows of several parts (experts) behind each other, those; shape then begins with their number.
+    """
 
     part: str
     shape: tuple[int, ...]
     start: int = 0
     heads: int = 0
+    stack: tuple[str, ...] = ()
 
     @property
     def rows(self) -> slice:
-        return slice(self.start, self.start + self.shape[0])
+        return slice(self.start, self.start + self.shape[1 if self.stack else 0])
 
 
 def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, Place]:
-    """tensor -> where it comes from, in the file's order. A tied output matrix and a classification head are not in it."""
-    found = {}
+    """tensor -> where it comes from, in the file's order. A tied output matrix and a classification head are not in it.
+
+    Experts of one layer are one tensor. Where the family's graph has experts in every layer (gguf_centred), a dense MLP is written as that many equal ones
+    behind a router of zeros: whichever are chosen, renormalised gates give that MLP.
+    """
+    found: dict[str, Place] = {}
     for name, part in parts.items():
+        if ".experts." in name or (d.experts and family.gguf_centred and name.startswith("layers.") and name.endswith((".up", ".down"))):
+            found |= _stacked(d, name, part)
+            continue
         if name == "head" or name.startswith("vision.") or (name == "lm_head" and part.modules == parts["embed"].modules):
             continue
         prefix, _, last = name.rpartition(".")
         start = 0
         for number, tensor in enumerate(APART[last] if len(part.modules) > 1 else NAMES[last]):
-            stem = f"{prefix.replace('layers', 'blk')}.{tensor}" if prefix else tensor
+            stem = f"{prefix.replace('layers', 'blk').removesuffix('.shared')}.{tensor}{'_shexp' if prefix.endswith('.shared') else ''}" if prefix else tensor
             shape = (part.rows[number], *part.shape[1:]) if len(part.modules) > 1 else part.shape
             heads = {"attn_q": d.heads, "attn_k": d.kv_heads}.get(tensor, 0) if family.gguf_interleaved else 0
             found[f"{stem}.weight"] = Place(name, shape, start, heads)
             if part.bias:
                 found[f"{stem}.bias"] = Place(name, shape[:1], start, heads)
             start += shape[0]
+    return found
+
+
+def _stacked(d: Decoder, name: str, part: Part) -> dict[str, Place]:
+    """The tensors that begin with this expert, or with the dense MLP that stands for all of them; {} for the others."""
+    _, layer, *_, last = name.split(".")
+    if ".experts." in name and ".experts.0." not in name:
+        return {}
+    stack = tuple(name.replace("experts.0.", f"experts.{j}.") for j in range(d.experts.count))
+    found, start = {}, 0
+    if last == "up" and not d.sparse(int(layer)):
+        found[f"blk.{layer}.ffn_gate_inp.weight"] = Place("", (d.experts.count, d.hidden))
+    for tensor, rows in zip(APART["up"] if len(part.modules) > 1 else NAMES[last], part.rows or part.shape[:1], strict=True):
+        found[f"blk.{layer}.{tensor}_exps.weight"] = Place(name, (len(stack), rows, *part.shape[1:]), start, stack=stack)
+        if part.bias:
+            found[f"blk.{layer}.{tensor}_exps.bias"] = Place(name, (len(stack), rows), start, stack=stack)
+        start += rows
     return found
 
 
@@ -82,6 +109,11 @@ class Reader:
 
     def read(self, place: Place, bias: bool, packed: bool) -> np.ndarray:
         """float32 weight or bias, or the bytes of a packed weight."""
+        if not place.part:
+            return np.zeros(place.shape, np.float32)
+        if place.stack:
+            one = replace(place, shape=place.shape[1:], stack=())
+            return np.stack([self.read(replace(one, part=part), bias, packed) for part in place.stack])
         if place.part != self.name:
             self.weight = self.bias = None  # before the next one is read, or two would be in memory
             self.weight, self.bias = self._part(place.part, packed)

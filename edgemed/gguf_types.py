@@ -47,7 +47,7 @@ def tensor_types(model: Model, file_type: str) -> tuple[dict[str, str], dict[str
     """(tensor -> type, tensor -> 'wanted -> given' for those whose rows do not suit the wanted type)."""
     types, fallbacks = {}, {}
     for name, shape in model.shapes.items():
-        if len(shape) < 2 or name == "position_embd.weight":
+        if len(shape) < 2 or name == "position_embd.weight" or name.endswith((".ffn_gate_inp.weight", ".bias")):
             types[name] = "F32"
             continue
         wanted = FILE_TYPES[file_type][1]
@@ -88,7 +88,7 @@ def _mixture(model: Model, name: str, default: str, file_type: str) -> str:
     if name == "token_embd.weight":
         return {"iq2_xxs": "Q2_K", "iq2_xs": "Q2_K", "iq2_s": "IQ3_S", "iq2_m": "IQ3_S", "iq3_xxs": "IQ3_S"}.get(file_type, default)
     _, number, part, _ = name.split(".")
-    layer = int(number)
+    layer, part = int(number), part.removesuffix("_exps").removesuffix("_shexp")  # llama.cpp treats experts as it does the MLP they stand for
     if part in ("attn_qkv", "attn_v"):
         return _value(model, layer, default, file_type)
     if part in ("attn_q", "attn_k"):

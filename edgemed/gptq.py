@@ -41,6 +41,8 @@ class Hessian:
     def add(self, x: torch.Tensor) -> None:
         """x float32 [..., in]."""
         flat = x.reshape(-1, self.moment.shape[0])
+        if not len(flat):
+            return
         rows = self.rows + flat.shape[0]
         self.moment.addmm_(flat.T, flat, beta=self.rows / rows, alpha=2 / rows)
         self.rows = rows

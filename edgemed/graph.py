@@ -7,6 +7,7 @@ dialect, so that ONNX Runtime gets its contrib operators and TensorRT plain ONNX
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,15 +42,18 @@ class Precision:
 
 
 class Dialect(Protocol):
-    """The nodes a runtime wants. Each method adds nodes to the graph and returns the name of the result."""
+    """The nodes a runtime wants. Each method adds nodes to the graph and returns the name of the result. chosen_only: of a mixture's experts those that no
+    token chose are not read."""
 
     opset: int
+    chosen_only: bool
     domains: dict[str, int]
 
     def inputs(self, graph: Graph, d: Decoder) -> None: ...
     def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str | None) -> tuple[str, str]: ...
     def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str: ...
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str: ...
+    def experts(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str: ...
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str: ...
 
 
@@ -67,6 +71,7 @@ class Graph:
     offset: int = 0
     named: set[str] = field(default_factory=set)  # nodes that are made once for all who need them
     layer_bytes: int = 0  # weight bytes every new token has to read
+    share: float = 1.0  # how much of what is stored now that is: of experts, those that are chosen
 
     def __post_init__(self) -> None:
         self.onnx = need("onnx", "build")
@@ -112,7 +117,7 @@ class Graph:
             self.data.write(memoryview(array.view(np.uint8)).cast("B"))  # as bytes: Python's buffers know no bfloat16
             self.offset += array.nbytes
         self.tensors.append(tensor)
-        self.layer_bytes += array.nbytes if counted else 0
+        self.layer_bytes += round(array.nbytes * self.share) if counted else 0
         return name
 
     def floats(self, name: str, tensor: torch.Tensor, counted: bool = True, stream: bool = False) -> str:
@@ -121,6 +126,17 @@ class Graph:
     def cast(self, x: str, have: str, want: str, name: str) -> str:
         """x in the format `want`; no node where it has that already."""
         return x if have == want else self.node("Cast", [x], name, to=self.type_of(want))
+
+    def either(self, condition: str, name: str, then: Callable[[], str], otherwise: str) -> str:
+        """An If: what then() adds and returns where the condition holds, else the tensor `otherwise`. then() may read everything outside."""
+        ways = {}
+        for way, build in (("then", then), ("else", lambda: self.node("Identity", [otherwise], f"{name}.kept"))):
+            outside, self.nodes, self.tensors = (self.nodes, self.tensors), [], []
+            result = self.onnx.helper.make_tensor_value_info(build(), self.float_type, None)
+            # Weights lie inside, where runtimes look for those of a quantized product.
+            ways[f"{way}_branch"] = self.onnx.helper.make_graph(self.nodes, f"{name}.{way}", [], [result], initializer=self.tensors)
+            self.nodes, self.tensors = outside
+        return self.node("If", [condition], name, **ways)
 
     def value(self, kind: str, name: str, dtype: int, shape: list[int | str]) -> None:
         getattr(self, kind).append(self.onnx.helper.make_tensor_value_info(name, dtype, shape))
@@ -160,9 +176,20 @@ def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np
 
 
 def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str:
-    """What layer n's MLP gives for x [1, T, hidden]."""
+    """What layer n's MLP or mixture of experts gives for x [1, T, hidden]."""
     d, name = weights.decoder, f"layers.{n}"
-    y = linear(graph, dialect, weights, f"{name}.up", x)
+    if not d.sparse(n):
+        return one_mlp(graph, dialect, weights, name, x)
+    gates, chosen = routed(graph, weights, name, x)
+    graph.share = d.experts.active / d.experts.count if dialect.chosen_only else 1.0
+    y = dialect.experts(graph, weights, n, x, gates, chosen)
+    graph.share = 1.0
+    return graph.node("Add", [y, one_mlp(graph, dialect, weights, f"{name}.shared", x)], f"{name}.mixed") if d.experts.shared else y
+
+
+def one_mlp(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
+    """What one MLP, of a layer or an expert, gives for x [.., hidden]."""
+    d, y = weights.decoder, linear(graph, dialect, weights, f"{name}.up", x)
     if d.gated:
         gate, up = f"{name}.gate", f"{name}.value"
         graph.node("Split", [y], f"{name}.halves", [gate, up], axis=-1, num_outputs=2)
@@ -170,6 +197,39 @@ def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str
     else:
         y = dialect.activation(graph, d, f"{name}.act", y)
     return linear(graph, dialect, weights, f"{name}.down", y)
+
+
+def routed(graph: Graph, weights: Weights, name: str, x: str) -> tuple[str, str]:
+    """(gates float32, experts chosen int64), each [1, T, active], of x [1, T, hidden]; float32 in every precision (family.Experts)."""
+    e, node = weights.decoder.experts, graph.node
+    router = weights.matrix(f"{name}.router")
+    wide = graph.cast(x, graph.precision.floats, "float32", f"{name}.router.input")
+    scores = node("MatMul", [wide, graph.constant(f"{name}.router.weight", router.dense().numpy().T)], f"{name}.router.product")
+    if router.bias is not None:
+        scores = node("Add", [scores, graph.constant(f"{name}.router.bias", router.bias.numpy())], f"{name}.router")
+    gates, chosen = f"{name}.gates", f"{name}.chosen"
+    probabilities = node("Softmax", [scores], f"{name}.probabilities", axis=-1)
+    node("TopK", [probabilities, graph.constant(f"{name}.active", np.array([e.active]))], f"{name}.best", [gates, chosen], axis=-1, largest=1, sorted=1)
+    if e.renormalised:
+        total = node("ReduceSum", [gates, graph.constant(f"{name}.gate_axis", np.array([-1]))], f"{name}.gate_sum", keepdims=1)
+        gates = node("Div", [gates, total], f"{name}.shares")
+    return gates, chosen
+
+
+def shares(graph: Graph, d: Decoder, n: int, gates: str, chosen: str) -> list[tuple[str, str]]:
+    """For each expert of layer n (every token's gate for it, 0 where it chose others: float32 [1, T, 1]; whether any token chose it: a bool).
+
+    gates, chosen [1, T, active]: see routed.
+    """
+    name, node = f"layers.{n}", graph.node
+    last, zero = graph.constant(f"{name}.last_axis", np.array([-1])), graph.constant(f"{name}.no_gate", np.array(0, np.float32))
+    numbers = graph.constant(f"{name}.numbers", np.arange(d.experts.count).reshape(1, 1, 1, -1))
+    same = node("Equal", [node("Unsqueeze", [chosen, last], f"{name}.chosen_wide"), numbers], f"{name}.same")
+    spread = node("Where", [same, node("Unsqueeze", [gates, last], f"{name}.gates_wide"), zero], f"{name}.spread")
+    table = node("ReduceSum", [spread, graph.constant(f"{name}.slots", np.array([2]))], f"{name}.table", keepdims=0)
+    columns = [f"{name}.experts.{j}.share" for j in range(d.experts.count)]
+    node("Split", [table], f"{name}.columns", columns, axis=2, num_outputs=d.experts.count)
+    return [(column, node("Greater", [node("ReduceMax", [column], f"{column}.largest", keepdims=0), zero], f"{column}.used")) for column in columns]
 
 
 def embedding(graph: Graph, weights: Weights) -> str:

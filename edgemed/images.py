@@ -17,6 +17,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.session import Pictures
+from edgemed.tokenizer import encode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 KEPT = 32  # images whose features are kept: a few megabytes
 NARROWEST = 200  # Qwen2-VL refuses images longer than this many times their width
+SQUARE = 400_000_000  # pixels of the largest square an image is padded to: 1.2 GB for a moment
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ def fitted_size(width: int, height: int, v: Vision) -> tuple[int, int]:
 
     Raises EdgemedError for an image far longer than wide.
     """
-    if v.size:
-        return v.size, v.size
     if max(width, height) > NARROWEST * min(width, height):
         raise EdgemedError(f"an image of {width} x {height} pixels is too narrow", f"Crop it: at most {NARROWEST} times as long as wide")
+    if v.size:
+        return v.size, v.size
     unit, (least, most) = v.patch * v.merge, v.pixels
     # Python rounds halves to even, as the published rule does.
     w, h = round(width / unit) * unit, round(height / unit) * unit
@@ -58,15 +60,26 @@ def fitted_size(width: int, height: int, v: Vision) -> tuple[int, int]:
 
 
 def resized(image: Image.Image, v: Vision) -> Image.Image:
-    """The image at the size its tower reads, bicubic. A square tower gets it padded to a square with the mean colour first, as LLaVA does."""
+    """The image at the size its tower reads, bicubic.
+
+    A square tower gets it padded to a square with the mean colour first (LLaVA's expand2square), or the middle of it (transformers' CLIP processor).
+    """
     pil = need("PIL.Image", "vision")
-    if v.size and image.width != image.height:
+    size, box = fitted_size(image.width, image.height, v), None
+    if v.size and v.fit == "crop" and image.width != image.height:
+        shortest = min(image.size)
+        size = tuple(int(v.size * side / shortest) for side in image.size)
+        left, top = ((side - v.size) // 2 for side in size)
+        box = (left, top, left + v.size, top + v.size)
+    elif v.size and v.fit == "pad" and image.width != image.height:
         side = max(image.size)
+        if side**2 > SQUARE:
+            raise EdgemedError(f"an image of {image.width} x {image.height} pixels cannot be padded to a square", f"Reduce it below {math.isqrt(SQUARE)} pixels a side")
         canvas = pil.new("RGB", (side, side), tuple(int(255 * m) for m in v.mean))
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
-    size = fitted_size(image.width, image.height, v)
-    return image if image.size == size else image.resize(size, pil.Resampling.BICUBIC)
+    image = image if image.size == size else image.resize(size, pil.Resampling.BICUBIC)
+    return image.crop(box) if box else image
 
 
 def patches(image: Image.Image, v: Vision) -> Patches:
@@ -163,9 +176,23 @@ def placed(tokens: Sequence[int], seen: Sequence[Seen], v: Vision, parts: int, c
         found += [token] * (next(counts) if token == v.token else 1)
     if len(found) > context:
         most = max(len(features) for features, _ in seen)
-        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Export with fewer max_pixels or a longer context")
+        raise EdgemedError(f"prompt and images are {len(found)} tokens long, {context} fit (the largest image alone is {most})", "Ask with fewer or smaller images, or export with a longer context")
     positions = token_positions(found, v.token, [grid for _, grid in seen], parts)
     return found, Pictures(np.concatenate([features for features, _ in seen]), positions, v.token)
+
+
+def prompt_tokens(tokenizer: Any, text: str, v: Vision | None) -> list[int]:
+    """Token ids of a prompt to a model that sees: those every prompt starts with, then the text, with the image token wherever the marker stands.
+
+    Where the tokenizer has no token for the marker, the texts around it are encoded one by one (LLaVA's tokenizer_image_token). v None: a text model.
+    """
+    if v is None or not v.marker:
+        return encode(tokenizer, text)
+    first, *others = [text] if tokenizer.token_to_id(v.marker) == v.token else text.split(v.marker)
+    found = [*v.start, *encode(tokenizer, first)]
+    for piece in others:
+        found += [v.token, *encode(tokenizer, piece)]
+    return found
 
 
 def check_places(tokens: Sequence[int], token: int, images: int) -> None:

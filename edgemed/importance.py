@@ -17,7 +17,7 @@ from edgemed.console import track
 from edgemed.decoder import block, embed, linear, load_layer
 from edgemed.errors import EdgemedError, need
 from edgemed.store import file_sha256
-from edgemed.weights import MATRICES, Weights
+from edgemed.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -28,26 +28,29 @@ FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 
 def importance(weights: Weights, windows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Mean squared input per column of each layer matrix over all tokens: canonical name -> float32 [in].
+    """Mean squared input per column of each layer matrix over the tokens it was computed for: canonical name -> float32 [in].
 
-    windows: token windows, each of at most the model's context. Follows llama.cpp's tools/imatrix (sum of squares / tokens).
+    windows: token windows, each of at most the model's context. Follows llama.cpp's tools/imatrix (sum of squares / tokens). An expert that no token
+    chose has an importance of 1 everywhere, as there.
     """
     torch = need("torch", "build")
     d, found = weights.decoder, {}
-    tokens = sum(len(window) for window in windows)
     with torch.inference_mode():
         hidden = [embed(weights, torch.tensor([list(window)])) for window in windows]
         for n in track(range(d.layers), "importance"):
             layer = load_layer(weights, n)
-            sums = {name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64) for name in MATRICES}
+            sums = {name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64) for name in d.matrices(n)}
+            counts = dict.fromkeys(sums, 0)
 
             def product(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
-                sums[name] += x.double().square().sum((0, 1))
+                flat = x.reshape(-1, x.shape[-1])
+                sums[name] += flat.double().square().sum(0)
+                counts[name] += len(flat)
                 return linear(layer, name, x)
 
             for i, x in enumerate(hidden):
                 hidden[i] = block(d, layer, n, x, product=product)
-            found |= {f"layers.{n}.{name}": (total / tokens).float().numpy() for name, total in sums.items()}
+            found |= {f"layers.{n}.{name}": (total / counts[name] if counts[name] else torch.ones_like(total)).float().numpy() for name, total in sums.items()}
     return found
 
 

@@ -22,10 +22,10 @@ MARK = "edgemed_random_weights"
 def reference_config(name: str) -> dict[str, Any]:
     """The published config of a model ('biomedlm') or of a family's best-known one ('gpt2')."""
     families = all_families().values()
-    known = {f.reference_name: f for f in families} | {f.name: f for f in families}
+    known = {name: config for f in families for name, config in ((f.reference_name, f.reference_config), (f.name, f.reference_config), *f.other_references.items())}
     if name not in known:
         raise EdgemedError(f"no true dimensions are known for '{name}'", nearest(name, known))
-    return dict(known[name].reference_config)
+    return dict(known[name])
 
 
 def make_random(config: str | Mapping[str, Any], out: Path, dtype: str = "bfloat16", seed: int = 0) -> Checkpoint:
@@ -44,7 +44,7 @@ def make_random(config: str | Mapping[str, Any], out: Path, dtype: str = "bfloat
             generator = torch.Generator().manual_seed(seed)
             writer, std = Writer(work.path, config), config.get("initializer_range", 0.02)
             written: set[str] = set()
-            for part in track(list(every_part(family, decoder, family.vision(config, {}) if family.vision else None).values()), "random weights"):
+            for part in track(list(every_part(family, decoder, family.vision(config, {}, {}) if family.vision else None).values()), "random weights"):
                 for module, shape in part.stored():
                     if module in written:
                         continue
@@ -53,7 +53,7 @@ def make_random(config: str | Mapping[str, Any], out: Path, dtype: str = "bfloat
                         weight = torch.ones(shape)
                     else:
                         weight = torch.empty(shape).normal_(0, std, generator=generator)
-                    writer.add(f"{family.prefixes[0]}{module}.weight", weight.to(getattr(torch, dtype)))
+                    writer.add(f"{family.prefixes[0]}{part.weight(module)}", weight.to(getattr(torch, dtype)))
                     if part.bias:
                         writer.add(f"{family.prefixes[0]}{module}.bias", torch.zeros(shape[-1 if part.conv1d else 0], dtype=getattr(torch, dtype)))
             writer.close()

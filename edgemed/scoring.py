@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from edgemed.errors import EdgemedError
+from edgemed.family import Vision
+from edgemed.images import prompt_tokens
 from edgemed.session import Pictures, Sampling, Session, continued, log_softmax
 from edgemed.task import Prompt
 from edgemed.tokenizer import encode
@@ -107,12 +109,12 @@ def behind(tokens: Sequence[int], pictures: Pictures | None, start: int) -> Pict
     return Pictures(pictures.features[before:], pictures.positions[:, start:] - (pictures.positions[:, :start].max() + 1), pictures.token)
 
 
-def option_tokens(tokenizer: Any, prompt: Prompt, context: Sequence[int], where: str) -> list[list[int]]:
-    """Tokens of each option after the context. Raises EdgemedError for an option that tokenizes to nothing."""
+def option_tokens(tokenizer: Any, prompt: Prompt, context: Sequence[int], where: str, v: Vision | None = None) -> list[list[int]]:
+    """Tokens of each option after the context; v: as for prompt_tokens. Raises EdgemedError for an option that tokenizes to nothing."""
     found = []
     for option in prompt.options:
         # Encoded together, so that a tokenizer that merges across the border is asked what it would really see.
-        whole = encode(tokenizer, prompt.context + option)
+        whole = prompt_tokens(tokenizer, prompt.context + option, v)
         tokens = whole[len(context) :] if whole[: len(context)] == list(context) else encode(tokenizer, option)
         if not tokens:
             raise EdgemedError(f"question {where}: option '{option}' tokenizes to nothing", "Give it a text this model's tokenizer knows")

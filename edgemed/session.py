@@ -87,6 +87,12 @@ def check_pictures(tokens: Sequence[int], pictures: Pictures) -> None:
         raise EdgemedError(f"the prompt has room for {places} image features, the images have {len(pictures.features)}", "Give as many images as the prompt has places for")
 
 
+def looked_up(tokens: Sequence[int], pictures: Pictures | None) -> np.ndarray:
+    """Ids int64 [T] to look up in the embedding: 0 in an image's places, whose own id may lie outside the vocabulary."""
+    found = np.array(tokens, np.int64)
+    return np.where(found == pictures.token, 0, found) if pictures else found
+
+
 def feature_rows(tokens: Sequence[int], pictures: Pictures | None, sees: bool) -> np.ndarray:
     """Which row of the features stands for each token, int64 [T]; -1 for text. Raises EdgemedError where they do not fit, or the engine (sees) takes none."""
     if pictures is None:

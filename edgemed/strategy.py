@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from edgemed.errors import EdgemedError
-from edgemed.family import Family
+from edgemed.family import Family, Vision
 from edgemed.free_text import exact
+from edgemed.images import prompt_tokens
 from edgemed.scoring import Reader, chosen, fitted, option_tokens
 from edgemed.session import Pictures, Sampling, Session, log_softmax
 from edgemed.task import LETTERS, Example, Prompt, Questions, Task, describe
@@ -76,6 +77,7 @@ class Eyes(Protocol):
     """What turns the images of a prompt into features: vision.VisionSession of an engine, tower.TorchEyes of its source."""
 
     family: Family
+    v: Vision
 
     def see(self, tokens: Sequence[int], images: Sequence[Any]) -> tuple[list[int], Pictures | None]: ...
 
@@ -259,11 +261,11 @@ class Answerer:
         listed = self.task.lettered and bool(example.options)
         reasons = listed and family.reasoning is not None
         asked = prompt.context if not listed else family.reasoning(prompt.context) if reasons else prompt.context + ONE_LETTER
-        text = family.chat(asked, len(example.images))
+        text = family.chat(asked, len(example.images), self.eyes.v.conversation)
         opening = family.opening if reasons else "" if text[-1:].isspace() else " "
         prompt = Prompt(text, tuple(opening + option.lstrip() for option in prompt.options))
-        context = encode(self.tokenizer, text)
-        options = option_tokens(self.tokenizer, prompt, context, example.id)
+        context = prompt_tokens(self.tokenizer, text, self.eyes.v)
+        options = option_tokens(self.tokenizer, prompt, context, example.id, self.eyes.v)
         tokens, pictures = self.eyes.see(context, self.questions.pictures(example))
         written = self.settings.scoring == "generated" or not options
         most = WRITTEN + (self.settings.rationale if reasons else 0) if written else max(map(len, options))

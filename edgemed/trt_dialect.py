@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.errors import EdgemedError
+from edgemed.graph import one_mlp, shares
 from edgemed.grid import Ints
 
 if TYPE_CHECKING:
     from edgemed.family import Decoder, Vision
     from edgemed.graph import Graph
+    from edgemed.weights import Weights
 
 # Rows of the cache are offered in whole blocks, so that decoding sees few different shapes (one CUDA graph each) and never an empty tensor.
 BLOCK = 64
@@ -41,7 +43,9 @@ class PlainDialect:
 
     domains: dict[str, int] = {}
 
-    def __init__(self, bits: int | None):
+    def __init__(self, bits: int | None, chosen_only: bool = True):
+        """chosen_only: whether experts that no token chose are left out at run time."""
+        self.chosen_only = chosen_only
         # INT4 tensors and block_size came with opset 21; everything else is written as opset 20, the newest TensorRT 10.3 documents.
         self.opset = 21 if bits == 4 else 20
 
@@ -203,6 +207,25 @@ class PlainDialect:
         if d.activation == "silu":
             return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{name}.gate")], name)
         return graph.node("Gelu", [x], name, approximate="tanh" if d.activation == "gelu_tanh" else "none")
+
+    def experts(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str:
+        """Each expert's gate times what it gives for all tokens, added up; an expert that no token chose stands in the way of an If that is not taken.
+
+        At one token that reads the chosen experts' integers and nothing else. Gathering the chosen experts' blocks would not: TensorRT dequantizes int4 straight
+        into a MatMul, of constants only, and its Gather takes no 4- or 8-bit type, so blocks gathered as int32 would have to be unpacked, written as
+        floats and read again (9 bytes per byte of int4). `experts` 'all' leaves the If out.
+        """
+        name, node, floats = f"layers.{n}", graph.node, graph.precision.floats
+        y = node("Mul", [x, graph.constant(f"{name}.nothing", np.zeros((), floats))], f"{name}.none")
+        for expert, (share, used) in enumerate(shares(graph, weights.decoder, n, gates, chosen)):
+            at = f"{name}.experts.{expert}"
+
+            def then(at: str = at, share: str = share, y: str = y) -> str:
+                made = node("Mul", [one_mlp(graph, self, weights, at, x), graph.cast(share, "float32", floats, f"{at}.cast")], f"{at}.made")
+                return node("Add", [y, made], f"{at}.added")
+
+            y = graph.either(used, f"{at}.sum", then, y) if self.chosen_only else then()
+        return y
 
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:
         """x times a symmetric int4 (blocks along the inputs) or int8 (one scale per output) matrix, stored [in, out].

@@ -103,11 +103,21 @@ def check(file: Path, table: Table) -> dict[str, Any]:
     for value in (*model.graph.input, *model.graph.output):
         if graph.types[value.name] not in table.network_types:
             problems.append(f"{value.name}: {graph.types[value.name]} cannot enter or leave a network")
-    for node in model.graph.node:
+    nodes = [node for part in nested(graph.onnx, model.graph) for node in part.node]
+    for node in nodes:
         problems += [f"{node.name}: {problem}" for problem in _node(node, graph, table, opset)]
     axes = sorted({d.dim_param for value in model.graph.input for d in value.type.tensor_type.shape.dim if d.dim_param})
-    return {"tensorrt": table.version, "nodes": len(model.graph.node), "opset": opset, "operators": dict(Counter(n.op_type for n in model.graph.node)),
+    return {"tensorrt": table.version, "nodes": len(nodes), "opset": opset, "operators": dict(Counter(n.op_type for n in nodes)),
             "dynamic_axes": axes, "inferred": inferred, "problems": problems}
+
+
+def nested(onnx: Any, graph: Any) -> Iterator[Any]:
+    """A graph and every graph inside it, which the ways of an If are."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nested(onnx, attribute.g)
 
 
 class _Graph:
@@ -116,14 +126,16 @@ class _Graph:
     def __init__(self, onnx: Any, graph: Any):
         self.onnx = onnx
         names = {number: name for name, number in onnx.TensorProto.DataType.items()}
-        values = [*graph.input, *graph.output, *graph.value_info]
+        parts = list(nested(onnx, graph))
+        values = [value for part in parts for value in (*part.input, *part.output, *part.value_info)]
         self.types = {v.name: TYPES.get(names[v.type.tensor_type.elem_type], names[v.type.tensor_type.elem_type]) for v in values}
         self.ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.tensor_type.HasField("shape")}
-        self.constants = {t.name: t for t in graph.initializer}
-        self.types |= {t.name: TYPES.get(names[t.data_type], names[t.data_type]) for t in graph.initializer}
-        self.ranks |= {t.name: len(t.dims) for t in graph.initializer}
+        stored = [tensor for part in parts for tensor in part.initializer]
+        self.constants = {t.name: t for t in stored}
+        self.types |= {t.name: TYPES.get(names[t.data_type], names[t.data_type]) for t in stored}
+        self.ranks |= {t.name: len(t.dims) for t in stored}
         self.readers: dict[str, list[str]] = {}
-        for node in graph.node:
+        for node in (node for part in parts for node in part.node):
             for name in node.input:
                 self.readers.setdefault(name, []).append(node.op_type)
             if node.op_type == "Constant":

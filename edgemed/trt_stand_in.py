@@ -14,6 +14,7 @@ import numpy as np
 from edgemed.errors import EdgemedError, need
 from edgemed.session import Pictures, Positions, check_room, feature_rows
 from edgemed.trt_dialect import BLOCK, NOWHERE, rows_offered
+from edgemed.trt_parser import nested
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
@@ -91,13 +92,14 @@ def widened(file: Path) -> bytes:
     onnx = need("onnx", "build")
     model = onnx.load(str(file))
     narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    for tensor in model.graph.initializer:
+    parts = list(nested(onnx, model.graph))
+    for tensor in (tensor for part in parts for tensor in part.initializer):
         if tensor.data_type == narrow:
             tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for value in (*model.graph.input, *model.graph.output):
+    for value in (value for part in parts for value in (*part.input, *part.output)):
         if value.type.tensor_type.elem_type == narrow:
             value.type.tensor_type.elem_type = wide
-    for node in model.graph.node:
+    for node in (node for part in parts for node in part.node):
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
                 attribute.i = wide

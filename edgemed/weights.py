@@ -10,14 +10,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgemed.checkpoint import Checkpoint
+from edgemed.checkpoint import TOWER, Checkpoint
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
 
 if TYPE_CHECKING:
     import torch
-
-MATRICES = ("qkv", "o", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Weights:
         self.fold = fold
         plain = (self.source.head_dim**-0.5,) * self.source.layers
         self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
-        self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint)) if self.family.vision else None
+        self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint), self._bare_shapes()) if self.family.vision else None
         self.parts: dict[str, Part] = every_part(self.family, self.source, self.vision)
         self.quantization: dict[str, Any] | None = checkpoint.config.get("quantization_config")
         if self.quantization and self.quantization.get("quant_method") != "gptq":
@@ -91,9 +89,9 @@ class Weights:
         tensors, keys = self.checkpoint.tensors, []
         for module in part.modules:
             choices = [prefix + m for m in module.split("|") for prefix in self.family.prefixes]
-            key = next((c for c in choices if f"{c}.weight" in tensors or f"{c}.qweight" in tensors), None)
+            key = next((c for c in choices if part.weight(c) in tensors or f"{c}.qweight" in tensors), None)
             if key is None:
-                raise EdgemedError(f"{self.checkpoint.path}: tensor '{choices[0]}.weight' ({name}) is missing", "The checkpoint is incomplete; download it again")
+                raise EdgemedError(f"{self.checkpoint.path}: tensor '{part.weight(choices[0])}' ({name}) is missing", "The checkpoint is incomplete; download it again")
             keys.append(key)
         return tuple(keys)
 
@@ -109,8 +107,8 @@ class Weights:
     def _stored(self, key: str, part: Part, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors a module may have, with their shapes."""
         rows, columns = (weight[-1] if part.conv1d else weight[0]), part.shape[-1]
-        found = {f"{key}.weight": weight, f"{key}.bias": (rows,)}
-        if f"{key}.weight" in self.checkpoint.tensors:
+        found = {part.weight(key): weight, f"{key}.bias": (rows,)}
+        if part.weight(key) in self.checkpoint.tensors:
             return found
         bits, group = self._packing()
         groups = 1 if group == -1 else -(-columns // group)
@@ -128,7 +126,7 @@ class Weights:
 
     def table(self, name: str) -> torch.Tensor:
         """An embedding table [rows, width], float32."""
-        return self.checkpoint.read(f"{self.keys[name][0]}.weight").float()
+        return self.checkpoint.read(self.parts[name].weight(self.keys[name][0])).float()
 
     def norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weight, bias) of a norm, float32; bias None where the family stores none."""
@@ -137,7 +135,7 @@ class Weights:
         return self.checkpoint.read(f"{key}.weight").float(), bias
 
     def matrix(self, name: str) -> Dense | Packed:
-        """A matrix in [out, in] layout with its bias; modules of one part are joined along the output axis."""
+        """A matrix or router in [out, in] layout with its bias; modules of one part are joined along the output axis."""
         torch = need("torch", "build")
         found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
         matrix = found[0] if len(found) == 1 else joined(found, name)
@@ -172,12 +170,20 @@ class Weights:
 
 
 def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
-    """preprocessor_config.json, which says how images are resized; {} where there is none."""
-    file = checkpoint.path / "preprocessor_config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise EdgemedError(f"{file} is not JSON ({error})", "Download it again") from None
+    """How images are resized: what processor_config.json says of them (transformers 5 writes it there), or preprocessor_config.json; {} where neither does.
+
+    A vision tower in a folder of its own may bring the file.
+    """
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None), (f"{TOWER}/preprocessor_config.json", None)):
+        file = checkpoint.path / name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            found = found.get(key, {}) if key else found
+        except (ValueError, AttributeError) as error:
+            raise EdgemedError(f"{file} is not a JSON object ({error})", "Download it again") from None
+        if found:
+            return found
+    return {}
 
 
 def joined(found: list[Dense | Packed], name: str) -> Dense | Packed:

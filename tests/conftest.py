@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB, EOS, CONTEXT = 288, 256, 192
 # Not copied from the family's own numbers: head sizes, context and layers small enough for a second per test.
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128, "max_position_embeddings": CONTEXT,
-        "partial_rotary_factor": 0.5, "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2}
+        "partial_rotary_factor": 0.5, "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2, "seq_length": CONTEXT, "kv_channels": 32}
+
+TINY_CLIP = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96, "patch_size": 14, "image_size": 56, "projection_dim": 16}
 
 
 def pytest_configure() -> None:
@@ -37,15 +39,21 @@ def _one_thread() -> None:
 
 
 def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
-    """The family's published config shrunk to the tiny model's numbers."""
-    from edgemed.family import all_families
+    """The published config of a family, or of one of its other models, shrunk to the tiny model's numbers."""
+    from edgemed.random_weights import reference_config
 
-    published = all_families()[family].reference_config
+    published = reference_config(family)
     tiny = {key: value for key, value in TINY.items() if key in published}
     if "mrope_section" in (published.get("rope_scaling") or {}):
         tiny["rope_scaling"] = {**published["rope_scaling"], "mrope_section": [4, 6, 6]}
-    if "vision_config" in published:
+    if "text_config" in published:
+        tiny["text_config"] = {**published["text_config"], **{key: value for key, value in TINY.items() if key in published["text_config"]}}
+        tiny |= {"image_token_index": 260, "vision_config": {**published["vision_config"], **TINY_CLIP}}
+    elif "vision_config" in published:
         tiny["vision_config"] = {**published["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64}
+    if "moe" in published:
+        layers = changes.get("num_hidden_layers", tiny["num_hidden_layers"])
+        tiny |= {"moe": {**published["moe"], "moe_layers_idx": list(range(0, layers, 2))}, "vision_config": dict(TINY_CLIP)}
     return {**published, **tiny, **changes}
 
 
@@ -77,13 +85,13 @@ def write_model(path: Path, dtype: str = "float32", seed: int = 0, family: str =
     def random(*shape: int) -> torch.Tensor:
         return torch.empty(shape).normal_(0, 0.15, generator=generator)
 
-    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}) if family.vision else None).values():
+    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}, {}) if family.vision else None).values():
         for module, shape in part.stored():
             if module in written:
                 continue
             written.add(module)
             weight = 1 + random(*shape) if part.kind == "norm" else random(*shape)
-            writer.add(f"{family.prefixes[0]}{module}.weight", weight.to(getattr(torch, dtype)))
+            writer.add(f"{family.prefixes[0]}{part.weight(module)}", weight.to(getattr(torch, dtype)))
             if part.bias:
                 writer.add(f"{family.prefixes[0]}{module}.bias", random(shape[-1 if part.conv1d else 0]).to(getattr(torch, dtype)))
     writer.close()

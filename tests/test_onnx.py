@@ -30,7 +30,7 @@ from edgemed.grid import ggml_q8, rtn  # noqa: E402
 from edgemed.steps import quantize  # noqa: E402
 from edgemed.targets import onnx as target  # noqa: E402
 from edgemed.targets.onnx import Params  # noqa: E402
-from edgemed.weights import MATRICES, Dense, Packed, Weights, pack  # noqa: E402
+from edgemed.weights import Dense, Packed, Weights, pack  # noqa: E402
 
 TOKENS = tokens(100)
 
@@ -111,7 +111,7 @@ def test_packed_integers_are_carried_bit_for_bit(packed: Checkpoint, tmp_path: P
     engine, weights = export(packed, "onnx", Params(accuracy_level=1), tmp_path / "engine"), Weights(packed)
     stored = initializers(engine)
     for n in range(weights.decoder.layers):
-        for name in MATRICES:
+        for name in weights.decoder.matrices(n):
             matrix = weights.matrix(f"layers.{n}.{name}")
             assert isinstance(matrix, Packed)
             nibbles = stored[f"layers.{n}.{name}.q"]
@@ -140,7 +140,7 @@ def old_checkpoint(model: Path, out: Path, bits: int, asymmetric: bool, act_orde
         "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": not asymmetric, "checkpoint_format": "gptq"}}
     out.mkdir()
     writer = Writer(out, config, model)
-    matrices = {source.keys[f"layers.{n}.{name}"][0] for n in range(source.decoder.layers) for name in MATRICES}
+    matrices = {source.keys[f"layers.{n}.{name}"][0] for n in range(source.decoder.layers) for name in source.decoder.matrices(n)}
     for key in source.checkpoint.tensors:
         module, _, kind = key.rpartition(".")
         tensor = source.checkpoint.read(key)

@@ -206,7 +206,7 @@ def test_bad_input(base, tmp_path, text):
     refused("unknown text set", method="gptq", calibration="nothing-of-that-name", length=32)
     refused(r"1000 x 32 = 32000 are asked for", method="gptq", calibration=text, samples=1000, length=32)
     refused("exceeds the model's context of 64", method="gptq", calibration=text, length=65)
-    refused("samples and length must be", method="gptq", calibration=text, samples=0, length=32)
+    refused("samples, length and expert_tokens must be", method="gptq", calibration=text, samples=0, length=32)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     refused("holds no texts", method="gptq", calibration=str(empty), length=32)

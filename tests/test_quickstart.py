@@ -115,7 +115,7 @@ def test_the_task_is_really_solved(report: dict) -> None:
 def test_int4_engines_carry_the_same_integers(work: Path, report: dict) -> None:
     import onnx
     from edgemed.checkpoint import open_checkpoint
-    from edgemed.weights import MATRICES, Weights
+    from edgemed.weights import Weights
     from gguf import GGUFReader
 
     (packed,) = (work / "store").glob("quantize-*")
@@ -125,7 +125,7 @@ def test_int4_engines_carry_the_same_integers(work: Path, report: dict) -> None:
     blocks = {t.name: t.data for t in GGUFReader(work / "engines" / "gguf-q4_0" / "model.gguf").tensors}
     names = {"qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
     for n in range(weights.decoder.layers):
-        for name in MATRICES:
+        for name in weights.decoder.matrices(n):
             q = weights.matrix(f"layers.{n}.{name}").q.numpy()
             nibbles = stored[f"layers.{n}.{name}.q"]
             assert (np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(q.shape) == q).all()

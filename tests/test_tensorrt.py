@@ -28,7 +28,7 @@ from edgemed.steps import quantize  # noqa: E402
 from edgemed.targets.tensorrt import PROFILES, Params  # noqa: E402
 from edgemed.trt_dialect import NOWHERE, PlainDialect, rows_offered  # noqa: E402
 from edgemed.trt_parser import check, read_table, versions  # noqa: E402
-from edgemed.weights import MATRICES, Dense, Packed, Weights  # noqa: E402
+from edgemed.weights import Dense, Packed, Weights  # noqa: E402
 
 IDS = tokens(CONTEXT, seed=4)
 
@@ -88,7 +88,7 @@ def test_packed_integers_are_carried_bit_for_bit(model: Path, tmp_path: Path, bi
     engine, weights = export(checkpoint, "tensorrt", Params(activations="fp32"), tmp_path / "engine"), Weights(checkpoint)
     stored = {t.name: onnx.numpy_helper.to_array(t, str(engine.path)) for t in onnx.load(engine.path / "model.onnx").graph.initializer}
     for n in range(weights.decoder.layers):
-        for name in MATRICES:
+        for name in weights.decoder.matrices(n):
             matrix = weights.matrix(f"layers.{n}.{name}")
             q = stored[f"layers.{n}.{name}.q"].astype(np.int32).T + (1 << bits - 1)
             assert (q == matrix.q.numpy()).all(), f"layer {n} {name}"

@@ -44,7 +44,7 @@ def parts(d: Decoder) -> dict[str, Part]:
     return usual_parts(d, {"norm": False, "qkv": True, "o": False, "mlp": False, "lm_head": False}, roots=TEXT)
 
 
-def vision(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Vision:
+def vision(config: Mapping[str, Any], preprocessor: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Vision:
     tower = config["vision_config"]
     width, heads = whole(tower, "embed_dim"), whole(tower, "num_heads")
     known = {key: whole(config, f"{key}_token_id") for key in ("image", "vision_start", "vision_end")}
@@ -83,7 +83,7 @@ def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
     }
 
 
-def chat(text: str, images: int) -> str:
+def chat(text: str, images: int, conversation: str = "") -> str:
     """Qwen2-VL's chat template for one user turn, images first."""
     seen = "<|vision_start|><|image_pad|><|vision_end|>" * images
     return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{seen}{text}<|im_end|>\n<|im_start|>assistant\n"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+BESIDE = "non_lora_trainables.bin"  # where LLaVA's training code puts the projector it trained with the adapter
 TOLERANCE = 1e-4
 WINDOWS, WIDTH = 4, 64
 
@@ -88,6 +89,8 @@ def _files(adapter: str) -> tuple[Path, Path]:
         raise EdgemedError(f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained")
     if found is None:
         raise EdgemedError(f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained")
+    if (path / BESIDE).is_file():
+        raise EdgemedError(f"{path / BESIDE} holds weights that peft does not know and a merge would lose", "Merge the adapter with the code that trained it")
     return path / CONFIG, found
 
 
@@ -167,7 +170,11 @@ def _load_base(weights: Weights, adapter: Any, tensors: Mapping[str, torch.Tenso
         options["num_labels"] = weights.decoder.head_size
     if head not in classes:
         raise EdgemedError(f"{weights.checkpoint.path}: cannot merge into a model with a '{head}' head", f"Known heads: {', '.join(classes)}")
-    model, info = getattr(transformers, classes[head]).from_pretrained(
+    name, text = classes[head], weights.family.text_config(weights.checkpoint.config) if weights.family.text_config else None
+    if text is not None:
+        # An adapter of such a checkpoint was trained on its text model; the rest is copied.
+        name, options = "AutoModelForCausalLM", {**options, "config": transformers.AutoConfig.for_model(**text)}
+    model, info = getattr(transformers, name).from_pretrained(
         weights.checkpoint.path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
     )
     absent = [name for name in info["missing_keys"] if f"base_model.model.{name}" not in tensors and not _fill_head(model, weights, name)]
@@ -261,18 +268,23 @@ def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, bound: floa
     return {"max_abs_error": error, "largest_score": scale, "bound": None if bound is None else bound * scale}
 
 
-def _base_tensor(weights: Weights, name: str) -> torch.Tensor | None:
-    prefixes, tensors = weights.family.prefixes, weights.checkpoint.tensors
-    bare = name.removeprefix(next((p for p in prefixes if p and name.startswith(p)), ""))
-    key = next((p + bare for p in prefixes if p + bare in tensors), None)
-    return None if key is None else weights.checkpoint.read(key).float()
+def _stored(weights: Weights) -> dict[str, str]:
+    """Every name a parameter may have in transformers' model -> the tensor's name in the checkpoint, which may be of an older layout."""
+    found = {}
+    for name, part in weights.parts.items():
+        for module, key in zip(part.modules, weights.keys[name], strict=True):
+            for tensor, stored in ((part.weight, part.weight(key)), (lambda m: f"{m}.bias", f"{key}.bias")):
+                found |= {tensor(prefix + choice): stored for choice in module.split("|") for prefix in weights.family.prefixes if stored in weights.checkpoint.tensors}
+    return found
 
 
 def _interpolate(merged: torch.nn.Module, weights: Weights, alpha: float) -> None:
+    stored = _stored(weights)
     for name, parameter in merged.named_parameters():
-        base = _base_tensor(weights, name)
+        key = stored.get(name, name)
         # A head that only the adapter has stays whole: there is nothing to interpolate from.
-        if base is not None:
+        if key in weights.checkpoint.tensors:
+            base = weights.checkpoint.read(key).float()
             parameter.copy_(base + alpha * (parameter - base))
 
 
@@ -281,12 +293,16 @@ def _write(merged: torch.nn.Module, weights: Weights, out: Path, dtype: str) -> 
     source = {entry.dtype for entry in weights.checkpoint.tensors.values() if "float" in entry.dtype}
     chosen = dtype if dtype != "source" else "float32" if "float32" in source else min(source)
     config = {k: v for k, v in weights.checkpoint.config.items() if k != "torch_dtype"}
-    config |= {"dtype": chosen, "architectures": [type(merged).__name__], "tie_word_embeddings": merged.config.tie_word_embeddings}
-    if weights.decoder.head == "lm" and merged.config.architectures != config["architectures"]:
+    whole = weights.family.text_config is None or weights.family.text_config(weights.checkpoint.config) is None
+    config |= {"dtype": chosen, "tie_word_embeddings": merged.config.tie_word_embeddings} | ({"architectures": [type(merged).__name__]} if whole else {})
+    if whole and weights.decoder.head == "lm" and merged.config.architectures != config["architectures"]:
         config |= {"id2label": merged.config.id2label, "label2id": merged.config.label2id}
     writer = Writer(out, config, weights.checkpoint.path)
+    written = {name for name, _ in merged.named_parameters()}
     # named_parameters gives a tied matrix once.
     for name, parameter in track(list(merged.named_parameters()), "write the merged model"):
         writer.add(name, narrowed(name, parameter.data, chosen))
+    for key in (key for key in _stored(weights).values() if not whole and key not in written):
+        writer.add(key, narrowed(key, weights.checkpoint.read(key), chosen))
     writer.close()
     return {chosen}

@@ -21,7 +21,7 @@ import numpy as np
 from edgemed.errors import EdgemedError, need
 from edgemed.grid import Ints
 from edgemed.ort_dialect import ROPE, OrtDialect
-from edgemed.session import Pictures, Positions, check_room, feature_rows
+from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
@@ -238,7 +238,7 @@ class OrtSession:
         check_room(self, tokens)
         new, end = len(tokens), self.position + len(tokens)
         self._shape(new, new if every else 1)
-        self.tokens[0], self.positions[0] = tokens, np.arange(self.position, end)
+        self.tokens[0], self.positions[0] = looked_up(tokens, pictures), np.arange(self.position, end)
         self.select[:] = np.arange(new) if every else new - 1
         self.last[0], self.total[0] = end - 1, end
         if self.counted:

@@ -36,6 +36,7 @@ class Params:
 
     activations: format beside integers. context: tokens of the KV cache (default the model's). prefill: tokens per run at most; longer
     prompts go in parts. workspace_mb: memory TensorRT may use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX.
+    experts: 'chosen' passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can hold; 'all' computes all of them.
     tower: precision of a vision tower and projector; min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
@@ -47,6 +48,7 @@ class Params:
     prefill: int = 512
     workspace_mb: int = 1024
     runtime: Literal["tensorrt", "rtx"] = "tensorrt"
+    experts: Literal["chosen", "all"] = "chosen"
     tower: Literal["fp16", "fp32", "bf16", "int8"] = "fp16"
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -130,7 +132,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     chosen = params.activations if bits else "fp16" if params.precision == "auto" else params.precision
     # Sums and norms stay float32: TensorRT 11 computes a norm in the format of its input.
     precision = Precision(FLOATS[chosen], bits, -1 if bits == 8 else params.group, stream="float32")
-    graph = build_decoder(weights, out, precision, PlainDialect(bits))
+    graph = build_decoder(weights, out, precision, PlainDialect(bits, params.experts == "chosen"))
     context, names, seen, scores = params.context or d.context, ("model", *(SEEING if weights.vision else ())), {}, 0
     if weights.vision:
         seen, scores = {"tower_bytes": build_eyes(weights, out, params)}, score_bytes(vision_seen(weights, params), context)

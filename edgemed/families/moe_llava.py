@@ -1,0 +1,220 @@
+"""MoE-LLaVA and its medical descendants MoE-TinyMed and Med-MoE: a small text model some of whose MLPs are mixtures of experts, behind CLIP.
+
+The medical papers use two architectures under one model_type: four experts of which the best two are mixed, or the best one beside a meta expert that every
+token uses. config.json does not tell them apart; the tensors do. Models without experts (LLaVA-StableLM, LLaVA-Phi) are read too, and Qwen as a base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from edgemed.clip import MARKER, clip_parts, clip_vision, tower_numbers
+from edgemed.errors import EdgemedError
+from edgemed.family import Decoder, Experts, Family, Part, Vision, all_families, checked, first_token, inverse_frequencies, whole
+
+# model_type -> family of its text model; '' is Qwen (1), which is described here because nothing else has it
+BASES = {"moe_llava_stablelm": "stablelm", "llava_stablelm": "stablelm", "moe_llava_phi": "phi", "llava_phi": "phi", "moe_llava_qwen": ""}
+EXPERT, ROUTER, META = "mlp.deepspeed_moe.experts.deepspeed_experts.", "mlp.deepspeed_moe.gate.wg", "mlp.meta_moe."
+STORED = re.compile(r"\.(?:layers|h)\.(\d+)\.mlp\.(?:deepspeed_moe\.(?:experts\.deepspeed_experts\.(\d+)\.|gate\.wg\.(bias))|(meta_moe)\.)")
+ROOTS = ("model.", "transformer.")
+TOWER = tuple(f"{root}image_tower.image_tower.vision_model." for root in ROOTS)
+PROJECTOR = tuple("|".join(f"{root}mm_projector.image_spatial_proj.{n}" for root in ROOTS) for n in (0, 2))
+# moellava/conversation.py: conv_stablelm, conv_phi and conv_qwen differ in what ends a turn only.
+BEFORE, AFTER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
+                 " ASSISTANT:")
+
+
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+    base = BASES[config["model_type"]]
+    found = all_families()[base].decoder(config, {}) if base else qwen(config)
+    moe = config.get("moe") or {}
+    if not config["model_type"].startswith("moe_") or moe.get("moe_enable") is False:
+        return found
+    return replace(found, experts=experts(moe, shapes, found.layers))
+
+
+def experts(moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth: int) -> Experts:
+    """What config.json's `moe` says, with what only the tensors tell. shapes: {} where there are none, and then `meta_expert` (not the authors') is heard.
+
+    With a meta expert one expert is chosen whatever top_k_experts says, and DeepSpeed, which computed these models, renormalises no single gate.
+    Raises EdgemedError where config and tensors speak of other experts.
+    """
+    checked(moe, {"use_residual": False})
+    layers, count = sparse_layers(moe, depth), moe.get("num_experts")
+    count = count[0] if isinstance(count, list) and count and set(count) == {count[0]} else count
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise EdgemedError(f"config.json: moe.num_experts {moe.get('num_experts')!r} is not one number of experts", "Every sparse layer must have as many")
+    active = moe.get("top_k_experts", 2)
+    if isinstance(active, bool) or not isinstance(active, int) or not 1 <= active <= count:
+        raise EdgemedError(f"config.json: moe.top_k_experts {active!r} of {count} experts", f"Between 1 and {count} can be chosen")
+    shared = _stored(shapes, layers, count) if shapes else bool(moe.get("meta_expert"))
+    return Experts(count, 1 if shared else active, layers, renormalised=not shared and active > 1, shared=shared, router_bias=shared)
+
+
+def sparse_layers(moe: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+    """Which layers have experts: moe_layers_idx, or what moe_mode means (MoE-LLaVA's own rule). Raises EdgemedError for another mode, or layers that are not there."""
+    modes = {"sparse": range(0, depth, 2), "dense": range(depth), "first_half": range(depth // 2), "second_half": range(depth // 2, depth)}
+    layers, mode = moe.get("moe_layers_idx"), moe.get("moe_mode", "sparse")
+    if layers is None and mode not in modes:
+        raise EdgemedError(f"config.json: moe.moe_mode '{mode}' is not supported", f"Known: {', '.join(modes)}")
+    layers = tuple(modes[mode] if layers is None else sorted(layers))
+    if not layers or set(layers) - set(range(depth)):
+        raise EdgemedError(f"config.json: moe.moe_layers_idx {list(layers)} of a model of {depth} layers", "Config and weights do not belong together")
+    return layers
+
+
+def _stored(shapes: Mapping[str, tuple[int, ...]], layers: tuple[int, ...], count: int) -> bool:
+    """Whether the tensors are those of the architecture with a meta expert, after checking them against the config."""
+    found: dict[int, set[int]] = {}
+    biased, meta = set(), set()
+    for key in shapes:
+        if match := STORED.search(f".{key}"):
+            layer = int(match[1])
+            found.setdefault(layer, set()).update({int(match[2])} if match[2] else ())
+            biased |= {layer} if match[3] else set()
+            meta |= {layer} if match[4] else set()
+    odd = next((n for n in sorted(set(layers) | set(found)) if (n in layers) != bool(found.get(n))), None)
+    if odd is not None:
+        said = ("has none of the experts", "does") if odd in layers else ("has experts", "does not")
+        raise EdgemedError(f"layer {odd} {said[0]}, config.json says it {said[1]} (moe.moe_layers_idx {list(layers)})", "Config and weights do not belong together, or a shard is missing")
+    for layer, numbers in sorted(found.items()):
+        if numbers != set(range(count)):
+            missing = sorted(set(range(count)) - numbers)
+            said = f"misses expert {missing[0]}" if missing else f"has {len(numbers)} experts"
+            raise EdgemedError(f"layer {layer} {said}, config.json says {count} (moe.num_experts)", "Config and weights do not belong together, or a shard is missing")
+    if (meta or biased) and not meta == biased == set(layers):
+        lacking = min((set(layers) - (meta & biased)) or (meta | biased) - set(layers))
+        raise EdgemedError(
+            f"the checkpoint mixes two architectures: layer {min(meta | biased)} has a meta expert or a router with bias, layer {lacking} has not both",
+            "Its layers come from different models; download it again",
+        )
+    return bool(meta)
+
+
+def qwen(config: Mapping[str, Any]) -> Decoder:
+    """Qwen (1)'s text model: Qwen2's with q, k and v in one matrix; intermediate_size counts gate and up together."""
+    checked(config, {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True})
+    hidden, layers, heads, vocab = (whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+    head_dim, theta = config.get("kv_channels", hidden // heads), float(config.get("rotary_emb_base", 10000.0))
+    return Decoder(
+        hidden=hidden, layers=layers, heads=heads, kv_heads=heads, head_dim=head_dim, ffn=whole(config, "intermediate_size") // 2, vocab=vocab,
+        context=whole(config, "seq_length"), norm_eps=config.get("layer_norm_epsilon", 1e-6), norm="rmsnorm", score_scale=(head_dim**-0.5,) * layers, activation="silu", gated=True,
+        tied=config.get("tie_word_embeddings", False), eos=first_token(config.get("eos_token_id")), positions="rope", rope_theta=theta,
+        rope_frequencies=inverse_frequencies(head_dim, theta),
+    )
+
+
+def qwen_parts(d: Decoder) -> dict[str, Part]:
+    found = {"embed": Part(("transformer.wte",), "table", (d.vocab, d.hidden))}
+    for n in range(d.layers):
+        name, at = f"layers.{n}", f"transformer.h.{n}"
+        found |= {
+            f"{name}.attn_norm": Part((f"{at}.ln_1",), "norm", (d.hidden,)),
+            f"{name}.qkv": Part((f"{at}.attn.c_attn",), "matrix", (d.q_size + 2 * d.kv_size, d.hidden), bias=True),
+            f"{name}.o": Part((f"{at}.attn.c_proj",), "matrix", (d.hidden, d.q_size)),
+            f"{name}.mlp_norm": Part((f"{at}.ln_2",), "norm", (d.hidden,)),
+            # c_proj(w1(x) * silu(w2(x))): w2 is the gate.
+            f"{name}.up": Part((f"{at}.mlp.w2", f"{at}.mlp.w1"), "matrix", (2 * d.ffn, d.hidden), rows=(d.ffn, d.ffn)),
+            f"{name}.down": Part((f"{at}.mlp.c_proj",), "matrix", (d.hidden, d.ffn)),
+        }
+    return found | {"final_norm": Part(("transformer.ln_f",), "norm", (d.hidden,)), "lm_head": Part(("lm_head",), "matrix", (d.vocab, d.hidden))}
+
+
+def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """A dense model's parts with those of the experts where the MLPs of sparse layers were; every expert is called as the MLP is."""
+    found: dict[str, Part] = {}
+    for name, part in parts.items():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        if not d.sparse(layer) or not name.endswith((".up", ".down")):
+            found[name] = replace(part, bias=False) if name == "lm_head" else part  # Phi's has a bias, in these models none
+            continue
+        stem, _, last = name.rpartition(".")
+        if last == "up":
+            found[f"{stem}.router"] = Part((part.modules[0].partition("mlp.")[0] + ROUTER,), "router", (d.experts.count, d.hidden), bias=d.experts.router_bias)
+        for mlp in d.mlps(layer):
+            place = META if mlp == "shared." else EXPERT + mlp.removeprefix("experts.")
+            found[f"{stem}.{mlp}{last}"] = replace(part, modules=tuple(module.replace("mlp.", place) for module in part.modules))
+    return found
+
+
+def variant(config: Mapping[str, Any]) -> Family:
+    base = BASES[config["model_type"]]
+    text = all_families()[base] if base else None
+
+    def parts(d: Decoder) -> dict[str, Part]:
+        return with_experts(d, text.parts(d) if text else qwen_parts(d))
+
+    return replace(FAMILY, parts=parts, gguf_arch=text.gguf_arch if text else "qwen", gguf_pre=text.gguf_pre if text else "qwen2")
+
+
+def parts(d: Decoder) -> dict[str, Part]:
+    return variant(TINYMED).parts(d)
+
+
+def vision(config: Mapping[str, Any], preprocessor: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Vision:
+    # mm_image_tower is often a path on the authors' disk; the tower lies in the checkpoint, so only an error ever speaks of it.
+    checked(config, {"image_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False})
+    tower = tower_numbers(config.get("vision_config"), shapes, TOWER, config.get("mm_image_tower") or "")
+    return clip_vision(
+        tower, preprocessor, config.get("mm_vision_select_layer", -2), config.get("image_aspect_ratio") == "pad", token=whole(config, "vocab_size"),
+        projector_hidden=whole(config, "hidden_size"), marker=MARKER,
+    )
+
+
+def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
+    return clip_parts(v, d, TOWER, PROJECTOR)
+
+
+def chat(text: str, images: int, conversation: str) -> str:
+    """One user turn of the authors' conversation form, images first, each on a line of its own."""
+    return BEFORE + f"{MARKER}\n" * images + text.strip() + AFTER
+
+
+def reference(model_type: str, base: Mapping[str, Any], depth: int, meta: bool = False) -> dict[str, Any]:
+    """Published true dimensions of one model: its base's config.json and the experts' numbers (arXiv 2404.10237, 2401.15947)."""
+    moe = {"moe_enable": True, "moe_mode": "sparse", "moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4], "top_k_experts": 1 if meta else 2, "use_residual": False}
+    seen = {"mm_image_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2, "image_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"}
+    return {**base, **seen, "model_type": model_type, "moe": moe | ({"meta_expert": True} if meta else {}), "initializer_range": 0.02}
+
+
+# stabilityai/stablelm-2-1_6b, microsoft/phi-2 and Qwen/Qwen-1_8B config.json
+STABLELM = {
+    "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 5632, "vocab_size": 100352, "max_position_embeddings": 4096,
+    "bos_token_id": 100257, "eos_token_id": 100257, "hidden_act": "silu", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "use_qkv_bias": True,
+    "tie_word_embeddings": False,
+}
+PHI = {
+    "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 10240, "vocab_size": 51200, "max_position_embeddings": 2048,
+    "bos_token_id": 50256, "eos_token_id": 50256, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.4, "tie_word_embeddings": False,
+}
+QWEN = {
+    "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "kv_channels": 128, "intermediate_size": 11008, "vocab_size": 151936, "seq_length": 8192, "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000.0, "rotary_pct": 1.0, "no_bias": True, "eos_token_id": 151643, "tie_word_embeddings": False,
+}
+TINYMED = reference("moe_llava_stablelm", STABLELM, 24)
+
+FAMILY = Family(
+    name="moe_llava",
+    model_types=tuple(BASES),
+    decoder=decoder,
+    parts=parts,
+    prefixes=("",),
+    ignored=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
+    folded=dict,
+    gguf_arch="stablelm",
+    gguf_pre="stablelm2",
+    reference_name="moe-tinymed",
+    reference_config=TINYMED,
+    other_references={
+        "moe-tinymed-phi": reference("moe_llava_phi", PHI, 32), "med-moe": reference("moe_llava_stablelm", STABLELM, 24, meta=True),
+        "med-moe-phi": reference("moe_llava_phi", PHI, 32, meta=True), "moe-llava-qwen": reference("moe_llava_qwen", QWEN, 24),
+    },
+    auto_classes={},
+    variant=variant,
+    vision=vision,
+    vision_parts=vision_parts,
+    chat=chat,
+)
