@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,24 +154,40 @@ def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None
 
 
 def describe_tokenizer(writer: Any, tokenizer: Any, vocab: int, pre: str, where: str) -> None:
-    """Tokens, their kinds and the merges of a byte-level BPE tokenizer. Raises EdgemedError for another kind."""
+    """Tokens, their kinds and the merges (or scores) of a BPE tokenizer, byte-level or SentencePiece's. Raises EdgemedError for another kind."""
     kinds = need("gguf", "build").TokenType
-    model = json.loads(tokenizer.to_str())["model"]
-    kind = "SentencePiece" if model.get("byte_fallback") else model["type"]
-    if kind != "BPE":
-        raise EdgemedError(f"{where}: a {kind} tokenizer cannot be written into GGUF yet", "Only byte-level BPE is supported")
+    told = json.loads(tokenizer.to_str())
+    model = told["model"]
+    if model["type"] != "BPE":
+        raise EdgemedError(f"{where}: a {model['type']} tokenizer cannot be written into GGUF yet", "Only BPE is supported, byte-level or SentencePiece's")
     names = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     added = tokenizer.get_added_tokens_decoder()
     types = [
         kinds.UNUSED if i not in names else kinds.NORMAL if i not in added else kinds.CONTROL if added[i].special else kinds.USER_DEFINED
         for i in range(vocab)
     ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        types = [kinds.UNKNOWN if names.get(i) == model.get("unk_token") else kinds.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", names.get(i, "")) else kind for i, kind in enumerate(types)]
+        # llama.cpp joins the pair whose result has the highest score: the order of the merges, as negative numbers.
+        scores = {"".join(merge): -float(number) for number, merge in reversed(list(enumerate(merges)))}
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([scores.get(names.get(i, ""), -float(len(merges))) for i in range(vocab)])
+        writer.add_add_space_prefix(prefixed(told))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
     # The embedding may have more rows than the tokenizer has entries; llama.cpp wants a name for each.
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(vocab)])
     writer.add_token_types([int(kind) for kind in types])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+
+
+def prefixed(told: Mapping[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a space in front of a text, as told in tokenizer.json."""
+    normalizer, before = told.get("normalizer") or {}, told.get("pre_tokenizer") or {}
+    return any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer])) or before.get("prepend_scheme", "never") != "never"
 
 
 def runtime() -> ModuleType:

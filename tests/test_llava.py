@@ -26,7 +26,7 @@ from edgemed.tower import TorchEyes, features  # noqa: E402
 from edgemed.vision import VisionSession  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
-VOCAB, IMAGE, CONTEXT = 288, 258, 256
+VOCAB, IMAGE, CONTEXT = 288, 258, 384
 TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT,
         "bos_token_id": 1, "eos_token_id": 256}
 ROOTS = {"language_model.model.": "model.", "language_model.lm_head": "lm_head", "multi_modal_projector.linear_1": "model.mm_projector.0", "multi_modal_projector.linear_2": "model.mm_projector.2",
@@ -308,3 +308,252 @@ def test_quantize_keeps_the_tower(seeing: Path, tmp_path: Path, method: str) -> 
     tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8], [noise(5, 80, 60)])
     assert engine.precision == "int8 g32" and np.abs(session.prefill(tokens, every=True, pictures=pictures) - asked(tmp_path / "packed")).mean() < 0.05
     session.close()
+
+
+# --- tokenizers, prompts, towers in a folder of their own
+
+def sentencepiece(path: Path, prepend: bool = True) -> Any:
+    """A tokenizer of Llama 2's kind: BPE over texts whose spaces are written as signs, unknown characters as bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    text = [f"USER: Is the {organ} of patient {n} enlarged? ASSISTANT: {'yes' if n % 2 else 'no'}, it is." for n in range(40) for organ in ("liver", "heart", "lung")]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([*([normalizers.Prepend("▁")] if prepend else []), normalizers.Replace(" ", "▁")])
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=VOCAB - 8, special_tokens=["<unk>", "<s>", "</s>", *[f"<0x{n:02X}>" for n in range(200)]], limit_alphabet=40))
+    told = json.loads(tokenizer.to_str())
+    told["added_tokens"] = told["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(told))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text("{}")
+    return tokenizer
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+def test_a_sentencepiece_tokenizer_in_gguf_is_the_checkpoints(model: tuple[Path, Any], tmp_path: Path, prepend: bool) -> None:
+    lib = pytest.importorskip("llama_cpp").llama_cpp
+    from edgemed.llama import library
+
+    path = renamed(model[0], tmp_path / "model", ROOTS, authors_config(vocab_size=VOCAB))
+    tokenizer = sentencepiece(path, prepend)
+    engine = engine_of(path, "llamacpp", tmp_path / "engine", type="f32")
+    library()
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    loaded = lib.llama_model_load_from_file(str(engine.path / "model.gguf").encode(), params)
+    found, vocabulary = (lib.llama_token * 256)(), lib.llama_model_get_vocab(loaded)
+    for text in ("Is the heart enlarged? yes", "USER: liver ASSISTANT: no,  it", "lung", " lung", "is &# it?", "\nIs the liver?"):
+        count = lib.llama_tokenize(vocabulary, text.encode(), len(text.encode()), found, 256, False, False)
+        assert list(found[:count]) == tokenizer.encode(text, add_special_tokens=False).ids, text
+    lib.llama_model_free(loaded)
+
+
+def test_authors_layout_from_text_to_answer(model: tuple[Path, Any], tmp_path: Path) -> None:
+    """Nothing in this layout has an image token: the prompt is split where an image stands, and both runtimes never look its id up."""
+    path = renamed(model[0], tmp_path / "model", ROOTS, authors_config())
+    tokenizer = sentencepiece(path)
+    weights = Weights(open_checkpoint(path))
+    v = weights.vision
+    assert (v.token, v.start, v.conversation, v.fit) == (VOCAB, (1,), "vicuna", "pad")
+    text = FAMILY.chat("Is the liver enlarged?", 1, v.conversation)
+    before, after = text.split("<image>")
+    ids = prompt_tokens(tokenizer, text, v)
+    assert ids == [1, *tokenizer.encode(before).ids, VOCAB, *tokenizer.encode(after).ids]
+    source = TorchSession(weights)
+    tokens, pictures = TorchEyes(weights).see(ids, [noise(3)])
+    right = source.prefill(tokens, pictures=pictures)[-1].copy()
+    for target, params in (("onnx", {"precision": "fp32"}), ("llamacpp", {"type": "f32"})):
+        engine = engine_of(path, target, tmp_path / target, **params)
+        session, eyes = engine.open(1), VisionSession(engine, 1)
+        assert prompt_tokens(engine.tokenizer(), text, eyes.v) == ids
+        tokens, pictures = eyes.see(ids, [noise(3)])
+        assert np.abs(session.prefill(tokens, pictures=pictures)[-1] - right).max() < 5e-3
+        session.close()
+
+
+@pytest.mark.parametrize("config,form,text", [
+    (authors_config("llava_llama"), "vicuna", "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's "
+     "questions. USER: <image>\nWhy? ASSISTANT:"),
+    (authors_config("llava_mistral"), "mistral", "[INST] <image>\nWhy? [/INST]"),
+    (authors_config("llava_qwen2"), "huatuo", "<|user|>\n<image>\nWhy?\n<|assistant|>\n"),
+    (authors_config("llava_qwen"), "chatml", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+    (authors_config("llava_qwen", conversation="huatuo"), "huatuo", "<|user|>\n<image>\nWhy?\n<|assistant|>\n"),
+    (authors_config("llava_qwen", _name_or_path="x/HuatuoGPT-Vision-7B"), "huatuo", "<|user|>\n<image>\nWhy?\n<|assistant|>\n"),
+])
+def test_conversation_forms(config: dict[str, Any], form: str, text: str) -> None:
+    v = FAMILY.vision(config, {}, {})
+    assert v.conversation == form and FAMILY.chat(" Why?\n", 1, form) == text
+    assert v.start == ((1,) if form in ("vicuna", "mistral") else ())
+    assert FAMILY.chat("Why?", 3, form).count("<image>\n") == 3
+
+
+def test_numbers_of_the_published_models() -> None:
+    from edgemed.facts import described, inspect, parameters, seen
+
+    weights = Weights(described("huatuogpt-vision-7b"))
+    # Qwen2-7B's 7,615,616,512, CLIP-ViT-L/14-336's 303,507,456 and the projector's 3584 * (1024 + 1) + 3584 * (3584 + 1)
+    assert parameters(weights) == 7_615_616_512 + 303_507_456 + 3584 * 1025 + 3584 * 3585
+    v = weights.vision
+    assert (v.layers, v.spare, (v.size // v.patch) ** 2) == (23, 1, 576) and seen(weights) < 303_507_456 + 3584 * 4610
+    assert inspect("random:llava")["family"] == "llava"
+    # llava-hf/llava-1.5-7b-hf's config.json says of its text model only what differs from LlamaConfig
+    short = {"model_type": "llava", "image_token_index": 32000, "vision_config": FAMILY.reference_config["vision_config"], "text_config": {"model_type": "llama", "vocab_size": 32064,
+             "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}}
+    d = FAMILY.decoder(short, {})
+    assert (d.hidden, d.layers, d.heads, d.kv_heads, d.ffn, d.vocab, d.context, d.eos) == (4096, 32, 32, 32, 11008, 32064, 4096, 2)
+
+
+def test_a_sliding_window_bounds_the_context() -> None:
+    assert FAMILY.decoder(authors_config("llava_mistral", sliding_window=96), {}).context == 96
+    assert FAMILY.decoder(authors_config("llava_mistral", sliding_window=None), {}).context == CONTEXT
+
+
+def test_a_tower_in_a_folder_of_its_own(model: tuple[Path, Any], tmp_path: Path) -> None:
+    """The authors' LLaVA stores no tower and names CLIP on a hub: its folder may be put into the checkpoint's."""
+    from safetensors.torch import load_file, save_file
+
+    path = renamed(model[0], tmp_path / "model", ROOTS, authors_config())
+    tensors = load_file(path / "model.safetensors")
+    tower = {key: t for key, t in tensors.items() if "vision_tower" in key}
+    save_file({key: t for key, t in tensors.items() if key not in tower}, path / "model.safetensors")
+    right = asked(model[0])
+    with pytest.raises(EdgemedError, match="has no vision tower .*config.json names openai/clip. Put that CLIP model's folder beside the weights and call it vision_tower"):
+        Weights(open_checkpoint(path))
+    (path / "vision_tower").mkdir()
+    inside = {key.split("vision_tower.vision_tower.")[1]: t for key, t in tower.items()} | {"logit_scale": torch.ones(())}
+    torch.save(inside, path / "vision_tower" / "pytorch_model.bin")
+    (path / "vision_tower" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5], "size": 56, "crop_size": 56}))
+    assert Weights(open_checkpoint(path)).vision.mean == (0.5, 0.5, 0.5) and "vision_tower/pytorch_model.bin" in open_checkpoint(path).hashes()
+    (path / "vision_tower" / "preprocessor_config.json").unlink()
+    config = authors_config(image_aspect_ratio="square")
+    (path / "config.json").write_text(json.dumps(config))
+    assert np.abs(asked(path) - right).max() < 1e-4
+
+
+# --- what goes wrong
+
+@pytest.mark.parametrize("change,said", [
+    ({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported"),
+    ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch' is not supported"),
+    ({"mm_use_im_start_end": True}, "mm_use_im_start_end True is not supported"),
+    ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' is not supported"),
+    ({"mm_vision_select_layer": [-2, -5]}, r"features of layer \[-2, -5\] of a tower of 24 are not supported"),
+    ({"mm_vision_select_layer": -30}, "features of layer -30"),
+    ({"conversation": "plain"}, "conversation 'plain' is not known"),
+    ({"hidden_size": None}, "hidden_size None"),
+])
+def test_configs_that_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(EdgemedError, match=said):
+        FAMILY.vision(authors_config(**change), {}, {})
+
+
+@pytest.mark.parametrize("change,said", [
+    ({"text_config": {"model_type": "gemma"}}, "a text model of type 'gemma' is not supported"),
+    ({"vision_config": {"model_type": "siglip_vision_model"}}, "a vision tower of type 'siglip_vision_model' is not supported"),
+    ({"vision_config": {**TINY_CLIP, "hidden_act": "relu"}}, "hidden_act 'relu' of the vision tower"),
+    ({"vision_config": {}}, "has no hidden_size"),
+    ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full' is not supported"),
+])
+def test_configs_of_transformers_that_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(EdgemedError, match=said):
+        FAMILY.vision({**FAMILY.reference_config, **change}, {}, {})
+
+
+@pytest.mark.parametrize("preprocessor,said", [
+    ({"resample": 2}, "resample 2"), ({"size": {"shortest_edge": 224}}, "size {'shortest_edge': 224}"), ({"crop_size": 224}, "crop_size 224"), ({"do_center_crop": False}, "do_center_crop false"),
+    ({"size": {"longest_edge": 336}}, "size {'longest_edge': 336}"), ({"do_normalize": False}, "do_normalize False"),
+])
+def test_rules_of_resizing_that_are_refused(preprocessor: dict[str, Any], said: str) -> None:
+    with pytest.raises(EdgemedError, match=f"preprocessor_config.json: {said} is not supported"):
+        FAMILY.vision(FAMILY.reference_config, preprocessor, {})
+
+
+def test_what_processor_config_says_comes_first(model: tuple[Path, Any], tmp_path: Path) -> None:
+    path = renamed(model[0], tmp_path / "model", {})
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.1, 0.1]}))
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [0.2, 0.2, 0.2]}, "patch_size": 14}))
+    assert Weights(open_checkpoint(path)).vision.mean == (0.2, 0.2, 0.2)
+    (path / "processor_config.json").write_text(json.dumps({"patch_size": 14}))
+    assert Weights(open_checkpoint(path)).vision.mean == (0.1, 0.1, 0.1)
+    (path / "processor_config.json").write_text("[]")
+    with pytest.raises(EdgemedError, match="processor_config.json is not a JSON object"):
+        Weights(open_checkpoint(path))
+
+
+def test_images_that_cannot_be_squared() -> None:
+    v = FAMILY.vision(authors_config(), {}, {})
+    with pytest.raises(EdgemedError, match="900 x 4 pixels is too narrow"):
+        fitted_size(900, 4, v)
+    with pytest.raises(EdgemedError, match="30000 x 200 pixels cannot be padded to a square. Reduce it below 20000 pixels a side"):
+        resized(Image.new("RGB", (30_000, 200)), v)
+
+
+def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path: Path) -> None:
+    from edgemed.api import stream
+
+    engine, *_ = exact
+    noise(1).save(tmp_path / "a.png")
+    eyes, session = VisionSession(engine, 1), engine.open(1)
+    try:
+        for ids, images in (([5, IMAGE, IMAGE], 1), ([5, 6], 1), ([5, IMAGE], 2)):
+            with pytest.raises(EdgemedError, match=f"places for {ids.count(IMAGE)} images, {images} were given"):
+                eyes.see(ids, [noise(1)] * images)
+        with pytest.raises(EdgemedError, match="are 386 tokens long, 384 fit"):
+            eyes.see([5, *[IMAGE] * 24, 6], [noise(1)] * 24)
+    finally:
+        session.close()
+    with pytest.raises(EdgemedError, match="places for 1 images, 0 were given"):
+        list(stream(engine.path, "What is <image>?", Sampling(max_tokens=2)))
+    with pytest.raises(EdgemedError, match="places for 2 images, 1 were given"):
+        list(stream(engine.path, "What is <image>?", Sampling(max_tokens=2), images=[tmp_path / "a.png"]))
+    with pytest.raises(EdgemedError, match="family llava has no template 'reasoning'"):
+        list(stream(engine.path, "What?", Sampling(max_tokens=2), images=[tmp_path / "a.png"], template="reasoning"))
+
+
+def test_a_question_about_an_image_is_answered_as_its_source_does(exact: tuple[Engine, Any, float], model: tuple[Path, Any], tmp_path: Path) -> None:
+    from edgemed.api import stream
+    from edgemed.run import evaluate_opened, open_source, start_engine
+    from edgemed.strategy import Settings
+    from edgemed.task import questions
+
+    for seed in (1, 2):
+        noise(seed, 70, 50).save(tmp_path / f"{seed}.png")
+    engine, weights = exact[0], Weights(open_checkpoint(model[0]))
+    tokens, pictures = TorchEyes(weights).see(prompt_tokens(engine.tokenizer(), FAMILY.chat("What?", 1, "vicuna"), weights.vision), [Image.open(tmp_path / "1.png")])
+    written = list(generate(TorchSession(weights), tokens, Sampling(max_tokens=8), frozenset({256}), pictures))
+    assert "".join(stream(engine.path, "What?", Sampling(max_tokens=8), images=[tmp_path / "1.png"])) == engine.tokenizer().decode(written).rstrip("\ufffd")
+    rows = [{"id": str(n), "image": f"{n % 2 + 1}.png", "question": "Which?", "options": ["A lung", "Heart"], "answer": 1, "kind": "o", "label": "l"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = questions(f"cells:{tmp_path / 'rows.jsonl'}")
+    for settings in (Settings(), Settings("generated", rationale=2)):
+        ours, theirs = (evaluate_opened(m, cells, "m", "k", "zero-shot", settings)["items"] for m in (start_engine(engine, True, 1), open_source(weights.checkpoint, True)))
+        assert [item["answer"] for item in ours] == [item["answer"] for item in theirs]
+        assert all(np.allclose(one["scores"], other["scores"], atol=2e-2) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_every_kind_of_image_file_becomes_features(exact: tuple[Engine, Any, float], tmp_path: Path) -> None:
+    from edgemed.image_files import open_image
+
+    eyes = VisionSession(exact[0], 1)
+    noise(1).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(np.linspace(1000, 3000, 400).astype(np.uint16).reshape(20, 20)).save(tmp_path / "deep.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    frames = [Image.new("P", (5, 5), shade) for shade in (10, 200)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    for name in ("cmyk.jpg", "deep.png", "dot.png", "moving.gif"):
+        found, grid = eyes.features(open_image(tmp_path / name))
+        assert found.shape == (16, 64) and np.isfinite(found).all() and grid == (4, 4)
+
+
+def test_one_size_only(model: tuple[Path, Any], tmp_path: Path) -> None:
+    with pytest.raises(EdgemedError, match="reads images of 56 x 56 pixels and no others. Leave min_pixels and max_pixels out"):
+        engine_of(model[0], "onnx", tmp_path / "engine", precision="fp32", max_pixels=10_000)
+
+
+def test_projector_trained_beside_an_adapter_is_not_lost(tmp_path: Path) -> None:
+    from edgemed.steps import merge
+
+    for name in ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(EdgemedError, match="non_lora_trainables.bin holds weights that peft does not know"):
+        merge.inputs(merge.Params(str(tmp_path)))

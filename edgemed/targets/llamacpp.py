@@ -193,7 +193,8 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
     gguf_file.describe_tokenizer(writer, open_tokenizer(checkpoint.path, d.vocab), d.vocab, weights.family.gguf_pre, str(checkpoint.path))
     if d.eos is not None:
         writer.add_eos_token_id(d.eos)
-        writer.add_bos_token_id(checkpoint.config.get("bos_token_id") or d.eos)
+        text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
+        writer.add_bos_token_id(text.get("bos_token_id") or d.eos)
     writer.add_add_bos_token(False)
 
 
