@@ -22,7 +22,7 @@ from edgemed.run import evaluate_opened, open_source, start_engine
 from edgemed.session import Pictures, Sampling, Session, generate
 from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode
-from edgemed.vision import VisionSession
+from edgemed.vision import eyes_of
 
 __all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
 
@@ -144,7 +144,7 @@ def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | N
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
     pictures = [open_image(image) for image in images]
-    eyes = VisionSession(opened, threads) if pictures else None
+    eyes = eyes_of(opened, threads) if pictures else None
     text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
     tokens = encode(opened.tokenizer(), text)
     tokens, seen = eyes.see(tokens, pictures) if eyes else (tokens, None)

@@ -135,6 +135,7 @@ class Family:
     prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers that carry no information.
     folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
     the graph and the pre-tokenizer. reference_config: published true dimensions, for --random-weights.
+    gguf_projector: llama.cpp's name for its graph of the vision tower and projector, '' where it has none that is right.
     auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     vision(config, preprocessor_config) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch', 'vision.layers.N.*',
     'vision.projector.*'), of families that see.
@@ -156,6 +157,7 @@ class Family:
     reference_config: Mapping[str, Any]
     auto_classes: Mapping[str, str]
     gguf_interleaved: bool = False
+    gguf_projector: str = ""
     vision: Callable[[Mapping[str, Any], Mapping[str, Any]], Vision] | None = None
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
     chat: Callable[[str, int], str] | None = None

@@ -37,7 +37,7 @@ from edgemed.summary import on_device
 from edgemed.task import Questions, questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.verify import Limits, verify
-from edgemed.vision import VisionSession
+from edgemed.vision import eyes_of
 from edgemed.weights import Weights
 
 
@@ -282,7 +282,7 @@ def open_source(source: Checkpoint, sees: bool = False) -> Opened:
 
 def start_engine(engine: Engine, sees: bool = False, threads: int | None = None) -> Opened:
     """An engine in the same form."""
-    eyes = VisionSession(engine, threads) if sees else None
+    eyes = eyes_of(engine, threads) if sees else None
     return Opened(engine.open(threads), engine.tokenizer(), engine.eos, eyes)
 
 

@@ -1,7 +1,7 @@
 """The vision tower of an engine on the device: images in, features out, each image computed once and kept.
 
 It runs the engine's two vision graphs with ONNX Runtime whatever runtime the text decoder has, so an image means the same to every engine made from
-one checkpoint. Needs no torch.
+one checkpoint; where an engine was exported for other eyes, eyes_of opens those. Needs no torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from edgemed import plugins
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Family
 from edgemed.images import Kept, Patches, Seen, axial_angles, check_places, patches, placed, vision_of
+from edgemed.mtmd import MtmdEyes
 from edgemed.session import Pictures
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from edgemed.engine import Engine
+
+
+def eyes_of(engine: Engine, threads: int | None = None) -> VisionSession | MtmdEyes:
+    """The eyes an engine was exported with. threads: None for as many as the runtime takes. Raises EdgemedError where it reads text only or its files do not load."""
+    return MtmdEyes(engine, threads) if engine.params.get("vision") == "mtmd" else VisionSession(engine, threads)
 
 
 class VisionSession:
