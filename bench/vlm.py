@@ -24,7 +24,7 @@ CONTEXT = 2048
 # row -> (engine it runs, its eyes); a stock row runs llama-cpp-python's bindings on the files of that engine
 ROWS = {"onnx-int4": ("onnx-int4", "onnx"), "q4_k_m": ("q4_k_m", "onnx"), "q4_k_m-mtmd": ("q4_k_m", "mtmd"), "stock-q4_k_m": ("q4_k_m", ""),
         "q8_0": ("q8_0", "onnx"), "q8_0-mtmd": ("q8_0", "mtmd"), "stock-q8_0": ("q8_0", ""), "transformers": ("", "")}
-ENGINES = {"onnx-int4": ("onnx", {"precision": "int4", "group": 128}), "q4_k_m": ("llamacpp", {"type": "q4_k_m", "mmproj": True}), "q8_0": ("llamacpp", {"type": "q8_0", "mmproj": True})}
+ENGINES = {"onnx-int4": ("onnx", {"precision": "int4", "group": 128}), "q4_k_m": ("llamacpp", {"type": "q4_k_m", "mmproj": "f16"}), "q8_0": ("llamacpp", {"type": "q8_0", "mmproj": "f16"})}
 
 
 def build(model: str, cache: Path, names: list[str], tower: str) -> dict[str, Path]:
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true", help="only export what the rows need")
     parser.add_argument("--rows", default=",".join(ROWS), help="those that take turns, all in memory at once")
     parser.add_argument("--model", default="medvlm-r1", help="a random model of these dimensions")
-    parser.add_argument("--tower", choices=("fp32", "fp16", "int8"), default="int8")
+    parser.add_argument("--tower", choices=("fp32", "fp16", "int8", "w8a8"), default="w8a8", help="of the ONNX towers; mmproj.gguf is f16, as llama.cpp's users have it")
     parser.add_argument("--image", type=int, default=448)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=32)

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 TOWER, PROJECTOR = "tower.onnx", "projector.onnx"
 ANGLES = ("cos", "sin")
+# Integers 0..255 for a row of activations: 0 in the middle, or near the end behind GELU, which goes no lower than -0.17.
+MIDDLE, ACTIVATED = 128, 16
+# precision of a tower -> what build_vision takes
+TOWERS: dict[str, tuple[Literal["float32", "float16"], int | None, int]] = {
+    "fp32": ("float32", None, 32), "fp16": ("float16", None, 32), "int8": ("float32", 8, 32), "w8a8": ("float32", 8, -1),
+}
 
 
 class VisionDialect(Protocol):
@@ -29,14 +35,15 @@ class VisionDialect(Protocol):
     def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str: ...
 
 
-def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16"], bits: int | None) -> int:
+def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16"], bits: int | None, group: int = 32) -> int:
     """Write tower.onnx and projector.onnx with their data files into `out`; returns their weight bytes.
 
     Inputs: pixels float32 [patches, numbers of a patch], and with rotary positions cos and sin float32 [patches, pairs of a head]; between them
-    tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices where a row is a multiple of 32.
+    tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices where a row is a multiple of 32; group: inputs per scale,
+    -1 for a whole row, where activations are rounded too (OrtDialect.integers).
     """
     v: Vision = weights.vision
-    precision = Precision(floats, bits, 32)
+    precision = Precision(floats, bits, group)
     return _tower(weights, v, Graph(out, precision, TOWER), dialect) + _projector(weights, v, Graph(out, precision, PROJECTOR), dialect)
 
 
@@ -55,10 +62,10 @@ def _tower(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
     x = _norm(graph, weights, v, "vision.pre_norm", x) if v.pre_norm else x
     for n in track(range(v.layers), "vision tower"):
         name = f"vision.layers.{n}"
-        y = dialect.tower_attention(graph, v, name, linear(graph, dialect, weights, f"{name}.qkv", _norm(graph, weights, v, f"{name}.attn_norm", x)))
-        x = graph.node("Add", [x, linear(graph, dialect, weights, f"{name}.o", y)], f"{name}.attended")
-        y = linear(graph, dialect, weights, f"{name}.up", _norm(graph, weights, v, f"{name}.mlp_norm", x))
-        y = linear(graph, dialect, weights, f"{name}.down", _activated(graph, v, y, f"{name}.act"))
+        y = dialect.tower_attention(graph, v, name, _linear(graph, dialect, weights, f"{name}.qkv", _norm(graph, weights, v, f"{name}.attn_norm", x)))
+        x = graph.node("Add", [x, _linear(graph, dialect, weights, f"{name}.o", y)], f"{name}.attended")
+        y = _linear(graph, dialect, weights, f"{name}.up", _norm(graph, weights, v, f"{name}.mlp_norm", x))
+        y = _linear(graph, dialect, weights, f"{name}.down", _activated(graph, v, y, f"{name}.act"), ACTIVATED)
         x = graph.node("Add", [x, y], f"{name}.sum")
     if not v.frequencies:
         start, end, axis = (graph.constant(f"vision.{name}", np.array([value])) for name, value in (("first_patch", 1), ("last_patch", 1 << 30), ("patch_axis", 0)))
@@ -76,12 +83,19 @@ def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> i
     x = _norm(graph, weights, v, "vision.projector.norm", x) if v.projector_norm else x
     if v.merge > 1:
         x = graph.node("Reshape", [x, graph.constant("vision.merged", np.array([-1, v.width * v.merge**2]))], "vision.folded")
-    x = graph.node("Gelu", [linear(graph, dialect, weights, "vision.projector.first", x)], "vision.projector.act")
-    x = linear(graph, dialect, weights, "vision.projector.second", x)
+    x = graph.node("Gelu", [_linear(graph, dialect, weights, "vision.projector.first", x)], "vision.projector.act")
+    x = _linear(graph, dialect, weights, "vision.projector.second", x, ACTIVATED)
     graph.node("Cast", [x], "features", to=onnx.FLOAT)
     graph.value("outputs", "features", onnx.FLOAT, ["features", weights.decoder.hidden])
     graph.save("projector", dialect)
     return graph.layer_bytes
+
+
+def _linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, zero: int = MIDDLE) -> str:
+    if graph.precision.group != -1:
+        return linear(graph, dialect, weights, name, x)
+    matrix = weights.matrix(name)
+    return dialect.integers(graph, name, x, matrix.dense().numpy(), None if matrix.bias is None else matrix.bias.numpy(), zero)
 
 
 def _cast(graph: Graph, x: str, name: str) -> str:

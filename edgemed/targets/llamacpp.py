@@ -28,7 +28,7 @@ from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_
 from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import FILE, HEAD, LlamaSession
 from edgemed.tokenizer import open_tokenizer
-from edgemed.vision_graph import build_vision
+from edgemed.vision_graph import TOWERS, build_vision
 
 if TYPE_CHECKING:
     from edgemed.weights import Weights
@@ -49,8 +49,8 @@ class Params:
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
-    vision: what computes a vision tower and projector, ONNX Runtime or llama.cpp's own libmtmd (not CLIP towers: it has them wrong); tower: their precision;
-    mmproj: write mmproj.gguf beside the ONNX graphs too, for llama.cpp's own programs (they resize images in another way);
+    vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or llama.cpp's own libmtmd (not CLIP towers, which it has wrong).
+    mmproj: type of mmproj.gguf, which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's own programs, which resize images in another way.
     min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
@@ -66,8 +66,8 @@ class Params:
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
     repack: bool = True
     vision: Literal["onnx", "mtmd"] = "onnx"
-    tower: Literal["fp32", "fp16", "int8"] = "fp32"
-    mmproj: bool = False
+    tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
+    mmproj: Literal["f32", "f16", "q8_0"] | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -139,9 +139,9 @@ def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write what `vision` and `mmproj` ask for. tower_bytes: weight bytes of what the engine itself sees with; mmproj_bytes: of a file that only llama.cpp's programs read."""
     written = {}
     if params.mmproj or params.vision == "mtmd":
-        written["mtmd"] = mmproj.write(weights, out, {"fp32": "f32", "fp16": "f16", "int8": "q8_0"}[params.tower])
+        written["mtmd"] = mmproj.write(weights, out, params.mmproj or "f16")
     if params.vision == "onnx":
-        written["onnx"] = build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)
+        written["onnx"] = build_vision(weights, out, OrtDialect(), *TOWERS[params.tower])
     return {"tower_bytes": written.pop(params.vision)} | {"mmproj_bytes": size for size in written.values()}
 
 
