@@ -104,8 +104,8 @@ class OrtDialect:
     def integers(self, graph: Graph, name: str, x: str, weight: np.ndarray, bias: np.ndarray | None, zero: int) -> str:
         """x [rows, in] W^T + b with both rounded to 8 bits: W by rows to -127..127, x row by row when it is read (known as W8A8, dynamic per token).
 
-        CPUs have units for products of integers (AMX, VNNI, dot product), which pay where many rows are read at once: a thousand of them take a seventh of
-        the time that float32 takes, or int8 weights in blocks. zero: the integer for 0 in x, whose range 0..255 it divides.
+        CPUs have units for products of integers (AMX, VNNI, dot product), which pay where many rows are read at once, as those of an image; int8 weights
+        in blocks are no faster there than float32. zero: the integer for 0 in x, whose range 0..255 it divides.
         """
         node, constant = graph.node, graph.constant
         scale = np.maximum(np.abs(weight).max(1), 1e-12) / 127
