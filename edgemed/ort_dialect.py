@@ -117,7 +117,8 @@ class OrtDialect:
         rows = node("Expand", [zeros, node("Shape", [step], f"{name}.rows")], f"{name}.row_zeros")
         q = node("QuantizeLinear", [x, step, rows], f"{name}.rounded", axis=0)
         # This operator takes one step for all rows; theirs is multiplied in afterwards.
-        given = [q, constant(f"{name}.q", np.rint(weight / scale[:, None]).astype(np.int8).T), constant(f"{name}.one", np.array(1, np.float32)), constant(f"{name}.scales", scale.astype(np.float32)), zeros]
+        scales = [constant(f"{name}.one", np.array(1, np.float32)), constant(f"{name}.scales", scale.astype(np.float32))]
+        given = [q, constant(f"{name}.q", np.rint(weight / scale[:, None]).astype(np.int8).T), *scales, zeros]
         y = node("Mul", [node("MatMulIntegerToFloat", given, f"{name}.integers", domain=MS), node("Unsqueeze", [step, axis], f"{name}.steps")], f"{name}.product")
         return node("Add", [y, constant(f"{name}.bias", bias.astype(np.float32))], name) if bias is not None else y
 
