@@ -65,8 +65,8 @@ class MtmdEyes:
         params.n_threads, params.print_timings, params.warmup = threads, False, False
         # Its own limits would make it resize again, and the model's own let a narrow image pass that has more pixels than they say.
         params.image_min_tokens, params.image_max_tokens = 1, 1 << 20
-        # Flash attention would round q, k and v to float16.
-        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # Said, because finding out takes a warm-up on a large image. It is faster, and its float16 keys and values are lost in the error of the GELU table.
+        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if not (ctx := self.mtmd.mtmd_init_from_file(str(file).encode(), self.vocabulary, params)):
             self.lib.llama_model_free(self.vocabulary)
             raise EdgemedError(f"libmtmd cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}", "Export the engine again")
