@@ -1,8 +1,8 @@
 """MedVLM-R1's true dimensions (2.2 B parameters, random weights): questions about an image, edgemed against the runtimes' own loops and transformers.
 
-Every row runs in a process of its own, and rows take turns, so that drift of the machine hits all; ratios are medians of round-by-round ratios. One
-round asks about a new image (time to first token, in its parts), asks a second question about it, and decodes. Says something about latency and memory only.
-Run: python bench/vlm.py --cache DIR --build   once, then: python bench/vlm.py --cache DIR [--rows onnx-int4,q4_k_m,stock-q4_k_m]
+Every row runs in a process of its own, and the rows of a group take turns, so that drift of the machine hits all of them; ratios are medians of round-by-round
+ratios. One round asks about a new image (time to first token, in its parts), decodes, and asks a second question. Says something about latency and memory only.
+Run: python bench/vlm.py --cache DIR --build   once, then: python bench/vlm.py --cache DIR [--rows q8_0,q8_0-mtmd,stock-q8_0]
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from records import paired_ratio, save, spread
 BEFORE, QUESTION = 32, 96  # bytes of text, each a token: a system prompt, and MedVLM-R1's question template is about as long
 MARKER = "<__media__>"
 CONTEXT = 2048
+# Groups of rows that are in memory together: at most about 9 GB.
+GROUPS = "onnx-int4,q4_k_m,stock-q4_k_m/q8_0,stock-q8_0/onnx-int4,transformers"
+WARM_UP = (112, 4)  # image side, new tokens of the round that is not counted
 # row -> (engine it runs, its eyes); a stock row runs llama-cpp-python's bindings on the files of that engine
 ROWS = {"onnx-int4": ("onnx-int4", "onnx"), "q4_k_m": ("q4_k_m", "onnx"), "q4_k_m-mtmd": ("q4_k_m", "mtmd"), "stock-q4_k_m": ("q4_k_m", ""),
         "q8_0": ("q8_0", "onnx"), "q8_0-mtmd": ("q8_0", "mtmd"), "stock-q8_0": ("q8_0", ""), "transformers": ("", "")}
@@ -58,8 +61,8 @@ def prompt(vision: Any, number: int) -> list[int]:
     return [*ids("s" * BEFORE + "<|vision_start|>"), vision.token, *ids("<|vision_end|>" + question(number))]
 
 
-def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: int, new: int) -> None:
-    """Answers each round number with the seconds of its parts, 'stop' with peak memory."""
+def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
+    """Answers (number of the round, image side, new tokens) with the seconds of its parts and the tokens, None with peak memory."""
     from edgemed import store
     from edgemed.engine import open_engine
     from edgemed.scoring import Reader
@@ -71,7 +74,8 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: int, n
     session, eyes = engine.open(threads), eyes_of(engine, threads)
     opened = time.perf_counter() - started
     bare = bare_of(engine, session, threads)
-    while (number := pipe.recv()) != "stop":
+    while order := pipe.recv():
+        number, side, new = order
         picture, reader, spent = image(number, side), Reader(session), {}
         started = time.perf_counter()
         tokens, pictures = eyes.see(prompt(eyes.v, number), [picture])
@@ -96,7 +100,8 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: int, n
         spent["second, prompt read anew"] = time.perf_counter() - started
         spent["bare decode"] = bare.run(new)
         pipe.send((spent, [first, *found]))
-    pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened, "tokens": held, "bytes": store.size_of(store.read_manifest(engine.path)), "precision": engine.precision})
+    pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened, "tokens": held, "bytes": store.size_of(store.read_manifest(engine.path)), "precision": engine.precision,
+               "spinning": os.environ.get("GOMP_SPINCOUNT")})
 
 
 def bare_of(engine: Any, session: Any, threads: int) -> Any:
@@ -110,13 +115,14 @@ def bare_of(engine: Any, session: Any, threads: int) -> Any:
     return Bare(engine, threads, BEFORE + QUESTION + 256, session.session)
 
 
-def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: int, new: int) -> None:
+def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     from mtmd_loop import StockLoop
 
     started = time.perf_counter()
     loop = StockLoop(Path(path), CONTEXT, threads)
     opened = time.perf_counter() - started
-    while (number := pipe.recv()) != "stop":
+    while order := pipe.recv():
+        number, side, new = order
         pixels = np.ascontiguousarray(image(number, side))
         started = time.perf_counter()
         first, parts = loop.ask("s" * BEFORE + MARKER + question(number), pixels)
@@ -124,16 +130,13 @@ def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: int, ne
         started = time.perf_counter()
         found = loop.write(first, new)
         spent["decode"] = time.perf_counter() - started
-        started = time.perf_counter()
-        loop.ask("s" * BEFORE + MARKER + question(number + 1000), pixels)
-        spent["second"] = time.perf_counter() - started
         pipe.send((spent, [first, *found]))
     from edgemed import store
 
-    pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened})
+    pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened, "spinning": os.environ.get("GOMP_SPINCOUNT")})
 
 
-def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: int, new: int) -> None:
+def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -155,7 +158,8 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: 
         return result
 
     model.model.visual.forward = timed
-    while (number := pipe.recv()) != "stop":
+    while order := pipe.recv():
+        number, side, new = order
         with torch.inference_mode():
             started = time.perf_counter()
             found = patches(image(number, side), v)
@@ -175,13 +179,13 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int, side: 
     pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened})
 
 
-def turns(workers: dict[str, Any], rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[list[int]]]]:
-    """({row: {part: seconds of each round}}, {row: tokens of each round}); the first round is a warm-up."""
+def turns(workers: dict[str, Any], rounds: int, side: int, new: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[list[int]]]]:
+    """({row: {part: seconds of each round}}, {row: tokens of each round}); a small round goes before them."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
     tokens: dict[str, list[list[int]]] = {name: [] for name in workers}
     for number in range(rounds + 1):
         for name, pipe in workers.items():
-            pipe.send(number)
+            pipe.send((number, side, new) if number else (number, *WARM_UP))
             spent, found = pipe.recv()
             if number:
                 tokens[name].append(found)
@@ -205,45 +209,52 @@ def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, default=Path("runs/vlm"))
-    parser.add_argument("--build", action="store_true", help="only export what the rows need")
-    parser.add_argument("--rows", default=",".join(ROWS), help="those that take turns, all in memory at once")
-    parser.add_argument("--model", default="medvlm-r1", help="a random model of these dimensions")
-    parser.add_argument("--tower", choices=("fp32", "fp16", "int8", "w8a8"), default="w8a8", help="of the ONNX towers; mmproj.gguf is f16, as llama.cpp's users have it")
-    parser.add_argument("--image", type=int, default=448)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="results file, default bench/results/<machine>.jsonl")
-    args = parser.parse_args()
-    from edgemed.run import open_model
-
-    rows = args.rows.split(",")
-    if unknown := [row for row in rows if row not in ROWS]:
-        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    engines = build(args.model, args.cache, sorted({ROWS[row][0] for row in rows} - {""}), args.tower)
-    checkpoint = open_model(f"random:{args.model}", args.cache).path
-    if args.build:
-        return
-    context, workers = get_context("spawn"), {}
+def measure(rows: list[str], paths: dict[str, Path], args: argparse.Namespace) -> None:
+    """One group: start its workers, let them take turns, save one line."""
+    context, workers, children = get_context("spawn"), {}, []
     for row in rows:
         engine, eyes_on = ROWS[row]
         function = engine_worker if eyes_on else stock_worker if engine else transformers_worker
         workers[row], child = context.Pipe()
-        context.Process(target=function, args=(child, str(engines.get(engine, checkpoint)), eyes_on, args.threads, args.image, args.new), daemon=True).start()
-    times, tokens = turns(workers, args.rounds)
+        children.append(context.Process(target=function, args=(child, str(paths[engine]), eyes_on, args.threads), daemon=True))
+        children[-1].start()
+    times, tokens = turns(workers, args.rounds, args.image, args.new)
     facts = {}
     for row, pipe in workers.items():
-        pipe.send("stop")
+        pipe.send(None)
         facts[row] = pipe.recv()
+    for child in children:
+        child.join()
     same = {f"{a} = {b}": tokens[a] == tokens[b] for a, b in (("q4_k_m-mtmd", "stock-q4_k_m"), ("q8_0-mtmd", "stock-q8_0")) if a in rows and b in rows}
     save("vlm", {
         "model": args.model, "random_weights": True, "threads": args.threads, "image": [args.image, args.image], "tower": args.tower, "new": args.new, "unit": "s", "load_average": os.getloadavg(),
         "ratios": ratios(times), "decode_tok_s": {row: args.new / spread(t["decode"])["median"] for row, t in times.items()}, "same_tokens": same, "facts": facts,
         "times": {row: {part: spread(values) for part, values in t.items()} for row, t in times.items()},
     }, args.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path("runs/vlm"))
+    parser.add_argument("--build", action="store_true", help="only export what the rows need")
+    parser.add_argument("--rows", default=GROUPS, help=f"of {', '.join(ROWS)}; groups, one after the other, are divided by /")
+    parser.add_argument("--model", default="medvlm-r1", help="a random model of these dimensions")
+    parser.add_argument("--tower", choices=("fp32", "fp16", "int8", "w8a8"), default="w8a8", help="of the ONNX towers; mmproj.gguf is f16, as llama.cpp's users have it")
+    parser.add_argument("--image", type=int, default=448)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="results file, default bench/results/<machine>.jsonl")
+    args = parser.parse_args()
+    from edgemed.run import open_model
+
+    groups = [group.split(",") for group in args.rows.split("/")]
+    if unknown := [row for group in groups for row in group if row not in ROWS]:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    paths = build(args.model, args.cache, sorted({ROWS[row][0] for group in groups for row in group} - {""}), args.tower)
+    paths[""] = open_model(f"random:{args.model}", args.cache).path
+    for group in groups if not args.build else []:
+        measure(group, paths, args)
 
 
 if __name__ == "__main__":
