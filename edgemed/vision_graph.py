@@ -7,7 +7,7 @@ and features that can be kept and used again.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -24,8 +24,9 @@ ANGLES = ("cos", "sin")
 # Integers 0..255 for a row of activations: 0 in the middle, or near the end behind GELU, which goes no lower than -0.17.
 MIDDLE, ACTIVATED = 128, 16
 # precision of a tower -> what build_vision takes
-TOWERS: dict[str, tuple[Literal["float32", "float16"], int | None, int]] = {
-    "fp32": ("float32", None, 32), "fp16": ("float16", None, 32), "int8": ("float32", 8, 32), "w8a8": ("float32", 8, -1),
+TOWERS: dict[str, dict[str, Any]] = {
+    "fp32": {"floats": "float32", "bits": None}, "fp16": {"floats": "float16", "bits": None}, "int8": {"floats": "float32", "bits": 8},
+    "w8a8": {"floats": "float32", "bits": 8, "integers": True},
 }
 
 
@@ -35,15 +36,15 @@ class VisionDialect(Protocol):
     def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str: ...
 
 
-def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16"], bits: int | None, group: int = 32) -> int:
+def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16"], bits: int | None, integers: bool = False) -> int:
     """Write tower.onnx and projector.onnx with their data files into `out`; returns their weight bytes.
 
     Inputs: pixels float32 [patches, numbers of a patch], and with rotary positions cos and sin float32 [patches, pairs of a head]; between them
-    tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices where a row is a multiple of 32; group: inputs per scale,
-    -1 for a whole row, where activations are rounded too (OrtDialect.integers).
+    tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices where a row is a multiple of 32; integers: matrices and
+    activations by rows, so that products are of integers (OrtDialect.integers).
     """
     v: Vision = weights.vision
-    precision = Precision(floats, bits, group)
+    precision = Precision(floats, bits, 32, integers=integers)
     return _tower(weights, v, Graph(out, precision, TOWER), dialect) + _projector(weights, v, Graph(out, precision, PROJECTOR), dialect)
 
 
@@ -92,7 +93,7 @@ def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> i
 
 
 def _linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, zero: int = MIDDLE) -> str:
-    if graph.precision.group != -1:
+    if not graph.precision.integers:
         return linear(graph, dialect, weights, name, x)
     matrix = weights.matrix(name)
     return dialect.integers(graph, name, x, matrix.dense().numpy(), None if matrix.bias is None else matrix.bias.numpy(), zero)

@@ -45,7 +45,7 @@ def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind
 def integers(folder: Path, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, zero: int) -> Any:
     import onnxruntime as ort
 
-    graph = Graph(folder, Precision("float32", 8, -1))
+    graph = Graph(folder, Precision("float32", 8, integers=True))
     graph.value("inputs", "x", graph.float_type, ["rows", x.shape[1]])
     result = OrtDialect().integers(graph, "product", x="x", weight=weight, bias=bias, zero=zero)
     graph.value("outputs", result, graph.float_type, ["rows", len(weight)])

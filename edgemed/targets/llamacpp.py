@@ -141,7 +141,7 @@ def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     if params.mmproj or params.vision == "mtmd":
         written["mtmd"] = mmproj.write(weights, out, params.mmproj or "f16")
     if params.vision == "onnx":
-        written["onnx"] = build_vision(weights, out, OrtDialect(), *TOWERS[params.tower])
+        written["onnx"] = build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])
     return {"tower_bytes": written.pop(params.vision)} | {"mmproj_bytes": size for size in written.values()}
 
 

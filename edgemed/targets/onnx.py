@@ -105,7 +105,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}
     if weights.vision:
-        seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), *TOWERS[params.tower])}
+        seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
     group = weights.quantization["group_size"] if weights.quantization else params.group
     precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
     graph = build_decoder(weights, out, precision, OrtDialect())
