@@ -20,13 +20,13 @@ START = 32
 
 
 class Bare:
-    """What a user would write: a batch of one token, llama_decode, the largest score, and again."""
+    """What a user would write: a batch of one token, llama_decode, the largest score, and again. start: tokens in the cache before."""
 
-    def __init__(self, session: LlamaSession, engine: Engine, threads: int):
-        self.lib, self.width = session.lib, engine.width
+    def __init__(self, session: LlamaSession, engine: Engine, threads: int, start: int = START):
+        self.lib, self.width, self.start = session.lib, engine.width, start
         self.ctx = self.lib.llama_init_from_model(session.model, session._settings(engine, threads))
-        self.memory, self.batch = self.lib.llama_get_memory(self.ctx), self.lib.llama_batch_init(START, 0, 1)
-        self.fill([1] * START, 0)
+        self.memory, self.batch = self.lib.llama_get_memory(self.ctx), self.lib.llama_batch_init(start, 0, 1)
+        self.fill([1] * start, 0)
         self.lib.llama_decode(self.ctx, self.batch)
 
     def fill(self, tokens: list[int], start: int) -> None:
@@ -36,10 +36,10 @@ class Bare:
             self.batch.logits[i] = i + 1 == len(tokens)
 
     def run(self, new: int) -> float:
-        self.lib.llama_memory_seq_rm(self.memory, 0, START, -1)
-        self.fill([1], START)
+        self.lib.llama_memory_seq_rm(self.memory, 0, self.start, -1)
+        self.fill([1], self.start)
         scores, batch, started = None, self.batch, time.perf_counter()
-        for position in range(START, START + new):
+        for position in range(self.start, self.start + new):
             batch.pos[0] = position
             self.lib.llama_decode(self.ctx, batch)
             if scores is None:

@@ -13,18 +13,21 @@ import onnxruntime as ort
 from records import paired_ratio, save, spread
 
 from edgemed.engine import Engine, open_engine
+from edgemed.ort_dialect import ROPE
+from edgemed.targets.onnx import rope_tables
 
 START = 32
 
 
 class Bare:
-    """What a user would write: bind everything once, change four numbers per token, run."""
+    """What a user would write: bind everything once, change four numbers per token, run. start: tokens in the cache before; session: a loaded one to share."""
 
-    def __init__(self, engine: Engine, threads: int):
+    def __init__(self, engine: Engine, threads: int, start: int = START, session: ort.InferenceSession | None = None):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        self.start = start
+        self.session = session or ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
         self.binding, self.buffers = self.session.io_binding(), {}
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
@@ -32,15 +35,26 @@ class Bare:
                 self.binding.bind_ortvalue_input(value.name, cache)
                 self.binding.bind_ortvalue_output(value.name.replace("past", "present"), cache)
                 continue
-            array = np.zeros((1, 1) if value.name in ("tokens", "positions") else 1, np.int64 if "int64" in value.type else np.int32)
+            array = self.array(engine, value)
             self.buffers[value.name] = array
             self.binding.bind_ortvalue_input(value.name, ort.OrtValue.ortvalue_from_numpy(array))
         self.scores = np.zeros((1, 1, engine.width), np.float32)
         self.binding.bind_ortvalue_output("scores", ort.OrtValue.ortvalue_from_numpy(self.scores))
 
+    @staticmethod
+    def array(engine: Engine, value: ort.NodeArg) -> np.ndarray:
+        """What one input holds; of a model that sees, no image."""
+        if value.name in ROPE:
+            return rope_tables(engine)[ROPE.index(value.name)].astype(np.float32)
+        if value.name == "features":
+            return np.zeros((1, value.shape[1]), np.float32)
+        if value.name == "feature_rows":
+            return np.full((1, 1), -1)
+        return np.zeros((1, 1) if value.name in ("tokens", "positions") else 1, np.int64 if "int64" in value.type else np.int32)
+
     def run(self, new: int) -> float:
         started, buffers, token = time.perf_counter(), self.buffers, 1
-        for position in range(START, START + new):
+        for position in range(self.start, self.start + new):
             buffers["tokens"][0, 0], buffers["positions"][0, 0] = token, position
             buffers["last_index"][0], buffers["total"][0] = position, position + 1
             self.session.run_with_iobinding(self.binding)

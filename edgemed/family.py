@@ -182,6 +182,7 @@ class Family:
     prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers that carry no information.
     folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
     the graph and the pre-tokenizer. reference_config: published true dimensions, for --random-weights; other_references: name -> those of its other models.
+    gguf_projector: llama.cpp's name for its graph of the vision tower and projector, '' where it has none that is right.
     auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     gguf_centred: that graph has RMS norms where the model has layer norms, which are the same where the residual stream has no mean: it is taken out of
     everything that is added to it.
@@ -208,6 +209,7 @@ class Family:
     auto_classes: Mapping[str, str]
     gguf_interleaved: bool = False
     gguf_centred: bool = False
+    gguf_projector: str = ""
     vision: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], Vision] | None = None
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
     variant: Callable[[Mapping[str, Any]], Family] | None = None

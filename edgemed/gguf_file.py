@@ -97,14 +97,15 @@ class Encoder:
         self.pool.shutdown(cancel_futures=True)
 
     def start(self, tensor: Tensor, data: np.ndarray) -> Callable[[], np.ndarray]:
-        """Begin to quantize float32 `data`; calling the result waits and gives uint8 [rows, bytes per row].
+        """Begin to quantize float32 `data`, by its last axis; calling the result waits and gives uint8 [rows, bytes per row].
 
         That call raises EdgemedError where a weight does not fit the type.
         """
         data = np.ascontiguousarray(data, np.float32)
         if tensor.type == "F32":
             return lambda: data.view(np.uint8)
-        rows, columns = data.shape
+        columns = data.shape[-1]
+        rows = data.size // columns
         kind = int(self.types[tensor.type])
         # The tables behind the IQ types are made once, before the threads need them.
         self.ggml.ggml_quantize_init(kind)
@@ -188,6 +189,17 @@ def prefixed(told: Mapping[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a space in front of a text, as told in tokenizer.json."""
     normalizer, before = told.get("normalizer") or {}, told.get("pre_tokenizer") or {}
     return any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer])) or before.get("prepend_scheme", "never") != "never"
+
+
+def describe_bytes(writer: Any, vocab: int, pre: str) -> None:
+    """A stand-in where a model has no tokenizer: the 256 bytes and names without meaning. llama.cpp's multimodal library aborts without any vocabulary."""
+    kinds, alphabet = need("gguf", "build").TokenType, sorted(need("tokenizers.pre_tokenizers", "build").ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*alphabet, *(f"[PAD{i}]" for i in range(len(alphabet), vocab))][:vocab])
+    writer.add_token_types([int(kinds.NORMAL if i < len(alphabet) else kinds.UNUSED) for i in range(vocab)])
+    # llama.cpp wants one; this one joins what never stands side by side, and its result is no token.
+    writer.add_token_merges([f"{alphabet[-1]} {alphabet[-1]}"])
 
 
 def runtime() -> ModuleType:

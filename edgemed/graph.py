@@ -31,7 +31,7 @@ class Precision:
     """Number formats of a graph. floats: 'float32', 'float16' or 'bfloat16' for activations; bits: 4 or 8 for the layer matrices, None for
     floats; group: inputs per scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8); small_tables:
     embedding in float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so that both engines carry the same integers);
-    stream: format of the residual stream and the norms, '' for that of the activations."""
+    stream: format of the residual stream and the norms, '' for that of the activations; integers: activations are rounded to 8 bits as well, row by row."""
 
     floats: str = "float32"
     bits: int | None = None
@@ -39,6 +39,7 @@ class Precision:
     accuracy_level: int = 4
     small_tables: bool = False
     stream: str = ""
+    integers: bool = False
 
 
 class Dialect(Protocol):

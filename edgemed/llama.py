@@ -177,7 +177,7 @@ def _arrays(batch: Any, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 ERRORS: list[str] = []  # llama.cpp's error lines since the last load
-_KEPT: list[Any] = []  # the log callback: llama.cpp keeps only its address
+LOG: list[Any] = []  # the log callback: llama.cpp keeps only its address
 
 
 def library() -> Any:
@@ -187,12 +187,12 @@ def library() -> Any:
         # keeps the speed of a quiet machine. Read when libgomp is loaded: after torch it has no effect.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     lib = need("llama_cpp", "llamacpp").llama_cpp
-    if not _KEPT:
+    if not LOG:
         def keep(level: int, text: bytes, _: Any) -> None:
             if level == 4 and text.strip():
                 ERRORS.append(text.decode(errors="replace").strip())
 
-        _KEPT.append(lib.llama_log_callback(keep))
-        lib.llama_log_set(_KEPT[0], ctypes.c_void_p(0))
+        LOG.append(lib.llama_log_callback(keep))
+        lib.llama_log_set(LOG[0], ctypes.c_void_p(0))
         lib.llama_backend_init()
     return lib

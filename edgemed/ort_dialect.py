@@ -127,6 +127,28 @@ class OrtDialect:
         )
 
 
+    def integers(self, graph: Graph, name: str, x: str, weight: np.ndarray, bias: np.ndarray | None, zero: int) -> str:
+        """x [rows, in] W^T + b with both rounded to 8 bits: W by rows to -127..127, x row by row when it is read (known as W8A8, dynamic per token).
+
+        CPUs have units for products of integers (AMX, VNNI, dot product), which pay where many rows are read at once, as those of an image; int8 weights
+        in blocks are no faster there than float32. zero: the integer for 0 in x, whose range 0..255 it divides.
+        """
+        node, constant = graph.node, graph.constant
+        scale = np.maximum(np.abs(weight).max(1), 1e-12) / 127
+        axis, least = constant(f"{name}.axis", np.array([1])), constant(f"{name}.least", np.array(1e-12, np.float32))
+        ends = [node("Mul", [node(op, [x, axis], f"{name}.{end}", keepdims=0), constant(f"{name}.per_{end}", np.array(share, np.float32))], f"{name}.scale_{end}")
+                for op, end, share in (("ReduceMax", "high", 1 / (255 - zero)), ("ReduceMin", "low", -1 / zero))]
+        step = node("Max", [*ends, least], f"{name}.step")
+        zeros = constant(f"{name}.zero", np.array(zero, np.uint8))
+        rows = node("Expand", [zeros, node("Shape", [step], f"{name}.rows")], f"{name}.row_zeros")
+        q = node("QuantizeLinear", [x, step, rows], f"{name}.rounded", axis=0)
+        # This operator takes one step for all rows; theirs is multiplied in afterwards.
+        scales = [constant(f"{name}.one", np.array(1, np.float32)), constant(f"{name}.scales", scale.astype(np.float32))]
+        given = [q, constant(f"{name}.q", np.rint(weight / scale[:, None]).astype(np.int8).T), *scales, zeros]
+        y = node("Mul", [node("MatMulIntegerToFloat", given, f"{name}.integers", domain=MS), node("Unsqueeze", [step, axis], f"{name}.steps")], f"{name}.product")
+        return node("Add", [y, constant(f"{name}.bias", bias.astype(np.float32))], name) if bias is not None else y
+
+
 def _pack_zeros(ints: Ints) -> np.ndarray:
     if ints.bits == 8:
         return ints.zeros

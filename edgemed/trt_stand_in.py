@@ -76,6 +76,8 @@ def started(file: Path, wide: bool, threads: int | None) -> Any:
     options.log_severity_level = 3
     # ONNX Runtime fuses DequantizeLinear + MatMul and would round activations to int8, which TensorRT does not.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # On x86 CPUs without VNNI sums of 8-bit products overflow; with this they take a slower way that does not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(widened(file) if wide else str(file), options, providers=["CPUExecutionProvider"])
     except EdgemedError:

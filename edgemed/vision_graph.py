@@ -7,7 +7,7 @@ and features that can be kept and used again.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 TOWER, PROJECTOR = "tower.onnx", "projector.onnx"
 ANGLES = ("cos", "sin")
+# Integers 0..255 for a row of activations: 0 in the middle, or near the end behind GELU, which goes no lower than -0.17.
+MIDDLE, ACTIVATED = 128, 16
+# precision of a tower -> what build_vision takes
+TOWERS: dict[str, dict[str, Any]] = {
+    "fp32": {"floats": "float32", "bits": None}, "fp16": {"floats": "float16", "bits": None}, "int8": {"floats": "float32", "bits": 8},
+    "w8a8": {"floats": "float32", "bits": 8, "integers": True},
+}
 
 
 class VisionDialect(Protocol):
@@ -29,15 +36,17 @@ class VisionDialect(Protocol):
     def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str: ...
 
 
-def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16", "bfloat16"], bits: int | None, group: int = 32, stream: str = "") -> int:
+def build_vision(weights: Weights, out: Path, dialect: Dialect, floats: Literal["float32", "float16", "bfloat16"], bits: int | None, group: int = 32, stream: str = "",
+                 integers: bool = False) -> int:
     """Write tower.onnx and projector.onnx with their data files into `out`; returns their weight bytes.
 
     Inputs: pixels float32 [patches, numbers of a patch], and with rotary positions cos and sin float32 [patches, pairs of a head]; between them
     tower [patches, width]; output features float32 [features, hidden]. bits: 8 for int8 matrices with a scale for `group` inputs (-1: for a row); stream:
-    format of the residual stream and the norms, '' for floats.
+    format of the residual stream and the norms, '' for floats; integers: matrices and activations by rows, so that products are of integers
+    (OrtDialect.integers).
     """
     v: Vision = weights.vision
-    precision = Precision(floats, bits, group, stream=stream)
+    precision = Precision(floats, bits, group, stream=stream, integers=integers)
     return _tower(weights, v, Graph(out, precision, TOWER), dialect) + _projector(weights, v, Graph(out, precision, PROJECTOR), dialect)
 
 
@@ -57,10 +66,10 @@ def _tower(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
     x = _norm(graph, weights, v, "vision.pre_norm", x) if v.pre_norm else x
     for n in track(range(v.layers), "vision tower"):
         name = f"vision.layers.{n}"
-        y = dialect.tower_attention(graph, v, name, linear(graph, dialect, weights, f"{name}.qkv", _read(graph, weights, v, f"{name}.attn_norm", x)))
-        x = _sum(graph, x, linear(graph, dialect, weights, f"{name}.o", y), f"{name}.attended")
-        y = linear(graph, dialect, weights, f"{name}.up", _read(graph, weights, v, f"{name}.mlp_norm", x))
-        x = _sum(graph, x, linear(graph, dialect, weights, f"{name}.down", _activated(graph, v, y, f"{name}.act")), f"{name}.sum")
+        y = dialect.tower_attention(graph, v, name, _linear(graph, dialect, weights, f"{name}.qkv", _read(graph, weights, v, f"{name}.attn_norm", x)))
+        x = _sum(graph, x, _linear(graph, dialect, weights, f"{name}.o", y), f"{name}.attended")
+        y = _linear(graph, dialect, weights, f"{name}.up", _read(graph, weights, v, f"{name}.mlp_norm", x))
+        x = _sum(graph, x, _linear(graph, dialect, weights, f"{name}.down", _activated(graph, v, y, f"{name}.act"), ACTIVATED), f"{name}.sum")
     if not v.frequencies:
         start, end, axis = (graph.constant(f"vision.{name}", np.array([value])) for name, value in (("first_patch", 1), ("last_patch", 1 << 30), ("patch_axis", 0)))
         x = graph.node("Slice", [x, start, end, axis], "vision.patches")
@@ -78,12 +87,19 @@ def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> i
     x = graph.cast(x, graph.stream, graph.precision.floats, "tower.read")
     if v.merge > 1:
         x = graph.node("Reshape", [x, graph.constant("vision.merged", np.array([-1, v.width * v.merge**2]))], "vision.folded")
-    x = graph.node("Gelu", [linear(graph, dialect, weights, "vision.projector.first", x)], "vision.projector.act")
-    x = linear(graph, dialect, weights, "vision.projector.second", x)
+    x = graph.node("Gelu", [_linear(graph, dialect, weights, "vision.projector.first", x)], "vision.projector.act")
+    x = _linear(graph, dialect, weights, "vision.projector.second", x, ACTIVATED)
     graph.node("Cast", [x], "features", to=onnx.FLOAT)
     graph.value("outputs", "features", onnx.FLOAT, ["features", weights.decoder.hidden])
     graph.save("projector", dialect)
     return graph.layer_bytes
+
+
+def _linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, zero: int = MIDDLE) -> str:
+    if not graph.precision.integers:
+        return linear(graph, dialect, weights, name, x)
+    matrix = weights.matrix(name)
+    return dialect.integers(graph, name, x, matrix.dense().numpy(), None if matrix.bias is None else matrix.bias.numpy(), zero)
 
 
 def _norm(graph: Graph, weights: Weights, v: Vision, name: str, x: str) -> str:

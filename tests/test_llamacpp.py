@@ -180,7 +180,7 @@ def dry_run(source: Engine, kind: str, columns: dict[str, np.ndarray] | None) ->
     try:
         assert lib.llama_model_quantize(str(source.path / "model.gguf").encode(), b"unused", ctypes.byref(params)) == 0
     finally:
-        lib.llama_log_set(llama._KEPT[0], None)
+        lib.llama_log_set(llama.LOG[0], None)
     found = re.findall(r"\] +(\S+) +- \[[^\]]*\], type = +f32, size = [^\n]*-> [^\n]*\((\w+)\)", "".join(lines))
     return {name: kind.lower() for name, kind in found}
 

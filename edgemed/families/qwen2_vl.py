@@ -114,6 +114,7 @@ FAMILY = Family(
     folded=dict,
     gguf_arch="qwen2vl",
     gguf_pre="qwen2",
+    gguf_projector="qwen2vl_merger",
     reference_name="medvlm-r1",
     # JZPeterPan/MedVLM-R1 config.json (Qwen2-VL-2B-Instruct's)
     reference_config={

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemed import gguf_file
+from edgemed import gguf_file, mmproj
 from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
@@ -28,7 +28,7 @@ from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_
 from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import FILE, HEAD, LlamaSession
 from edgemed.tokenizer import open_tokenizer
-from edgemed.vision_graph import build_vision
+from edgemed.vision_graph import TOWERS, build_vision
 
 if TYPE_CHECKING:
     from edgemed.weights import Weights
@@ -49,7 +49,8 @@ class Params:
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
-    tower: precision of a vision tower and projector, which run on ONNX Runtime: llama.cpp resizes images in its own way, and its CLIP towers are wrong;
+    vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or llama.cpp's own libmtmd (not CLIP towers, which it has wrong).
+    mmproj: type of mmproj.gguf, which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's own programs, which resize images in another way.
     min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
@@ -64,7 +65,9 @@ class Params:
     context: int | None = None
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
     repack: bool = True
-    tower: Literal["fp32", "fp16", "int8"] = "fp32"
+    vision: Literal["onnx", "mtmd"] = "onnx"
+    tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
+    mmproj: Literal["f32", "f16", "q8_0"] | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -98,6 +101,8 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
+    if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
+        return reason
     if params.from_checkpoint and not weights.quantization:
         return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
     if params.from_checkpoint and weights.quantization["bits"] not in (4, 8):
@@ -117,7 +122,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         head = folded.matrix("head")
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
         np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
-    seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)} if weights.vision else {}
+    seen = build_eyes(weights, out, params) if weights.vision else {}
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
     carried = gguf_file.carried_type(weights.quantization["bits"]) if params.from_checkpoint else None
     notes = {
@@ -128,6 +133,16 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
     return notes | ({"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {})
+
+
+def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
+    """Write what `vision` and `mmproj` ask for. tower_bytes: weight bytes of what the engine itself sees with; mmproj_bytes: of a file that only llama.cpp's programs read."""
+    written = {}
+    if params.mmproj or params.vision == "mtmd":
+        written["mtmd"] = mmproj.write(weights, out, params.mmproj or "f16")
+    if params.vision == "onnx":
+        written["onnx"] = build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])
+    return {"tower_bytes": written.pop(params.vision)} | {"mmproj_bytes": size for size in written.values()}
 
 
 def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
@@ -187,7 +202,10 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
     gguf_file.describe_decoder(writer, weights.decoder, FILE_TYPES[wanted][0], str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
     if checkpoint.random_weights:
         # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
-        writer.add_tokenizer_model("no_vocab")
+        if weights.vision:
+            gguf_file.describe_bytes(writer, weights.decoder.vocab, weights.family.gguf_pre)
+        else:
+            writer.add_tokenizer_model("no_vocab")
         return
     d = weights.decoder
     gguf_file.describe_tokenizer(writer, open_tokenizer(checkpoint.path, d.vocab), d.vocab, weights.family.gguf_pre, str(checkpoint.path))

@@ -41,7 +41,8 @@ class Params:
     """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
-    context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector;
+    context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector
+    (w8a8 rounds activations too: by far the fastest, and somewhat less exact than int8);
     min_pixels, max_pixels: to which images are resized (default the model's).
     provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
@@ -50,7 +51,7 @@ class Params:
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
     context: int | None = None
-    tower: Literal["fp32", "fp16", "int8"] = "fp32"
+    tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
     min_pixels: int | None = None
     max_pixels: int | None = None
     provider: Literal["cpu", "cuda"] = "cpu"
@@ -98,13 +99,13 @@ def supports(weights: Weights, params: Params) -> str | None:
 def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.onnx (+ .data); returns the facts for engine.json and the manifest."""
     from edgemed.graph import Precision, build_decoder
-    from edgemed.vision_graph import build_vision
+    from edgemed.vision_graph import TOWERS, build_vision
 
     bits = bits_of(weights, params)
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}
     if weights.vision:
-        seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)}
+        seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
     group = weights.quantization["group_size"] if weights.quantization else params.group
     precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
     graph = build_decoder(weights, out, precision, OrtDialect())
