@@ -40,8 +40,17 @@ def verify(
         sys.exit(1 if problems else 0)
     opened = open_engine(engine, check=True)
     result = verify_engine(opened, opened.reference(), Limits(max_kl, min_top1), threads)
-    show(result | signed, json_)
+    if json_:
+        show(result | signed, True)
+    else:
+        show({key: value for key, value in result.items() if key != "stages"} | signed, False)
+        show([stage_row(row) for row in result.get("stages", [])], False)
     sys.exit(0 if result["passed"] else 1)
+
+
+def stage_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One stage as a person reads it."""
+    return {"stage": row["stage"], "parity": "passed" if row["passed"] else "failed", "error": f"{row['error']:.2e}", "limit": f"{row['limit']:.2g}", "how": row["how"]}
 
 
 def bench(

@@ -25,6 +25,7 @@ class VerifySpec:
     """prompts: card of held-out text. count windows of `width` tokens; greedy answers of `new` tokens after `prompt` tokens.
 
     max_kl: limit on the mean KL divergence (nats); min_top1: on top-1 agreement. carried: windows whose logits travel in the engine.
+    Of models that see besides: images of the shipped card, answered with image_new greedy tokens each; 0: none.
     """
 
     prompts: str
@@ -35,6 +36,8 @@ class VerifySpec:
     prompt: int = 32
     new: int = 64
     carried: int = 2
+    images: int = 10
+    image_new: int = 48
 
 
 @dataclass(frozen=True)

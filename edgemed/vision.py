@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from edgemed.engine import Engine
 
 
+def eyes_of(engine: Engine, threads: int | None = None) -> VisionSession:
+    """The eyes of an engine, on the runtime it has here. threads: None for as many as the runtime takes. Raises EdgemedError where it reads text only or its files do not load."""
+    return VisionSession(engine, threads)
+
+
 class VisionSession:
     """An engine's eyes. family: whose prompts and answers its model knows. seconds: what the last call to `see` spent on preprocessing, tower and projector; all 0 for images that were kept."""
 
