@@ -71,7 +71,7 @@ def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = T
 
     verify is None where the engine carries no reference answers; nothing is measured where it failed. Raises EdgemedError as engine.finish.
     """
-    from edgemed.bench import bench
+    from edgemed.bench import bench, image_tokens
     from edgemed.recipe import BenchSpec
     from edgemed.reference import FILE as REFERENCE
     from edgemed.verify import Limits, verify
@@ -83,7 +83,8 @@ def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = T
     if measure and (result is None or result["passed"]):
         store.reset_peak_memory()
         lengths = tuple(length for length in BenchSpec().prompt if length + BenchSpec().generate < opened.context) or (max(1, opened.context // 2),)
-        records = bench(opened, BenchSpec(lengths))
+        side = BenchSpec().image if opened.vision and image_tokens(opened, BenchSpec().image) + min(lengths) <= opened.context else 0
+        records = bench(opened, BenchSpec(lengths, image=side))
         store.append_records(opened.path, records)
     return {"plan": plan, "verify": result, "records": records}
 

@@ -105,6 +105,6 @@ def make_image_reference(session: Session, look: Look, asked: Sequence[tuple[Seq
     longest = max((len(tokens) for tokens, _ in asked), default=0)
     prompts = np.array([[*tokens, *[-1] * (longest - len(tokens))] for tokens, _ in asked], np.int32).reshape(len(asked), longest)
     return ImageReference(
-        tuple(np.array(picture, np.uint8) for _, picture in asked), prompts, np.array(found["greedy"], np.int32).reshape(len(asked), -1), np.array(found["logits"], np.float32),
+        tuple(np.array(picture, np.uint8) for _, picture in asked), prompts, np.array(found["greedy"], np.int32).reshape(len(asked), -1 if asked else 0), np.array(found["logits"], np.float32),
         **{name: tuple(found[name]) for name in STAGED},
     )

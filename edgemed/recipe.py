@@ -44,13 +44,14 @@ class VerifySpec:
 class BenchSpec:
     """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round.
 
-    max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as fast enough in the report; None: no target.
+    image: side in pixels of the image that an engine that sees is asked about besides; 0: none. max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as fast enough in the report; None: no target.
     """
 
     prompt: tuple[int, ...] = (32, 128)
     generate: int = 64
     runs: int = 5
     threads: int | None = None
+    image: int | None = 448
     max_first_token: float | None = None
     min_tokens_per_second: float | None = None
 

@@ -265,7 +265,7 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[dict[str, Any]]:
     say(f"bench: {engine.name}")
     command = [sys.executable, "-m", "edgemed", "bench", str(engine.path), "--json", "--runs", str(spec.runs), "--generate", str(spec.generate)]
     command += [part for length in spec.prompt for part in ("--prompt", str(length))]
-    command += ["--threads", str(spec.threads)] if spec.threads else []
+    command += ["--image", str(spec.image or 0), *(["--threads", str(spec.threads)] if spec.threads else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

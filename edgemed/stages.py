@@ -115,9 +115,9 @@ def answered(session: Session, eyes: Any, reference: ImageReference, exact: bool
         different = np.flatnonzero(answer != expected)
         same += int(different[0]) if different.size else new
     total = reference.greedy.size
-    said = f"{same} of {total} greedy tokens up to the first that differs are the source's, over {counted(len(reference.pictures), 'image')}"
+    said = f"{same} of {total} greedy tokens are the source's, counted up to the first that differs of each answer, about {counted(len(reference.pictures), 'image')}"
     if exact and total:
-        return stage("end to end", [1 - same / total], 0.0, f"share of greedy tokens from the first that differs on: {said}")
+        return stage("end to end", [1 - same / total], 0.0, f"share of greedy tokens that are not the source's: {said}")
     kl = []
     for n, expected in enumerate(reference.logits):
         found = forced(session, *eyes.see(reference.tokens(n), [reference.image(n)]), reference.greedy[n, : len(expected) - 1])
