@@ -31,13 +31,16 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
 
     Every record carries `state`: temperature, clocks and throttling around the measurement, and why energy was not measured where it was not.
 
-    Raises EdgemedError where the engine is unbuilt, or prompt and answer do not fit the context.
+    Raises EdgemedError where the engine is unbuilt, or prompt and answer, or image and question, do not fit the context.
     """
     require_built(engine, "bench")
     threads = plan.threads or machine()["physical_cores"]
     longest = max(plan.prompt)
     if longest >= engine.context:
         raise EdgemedError(f"a prompt of {longest} tokens does not fit the engine's context of {engine.context}", "Bench shorter prompts")
+    if engine.vision and plan.image and (needed := image_tokens(engine, plan.image) + min(plan.prompt)) > engine.context:
+        raise EdgemedError(f"an image of {plan.image} x {plan.image} pixels and a question are {needed} tokens, {engine.context} fit",
+                           "Bench a smaller image with --image SIDE, or none with --image 0")
     conditions = Conditions()
     before = store.peak_memory()
     started = time.perf_counter()
@@ -107,11 +110,8 @@ def decoding(session: Session, prompt: Sequence[int], plan: BenchSpec) -> list[t
 def image_questions(engine: Engine, session: Session, plan: BenchSpec, threads: int) -> list[tuple[str, str, list[float], dict[str, Any]]]:
     """Two questions about the same image, in each round about another: seconds of every part of the first, and to the first token of both.
 
-    The second finds the image's features kept and reads the whole prompt again. Raises EdgemedError where the image does not fit the context.
+    The second finds the image's features kept and reads the whole prompt again.
     """
-    needed = image_tokens(engine, plan.image) + min(plan.prompt)
-    if needed > engine.context:
-        raise EdgemedError(f"an image of {plan.image} x {plan.image} pixels and a question are {needed} tokens, {engine.context} fit", "Bench a smaller image with --image SIDE, or none with --image 0")
     pil, random = need("PIL.Image", "vision"), np.random.default_rng(0)
     started = time.perf_counter()
     eyes = eyes_of(engine, threads)

@@ -44,7 +44,8 @@ class VerifySpec:
 class BenchSpec:
     """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round.
 
-    image: side in pixels of the image that an engine that sees is asked about besides; 0: none. max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as fast enough in the report; None: no target.
+    image: side in pixels of the image that an engine that sees is asked about besides; 0: none.
+    max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as fast enough in the report; None: no target.
     """
 
     prompt: tuple[int, ...] = (32, 128)
