@@ -81,8 +81,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     module = plugins.load("targets", target)
     weights = Weights(checkpoint)
     d = weights.decoder
-    if reason := module.supports(weights, params):
-        raise EdgemedError(f"target {target} cannot take {checkpoint.path}: {reason}")
+    check_supported(target, weights, params)
     tokenizer = None if checkpoint.random_weights else open_tokenizer(checkpoint.path, d.vocab)
     inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()} | module.inputs(params)
     if reference:
@@ -110,6 +109,12 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 reference.save(work.path)
             work.notes.update(notes)
     return open_engine(out)
+
+
+def check_supported(target: str, weights: Weights, params: Any) -> None:
+    """Raise EdgemedError where a target cannot carry this model."""
+    if reason := plugins.load("targets", target).supports(weights, params):
+        raise EdgemedError(f"target {target} cannot take {weights.checkpoint.path}: {reason}")
 
 
 def pixels_of(vision: Vision, params: Any) -> tuple[int, int]:
