@@ -269,7 +269,7 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
         base = _load(student)
         width = lesson.teacher.d.hidden if lesson.teacher else student.decoder.hidden
         made = pupil(_adapted(base, params), student.decoder.layers, lesson.objective.pairs, (student.decoder.hidden, width))
-        course = trainer(lesson, made, _arguments(params, work, "eval_cross_entropy" if params.mode == "sequence" else "eval_kl"), params.patience)
+        course = trainer(lesson, made, _arguments(params, work, lesson.objective.labels), params.patience)
         before = measure(lesson, made, params.batch, course.args.device)
         last = last_good(work)
         if last:
@@ -282,7 +282,7 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
     names = {f"eval_{name}": name for name in after}
     history = [{"step": entry["step"], **{name: entry[logged] for logged, name in names.items()}} for entry in state.log_history if set(names) <= set(entry)]
     bound = f"KL of the top {params.top_k} and one class for all others: a lower bound" if params.top_k else None
-    measured = next(iter(after))
+    measured = "cross_entropy" if lesson.objective.labels == 1 else "kl"
     if after[measured] >= before[measured]:
         say(f"[yellow]distill: the held-out {measured} did not get better ({before[measured]:.4g} -> {after[measured]:.4g})[/yellow]")
     return notes | {"before": before, "after": after, "history": history, "best_step": state.best_global_step, "steps": state.global_step, "bound": bound,
@@ -290,7 +290,9 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
                     "cache_bytes": lesson.cache.nbytes if lesson.cache else 0, "layer_map": [list(pair) for pair in lesson.objective.pairs]}
 
 
-def _arguments(params: Params, work: Path, best: str) -> dict[str, Any]:
+def _arguments(params: Params, work: Path, labels: float) -> dict[str, Any]:
+    # A student that learns from text alone is judged on text alone.
+    best = "eval_cross_entropy" if labels == 1 else "eval_kl"
     return {
         "output_dir": str(work), "max_steps": params.steps, "per_device_train_batch_size": params.batch, "per_device_eval_batch_size": params.batch,
         "gradient_accumulation_steps": params.accumulate, "learning_rate": params.rate, "warmup_steps": round(params.warmup * params.steps), "weight_decay": params.decay,
