@@ -135,14 +135,16 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     whole = shape == Shape(tuple(range(weights.source.layers)), weights.source.ffn, weights.source.kv_heads)
     _check_models(weights, teacher, shape, whole, params)
     work.mkdir(exist_ok=True)
-    train, held = _split(texts(params.calibration), params)
-    student = weights
-    if not whole:
-        stream = _packed(train, weights, min(params.length, weights.source.context))[0][:IMPORTANCE]
-        student = Weights(cut(weights, shape, work / "student", stream))
-    lesson = _lesson(student, teacher, shape if not params.teacher else None, train, held, params, out.parent, work)
-    _check_room(student, params, work)
-    notes = _train(student, lesson, params, work, out)
+    try:
+        train, held = _split(texts(params.calibration), params)
+        student = weights if whole else Weights(cut(weights, shape, work / "student", _packed(train, weights, params.length)[0][:IMPORTANCE]))
+        lesson = _lesson(student, teacher, shape if not params.teacher else None, train, held, params, out.parent)
+        _check_room(student, params, work)
+        notes = _train(student, lesson, params, work, out)
+    except EdgemedError:
+        if not last_good(work):
+            shutil.rmtree(work)  # nothing that a second run could go on from
+        raise
     notes |= {"teacher": store.digest(teacher.checkpoint.hashes()), "teacher_parameters": parameters(teacher.family, teacher.source), "seed": params.seed,
               "parameters": parameters(student.family, student.source), "kept": None if whole else asdict(shape) | {"layers": list(shape.layers)},
               "windows": {"training": lesson.training, "held_out": lesson.held, "tokens": int(lesson.tokens.shape[1])}, "seconds": round(time.perf_counter() - started, 1)}
@@ -215,7 +217,7 @@ def _written(found: list[str], student: Weights, teacher: Weights, params: Param
     return tokens[some], labels[some]
 
 
-def _lesson(student: Weights, teacher: Weights, shape: Shape | None, train: list[str], held: list[str], params: Params, shared: Path, work: Path) -> Lesson:
+def _lesson(student: Weights, teacher: Weights, shape: Shape | None, train: list[str], held: list[str], params: Params, shared: Path) -> Lesson:
     """Windows, objective and what answers for the teacher. shape: what the student keeps of this very teacher, None where it is another model."""
     torch = need("torch", "build")
     vocab = min(student.decoder.vocab, teacher.decoder.vocab)
