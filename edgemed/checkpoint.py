@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
           "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+# What turns text and images into a model's input; a checkpoint made from another keeps it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-                   "chat_template.jinja", "generation_config.json")
+                   "chat_template.jinja", "generation_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Checkpoint:
         return tensor
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of config.json, of every weight file and of the tokenizer."""
+        """sha256 of config.json, of every weight file, and of what belongs to tokenizer and image preprocessing."""
         files = {entry.file for entry in self.tensors.values()} | {self.path / "config.json"}
         files |= {self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
         return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in sorted(files)}

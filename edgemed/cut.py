@@ -106,15 +106,22 @@ def config_of(weights: Weights, shape: Shape) -> dict[str, Any]:
     """The source's config with the student's sizes. Raises EdgemedError where the architecture cannot say them."""
     source, config = weights.source, {key: value for key, value in weights.checkpoint.config.items() if key != "torch_dtype"}
     wanted = smaller(source, shape)
-    if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = [config["layer_types"][n] for n in shape.layers]
+    kinds = config.get("text_config", config).get("layer_types")
+    if isinstance(kinds, list):
+        config = _with(config, "layer_types", [kinds[n] for n in shape.layers])
     for name in [name for name in KEYS if getattr(wanted, name) != getattr(source, name)]:
-        trials = ({**config, key: getattr(wanted, name)} for key in KEYS[name])
+        trials = (_with(config, key, getattr(wanted, name)) for key in KEYS[name])
         config = next((trial for trial in trials if getattr(weights.family.decoder(trial, {}), name) == getattr(wanted, name)), config)
     if replace(weights.family.decoder(config, {}), score_scale=wanted.score_scale) != wanted:
         tied = "" if shape.kv_heads == source.kv_heads else ": its head size follows from its number of heads"
         raise EdgemedError(f"{weights.checkpoint.path}: the config of this architecture cannot say {asdict(shape)}{tied}", "Cut layers and ffn only")
     return config | {"dtype": "float32"}
+
+
+def _with(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    # Models that see may keep the text model's sizes in a mapping of their own.
+    text = config.get("text_config")
+    return {**config, "text_config": {**text, key: value}} if isinstance(text, dict) else {**config, key: value}
 
 
 def kept(weights: Weights, shape: Shape, windows: Sequence[Sequence[int]]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -141,8 +148,9 @@ def cut(weights: Weights, shape: Shape, out: Path, windows: Sequence[Sequence[in
     Raises EdgemedError where the source is quantized, or has parts that cannot be cut.
     """
     strange = sorted({name.split(".")[-1] for name in weights.parts if name.startswith("layers.")} - {"attn_norm", "mlp_norm", *MATRICES})
-    if weights.quantization or weights.vision or strange:
-        reason = "it is quantized" if weights.quantization else "it sees" if weights.vision else f"its layers have {', '.join(strange)}"
+    narrow = weights.vision and (shape.ffn, shape.kv_heads) != (weights.source.ffn, weights.source.kv_heads)
+    if weights.quantization or strange or narrow:
+        reason = "it is quantized" if weights.quantization else f"its layers have {', '.join(strange)}" if strange else "of a model that sees, only layers can be left out"
         raise EdgemedError(f"{weights.checkpoint.path} cannot be cut: {reason}", "Give a student of your own, and this model as its teacher")
     config = config_of(weights, shape)
     student = weights.family.decoder(config, {})

@@ -18,14 +18,13 @@ import numpy as np
 
 from edgemed.divergence import coarse, divergence, kl
 from edgemed.errors import EdgemedError, need
+from edgemed.sights import IGNORED, Sights
 from edgemed.teacher import Cache, Teacher
 
 if TYPE_CHECKING:
     import torch
 
     from edgemed.teacher import Target
-
-IGNORED = -100  # transformers' label of a token that is not counted
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class Objective:
 class Lesson:
     """tokens, labels int64 [windows, length]: training windows first, then `held` held-out ones; labels are tokens, or IGNORED.
 
-    teacher: None where only texts are learned from; cache: its likeliest tokens at these windows, where they are kept.
+    teacher: None where only texts are learned from; cache: its likeliest tokens at these windows, where they are kept. sights: what student and teacher
+    see in the windows, where there are images.
     """
 
     objective: Objective
@@ -61,6 +61,7 @@ class Lesson:
     held: int
     teacher: Teacher | None = None
     cache: Cache | None = None
+    sights: tuple[Sights, Sights] | None = None
 
     @property
     def training(self) -> int:
@@ -77,12 +78,13 @@ class Lesson:
         if self.cache and known:
             ids, log_p = self.cache.read(rows, temperature == 1.0)
             return (ids.to(tokens.device), log_p.to(tokens.device)), {}
-        scores, hidden = self.teacher(tokens, [theirs for _, theirs in self.objective.pairs])
+        seen = self.sights[1].of(rows, str(tokens.device)) if self.sights else None
+        scores, hidden = self.teacher(tokens, [theirs for _, theirs in self.objective.pairs], seen)
         return (None, torch.log_softmax(scores[..., : self.objective.vocab].to(tokens.device) / temperature, -1)), hidden
 
 
 def pupil(student: torch.nn.Module, layers: int, pairs: Sequence[tuple[int, int]], widths: tuple[int, int]) -> torch.nn.Module:
-    """The student with what is trained beside it: forward(tokens) gives its logits and the projected hidden states of `pairs`.
+    """The student with what is trained beside it: forward(tokens, pictures) gives its logits and the projected hidden states of `pairs`.
 
     widths: hidden sizes of student and teacher; each projection [teacher, student] begins as the identity. Its state_dict holds exactly what is trained.
     """
@@ -98,7 +100,8 @@ def pupil(student: torch.nn.Module, layers: int, pairs: Sequence[tuple[int, int]
             self.projections = torch.nn.ModuleList(torch.nn.Linear(*widths, bias=False) for _ in pairs)
             for projection in self.projections:
                 torch.nn.init.eye_(projection.weight)
-            blocks = next(m for m in student.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
+            decoder = getattr(student, "get_base_model", lambda: student)().get_decoder()
+            blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
             for ours, _ in pairs:
                 blocks[ours].register_forward_hook(self._keep(ours))
 
@@ -109,8 +112,14 @@ def pupil(student: torch.nn.Module, layers: int, pairs: Sequence[tuple[int, int]
 
             return hook
 
-        def forward(self, tokens: torch.Tensor) -> dict[str, Any]:
-            logits = self.student(input_ids=tokens, use_cache=False).logits
+        def forward(self, tokens: torch.Tensor, pictures: tuple[Any, Any, int] | None = None) -> dict[str, Any]:
+            asked = {"input_ids": tokens}
+            if pictures:
+                features, positions, token = pictures
+                embedded = student.get_input_embeddings()(tokens)
+                asked = {"inputs_embeds": embedded.masked_scatter((tokens == token)[..., None], features.to(embedded.dtype))}
+                asked |= {"position_ids": positions if len(positions) > 1 else positions[0]}
+            logits = self.student(**asked, use_cache=False).logits
             return {"logits": logits, "hidden": [project(self.seen[ours]) for project, (ours, _) in zip(self.projections, pairs, strict=True)]}
 
         def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -138,7 +147,7 @@ def batch_loss(lesson: Lesson, model: torch.nn.Module, rows: Sequence[int], plac
         tokens = sample(model, tokens, o.prompt, (o.seed << 32) + place)
         labels = tokens.clone()
         labels[:, : o.prompt] = IGNORED
-    out = model(tokens)
+    out = model(tokens, lesson.sights[0].of(rows, device) if lesson.sights else None)
     scores, counted = out["logits"][:, :-1].float(), labels[:, 1:] != IGNORED
     weight, loss = (1.0 if sampled else 1 - o.labels), scores.new_zeros(())
     if weight < 1:
@@ -149,8 +158,8 @@ def batch_loss(lesson: Lesson, model: torch.nn.Module, rows: Sequence[int], plac
         log_q = log_q if ids is None else coarse(log_q, ids[:, :-1])
         loss = loss + weight * o.temperature**2 * divergence(o.kind, log_p[:, :-1], log_q, o.beta)[counted].mean()
         for ours, (_, layer) in zip(out["hidden"], o.pairs, strict=True):
-            right = theirs[layer].to(device)
-            loss = loss + o.hidden / len(o.pairs) * (ours - right).square().mean() / right.square().mean()
+            right = theirs[layer].to(device)[:, :-1][counted]
+            loss = loss + o.hidden / len(o.pairs) * (ours[:, :-1][counted] - right).square().mean() / right.square().mean()
     return loss
 
 
@@ -174,7 +183,8 @@ def measure(lesson: Lesson, model: torch.nn.Module, batch: int, device: str) -> 
         rows = list(range(start, min(start + batch, len(lesson.tokens))))
         tokens, labels = (torch.from_numpy(array[rows]).to(device) for array in (lesson.tokens, lesson.labels))
         with torch.no_grad():
-            scores, counted = model(tokens)["logits"][:, :-1].float(), labels[:, 1:] != IGNORED
+            out = model(tokens, lesson.sights[0].of(rows, device) if lesson.sights else None)
+            scores, counted = out["logits"][:, :-1].float(), labels[:, 1:] != IGNORED
             totals["cross_entropy"] += float(torch.nn.functional.cross_entropy(scores[counted], labels[:, 1:][counted], reduction="sum"))
             if lesson.teacher or lesson.cache:
                 (ids, log_p), _ = lesson.target(rows, tokens, 1.0)

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgemed import store
 from edgemed.console import say, track
-from edgemed.decoder import TorchSession, block, load_layer, norm, top
+from edgemed.decoder import TorchSession, block, load_layer, norm, rope_angles, top
 from edgemed.divergence import softened
 from edgemed.divergence import top as likeliest
 from edgemed.errors import EdgemedError, need
@@ -68,14 +68,22 @@ class Teacher:
     def _layer(self, n: int) -> dict[str, Any]:
         return {name: tuple(None if t is None else t.to(self.device) for t in pair) for name, pair in load_layer(self.weights, n).items()}
 
-    def __call__(self, tokens: torch.Tensor, hidden: Collection[int] = ()) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """tokens int64 [batch, tokens] -> scores [batch, tokens, vocab], and {layer: hidden states after it, [batch, tokens, hidden]}."""
+    def __call__(self, tokens: torch.Tensor, hidden: Collection[int] = (), pictures: tuple[Any, Any, int] | None = None) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """tokens int64 [batch, tokens] -> scores [batch, tokens, vocab], and {layer: hidden states after it, [batch, tokens, hidden]}.
+
+        pictures: (features, positions, token), as Sights.of gives them, of windows with images.
+        """
         torch = need("torch", "build")
         with torch.no_grad(), torch.device(self.device):
             x, seen = self.embedding["embed"][tokens.to(self.device)], {}
             x = x + self.embedding["positions"][: tokens.shape[1]] if self.d.positions == "learned" else x
+            angles = [None] * len(x)
+            if pictures:
+                x[tokens.to(self.device) == pictures[2]] = pictures[0].to(self.device)
+                angles = [rope_angles(self.d, row) for row in pictures[1].to(self.device).transpose(0, 1)]
             for n in range(self.d.layers):
-                x = block(self.d, self.layers[n] if self.layers else self._layer(n), n, x)
+                layer = self.layers[n] if self.layers else self._layer(n)
+                x = torch.cat([block(self.d, layer, n, row, angles=turned) for row, turned in zip(x.split(1), angles, strict=True)]) if pictures else block(self.d, layer, n, x)
                 if n in hidden:
                     seen[n] = x
             return torch.nn.functional.linear(norm(self.d, self.final, "final_norm", x), self.matrix, self.bias), seen

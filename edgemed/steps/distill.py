@@ -21,9 +21,10 @@ from edgemed.cut import Shape, choose, cut, parameters, smaller
 from edgemed.data import read_card, texts
 from edgemed.decoder import logits
 from edgemed.errors import EdgemedError, need
-from edgemed.lesson import IGNORED, Lesson, Objective, last_good, measure, pupil, trainer
+from edgemed.lesson import Lesson, Objective, last_good, measure, pupil, trainer
 from edgemed.quiet import quiet_and_offline
 from edgemed.session import Sampling
+from edgemed.sights import IGNORED, Sights, digest, look, pictured
 from edgemed.teacher import Cache, Teacher, key, number, written
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.weights import Weights
@@ -93,6 +94,8 @@ def inputs(params: Params) -> dict[str, str]:
     """sha256 of the text and of the teacher's files. Raises EdgemedError where either is missing, or the parameters contradict each other."""
     check(params)
     found = {"calibration": read_card(params.calibration).digest("calibration")}
+    rows = pictured(params.calibration)
+    found |= {"images": digest(params.calibration, rows)} if rows else {}
     return found | ({f"teacher/{name}": sha for name, sha in open_checkpoint(params.teacher).hashes().items()} if params.teacher else {})
 
 
@@ -136,8 +139,10 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     _check_models(weights, teacher, shape, whole, params)
     work.mkdir(exist_ok=True)
     try:
-        train, held = _split(texts(params.calibration), params)
-        student = weights if whole else Weights(cut(weights, shape, work / "student", _packed(train, weights, params.length)[0][:IMPORTANCE]))
+        rows = pictured(params.calibration)
+        train, held = _split(rows or texts(params.calibration), params)
+        judged = [] if rows or whole else _packed(train, weights, params.length)[0][:IMPORTANCE]
+        student = weights if whole else Weights(cut(weights, shape, work / "student", judged))
         lesson = _lesson(student, teacher, shape if not params.teacher else None, train, held, params, out.parent)
         _check_room(student, params, work)
         notes = _train(student, lesson, params, work, out)
@@ -157,12 +162,11 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
         path = weights.checkpoint.path
         if weights.decoder.head != "lm":
             raise EdgemedError(f"distill: the {what} {path} has a '{weights.decoder.head}' head and predicts no next token", "Distill the language model, then fine-tune its head")
-        if weights.vision:
-            raise EdgemedError(f"distill: the {what} {path} sees, and only text can be distilled: its answers about images would be lost", "Give models that read text only")
         if params.length > weights.decoder.context:
             raise EdgemedError(f"distill: length {params.length} exceeds the {what}'s context of {weights.decoder.context}", "Ask for a shorter length")
         if weights.checkpoint.random_weights:
             raise EdgemedError(f"distill: the {what} {path} has random weights, which know nothing", "Give a trained model")
+    _check_sight(student, teacher, params)
     if student.quantization:
         raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Distill the float checkpoint, then quantize")
     if whole and not params.teacher:
@@ -175,17 +179,27 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
         _check_tokenizers(student, teacher, params)
 
 
+def _check_sight(student: Weights, teacher: Weights, params: Params) -> None:
+    """Models that see learn from rows with images alone: on text they would forget what their teacher says about images, and nobody would notice."""
+    sees, rows = [bool(weights.vision) for weights in (student, teacher)], bool(pictured(params.calibration))
+    if sees != [rows, rows]:
+        said = ", ".join(f"the {what} {'sees' if one else 'reads text only'}" for what, one in zip(("student", "teacher"), sees, strict=True))
+        raise EdgemedError(f"distill: {said}, and {params.calibration} {'has' if rows else 'has no'} images", "Models that see need rows with images, and others text")
+    if rows and (params.on_policy or params.top_k or params.mode == "sequence"):
+        raise EdgemedError("distill: on_policy, top_k and mode: sequence are for text", "Leave them out where there are images")
+
+
 def _check_tokenizers(student: Weights, teacher: Weights, params: Params) -> None:
     """The same entries, and the same tokens for the texts: scores can be compared token by token only then."""
     ours, theirs = (open_tokenizer(w.checkpoint.path, w.decoder.vocab) for w in (student, teacher))
-    some = texts(params.calibration)[:8]
+    some = [row["question"] for row in rows[:8]] if (rows := pictured(params.calibration)) else texts(params.calibration)[:8]
     if ours.get_vocab(with_added_tokens=True) != theirs.get_vocab(with_added_tokens=True) or any(encode(ours, text) != encode(theirs, text) for text in some):
         problem = f"distill: student and teacher have different tokenizers ({ours.get_vocab_size()} and {theirs.get_vocab_size()} entries), so their scores cannot be compared token by token"
         raise EdgemedError(problem, "Say mode: sequence, which learns from the teacher's text")
 
 
-def _split(found: list[str], params: Params) -> tuple[list[str], list[str]]:
-    """(training, held-out) texts: every n-th is held out."""
+def _split(found: list[Any], params: Params) -> tuple[list[Any], list[Any]]:
+    """(training, held-out) texts or rows: every n-th is held out."""
     every = max(2, round(1 / params.held_out))
     held = found[every - 1 :: every]
     if not held:
@@ -217,13 +231,16 @@ def _written(found: list[str], student: Weights, teacher: Weights, params: Param
     return tokens[some], labels[some]
 
 
-def _lesson(student: Weights, teacher: Weights, shape: Shape | None, train: list[str], held: list[str], params: Params, shared: Path) -> Lesson:
+def _lesson(student: Weights, teacher: Weights, shape: Shape | None, train: list[Any], held: list[Any], params: Params, shared: Path) -> Lesson:
     """Windows, objective and what answers for the teacher. shape: what the student keeps of this very teacher, None where it is another model."""
     torch = need("torch", "build")
     vocab = min(student.decoder.vocab, teacher.decoder.vocab)
     objective = Objective(params.loss, params.beta, params.temperature, 1.0 if params.mode == "sequence" else params.labels, params.hidden, _pairs(student, teacher, shape, params),
                           params.on_policy, params.prompt, vocab, params.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if student.vision:
+        tokens, labels, sights = _looked(student, teacher, shape is not None, [*train, *held], params)
+        return Lesson(objective, tokens, labels, len(held), Teacher(teacher, device), sights=sights)
     if params.mode == "sequence":
         known = shared / f"written-{key(teacher, {'params': [params.calibration, params.prompt, params.length, params.temperature, params.seed, params.held_out], 'text': inputs(params)})}"
         known.mkdir(exist_ok=True)
@@ -243,6 +260,18 @@ def _lesson(student: Weights, teacher: Weights, shape: Shape | None, train: list
     elif params.mode == "logits":
         lesson.teacher = Teacher(teacher, device)
     return lesson
+
+
+def _looked(student: Weights, teacher: Weights, same: bool, rows: list[Any], params: Params) -> tuple[np.ndarray, np.ndarray, tuple[Sights, Sights]]:
+    """Windows with images, seen by both. same: the student has its teacher's own eyes."""
+    limit = number(params.cache_limit, "cache_limit")
+    tokens, labels, ours = look(student, params.calibration, rows, params.length, limit)
+    if same:
+        return tokens, labels, (ours, ours)
+    again, _, theirs = look(teacher, params.calibration, rows, params.length, limit)
+    if not np.array_equal(tokens, again) or not np.array_equal(ours.positions, theirs.positions):
+        raise EdgemedError("distill: student and teacher make different tokens of the same images and questions", "Give models with one tokenizer, chat form and patch size")
+    return tokens, labels, (ours, theirs)
 
 
 def _pairs(student: Weights, teacher: Weights, shape: Shape | None, params: Params) -> tuple[tuple[int, int], ...]:
@@ -310,6 +339,11 @@ def _load(weights: Weights) -> Any:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if weights.vision:
+        # What the images become is fixed: only the text model is trained.
+        learned = {id(p) for module in (model.get_decoder(), model.get_output_embeddings()) for p in module.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad = id(parameter) in learned
     # Sampled text has its full length, as the packed windows have: after an end of text the next one begins.
     model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
     return model
