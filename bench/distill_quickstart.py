@@ -103,7 +103,7 @@ def experiment(model, text, arms, windows, options, task=None):
         for arm in arms:
             student = train(model, text, arm, rates[arm], seed, options.steps, options.work)
             manifest = store.read_manifest(student)
-            row = {"arm": arm, "seed": seed, "rate": rates[arm], "seconds": manifest["notes"]["seconds"], "parameters": manifest["notes"]["parameters"], "tokens": manifest["notes"]["tokens"],
+            row = {"arm": arm, "seed": seed, "rate": rates[arm], "seconds": manifest["wall_seconds"], "parameters": manifest["notes"]["parameters"], "tokens": manifest["notes"]["tokens"],
                    "cache_bytes": manifest["notes"]["cache_bytes"]}
             row |= {f"{name} {card}": value for card, part in windows.items() for name, value in measured(student, model, part).items()}
             rows.append(row | ({"section": accuracy(student)} if task else {}))

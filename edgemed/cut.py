@@ -18,13 +18,14 @@ from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Decoder, Family
 from edgemed.importance import importance
-from edgemed.weights import MATRICES, Weights
+from edgemed.weights import Weights
 
 if TYPE_CHECKING:
     import torch
 
 # Widths stay multiples of this, so that the groups of later quantization divide them.
 STEP = 64
+PARTS = ("attn_norm", "qkv", "o", "mlp_norm", "up", "down")  # of a layer that can be cut
 # Where configs in transformers' layout say a size: the first key that has the effect is changed.
 KEYS = {"layers": ("n_layer", "num_hidden_layers"), "ffn": ("n_inner", "intermediate_size"), "heads": ("num_attention_heads",), "kv_heads": ("num_key_value_heads",)}
 
@@ -147,10 +148,10 @@ def cut(weights: Weights, shape: Shape, out: Path, windows: Sequence[Sequence[in
 
     Raises EdgemedError where the source is quantized, or has parts that cannot be cut.
     """
-    strange = sorted({name.split(".")[-1] for name in weights.parts if name.startswith("layers.")} - {"attn_norm", "mlp_norm", *MATRICES})
+    strange = sorted({name.split(".", 2)[2] for name in weights.parts if name.startswith("layers.")} - set(PARTS))
     narrow = weights.vision and (shape.ffn, shape.kv_heads) != (weights.source.ffn, weights.source.kv_heads)
     if weights.quantization or strange or narrow:
-        reason = "it is quantized" if weights.quantization else f"its layers have {', '.join(strange)}" if strange else "of a model that sees, only layers can be left out"
+        reason = "it is quantized" if weights.quantization else f"its layers have '{strange[0]}'" if strange else "of a model that sees, only layers can be left out"
         raise EdgemedError(f"{weights.checkpoint.path} cannot be cut: {reason}", "Give a student of your own, and this model as its teacher")
     config = config_of(weights, shape)
     student = weights.family.decoder(config, {})

@@ -229,7 +229,9 @@ def trainer(lesson: Lesson, model: torch.nn.Module, arguments: dict[str, Any], p
         eval_strategy="steps", save_strategy="steps", logging_nan_inf_filter=False, disable_tqdm=True, report_to="none", restore_callback_states_from_checkpoint=True,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), **arguments,
     )
-    made = Distiller(model=model, args=options, train_dataset=Order(), eval_dataset=Order(), callbacks=[watch(lambda text: stop(made, text, made.rows))])
+    made = Distiller(model=model, args=options, train_dataset=Order(), eval_dataset=Order())
+    made.watch = watch(lambda text: stop(made, text, made.rows))
+    made.add_callback(made.watch)
     made.remove_callback(transformers.trainer_callback.PrinterCallback)
     if patience:
         made.add_callback(transformers.EarlyStoppingCallback(patience))
@@ -250,15 +252,17 @@ def watch(stopped: Callable[[str], None]) -> Any:
     from rich.progress import Progress
 
     class Watch(transformers.TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def __init__(self) -> None:
             console = Console(stderr=True)
             self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-            self.task = self.bar.add_task("distill", total=state.max_steps, completed=state.global_step)
+            self.task = self.bar.add_task("distill")
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if not all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None):
-                self.bar.stop()
                 stopped("the gradient is not finite")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -269,9 +273,6 @@ def watch(stopped: Callable[[str], None]) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             said = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in logs.items() if name in ("loss", "eval_kl", "eval_cross_entropy"))
             self.bar.update(self.task, description=f"distill {said}" if said else "distill")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar.stop()
 
     return Watch()
 

@@ -7,7 +7,6 @@ Training runs on transformers' Trainer (edgemed/lesson.py) and goes on where a k
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,8 +103,9 @@ def check(p: Params) -> None:
     ranges = [
         ("labels", 0 <= p.labels <= 1, "between 0 and 1"), ("on_policy", 0 <= p.on_policy <= 1, "between 0 and 1"), ("beta", 0 < p.beta < 1, "between 0 and 1, both excluded"),
         ("temperature", p.temperature > 0, "above 0"), ("hidden", p.hidden >= 0, "0 or more"), ("rate", p.rate > 0, "above 0"), ("held_out", 0 < p.held_out < 1, "between 0 and 1, both excluded"),
-        ("warmup", 0 <= p.warmup < 1, "between 0 and 1"), ("decay", p.decay >= 0, "0 or more"), ("prompt", 1 <= p.prompt < p.length, f"between 1 and length - 1 ({p.length - 1})"),
+        ("warmup", 0 <= p.warmup < 1, "between 0 and 1"), ("decay", p.decay >= 0, "0 or more"),
     ]
+    ranges += [("prompt", 1 <= p.prompt < p.length, f"between 1 and length - 1 ({p.length - 1})")] if p.on_policy or p.mode == "sequence" else []
     ranges += [(name, getattr(p, name) >= 1, "1 or more") for name in ("steps", "length", "batch", "accumulate", "evaluate_every")]
     ranges += [(name, getattr(p, name) >= 0, "0 or more") for name in ("lora", "top_k", "patience", "seed")]
     for name, right, said in ranges:
@@ -129,7 +129,6 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     Working state lies beside `out` and goes when it is finished; a cache of top_k stays for other students. Raises EdgemedError for models that do not
     belong together, too little text, a full disk, and a loss that is not a number.
     """
-    started = time.perf_counter()
     weights = Weights(checkpoint)
     teacher = Weights(open_checkpoint(params.teacher)) if params.teacher else weights
     shape = choose(weights, params.layers, params.ffn, params.heads, number(params.target_params, "target_params") if params.target_params is not None else None)
@@ -152,7 +151,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         raise
     notes |= {"teacher": store.digest(teacher.checkpoint.hashes()), "teacher_parameters": parameters(teacher.family, teacher.source), "seed": params.seed,
               "parameters": parameters(student.family, student.source), "kept": None if whole else asdict(shape) | {"layers": list(shape.layers)},
-              "windows": {"training": lesson.training, "held_out": lesson.held, "tokens": int(lesson.tokens.shape[1])}, "seconds": round(time.perf_counter() - started, 1)}
+              "windows": {"training": lesson.training, "held_out": lesson.held, "tokens": int(lesson.tokens.shape[1])}}
     shutil.rmtree(work)
     return notes
 
@@ -305,7 +304,10 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
         last = last_good(work)
         if last:
             say(f"distill: resumed after step {last.name.split('-')[1]}")
-        course.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            course.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            course.watch.bar.stop()  # or an interrupted run would leave the terminal without a cursor
         after = measure(lesson, made, params.batch, course.args.device)
         model = (made.student.merge_and_unload() if params.lora else made.student).cpu().eval()
         notes = {"written": _write(model, student, out, params.dtype)}
@@ -335,7 +337,10 @@ def _arguments(params: Params, work: Path, labels: float) -> dict[str, Any]:
 def _load(weights: Weights) -> Any:
     """The student in transformers, float32. Dropout is off: the target is the teacher's own distribution, and what fits it must not be blurred."""
     torch, transformers = need("torch", "build"), need("transformers", "build")
-    model = getattr(transformers, weights.family.auto_classes["lm"]).from_pretrained(weights.checkpoint.path, dtype=torch.float32, local_files_only=True)
+    auto, path = getattr(transformers, weights.family.auto_classes["lm"]), weights.checkpoint.path
+    model, info = auto.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    if info["missing_keys"]:
+        raise EdgemedError(f"distill: transformers finds no weights for {', '.join(sorted(info['missing_keys'])[:3])} in {path}", "Give a student in transformers' own layout")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
