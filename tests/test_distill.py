@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,22 +409,24 @@ def test_a_killed_run_ends_with_the_same_weights(extra: list[str], teacher: Path
     assert one["files"] == other["files"] and one["notes"]["history"] == other["notes"]["history"] and one["key"] == other["key"]
 
 
-def test_a_recipe_with_distill_end_to_end(teacher: Path, text: str, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"""model: {teacher}
+def test_a_recipe_with_distill_end_to_end(teacher: Path, model: Path, text: str, tmp_path: Path) -> None:
+    large = shutil.copytree(teacher, tmp_path / "large")
+    (large / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    (tmp_path / "recipe.yaml").write_text(f"""model: {model}
 steps:
-  - distill: {{layers: [0, 2, 3], calibration: {text}, steps: 4, rate: 1.0e-3, length: 48, batch: 4, evaluate_every: 2}}
+  - distill: {{teacher: large, calibration: {text}, steps: 4, rate: 1.0e-3, length: 48, batch: 4, evaluate_every: 2}}
 engines:
   - onnx: {{precision: fp32}}
 verify: {{prompts: pubmedqa-sections, count: 2, width: 48, prompt: 8, new: 8}}
 """)
-    done = cli("run", recipe, "--work", tmp_path / "work", "--json")
+    done = cli("run", tmp_path / "recipe.yaml", "--work", tmp_path / "work", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     (step,) = report["steps"]
-    assert step["stage"] == "distill" and step["notes"]["kept"]["layers"] == [0, 2, 3] and report["engines"][0]["verify"]["passed"]
-    assert step["inputs"]["calibration"] == store.file_sha256(Path(text))
-    again = cli("run", recipe, "--work", tmp_path / "work", "--json")
+    assert step["stage"] == "distill" and step["notes"]["after"]["kl"] < step["notes"]["before"]["kl"] and report["engines"][0]["verify"]["passed"]
+    assert step["inputs"]["calibration"] == store.file_sha256(Path(text)) and step["inputs"]["teacher/model.safetensors"] == store.file_sha256(large / "model.safetensors")
+    assert "| teacher | large, licence cc-by-4.0 |" in (Path(report["engines"][0]["path"]) / "README.md").read_text(encoding="utf-8")
+    again = cli("run", tmp_path / "recipe.yaml", "--work", tmp_path / "work", "--json")
     assert "distill: reused" in again.stderr
 
 
