@@ -229,6 +229,8 @@ def trainer(lesson: Lesson, model: torch.nn.Module, arguments: dict[str, Any], p
         eval_strategy="steps", save_strategy="steps", logging_nan_inf_filter=False, disable_tqdm=True, report_to="none", restore_callback_states_from_checkpoint=True,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), **arguments,
     )
+    # On several GPUs the Trainer would split the batches that teacher, cache and images answer for as a whole.
+    options._n_gpu = min(options.n_gpu, 1)
     made = Distiller(model=model, args=options, train_dataset=Order(), eval_dataset=Order())
     made.watch = watch(lambda text: stop(made, text, made.rows))
     made.add_callback(made.watch)
