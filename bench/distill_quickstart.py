@@ -35,7 +35,7 @@ from records import save
 ROOT = Path(__file__).parent.parent
 CARDS = ("medquad-answers", "pubmedqa-abstracts")
 LENGTH, WINDOWS = 128, 48
-COMMON = {"layers": (3,), "length": LENGTH, "batch": 4, "evaluate_every": 100, "held_out": 0.05}
+COMMON = {"layers": (3,), "length": LENGTH, "batch": 4, "evaluate_every": 100, "held_out": 0.03}
 ARMS = {"labels alone": {"labels": 1.0}, "forward KL": {}, "forward KL, top 64 from disk": {"top_k": 64}}
 RATES = (1e-4, 3e-4, 1e-3)
 BASE, TUNED = "labels alone", ("labels alone", "forward KL")

@@ -308,12 +308,13 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
             course.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             course.watch.bar.stop()  # or an interrupted run would leave the terminal without a cursor
-        after = measure(lesson, made, params.batch, course.args.device)
         model = (made.student.merge_and_unload() if params.lora else made.student).cpu().eval()
         notes = {"written": _write(model, student, out, params.dtype)}
     state = course.state
-    names = {f"eval_{name}": name for name in after}
+    names = {f"eval_{name}": name for name in before}
     history = [{"step": entry["step"], **{name: entry[logged] for logged, name in names.items()}} for entry in state.log_history if set(names) <= set(entry)]
+    # The best of them is what the Trainer has loaded at the end.
+    after = {name: value for name, value in next(entry for entry in history if entry["step"] == state.best_global_step).items() if name != "step"}
     bound = f"KL of the top {params.top_k} and one class for all others: a lower bound" if params.top_k else None
     measured = "cross_entropy" if lesson.objective.labels == 1 else "kl"
     if after[measured] >= before[measured]:
