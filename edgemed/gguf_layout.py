@@ -102,7 +102,7 @@ def rescaled(d: Decoder) -> np.ndarray | None:
 
 class Centred(Weights):
     """Weights without the mean over the hidden axis in everything that is added to the residual stream (Family.gguf_centred): no score changes, for every
-    norm that reads the stream takes its mean out anyway.
+    norm that reads the stream takes its mean out anyway. Image features keep theirs: the session takes it out (Engine.centred).
     """
 
     def table(self, name: str) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Centred(Weights):
 
     def matrix(self, name: str) -> Dense | Packed:
         found = super().matrix(name)
-        if not name.endswith((".o", ".down", "projector.second")) or (name.startswith("vision.") and not name.endswith("projector.second")):
+        if not name.startswith("layers.") or not name.endswith((".o", ".down")):
             return found
         weight, bias = found.dense(), found.bias
         return Dense(weight - weight.mean(0, keepdim=True), None if bias is None else bias - bias.mean())

@@ -131,7 +131,6 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
     centred = weights.family.gguf_centred
     folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True)  # read anew: `weights` may be unfolded
-    weights = folded if centred else weights
     columns = _importance(folded, params)
     tensors, fallbacks = plan(folded, params, columns)
     gguf_file.write(out / FILE, folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), tensors)
@@ -151,6 +150,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
     if centred:
+        notes["centred"] = True
         notes["construction"] = "the mean is taken out of everything added to the residual stream, so that RMS norms do; dense layers are equal experts behind a router of zeros"
     return notes | ({"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {})
 
