@@ -39,8 +39,10 @@ class PlainDialect:
     """
 
     domains: dict[str, int] = {}
+    widths = (4, 8)
 
     def __init__(self, bits: int | None):
+        """bits: the fewest that any matrix has."""
         # INT4 tensors and block_size came with opset 21; everything else is written as opset 20, the newest TensorRT 10.3 documents.
         self.opset = 21 if bits == 4 else 20
 

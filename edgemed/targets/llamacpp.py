@@ -100,8 +100,6 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"context {params.context} is longer than the model's {d.context}"
     if params.from_checkpoint and not weights.quantization:
         return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
-    if params.from_checkpoint and weights.quantization["bits"] not in (4, 8):
-        return f"from_checkpoint carries 4 and 8 bits, this checkpoint has {weights.quantization['bits']}"
     if params.from_checkpoint and params.imatrix:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
     return None
@@ -119,7 +117,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
     seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), "float16" if params.tower == "fp16" else "float32", 8 if params.tower == "int8" else None)} if weights.vision else {}
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
-    carried = gguf_file.carried_type(weights.quantization["bits"]) if params.from_checkpoint else None
+    carried = "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()})) if params.from_checkpoint else None
     notes = {
         "precision": f"{carried} carried" if carried else file_type(params).upper(),
         "bytes_per_token": sum(t.nbytes for t in tensors if t.name not in looked_up),
@@ -147,7 +145,7 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) ->
     if apart:
         types["token_embd.weight"] = "F16"
     if packed:
-        types |= dict.fromkeys(packed, gguf_file.carried_type(weights.quantization["bits"]))
+        types |= {t: gguf_file.carried_type(weights.packing(weights.keys[places[t].part][0])[0]) for t in packed}
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
     blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and places[t].part not in columns]
     if blind:
