@@ -57,8 +57,15 @@ def budget_bytes(text: str, matrices: int, fixed: int) -> int:
 
     Raises EdgemedError where the text is neither.
     """
-    if found := re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*bpw\s*", text):
-        return int(float(found[1]) * matrices / 8)
-    if re.search(r"bpw", text):
+    bits = bits_per_weight(text)
+    return int(bits * matrices / 8) if bits else units.size(text, "budget") - fixed
+
+
+def bits_per_weight(text: str) -> float | None:
+    """'4.5bpw' -> 4.5; None for a budget in bytes. Raises EdgemedError where no number above 0 stands before 'bpw'."""
+    if "bpw" not in text:
+        return None
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*bpw\s*", text)
+    if not found or not float(found[1]):
         raise EdgemedError(f"budget {text}: not a number of bits per weight", "For example: budget: 4.5bpw, or budget: 1.6GB")
-    return units.size(text, "budget") - fixed
+    return float(found[1])
