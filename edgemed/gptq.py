@@ -56,17 +56,19 @@ def corrected(weight: torch.Tensor, hessian: Hessian, share: float, damp: float)
     """The weights [out, in] that GPTQ shall round instead of `weight`, so that the error its inputs already carry is made good too.
 
     Of all V, W + W (C - H)(H + damp)^-1 has the outputs X V^T nearest to those of the exact inputs, E W^T (H moment, C cross moment); that correction is
-    taken by `share`, because calibration text is finite. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692) in closed form, with QEP's share
+    taken by `share`, because calibration text is finite. The cross moment is used up, to hold one matrix of its size less. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692) in closed form, with QEP's share
     (Arai and Ichikawa 2025, arXiv 2504.09629).
     """
     torch = need("torch", "build")
+    right = hessian.cross.sub_(hessian.moment).T @ weight.T
+    hessian.cross = None
     damped = hessian.moment.clone()
     damped.diagonal().add_(damp * float(damped.diagonal().mean()) + 1e-12)
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if failed:
-        raise EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
-    shift = torch.cholesky_solve(((hessian.cross - hessian.moment).T @ weight.T), lower).T
-    return weight + share * shift
+        raise singular(damp)
+    return weight + share * torch.cholesky_solve(right, lower).T
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False, clip: bool = False) -> Solution:
@@ -81,7 +83,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, da
     torch = need("torch", "build")
     rows, columns = weight.shape
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
-    upper = _inverse_root(hessian[order[:, None], order], damp)
+    upper = _inverse_root(hessian, order if act_order else None, damp)
     importance = torch.empty(columns)
     importance[order] = upper.diagonal() ** -2
     # Transposed: the loop walks over columns, which are then contiguous.
@@ -108,24 +110,27 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, da
     return Solution(q[inverse].T.contiguous(), scales.T.contiguous())
 
 
-def _inverse_root(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped second moment (the rows GPTQ's update needs), float32 [in, in].
-
-    Overwrites `hessian`.
-    """
+def _inverse_root(hessian: torch.Tensor, order: torch.Tensor | None, damp: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped second moment (the rows GPTQ's update needs), its columns in `order`; float32 [in, in]."""
     torch = need("torch", "build")
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    step = damp * float(diagonal.mean())
     # Rounding can leave a nearly singular moment indefinite in float32: then damp ten times, a hundred times as much.
-    for added in (step, 9 * step, 90 * step):
-        diagonal += added
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+    for times in (1, 10, 100):
+        work = hessian.clone() if order is None else hessian[order[:, None], order]
+        diagonal = work.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal += times * damp * float(diagonal.mean())
+        # Each step lets go of the one before: these are the largest matrices of all.
+        work, failed = torch.linalg.cholesky_ex(work)
         if failed == 0:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            work = torch.cholesky_inverse(work)
+            work, failed = torch.linalg.cholesky_ex(work, upper=True)
             if failed == 0:
-                return upper
-    raise EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
+                return work
+    raise singular(damp)
+
+
+def singular(damp: float) -> EdgemedError:
+    return EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
 
 
 def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:

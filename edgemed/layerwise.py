@@ -82,7 +82,6 @@ def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | No
             hessian.add(feed(row), known[name](exact.read(i)) if exact else None)
         try:
             target = corrected(weight, hessian, params.correction, params.damp) if exact else weight
-            hessian.cross = None  # not needed any more, and as large as the second moment
             solution = solve(target, hessian.moment, bits, group_of(weight, group), params.damp, params.act_order, params.clip)
         except EdgemedError as error:
             raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None

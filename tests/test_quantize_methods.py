@@ -75,17 +75,21 @@ def test_widened_integers_stand_for_the_same_weights(bits, known, given):
 def test_the_corrected_weights_are_the_least_squares_answer():
     weight, exact = normal(5, 16), normal(400, 16, seed=1)
     inputs = exact + 0.3 * normal(400, 16, seed=2) + 0.1 * exact.roll(1, 1)
-    hessian = Hessian(16, cross=True)
-    for x, e in zip(inputs.split(150), exact.split(150), strict=True):
-        hessian.add(x, e)
+
+    def seen():
+        hessian = Hessian(16, cross=True)
+        for x, e in zip(inputs.split(150), exact.split(150), strict=True):
+            hessian.add(x, e)
+        return hessian
+
     expected = torch.linalg.lstsq(inputs.double(), exact.double() @ weight.double().T).solution.T
-    assert torch.allclose(corrected(weight, hessian, 1.0, 1e-9).double(), expected, atol=1e-3)
-    half = corrected(weight, hessian, 0.5, 1e-9)
-    assert torch.allclose(half.double(), (weight + expected) / 2, atol=1e-3)
-    assert torch.equal(corrected(weight, hessian, 0.0, 1e-9), weight)
+    assert torch.allclose(corrected(weight, seen(), 1.0, 1e-9).double(), expected, atol=1e-3)
+    assert torch.allclose(corrected(weight, seen(), 0.5, 1e-9).double(), (weight + expected) / 2, atol=1e-3)
+    assert torch.equal(corrected(weight, seen(), 0.0, 1e-9), weight)
+    broken = seen()
+    broken.moment = -torch.eye(16)
     with pytest.raises(EdgemedError, match="no invertible second moment"):
-        hessian.moment = -torch.eye(16)
-        corrected(weight, hessian, 1.0, 0.01)
+        corrected(weight, broken, 1.0, 0.01)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -43,6 +43,9 @@ CHOICES = {
     "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
 }
 
+# What libraries load and allocate when they are first used, beside the tensors.
+LOADED = 64 << 20
+
 
 @dataclass(frozen=True)
 class Params:
@@ -165,7 +168,7 @@ def _spilled(weights: Weights, windows: torch.Tensor | None, params: Params) -> 
     columns, largest = max(shape[1] for shape in matrices), max(rows * columns for rows, columns in matrices)
     # The float layer and its rounded copy; two moments, the inverse and what its computation holds besides; a matrix being rounded, four times.
     table = weights.decoder.vocab * weights.decoder.hidden
-    work = psutil.Process().memory_info().rss + 4 * max(2 * sum(rows * columns for rows, columns in matrices) + 5 * columns**2 + 4 * largest, 2 * table)
+    work = psutil.Process().memory_info().rss + LOADED + 4 * max(2 * sum(rows * columns for rows, columns in matrices) + 5 * columns**2 + 4 * largest, 2 * table)
     if params.max_memory and work > limit:
         raise EdgemedError(f"max_memory {params.max_memory} is too small: work on one layer of this model takes {size(work)}", f"Give at least {size(work)}")
     return work + windows.numel() * weights.decoder.hidden * 4 * (2 if params.correction else 1) > limit
