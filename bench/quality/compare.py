@@ -32,7 +32,7 @@ from records import save  # noqa: E402
 
 CARD, SAMPLES, LENGTH = "pubmedqa-abstracts", 96, 256
 HELD_OUT = ("pubmedqa-abstracts", "pubmedqa-sections", "medquad-answers")
-WINDOW = 256
+WINDOW, MOST = 256, 48
 # One thread each: on a shared machine two threads wait for each other more than they compute.
 THREADS = "1"
 TEXT = ["--calibration", CARD, "--set", f"samples={SAMPLES}", "--set", f"length={LENGTH}"]
@@ -49,9 +49,10 @@ def gguf(*sets: str) -> list[str]:
 
 # name -> edgemed's arguments, or (peer's environment, script, arguments)
 CONTENDERS: dict[str, list[str] | tuple[str, str, list[str]]] = {
-    "rtn g128, plain": ours("rtn", "group=128", "clip=false"),
     "rtn g128": ours("rtn", "group=128"),
+    "rtn g128, clip": ours("rtn", "group=128", "clip=true"),
     "awq g128": ours("awq", "group=128"),
+    "awq g128, no clip": ours("awq", "group=128", "clip=false"),
     "gptq g128, plain": ours("gptq", "group=128", "clip=false", "correction=0"),
     "gptq g128, clip": ours("gptq", "group=128", "correction=0"),
     "gptq g128, correction": ours("gptq", "group=128", "clip=false"),
@@ -77,7 +78,7 @@ def timed(command: list[str], log: Path) -> dict[str, Any]:
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": THREADS}
     with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command[:6])} failed: {log.read_text()[-3000:]}")
@@ -109,6 +110,8 @@ def make(name: str, work: Path, model: Path) -> dict[str, Any] | None:
             values["Q4_K_M"] = f"{tensor_bytes(Path(make('Q4_K_M', work, model)['path']) / 'model.gguf') / 1000:.3f}KB"
         command = [sys.executable, "-m", "edgemed", *(part.format(**values) for part in how)]
     found = {"path": str(out), **timed(command, work / f"{name}.log"), "threads": int(THREADS), "load_average": os.getloadavg()}
+    if not (out / "config.json").is_file() and not (out / "model.gguf").is_file():
+        found["path"] = str(next(out.glob("*/config.json")).parent)  # AutoRound adds a folder of its own
     facts.write_text(json.dumps(found))
     return found
 
@@ -176,14 +179,14 @@ def weights_of(path: Path, source: Path) -> Any:
 
 
 def held_out(model: Path) -> dict[str, np.ndarray]:
-    """card -> windows int64 [n, WINDOW] of its held-out texts."""
+    """card -> windows int64 [n, WINDOW] of its held-out texts, at most MOST."""
     from edgemed.data import texts
     from edgemed.tokenizer import encode, open_tokenizer
 
     tokenizer, found = open_tokenizer(model, json.loads((model / "config.json").read_text())["vocab_size"]), {}
     for card in HELD_OUT:
         stream = [token for text in texts(card, "heldout") for token in encode(tokenizer, text + "\n")]
-        found[card] = np.array([stream[i * WINDOW : (i + 1) * WINDOW] for i in range(len(stream) // WINDOW)])
+        found[card] = np.array([stream[i * WINDOW : (i + 1) * WINDOW] for i in range(min(MOST, len(stream) // WINDOW))])
     return found
 
 
@@ -242,6 +245,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--record", action="store_true", help="append to bench/results")
     args = parser.parse_args()
+    args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     model = source_model(args.work)
     windows, rows = held_out(model), {}

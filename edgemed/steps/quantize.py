@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,7 +53,7 @@ class Params:
 
     group: inputs per scale, -1 for one scale per row. samples, length: windows of calibration tokens. act_order: the columns
     with the largest inputs first (scales stay with their original groups). damp: share of the mean added to the Hessian's diagonal.
-    clip: search each scale for the least squared error instead of covering the largest weight. correction: how much of the error that rounding before
+    clip: search each scale for the least squared error instead of covering the largest weight (default: all but rtn, where it gains nothing). correction: how much of the error that rounding before
     it left in a matrix' inputs is made good by it (gptq; 0: nothing). budget: '4.5bpw' (bits per weight of the layers' matrices, scales
     included) or '1.6GB' (the whole checkpoint, vision tower and projector apart): bits and group are then chosen per matrix, from what `target` has.
     max_memory: resident bytes at most, such as 4GB; hidden states go to disk where they would not fit.
@@ -67,7 +67,7 @@ class Params:
     length: int = 512
     act_order: bool = False
     damp: float = 0.01
-    clip: bool = True
+    clip: bool | None = None
     correction: float = 0.5
     budget: str | None = None
     target: Literal["onnx", "tensorrt", "gptq"] = "onnx"
@@ -95,6 +95,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         raise EdgemedError(f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from")
     digests = inputs(params)
     _check(weights, params)
+    params = replace(params, clip=params.method != "rtn" if params.clip is None else params.clip)
     windows = _windows(weights, params) if digests else None
     spilled = _spilled(weights, windows, params)
     told = {name: value for name, value in asdict(params).items() if name != "max_memory"}
