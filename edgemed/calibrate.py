@@ -31,7 +31,8 @@ TRACES = {
     "e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.\w[\w.]+"),
     "phone number": re.compile(r"(?<![\w.-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{3}\)\s?|\d{3}[.-])\d{3}[.-]\d{4}(?![\w-])|(?<!\w)\+\d{1,3}(?:[ .-]\d{2,4}){2,5}(?!\w)"),
     "social security number": re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])"),
-    "record number": re.compile(r"\b(?:MRN|medical record (?:number|no\.?)|patient (?:id|number|no\.?)|chart (?:number|no\.?)|accession (?:number|no\.?)|case id)\W{0,3}[A-Z]{0,4}-?\d{4,}", re.IGNORECASE),
+    "record number": re.compile(
+        r"\b(?:MRN|medical record (?:number|no\.?)|patient (?:id|number|no\.?)|chart (?:number|no\.?)|accession (?:number|no\.?)|case id)\W{0,3}[A-Z]{0,4}-?\d{4,}", re.IGNORECASE),
     "date of birth": re.compile(rf"\b(?:DOB|D\.O\.B\.|date of birth|born (?:on )?)\W{{0,3}}{DATE}", re.IGNORECASE),
     "DICOM tag": re.compile(r"\(0010,[0-9A-Fa-f]{4}\)|\b(?:PatientName|PatientID|PatientBirthDate|PatientAddress|AccessionNumber|ReferringPhysicianName|OtherPatientIDs)\b"),
 }
@@ -48,12 +49,12 @@ class Source:
     description: str = ""
 
 
-def make(file: Path, out: Path, source: Source, heldout: float = 0.2, allow_phi: bool = False, tokenizer: Any = None) -> dict[str, Any]:
+def make(file: Path, out: Path, source: Source, heldout: float = 0.2, allow_traces: bool = False, tokenizer: Any = None) -> dict[str, Any]:
     """Write calibration.jsonl, heldout.jsonl and card.yaml into `out` from a .jsonl file of rows with "text" or a .txt file of paragraphs; returns the card.
 
     Like texts are kept once; a text is held out by the hash of its words, so the same file is always split alike, and a longer one does not move texts
     from one side to the other. tokenizer: counts tokens too. Raises EdgemedError for an unreadable file, a text that carries traces of a patient
-    (unless allow_phi), a directory that is there already, or too few texts.
+    (unless allow_traces), a directory that is there already, or too few texts.
     """
     import yaml
 
@@ -62,11 +63,11 @@ def make(file: Path, out: Path, source: Source, heldout: float = 0.2, allow_phi:
     if Path(out).exists():
         raise EdgemedError(f"{out} exists", "Choose another --out, or remove it")
     found = _own_texts(Path(file))
-    traces = list(phi(found))
-    if traces and not allow_phi:
+    traces = list(traces_of(found))
+    if traces and not allow_traces:
         first = "; ".join(f"text {number}: {kind}" for number, kind in traces[:3])
         more = f" and {len(traces) - 3} more" if len(traces) > 3 else ""
-        raise EdgemedError(f"{file} looks as if it held data of patients ({first}{more})", "Remove it, or give --allow-phi where you know that it does not or may travel")
+        raise EdgemedError(f"{file} looks as if it held data of patients ({first}{more})", "Remove it, or give --allow-traces where you know that it does not or may travel")
     unique = {" ".join(words(text)): text for text in found}
     sides: dict[str, list[str]] = {"calibration": [], "heldout": []}
     for plain, text in unique.items():
@@ -74,18 +75,21 @@ def make(file: Path, out: Path, source: Source, heldout: float = 0.2, allow_phi:
     if not all(sides.values()):
         raise EdgemedError(f"{file}: {len(unique)} different texts are too few to hold {heldout:g} of them out", "Give more texts, or another --heldout")
     out.mkdir(parents=True)
-    files = {}
-    for split, rows in sides.items():
-        target = out / f"{split}.jsonl"
-        target.write_text("".join(json.dumps({"id": hashlib.sha256(text.encode()).hexdigest()[:12], "text": text}, ensure_ascii=False) + "\n" for text in rows), encoding="utf-8")
-        files[split] = {"file": target.name, "sha256": file_sha256(target), "n": len(rows)} | ({"tokens": sum(len(tokenizer.encode(text).ids) for text in rows)} if tokenizer else {})
+    files = {split: _written(out / f"{split}.jsonl", rows, tokenizer) for split, rows in sides.items()}
     card = {
         "name": source.name, "description": source.description or f"Made by edgemed from {Path(file).name}.", "source": source.source, "licence": source.licence,
-        "language": source.language, "contains_phi": "not checked by a person" if not traces else "traces found, allowed by --allow-phi",
+        "language": source.language, "contains_phi": "not checked by a person" if not traces else "traces found, allowed by --allow-traces",
         "made_from": {"file": Path(file).name, "sha256": file_sha256(file), "texts": len(found), "repeated": len(found) - len(unique)}, "files": files,
     }
     (out / "card.yaml").write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8")
     return card
+
+
+def _written(file: Path, rows: list[str], tokenizer: Any) -> dict[str, Any]:
+    """Write one split; its entry in the card."""
+    file.write_text("".join(json.dumps({"id": hashlib.sha256(text.encode()).hexdigest()[:12], "text": text}, ensure_ascii=False) + "\n" for text in rows), encoding="utf-8")
+    facts = {"file": file.name, "sha256": file_sha256(file), "n": len(rows)}
+    return facts | ({"tokens": sum(len(tokenizer.encode(text).ids) for text in rows)} if tokenizer else {})
 
 
 def _own_texts(file: Path) -> list[str]:
@@ -101,7 +105,7 @@ def _own_texts(file: Path) -> list[str]:
     return texts_of(file)
 
 
-def phi(found: Iterable[str]) -> Iterator[tuple[int, str]]:
+def traces_of(found: Iterable[str]) -> Iterator[tuple[int, str]]:
     """(number of the text from 1, kind) of everything that looks like data of a patient: TRACES, or a person's name and a date in one text. Other traces are not seen."""
     for number, text in enumerate(found, 1):
         for kind, pattern in TRACES.items():
@@ -152,5 +156,5 @@ def check(name: str, specs: Iterable[str] = ()) -> dict[str, Any]:
     card = read_card(name)
     for split in card.files:
         card.digest(split)
-    traces = [{"split": split, "text": number, "kind": kind} for split in card.files for number, kind in phi(texts_of(card.file(split)))]
+    traces = [{"split": split, "text": number, "kind": kind} for split in card.files for number, kind in traces_of(texts_of(card.file(split)))]
     return {"card": card.name, "words_in_a_row": GRAM, "overlap": overlap(card, card.files, list(specs) or every_task()), "traces": traces}

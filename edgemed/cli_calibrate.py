@@ -26,7 +26,7 @@ def make(
     language: Annotated[str, typer.Option(help="Language code.")] = "en",
     heldout: Annotated[float, typer.Option(help="Share of the texts held out for verification.")] = 0.2,
     model: Annotated[str | None, typer.Option(help="Model directory whose tokenizer counts tokens.")] = None,
-    allow_phi: Annotated[bool, typer.Option("--allow-phi", help="Make the card although texts look like data of patients.")] = False,
+    allow_traces: Annotated[bool, typer.Option("--allow-traces", help="Make the card although texts look like data of patients.")] = False,
     out: Annotated[Path | None, typer.Option(help="Directory to make; default: calibration/NAME.")] = None,
     json_: Json = False,
 ) -> None:
@@ -41,7 +41,7 @@ def make(
         checkpoint = open_checkpoint(model)
         tokenizer = open_tokenizer(checkpoint.path, checkpoint.config.get("vocab_size"))
     out = out or Path("calibration") / name
-    card = make_card(file, out, Source(name, source, licence, language), heldout, allow_phi, tokenizer)
+    card = make_card(file, out, Source(name, source, licence, language), heldout, allow_traces, tokenizer)
     show({"card": str(out), **{f"{split} {key}": value for split, facts in card["files"].items() for key, value in facts.items() if key != "file"}, **card["made_from"]}, json_)
 
 

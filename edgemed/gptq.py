@@ -58,7 +58,8 @@ def corrected(weight: torch.Tensor, hessian: Hessian, share: float, damp: float)
     """The weights [out, in] that GPTQ shall round instead of `weight`, so that the error its inputs already carry is made good too.
 
     Of all V, W + W (C - H)(H + damp)^-1 has the outputs X V^T nearest to those of the exact inputs, E W^T (H moment, C cross moment); that correction is
-    taken by `share`, because calibration text is finite. The cross moment is used up, to hold one matrix of its size less. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692) in closed form, with QEP's share
+    taken by `share`, because calibration text is finite.
+    The cross moment is used up, to hold one matrix of its size less. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692) in closed form, with QEP's share
     (Arai and Ichikawa 2025, arXiv 2504.09629).
     """
     torch = need("torch", "build")

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from edgemed import plugins
-from edgemed.calibrate import GRAM, Source, check, every_task, grams, make, overlap, phi, words
+from edgemed.calibrate import GRAM, Source, check, every_task, grams, make, overlap, traces_of, words
 from edgemed.cli import app
 from edgemed.data import calibration_windows, card_names, read_card, texts
 from edgemed.errors import EdgemedError
@@ -55,12 +55,12 @@ def test_a_card_from_own_text(tmp_path):
     ("(0010,0010) PN [DOE^JANE]", "DICOM tag"),
 ])
 def test_traces_of_patients_are_refused(tmp_path, text, kind):
-    assert (41, kind) in list(phi([*NOTES, text]))
+    assert (41, kind) in list(traces_of([*NOTES, text]))
     file = write(tmp_path / "own.jsonl", [{"text": t} for t in [*NOTES, text]])
-    with pytest.raises(EdgemedError, match=f"text 41: {kind}.*--allow-phi"):
+    with pytest.raises(EdgemedError, match=f"text 41: {kind}.*--allow-traces"):
         make(file, tmp_path / "card", SOURCE)
     assert not (tmp_path / "card").exists()
-    assert "--allow-phi" in make(file, tmp_path / "card", SOURCE, allow_phi=True)["contains_phi"]
+    assert "--allow-traces" in make(file, tmp_path / "card", SOURCE, allow_traces=True)["contains_phi"]
 
 
 @pytest.mark.parametrize("text", [
@@ -68,7 +68,7 @@ def test_traces_of_patients_are_refused(tmp_path, text, kind):
     "Dr. Kumar sees her yearly.", "Patient Health Questionnaire scores fell.", "Grant 2004-123-4567-89 paid for it.",
 ])
 def test_ordinary_medical_text_is_not(text):
-    assert not list(phi([text]))
+    assert not list(traces_of([text]))
 
 
 def test_bad_input(tmp_path):

@@ -111,8 +111,9 @@ def test_no_utils() -> None:
     assert not [str(p) for p in (*FILES, *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")) if p.stem in ("utils", "helpers", "common", "misc")]
 
 
-# llama.cpp calls every byte-level BPE tokenizer by one of these names and every SentencePiece one by the other, whatever the architecture; a rope type of configs of any architecture.
-FORMAT_NAMES = {("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("family.py", "llama3"), ("family.py", "Known: default, linear, llama3")}
+# A card's own word for data of patients. llama.cpp calls every byte-level BPE tokenizer by one of these names and every SentencePiece one by the other,
+# whatever the architecture; a rope type of configs of any architecture.
+FORMAT_NAMES = {("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("family.py", "llama3"), ("family.py", "Known: default, linear, llama3"), ("calibrate.py", "contains_phi")}
 
 
 def family_words() -> set[str]:
