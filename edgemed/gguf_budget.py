@@ -54,20 +54,20 @@ def choose(weights: Weights, windows: torch.Tensor, places: Mapping[str, Place],
     smallest = sum(min(found.values()) for found in nbytes.values())
     if smallest > room:
         raise EdgemedError(f"budget {budget} is below the smallest GGUF of this model: {8 * (fixed + smallest) / count:.2f}bpw, {size(fixed + smallest)}", "Give a larger budget")
-    options: dict[str, list[Option]] = {}
+    losses = {t: dict.fromkeys(kinds[t], 0.0) for t in ours}
     with Encoder() as encoder:
         for n, found in sensitivities(weights, windows, folder):
             for t, place in ours.items():
                 if not place.part.startswith(f"layers.{n}."):
                     continue
                 # Experts of one layer are one tensor; so is a dense MLP written as that many equal ones, which counts once.
-                parts = [found[part.removeprefix(f"layers.{n}.")] for part in dict.fromkeys(place.stack or (place.part,))]
-                floats = [part.weight[place.rows].numpy() for part in parts]
-                options[t] = [
-                    Option(kind, sum(part.loss(_rounded(encoder, t, weight, kind, columns.get(place.part)), place.rows) for part, weight in zip(parts, floats, strict=True)), nbytes[t][kind])
-                    for kind in kinds[t]
-                ]
-    found = allocate({t: options[t] for t in ours}, room)
+                for part in dict.fromkeys(place.stack or (place.part,)):
+                    sensitivity = found[part.removeprefix(f"layers.{n}.")]
+                    weight = sensitivity.weight[place.rows].numpy()
+                    for kind in kinds[t]:
+                        losses[t][kind] += sensitivity.loss(_rounded(encoder, t, weight, kind, columns.get(part)), place.rows)
+    options = {t: [Option(kind, loss, nbytes[t][kind]) for kind, loss in losses[t].items()] for t in ours}
+    found = allocate(options, room)
     total = fixed + sum(o.nbytes for o in found.values())
     facts = {"budget": budget, "tensor_bytes": total, "bits_per_weight": 8 * total / count, "expected_kl": sum(o.loss for o in found.values()),
              "sensitivity": {t: {o.name: o.loss for o in options[t]} for t in ours}}

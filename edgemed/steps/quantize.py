@@ -111,9 +111,11 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             errors = {f"layers.{n}.{name}": matrix.errors for name, matrix in rounded.matrices.items()}
             kept.save(_tensors(weights, n, rounded, packings), {"errors": errors, "alpha": rounded.alpha, "experts": rounded.experts})
         _write(weights, out, _config(weights, params, packings), kept)
-        notes = {"folded_attention_scale": weights.decoder != weights.source, "errors": {name: e for facts in kept.facts for name, e in facts["errors"].items()}, "spilled": spilled}
+        errors = {name: found for facts in kept.facts for name, found in facts["errors"].items()}
+        notes = {"folded_attention_scale": weights.decoder != weights.source, "errors": errors, "spilled": spilled}
         notes |= {"awq_alpha": [facts["alpha"] for facts in kept.facts]} if params.method == "awq" else {}
-        notes |= {"experts": {f"layers.{n}": facts["experts"] for n, facts in enumerate(kept.facts) if facts["experts"]}} if weights.decoder.experts and windows is not None and params.method != "rtn" else {}
+        if weights.decoder.experts and params.method != "rtn":
+            notes["experts"] = {f"layers.{n}": facts["experts"] for n, facts in enumerate(kept.facts) if facts["experts"]}
     notes |= decided if params.budget else {}
     return notes | {"bits_per_weight": _bits_per_weight(weights, packings), "calibration_sha256": digests.get("calibration")}
 
