@@ -22,8 +22,9 @@ def help_of(*arguments: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
-def verbs() -> list[str]:
-    commands = help_of().split("Commands:")[1]
+def verbs(*above: str) -> list[str]:
+    """The verbs below one, none where it has none."""
+    _, _, commands = help_of(*above).partition("Commands:")
     return re.findall(r"^  (\w[\w-]*)", commands, re.MULTILINE)
 
 
@@ -33,6 +34,8 @@ def page() -> str:
     parts += ["```text", help_of(), "```"]
     for verb in verbs():
         parts += ["", f"## edgemed {verb}", "", "```text", help_of(verb), "```"]
+        for below in verbs(verb):
+            parts += ["", f"### edgemed {verb} {below}", "", "```text", help_of(verb, below), "```"]
     return "\n".join(parts) + "\n"
 
 

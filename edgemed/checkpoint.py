@@ -168,6 +168,12 @@ def _read_raw(entry: Entry, torch: Any) -> torch.Tensor:
     return buffer.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one safetensors file. Raises EdgemedError where it is damaged."""
+    torch = need("torch", "build")
+    return {name: _read_raw(entry, torch) for name, entry in _safetensors_entries(Path(file)).items()}
+
+
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     torch = need("torch", "build")
     import pickle

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed import cli_plan, cli_proof, cli_provenance
+from edgemed import cli_calibrate, cli_plan, cli_proof, cli_provenance
 from edgemed.cli_options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings
 from edgemed.console import show
 from edgemed.errors import EdgemedError
@@ -84,11 +84,13 @@ def merge(model: Model, adapter: Annotated[str, typer.Option(help="PEFT adapter 
 
 
 @app.command()
-def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq", bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="gptq, awq, rtn or auto.")] = "gptq", bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
              group: Annotated[int, typer.Option(help="Weights per scale: 32, 64, 128 or -1 (whole row).")] = 128,
-             calibration: Annotated[str | None, typer.Option(help="Card name, .jsonl or .txt file; gptq needs one.")] = None, sets: Sets = None, json_: Json = False) -> None:
-    """Quantize the matrices of a checkpoint to 4 or 8 bits, in the AutoGPTQ checkpoint layout."""
-    step("quantize", model, out, settings(sets, method=method, bits=bits, group=group, calibration=calibration), json_)
+             calibration: Annotated[str | None, typer.Option(help="Card name, .jsonl or .txt file; all but rtn need one.")] = None,
+             budget: Annotated[str | None, typer.Option(help="Bits chosen per matrix within this: 4.5bpw, or 1.6GB.")] = None,
+             max_memory: Annotated[str | None, typer.Option(help="Resident memory at most, such as 4GB.")] = None, sets: Sets = None, json_: Json = False) -> None:
+    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ checkpoint layout."""
+    step("quantize", model, out, settings(sets, method=method, bits=bits, group=group, calibration=calibration, budget=budget, max_memory=max_memory), json_)
 
 
 @app.command()
@@ -211,6 +213,7 @@ def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, thr
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads)
 
 
+app.add_typer(cli_calibrate.app, name="calibrate")
 for verb in (cli_provenance.card, cli_provenance.keygen, cli_provenance.sign):
     app.command()(verb)
 

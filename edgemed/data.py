@@ -110,7 +110,11 @@ def texts(name: str, split: str = "calibration") -> list[str]:
     """The texts of one split. Raises EdgemedError for an empty set or a row without 'text'."""
     card = read_card(name)
     card.digest(split)
-    file = card.file(split)
+    return texts_of(card.file(split))
+
+
+def texts_of(file: Path) -> list[str]:
+    """The texts of a .jsonl file of rows with "text", or the paragraphs of a .txt file. Raises EdgemedError for an empty one or a row without 'text'."""
     if file.suffix == ".txt":
         found = [part.strip() for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
     else:
@@ -138,11 +142,19 @@ def image_questions(count: int, name: str = IMAGES) -> list[tuple[str, Image.Ima
 def calibration_windows(name: str, tokenizer: Any, samples: int, length: int) -> list[list[int]]:
     """`samples` windows of `length` tokens from the calibration split, texts joined end to end.
 
-    Raises EdgemedError where the set is too short.
+    Raises EdgemedError where the set is too short, or in a language the tokenizer spells out byte by byte.
     """
     stream: list[int] = []
-    for text in texts(name):
+    found = texts(name)
+    for text in found:
         stream += encode(tokenizer, text + "\n")
+    nbytes = sum(len(text.encode()) for text in found)
+    # A tokenizer with more than single bytes in it that still spells a text out was made for other languages.
+    if tokenizer.get_vocab_size() > 1000 and nbytes < 1.5 * len(stream):
+        raise EdgemedError(
+            f"calibration set '{name}': the tokenizer needs {len(stream)} tokens for {nbytes} bytes, so it does not cover the language of these texts",
+            "Calibrate on text in a language the model was made for",
+        )
     if len(stream) < samples * length:
         raise EdgemedError(
             f"calibration set '{name}' has {len(stream)} tokens, {samples} x {length} = {samples * length} are asked for",

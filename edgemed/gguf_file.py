@@ -23,6 +23,7 @@ import numpy as np
 from edgemed.console import track
 from edgemed.device import machine
 from edgemed.errors import EdgemedError, need
+from edgemed.grid import widened
 
 if TYPE_CHECKING:
     from edgemed.family import Decoder
@@ -238,8 +239,8 @@ def ggml_base() -> ctypes.CDLL:
 
 
 def carried_type(bits: int) -> str:
-    """The type whose grid a symmetric GPTQ matrix of 4 or 8 bits fits exactly: integer minus its middle, times a float16 scale per 32."""
-    return {4: "Q4_0", 8: "Q8_0"}[bits]
+    """The type whose grid a symmetric GPTQ matrix fits exactly: integer minus its middle, times a float16 scale per 32. Fewer bits than 4 are widened."""
+    return "Q8_0" if bits == 8 else "Q4_0"
 
 
 def carried(matrix: Packed, name: str) -> np.ndarray:
@@ -252,6 +253,7 @@ def carried(matrix: Packed, name: str) -> np.ndarray:
         if broken:
             fix = "Quantize again with sym, without act_order and with group 32, 64 or 128; or leave from_checkpoint out"
             raise EdgemedError(f"{name} has {what}, which {carried_type(matrix.bits)} cannot carry", fix)
+    matrix = widened(matrix, (4, 8))
     rows, columns = matrix.q.shape
     if float(matrix.scales.abs().max()) > 65504:
         raise EdgemedError(f"{name}: a scale does not fit into float16", "The integers cannot be carried; leave from_checkpoint out")

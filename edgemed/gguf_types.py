@@ -53,7 +53,7 @@ def tensor_types(model: Model, file_type: str) -> tuple[dict[str, str], dict[str
         wanted = FILE_TYPES[file_type][1]
         if wanted not in FLOATS:
             wanted = _mixture(model, name, wanted, file_type)
-        types[name] = _fitting(wanted, shape[-1])
+        types[name] = fitting(wanted, shape[-1])
         if types[name] != wanted:
             fallbacks[name] = f"{wanted} -> {types[name]}"
     return types, fallbacks
@@ -71,7 +71,8 @@ def block_of(tensor_type: str) -> int:
     return 1 if tensor_type in FLOATS else 256 if tensor_type in WIDE else 32
 
 
-def _fitting(wanted: str, columns: int) -> str:
+def fitting(wanted: str, columns: int) -> str:
+    """The wanted type, or where its blocks do not divide a row the one that stands in."""
     if columns % block_of(wanted) == 0:
         return wanted
     given = NARROW.get(wanted, wanted)

@@ -28,8 +28,8 @@ ALIGN = 4096  # a page, so that the runtime can map each tensor where it lies
 
 @dataclass(frozen=True)
 class Precision:
-    """Number formats of a graph. floats: 'float32', 'float16' or 'bfloat16' for activations; bits: 4 or 8 for the layer matrices, None for
-    floats; group: inputs per scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8); small_tables:
+    """Number formats of a graph. floats: 'float32', 'float16' or 'bfloat16' for activations; bits: 4 or 8 for the layer matrices (packed ones keep
+    their own), None for floats; group: inputs per scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8); small_tables:
     embedding in float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so that both engines carry the same integers);
     stream: format of the residual stream and the norms, '' for that of the activations; integers: activations are rounded to 8 bits as well, row by row."""
 
@@ -49,6 +49,7 @@ class Dialect(Protocol):
     opset: int
     chosen_only: bool
     domains: dict[str, int]
+    widths: tuple[int, ...]  # bits per integer of the quantized products it has
 
     def inputs(self, graph: Graph, d: Decoder) -> None: ...
     def residual_norm(self, graph: Graph, d: Decoder, name: str, x: str, add: str | None, weight: str, bias: str | None) -> tuple[str, str]: ...
@@ -156,13 +157,13 @@ def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, 
     """x [.., in] -> x W^T + b [.., out], in the precision of the graph; exact: in its floats, not its integers."""
     matrix, bits = weights.matrix(name), None if exact else graph.precision.bits
     bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
-    if isinstance(matrix, Packed) and bits == matrix.bits:
+    if isinstance(matrix, Packed) and bits is not None:
         if matrix.g_idx is not None:
             # Old act-order checkpoints number their groups freely: put the inputs of one group side by side.
             order = matrix.g_idx.argsort(stable=True)
             x = graph.node("Gather", [x, graph.constant(f"{name}.order", order.numpy())], f"{name}.ordered", axis=-1)
             matrix = Packed(matrix.q[:, order], matrix.scales, matrix.zeros, None, matrix.bits, matrix.group, matrix.bias)
-        return dialect.quantized(graph, name, x, block_ints(matrix), bias)
+        return dialect.quantized(graph, name, x, block_ints(matrix, dialect.widths), bias)
     if bits is not None:
         weight = matrix.dense()
         group = weight.shape[1] if graph.precision.group == -1 else graph.precision.group

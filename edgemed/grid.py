@@ -5,7 +5,8 @@ One place, so that the same weight becomes the same integers wherever it is roun
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +45,28 @@ def scale_of(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(scale > 0, scale, torch.full_like(scale, 6.104e-05))
 
 
+# Smallest share of the plain scale that clipping tries: with fewer bits, more of the tail is worth cutting.
+LEAST = {2: 0.3, 3: 0.45, 4: 0.6, 8: 0.9}
+TRIES = 20
+
+
+def clipped_scale(weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """The scale among TRIES shares of scale_of's (1 down to LEAST) with the smallest sum of importance * (weight - rounded)^2 along the last axis.
+
+    importance broadcasts against weight, None: plain squared error. Ties go to the larger scale. Returns float32 that float16 holds exactly.
+    """
+    torch = need("torch", "build")
+    zero, full = 1 << (bits - 1), scale_of(weight, bits)
+    best, least = full.clone(), torch.full_like(full, float("inf"))
+    for share in torch.linspace(1, LEAST[bits], TRIES).tolist():
+        scale = (full * share).to(torch.float16).float().clamp_min_(6.104e-05)
+        error = ((weight / scale[..., None]).round_().clamp_(-zero, zero - 1) * scale[..., None]).sub_(weight).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
+
+
 def round_to(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Integers 0..2^bits-1 with zero at 2^(bits-1), as uint8; `scale` broadcasts against `weight`."""
     torch = need("torch", "build")
@@ -51,10 +74,10 @@ def round_to(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tens
     return (weight / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
 
 
-def rtn(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rtn(weight: torch.Tensor, bits: int, group: int, clip: bool = False, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Round to nearest: weight [out, in] -> (q uint8 [out, in], scales float32 [out, in/group]).
 
-    Raises EdgemedError where the group does not divide a row.
+    clip: scales by clipped_scale, each input weighed with `importance` [in]. Raises EdgemedError where the group does not divide a row.
     """
     rows, columns = weight.shape
     if columns % group:
@@ -64,7 +87,8 @@ def rtn(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torc
     scales = torch.empty(rows, columns // group)
     for part in _row_chunks(rows, columns):
         grouped = weight[part].reshape(-1, columns // group, group)
-        scales[part] = scale_of(grouped, bits)
+        weighed = None if importance is None else importance.reshape(columns // group, group)
+        scales[part] = clipped_scale(grouped, bits, weighed) if clip else scale_of(grouped, bits)
         q[part] = round_to(grouped, scales[part][..., None], bits).reshape(-1, columns)
     return q, scales
 
@@ -90,8 +114,32 @@ def _row_chunks(rows: int, columns: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def block_ints(matrix: Packed) -> Ints:
-    """A packed matrix as Ints: the block a power of two of at most 128, scales (and uneven zeros) repeated to fit it."""
+def named(packings: Iterable[tuple[int, int]]) -> str:
+    """'4-bit', or '3- and 8-bit' where integers of several widths are mixed."""
+    return "- and ".join(str(bits) for bits in sorted({bits for bits, _ in packings})) + "-bit"
+
+
+def labelled(packings: Iterable[tuple[int, int]]) -> str:
+    """(bits, group) of every matrix as a person would name it: 'int4 g128', 'int8 per column', 'int4/8 mixed'."""
+    found = sorted(set(packings))
+    if len(found) == 1:
+        (bits, group), = found
+        return f"int{bits} {'per column' if group == -1 else f'g{group}'}"
+    return f"int{'/'.join(map(str, sorted({bits for bits, _ in found})))} mixed"
+
+
+def widened(matrix: Packed, known: tuple[int, ...]) -> Packed:
+    """The same matrix with its integers in the next width among `known`: the numbers stay, the zero moves with them."""
+    bits = min(b for b in known if b >= matrix.bits)
+    if bits == matrix.bits:
+        return matrix
+    moved = (1 << bits - 1) - (1 << matrix.bits - 1)
+    return replace(matrix, q=matrix.q + moved, zeros=matrix.zeros + moved, bits=bits)
+
+
+def block_ints(matrix: Packed, known: tuple[int, ...] = (4, 8)) -> Ints:
+    """A packed matrix as Ints of a width among `known`: the block a power of two of at most 128, scales (and uneven zeros) repeated to fit it."""
+    matrix = widened(matrix, known)
     block = 128
     while matrix.group % block:
         block //= 2

@@ -27,6 +27,7 @@ class OrtDialect:
     opset = 20
     chosen_only = True
     domains = {MS: 1}
+    widths = (2, 4, 8)
 
     def inputs(self, graph: Graph, d: Decoder) -> None:
         int32 = graph.onnx.TensorProto.INT32
@@ -116,9 +117,9 @@ class OrtDialect:
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:
         out, inp = ints.q.shape
         blocks = ints.q.reshape(out, inp // ints.block, ints.block)
-        packed = blocks if ints.bits == 8 else blocks[..., 0::2] | blocks[..., 1::2] << 4
+        packed = _bytes(blocks, ints.bits)
         inputs = [x, graph.constant(f"{name}.q", packed), graph.constant(f"{name}.scales", ints.scales.astype(graph.precision.floats))]
-        inputs += [graph.constant(f"{name}.zeros", _pack_zeros(ints)) if ints.zeros is not None else "", ""]
+        inputs += [graph.constant(f"{name}.zeros", _bytes(ints.zeros, ints.bits)) if ints.zeros is not None else "", ""]
         inputs += [graph.constant(f"{name}.bias", bias)] if bias is not None else []
         while not inputs[-1]:
             inputs.pop()
@@ -149,8 +150,8 @@ class OrtDialect:
         return node("Add", [y, constant(f"{name}.bias", bias.astype(np.float32))], name) if bias is not None else y
 
 
-def _pack_zeros(ints: Ints) -> np.ndarray:
-    if ints.bits == 8:
-        return ints.zeros
-    padded = np.pad(ints.zeros, ((0, 0), (0, ints.zeros.shape[1] % 2)))
-    return padded[:, 0::2] | padded[:, 1::2] << 4
+def _bytes(values: np.ndarray, bits: int) -> np.ndarray:
+    """Integers uint8 [.., n] in bytes, the first in the lowest bits; the last byte is filled up with zeros."""
+    per = 8 // bits
+    filled = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per)])
+    return np.bitwise_or.reduce([filled[..., i::per] << bits * i for i in range(per)])

@@ -42,9 +42,10 @@ class PlainDialect:
     """
 
     domains: dict[str, int] = {}
+    widths = (4, 8)
 
     def __init__(self, bits: int | None, chosen_only: bool = True):
-        """chosen_only: whether experts that no token chose are left out at run time."""
+        """bits: the fewest that any matrix has. chosen_only: whether experts that no token chose are left out at run time."""
         self.chosen_only = chosen_only
         # INT4 tensors and block_size came with opset 21; everything else is written as opset 20, the newest TensorRT 10.3 documents.
         self.opset = 21 if bits == 4 else 20

@@ -7,6 +7,8 @@ integer layout are dealt with once.
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
 
 if TYPE_CHECKING:
     import torch
+
+# Widths of packed integers that are read and written.
+BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -110,19 +115,27 @@ class Weights:
         found = {part.weight(key): weight, f"{key}.bias": (rows,)}
         if part.weight(key) in self.checkpoint.tensors:
             return found
-        bits, group = self._packing()
+        bits, group = self.packing(key)
         groups = 1 if group == -1 else -(-columns // group)
         packed = {"qweight": (columns * bits // 32, rows), "qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (columns,)}
         return found | {f"{key}.{suffix}": shape for suffix, shape in packed.items()}
 
-    def _packing(self) -> tuple[int, int]:
-        """(bits, group size) of a quantized checkpoint."""
+    def packing(self, key: str) -> tuple[int, int]:
+        """(bits, group size) of a packed module: those of quantization_config, or of the first entry of its `dynamic` whose pattern matches the module's name.
+
+        GPTQModel's rule for mixed checkpoints. Raises EdgemedError where they are not among those read.
+        """
         if not self.quantization:
             raise EdgemedError(f"{self.checkpoint.path}: holds packed weights, but config.json has no quantization_config", "Add the quantization_config the checkpoint was made with")
-        bits, group = self.quantization.get("bits"), self.quantization.get("group_size")
-        if bits not in (2, 4, 8) or not isinstance(group, int) or (group < 1 and group != -1):
-            raise EdgemedError(f"{self.checkpoint.path}: quantized with bits {bits} and group_size {group}, which edgemed does not read", "Known: 2, 4 and 8 bits, any group size or -1")
+        own = next((entry for pattern, entry in (self.quantization.get("dynamic") or {}).items() if re.match(pattern.removeprefix("+:"), key)), {})
+        bits, group = (own.get(name, self.quantization.get(name)) for name in ("bits", "group_size"))
+        if bits not in BITS or not isinstance(group, int) or (group < 1 and group != -1):
+            raise EdgemedError(f"{self.checkpoint.path}: quantized with bits {bits} and group_size {group}, which edgemed does not read", "Known: 2, 3, 4 and 8 bits, any group size or -1")
         return bits, group
+
+    def packings(self) -> set[tuple[int, int]]:
+        """Every (bits, group size) that a matrix of this checkpoint is packed with; empty for a float checkpoint."""
+        return {self.packing(key) for keys in self.keys.values() for key in keys if f"{key}.qweight" in self.checkpoint.tensors}
 
     def table(self, name: str) -> torch.Tensor:
         """An embedding table [rows, width], float32."""
@@ -157,7 +170,7 @@ class Weights:
             weight = weight.flatten(1) if weight.ndim > 2 else weight  # a convolution over patches is a product with each patch
             # Turned before it is widened: half the bytes to move for a 16-bit checkpoint.
             return Dense((weight.T.contiguous() if conv1d else weight).float(), bias)
-        bits, group = self._packing()
+        bits, group = self.packing(key)
         columns = tensors[f"{key}.qweight"].shape[0] * 32 // bits
         group = columns if group == -1 else group
         v1 = self.quantization.get("checkpoint_format", "gptq") == "gptq"
@@ -206,24 +219,39 @@ def joined(found: list[Dense | Packed], name: str) -> Dense | Packed:
 
 
 def unpack(packed: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
-    """int32 words -> uint8 values along `axis`, lowest bits first (AutoGPTQ layout)."""
+    """int32 words -> uint8 values along `axis`: the words are one stream of bits, lowest first (AutoGPTQ's layout; 32 values of 3 bits fill 3 words)."""
     torch = need("torch", "build")
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    shape = list(packed.shape)
-    shape[axis] *= 32 // bits
-    view = (1, -1, 1) if axis == 0 else (1, 1, -1)
-    words = packed.unsqueeze(axis + 1)
-    values = (words >> shifts.reshape(view)) & ((1 << bits) - 1)
-    return values.to(torch.uint8).reshape(shape)
+    values, words = stride(bits)
+    moved = packed.movedim(axis, 0)
+    grouped = moved.reshape(-1, words, *moved.shape[1:]).to(torch.int64) & 0xFFFFFFFF
+    found = torch.empty((grouped.shape[0], values, *moved.shape[1:]), dtype=torch.uint8)
+    for i in range(values):
+        word, shift = divmod(i * bits, 32)
+        value = grouped[:, word] >> shift
+        if shift + bits > 32:
+            value |= grouped[:, word + 1] << (32 - shift)
+        found[:, i] = value & ((1 << bits) - 1)
+    return found.reshape(-1, *moved.shape[1:]).movedim(0, axis).contiguous()
 
 
 def pack(values: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     """The inverse of unpack: uint8 values -> int32 words along `axis`."""
     torch = need("torch", "build")
-    per = 32 // bits
-    shape = list(values.shape)
-    shape[axis : axis + 1] = [shape[axis] // per, per]
-    wide = values.reshape(shape).to(torch.int64)
-    shifts = torch.arange(0, 32, bits, dtype=torch.int64).reshape([-1 if i == axis + 1 else 1 for i in range(len(shape))])
-    words = (wide << shifts).sum(axis + 1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    count, words = stride(bits)
+    moved = values.movedim(axis, 0)
+    grouped = moved.reshape(-1, count, *moved.shape[1:])
+    found = torch.zeros((grouped.shape[0], words, *moved.shape[1:]), dtype=torch.int64)
+    for i in range(count):
+        word, shift = divmod(i * bits, 32)
+        value = grouped[:, i].to(torch.int64)
+        found[:, word] |= value << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            found[:, word + 1] |= value >> (32 - shift)
+    found = torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32)
+    return found.reshape(-1, *moved.shape[1:]).movedim(0, axis).contiguous()
+
+
+def stride(bits: int) -> tuple[int, int]:
+    """(values, words): the fewest values that fill whole 32-bit words."""
+    common = math.gcd(bits, 32)
+    return 32 // common, bits // common

@@ -21,14 +21,14 @@ PLUGINS = ("families", "steps", "targets", "tasks")
 ORDER = [
     "errors",
     "plugins",
-    "params store console confidence exact formats svg cuda sysfs quiet divergence",
+    "params store console units confidence exact formats svg cuda sysfs quiet divergence",
     "= device checkpoint family clip task data tokenizer session reference grid weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors thermal image_reference",
-    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher lesson ggml_api ggml_session",
+    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher lesson ggml_api ggml_session awq layerwise allocate activations resume sensitivity gguf_budget",
     "families steps targets tasks",
-    "= plan verify stages bench conditions sweep evaluate lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure units",
+    "= plan verify stages bench conditions sweep evaluate lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure calibrate",
     "run",
     "api",
-    "cli_options", "= cli_provenance cli_plan cli_proof",
+    "cli_options", "= cli_calibrate cli_provenance cli_plan cli_proof",
     "cli",
     "__init__ __main__",
 ]
@@ -111,8 +111,9 @@ def test_no_utils() -> None:
     assert not [str(p) for p in (*FILES, *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")) if p.stem in ("utils", "helpers", "common", "misc")]
 
 
-# llama.cpp calls every byte-level BPE tokenizer by one of these names and every SentencePiece one by the other, whatever the architecture; a rope type of configs of any architecture.
-FORMAT_NAMES = {("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("family.py", "llama3"), ("family.py", "Known: default, linear, llama3")}
+# A card's own word for data of patients. llama.cpp calls every byte-level BPE tokenizer by one of these names and every SentencePiece one by the other,
+# whatever the architecture; a rope type of configs of any architecture.
+FORMAT_NAMES = {("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("family.py", "llama3"), ("family.py", "Known: default, linear, llama3"), ("calibrate.py", "contains_phi")}
 
 
 def family_words() -> set[str]:

@@ -58,3 +58,30 @@ def test_the_reference_pass_holds_one_layer(checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(("target", "key", "value"), [("onnx", "precision", "int4"), ("llamacpp", "type", "q4_k_m")])
 def test_an_export_holds_one_part(checkpoint: Path, tmp_path: Path, target: str, key: str, value: str) -> None:
     assert peak(EXPORT, checkpoint, tmp_path / "engine", target, key, value) < 220 * MB
+
+
+QUANTIZE = PRELUDE + """
+import json
+from pathlib import Path
+from edgemed.steps import quantize
+limit = before + int(sys.argv[4])
+Path(out).mkdir()
+notes = quantize.run(checkpoint, Path(out), quantize.Params("gptq", calibration=sys.argv[3], samples=96, length=128, clip=False, max_memory=f"{limit // 1000}KB"))
+print(json.dumps(notes["spilled"]), store.peak_memory() - limit)
+"""
+
+
+def test_a_quantize_step_keeps_to_its_memory(tmp_path: Path) -> None:
+    """96 windows of 128 positions are 25 MB of hidden states, twice because of the correction: they do not fit, and need not."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from edgemed.random_weights import make_random
+
+    source = make_random(CONFIG | {"n_layer": 1, "n_embd": 512}, tmp_path / "model", dtype="float16").path
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(source / "tokenizer.json"))
+    limit = 230 * 10**6
+    done = subprocess.run([sys.executable, "-c", QUANTIZE, source, tmp_path / "out", "pubmedqa-abstracts", str(limit)], capture_output=True, text=True, check=True)
+    spilled, beyond = done.stdout.split()[-2:]
+    assert (spilled, int(beyond) <= 0) == ("true", True), done.stdout

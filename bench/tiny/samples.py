@@ -4,6 +4,7 @@ They are cut here, from the same splits the model is trained on, so that no cali
 """
 
 import argparse
+import csv
 import json
 import random
 import shutil
@@ -23,6 +24,12 @@ PUBMEDQA_SOURCE = {
 MEDQUAD_SOURCE = {
     "source": "MedQuAD, Ben Abacha and Demner-Fushman, BMC Bioinformatics 2019 (github.com/abachaa/MedQuAD, commit 577bd37b96c0)",
     "url": "https://github.com/abachaa/MedQuAD",
+    "licence": "CC-BY-4.0",
+}
+DIALOGUES = "clinical_text/MTS-Dialog-TrainingSet.csv"
+DIALOGUE_SOURCE = {
+    "source": "MTS-Dialog, Ben Abacha et al., EACL 2023 (github.com/abachaa/MTS-Dialog, commit 3ff080193360)",
+    "url": "https://github.com/abachaa/MTS-Dialog",
     "licence": "CC-BY-4.0",
 }
 
@@ -101,14 +108,31 @@ def write_calibration_sets(data, unused_abstracts, unused_items):
     )
 
 
+def write_dialogues(data):
+    """Conversations of doctor and patient with the note that was written of them, all from the training split."""
+    with open(data / DIALOGUES, encoding="utf-8-sig", newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if len(row["dialogue"]) + len(row["section_text"]) <= LONGEST_ANSWER]
+
+    def turns(row):
+        return "\n".join(" ".join(line.split()) for line in row["dialogue"].splitlines() if line.strip())
+
+    texts = [{"id": row["ID"], "text": f"{turns(row)}\n\nNote: {' '.join(row['section_text'].split())}"} for row in choose(rows, 320, "dialogues train")]
+    calibration_set(
+        "mts-dialogues", f"Conversations of doctor and patient, turn by turn, each with the section of the note written of it; at most {LONGEST_ANSWER} characters. Written by people for "
+        "de-identified notes, so nobody's own words. Both splits from the training split; it serves no task here.",
+        DIALOGUE_SOURCE, {"calibration": texts[:256], "heldout": texts[256:]},
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     data_argument(parser)
     data = parser.parse_args().data
     write_calibration_sets(data, *write_task_samples(data))
+    write_dialogues(data)
     folder = PROJECT / "LICENSES"
     folder.mkdir(exist_ok=True)
-    for name in ("pubmedqa_MIT.txt", "medquad_CC-BY-4.0.txt"):
+    for name in ("pubmedqa_MIT.txt", "medquad_CC-BY-4.0.txt", "mts_dialog_CC-BY-4.0.txt"):
         shutil.copyfile(data / "LICENSES" / name, folder / name)
 
 

@@ -1,4 +1,4 @@
-"""Quantize the matrices of a checkpoint to 4 or 8 bits and write them in the AutoGPTQ layout.
+"""Quantize the matrices of a checkpoint to 2, 3, 4 or 8 bits, the same for all or mixed within a budget, and write them in the AutoGPTQ layout.
 
 Integers are chosen here once, so that every engine made from the result carries the very same ones. The attention scale is
 folded into the weights first, because some runtimes know only the plain one and must not need other integers.
@@ -6,118 +6,158 @@ folded into the weights first, because some runtimes know only the plain one and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgemed import store, units
+from edgemed.activations import Activations
+from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
 from edgemed.data import calibration_windows, card_names, read_card
-from edgemed.decoder import activate, attention, embed, linear, load_layer, mlp, norm, routed
+from edgemed.decoder import embed
 from edgemed.errors import EdgemedError, need
-from edgemed.gptq import Hessian, Solution, output_error, solve
-from edgemed.grid import rtn
+from edgemed.formats import size
+from edgemed.gptq import Solution, solve
+from edgemed.layerwise import Rounded, awq_layer, gptq_layer, own_of, rtn_layer
+from edgemed.resume import Layers
+from edgemed.sensitivity import sensitivities
 from edgemed.tokenizer import open_tokenizer
-from edgemed.weights import Weights, pack
+from edgemed.weights import Weights, pack, stride
 
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.decoder import Layer
-    from edgemed.family import Decoder, Part
+    # canonical matrix -> (bits, group size, -1 for one per row)
+    Packings = dict[str, tuple[int, int]]
+
+# What a budget may choose from, (bits, group): what each target has kernels for.
+CHOICES = {
+    "onnx": ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
+    "tensorrt": ((4, 128), (4, 64), (4, 32), (8, -1)),
+    "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
+}
+
+# What libraries load and allocate when they are first used, beside the tensors.
+LOADED = 64 << 20
 
 
 @dataclass(frozen=True)
 class Params:
-    """rtn rounds to nearest and needs no text; gptq needs `calibration`, a text set's name or file.
+    """rtn rounds to nearest and needs no text; gptq and awq need `calibration`, a text set's name or file; auto is gptq.
 
     group: inputs per scale, -1 for one scale per row. samples, length: windows of calibration tokens. act_order: the columns
     with the largest inputs first (scales stay with their original groups). damp: share of the mean added to the Hessian's diagonal.
+    clip: search each scale for the least squared error instead of covering the largest weight (default: all but rtn, where it gains nothing). correction: how much of the error that rounding before
+    it left in a matrix' inputs is made good by it (gptq; 0: nothing). budget: '4.5bpw' (bits per weight of the layers' matrices, scales
+    included) or '1.6GB' (the whole checkpoint, vision tower and projector apart): bits and group are then chosen per matrix, from what `target` has.
+    max_memory: resident bytes at most, such as 4GB; hidden states go to disk where they would not fit.
     expert_tokens: an expert that fewer calibration tokens reached is rounded to nearest, and listed; route_at_least: an expert that fewer tokens chose is
     calibrated on those others too whose gate for it is largest, until it has as many (0: only on those that chose it).
     """
 
-    method: Literal["rtn", "gptq"]
-    bits: Literal[4, 8] = 4
+    method: Literal["auto", "rtn", "gptq", "awq"]
+    bits: Literal[2, 3, 4, 8] = 4
     group: Literal[32, 64, 128, -1] = 128
     calibration: str | None = None
     samples: int = 128
     length: int = 512
     act_order: bool = False
     damp: float = 0.01
+    clip: bool | None = None
+    correction: float = 0.5
+    budget: str | None = None
+    target: Literal["onnx", "tensorrt", "gptq"] = "onnx"
+    max_memory: str | None = None
     expert_tokens: int = 128
     route_at_least: int = 0
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of the calibration text. Raises EdgemedError where gptq has none, or the set is unknown."""
-    if params.method == "rtn":
+    """sha256 of the calibration text. Raises EdgemedError where a method needs one and has none, or the set is unknown."""
+    if params.method == "rtn" and not params.budget:
         return {}
     if not params.calibration:
-        raise EdgemedError("quantize: gptq needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
+        needs = "a budget" if params.budget else params.method
+        raise EdgemedError(f"quantize: {needs} needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
     return {"calibration": read_card(params.calibration).digest("calibration")}
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
-    """Write the quantized checkpoint to `out`, layer by layer; returns relative errors per matrix.
+    """Write the quantized checkpoint to `out`, layer by layer; returns relative errors per matrix. What a killed run finished is not done again.
 
     Raises EdgemedError for a checkpoint that is quantized already, a group that does not divide a row, too little calibration
-    text, or a value that float16 cannot hold.
+    text, a budget below the smallest, too little memory, or a value that float16 cannot hold.
     """
     weights = Weights(checkpoint, fold=True)
     if weights.quantization:
         raise EdgemedError(f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from")
     digests = inputs(params)
     _check(weights, params)
-    notes: dict[str, Any] = {"folded_attention_scale": weights.decoder != weights.source, "errors": {}} | ({"experts": {}} if weights.decoder.experts and params.method == "gptq" else {})
-    layers = _gptq(weights, _windows(weights, params), params, notes) if params.method == "gptq" else _rtn(weights, params)
-    writer = Writer(out, _config(weights, params), checkpoint.path)
+    params = replace(params, clip=params.method != "rtn" if params.clip is None else params.clip)
+    windows = _windows(weights, params) if digests else None
+    spilled = _spilled(weights, windows, params)
+    told = {name: value for name, value in asdict(params).items() if name != "max_memory"}
+    with Layers(out, store.digest({"params": told, "inputs": checkpoint.hashes() | digests, "versions": store.versions()})) as kept:
+        decided = kept.once("packings", lambda: _decided(weights, windows, params, kept.folder))
+        packings = {name: tuple(packing) for name, packing in decided["packings"].items()}
+        layers = _layers(weights, windows, params, packings, kept, spilled)
+        for n, rounded in track(layers, f"quantize ({params.method}, {params.budget or f'{params.bits} bit'})", total=weights.decoder.layers - kept.done):
+            errors = {f"layers.{n}.{name}": matrix.errors for name, matrix in rounded.matrices.items()}
+            kept.save(_tensors(weights, n, rounded, packings), {"errors": errors, "alpha": rounded.alpha, "experts": rounded.experts})
+        _write(weights, out, _config(weights, params, packings), kept)
+        errors = {name: found for facts in kept.facts for name, found in facts["errors"].items()}
+        notes = {"folded_attention_scale": weights.decoder != weights.source, "errors": errors, "spilled": spilled}
+        notes |= {"awq_alpha": [facts["alpha"] for facts in kept.facts]} if params.method == "awq" else {}
+        if weights.decoder.experts and params.method != "rtn":
+            notes["experts"] = {f"layers.{n}": facts["experts"] for n, facts in enumerate(kept.facts) if facts["experts"]}
+    notes |= decided if params.budget else {}
+    return notes | {"bits_per_weight": _bits_per_weight(weights, packings), "calibration_sha256": digests.get("calibration")}
+
+
+def _write(weights: Weights, out: Path, config: Mapping[str, Any], kept: Layers) -> None:
+    writer = Writer(out, config, weights.checkpoint.path)
     for name, part in weights.parts.items():
-        if not _is_layer_matrix(name, part) and not (part.kind == "matrix" and weights.keys[name] == weights.keys["embed"]):
-            _copy(weights, writer, name)
-    for n, matrices in track(layers, f"quantize ({params.method}, {params.bits} bit)", total=weights.decoder.layers):
-        for name, (solution, bias, errors) in matrices.items():
-            part, keys = weights.parts[f"layers.{n}.{name}"], weights.keys[f"layers.{n}.{name}"]
-            start = 0
-            for key, rows in zip(keys, part.rows or part.shape[:1], strict=True):
-                own = slice(start, start + rows)
-                start += rows
-                # A bias that a module does not have was read as zeros; it is not written.
-                held = bias[own] if bias is not None and f"{key}.bias" in weights.checkpoint.tensors else None
-                for suffix, tensor in _packed(Solution(solution.q[own], solution.scales[own]), held, f"layers.{n}.{name}", params).items():
-                    writer.add(f"{key}.{suffix}", tensor)
-            notes["errors"][f"layers.{n}.{name}"] = errors
+        if not name.startswith("layers.") and not (part.kind == "matrix" and weights.keys[name] == weights.keys["embed"]):
+            for tensor, value in _copied(weights, name).items():
+                writer.add(tensor, value)
+    for n in range(weights.decoder.layers):
+        for tensor, value in kept.tensors(n).items():
+            writer.add(tensor, value)
     writer.close()
-    return notes | {"calibration_sha256": digests.get("calibration")}
-
-
-def _is_layer_matrix(name: str, part: Part) -> bool:
-    return name.startswith("layers.") and part.kind == "matrix"
 
 
 def _layer_matrices(weights: Weights) -> list[str]:
-    return [name for name, part in weights.parts.items() if _is_layer_matrix(name, part)]
+    return [name for name, part in weights.parts.items() if name.startswith("layers.") and part.kind == "matrix"]
 
 
 def _check(weights: Weights, params: Params) -> None:
-    per = 32 // params.bits
-    for name in _layer_matrices(weights):
-        part, (key, *_) = weights.parts[name], weights.keys[name]
-        # Of several joined modules, the one whose rows pack worst.
-        rows, columns = max(part.rows or part.shape[:1], key=lambda r: r % per), part.shape[1]
-        if params.group != -1 and columns % params.group:
-            raise EdgemedError(f"'{key}.weight': a group of {params.group} does not divide a row of {columns} weights", _groups(weights))
-        if rows % per or columns % per:
-            problem = f"'{key}.weight' [{rows}, {columns}] cannot be packed: {params.bits}-bit values go {per} to a word"
-            raise EdgemedError(problem, "This model cannot be stored in the AutoGPTQ layout")
-    if params.method == "rtn":
+    if not params.budget:
+        for name in _layer_matrices(weights):
+            _check_fit(weights, name, params.bits, params.group)
+    if params.method == "rtn" and not params.budget:
         return
-    if params.samples < 1 or params.length < 1 or params.damp <= 0 or params.expert_tokens < 1 or params.route_at_least < 0:
-        problem = "quantize: samples, length and expert_tokens must be at least 1, route_at_least not below 0 and damp above 0"
+    if params.samples < 1 or params.length < 1 or params.damp <= 0 or not 0 <= params.correction <= 1 or params.expert_tokens < 1 or params.route_at_least < 0:
+        problem = "quantize: samples, length and expert_tokens must be at least 1, route_at_least not below 0, damp above 0 and correction from 0 to 1"
         raise EdgemedError(problem, "For example samples: 128, length: 512, damp: 0.01")
     if params.length > weights.decoder.context:
         raise EdgemedError(f"quantize: length {params.length} exceeds the model's context of {weights.decoder.context}", "Ask for a shorter length")
+
+
+def _check_fit(weights: Weights, name: str, bits: int, group: int) -> None:
+    part, (key, *_), per = weights.parts[name], weights.keys[name], stride(bits)[0]
+    # Of several joined modules, the one whose rows pack worst.
+    rows, columns = max(part.rows or part.shape[:1], key=lambda r: r % per), part.shape[1]
+    if group != -1 and columns % group:
+        raise EdgemedError(f"'{key}.weight': a group of {group} does not divide a row of {columns} weights", _groups(weights))
+    if rows % per or columns % per:
+        problem = f"'{key}.weight' [{rows}, {columns}] cannot be packed: {bits}-bit values go {per} to {'a word' if stride(bits)[1] == 1 else '3 words'}"
+        raise EdgemedError(problem, "This model cannot be stored in the AutoGPTQ layout")
 
 
 def _groups(weights: Weights) -> str:
@@ -126,34 +166,93 @@ def _groups(weights: Weights) -> str:
     return f"Choose group {', '.join([*fitting, '-1'])}"
 
 
-def _config(weights: Weights, params: Params) -> dict[str, Any]:
+def _spilled(weights: Weights, windows: torch.Tensor | None, params: Params) -> bool:
+    """Whether the hidden states go to disk. Raises EdgemedError where max_memory does not even hold the work on one layer."""
+    import psutil
+
+    limit = units.size(params.max_memory, "max_memory") if params.max_memory else round(0.6 * psutil.virtual_memory().available)
+    if windows is None:
+        return False
+    work = psutil.Process().memory_info().rss + LOADED + 4 * max(*(_held(weights, n, params) for n in range(weights.decoder.layers)), 2 * weights.decoder.vocab * weights.decoder.hidden)
+    if params.max_memory and work > limit:
+        raise EdgemedError(f"max_memory {params.max_memory} is too small: work on one layer of this model takes {size(work)}", f"Give at least {size(work)}")
+    return work + windows.numel() * weights.decoder.hidden * 4 * (2 if params.correction else 1) > limit
+
+
+def _held(weights: Weights, n: int, params: Params) -> int:
+    """Numbers that work on layer n holds at most, experts included: the float layer and its rounded copy; moments; a matrix being rounded, four times."""
+    shapes = {name: weights.parts[f"layers.{n}.{name}"].shape for name in weights.decoder.matrices(n)}
+    columns, largest = max(shape[1] for shape in shapes.values()), max(math.prod(shape) for shape in shapes.values())
+    # Of one matrix: two moments, the inverse and what its computation holds besides. Those of all matrices at once for a budget; for awq, those of all experts' `up` and of one `down`.
+    kept = [shape[1] for name, shape in shapes.items() if params.budget or (params.method == "awq" and not name.endswith("down"))]
+    return 2 * sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
+
+
+def _decided(weights: Weights, windows: torch.Tensor | None, params: Params, folder: Path) -> dict[str, Any]:
+    """(bits, group) of every layer matrix, and with a budget what they are expected to cost."""
+    names = _layer_matrices(weights)
+    if not params.budget:
+        return {"packings": dict.fromkeys(names, (params.bits, params.group))}
+    fixed = sum(_fixed_bytes(weights, name) for name in weights.parts if not name.startswith("vision."))
+    room = budget_bytes(params.budget, sum(weights.parts[name].shape[0] * weights.parts[name].shape[1] for name in names), fixed)
+    sizes = {name: {p: _packed_bytes(weights, name, *p) for p in CHOICES[params.target] if _fits(weights, name, *p)} for name in names}
+    smallest = sum(min(found.values()) for found in sizes.values())
+    if smallest > room:
+        per_weight = 8 * smallest / sum(weights.parts[name].shape[0] * weights.parts[name].shape[1] for name in names)
+        raise EdgemedError(f"budget {params.budget} is below the smallest this model can be quantized to for {params.target}: {per_weight:.2f}bpw, {size(fixed + smallest)}", "Give a larger budget")
+    options: dict[str, list[Option]] = {}
+    for n, found in sensitivities(weights, windows, folder):
+        for part, sensitivity in found.items():
+            name = f"layers.{n}.{part}"
+            options[name] = []
+            for (bits, group), nbytes in sizes[name].items():
+                rounded = solve(sensitivity.weight, sensitivity.moment, bits, group if group != -1 else sensitivity.weight.shape[1], params.damp, params.act_order, params.clip)
+                options[name].append(Option(f"{bits} {group}", sensitivity.loss(rounded.dense(bits)), nbytes))
+    chosen = allocate({name: options[name] for name in names}, room)
+    return {
+        "packings": {name: tuple(map(int, option.name.split())) for name, option in chosen.items()}, "expected_kl": sum(o.loss for o in chosen.values()),
+        "sensitivity": {name: {o.name: o.loss for o in options[name]} for name in names}, "bytes": fixed + sum(o.nbytes for o in chosen.values()),
+    }
+
+
+def _fits(weights: Weights, name: str, bits: int, group: int) -> bool:
+    per = stride(bits)[0]
+    return weights.parts[name].shape[1] % (per if group == -1 else group) == 0 and not any(rows % per for rows in weights.parts[name].rows or weights.parts[name].shape[:1])
+
+
+def _packed_bytes(weights: Weights, name: str, bits: int, group: int) -> int:
+    """Bytes of a packed matrix: integers, scales, zeros and g_idx, as `_packed` writes them."""
+    rows, columns = weights.parts[name].shape
+    groups = 1 if group == -1 else columns // group
+    return (rows * columns * bits + groups * rows * (16 + bits)) // 8 + 4 * columns * len(weights.keys[name])
+
+
+def _fixed_bytes(weights: Weights, name: str) -> int:
+    """Bytes of a part that is not quantized, and of a quantized one's bias: float16, a router's float32."""
+    part = weights.parts[name]
+    if name != "embed" and part.kind == "matrix" and weights.keys[name] == weights.keys["embed"]:
+        return 0
+    entries = [f"{key}.bias" for key in weights.keys[name]] + ([] if name.startswith("layers.") and part.kind == "matrix" else [part.weight(key) for key in weights.keys[name]])
+    return (4 if part.kind == "router" else 2) * sum(math.prod(weights.checkpoint.tensors[entry].shape) for entry in entries if entry in weights.checkpoint.tensors)
+
+
+def _bits_per_weight(weights: Weights, packings: Packings) -> float:
+    count = sum(weights.parts[name].shape[0] * weights.parts[name].shape[1] for name in packings)
+    return 8 * sum(_packed_bytes(weights, name, *packing) for name, packing in packings.items()) / count
+
+
+def _config(weights: Weights, params: Params, packings: Packings) -> dict[str, Any]:
     # Scales are bound to the input's own group even with act_order, so for a reader of the file desc_act is false.
+    ((bits, group), _), = Counter(packings.values()).most_common(1)
     quantization = {
-        "quant_method": "gptq", "bits": params.bits, "group_size": params.group, "desc_act": False, "static_groups": params.act_order,
+        "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "static_groups": params.act_order,
         "sym": True, "lm_head": False, "checkpoint_format": "gptq", "true_sequential": True, "damp_percent": params.damp,
     }
+    # As GPTQModel writes mixed checkpoints: a pattern for the module's whole name, and what differs there.
+    dynamic = {f"+:^{re.escape(key)}$": {"bits": b, "group_size": g} for name, (b, g) in packings.items() if (b, g) != (bits, group) for key in weights.keys[name]}
     config = weights.family.folded(weights.checkpoint.config)
     config.pop("torch_dtype", None)
-    return config | {"dtype": "float16", "quantization_config": quantization}
-
-
-def _copy(weights: Weights, writer: Writer, name: str) -> None:
-    part = weights.parts[name]
-    for key in weights.keys[name]:
-        for tensor in (part.weight(key), f"{key}.bias"):
-            if tensor in weights.checkpoint.tensors:
-                # A router picks between close scores: rounded, it would pick other experts.
-                writer.add(tensor, narrowed(tensor, weights.checkpoint.read(tensor), "float32" if part.kind == "router" else "float16"))
-
-
-def _rtn(weights: Weights, params: Params) -> Iterator[tuple[int, dict[str, Any]]]:
-    for n in range(weights.decoder.layers):
-        layer, found = load_layer(weights, n), {}
-        for name in weights.decoder.matrices(n):
-            weight, bias = layer[name]
-            solution = Solution(*rtn(weight, params.bits, _group(weight, params)))
-            found[name] = (solution, bias, {"weight": _weight_error(weight, solution.dense(params.bits))})
-        yield n, found
+    return config | {"dtype": "float16", "quantization_config": quantization | ({"dynamic": dynamic} if dynamic else {})}
 
 
 def _windows(weights: Weights, params: Params) -> torch.Tensor:
@@ -161,102 +260,71 @@ def _windows(weights: Weights, params: Params) -> torch.Tensor:
     return need("torch", "build").tensor(calibration_windows(params.calibration, tokenizer, params.samples, params.length))
 
 
-def _gptq(weights: Weights, windows: torch.Tensor, params: Params, notes: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Matrices in the order they are computed, each calibrated on what the quantized ones before it put out. Writes `experts` into notes."""
+def _layers(weights: Weights, windows: torch.Tensor | None, params: Params, packings: Packings, kept: Layers, spilled: bool) -> Iterator[tuple[int, Rounded]]:
+    """Layers from the first that is not finished, each calibrated on what the quantized ones before it put out."""
     torch = need("torch", "build")
-    d = weights.decoder
+    d, start = weights.decoder, kept.done
+    if params.method == "rtn":
+        yield from ((n, rtn_layer(weights, n, own_of(packings, n), params.clip)) for n in range(start, d.layers))
+        return
+    shape = (*windows.shape, d.hidden)
+    x = Activations(kept.folder, "hidden", shape, spilled)
+    exact = Activations(kept.folder, "exact", shape, spilled) if params.method != "awq" and params.correction else None
+    streams = [x, exact] if exact else [x]
     with torch.inference_mode():
-        x = embed(weights, windows)
-        for n in range(d.layers):
-            layer, found, reached = load_layer(weights, n), {}, None
-            for name in d.matrices(n):
-                if name.startswith("experts.") and reached is None:
-                    reached, notes["experts"][f"layers.{n}"] = _reached(d, layer, x, params)
-                rows = reached[int(name.split(".")[1])] if name.startswith("experts.") else None
-                found[name] = _solved(d, n, layer, name, x, rows, params)
-                # A parallel block's MLP reads the layer's own input: nothing is added before its end.
-                if name == "o" and not d.parallel:
-                    for row in x.split(1):
-                        row += linear(layer, name, _feed(d, n, layer, name, row))
-            for row in x.split(1):
-                row += branches(d, layer, n, row)
-            yield n, found
+        for stream in streams:
+            if start:
+                stream.resume(start)
+                continue
+            for i, row in enumerate(windows.split(1)):
+                stream.write(i, embed(weights, row))
+            stream.commit()
+        for n in range(start, d.layers):
+            own = own_of(packings, n)
+            rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, own, params)
+            for stream in streams:
+                stream.commit()
+            yield n, rounded
 
 
-def _solved(d: Decoder, n: int, layer: Layer, name: str, x: torch.Tensor, rows: list[torch.Tensor] | None, params: Params) -> tuple[Any, ...]:
-    """(solution, bias, errors) of one matrix; its rounded weight takes its place in `layer`. rows: of each window of x, the tokens that reach it (None: all)."""
-    weight, bias = layer[name]
-    hessian = Hessian(weight.shape[1])
-    for i, window in enumerate(x.split(1)):
-        hessian.add(_feed(d, n, layer, name, window, None if rows is None else rows[i]))
-    if rows is not None and hessian.rows < params.expert_tokens:
-        solution = Solution(*rtn(weight, params.bits, _group(weight, params)))
-    else:
-        try:
-            solution = solve(weight, hessian.moment, params.bits, _group(weight, params), params.damp, params.act_order)
-        except EdgemedError as error:
-            raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
-    rounded = solution.dense(params.bits)
-    layer[name] = (rounded, bias)
-    return solution, bias, {"weight": _weight_error(weight, rounded), "output": output_error(weight, rounded, hessian.moment)}
+def _tensors(weights: Weights, n: int, rounded: Rounded, packings: Packings) -> dict[str, torch.Tensor]:
+    """What is written of layer n: its packed matrices, and everything else as `_copied` does."""
+    found = {}
+    for name in (name for name in weights.parts if name.startswith(f"layers.{n}.")):
+        short = name.removeprefix(f"layers.{n}.")
+        if short not in rounded.matrices:
+            found |= _copied(weights, name, rounded.changed.get(short))
+            continue
+        matrix, start = rounded.matrices[short], 0
+        for key, rows in zip(weights.keys[name], weights.parts[name].rows or weights.parts[name].shape[:1], strict=True):
+            own = slice(start, start + rows)
+            start += rows
+            # A bias that a module does not have was read as zeros; it is not written.
+            bias = matrix.bias[own] if matrix.bias is not None and f"{key}.bias" in weights.checkpoint.tensors else None
+            packed = _packed(Solution(matrix.solution.q[own], matrix.solution.scales[own]), bias, name, packings[name][0])
+            found |= {f"{key}.{suffix}": tensor for suffix, tensor in packed.items()}
+    return found
 
 
-def _reached(d: Decoder, layer: Layer, x: torch.Tensor, params: Params) -> tuple[list[list[torch.Tensor]], dict[str, list[int]]]:
-    """(expert -> for each window of x the tokens it is calibrated on, what the manifest says of it).
-
-    tokens: how many chose each expert; forced: how many were added to reach route_at_least; rounded: experts below expert_tokens all the same.
-    """
-    torch = need("torch", "build")
-    reads = torch.cat([_feed(d, 0, layer, "experts.0.up", window).reshape(-1, d.hidden) for window in x.split(1)])
-    _, chosen = routed(d, layer, reads)
-    uses = torch.zeros(len(reads), d.experts.count, dtype=torch.bool).scatter_(1, chosen, True)
-    tokens, scores = uses.sum(0).tolist(), linear(layer, "router", reads).softmax(-1)
-    for expert, count in enumerate(tokens):
-        missing = min(params.route_at_least, len(reads)) - count
-        if missing > 0:
-            uses[scores[:, expert].masked_fill(uses[:, expert], -1).topk(missing).indices, expert] = True
-    total = uses.sum(0).tolist()
-    said = {"tokens": tokens, "forced": [t - c for t, c in zip(total, tokens, strict=True)], "rounded": [e for e, t in enumerate(total) if t < params.expert_tokens]}
-    windows = uses.reshape(len(x), -1, d.experts.count)
-    return [[window[:, expert].nonzero(as_tuple=True)[0] for window in windows] for expert in range(d.experts.count)], said
+def _copied(weights: Weights, name: str, changed: tuple[torch.Tensor, torch.Tensor | None] | None = None) -> Mapping[str, torch.Tensor]:
+    """The tensors of a part in float16, a router's in float32; `changed`: its new weight and bias."""
+    part, found = weights.parts[name], {}
+    for key in weights.keys[name]:
+        for tensor, value in zip((part.weight(key), f"{key}.bias"), changed or (None, None), strict=True):
+            if tensor in weights.checkpoint.tensors:
+                # A router picks between close scores: rounded, it would pick other experts.
+                found[tensor] = narrowed(tensor, weights.checkpoint.read(tensor) if value is None else value, "float32" if part.kind == "router" else "float16")
+    return found
 
 
-def branches(d: Decoder, layer: Layer, n: int, x: torch.Tensor) -> torch.Tensor:
-    """What a finished layer still has to add to x: its MLP, and in a parallel block its attention too."""
-    y = mlp(d, layer, n, norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x))
-    return y + linear(layer, "o", _feed(d, n, layer, "o", x)) if d.parallel else y
-
-
-def _feed(d: Decoder, n: int, layer: Layer, name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """The input of a matrix, from the hidden state at the start of its half of the layer (of the layer, where the block is parallel).
-
-    x [1, tokens, hidden]; rows: which of the tokens, None for all.
-    """
-    if name == "qkv":
-        return norm(d, layer, "attn_norm", x)
-    if name == "o":
-        return attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)))
-    read = norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x)
-    read = read if rows is None else read[:, rows]
-    return read if name.endswith("up") else activate(d, linear(layer, f"{name.removesuffix('down')}up", read))
-
-
-def _group(weight: torch.Tensor, params: Params) -> int:
-    return weight.shape[1] if params.group == -1 else params.group
-
-
-def _weight_error(weight: torch.Tensor, rounded: torch.Tensor) -> float:
-    return float((weight - rounded).norm() / weight.norm().clamp_min(1e-30))
-
-
-def _packed(solution: Solution, bias: torch.Tensor | None, name: str, params: Params) -> dict[str, torch.Tensor]:
+def _packed(solution: Solution, bias: torch.Tensor | None, name: str, bits: int) -> dict[str, torch.Tensor]:
     """AutoGPTQ v1 tensors of one matrix: qweight int32 [in*bits/32, out], qzeros (zero - 1), scales float16 [groups, out], g_idx int32 [in]."""
     torch = need("torch", "build")
     columns, groups = solution.q.shape[1], solution.scales.shape[1]
-    zeros = torch.full((groups, solution.q.shape[0]), (1 << (params.bits - 1)) - 1, dtype=torch.uint8)
+    zeros = torch.full((groups, solution.q.shape[0]), (1 << (bits - 1)) - 1, dtype=torch.uint8)
     found = {
-        "qweight": pack(solution.q.T.contiguous(), params.bits, 0),
-        "qzeros": pack(zeros, params.bits, 1),
+        "qweight": pack(solution.q.T.contiguous(), bits, 0),
+        "qzeros": pack(zeros, bits, 1),
         "scales": narrowed(f"{name} scales", solution.scales.T, "float16"),
         "g_idx": (torch.arange(columns) // (columns // groups)).to(torch.int32),
     }

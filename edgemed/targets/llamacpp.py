@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemed import gguf_file, mmproj
+from edgemed import gguf_budget, gguf_file, mmproj
 from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
@@ -50,7 +50,8 @@ REBUILD = (
 class Params:
     """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's integers (Q4_0 or Q8_0); `type` is
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
-    `samples` windows of `length` tokens are run. context: tokens of the KV cache (default the model's).
+    `samples` windows of `length` tokens are run. budget: '4.5bpw' (bits per weight of the whole file) or '1.6GB': every layer matrix then gets its own type, the
+    others that of `type`; it is measured on the text of `imatrix`. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
     vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or llama.cpp's own libmtmd (not CLIP towers, which it has wrong).
     mmproj: type of mmproj.gguf, which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's own programs, which resize images in another way.
@@ -63,6 +64,7 @@ class Params:
     ] | None = None
     from_checkpoint: bool = False
     imatrix: str | None = None
+    budget: str | None = None
     samples: int = 32
     length: int = 256
     context: int | None = None
@@ -77,7 +79,7 @@ class Params:
 
 def label(params: Params) -> str:
     """A short engine name."""
-    return "llamacpp-checkpoint" if params.from_checkpoint else f"llamacpp-{file_type(params)}"
+    return "llamacpp-checkpoint" if params.from_checkpoint else f"llamacpp-{params.budget or file_type(params)}"
 
 
 def file_type(params: Params) -> str:
@@ -113,12 +115,14 @@ def supports(weights: Weights, params: Params) -> str | None:
         return reason
     if params.from_checkpoint and not weights.quantization:
         return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
-    if params.from_checkpoint and weights.quantization["bits"] not in (4, 8):
-        return f"from_checkpoint carries 4 and 8 bits, this checkpoint has {weights.quantization['bits']}"
     if params.from_checkpoint and weights.family.gguf_centred and not own:
         return f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their mean taken out, which other integers hold; leave from_checkpoint out"
     if params.from_checkpoint and params.imatrix:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
+    if params.budget and params.from_checkpoint:
+        return "a budget cannot change the integers of a checkpoint; give the budget to the quantize step, or leave from_checkpoint out"
+    if params.budget and (params.imatrix is None or params.imatrix.endswith(".npz")):
+        return "a budget is shared out by what calibration text shows; give imatrix a card's name or a text file"
     return None
 
 
@@ -128,7 +132,8 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     centred = weights.family.gguf_centred and not own
     folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True)  # read anew: `weights` may be unfolded
     columns = _importance(folded, params)
-    tensors, fallbacks = plan(folded, params, columns)
+    chosen = _budgeted(folded, params, columns, out) if params.budget else None
+    tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
     gguf_file.write(out / (GRAPH if own else FILE), ARCH if own else folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), tensors)
     if folded.decoder.head != "lm":
         head = folded.matrix("head")
@@ -137,14 +142,15 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     seen = build_eyes(weights, out, params) if weights.vision else {}
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
     share = weights.source.experts.active / weights.source.experts.count if weights.source.experts else 1
-    carried = gguf_file.carried_type(weights.quantization["bits"]) if params.from_checkpoint else None
+    carried = "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()})) if params.from_checkpoint else None
     notes = {
-        "precision": f"{carried} carried" if carried else file_type(params).upper(),
+        "precision": f"{carried} carried" if carried else f"GGUF {chosen.facts['bits_per_weight']:.2f} bpw" if chosen else file_type(params).upper(),
         "bytes_per_token": round(sum(t.nbytes * (share if "_exps." in t.name else 1) for t in tensors if t.name not in looked_up)),
         "context": params.context or weights.decoder.context,
         "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks, **seen,
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
+    notes |= {"allocation": chosen.facts} if chosen else {}
     if own:
         notes["construction"] = "llama.cpp has no graph of this model: edgemed's own runs on its tensor library, and llama.cpp's programs cannot open the file"
     if centred:
@@ -163,10 +169,10 @@ def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     return {"tower_bytes": written.pop(params.vision)} | {"mmproj_bytes": size for size in written.values()}
 
 
-def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
+def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], chosen: Mapping[str, str] | None = None) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
     """Every tensor of the file in order, and which of them could not have the wanted type (tensor -> 'wanted -> given').
 
-    Raises EdgemedError where a type needs an importance matrix and there is none.
+    chosen: types that override the mixture's. Raises EdgemedError where a type needs an importance matrix and there is none.
     """
     d, parts, wanted = weights.decoder, weights.parts, file_type(params)
     places = layout(weights.family, d, parts)
@@ -180,7 +186,8 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) ->
     if apart:
         types["token_embd.weight"] = "F16"
     if packed:
-        types |= dict.fromkeys(packed, gguf_file.carried_type(weights.quantization["bits"]))
+        types |= {t: gguf_file.carried_type(weights.packing(weights.keys[places[t].part][0])[0]) for t in packed}
+    types |= chosen or {}
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
     blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and places[t].part not in columns]
     if blind:
@@ -197,6 +204,18 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) ->
     return ([gguf_file.Tensor(ROPE, factors.shape, "F32", lambda: factors)] if factors is not None else []) + tensors, fallbacks
 
 
+def _budgeted(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], out: Path) -> gguf_budget.Chosen:
+    places = layout(weights.family, weights.decoder, weights.parts)
+    shapes = {t: place.shape for t, place in places.items()}
+    types, _ = tensor_types(Model(shapes, weights.decoder.layers, weights.decoder.heads // weights.decoder.kv_heads, bool(columns)), file_type(params))
+    return gguf_budget.choose(weights, need("torch", "build").tensor(_calibration(weights, params)), places, types, columns, params.budget, out)
+
+
+def _calibration(weights: Weights, params: Params) -> list[list[int]]:
+    tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
+    return calibration_windows(params.imatrix, tokenizer, params.samples, min(params.length, weights.decoder.context))
+
+
 def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | None:
     return np.stack([columns[part] for part in place.stack]) if place.stack and columns else columns.get(place.part)
 
@@ -209,9 +228,7 @@ def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
     if params.imatrix.endswith(".npz"):
         columns = importance.load(Path(params.imatrix))
     else:
-        tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-        length = min(params.length, weights.decoder.context)
-        columns = importance.importance(weights, calibration_windows(params.imatrix, tokenizer, params.samples, length))
+        columns = importance.importance(weights, _calibration(weights, params))
     for name, part in weights.parts.items():
         if name.startswith("layers.") and part.kind == "matrix" and (name not in columns or columns[name].shape != part.shape[1:]):
             raise EdgemedError(f"{params.imatrix} has no importance of {part.shape[1]} columns for {name}", "It was made for another model")

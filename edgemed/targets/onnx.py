@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
-from edgemed.grid import Ints
+from edgemed.grid import Ints, labelled, named
 from edgemed.ort_dialect import ROPE, OrtDialect
 from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
 
@@ -68,19 +68,20 @@ def inputs(params: Params) -> dict[str, str]:
 
 
 def bits_of(weights: Weights, params: Params) -> int | None:
+    """Bits of the layer matrices, the most where a checkpoint mixes them; None for floats."""
     if params.precision == "auto":
-        return weights.quantization["bits"] if weights.quantization else None
+        return max((bits for bits, _ in weights.packings()), default=None)
     return {"int8": 8, "int4": 4}.get(params.precision)
 
 
 def supports(weights: Weights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
     d, bits = weights.decoder, bits_of(weights, params)
-    stored = weights.quantization["bits"] if weights.quantization else None
-    if bits and stored and bits != stored:
-        return f"the checkpoint holds {stored}-bit integers and precision {params.precision} asks for {bits}; use precision auto"
-    if stored and weights.quantization["group_size"] != -1 and weights.quantization["group_size"] % 16:
-        return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {weights.quantization['group_size']}"
+    stored = weights.packings()
+    if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
+        return f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks for {bits}; use precision auto"
+    if uneven := [group for _, group in stored if group != -1 and group % 16]:
+        return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
     if params.provider == "cuda" and params.precision == "fp32":
         return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
     if d.head_dim % 8:
@@ -106,11 +107,10 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     seen = {}
     if weights.vision:
         seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
-    group = weights.quantization["group_size"] if weights.quantization else params.group
     precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
     graph = build_decoder(weights, out, precision, OrtDialect())
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
-    label = f"int{bits} {'per column' if group == -1 else f'g{group}'}" if bits else {"float32": "fp32", "float16": "fp16"}[floats]
+    label = labelled(weights.packings() or {(bits, params.group)}) if bits else {"float32": "fp32", "float16": "fp16"}[floats]
     return {
         "precision": label, "context": params.context or weights.decoder.context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer", **seen,
         **({"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"} if bits else {}),

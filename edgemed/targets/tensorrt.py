@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.engine import pixels_of
 from edgemed.errors import EdgemedError
+from edgemed.grid import labelled, named
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
@@ -65,14 +66,15 @@ def inputs(params: Params) -> dict[str, str]:
 
 
 def bits_of(weights: Weights, params: Params) -> int | None:
+    """Bits of the layer matrices, the fewest where a checkpoint mixes them; None for floats."""
     if params.precision == "auto":
-        return weights.quantization["bits"] if weights.quantization else None
+        return min((max(4, bits) for bits, _ in weights.packings()), default=None)
     return {"int8": 8, "int4": 4}.get(params.precision)
 
 
 def supports(weights: Weights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
-    d, bits, stored = weights.decoder, bits_of(weights, params), weights.quantization
+    d, bits, stored = weights.decoder, bits_of(weights, params), sorted(weights.packings())
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
     if params.prefill < 1 or params.workspace_mb < 1:
@@ -81,20 +83,18 @@ def supports(weights: Weights, params: Params) -> str | None:
         return reason
     if not bits:
         return None
-    if stored and bits != stored["bits"]:
-        return f"the checkpoint holds {stored['bits']}-bit integers and precision {params.precision} asks for {bits}; use precision auto"
-    if bits not in (4, 8):
-        return f"TensorRT has no {bits}-bit integers; precision fp16 expands them"
+    if params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
+        return f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks for {bits}; use precision auto"
     if not stored:
         small = bits == 4 and (d.hidden % params.group or d.ffn % params.group)
         return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64" if small else None
-    group = stored["group_size"]
-    if not stored.get("sym", True):
+    if not weights.quantization.get("sym", True):
         return "the checkpoint is quantized asymmetrically, and TensorRT takes integers without zero points only; quantize symmetrically, or use precision fp16, which expands the integers"
-    if bits == 8 and group != -1:
-        return f"TensorRT takes int8 with one scale per output, this checkpoint has groups of {group}; quantize with group -1, or use precision fp16"
-    if group != -1 and group % 32:
-        return f"TensorRT's int4 blocks are a multiple of 32 here, this checkpoint has groups of {group}; use precision fp16"
+    for wide, group in stored:
+        if wide == 8 and group != -1:
+            return f"TensorRT takes int8 with one scale per output, this checkpoint has groups of {group}; quantize with group -1, or use precision fp16"
+        if group != -1 and group % 32:
+            return f"TensorRT's int4 blocks are a multiple of 32 here, this checkpoint has groups of {group}; use precision fp16"
     return None
 
 
@@ -139,11 +139,10 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     reports = {name: parsed(out / f"{name}.onnx", params.profile) for name in names}
     cache = 2 * d.layers * rows_offered(context) * d.kv_size * (4 if chosen == "fp32" else 2)
     (out / "build.sh").write_text(SCRIPT, encoding="utf-8")
-    stored = weights.quantization["group_size"] if weights.quantization else params.group
-    group = "per output" if bits == 8 else "per column" if stored == -1 else f"g{stored}"
+    packings = weights.packings() or {(bits, -1 if bits == 8 else params.group)}
     same = "ONNX Runtime on the same graph, not TensorRT"
     return {
-        "precision": f"int{bits} {group}" + (f" {chosen}" if chosen != "fp16" else "") if bits else chosen,
+        "precision": ("int8 per output" if packings == {(8, -1)} else labelled(packings)) + (f" {chosen}" if chosen != "fp16" else "") if bits else chosen,
         "bytes_per_token": graph.layer_bytes, "context": context,
         "unbuilt": same.replace("graph", "graph with bfloat16 widened to float32") if "bf16" in (chosen, weights.vision and params.tower) else same,
         "parser": reports["model"], "expected_bytes": estimate(out, names, context, cache, params.workspace_mb * 10**6, scores),

@@ -1,0 +1,87 @@
+"""Hidden states of calibration windows, layer after layer: in memory, or on disk where memory is short, and on disk after every layer.
+
+What lies on disk after a layer is what a killed run goes on from. Plain file reads and writes, not a memory map: pages of a map
+count as resident, and a bound on memory would then be one only by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemed.errors import EdgemedError, need
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Activations:
+    """float32 [windows, tokens, hidden], one window at a time. `spilled`: nothing but the window in use is in memory.
+
+    A layer reads what the layer before left and writes its own; `commit` ends it. A window written in this layer is read back as written. What layer 0 reads
+    is written before the first `commit`.
+    """
+
+    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], spilled: bool):
+        torch = need("torch", "build")
+        self.folder, self.name, self.shape, self.spilled = Path(folder), name, shape, spilled
+        self.held = None if spilled else torch.empty(shape)
+        self.layer, self.fresh = -1, set[int]()
+
+    def file(self, layer: int) -> Path:
+        # Two files take turns: the one a layer started from stays whole until the next layer is done.
+        return self.folder / f"{self.name}-{layer % 2}"
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number, float32 [1, tokens, hidden]) of every window."""
+        for i in range(self.shape[0]):
+            yield i, self.read(i)
+
+    def read(self, i: int) -> torch.Tensor:
+        torch = need("torch", "build")
+        if self.held is not None:
+            return self.held[i : i + 1]
+        x = torch.empty((1, *self.shape[1:]))
+        with open(self.file(self.layer + (i in self.fresh)), "rb") as handle:
+            handle.seek(i * x.nbytes)
+            if handle.readinto(memoryview(x.numpy()).cast("B")) != x.nbytes:
+                raise short(self.folder)
+        return x
+
+    def write(self, i: int, x: torch.Tensor) -> None:
+        if self.held is not None:
+            self.held[i : i + 1] = x
+            return
+        self._put(self.layer + 1, i, x)
+        self.fresh.add(i)
+
+    def _put(self, layer: int, i: int, x: torch.Tensor) -> None:
+        file = self.file(layer)
+        with open(file, "r+b" if file.is_file() else "wb") as handle:
+            handle.seek(i * x.nbytes)
+            handle.write(memoryview(x.contiguous().numpy()).cast("B"))
+
+    def commit(self) -> None:
+        """This layer is done: what it wrote is what the next one reads, and lies on disk."""
+        if self.held is not None:
+            for i, x in self:
+                self._put(self.layer + 1, i, x)
+        descriptor = os.open(self.file(self.layer + 1), os.O_RDONLY)
+        with contextlib.closing(os.fdopen(descriptor)):
+            os.fsync(descriptor)
+        self.layer, self.fresh = self.layer + 1, set()
+
+    def resume(self, layer: int) -> None:
+        """Go on from what layer `layer` - 1 left on disk."""
+        self.layer, self.fresh = layer, set()
+        if self.held is not None:
+            with open(self.file(layer), "rb") as handle:
+                if handle.readinto(memoryview(self.held.numpy()).cast("B")) != self.held.nbytes:
+                    raise short(self.folder)
+
+
+def short(folder: Path) -> EdgemedError:
+    return EdgemedError(f"{folder}: the hidden states kept there are incomplete", "Remove that folder and run again")

@@ -1,0 +1,246 @@
+"""One decoder layer rounded, by each of the methods: what a quantize step does between reading a layer and writing it.
+
+Every method sees the layer as the checkpoint's float weights and the hidden states the rounded layers before it give, and leaves the
+hidden states the rounded layer gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from edgemed.awq import Seen, folds, scaled
+from edgemed.decoder import activate, attention, linear, load_layer, mlp, norm, routed
+from edgemed.errors import EdgemedError, need
+from edgemed.gptq import Hessian, Solution, corrected, output_error, solve
+from edgemed.grid import rtn
+from edgemed.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgemed.activations import Activations
+    from edgemed.decoder import Layer
+    from edgemed.family import Decoder
+
+    # matrix of one layer -> (bits, group size, -1 for one per row)
+    Own = Mapping[str, tuple[int, int]]
+    # expert -> for each window the tokens it is calibrated on
+    Reached = list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A rounded matrix. errors: 'weight' |W - W'| / |W|, and where there were inputs 'output' |X (W - W')^T|^2 / |X W^T|^2."""
+
+    solution: Solution
+    bias: torch.Tensor | None
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A layer: its matrices, the norms and the router a method changed (weight, bias), AWQ's exponents, and what `reached` says of its experts."""
+
+    matrices: dict[str, Matrix]
+    changed: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    alpha: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, list[int]] | None = None
+
+
+class Settings(Protocol):
+    """What a layer's rounding reads of a step's parameters."""
+
+    damp: float
+    act_order: bool
+    clip: bool
+    correction: float
+    expert_tokens: int
+    route_at_least: int
+
+
+def own_of(packings: Mapping[str, tuple[int, int]], n: int) -> Own:
+    """Those of layer n, from canonical matrix -> (bits, group)."""
+    start = f"layers.{n}."
+    return {name.removeprefix(start): packing for name, packing in packings.items() if name.startswith(start)}
+
+
+def rtn_layer(weights: Weights, n: int, own: Own, clip: bool) -> Rounded:
+    layer, found = load_layer(weights, n), {}
+    for name, (bits, group) in own.items():
+        weight, bias = layer[name]
+        found[name] = matrix_of(weight, bias, Solution(*rtn(weight, bits, group_of(weight, group), clip)), bits)
+    return Rounded(found)
+
+
+def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | None, own: Own, params: Settings) -> Rounded:
+    """Matrices in the order they are computed, each calibrated on what the quantized ones before it put out, an expert on the tokens that reach it.
+
+    exact: the hidden states where nothing was rounded, for the correction of inputs; None without one.
+    """
+    d = weights.decoder
+    layer = load_layer(weights, n)
+    source, found, experts, said = dict(layer), {}, None, None
+    for name in d.matrices(n):
+        if name.startswith("experts.") and experts is None:
+            experts, said = reached(d, layer, (feed(d, n, layer, "router", row) for _, row in x), params)
+        found[name] = _gptq(d, n, (layer, source), name, (x, exact), experts, own[name], params)
+        # A parallel block's MLP reads the layer's own input: nothing is added before its end.
+        if name == "o" and not d.parallel:
+            for i, row in x:
+                x.write(i, row + linear(layer, "o", feed(d, n, layer, "o", row)))
+                if exact:
+                    before = exact.read(i)
+                    exact.write(i, before + linear(source, "o", feed(d, n, source, "o", before)))
+    for i, row in x:
+        x.write(i, row + branches(d, layer, n, row))
+        if exact:
+            before = exact.read(i)
+            exact.write(i, before + branches(d, source, n, before))
+    return Rounded(found, experts=said)
+
+
+def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: tuple[Activations, Activations | None], experts: Reached | None, packing: tuple[int, int],
+          params: Settings) -> Matrix:
+    """One matrix; its rounded weight takes its place in the first of `layers`, the second stays as stored. streams: as gptq_layer's x and exact."""
+    (layer, source), (x, exact), (bits, group) = layers, streams, packing
+    weight, bias = layer[name]
+    hessian = Hessian(weight.shape[1], exact is not None)
+    for i, row in x:
+        rows = rows_of(experts, name, i)
+        hessian.add(feed(d, n, layer, name, row, rows), feed(d, n, source, name, exact.read(i), rows) if exact else None)
+    if lacking(name, hessian.rows, params):
+        solution = Solution(*rtn(weight, bits, group_of(weight, group)))
+    else:
+        try:
+            target = corrected(weight, hessian, params.correction, params.damp) if exact else weight
+            solution = solve(target, hessian.moment, bits, group_of(weight, group), params.damp, params.act_order, params.clip)
+        except EdgemedError as error:
+            raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
+    found = matrix_of(weight, bias, solution, bits, hessian.moment if hessian.rows else None)
+    layer[name] = (solution.dense(bits), bias)
+    return found
+
+
+def awq_layer(weights: Weights, n: int, x: Activations, own: Own, params: Settings) -> Rounded:
+    """Scales searched and folded, then rounding to nearest. An expert that too few tokens reach takes part in no search; a scale its input has is folded into it all the same."""
+    d, layer = weights.decoder, load_layer(weights, n)
+    source, found, alpha, experts, said = dict(layer), {}, {}, None, None
+
+    def inner() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What attention and what the MLP of the float layer start from, window by window."""
+        for _, row in x:
+            yield row, row if d.parallel else row + linear(source, "o", feed(d, n, source, "o", row))
+
+    if d.sparse(n):
+        experts, said = reached(d, source, (feed(d, n, source, "router", row) for _, row in inner()), params)
+
+    def seen(names: Iterable[str]) -> dict[str, Seen]:
+        return _seen(d, n, source, [*names], inner, experts, params)
+
+    def rounded(name: str, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        bits, group = own[name]
+        return Solution(*rtn(weight, bits, group_of(weight, group), params.clip, importance)).dense(bits)
+
+    def finish(name: str, inputs: Seen) -> None:
+        (weight, bias), (bits, group) = layer[name], own[name]
+        clip, importance = (False, None) if inputs.few else (params.clip, inputs.moment.diagonal())
+        solution = Solution(*rtn(weight, bits, group_of(weight, group), clip, importance))
+        found[name] = matrix_of(weight, bias, solution, bits, inputs.moment if inputs.rows else None)
+        layer[name] = (solution.dense(bits), bias)
+
+    # Every `down` of a layer with experts at once would be too much to hold: each is seen, and let go of, by itself.
+    inputs = seen([*(["router"] if d.sparse(n) else []), *(name for name in d.matrices(n) if not name.endswith("down"))])
+    for fold in (fold for fold in folds(d, n) if not fold.source.endswith("up")):
+        alpha |= scaled(d, fold, layer, inputs, rounded)
+    for stem in d.mlps(n):
+        up, down = f"{stem}up", f"{stem}down"
+        inputs |= seen([down])
+        for fold in (fold for fold in folds(d, n) if fold.source == up):
+            alpha |= scaled(d, fold, layer, inputs, rounded)
+        finish(up, inputs.pop(up))
+        finish(down, inputs.pop(down))
+    for name in ("qkv", "o"):
+        finish(name, inputs.pop(name))
+    for i, row in x:
+        row = row if d.parallel else row + linear(layer, "o", feed(d, n, layer, "o", row))
+        x.write(i, row + branches(d, layer, n, row))
+    changed = {name: value for name, value in layer.items() if name not in own and value is not source[name]}
+    return Rounded({name: found[name] for name in d.matrices(n)}, changed, alpha, said)
+
+
+def _seen(d: Decoder, n: int, layer: Layer, names: list[str], inner: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]], experts: Reached | None, params: Settings) -> dict[str, Seen]:
+    """What matrices read; inner: as awq_layer's."""
+    torch = need("torch", "build")
+    hessians = {name: Hessian(layer[name][0].shape[1]) for name in names}
+    sums = {name: torch.zeros(layer[name][0].shape[1]) for name in names}
+    for i, (row, middle) in enumerate(inner()):
+        for name in names:
+            read = feed(d, n, layer, name, row if name in ("qkv", "o") else middle, rows_of(experts, name, i))
+            hessians[name].add(read)
+            sums[name] += read.abs().sum((0, 1))
+    return {name: Seen(h.moment, sums[name] / max(h.rows, 1), h.rows, lacking(name, h.rows, params)) for name, h in hessians.items()}
+
+
+def reached(d: Decoder, layer: Layer, reads: Iterable[torch.Tensor], params: Settings) -> tuple[Reached, dict[str, list[int]]]:
+    """(expert -> for each window the tokens it is calibrated on, what the manifest says of it). reads: what the router reads, float32 [1, tokens, hidden] per window.
+
+    tokens: how many chose each expert; forced: how many were added to reach route_at_least; rounded: experts below expert_tokens all the same.
+    """
+    torch = need("torch", "build")
+    gates, uses = [], []
+    for read in reads:
+        flat = read.reshape(-1, d.hidden)
+        gates.append(linear(layer, "router", flat).softmax(-1))
+        uses.append(torch.zeros_like(gates[-1], dtype=torch.bool).scatter_(1, routed(d, layer, flat)[1], True))
+    windows, scores, chosen = len(uses), torch.cat(gates), torch.cat(uses)
+    tokens = chosen.sum(0).tolist()
+    for expert, count in enumerate(tokens):
+        missing = min(params.route_at_least, len(chosen)) - count
+        if missing > 0:
+            chosen[scores[:, expert].masked_fill(chosen[:, expert], -1).topk(missing).indices, expert] = True
+    total = chosen.sum(0).tolist()
+    said = {"tokens": tokens, "forced": [t - c for t, c in zip(total, tokens, strict=True)], "rounded": [e for e, t in enumerate(total) if t < params.expert_tokens]}
+    return [[window.nonzero(as_tuple=True)[0] for window in column.chunk(windows)] for column in chosen.T], said
+
+
+def rows_of(experts: Reached | None, name: str, window: int) -> torch.Tensor | None:
+    """The tokens of a window that a matrix is calibrated on; None for all."""
+    return experts[int(name.split(".")[1])][window] if name.startswith("experts.") else None
+
+
+def lacking(name: str, rows: int, params: Settings) -> bool:
+    """Whether a matrix is an expert's that too few tokens reached to say anything about it: it is rounded to nearest."""
+    return name.startswith("experts.") and rows < params.expert_tokens
+
+
+def branches(d: Decoder, layer: Layer, n: int, x: torch.Tensor) -> torch.Tensor:
+    """What a finished layer still has to add to x: its MLP, and in a parallel block its attention too."""
+    y = mlp(d, layer, n, norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x))
+    return y + linear(layer, "o", feed(d, n, layer, "o", x)) if d.parallel else y
+
+
+def feed(d: Decoder, n: int, layer: Layer, name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The input of a matrix or router, from the hidden state at the start of its half of the layer (of the layer, where the block is parallel).
+
+    x [1, tokens, hidden]; rows: which of the tokens, None for all.
+    """
+    if name == "qkv":
+        return norm(d, layer, "attn_norm", x)
+    if name == "o":
+        return attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)))
+    read = norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x)
+    read = read if rows is None else read[:, rows]
+    return activate(d, linear(layer, f"{name.removesuffix('down')}up", read)) if name.endswith("down") else read
+
+
+def group_of(weight: torch.Tensor, group: int) -> int:
+    return weight.shape[1] if group == -1 else group
+
+
+def matrix_of(weight: torch.Tensor, bias: torch.Tensor | None, solution: Solution, bits: int, moment: torch.Tensor | None = None) -> Matrix:
+    """moment: second moment [in, in] of what the matrix reads, None where it read nothing."""
+    rounded = solution.dense(bits)
+    errors = {"weight": float((weight - rounded).norm() / weight.norm().clamp_min(1e-30))}
+    return Matrix(solution, bias, errors if moment is None else errors | {"output": output_error(weight, rounded, moment)})

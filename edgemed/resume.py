@@ -1,0 +1,76 @@
+"""Work that is done layer by layer, kept on disk as it is finished, so that a killed step goes on from its last finished layer.
+
+The folder lies beside the step's hidden output and carries a digest of everything the result depends on: what was begun with other
+inputs is thrown away, never continued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemed import store
+from edgemed.checkpoint import read_tensors
+from edgemed.errors import need
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = "state.json"
+
+
+class Layers:
+    """Finished layers of a step writing to `out`, under `key`; facts: what was said about each.
+
+    As a context it throws them away when the step is finished, or where it failed before its first layer was.
+    """
+
+    def __init__(self, out: Path, key: str):
+        self.folder = Path(out).with_name(f"{Path(out).name}-layers")
+        self.facts: list[dict[str, Any]] = []
+        self.key, self.decided = key, {}
+        state = json.loads((self.folder / STATE).read_text(encoding="utf-8")) if (self.folder / STATE).is_file() else {}
+        if state.get("key") == key:
+            self.facts, self.decided = state["facts"], state["decided"]
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+
+    @property
+    def done(self) -> int:
+        return len(self.facts)
+
+    def save(self, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """The next layer is finished. The state is written last, in one stroke: a kill leaves the layer done or not done."""
+        need("safetensors.torch", "build").save_file({name: t.contiguous() for name, t in tensors.items()}, self._file(self.done))
+        with open(self._file(self.done), "rb") as handle:
+            os.fsync(handle.fileno())
+        self.facts = [*self.facts, facts]
+        self._note()
+
+    def once(self, name: str, decide: Callable[[], Any]) -> Any:
+        """What decide() says (JSON), asked once: a run that goes on keeps the answer of the one that was killed."""
+        if name not in self.decided:
+            self.decided[name] = decide()
+            self._note()
+        return self.decided[name]
+
+    def _note(self) -> None:
+        store.write_json(self.folder / STATE, {"key": self.key, "facts": self.facts, "decided": self.decided})
+
+    def tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        return read_tensors(self._file(layer))
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"{layer:05d}.safetensors"
+
+    def __enter__(self) -> Layers:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None or not self.done:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,218 @@
+"""Quantization methods against plain computation: clipping, AWQ's folds, input-error correction, packing of odd widths, allocation under a budget, sensitivity."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from edgemed import awq, plugins
+from edgemed.allocate import Option, allocate, budget_bytes
+from edgemed.checkpoint import open_checkpoint
+from edgemed.data import calibration_windows
+from edgemed.decoder import block, load_layer, logits
+from edgemed.errors import EdgemedError
+from edgemed.gptq import Hessian, Solution, corrected, output_error, solve
+from edgemed.grid import LEAST, TRIES, clipped_scale, rtn, scale_of, widened
+from edgemed.random_weights import make_random
+from edgemed.sensitivity import sensitivities
+from edgemed.tokenizer import open_tokenizer
+from edgemed.weights import Packed, Weights, pack, unpack
+
+TRAINED = plugins.shared("recipes") / "quickstart" / "model"
+TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "initializer_range": 0.2}
+KINDS = {"llama": TINY | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+         "phi": TINY | {"model_type": "phi", "architectures": ["PhiForCausalLM"], "num_key_value_heads": 4, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+         "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 256,
+                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.2}}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_clipped_scale_is_the_best_of_those_tried(bits):
+    weight, importance = normal(6, 32) ** 3, normal(32, seed=1).square()
+    found, zero = clipped_scale(weight, bits, importance), 1 << bits - 1
+    for row in range(6):
+        w, errors = weight[row].double().numpy(), []
+        full = float(np.float16(np.abs(weight[row].numpy()).max() * 2 / (2**bits - 1)))
+        tried = [float(np.float16(np.float32(full) * np.float32(share))) for share in torch.linspace(1, LEAST[bits], TRIES).tolist()]
+        for scale in tried:
+            rounded = np.clip(np.round(w / scale), -zero, zero - 1) * scale
+            errors.append((importance.double().numpy() * (rounded - w) ** 2).sum())
+        assert float(found[row]) in tried
+        assert errors[tried.index(float(found[row]))] == pytest.approx(min(errors), rel=1e-4)
+    plain = (rtn(weight, bits, 32)[0].double() - zero) * scale_of(weight, bits)[:, None].double()
+    q, scale = rtn(weight, bits, 32, True, importance)
+    clipped = (q.double() - zero) * scale.double()
+    assert (importance * (clipped - weight) ** 2).sum() < (importance * (plain - weight) ** 2).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_packed_words_are_a_stream_of_bits(bits, axis):
+    values = torch.randint(0, 1 << bits, (64, 96), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    words = pack(values, bits, axis)
+    assert torch.equal(unpack(words, bits, axis), values)
+    # numpy's own bit packing, lowest bit first, along the same axis
+    moved = values.numpy() if axis == 1 else values.numpy().T
+    stream = (moved[..., None] >> np.arange(bits) & 1).astype(np.uint8).reshape(len(moved), -1)
+    expected = np.packbits(stream, axis=1, bitorder="little").view("<i4")
+    assert (words.numpy() if axis == 1 else words.numpy().T).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("bits", "known", "given"), [(2, (4, 8), 4), (3, (2, 4, 8), 4), (2, (2, 4, 8), 2), (8, (4, 8), 8)])
+def test_widened_integers_stand_for_the_same_weights(bits, known, given):
+    q = torch.randint(0, 1 << bits, (8, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    narrow = Packed(q, normal(8, 2).abs(), torch.full((8, 2), 1 << bits - 1, dtype=torch.uint8), None, bits, 32, None)
+    wide = widened(narrow, known)
+    assert wide.bits == given and wide.symmetric and torch.equal(wide.dense(), narrow.dense())
+
+
+def test_the_corrected_weights_are_the_least_squares_answer():
+    weight, exact = normal(5, 16), normal(400, 16, seed=1)
+    inputs = exact + 0.3 * normal(400, 16, seed=2) + 0.1 * exact.roll(1, 1)
+
+    def seen():
+        hessian = Hessian(16, cross=True)
+        for x, e in zip(inputs.split(150), exact.split(150), strict=True):
+            hessian.add(x, e)
+        return hessian
+
+    expected = torch.linalg.lstsq(inputs.double(), exact.double() @ weight.double().T).solution.T
+    assert torch.allclose(corrected(weight, seen(), 1.0, 1e-9).double(), expected, atol=1e-3)
+    assert torch.allclose(corrected(weight, seen(), 0.5, 1e-9).double(), (weight + expected) / 2, atol=1e-3)
+    assert torch.equal(corrected(weight, seen(), 0.0, 1e-9), weight)
+    broken = seen()
+    broken.moment = -torch.eye(16)
+    with pytest.raises(EdgemedError, match="no invertible second moment"):
+        corrected(weight, broken, 1.0, 0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_clipping_lowers_what_gptq_leaves(bits):
+    inputs = normal(512, 128) @ normal(128, 128, seed=1) * torch.logspace(-1, 1, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(0))]
+    hessian = Hessian(128)
+    hessian.add(inputs)
+    weight = normal(64, 128, seed=2) ** 3
+    errors = [output_error(weight, solve(weight, hessian.moment, bits, 32, 0.01, clip=clip).dense(bits), hessian.moment) for clip in (False, True)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_scales_change_nothing_but_the_weights(tmp_path, kind):
+    weights = Weights(make_random(KINDS[kind], tmp_path / "m", "float32"), fold=True)
+    d, x = weights.decoder, normal(2, 12, 64)
+    layer = load_layer(weights, 0)
+    before = block(d, layer, 0, x)
+    names = [fold.source for fold in awq.folds(d, 0)]
+    assert names == {"llama": ["attn_norm", "mlp_norm", "qkv", "up"], "phi": ["attn_norm", "qkv"], "gpt2": ["attn_norm", "mlp_norm", "qkv"]}[kind]
+    for number, fold in enumerate(awq.folds(d, 0)):
+        columns = layer[fold.fed[0]][0].shape[1]
+        scale = awq.per_source(d, fold, normal(columns, seed=number).exp())
+        reads = {name: layer[name][0].clone() for name in fold.fed}
+        awq.apply(d, fold, layer, scale)
+        assert all(torch.equal(layer[name][0], weight * scale) for name, weight in reads.items())
+    after = block(d, layer, 0, x)
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_awq_scales_are_the_best_of_its_exponents():
+    inputs = normal(300, 64) * torch.logspace(-1.5, 1.5, 64)
+    hessian, weight = Hessian(64), normal(32, 64, seed=1)
+    hessian.add(inputs)
+
+    def rounded(name, scaled, importance):
+        return Solution(*rtn(scaled, 3, 32)).dense(3)
+
+    alpha, scale = awq.search({"up": weight}, inputs.abs().mean(0), {"up": hessian.moment}, rounded)
+    errors = []
+    for step in range(awq.STEPS):
+        s = inputs.abs().mean(0) ** (step / awq.STEPS)
+        s = s / (s.max() * s.min()).sqrt()
+        q, scales = rtn(weight * s, 3, 32)
+        found = (q.float() - 4) * scales.repeat_interleave(32, 1) / s
+        errors.append(float((inputs.double() @ (found - weight).double().T).square().sum()))
+    assert alpha == int(np.argmin(errors)) / awq.STEPS > 0
+    assert min(errors) < 0.8 * errors[0]
+    assert torch.allclose(scale / scale[0], (inputs.abs().mean(0) / inputs.abs().mean(0)[0]) ** alpha)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_allocation_is_the_best_there_is(seed):
+    random = np.random.default_rng(seed)
+    options = {f"m{i}": [Option(str(j), float(loss), int(size)) for j, (loss, size) in enumerate(zip(random.exponential(1, 3), random.integers(1, 30, 3), strict=True))] for i in range(6)}
+    every = [(sum(o.loss for o in chosen), sum(o.nbytes for o in chosen)) for chosen in itertools.product(*options.values())]
+    for budget in (min(size for _, size in every), 60, 90, 1000):
+        best = min((loss for loss, size in every if size <= budget), default=None)
+        if best is None:
+            with pytest.raises(EdgemedError, match="their smallest precisions take"):
+                allocate(options, budget)
+            continue
+        found = allocate(options, budget)
+        assert list(found) == list(options) and sum(o.nbytes for o in found.values()) <= budget
+        assert sum(o.loss for o in found.values()) == pytest.approx(best)
+
+
+def test_budgets_are_read_strictly():
+    assert budget_bytes("4.5bpw", 1000, 777) == 562 and budget_bytes("2kB", 1000, 777) == 1223
+    for wrong in ("4.5", "bpw", "x bpw", "1.6 TB", "-3bpw", ""):
+        with pytest.raises(EdgemedError, match="budget"):
+            budget_bytes(wrong, 1000, 0)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    if not (TRAINED / "config.json").is_file():
+        pytest.skip("recipes/quickstart/model is not there")
+    weights = Weights(open_checkpoint(TRAINED), fold=True)
+    return weights, torch.tensor(calibration_windows("pubmedqa-abstracts", open_tokenizer(TRAINED, weights.decoder.vocab), 8, 64))
+
+
+def test_the_sensitivity_is_the_gradient_torch_finds(tmp_path):
+    """Rows of one matrix against autograd over the whole model, tokens drawn alike."""
+    weights = Weights(make_random(KINDS["llama"], tmp_path / "m", "float32"), fold=True)
+    windows = torch.randint(256, (3, 10), generator=torch.Generator().manual_seed(1))
+    found = dict(sensitivities(weights, windows, tmp_path))
+    assert list(found) == [1, 0] and not list(tmp_path.glob("hidden-*"))
+    d, generator, squares = weights.decoder, torch.Generator().manual_seed(0), torch.zeros(weights.parts["layers.0.up"].shape[0])
+    layers = [load_layer(weights, n) for n in range(2)]
+    for window in windows:
+        x, kept = weights.table("embed")[window][None], []
+
+        def product(layer, name, x, kept=kept):
+            y = torch.nn.functional.linear(x, *layer[name])
+            if layer is layers[0] and name == "up":
+                y.requires_grad_()
+                kept.append(y)
+            return y
+
+        for n in range(2):
+            x = block(d, layers[n], n, x, product=product)
+        weight = weights.norm("final_norm")[0]
+        logs = (x * (x.square().mean(-1, keepdim=True) + d.norm_eps).rsqrt() * weight @ weights.matrix("lm_head").weight.T)[0].log_softmax(-1)
+        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+        squares += torch.autograd.grad(logs.gather(1, drawn).sum(), kept[0])[0].square().sum((0, 1))
+    assert torch.allclose(found[0]["up"].gradient, squares / windows.numel(), rtol=1e-3, atol=1e-7 * float(squares.max()))
+
+
+def test_the_expected_divergence_is_the_measured_one(trained, tmp_path):
+    """Second order against KL measured one matrix at a time: same order of matrices, and the same size within a small factor."""
+    weights, windows = trained
+    source = logits(weights, windows).log_softmax(-1)
+    expected, measured = [], []
+    for n, found in sensitivities(weights, windows, tmp_path):
+        for name, sensitivity in found.items():
+            rounded = Solution(*rtn(sensitivity.weight, 3, 64)).dense(3)
+            expected.append(sensitivity.loss(rounded))
+            held = Weights(weights.checkpoint, fold=True)
+            whole, part = held.matrix, f"layers.{n}.{name}"
+            held.matrix = lambda asked, whole=whole, part=part, rounded=rounded: type(whole(asked))(rounded, whole(asked).bias) if asked == part else whole(asked)
+            other = logits(held, windows).log_softmax(-1)
+            measured.append(float((source.exp() * (source - other)).sum(-1).mean()))
+    ranks = [np.argsort(np.argsort(values)) for values in (expected, measured)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.9
+    assert 0.5 < np.median(np.array(expected) / np.array(measured)) < 2
