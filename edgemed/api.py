@@ -12,6 +12,7 @@ from edgemed import engine as engines
 from edgemed import params as strict
 from edgemed import plugins, provenance, store
 from edgemed.checkpoint import open_checkpoint
+from edgemed.data import IMAGES
 from edgemed.engine import Engine, check_supported, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluate import SOURCE, judge, pair, source_key
@@ -63,7 +64,8 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
         reference = answers(origin, spec)
         reference = replace(reference, images=image_answers(origin, spec, engines.pixels_of(seen, built)) if seen else None).trim(spec.carried)
     engine = engines.export(checkpoint, target, built, out, reference)
-    provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None)
+    provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None,
+                        images=IMAGES if reference and reference.images else None)
     return engine
 
 
