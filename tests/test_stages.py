@@ -222,7 +222,7 @@ def test_exported_verified_and_shown(sees: Path, tmp_path: Path) -> None:
     done = cli("verify", engine.path, "--threads", 1)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if "passed" in line and "how" not in line]
-    assert [" ".join(row[: row.index("passed")]) for row in rows if row[0] != "passed"] == STAGES and "32 of 32 greedy tokens" in " ".join(done.stdout.split())
+    assert [" ".join(row[: row.index("passed")]) for row in rows if row[0] != "passed"] == STAGES and "480 of 480 greedy tokens" in " ".join(done.stdout.split())
     found = json.loads(cli("verify", engine.path, "--threads", 1, "--json").stdout)
     assert found["passed"] and [row["stage"] for row in found["stages"]] == STAGES
     old = engine.reference()
