@@ -16,7 +16,7 @@ from edgemed.device import read_device
 from edgemed.errors import EdgemedError, nearest
 from edgemed.strategy import Settings
 
-PATH_KEYS = ("adapter", "calibration", "imatrix")
+PATH_KEYS = ("adapter", "calibration", "imatrix", "teacher")
 SECTIONS = ("model", "device", "title", "steps", "engines", "verify", "bench", "eval")
 
 

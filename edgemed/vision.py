@@ -39,8 +39,8 @@ class OrtGraphs:
     """tower.onnx and projector.onnx of an engine on ONNX Runtime's CPU."""
 
     def __init__(self, engine: Engine, threads: int | None):
-        wide = engine.params.get("tower") == "bf16"
-        self.sessions = {name: started(engine.path / f"{name}.onnx", wide, threads) for name in ("tower", "projector")}
+        tower = engine.params.get("tower")
+        self.sessions = {name: started(engine.path / f"{name}.onnx", tower == "bf16", threads, tower == "w8a8") for name in ("tower", "projector")}
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """The output of one graph, float32."""
