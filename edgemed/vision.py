@@ -1,23 +1,26 @@
 """The vision tower of an engine on the device: images in, features out, each image computed once and kept.
 
 It runs the engine's two vision graphs with ONNX Runtime whatever runtime the text decoder has, so an image means the same to every engine made from
-one checkpoint; where an engine was exported for other eyes, eyes_of opens those. Needs no torch.
+one checkpoint; an engine that was compiled on its device has them compiled there too, and where one was exported for other eyes, eyes_of opens those.
+Needs no torch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgemed import plugins
-from edgemed.errors import EdgemedError, need
+from edgemed.errors import EdgemedError
 from edgemed.family import Family
 from edgemed.images import Kept, Patches, Seen, axial_angles, check_places, patches, placed, vision_of
 from edgemed.mtmd import MtmdEyes
 from edgemed.session import Pictures
+from edgemed.trt_eyes import TrtGraphs
+from edgemed.trt_stand_in import started
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,19 +33,29 @@ def eyes_of(engine: Engine, threads: int | None = None) -> VisionSession | MtmdE
     return MtmdEyes(engine, threads) if engine.params.get("vision") == "mtmd" else VisionSession(engine, threads)
 
 
+class OrtGraphs:
+    """tower.onnx and projector.onnx of an engine on ONNX Runtime's CPU."""
+
+    def __init__(self, engine: Engine, threads: int | None):
+        wide = engine.params.get("tower") == "bf16"
+        self.sessions = {name: started(engine.path / f"{name}.onnx", wide, threads, integers=not engine.unbuilt) for name in ("tower", "projector")}
+
+    def run(self, name: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The output of one graph, float32."""
+        return self.sessions[name].run(None, dict(feeds))[0]
+
+    def close(self) -> None:
+        del self.sessions
+
+
 class VisionSession:
     """An engine's eyes. family: whose prompts and answers its model knows. seconds: what the last call to `see` spent on preprocessing, tower and projector; all 0 for images that were kept."""
 
     def __init__(self, engine: Engine, threads: int | None = None):
         if not engine.vision:
             raise EdgemedError(f"{engine.path} reads text only", "Ask it without an image, or export a model that sees")
-        ort = need("onnxruntime", "onnx")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
-        # On x86 CPUs without VNNI sums of 8-bit products overflow; with this they take a slower way that does not.
-        options.add_session_config_entry("session.x64quantprecision", "1")
         self.v, self.parts = vision_of(engine.vision), max(engine.rope_axes, default=0) + 1
-        self.tower, self.projector = (ort.InferenceSession(str(engine.path / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in ("tower", "projector"))
+        self.graphs = TrtGraphs(engine) if engine.unbuilt and not engine.stand_in else OrtGraphs(engine, threads)
         self.context = engine.context
         self.family: Family = plugins.load("families", engine.family).FAMILY
         self.kept = Kept(self._computed)
@@ -54,11 +67,11 @@ class VisionSession:
         if self.v.frequencies:
             angles = axial_angles(found, self.v)
             feeds |= {"cos": np.cos(angles), "sin": np.sin(angles)}
-        return self.tower.run(None, feeds)[0]
+        return self.graphs.run("tower", feeds)
 
     def run_projector(self, tower: np.ndarray) -> np.ndarray:
         """features float32 [features, hidden] of one image."""
-        return self.projector.run(None, {"tower": tower})[0]
+        return self.graphs.run("projector", {"tower": tower})
 
     def features(self, image: Image.Image) -> Seen:
         """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for the same pixels."""
@@ -86,5 +99,5 @@ class VisionSession:
         return placed(tokens, [self.features(image) for image in images], self.v, self.parts, self.context)
 
     def close(self) -> None:
-        del self.tower, self.projector
+        self.graphs.close()
 
