@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from edgemed import engine as engines
 from edgemed import params as strict
 from edgemed import plugins, provenance, store
 from edgemed.checkpoint import open_checkpoint
-from edgemed.engine import Engine, open_engine, require_built
+from edgemed.engine import Engine, check_supported, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluate import SOURCE, judge, pair, source_key
 from edgemed.facts import inspect
@@ -24,11 +25,12 @@ from edgemed.session import Pictures, Sampling, Session, generate
 from edgemed.task import questions
 from edgemed.tokenizer import chat_text, encode
 from edgemed.vision import eyes_of
+from edgemed.weights import Weights
 
 __all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
 
 # Reference answers of a single export: few and short, because a large source is slow on a CPU; a recipe's verify: asks for more.
-EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
+EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2, "images": 2, "image_new": 16}
 
 
 def run(recipe: str | Path, work: str | Path | None = None, sets: Sequence[str] = ()) -> Path:
@@ -46,7 +48,7 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     Raises EdgemedError for everything a person can put right.
     """
     from edgemed.recipe import VerifySpec
-    from edgemed.run import answers, open_model
+    from edgemed.run import answers, image_answers, open_model
 
     out = Path(out)
     module = plugins.load("targets", target)
@@ -56,7 +58,10 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     reference = None
     if prompts and not checkpoint.random_weights:
         origin = open_model(source, out.parent) if source else checkpoint
-        reference = answers(origin, VerifySpec(prompts, **EXPORT_REFERENCE)).trim(EXPORT_REFERENCE["carried"])
+        seen, spec = Weights(checkpoint).vision, VerifySpec(prompts, **EXPORT_REFERENCE)
+        check_supported(target, Weights(checkpoint), built)  # before an hour of reference answers
+        reference = answers(origin, spec)
+        reference = replace(reference, images=image_answers(origin, spec, engines.pixels_of(seen, built)) if seen else None).trim(spec.carried)
     engine = engines.export(checkpoint, target, built, out, reference)
     provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None)
     return engine
@@ -67,7 +72,7 @@ def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = T
 
     verify is None where the engine carries no reference answers; nothing is measured where it failed. Raises EdgemedError as engine.finish.
     """
-    from edgemed.bench import bench
+    from edgemed.bench import bench, image_tokens
     from edgemed.recipe import BenchSpec
     from edgemed.reference import FILE as REFERENCE
     from edgemed.verify import Limits, verify
@@ -79,7 +84,8 @@ def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = T
     if measure and (result is None or result["passed"]):
         store.reset_peak_memory()
         lengths = tuple(length for length in BenchSpec().prompt if length + BenchSpec().generate < opened.context) or (max(1, opened.context // 2),)
-        records = bench(opened, BenchSpec(lengths))
+        side = BenchSpec().image if opened.vision and image_tokens(opened, BenchSpec().image) + min(lengths) <= opened.context else 0
+        records = bench(opened, BenchSpec(lengths, image=side))
         store.append_records(opened.path, records)
     return {"plan": plan, "verify": result, "records": records}
 

@@ -203,6 +203,7 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
         where = f"{verify['prompts']} held-out texts, {verify['positions']} positions"
         named = {"mean KL divergence from the float32 source, nats": "mean_kl", "largest KL divergence of one position, nats": "max_kl", "top-1 agreement with the float32 source": "top1"}
         found += [metric(label, verify[key], where) for label, key in named.items()]
+        found += [metric(f"error of stage {row['stage']}", row["error"], row["how"]) for row in verify.get("stages", [])]
     for result in evidence.evals:
         where = f"{facts_of.title(result)}, {result['n']} questions"
         found.append(metric("accuracy", result["accuracy"], where, result["interval"]))
@@ -213,7 +214,7 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
                 group = f"{facts_of.title(result)}, {row['group']}={row['value']}, {row['n']} questions"
                 found += [metric("accuracy", row["engine"], group), metric("accuracy less that of the float32 source", row["difference"], group, row["interval"])]
     for record in evidence.speeds:
-        how = [f"{key}={record['how'][key]}" for key in ("prompt", "generate", "threads") if record["how"].get(key) is not None]
+        how = [f"{key}={record['how'][key]}" for key in ("prompt", "generate", "threads", "image", "tokens") if record["how"].get(key) is not None]
         found.append(metric(f"{record['name']} ({record['unit']})", record["value"], ", ".join([record["machine"]["label"], *how, f"n={record['n']}"])))
     return found
 

@@ -19,6 +19,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 LABELS = {
     "load_seconds": "load", "first_token_seconds": "first token", "prefill_tokens_per_second": "reading the prompt", "step_milliseconds": "one new token",
     "decode_tokens_per_second": "decoding", "peak_memory_bytes": "peak memory of the process", "bandwidth_gb_s": "memory bandwidth of the machine",
+    "image_load_seconds": "load of the vision tower", "image_preprocess_seconds": "preparing an image", "image_tower_seconds": "vision tower", "image_projector_seconds": "projector",
+    "image_prefill_seconds": "reading the prompt with the image", "image_first_token_seconds": "first token about an image",
+    "image_second_question_seconds": "first token of a second question about it",
     "ceiling_tokens_per_second": "decoding, at most by that bandwidth", "ceiling_share": "share of that ceiling reached", "file_bytes": "engine on disk",
 }
 
@@ -100,7 +103,7 @@ def machines(evidence: Evidence) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for record in sorted(evidence.speeds, key=order):
         machine = found.setdefault(record["machine"]["label"], {"machine": record["machine"], "records": []})
-        how = [f"{key} {record['how'][key]}" for key in ("prompt", "generate", "threads") if record["how"].get(key) is not None]
+        how = [f"{key} {record['how'][key]}" for key in ("prompt", "generate", "threads", "image", "tokens") if record["how"].get(key) is not None]
         machine["records"].append({**record, "label": LABELS.get(record["name"], record["name"].replace("_", " ")), "conditions": ", ".join(how)})
     return list(found.values())
 

@@ -91,6 +91,28 @@ def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="g
     step("quantize", model, out, settings(sets, method=method, bits=bits, group=group, calibration=calibration), json_)
 
 
+@app.command()
+def distill(
+    model: Model, out: Out,
+    calibration: Annotated[str, typer.Option(help="Text to learn on: card name, .jsonl or .txt file.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")],
+    rate: Annotated[float, typer.Option(help="Largest learning rate.")],
+    teacher: Annotated[str | None, typer.Option(help="Teacher's directory; default: MODEL, of which a part is kept.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of MODEL the student keeps: a count, or indices as 0,2,4.")] = None,
+    target_params: Annotated[str | None, typer.Option(help="Parameters of the student at most, as 30M: depth and width are chosen.")] = None,
+    loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl or jsd.")] = "forward_kl",
+    mode: Annotated[str, typer.Option(help="logits, or sequence for different tokenizers.")] = "logits",
+    sets: Sets = None, json_: Json = False,
+) -> None:
+    """Distill a teacher into a smaller student; a killed run goes on when the same command is given again."""
+    try:
+        chosen = [int(layer) for layer in layers.split(",")] if layers else None
+    except ValueError:
+        raise EdgemedError(f"--layers {layers} is neither a count nor indices", "For example --layers 3, or --layers 0,2,4") from None
+    student = {"layers": chosen, "target_params": target_params}
+    step("distill", model, out, settings(sets, calibration=calibration, steps=steps, rate=rate, teacher=teacher, loss=loss, mode=mode, **student), json_)
+
+
 def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool) -> None:
     from edgemed import params, plugins, store
     from edgemed.recipe import Stage

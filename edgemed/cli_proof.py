@@ -40,8 +40,17 @@ def verify(
         sys.exit(1 if problems else 0)
     opened = open_engine(engine, check=True)
     result = verify_engine(opened, opened.reference(), Limits(max_kl, min_top1), threads)
-    show(result | signed, json_)
+    if json_:
+        show(result | signed, True)
+    else:
+        show({key: value for key, value in result.items() if key != "stages"} | signed, False)
+        show([stage_row(row) for row in result.get("stages", [])], False)
     sys.exit(0 if result["passed"] else 1)
+
+
+def stage_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One stage as a person reads it."""
+    return {"stage": row["stage"], "parity": "passed" if row["passed"] else "failed", "error": f"{row['error']:.2e}", "limit": f"{row['limit']:.2g}", "how": row["how"]}
 
 
 def bench(
@@ -51,6 +60,7 @@ def bench(
     prompt: Annotated[list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")] = None,
     generate: Annotated[int, typer.Option(help="New tokens per round.")] = 64,
     runs: Annotated[int, typer.Option(help="Counted rounds after one warm-up.")] = 5,
+    image: Annotated[int, typer.Option(min=0, help="Engines that see: side in pixels of an image to ask about besides; 0: none.")] = 448,
     threads: Threads = None,
     sweep: Annotated[str | None, typer.Option(help="'threads': speeds by number of threads instead, and by group of cores where cores differ; --runs rounds in turns.")] = None,
     wait: Annotated[str, typer.Option(help="How idle threads wait: auto, active (spin) or passive (sleep).")] = "auto",
@@ -66,7 +76,7 @@ def bench(
         from edgemed.run import random_engine
 
         engine = random_engine(random_weights, target, settings(sets), work)
-    plan = BenchSpec(tuple(prompt or (32, 128)), generate, runs, threads)
+    plan = BenchSpec(tuple(prompt or (32, 128)), generate, runs, threads, image)
     if sweep:
         from edgemed.sweep import shown
         from edgemed.sweep import sweep as sweep_engine
@@ -96,9 +106,14 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
         return
     if opened.random_weights:
         typer.echo("random weights: these numbers say something about latency and memory only")
-    show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in records], False)
+    show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": prompt_of(r["how"])} for r in records], False)
     for line in sentences(records[0]["state"]):
         typer.echo(line)
+
+
+def prompt_of(how: dict[str, Any]) -> Any:
+    """What was asked, for a table: tokens of the prompt, or the image and its tokens."""
+    return f"{how['tokens']} with an image of {how['image']} x {how['image']}" if "image" in how else how.get("prompt", "")
 
 
 def eval_(

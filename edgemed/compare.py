@@ -87,7 +87,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
             "name": facts["name"] if len(machines) == 1 else f"{facts['name']} on {machine}", "target": facts["target"], "precision": facts["precision"], "path": str(directory),
             "bytes": store.size_of(manifest), "manifest": manifest, "verify": manifest.get("verify"),
             "records": latest([record for record in own if machine_name(record["machine"]) == machine]),
-            "evals": evals if first else [], "gate": manifest.get("gate") if first else None, "stages": manifest.get("stages") or [],
+            "evals": evals if first else [], "gate": manifest.get("gate") if first else None, "stages": (manifest.get("verify") or {}).get("stages", []),
         })
     return {
         "schema": report.SCHEMA, "title": facts["name"], "created": manifest["created"], "recipe": {}, "device": None, "machine": own[-1]["machine"] if own else None,

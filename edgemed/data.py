@@ -10,12 +10,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError, nearest
+from edgemed.image_files import Album
 from edgemed.store import file_sha256
 from edgemed.tokenizer import encode
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGES = "vqa-rad-images"  # the card of images that engines that see are verified on
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Card:
 
 
 def card_names() -> list[str]:
-    return sorted(p.parent.name for p in plugins.shared("calibration").glob("*/card.yaml"))
+    """The text sets: cards with a calibration split."""
+    return sorted(p.parent.name for p in plugins.shared("calibration").glob("*/calibration.jsonl"))
 
 
 def read_card(name: str) -> Card:
@@ -115,6 +122,17 @@ def texts(name: str, split: str = "calibration") -> list[str]:
     if not found:
         raise EdgemedError(f"{file} holds no texts", "Give at least one row")
     return found
+
+
+def image_questions(count: int, name: str = IMAGES) -> list[tuple[str, Image.Image]]:
+    """(question, RGB image) of the first `count` rows of a card of images. Raises EdgemedError where it has fewer, or its files are not those it describes."""
+    card = read_card(name)
+    for split in card.files:
+        card.digest(split)
+    rows, album = read_jsonl(card.file("heldout")), Album(card.file("images").parent, card.file("images").name)
+    if not 0 <= count <= len(rows):
+        raise EdgemedError(f"{name} has {len(rows)} images, {count} are asked for", f"Ask for 0 to {len(rows)}")
+    return [(row["question"], album.open(row["image"])) for row in rows[:count]]
 
 
 def calibration_windows(name: str, tokenizer: Any, samples: int, length: int) -> list[list[int]]:

@@ -31,6 +31,7 @@ COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinj
 class Engine:
     """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token.
 
+    centred: its graph wants image features without their mean, which its session takes out.
     unbuilt: what open() runs until `edgemed build` has compiled the engine on its device; '' for engines that are complete as exported.
     """
 
@@ -50,6 +51,7 @@ class Engine:
     rope_frequencies: tuple[float, ...] = ()
     rope_axes: tuple[int, ...] = ()
     vision: Mapping[str, Any] | None = None
+    centred: bool = False
     unbuilt: str = ""
 
     @property
@@ -81,8 +83,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     module = plugins.load("targets", target)
     weights = Weights(checkpoint)
     d = weights.decoder
-    if reason := module.supports(weights, params):
-        raise EdgemedError(f"target {target} cannot take {checkpoint.path}: {reason}")
+    check_supported(target, weights, params)
     tokenizer = None if checkpoint.random_weights else open_tokenizer(checkpoint.path, d.vocab)
     inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()} | module.inputs(params)
     if reference:
@@ -99,7 +100,7 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
                 "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen,
-            } | ({"unbuilt": notes["unbuilt"]} if "unbuilt" in notes else {})
+            } | {key: notes[key] for key in ("unbuilt", "centred") if key in notes}
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
                 tokenizer.save(str(work.path / "tokenizer.json"))
@@ -110,6 +111,12 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 reference.save(work.path)
             work.notes.update(notes)
     return open_engine(out)
+
+
+def check_supported(target: str, weights: Weights, params: Any) -> None:
+    """Raise EdgemedError where a target cannot carry this model."""
+    if reason := plugins.load("targets", target).supports(weights, params):
+        raise EdgemedError(f"target {target} cannot take {weights.checkpoint.path}: {reason}")
 
 
 def pixels_of(vision: Vision, params: Any) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
     newest: dict[tuple[Any, ...], Json] = {}
     for record in store.read_records(directory):
         if record["engine_key"] == manifest["key"]:
-            newest[record["machine"]["label"], record["name"], *(record["how"].get(name) for name in ("prompt", "generate", "threads"))] = record
+            newest[record["machine"]["label"], record["name"], *(record["how"].get(name) for name in ("prompt", "generate", "threads", "image"))] = record
     return Evidence(
         json.loads((Path(directory) / ENGINE).read_text(encoding="utf-8")), chain(manifest), NOBODY_SAID | (held.get("source") or {}), held.get("verify"),
         tuple(held.get("evals") or ()), held.get("gate"), tuple(held.get("datasets") or ()), tuple(newest.values()),

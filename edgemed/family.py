@@ -181,7 +181,7 @@ class Family:
     perhaps shared.up and shared.down in place of up and down.
     prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers that carry no information.
     folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
-    the graph and the pre-tokenizer. reference_config: published true dimensions, for --random-weights; other_references: name -> those of its other models.
+    the graph ('': it has none) and the pre-tokenizer. reference_config: published true dimensions, for --random-weights; other_references: name -> those of its other models.
     gguf_projector: llama.cpp's name for its graph of the vision tower and projector, '' where it has none that is right.
     auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     gguf_centred: that graph has RMS norms where the model has layer norms, which are the same where the residual stream has no mean: it is taken out of

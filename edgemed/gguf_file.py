@@ -34,9 +34,9 @@ CHUNK = 1 << 19  # weights per quantization task: large against the call, small 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file. shape as numpy has it, (rows, columns) or (width,); type: a ggml type name.
+    """One tensor of the file. shape as numpy has it, (rows, columns), (width,) or (experts, rows, columns); type: a ggml type name.
 
-    read() gives float32 of that shape, or the finished bytes (uint8) where `encoded`. importance: float32 [columns] or None.
+    read() gives float32 of that shape, or the finished bytes (uint8) where `encoded`. importance: float32 [columns], of experts [experts, columns], or None.
     """
 
     name: str
@@ -105,22 +105,26 @@ class Encoder:
         if tensor.type == "F32":
             return lambda: data.view(np.uint8)
         columns = data.shape[-1]
-        rows = data.size // columns
+        data = data.reshape(-1, columns)
+        rows = len(data)
         kind = int(self.types[tensor.type])
         # The tables behind the IQ types are made once, before the threads need them.
         self.ggml.ggml_quantize_init(kind)
         out = np.empty((rows, tensor.nbytes // rows), np.uint8)
-        importance = None if tensor.importance is None else np.ascontiguousarray(tensor.importance, np.float32)
+        importance = None if tensor.importance is None else np.ascontiguousarray(tensor.importance, np.float32).reshape(-1, columns)
+        # Experts have an importance each, over their own rows.
+        group = rows if importance is None else rows // len(importance)
 
         def quantize(start: int, count: int) -> None:
             target = out[start:].ctypes.data
             source = data.ctypes.data + start * columns * 4
-            size = self.ggml.ggml_quantize_chunk(kind, source, target, 0, count, columns, None if importance is None else importance.ctypes.data)
+            size = self.ggml.ggml_quantize_chunk(kind, source, target, 0, count, columns, None if importance is None else importance[start // group].ctypes.data)
             if not self.ggml.ggml_validate_row_data(kind, target, size):
                 raise EdgemedError(f"{tensor.name}: a weight does not fit into {tensor.type}", "Choose a type with a larger range, such as bf16 or f32")
 
         step = max(1, CHUNK // columns)
-        tasks = [self.pool.submit(quantize, start, min(step, rows - start)) for start in range(0, rows, step)]
+        # No task reaches from one expert into the next.
+        tasks = [self.pool.submit(quantize, start, min(step, first + group - start)) for first in range(0, rows, group) for start in range(first, first + group, step)]
 
         def finish() -> np.ndarray:
             for task in tasks:
@@ -149,6 +153,9 @@ def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None
         if d.rope_axes:
             # llama.cpp counts four parts of a position, the last always empty.
             writer.add_rope_dimension_sections([*(d.rope_axes.count(axis) for axis in range(3)), 0])
+    if d.experts:
+        writer.add_expert_count(d.experts.count)
+        writer.add_expert_used_count(d.experts.active)
     writer.add_vocab_size(d.vocab)
     writer.add_file_type(file_type)
     writer.add_quantization_version(need("gguf", "build").GGML_QUANT_VERSION)

@@ -14,11 +14,10 @@ import numpy as np
 
 from edgemed import gguf_file
 from edgemed.family import Decoder, Family, Part
+from edgemed.weights import Dense, Packed, Weights
 
 if TYPE_CHECKING:
     import torch
-
-    from edgemed.weights import Dense, Packed, Weights
 
 # canonical part -> llama.cpp's tensor; a part of several modules is that many tensors
 NAMES = {
@@ -69,6 +68,8 @@ def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, P
             if part.bias:
                 found[f"{stem}.bias"] = Place(name, shape[:1], start, heads)
             start += shape[0]
+        if family.gguf_centred and last in ("o", "lm_head") and not part.bias:
+            found[f"{stem}.bias"] = Place("", part.shape[:1])  # that graph asks for one
     return found
 
 
@@ -97,6 +98,23 @@ def rescaled(d: Decoder) -> np.ndarray | None:
     plain = np.array([d.rope_theta ** (-2 * i / width) for i in range(width // 2)])
     factors = plain / np.array(d.rope_frequencies)
     return None if np.abs(factors - 1).max() < 1e-6 else factors.astype(np.float32)
+
+
+class Centred(Weights):
+    """Weights without the mean over the hidden axis in everything that is added to the residual stream (Family.gguf_centred): no score changes, for every
+    norm that reads the stream takes its mean out anyway. Image features keep theirs: the session takes it out (Engine.centred).
+    """
+
+    def table(self, name: str) -> torch.Tensor:
+        found = super().table(name)
+        return found - found.mean(1, keepdim=True) if name == "embed" else found
+
+    def matrix(self, name: str) -> Dense | Packed:
+        found = super().matrix(name)
+        if not name.startswith("layers.") or not name.endswith((".o", ".down")):
+            return found
+        weight, bias = found.dense(), found.bias
+        return Dense(weight - weight.mean(0, keepdim=True), None if bias is None else bias - bias.mean())
 
 
 class Reader:

@@ -52,7 +52,7 @@ class LlamaSession:
         self.decode, self.read = self.lib.llama_decode, self.lib.llama_get_logits if self.matrix is None else self.lib.llama_get_embeddings
         self.address, self.row = None, None
         self.hidden = self.lib.llama_model_n_embd(self.model)
-        self.sees, self.counted = engine.vision is not None, Positions(max(engine.rope_axes) + 1, self.context) if engine.rope_axes else None
+        self.centred, self.sees, self.counted = engine.centred, engine.vision is not None, Positions(max(engine.rope_axes) + 1, self.context) if engine.rope_axes else None
 
     def _settings(self, engine: Engine, threads: int | None) -> Any:
         lib, params = self.lib, self.lib.llama_context_default_params()
@@ -104,7 +104,7 @@ class LlamaSession:
     def _decode_features(self, features: np.ndarray, positions: np.ndarray, every: bool, last: bool) -> None:
         """Image features in the place of token embeddings. positions [parts, n]; llama.cpp reads all of the first part, then all of the second."""
         count = len(features)
-        rows = np.ascontiguousarray(features, np.float32)
+        rows = np.ascontiguousarray(features - features.mean(-1, keepdims=True) if self.centred else features, np.float32)
         # Models with positions of several parts count four of them there, the last empty.
         places = np.zeros((4 if len(positions) > 1 else 1, count), np.int32)
         places[: len(positions)] = positions

@@ -61,9 +61,10 @@ def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
         raise EdgemedError(f"{engine} was not made from {model}: {', '.join(wrong)} differs", "Give the checkpoint that the first step began with")
     adapters = {}
     for manifest in chained:
-        for value in (manifest["params"].get(name.partition("/")[0]) for name in manifest["inputs"] if "/" in name):
-            if isinstance(value, str):
-                adapters[Path(value).name] = card.front_licence(Path(value))
+        # What else a step took from a directory: an adapter, or the model that taught.
+        for kind in (name.partition("/")[0] for name in manifest["inputs"] if "/" in name):
+            if isinstance(value := manifest["params"].get(kind), str):
+                adapters[Path(value).name] = {"kind": kind, **card.front_licence(Path(value))}
     name = Path(model).resolve().name if Path(model).exists() else model.removeprefix("random:")
     return {"name": name, **card.front_licence(path), "adapters": [{"name": adapter, **licence} for adapter, licence in adapters.items()]}
 

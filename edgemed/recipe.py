@@ -16,7 +16,7 @@ from edgemed.device import read_device
 from edgemed.errors import EdgemedError, nearest
 from edgemed.strategy import Settings
 
-PATH_KEYS = ("adapter", "calibration", "imatrix")
+PATH_KEYS = ("adapter", "calibration", "imatrix", "teacher")
 SECTIONS = ("model", "device", "title", "steps", "engines", "verify", "bench", "eval")
 
 
@@ -25,6 +25,7 @@ class VerifySpec:
     """prompts: card of held-out text. count windows of `width` tokens; greedy answers of `new` tokens after `prompt` tokens.
 
     max_kl: limit on the mean KL divergence (nats); min_top1: on top-1 agreement. carried: windows whose logits travel in the engine.
+    Of models that see besides: images of the shipped card, answered with image_new greedy tokens each; 0: none.
     """
 
     prompts: str
@@ -35,12 +36,15 @@ class VerifySpec:
     prompt: int = 32
     new: int = 64
     carried: int = 2
+    images: int = 10
+    image_new: int = 48
 
 
 @dataclass(frozen=True)
 class BenchSpec:
     """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after one warm-up round.
 
+    image: side in pixels of the image that an engine that sees is asked about besides; 0: none.
     max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as fast enough in the report; None: no target.
     """
 
@@ -48,6 +52,7 @@ class BenchSpec:
     generate: int = 64
     runs: int = 5
     threads: int | None = None
+    image: int | None = 448
     max_first_token: float | None = None
     min_tokens_per_second: float | None = None
 

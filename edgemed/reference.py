@@ -7,6 +7,8 @@ its engine without torch and without the source.
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 
 from edgemed.console import track
 from edgemed.errors import EdgemedError
+from edgemed.image_reference import ImageReference
 from edgemed.session import Sampling, Session, generate
 
 FILE = "reference.npz"
@@ -25,35 +28,44 @@ class Reference:
     """windows int32 [prompts, width]: held-out tokens. prompt: tokens of each window that start a greedy answer.
 
     greedy int32 [prompts, new]: the source's greedy continuation (empty for a head). logits float32 [scored, positions, vocab]:
-    the source's scores over the first `scored` windows (for a head: [prompts, 1, scores], read from the last token).
+    the source's scores over the first `scored` windows (for a head: [prompts, 1, scores], read from the last token). images: what it sees and says on
+    images, None where it reads text only.
     """
 
     windows: np.ndarray
     prompt: int
     greedy: np.ndarray
     logits: np.ndarray
+    images: ImageReference | None = None
 
     def trim(self, scored: int) -> Reference:
-        """The same with logits of fewer windows, small enough to travel."""
-        return Reference(self.windows, self.prompt, self.greedy, self.logits[:scored])
+        """The same with logits of fewer windows and images, small enough to travel."""
+        return Reference(self.windows, self.prompt, self.greedy, self.logits[:scored], self.images.trim(scored) if self.images else None)
 
     def digest(self) -> str:
         whole = hashlib.sha256()
         for array in (self.windows, np.int64(self.prompt), self.greedy, self.logits):
             whole.update(np.ascontiguousarray(array).tobytes())
+        # Only of models that see: the digest of a text model's answers, and with it the key of its engines, stays what it was.
+        for name, array in self.images.arrays().items() if self.images else ():
+            whole.update(f"{name}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return whole.hexdigest()
 
     def save(self, directory: Path) -> None:
-        np.savez_compressed(Path(directory) / FILE, windows=self.windows, prompt=self.prompt, greedy=self.greedy, logits=self.logits)
+        np.savez_compressed(Path(directory) / FILE, windows=self.windows, prompt=self.prompt, greedy=self.greedy, logits=self.logits,
+                            **(self.images.arrays() if self.images else {}))
 
     @staticmethod
     def load(directory: Path) -> Reference:
-        """Raises EdgemedError where the engine carries no reference (made from random weights, or exported without one)."""
+        """Raises EdgemedError where the engine carries no reference (made from random weights, or exported without one), or a damaged one."""
         path = Path(directory) / FILE
         if not path.is_file():
             raise EdgemedError(f"{directory} carries no reference answers", "Export it with --prompts NAME, or verify against a source with --source MODEL")
-        with np.load(path) as arrays:
-            return Reference(arrays["windows"], int(arrays["prompt"]), arrays["greedy"], arrays["logits"])
+        try:
+            with np.load(path) as arrays:
+                return Reference(arrays["windows"], int(arrays["prompt"]), arrays["greedy"], arrays["logits"], ImageReference.of(arrays))
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
+            raise EdgemedError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}", "Copy or export the engine again") from None
 
 
 def windows_of(texts: Sequence[Sequence[int]], count: int, width: int, where: str) -> np.ndarray:

@@ -12,21 +12,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edgemed import params as strict
 from edgemed import plugins, provenance, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
-from edgemed.data import read_card, texts
+from edgemed.data import IMAGES, image_questions, read_card, texts
 from edgemed.device import machine, read_device
-from edgemed.engine import Engine, export
+from edgemed.engine import Engine, check_supported, export, pixels_of
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
 from edgemed.facts import parameters
+from edgemed.image_reference import ImageReference, make_image_reference
+from edgemed.images import Patches, check_places, patches, prompt_tokens
 from edgemed.random_weights import make_random
 from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
@@ -79,8 +83,9 @@ def run(recipe: Recipe, work: Path) -> Path:
     cache = work / "store"
     line = run_steps(recipe, cache)
     reference = reference_for(line.source, recipe.verify, cache) if recipe.verify and not line.source.random_weights else None
-    engines = [run_target(stage, line, reference, recipe, cache, work) for stage in recipe.engines]
-    verified = [verify_engine(engine, reference, recipe, cache) if reference else None for engine in engines]
+    references = [with_images(reference, line.source, stage, recipe.verify, cache) if reference else None for stage in recipe.engines]
+    engines = [run_target(stage, line, own, recipe, cache, work) for stage, own in zip(recipe.engines, references, strict=True)]
+    verified = [verify_engine(engine, own, recipe, cache) if own else None for engine, own in zip(engines, references, strict=True)]
     records = [bench_engine(engine, recipe) if recipe.bench and not engine.stand_in and (result is None or result["passed"]) else [] for engine, result in zip(engines, verified, strict=True)]
     source_evals, evals = run_evals(line.source, engines, recipe, cache)
     gate = run_gate(engines, evals, recipe)
@@ -108,6 +113,8 @@ def check_inputs(recipe: Recipe) -> None:
     need("cyclonedx", "bom")
     if recipe.verify:
         read_card(recipe.verify.prompts).digest("heldout")
+        if weights and weights.vision:
+            image_questions(recipe.verify.images)
     for spec in recipe.eval.tasks if recipe.eval else ():
         if questions(spec).sees and weights and not weights.vision:
             raise EdgemedError(f"task {spec} shows images, and {recipe.model} reads text only", "Leave the task out, or give a model that sees")
@@ -181,6 +188,43 @@ def answers(source: Checkpoint, spec: VerifySpec) -> Reference:
     return make_reference(TorchSession(weights), windows, spec.prompt, spec.new)
 
 
+def with_images(reference: Reference, source: Checkpoint, stage: Stage, spec: VerifySpec, cache: Path) -> Reference:
+    """The same with the source's answers about images as this engine resizes them, kept in `cache`; a text model's as they are."""
+    weights = Weights(source)
+    if not weights.vision:
+        return reference
+    check_supported(stage.plugin, weights, stage.params)
+    pixels = pixels_of(weights.vision, stage.params)
+    inputs = source.hashes() | {split: read_card(IMAGES).digest(split) for split in read_card(IMAGES).files}
+    settings = {"images": spec.images, "image_new": spec.image_new, "pixels": list(pixels)}
+    final = cache / f"images-{store.digest([settings, inputs])[:12]}"
+    with store.building(final, "reference", "images", settings, inputs) as work:
+        say(f"reference answers about images: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
+        if work is not None:
+            replace(reference, images=image_answers(source, spec, pixels)).save(work.path)
+    return replace(reference, images=Reference.load(final).images)
+
+
+def image_answers(source: Checkpoint, spec: VerifySpec, pixels: tuple[int, int]) -> ImageReference:
+    """Show the float32 source the images of `spec`, resized to `pixels` (least, most). Raises EdgemedError where the card has fewer."""
+    from edgemed import tower
+    from edgemed.decoder import TorchSession
+
+    weights = Weights(source)
+    v, tokenizer, family = replace(weights.vision, pixels=pixels), open_tokenizer(source.path, weights.decoder.vocab), weights.family
+
+    def look(image: Any) -> tuple[Patches, Any, Any]:
+        found = patches(image, v)
+        made = tower.features(weights, found)
+        return found, made["tower"].numpy(), made["features"].numpy()
+
+    asked = [(prompt_tokens(tokenizer, family.chat(question, 1, v.conversation), v), image) for question, image in image_questions(spec.images)]
+    for tokens, _ in asked:
+        check_places(tokens, v.token, 1)
+    parts = max(weights.decoder.rope_axes, default=0) + 1
+    return make_image_reference(TorchSession(weights), look, [(tokens, np.asarray(image)) for tokens, image in asked], spec.image_new, v, parts)
+
+
 def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path) -> Engine:
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = reference.trim(recipe.verify.carried) if reference else None
@@ -221,7 +265,7 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[dict[str, Any]]:
     say(f"bench: {engine.name}")
     command = [sys.executable, "-m", "edgemed", "bench", str(engine.path), "--json", "--runs", str(spec.runs), "--generate", str(spec.generate)]
     command += [part for length in spec.prompt for part in ("--prompt", str(length))]
-    command += ["--threads", str(spec.threads)] if spec.threads else []
+    command += ["--image", str(spec.image or 0), *(["--threads", str(spec.threads)] if spec.threads else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -312,7 +356,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 def entry(engine: Engine, verified: dict[str, Any] | None, records: list[dict[str, Any]], evals: list[dict[str, Any]], gate: Mapping[str, Any] | None) -> dict[str, Any]:
     manifest = store.read_manifest(engine.path)
     return {"name": engine.name, "target": engine.target, "precision": engine.precision, "path": str(engine.path), "bytes": store.size_of(manifest),
-            "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name), "stages": []}
+            "manifest": manifest, "verify": verified, "records": records, "evals": evals, "gate": part_of(gate, engine.name),
+            "stages": verified.get("stages", []) if verified else []}
 
 
 def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str, Any] | None], records: list[list[dict[str, Any]]]) -> list[str]:
@@ -326,6 +371,7 @@ def not_measured(recipe: Recipe, engines: list[Engine], verified: list[dict[str,
     missing += [f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was measured; parity is that of {e.stand_in}." for e in engines if e.stand_in]
     missing += [f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured." for e in engines if e.random_weights]
     missing += [] if recipe.verify else ["Engines were not verified against their source (no verify: in the recipe)."]
+    missing += ["Engines that see were not shown images in verification (images: 0)."] if recipe.verify and not recipe.verify.images and any(e.vision for e in engines) else []
     missing += [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]
     missing += [] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
     missing += ["Whether an engine is not worse was not judged (no margin: in the recipe's eval)."] if recipe.eval and recipe.eval.margin is None else []

@@ -140,7 +140,7 @@ def child() -> None:
 
 def bench_afresh(engine: Path, plan: BenchSpec, wait: str, as_json: bool) -> NoReturn:
     """Replace this process by `edgemed bench ENGINE`: how threads wait is read when a runtime is loaded, and making an engine loads much."""
-    command = ["bench", str(engine), "--generate", str(plan.generate), "--runs", str(plan.runs), *(["--json"] if as_json else [])]
+    command = ["bench", str(engine), "--generate", str(plan.generate), "--runs", str(plan.runs), "--image", str(plan.image or 0), *(["--json"] if as_json else [])]
     command += [part for length in plan.prompt for part in ("--prompt", str(length))] + (["--threads", str(plan.threads)] if plan.threads else [])
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "edgemed", *command], environment(wait))

@@ -68,7 +68,7 @@ class StandIn:
 
 
 def started(file: Path, wide: bool, threads: int | None, integers: bool = False) -> Any:
-    """An ONNX Runtime session over one graph. wide: it holds bfloat16; integers: it may hold products of integers. Raises EdgemedError where it cannot be loaded."""
+    """An ONNX Runtime session over a graph. wide: it holds bfloat16; integers: products of 8-bit integers. Raises EdgemedError where it cannot be loaded."""
     ort = need("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -77,8 +77,7 @@ def started(file: Path, wide: bool, threads: int | None, integers: bool = False)
     # ONNX Runtime fuses DequantizeLinear + MatMul and would round activations to int8, which TensorRT does not.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if integers:
-        # On x86 CPUs without VNNI sums of 8-bit products overflow; with this they take a slower way that does not. It gives int8 weights of
-        # DequantizeLinear a zero point that onnxruntime 1.32 then refuses, so the plain dialect's graphs, whose products are of floats, go without.
+        # On x86 CPUs without VNNI sums of 8-bit products overflow; with this they take a slower way that does not.
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(widened(file) if wide else str(file), options, providers=["CPUExecutionProvider"])

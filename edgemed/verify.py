@@ -1,4 +1,4 @@
-"""Does the engine say what its float32 source says? Divergence, agreement and greedy answers on held-out text.
+"""Does the engine say what its float32 source says? Divergence, agreement and greedy answers on held-out text, and on images where it sees.
 
 It needs only a running engine and the reference answers that travel inside it, so the same check runs where the engine was
 built and on the device. An engine that fails it is not benchmarked.
@@ -17,6 +17,8 @@ from edgemed.engine import Engine
 from edgemed.errors import EdgemedError
 from edgemed.reference import Reference
 from edgemed.session import Sampling, Session, generate, log_softmax
+from edgemed.stages import problems as stage_problems
+from edgemed.stages import stages
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,24 @@ class Limits:
 
 
 def verify(engine: Engine, reference: Reference, limits: Limits, threads: int | None = None) -> dict[str, Any]:
-    """Compare an engine with the reference answers; see the keys of the result for what is measured.
+    """Compare an engine with the reference answers; see the keys of the result for what is measured ('stages' only for engines that see).
 
-    Raises EdgemedError where the reference does not belong to this engine's vocabulary.
+    Raises EdgemedError where the reference does not belong to this engine's vocabulary, or shows no images to an engine that sees.
     """
     if reference.logits.shape[-1] != engine.width:
         raise EdgemedError(f"{engine.path}: the engine gives {engine.width} scores, its reference {reference.logits.shape[-1]}", "Export the engine again")
+    if engine.vision and reference.images is None:
+        raise EdgemedError(f"{engine.path} sees, and its reference answers say nothing about images (an earlier edgemed made them)", "Export the engine again")
     session = engine.open(threads)
     try:
         measured = compare(session, reference)
         if engine.head == "lm":
             measured |= greedy(session, reference)
+        if engine.vision:
+            measured["stages"] = stages(engine, session, reference.images, exact_error(engine), limits.max_kl, limits.min_top1, threads)
     finally:
         session.close()
-    problems = judge(engine, measured, limits)
+    problems = judge(engine, measured, limits) + stage_problems(measured.get("stages", []))
     return {
         "engine": engine.name, "engine_key": engine.key, "prompts": len(reference.windows), "reference": reference.digest(), "ran_on": engine.stand_in or engine.target, **measured,
         "limits": {"max_kl": limits.max_kl, "min_top1": limits.min_top1, "max_logit_error": exact_error(engine)}, "passed": not problems, "problems": problems,

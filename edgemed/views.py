@@ -18,6 +18,9 @@ Json = Mapping[str, Any]
 # Shown in columns of their own; a record of any other name goes into the table of further measurements.
 NAMED = {"load_seconds", "first_token_seconds", "prefill_tokens_per_second", "step_milliseconds", "decode_tokens_per_second", "peak_memory_bytes",
          "file_bytes", "bandwidth_gb_s", "ceiling_tokens_per_second", "ceiling_share"}
+# Of a question about an image, in the order of its table.
+IMAGE = {"image_preprocess_seconds": "Preparing", "image_tower_seconds": "Tower", "image_projector_seconds": "Projector", "image_prefill_seconds": "Prompt reading",
+         "image_first_token_seconds": "First token", "image_second_question_seconds": "Second question", "image_load_seconds": "Loading the tower"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
         "summary": rows, "conclusion": summary.conclusion(rows), "headline": headline(engines, len(machines) == 1, len(several) == 1),
         "random_weights": any(run.document["source"]["random_weights"] for run in runs),
         "not_measured": [(run.label, sentence) for run in runs for sentence in run.document["not_measured"]],
-        "targets": list(dict.fromkeys(target_name(run.document) for run in runs)),
+        "image_columns": IMAGE, "targets": list(dict.fromkeys(target_name(run.document) for run in runs)),
     }
 
 
@@ -82,7 +85,8 @@ def engine_view(engine: Json, run: Run, known: set[str]) -> dict[str, Any]:
         "machine": machine_name(records[-1]["machine"]) if records else None, "source_key": lineage.source_of(engine["manifest"], known),
         # Several strategies on one task: the first, which is the one the gate judges, stands for it.
         "results": {result["task_key"]: result for result in reversed(engine["evals"])},
-        "best": set(), "bars": {}, "further": [record for record in records if record["name"] not in NAMED],
+        "best": set(), "bars": {}, "further": [record for record in records if record["name"] not in (*NAMED, *IMAGE)],
+        "image": {name: values[name] for name in IMAGE if name in values},
         # Weights that fit the cache are not read from memory for every token, so the memory's ceiling does not bound them.
         "cached": ceiling is not None and ceiling["how"]["bytes_per_token"] < ceiling["machine"].get("cache_bytes", 0),
         "room": summary.usable_bytes(run.document["device"], records[-1]["machine"]) if records and summary.shares_memory(run.document["device"]) else None,

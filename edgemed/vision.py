@@ -1,8 +1,7 @@
 """The vision tower of an engine on the device: images in, features out, each image computed once and kept.
 
 It runs the engine's two vision graphs with ONNX Runtime whatever runtime the text decoder has, so an image means the same to every engine made from
-one checkpoint; an engine that was compiled on its device has them compiled there too, and where one was exported for other eyes, eyes_of opens those.
-Needs no torch.
+one checkpoint; an engine that was compiled on its device has them compiled there too. Needs no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def eyes_of(engine: Engine, threads: int | None = None) -> VisionSession | MtmdEyes:
-    """The eyes an engine was exported with. threads: None for as many as the runtime takes. Raises EdgemedError where it reads text only or its files do not load."""
+    """The eyes an engine was exported with, on the runtime it has here. threads: None for as many as the runtime takes.
+
+    Raises EdgemedError where it reads text only or its files do not load.
+    """
     return MtmdEyes(engine, threads) if engine.params.get("vision") == "mtmd" else VisionSession(engine, threads)
 
 
@@ -37,8 +39,8 @@ class OrtGraphs:
     """tower.onnx and projector.onnx of an engine on ONNX Runtime's CPU."""
 
     def __init__(self, engine: Engine, threads: int | None):
-        wide = engine.params.get("tower") == "bf16"
-        self.sessions = {name: started(engine.path / f"{name}.onnx", wide, threads, integers=not engine.unbuilt) for name in ("tower", "projector")}
+        tower = engine.params.get("tower")
+        self.sessions = {name: started(engine.path / f"{name}.onnx", tower == "bf16", threads, tower == "w8a8") for name in ("tower", "projector")}
 
     def run(self, name: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """The output of one graph, float32."""

@@ -16,9 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, EOS, CONTEXT = 288, 256, 192
+IMAGE = 260  # the image token of the tiny model that sees
 # Not copied from the family's own numbers: head sizes, context and layers small enough for a second per test.
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128, "max_position_embeddings": CONTEXT,
-        "partial_rotary_factor": 0.5, "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2, "seq_length": CONTEXT, "kv_channels": 32}
+        "partial_rotary_factor": 0.5, "image_token_id": IMAGE, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2, "seq_length": CONTEXT, "kv_channels": 32}
 
 TINY_CLIP = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96, "patch_size": 14, "image_size": 56, "projection_dim": 16}
 
@@ -114,6 +115,20 @@ def rewrite(model: Path, out: Path, change) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     return write_model(tmp_path_factory.mktemp("shared") / "model")
+
+
+@pytest.fixture(scope="session")
+def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that sees, with room for an image of its largest size."""
+    pytest.importorskip("torch")
+    from tokenizers import Tokenizer
+
+    path = write_model(tmp_path_factory.mktemp("sees") / "model", family="qwen2_vl", max_position_embeddings=1024)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    assert tokenizer.token_to_id("<|image_pad|>") == IMAGE
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -91,6 +91,19 @@ def verified(passed: bool = True, kl: float = 0.00231, top1: float = 0.9512, exa
     }
 
 
+def staged(entry: dict, wrong: str = "") -> None:
+    """Make an engine of a document one that sees: parity in stages, of which `wrong` fails, and a question about an image."""
+    rows = (("pixels", 0.0, 1e-5), ("tower", 3.1e-6, 1e-4), ("projector", 2.2e-6, 1e-4), ("decoder", 4.1e-5, 1e-3), ("end to end", 0.0, 0.0))
+    entry["stages"] = [{"stage": name, "error": 2 * limit + 0.5 if name == wrong else error, "limit": limit, "passed": name != wrong, "how": f"what was compared of the {name} on 10 images"}
+                       for name, error, limit in rows]
+    entry["verify"]["stages"] = copy.deepcopy(entry["stages"])
+    entry["verify"]["passed"] = not wrong
+    names = {"preprocess": 0.006, "tower": 0.41, "projector": 0.02, "prefill": 0.35, "first_token": 0.786, "second_question": 0.351}
+    how = {"image": 448, "features": 256, "tokens": 288}
+    entry["records"] += [record(f"image_{name}_seconds", [x, 1.1 * x, 0.9 * x], "s", entry["manifest"]["key"], **how) for name, x in names.items()]
+    entry["records"].append(record("image_load_seconds", [0.9], "s", entry["manifest"]["key"], **how))
+
+
 def scored(answer: int, options: int, sure: float, draw: random.Random) -> list[float]:
     scores = [draw.gauss(0, 0.7) for _ in range(options)]
     scores[answer] = max(scores) + abs(draw.gauss(sure, 0.8))

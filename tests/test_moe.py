@@ -17,7 +17,7 @@ pytest.importorskip("onnx")
 import onnx  # noqa: E402
 
 from edgemed import facts, plugins  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
+from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from edgemed.decoder import TorchSession, logits, mlp  # noqa: E402
 from edgemed.engine import Engine, export  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
@@ -25,7 +25,9 @@ from edgemed.family import Decoder, Experts  # noqa: E402
 from edgemed.importance import importance  # noqa: E402
 from edgemed.session import Sampling, generate  # noqa: E402
 from edgemed.steps import quantize  # noqa: E402
+from edgemed.tower import TorchEyes  # noqa: E402
 from edgemed.trt_parser import nested  # noqa: E402
+from edgemed.vision import VisionSession  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
 ORACLES = ROOT / "tests" / "data" / "moe"
@@ -330,3 +332,79 @@ def test_an_expert_that_nobody_chose_is_not_computed(tinymed: Path, tmp_path: Pa
     events = json.loads(Path(session.end_profiling()).read_text())
     ran = [event["name"] for event in events if event.get("args", {}).get("op_name") == "MatMulNBits" and ".experts." in event["name"] and "kernel_time" in event["name"]]
     assert len(ran) == 2 * 2 * len(d.experts.layers), ran
+
+
+# --- llama.cpp
+
+def gguf(checkpoint: Checkpoint, out: Path, **values: object) -> Engine:
+    return export(checkpoint, "llamacpp", plugins.load("targets", "llamacpp").Params(**values), out)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("moe-tinymed", {}), ("moe-tinymed", {"model_type": "llava_stablelm"}), ("moe-tinymed-phi", {"model_type": "llava_phi"})])
+def test_stock_llamacpp_computes_what_it_has_a_graph_for(name: str, changes: dict, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    checkpoint = open_checkpoint(write(tmp_path / "model", name, **changes))
+    right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+    assert np.abs(scores(gguf(checkpoint, tmp_path / "f32", type="f32")) - right).max() < 5e-3  # ggml reads GELU from a float16 table
+    for wanted in ("q8_0", "q4_k_m"):
+        found = scores(gguf(checkpoint, tmp_path / wanted, type=wanted))
+        # A token whose experts are close may go to another one.
+        assert np.median(np.abs(found - right)) < {"q8_0": 0.1, "q4_k_m": 0.8}[wanted]
+
+
+def test_the_gguf_equals_llama_quantizes(tinymed: Path, tmp_path: Path) -> None:
+    llama = pytest.importorskip("llama_cpp").llama_cpp
+    from gguf import GGUFReader
+
+    checkpoint = open_checkpoint(tinymed)
+    source = gguf(checkpoint, tmp_path / "f32", type="f32").path / "model.gguf"
+    for wanted, number in (("q8_0", llama.LLAMA_FTYPE_MOSTLY_Q8_0), ("q4_k_m", llama.LLAMA_FTYPE_MOSTLY_Q4_K_M)):
+        params, theirs = llama.llama_model_quantize_default_params(), tmp_path / f"{wanted}.gguf"
+        params.ftype, params.nthread = number, 1
+        assert llama.llama_model_quantize(str(source).encode(), str(theirs).encode(), params) == 0
+        ours = {t.name: t for t in GGUFReader(gguf(checkpoint, tmp_path / wanted, type=wanted).path / "model.gguf").tensors}
+        for tensor in GGUFReader(theirs).tensors:
+            assert ours[tensor.name].tensor_type == tensor.tensor_type and np.array_equal(ours[tensor.name].data, tensor.data), tensor.name
+
+
+def test_every_expert_has_its_own_importance(tinymed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    checkpoint = open_checkpoint(tinymed)
+    for kind, imatrix in (("plain", None), ("weighted", card(tmp_path))):
+        engine = gguf(checkpoint, tmp_path / kind, type="q4_k_m", imatrix=imatrix, samples=2, length=40)
+        right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+        assert np.median(np.abs(scores(engine) - right)) < 0.8
+    plain, weighted = ((tmp_path / kind / "model.gguf").read_bytes() for kind in ("plain", "weighted"))
+    assert len(plain) == len(weighted) and plain != weighted
+
+
+@pytest.mark.parametrize(("name", "reason"), [("med-moe", "phimoe graph divides the chosen gates by their sum and has no expert that every token uses"),
+                                              ("moe-tinymed-phi", "attention and experts reading the same norm, experts that are not gated"), ("moe-llava-qwen", "no graph of this mixture of experts; use onnx")])
+def test_what_llamacpp_has_no_graph_for(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(EdgemedError, match=reason):
+        gguf(open_checkpoint(write(tmp_path / "model", name)), tmp_path / "engine", type="q8_0")
+
+
+def test_integers_cannot_be_carried_through_the_mean(tinymed: Path, tmp_path: Path) -> None:
+    quantized(tinymed, tmp_path / "packed", method="rtn", group=32)
+    with pytest.raises(EdgemedError, match="mean taken out, which other integers hold"):
+        gguf(open_checkpoint(tmp_path / "packed"), tmp_path / "engine", from_checkpoint=True)
+
+
+# --- images
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt", "llamacpp"])
+def test_a_question_about_an_image(tinymed: Path, tmp_path: Path, target: str) -> None:
+    """Tower, projector and splice of each engine against the torch tower and decoder."""
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip({"onnx": "onnxruntime", "tensorrt": "onnxruntime", "llamacpp": "llama_cpp"}[target])
+    module, checkpoint = plugins.load("targets", target), open_checkpoint(tinymed)
+    params = module.Params(type="f32") if target == "llamacpp" else module.Params(precision="fp32", tower="fp32")
+    engine, weights = export(checkpoint, target, params, tmp_path / "engine"), Weights(checkpoint)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 50, 3), dtype=np.uint8))
+    prompt, found = [*IDS[:6], weights.vision.token, *IDS[6:12]], []
+    for eyes, session in ((TorchEyes(weights), TorchSession(weights)), (VisionSession(engine, 1), engine.open(1))):
+        ids, pictures = eyes.see(prompt, [picture])
+        assert len(ids) == 12 + (weights.vision.size // weights.vision.patch) ** 2
+        found.append([session.prefill(ids, every=True, pictures=pictures).copy(), session.step(IDS[12]).copy()])
+    assert np.abs(found[0][0] - found[1][0]).max() < 1e-3 and np.abs(found[0][1] - found[1][1]).max() < 1e-3

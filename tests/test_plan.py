@@ -229,7 +229,7 @@ def test_images_cost_tower_tokens_and_time():
 
 
 def test_a_vision_tower_is_counted_once():
-    weights = plan.weights_of(seeing())
+    weights = plan.weights_of("random:qwen2_vl")
     size, d = engine_bytes(weights, "onnx", "int4"), dimensions(weights)
     tower = sum(n for name, (_, n, _) in sizes(weights).items() if name.startswith("vision.") and ".spare." not in name)
     assert size.tower == pytest.approx(4 * tower, rel=0.01) and d.vision.weights == pytest.approx(tower, rel=0.01)

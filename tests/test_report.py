@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from report_documents import FLOATS, TASKS, document, records, verified
+from report_documents import FLOATS, TASKS, document, records, staged, verified
 
 from edgemed.device import read_device
 from edgemed.errors import EdgemedError
@@ -175,10 +175,20 @@ def test_what_is_not_there_leaves_a_whole_page(run, change):
             assert widths[i] == widths[i - 1], f"a row has other cells than the one before: {line[:90]}"
 
 
-def test_stages_are_shown(run):
-    run["engines"][1]["stages"] = [{"stage": "projector", "error": 2e-3, "limit": 1e-4, "passed": False, "how": "exact tower output"}]
+def test_stages_and_a_question_about_an_image_are_shown(run):
+    assert "Stage by stage" not in read(render(run)) and "question about an image" not in render(run) + markdown(run)
+    staged(run["engines"][0])
+    for shown in (read(render(run)), markdown(run).replace("\u00a0", " ")):
+        assert "of the projector on 10 images" in shown and "of the end to end on 10 images" in shown
+        assert "question about an image" in shown and "448 × 448" in shown and "256 of 288 tokens" in shown and "786 ms" in shown and "351 ms" in shown
+        assert "image tower seconds" not in shown, "in a table of its own"
+
+
+def test_a_failed_stage_hides_the_speed(run):
+    staged(run["engines"][0], wrong="tower")
     text = read(render(run))
-    assert "Stage by stage" in text and "projector" in text and "exact tower output" in text and "projector" in markdown(run)
+    row = text[text.index("Stage by stage") :]
+    assert "failed" in row[: row.index("of the projector on")] and "question about an image" not in text and "parity failed" in text
 
 
 def test_a_head_without_decoding(run):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_model
+from conftest import IMAGE
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -22,7 +22,6 @@ from edgemed.session import Pictures  # noqa: E402
 from edgemed.strategy import Settings  # noqa: E402
 from edgemed.task import Questions, questions  # noqa: E402
 
-IMAGE = 260  # the image token of the tests' tiny model
 ROW = {"id": "1", "image": "a.png", "question": "Which organ?", "options": ["Liver", "Heart"], "answer": 1, "kind": "organ", "modality": "drawing"}
 
 
@@ -207,19 +206,6 @@ def test_what_two_prompts_share() -> None:
 
 
 # --- a model that sees
-
-@pytest.fixture(scope="module")
-def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("torch")
-    from tokenizers import Tokenizer
-
-    path = write_model(tmp_path_factory.mktemp("sees") / "model", family="qwen2_vl", max_position_embeddings=1024)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
-    assert tokenizer.token_to_id("<|image_pad|>") == IMAGE
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
-
 
 @pytest.fixture(scope="module")
 def engine(sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -30,9 +30,8 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def pack(name: str, images: dict[str, bytes]) -> Path:
-    """<name>.zip with these members, the same bytes every time."""
-    file = SAMPLES / f"{name}.zip"
+def pack(file: Path, images: dict[str, bytes]) -> Path:
+    """A zip file with these members, the same bytes every time."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for member, content in sorted(images.items()):
             archive.writestr(zipfile.ZipInfo(member, (1980, 1, 1, 0, 0, 0)), content)
@@ -43,7 +42,7 @@ def save(name: str, rows: list[Row], images: dict[str, bytes], facts: Row) -> No
     """Sample, images and card."""
     file = SAMPLES / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    archive = pack(name, images)
+    archive = pack(SAMPLES / f"{name}.zip", images)
     described = {"file": archive.name, "n": len(images), "bytes": archive.stat().st_size, "sha256": sha256(archive)}
     card = {"name": name, **facts, "n": len(rows), "sha256": sha256(file), "images": described, "contains_phi": False}
     (SAMPLES / f"{name}.card.yaml").write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8")
@@ -99,17 +98,43 @@ def vqa_rad(data: Path) -> None:
     of = {split: [row["qid"] for row in mixed if row[split] == "test"][:200] for split in ("split", "image_disjoint_split")}
     kept = {qid for part in of.values() for qid in part}
     sample = [row for row in mixed if row["qid"] in kept]
-    images = {}
-    for name in sorted({row["image"] for row in sample}):
-        image = Image.open(folder / "images" / name)
-        image = image if image.mode == "L" else image.convert("RGB")
-        image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-        images[name] = encoded(image, "JPEG", quality=QUALITY)
+    images = {name: thumbnail(folder / "images" / name) for name in sorted({row["image"] for row in sample})}
     save("vqa_rad", sample, images, {
         "source": "VQA-RAD, Lau et al., Sci Data 2018 (osf.io/89kps; images from MedPix); copy from Nana2929/Medical-VQA, commit d24e3110815f", "url": "https://osf.io/89kps", "licence": "CC0-1.0",
         "split": "official test (451) and the test part of a split without shared images (716)", "whole_set": whole(data, "vqa/vqa_rad/vqa_rad.jsonl", len(rows)),
         "changes": f"questions about 100 seeded images; images reduced to at most {SIDE} pixels, JPEG quality {QUALITY}: published numbers are made on the full images; image_disjoint_split added",
     })
+
+
+def shown_in_verify(data: Path) -> None:
+    """calibration/vqa-rad-images: the images engines that see are verified on, none of them in a test part of any split; one question about each."""
+    folder, out = data / "vqa" / "vqa_rad", PROJECT / "calibration" / "vqa-rad-images"
+    rows = [json.loads(line) for line in (folder / "vqa_rad.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = {row["image"] for row in rows if "test" in (row["split"], row["image_disjoint_split"])}
+    generator = random.Random(f"{SEED} verify")
+    apart = [row for row in rows if row["image"] not in asked]
+    chosen = []
+    for organ, count in (("HEAD", 4), ("CHEST", 3), ("ABD", 3)):
+        names = sorted({row["image"] for row in apart if row["organ"] == organ})
+        chosen += [generator.choice([row for row in apart if row["image"] == name]) for name in generator.sample(names, count)]
+    out.mkdir(exist_ok=True)
+    rows = [{"id": str(row["qid"]), "image": row["image"], "question": row["question"]} for row in generator.sample(chosen, len(chosen))]
+    (out / "heldout.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    pack(out / "images.zip", {row["image"]: thumbnail(folder / "images" / row["image"]) for row in rows})
+    files = {split: {"file": file, "sha256": sha256(out / file), "n": len(rows)} for split, file in (("heldout", "heldout.jsonl"), ("images", "images.zip"))}
+    card = {
+        "name": out.name, "description": "Ten radiographs, CT and MR slices with one question each, shown to engines that see when they are verified. The official train split, none of them in a test part.",
+        "source": "VQA-RAD, Lau et al., Sci Data 2018 (osf.io/89kps; images from MedPix); copy from Nana2929/Medical-VQA, commit d24e3110815f", "url": "https://osf.io/89kps", "licence": "CC0-1.0",
+        "language": "en", "contains_phi": False, "changes": f"images reduced to at most {SIDE} pixels, JPEG quality {QUALITY}", "files": files,
+    }
+    (out / "card.yaml").write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8")
+
+
+def thumbnail(file: Path) -> bytes:
+    image = Image.open(file)
+    image = image if image.mode == "L" else image.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return encoded(image, "JPEG", quality=QUALITY)
 
 
 def drawn(colour: str, shape: str) -> bytes:

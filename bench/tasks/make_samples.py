@@ -223,6 +223,7 @@ def main() -> None:
     section()
     image_samples.cells(arguments.data)
     image_samples.vqa_rad(arguments.data)
+    image_samples.shown_in_verify(arguments.data)
     image_samples.synthetic()
     for name in LICENCES:
         shutil.copyfile(arguments.data / "LICENSES" / name, PROJECT / "LICENSES" / name)

@@ -129,7 +129,7 @@ def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
     for name, part in parts.items():
         layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
         if not d.sparse(layer) or not name.endswith((".up", ".down")):
-            found[name] = replace(part, bias=False) if name == "lm_head" else part  # Phi's has a bias, in these models none
+            found[name] = part
             continue
         stem, _, last = name.rpartition(".")
         if last == "up":
@@ -147,7 +147,11 @@ def variant(config: Mapping[str, Any]) -> Family:
     def parts(d: Decoder) -> dict[str, Part]:
         return with_experts(d, text.parts(d) if text else qwen_parts(d))
 
-    return replace(FAMILY, parts=parts, gguf_arch=text.gguf_arch if text else "qwen", gguf_pre=text.gguf_pre if text else "qwen2")
+    arch, pre = (text.gguf_arch, text.gguf_pre) if text else ("", "qwen2")
+    if config["model_type"].startswith("moe_"):
+        # The one graph of llama.cpp with attention, positions and gated experts like these; it has RMS norms.
+        arch = "phimoe" if base == "stablelm" else ""
+    return replace(FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe")
 
 
 def parts(d: Decoder) -> dict[str, Part]:
@@ -204,8 +208,9 @@ FAMILY = Family(
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
     folded=dict,
-    gguf_arch="stablelm",
+    gguf_arch="phimoe",
     gguf_pre="stablelm2",
+    gguf_centred=True,
     reference_name="moe-tinymed",
     reference_config=TINYMED,
     other_references={

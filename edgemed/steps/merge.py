@@ -6,12 +6,10 @@ before anything is written and once more from what was written.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +18,7 @@ from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
 from edgemed.console import track
 from edgemed.decoder import logits
 from edgemed.errors import EdgemedError, need, nearest
+from edgemed.quiet import quiet_and_offline
 from edgemed.store import file_sha256
 from edgemed.weights import Weights
 
@@ -62,7 +61,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     for name in track(list(checkpoint.tensors), "check the base model"):
         checkpoint.read(name)
     adapter, tensors = _adapter_config(params.adapter), _adapter_tensors(params.adapter)
-    with _quiet_and_offline(), torch.inference_mode():
+    with quiet_and_offline(), torch.inference_mode():
         model = _apply(_load_base(weights, adapter, tensors), adapter, tensors, checkpoint)
         tokens = _windows(weights)
         expected = _scores(model, tokens)
@@ -135,28 +134,6 @@ def _adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
         if not torch.isfinite(tensor).all():
             raise EdgemedError(f"{file.name}: tensor '{name}' holds NaN or Inf", "The adapter is damaged; do not deploy it")
     return tensors
-
-
-@contextlib.contextmanager
-def _quiet_and_offline() -> Iterator[None]:
-    """Neither transformers nor peft may reach a hub, print progress or warn about what is checked here anyway."""
-    hub, transformers_logging = need("huggingface_hub", "build"), need("transformers.utils.logging", "build")
-    was, bars = hub.constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("transformers", "peft")}
-    hub.constants.HF_HUB_OFFLINE = True
-    transformers_logging.disable_progress_bar()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hub.constants.HF_HUB_OFFLINE = was
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _load_base(weights: Weights, adapter: Any, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:

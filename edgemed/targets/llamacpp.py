@@ -23,7 +23,7 @@ from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
-from edgemed.gguf_layout import ROPE, Place, Reader, layout, rescaled
+from edgemed.gguf_layout import ROPE, Centred, Place, Reader, layout, rescaled
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
 from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import FILE, HEAD, LlamaSession
@@ -99,6 +99,8 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this model the exact one"
     if rescaled(d) is not None and not weights.family.gguf_interleaved:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
+    if reason := _no_mixture(weights):
+        return reason
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
@@ -107,14 +109,28 @@ def supports(weights: Weights, params: Params) -> str | None:
         return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
     if params.from_checkpoint and weights.quantization["bits"] not in (4, 8):
         return f"from_checkpoint carries 4 and 8 bits, this checkpoint has {weights.quantization['bits']}"
+    if params.from_checkpoint and weights.family.gguf_centred:
+        return f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their mean taken out, which other integers hold; leave from_checkpoint out"
     if params.from_checkpoint and params.imatrix:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
     return None
 
 
+def _no_mixture(weights: Weights) -> str | None:
+    """Why no graph of llama.cpp computes this model's mixture of experts, or None."""
+    d, arch = weights.source, weights.family.gguf_arch
+    if not arch:
+        odd = [what for what, there in (("attention and experts reading the same norm", d.parallel), ("experts that are not gated", not d.gated)) if there]
+        return f"llama.cpp has no graph of this mixture of experts{' (' + ', '.join(odd) + ')' if odd else ''}; use onnx"
+    if d.experts and not (weights.family.gguf_centred and d.experts.renormalised and not d.experts.shared):
+        return f"llama.cpp's {arch} graph divides the chosen gates by their sum and has no expert that every token uses, unlike this model; use onnx"
+    return None
+
+
 def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
-    folded = type(weights)(weights.checkpoint, fold=True)  # read anew: `weights` may be unfolded
+    centred = weights.family.gguf_centred
+    folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True)  # read anew: `weights` may be unfolded
     columns = _importance(folded, params)
     tensors, fallbacks = plan(folded, params, columns)
     gguf_file.write(out / FILE, folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), tensors)
@@ -124,14 +140,18 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
     seen = build_eyes(weights, out, params) if weights.vision else {}
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
+    share = weights.source.experts.active / weights.source.experts.count if weights.source.experts else 1
     carried = gguf_file.carried_type(weights.quantization["bits"]) if params.from_checkpoint else None
     notes = {
         "precision": f"{carried} carried" if carried else file_type(params).upper(),
-        "bytes_per_token": sum(t.nbytes for t in tensors if t.name not in looked_up),
+        "bytes_per_token": round(sum(t.nbytes * (share if "_exps." in t.name else 1) for t in tensors if t.name not in looked_up)),
         "context": params.context or weights.decoder.context,
         "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks, **seen,
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
+    if centred:
+        notes["centred"] = True
+        notes["construction"] = "the mean is taken out of everything added to the residual stream, so that RMS norms do; dense layers are equal experts behind a router of zeros"
     return notes | ({"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {})
 
 
@@ -158,7 +178,7 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) ->
         places["output.weight"] = Place("lm_head", parts["lm_head"].shape)
     shapes = {t: place.shape for t, place in places.items()}
     types, fallbacks = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads, bool(columns)), wanted)
-    packed = {t for t, p in places.items() if params.from_checkpoint and t.endswith("weight") and parts[p.part].kind == "matrix" and p.part != "lm_head"}
+    packed = {t for t, p in places.items() if params.from_checkpoint and t.endswith("weight") and p.part and parts[p.part].kind == "matrix" and p.part != "lm_head"}
     if apart:
         types["token_embd.weight"] = "F16"
     if packed:
@@ -171,12 +191,16 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray]) ->
     tensors = [
         gguf_file.Tensor(
             t, place.shape, types[t], partial(reader.read, place, t.endswith("bias"), t in packed), t in packed,
-            columns.get(place.part) if t.endswith("weight") else None,
+            _columns(columns, place) if t.endswith("weight") else None,
         )
         for t, place in places.items()
     ]
     factors = rescaled(d)
     return ([gguf_file.Tensor(ROPE, factors.shape, "F32", lambda: factors)] if factors is not None else []) + tensors, fallbacks
+
+
+def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | None:
+    return np.stack([columns[part] for part in place.stack]) if place.stack and columns else columns.get(place.part)
 
 
 def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
@@ -199,7 +223,8 @@ def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
 def describe(writer: Any, weights: Weights, wanted: str) -> None:
     """GGUF metadata: the graph's numbers and the tokenizer."""
     checkpoint = weights.checkpoint
-    gguf_file.describe_decoder(writer, weights.decoder, FILE_TYPES[wanted][0], str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
+    d = replace(weights.decoder, norm="rmsnorm") if weights.family.gguf_centred else weights.decoder
+    gguf_file.describe_decoder(writer, d, FILE_TYPES[wanted][0], str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
     if checkpoint.random_weights:
         # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
         if weights.vision:
@@ -207,7 +232,6 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
         else:
             writer.add_tokenizer_model("no_vocab")
         return
-    d = weights.decoder
     gguf_file.describe_tokenizer(writer, open_tokenizer(checkpoint.path, d.vocab), d.vocab, weights.family.gguf_pre, str(checkpoint.path))
     if d.eos is not None:
         writer.add_eos_token_id(d.eos)

@@ -1,0 +1,94 @@
+"""Rows of questions about images as windows a student can learn from: tokens, which of them count, and what the images became.
+
+Vision tower and projector are not trained, so every image is looked at once and its features are kept in memory for the whole course.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemed import store
+from edgemed.console import track
+from edgemed.data import read_card, read_jsonl
+from edgemed.errors import EdgemedError, need
+from edgemed.image_files import Album
+from edgemed.images import prompt_tokens
+from edgemed.tokenizer import encode, open_tokenizer
+from edgemed.tower import TorchEyes
+from edgemed.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # transformers' label of a token that is not counted
+
+
+@dataclass(frozen=True)
+class Sights:
+    """What the images of each window became. features: float32 [n, hidden] per window, for its tokens `token`, in order; positions int64 [windows, parts, length]."""
+
+    features: tuple[np.ndarray, ...]
+    positions: np.ndarray
+    token: int
+
+    def of(self, rows: Sequence[int], device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(features of these windows one after the other, positions [parts, rows, length], token)."""
+        torch = need("torch", "build")
+        found = np.concatenate([self.features[row] for row in rows]), self.positions[list(rows)].transpose(1, 0, 2).copy()
+        return *(torch.from_numpy(array).to(device) for array in found), self.token
+
+
+def pictured(name: str) -> list[dict[str, Any]] | None:
+    """Rows {"image" or "images", "question", "answer"} of a .jsonl file, None where its first row names no image.
+
+    Raises EdgemedError naming a row that lacks one of them.
+    """
+    file = read_card(name).file("calibration")
+    rows = read_jsonl(file) if file.suffix == ".jsonl" else []
+    if not rows or not rows[0].keys() & {"image", "images"}:
+        return None
+    for number, row in enumerate(rows, 1):
+        if not images_of(row) or not all(isinstance(row.get(key), str) and row[key] for key in ("question", "answer")):
+            raise EdgemedError(f"{file}: row {number} is no question about an image", 'Rows look like {"id": .., "image": "name.png", "question": .., "answer": ..}')
+    return rows
+
+
+def images_of(row: dict[str, Any]) -> list[str]:
+    names = row.get("images", [row.get("image")])
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def digest(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """sha256 over the images' bytes, in the rows' order. Raises EdgemedError for one that is missing."""
+    album = Album(read_card(name).file("calibration").parent)
+    return store.digest([hashlib.sha256(album.read(image)).hexdigest() for row in rows for image in images_of(row)])
+
+
+def look(weights: Weights, name: str, rows: Sequence[dict[str, Any]], length: int, limit: int) -> tuple[np.ndarray, np.ndarray, Sights]:
+    """(tokens, labels) int64 [rows, length] and the images: one chat turn per row in the model's own form, of which only the answer counts.
+
+    limit: bytes the features may take. Raises EdgemedError for a row longer than `length`, images that take more, or one that cannot be opened.
+    """
+    eyes, tokenizer, album = TorchEyes(weights), open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), Album(read_card(name).file("calibration").parent)
+    eos, features, held = weights.decoder.eos, [], 0
+    tokens, labels, positions = np.full((len(rows), length), eos or 0, np.int64), np.full((len(rows), length), IGNORED, np.int64), np.zeros((len(rows), eyes.parts, length), np.int64)
+    for n, row in enumerate(track(rows, "looks at images")):
+        images = [album.open(image) for image in images_of(row)]
+        answer = encode(tokenizer, row["answer"]) + ([] if eos is None else [eos])
+        whole, seen = eyes.see(prompt_tokens(tokenizer, weights.family.chat(row["question"], len(images), eyes.v.conversation), eyes.v) + answer, images)
+        held += seen.features.nbytes
+        if len(whole) > length:
+            raise EdgemedError(f"distill: {name}: row {n + 1} is {len(whole)} tokens long, length is {length}", "Raise length, or use smaller images")
+        if held > limit:
+            said = f"the image features of {n + 1} rows take {held / 1e6:.1f} MB, cache_limit is {limit / 1e6:.1f} MB"
+            raise EdgemedError(f"distill: {name}: {said}", "Use smaller images or fewer rows, or raise cache_limit")
+        tokens[n, : len(whole)], labels[n, len(whole) - len(answer) : len(whole)] = whole, answer
+        # Behind the last token nothing counts, and nothing before it sees that.
+        positions[n, :, : len(whole)] = seen.positions
+        features.append(np.asarray(seen.features, np.float32))
+    return tokens, labels, Sights(tuple(features), positions, weights.vision.token)

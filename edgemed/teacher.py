@@ -1,0 +1,190 @@
+"""What a student learns from: a teacher's scores, computed as they are needed or kept on disk as its k likeliest tokens, and texts a teacher writes.
+
+The teacher runs through our own decoder, so every family and every quantized checkpoint edgemed reads can teach. What is kept on disk is written in
+whole chunks, so that a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemed import store
+from edgemed.console import say, track
+from edgemed.decoder import TorchSession, block, load_layer, norm, rope_angles, top
+from edgemed.divergence import softened
+from edgemed.divergence import top as likeliest
+from edgemed.errors import EdgemedError, need
+from edgemed.session import Sampling, generate
+from edgemed.tokenizer import encode, open_tokenizer
+from edgemed.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    # (class ids [..., k] or None for the whole vocabulary, log-probabilities [..., classes])
+    Target = tuple[torch.Tensor | None, torch.Tensor]
+
+CHUNK = 16  # windows per file: what a kill can cost
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def number(text: Any, what: str) -> int:
+    """'2GB', '30M' or a plain number as a whole number. Raises EdgemedError where it is none above 0."""
+    said = str(text).strip().upper().replace(" ", "")
+    unit = next((unit for unit in UNITS if said.endswith(unit)), "")
+    try:
+        found = int(float(said.removesuffix(unit)) * UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise EdgemedError(f"distill: {what} '{text}' is not a number", f"For example {what}: {'2GB' if 'cache' in what else '30M'}")
+    return found
+
+
+class Teacher:
+    """A checkpoint's scores for whole windows, float32, with or without the hidden states after chosen layers."""
+
+    def __init__(self, weights: Weights, device: str = "cpu"):
+        """All layers stay in memory where they fit in 60 % of what is free; else each window reads them again."""
+        import psutil
+
+        self.weights, self.d, self.device = weights, weights.decoder, device
+        needed = 4 * sum(math.prod(part.shape) for name, part in weights.parts.items() if name.startswith("layers."))
+        fits = device != "cpu" or needed < 0.6 * psutil.virtual_memory().available
+        self.layers = [self._layer(n) for n in range(self.d.layers)] if fits else None
+        self.embedding = {name: weights.table(name).to(device) for name in ("embed", "positions") if name in weights.parts}
+        final, self.matrix, self.bias = top(weights)
+        self.final = {name: tuple(None if t is None else t.to(device) for t in pair) for name, pair in final.items()}
+        self.matrix, self.bias = self.matrix.to(device), None if self.bias is None else self.bias.to(device)
+
+    def _layer(self, n: int) -> dict[str, Any]:
+        return {name: tuple(None if t is None else t.to(self.device) for t in pair) for name, pair in load_layer(self.weights, n).items()}
+
+    def __call__(self, tokens: torch.Tensor, hidden: Collection[int] = (), pictures: tuple[Any, Any, int] | None = None) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """tokens int64 [batch, tokens] -> scores [batch, tokens, vocab], and {layer: hidden states after it, [batch, tokens, hidden]}.
+
+        pictures: (features, positions, token), as Sights.of gives them, of windows with images.
+        """
+        torch = need("torch", "build")
+        with torch.no_grad(), torch.device(self.device):
+            x, seen = self.embedding["embed"][tokens.to(self.device)], {}
+            x = x + self.embedding["positions"][: tokens.shape[1]] if self.d.positions == "learned" else x
+            angles = [None] * len(x)
+            if pictures:
+                x[tokens.to(self.device) == pictures[2]] = pictures[0].to(self.device)
+                angles = [rope_angles(self.d, row) for row in pictures[1].to(self.device).transpose(0, 1)]
+            for n in range(self.d.layers):
+                layer = self.layers[n] if self.layers else self._layer(n)
+                x = torch.cat([block(self.d, layer, n, row, angles=turned) for row, turned in zip(x.split(1), angles, strict=True)]) if pictures else block(self.d, layer, n, x)
+                if n in hidden:
+                    seen[n] = x
+            return torch.nn.functional.linear(norm(self.d, self.final, "final_norm", x), self.matrix, self.bias), seen
+
+
+class Cache:
+    """A teacher's k likeliest next tokens at every position of a set of windows, on disk, one file per CHUNK windows."""
+
+    def __init__(self, folder: Path, windows: np.ndarray, vocab: int, k: int, temperature: float):
+        """windows int32 [windows, tokens]. vocab: tokens teacher and student share; later rows of the teacher's output matrix are not read."""
+        self.folder, self.windows, self.vocab, self.k, self.temperature = Path(folder), windows, vocab, k, temperature
+        self.entry = np.dtype([("ids", "<u2" if vocab <= 1 << 16 else "<u4", (k,)), ("values", "<f2", (k,)), ("tails", "<f4", (2,))])
+        self.open: dict[int, np.ndarray] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache: tokens * (k * (2 + 2 or 4) + 8), known before anything is computed."""
+        return self.windows.size * self.entry.itemsize
+
+    def fill(self, weights: Weights, limit: int, device: str = "cpu") -> int:
+        """Compute the chunks that are not there yet; returns how many tokens were computed. limit: bytes the cache may take.
+
+        Raises EdgemedError, before anything is computed, where the cache would be larger than `limit` or the disk has no room for it.
+        """
+        torch = need("torch", "build")
+        size, chunks = self.nbytes, range(-(-len(self.windows) // CHUNK))
+        missing = [n for n in chunks if not self._file(n).is_file()]
+        said = f"the teacher's top {self.k} at {self.windows.size:,} positions take {size / 1e6:.1f} MB ({self.entry.itemsize} bytes each)"
+        if size > limit:
+            raise EdgemedError(f"distill: {said}, cache_limit is {limit / 1e6:.1f} MB", "Raise cache_limit, or lower top_k or the amount of text")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        room, missed = shutil.disk_usage(self.folder).free, len(missing) / max(len(chunks), 1) * size
+        if missed > room:
+            raise EdgemedError(f"distill: {said}, and {self.folder.parent} has {room / 1e6:.1f} MB free", "Free space, choose another --work / --out, or lower top_k")
+        if not missing:
+            return 0
+        say(f"{said}; {len(missing)} of {len(chunks)} chunks are to be computed")
+        teacher = Teacher(weights, device)
+        for n in track(missing, "teacher's scores"):
+            rows = self.windows[n * CHUNK : (n + 1) * CHUNK]
+            entries = np.zeros(rows.shape, self.entry)
+            for entry, row in zip(entries, rows, strict=True):
+                scores = teacher(torch.from_numpy(row.astype(np.int64))[None])[0][0, :, : self.vocab]
+                ids, values, tails = likeliest(scores, self.k, self.temperature)
+                entry["ids"], entry["values"], entry["tails"] = ids.cpu().numpy(), values.cpu().numpy(), tails.cpu().numpy()
+            part = self._file(n).with_suffix(".tmp")
+            with open(part, "wb") as handle:
+                np.save(handle, entries)
+            os.replace(part, self._file(n))
+        return sum(self.windows[n * CHUNK : (n + 1) * CHUNK].size for n in missing)
+
+    def _file(self, n: int) -> Path:
+        return self.folder / f"chunk-{n:05d}.npy"
+
+    def read(self, rows: Sequence[int], at_one: bool = False) -> Target:
+        """(ids [rows, tokens, k], log-probabilities [rows, tokens, k + 1]) at the cache's temperature, or at 1."""
+        torch = need("torch", "build")
+        found = []
+        for row in rows:
+            n = int(row) // CHUNK
+            if n not in self.open:
+                self.open[n] = np.load(self._file(n), mmap_mode="r")
+            found.append(np.array(self.open[n][int(row) % CHUNK]))
+        entries = np.stack(found)
+        values, tails = torch.from_numpy(entries["values"].copy()), torch.from_numpy(entries["tails"].copy())
+        return torch.from_numpy(entries["ids"].astype(np.int64)), softened(values, tails, self.temperature, at_one)
+
+
+def written(weights: Weights, texts: Sequence[str], prompt: int, new: int, sampling: Sampling, file: Path) -> list[dict[str, Any]]:
+    """What the teacher writes after the first `prompt` tokens of each text: rows {"prompt", "text", "ended"}, kept in `file` line by line.
+
+    new: tokens at most; ended: the teacher ended its text itself. The seed of row i is sampling.seed + i, so a resumed run writes the same.
+    """
+    rows = _lines(file)
+    if len(rows) < len(texts):
+        d, tokenizer, session = weights.decoder, open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), TorchSession(weights)
+        stop = frozenset() if d.eos is None else frozenset({d.eos})
+        with open(file, "a", encoding="utf-8") as handle:
+            for n in track(range(len(rows), len(texts)), "teacher writes"):
+                begin = encode(tokenizer, texts[n])[:prompt]
+                session.rewind(0)
+                found = list(generate(session, begin, Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed + n, new), stop))
+                row = {"prompt": tokenizer.decode(begin), "text": tokenizer.decode(found), "ended": len(found) < new and len(begin) + len(found) < session.context}
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+                handle.flush()
+                rows.append(row)
+        session.close()
+    return rows
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    # A kill may have cut the last line: it is taken back and written again.
+    if not file.is_file():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+
+
+def key(weights: Weights, facts: Mapping[str, Any]) -> str:
+    """Content key of something a teacher computed: its files and what was asked."""
+    return store.digest({"teacher": weights.checkpoint.hashes(), **facts})[:12]
