@@ -117,7 +117,7 @@ class Blocks(OrtDialect):
             at = f"{name}.slot.{slot}"
             number = graph.constant(f"{at}.number", np.array(slot))
             expert = node("Squeeze", [node("Gather", [chosen, number], f"{at}.expert", axis=2), axes], f"{at}.index")
-            gate = node("Unsqueeze", [node("Gather", [gates, number], f"{at}.gate_of", axis=2), graph.constant(f"{at}.axis", np.array([2]))], f"{at}.gates")
+            gate = node("Squeeze", [node("Gather", [gates, number], f"{at}.gate_of", axis=2), axes], f"{at}.gate")
 
             def product(part: str, x: str, at: str = at, expert: str = expert) -> str:
                 parts = [node("Gather", [table, expert], f"{at}.{part}.{k}", axis=0) for k, table in enumerate(tables[part]) if table]

@@ -21,7 +21,7 @@ from records import paired_ratio, save, spread
 BEFORE, QUESTION = 32, 96  # bytes of text, each a token: a system prompt, and MedVLM-R1's question template is about as long
 MARKER = "<__media__>"
 CONTEXT = 2048
-# Groups of rows that are in memory together: at most about 9 GB.
+# Groups of rows that are in memory together: all of them at once would not fit into 24 GB.
 GROUPS = "onnx-int4,q4_k_m,stock-q4_k_m/q8_0,stock-q8_0/onnx-int4,transformers"
 WARM_UP = (112, 4)  # image side, new tokens of the round that is not counted
 # row -> (engine it runs, its eyes); a stock row runs llama-cpp-python's bindings on the files of that engine

@@ -220,10 +220,14 @@ def library_folder() -> Path:
     return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(runtime().__file__).parent / "lib")
 
 
+def library_name(name: str) -> str:
+    """The file of one of llama.cpp's libraries on this system."""
+    return {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}.get(sys.platform, f"lib{name}.so")
+
+
 def ggml_base() -> ctypes.CDLL:
     """libggml-base with the prototypes used here. Raises EdgemedError where the installed package does not hold it."""
-    name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
-    file = library_folder() / name
+    file = library_folder() / library_name("ggml-base")
     if not file.is_file():
         raise EdgemedError(f"{file} does not exist", "Reinstall llama.cpp: pip install --force-reinstall llama-cpp-python==0.3.36")
     ggml = ctypes.CDLL(str(file))

@@ -45,15 +45,24 @@ class Place:
         return slice(self.start, self.start + self.shape[1 if self.stack else 0])
 
 
+def own_graph(family: Family, d: Decoder) -> bool:
+    """Whether llama.cpp has no graph for this model, so that edgemed drives one of its own on llama.cpp's tensor library (ggml_session.py).
+
+    The graph of a gguf_centred family divides the chosen gates by their sum, and knows no expert that every token uses.
+    """
+    return not family.gguf_arch or bool(d.experts and (not family.gguf_centred or not d.experts.renormalised or d.experts.shared))
+
+
 def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, Place]:
     """tensor -> where it comes from, in the file's order. A tied output matrix and a classification head are not in it.
 
-    Experts of one layer are one tensor. Where the family's graph has experts in every layer (gguf_centred), a dense MLP is written as that many equal ones
+    Experts of one layer are one tensor. Where the graph has experts in every layer (gguf_centred), a dense MLP is written as that many equal ones
     behind a router of zeros: whichever are chosen, renormalised gates give that MLP.
     """
     found: dict[str, Place] = {}
+    centred = family.gguf_centred and not own_graph(family, d)
     for name, part in parts.items():
-        if ".experts." in name or (d.experts and family.gguf_centred and name.startswith("layers.") and name.endswith((".up", ".down"))):
+        if ".experts." in name or (centred and name.startswith("layers.") and name.endswith((".up", ".down"))):
             found |= _stacked(d, name, part)
             continue
         if name == "head" or name.startswith("vision.") or (name == "lm_head" and part.modules == parts["embed"].modules):
@@ -68,7 +77,7 @@ def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, P
             if part.bias:
                 found[f"{stem}.bias"] = Place(name, shape[:1], start, heads)
             start += shape[0]
-        if family.gguf_centred and last in ("o", "lm_head") and not part.bias:
+        if centred and last in ("o", "lm_head") and not part.bias:
             found[f"{stem}.bias"] = Place("", part.shape[:1])  # that graph asks for one
     return found
 

@@ -14,19 +14,20 @@ from typing import Any
 
 from edgemed import bom, card, lineage, plugins, store
 from edgemed.checkpoint import open_checkpoint
-from edgemed.data import card_names, read_card
+from edgemed.data import IMAGES, card_names, read_card
 from edgemed.errors import EdgemedError
 from edgemed.evidence import Evidence, Json, chain, origin, read_evidence
 
 
-def document(directory: Path, source: Json | None, verify: Json | None = None, evals: Sequence[Json] = (), gate: Json | None = None, heldout: str | None = None) -> None:
+def document(directory: Path, source: Json | None, verify: Json | None = None, evals: Sequence[Json] = (), gate: Json | None = None, heldout: str | None = None,
+             images: str | None = None) -> None:
     """Attach all that is known of an engine, replacing what was attached before, and write its card and bill of materials.
 
     source: describe()'s. verify: verify()'s result. evals: evaluation results; their items stay with the run. gate: this engine's part of it.
-    heldout: the text set of the reference answers. Raises EdgemedError where the engine was altered or cannot be written to.
+    heldout, images: the sets of texts and of images of the reference answers. Raises EdgemedError where the engine was altered or cannot be written to.
     """
     manifest = store.read_manifest(directory)
-    sections = {"source": source, "verify": verify, "evals": [summary(result) for result in evals], "gate": gate, "datasets": datasets(manifest, evals, heldout)}
+    sections = {"source": source, "verify": verify, "evals": [summary(result) for result in evals], "gate": gate, "datasets": datasets(manifest, evals, heldout, images)}
     write(directory, sections)
 
 
@@ -85,14 +86,13 @@ def summary(result: Json) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key != "items"}
 
 
-def datasets(manifest: Json, evals: Sequence[Json], heldout: str | None) -> list[dict[str, Any]]:
-    """Every text an engine was calibrated, compared or evaluated on: {name, use, sha256, licence, source, url, split}."""
+def datasets(manifest: Json, evals: Sequence[Json], heldout: str | None, images: str | None = None) -> list[dict[str, Any]]:
+    """Every text and image set an engine was calibrated, compared or evaluated on: {name, use, sha256, licence, source, url, split}."""
     found = []
     for step in chain(manifest):
         # A text set is an input that is one file and was named by a parameter.
         found += [text_set(step["params"][name], "calibration", sha) for name, sha in step["inputs"].items() if isinstance(step["params"].get(name), str)]
-    if heldout:
-        found.append(text_set(heldout, "heldout", read_card(heldout).digest("heldout")))
+    found += [text_set(name, split, read_card(name).digest(split)) for name, split in ((heldout, "heldout"), (images, "images")) if name]
     for name, sha in {(result["task"], result["task_sha256"]): None for result in evals}:
         found.append(task_set(name, sha))
     for name in {result["task"]: None for result in evals if re.search(r"\b(random|nearest)-", result["strategy"])}:
@@ -117,11 +117,11 @@ def task_set(name: str, sha256: str | None) -> dict[str, Any]:
 
 
 def text_set(name: str, split: str, sha256: str) -> dict[str, Any]:
-    """A text set of the data cards; a user's own file is known by its name and hash only."""
+    """A set of the data cards; a user's own file is known by its name and hash only."""
     facts: Mapping[str, Any] = {}
-    if name in card_names():
+    if name in (*card_names(), IMAGES):
         facts = read_card(name).facts
         # A card that has changed since says nothing about the text that was used.
         facts = facts if facts["files"][split]["sha256"] == sha256 else {}
-    use = {"calibration": "calibration", "heldout": "parity"}[split]
+    use = {"calibration": "calibration", "heldout": "parity", "images": "parity"}[split]
     return {"name": Path(name).name, "use": use, "sha256": sha256, "split": split, **{key: facts.get(key) for key in ("licence", "source", "url")}}

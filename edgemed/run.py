@@ -91,7 +91,8 @@ def run(recipe: Recipe, work: Path) -> Path:
     gate = run_gate(engines, evals, recipe)
     for engine, result, found in zip(engines, verified, evals, strict=True):
         source = provenance.known_source(recipe.model, line.points["model"].path, engine.path)
-        provenance.document(engine.path, source, result, found, part_of(gate, engine.name), recipe.verify.prompts if result else None)
+        provenance.document(engine.path, source, result, found, part_of(gate, engine.name), recipe.verify.prompts if result else None,
+                            IMAGES if result and result.get("stages") else None)
     document = {
         "schema": 2, "title": recipe.title, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "recipe": dict(recipe.document),
         "device": asdict(read_device(recipe.device)) if recipe.device else None, "machine": machine(), "source": describe(line.points["model"]), "steps": line.manifests,

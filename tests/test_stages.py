@@ -104,6 +104,9 @@ def test_quantized_decoder_is_held_to_divergence(sees: Path, reference: Referenc
     quantized = made(sees, reference, tmp_path / "engine", precision="int8", group=32)
     found = by_stage(verify(quantized, reference, Limits(), 1))
     assert found["tower"]["limit"] == 1e-4 and 0 < found["decoder"]["error"] < found["decoder"]["limit"] == 0.05 and "top-1 agreement" in found["decoder"]["how"]
+    assert "at 80 answer positions" in found["decoder"]["how"] and "at all 480 tokens" in found["decoder"]["how"]
+    carried = by_stage(verify(quantized, quantized.reference(), Limits(), 1))
+    assert "at 16 answer positions" in carried["decoder"]["how"] and "at all 96 tokens" in carried["decoder"]["how"], "two of sixteen would already be too many to differ"
     strict = verify(quantized, reference, Limits(0.05, 1.0), 1)
     assert not by_stage(strict)["decoder"]["passed"] and any("stage decoder" in problem for problem in strict["problems"])
 
@@ -121,6 +124,36 @@ def test_a_wrong_part_is_named(engine: Engine, reference: Reference, name: str) 
     failed = {stage for stage in STAGES if not found[stage]["passed"]}
     first, behind = {"pixels": ("pixels", {"tower"}), "tower": ("tower", {"projector"}), "features": ("projector", {"decoder"})}[name]
     assert first in failed and failed <= {first, *behind}, "what was given wrong inputs may fail too"
+
+
+FAULTS = {
+    "another mean": ("pixels", "preprocess", lambda pixels: pixels + np.float32(0.01)), "patches in another order": ("tower", "run_tower", lambda tower: np.roll(tower, 1, 0)),
+    "rows and columns swapped": ("tower", "axes", None), "features in another order": ("projector", "run_projector", lambda features: features[::-1].copy()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_engine_shows_in_its_own_stage(engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    stage, method, change = FAULTS[fault]
+    run_tower, patches = VisionSession.run_tower, stages.patches
+    if method == "preprocess":
+        for module in ("edgemed.stages.patches", "edgemed.vision.patches"):
+            monkeypatch.setattr(module, lambda image, v: replace(found := patches(image, v), pixels=change(found.pixels)))
+    elif method == "axes":
+        monkeypatch.setattr(VisionSession, "run_tower", lambda self, found: run_tower(self, replace(found, rows=found.columns, columns=found.rows)))
+    else:
+        right = getattr(VisionSession, method)
+        monkeypatch.setattr(VisionSession, method, lambda self, given: change(right(self, given)))
+    result = verify(engine, reference.trim(2), Limits(), 1)
+    assert not result["passed"] and [row["stage"] for row in result["stages"] if not row["passed"]] == [stage, "end to end"]
+
+
+def test_relative_error_by_hand() -> None:
+    right = np.array([[3.0, 4.0]], np.float32)
+    assert stages.relative(right, right) == 0 and stages.relative(np.array([[3.0, 4.5]], np.float32), right) == pytest.approx(0.125)
+    spiked = np.ones((100, 100), np.float32)
+    spiked[0, 0] = 300
+    assert stages.relative(spiked + np.float32(0.01), spiked) == pytest.approx(1 / np.sqrt(9999 + 9e4)), "beside the one large value alone it would be 3e-5"
 
 
 def test_wrong_answers_and_scores(engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +222,7 @@ def test_exported_verified_and_shown(sees: Path, tmp_path: Path) -> None:
     done = cli("verify", engine.path, "--threads", 1)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if "passed" in line and "how" not in line]
-    assert [" ".join(row[: row.index("passed")]) for row in rows if row[0] != "passed"] == STAGES and "32 of 32 greedy tokens" in " ".join(done.stdout.split())
+    assert [" ".join(row[: row.index("passed")]) for row in rows if row[0] != "passed"] == STAGES and "480 of 480 greedy tokens" in " ".join(done.stdout.split())
     found = json.loads(cli("verify", engine.path, "--threads", 1, "--json").stdout)
     assert found["passed"] and [row["stage"] for row in found["stages"]] == STAGES
     old = engine.reference()
@@ -216,11 +249,12 @@ def test_run_reports_stages_and_a_question_about_an_image(sees: Path, tmp_path: 
         assert tower in entry["stages"][1]["how"] and "36 of 36 greedy tokens" in entry["stages"][4]["how"] and "of 3 images" in entry["stages"][1]["how"]
         assert json.loads((tmp_path / "work" / "engines" / entry["name"] / "manifest.json").read_text())["verify"]["stages"] == entry["stages"]
         card = (tmp_path / "work" / "engines" / entry["name"] / "README.md").read_text()
+        assert "vqa-rad-images" in card and "CC0-1.0" in card
         assert "| projector | yes |" in card and ("first token of a second question about it" in card) == (entry["name"] == "small")
     assert {r["name"]: r["n"] for r in document["engines"][1]["records"] if r["name"].startswith("image_")} == {
         **{f"image_{name}_seconds": 2 for name in ("preprocess", "tower", "projector", "prefill", "first_token", "second_question")}, "image_load_seconds": 1}
     for page in (render(document), markdown(document)):
-        assert "of the source" in page and "end to end" in page and "question about an image" in page
+        assert "largest relative error" in page and "end to end" in page and "question about an image" in page
     started = {p.name: p.stat().st_mtime for p in (tmp_path / "work" / "store").glob("images-*")}
     assert len(started) == 2, "the source is shown each size of images once"
 

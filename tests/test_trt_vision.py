@@ -348,16 +348,26 @@ def test_built_engine_sees_and_answers_as_transformers(engines: dict[str, Path],
     assert not here.driver.blocks, "everything is given back"
 
 
-def test_build_verb_finishes_and_verifies(sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_verb_finishes_and_verifies_what_it_sees(sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgemed import api
-
-    fake_tensorrt.install(monkeypatch)
+    from edgemed.image_reference import make_image_reference
     from edgemed.reference import make_reference
 
-    reference = make_reference(TorchSession(Weights(open_checkpoint(sees[0]))), np.array([tokens(32, seed=3)]), 8, 4)
-    engine = export(open_checkpoint(sees[0]), "tensorrt", Params(precision="fp32", **LIMITS), tmp_path / "engine", reference)
+    fake_tensorrt.install(monkeypatch)
+    weights, params = Weights(open_checkpoint(sees[0])), Params(precision="fp32", tower="fp32", **LIMITS)
+    v = target.vision_seen(weights, params)
+
+    def look(image: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+        found = patches(image, v)
+        return found, *(tower.features(weights, found)[part].numpy() for part in ("tower", "features"))
+
+    images = make_image_reference(TorchSession(weights), look, [(prompt(1), np.asarray(noise(*size))) for size in SIZES[:2]], 4, v, 3)
+    reference = replace(make_reference(TorchSession(weights), np.array([tokens(32, seed=3)]), 8, 4), images=images)
+    engine = export(weights.checkpoint, "tensorrt", params, tmp_path / "engine", reference)
     found = api.build(engine.path, measure=False)
     assert found["verify"]["passed"] and found["verify"]["ran_on"] == "tensorrt" and len(found["plan"]["files"]) == 3
+    stages = {stage["stage"]: stage for stage in found["verify"]["stages"]}
+    assert {"pixels", "tower", "projector"} < set(stages) and all(stage["passed"] for stage in stages.values()) and 0 < stages["tower"]["error"] < 1e-4
 
 
 @pytest.mark.parametrize("at", ["tower", "projector"])

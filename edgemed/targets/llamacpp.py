@@ -6,6 +6,7 @@ integers. llama.cpp knows only the plain attention scale, so weights are read fo
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,9 @@ from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
-from edgemed.gguf_layout import ROPE, Centred, Place, Reader, layout, rescaled
+from edgemed.ggml_session import ARCH, KEY, GgmlSession, refuses
+from edgemed.ggml_session import FILE as GRAPH
+from edgemed.gguf_layout import ROPE, Centred, Place, Reader, layout, own_graph, rescaled
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
 from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import FILE, HEAD, LlamaSession
@@ -101,15 +104,18 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this model the exact one"
     if rescaled(d) is not None and not weights.family.gguf_interleaved:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
-    if reason := _no_mixture(weights):
+    own = own_graph(weights.family, d)
+    if own and (reason := refuses(d)):
         return reason
+    if own and params.kv != "auto":
+        return "the cache of edgemed's ggml graph is f32 for an f32 file and f16 otherwise; leave kv out"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
         return reason
     if params.from_checkpoint and not weights.quantization:
         return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
-    if params.from_checkpoint and weights.family.gguf_centred:
+    if params.from_checkpoint and weights.family.gguf_centred and not own:
         return f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their mean taken out, which other integers hold; leave from_checkpoint out"
     if params.from_checkpoint and params.imatrix:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
@@ -120,25 +126,15 @@ def supports(weights: Weights, params: Params) -> str | None:
     return None
 
 
-def _no_mixture(weights: Weights) -> str | None:
-    """Why no graph of llama.cpp computes this model's mixture of experts, or None."""
-    d, arch = weights.source, weights.family.gguf_arch
-    if not arch:
-        odd = [what for what, there in (("attention and experts reading the same norm", d.parallel), ("experts that are not gated", not d.gated)) if there]
-        return f"llama.cpp has no graph of this mixture of experts{' (' + ', '.join(odd) + ')' if odd else ''}; use onnx"
-    if d.experts and not (weights.family.gguf_centred and d.experts.renormalised and not d.experts.shared):
-        return f"llama.cpp's {arch} graph divides the chosen gates by their sum and has no expert that every token uses, unlike this model; use onnx"
-    return None
-
-
 def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
-    centred = weights.family.gguf_centred
+    own = own_graph(weights.family, weights.source)
+    centred = weights.family.gguf_centred and not own
     folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True)  # read anew: `weights` may be unfolded
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
-    gguf_file.write(out / FILE, folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), tensors)
+    gguf_file.write(out / (GRAPH if own else FILE), ARCH if own else folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), tensors)
     if folded.decoder.head != "lm":
         head = folded.matrix("head")
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
@@ -155,6 +151,8 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
     notes |= {"allocation": chosen.facts} if chosen else {}
+    if own:
+        notes["construction"] = "llama.cpp has no graph of this model: edgemed's own runs on its tensor library, and llama.cpp's programs cannot open the file"
     if centred:
         notes["centred"] = True
         notes["construction"] = "the mean is taken out of everything added to the residual stream, so that RMS norms do; dense layers are equal experts behind a router of zeros"
@@ -240,7 +238,9 @@ def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
 def describe(writer: Any, weights: Weights, wanted: str) -> None:
     """GGUF metadata: the graph's numbers and the tokenizer."""
     checkpoint = weights.checkpoint
-    d = replace(weights.decoder, norm="rmsnorm") if weights.family.gguf_centred else weights.decoder
+    d = replace(weights.decoder, norm="rmsnorm") if isinstance(weights, Centred) else weights.decoder
+    if own_graph(weights.family, weights.source):
+        writer.add_string(KEY, json.dumps(asdict(d)))
     gguf_file.describe_decoder(writer, d, FILE_TYPES[wanted][0], str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
     if checkpoint.random_weights:
         # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
@@ -257,8 +257,8 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
     writer.add_add_bos_token(False)
 
 
-def open(engine: Engine, threads: int | None) -> LlamaSession:
-    return LlamaSession(engine, threads)
+def open(engine: Engine, threads: int | None) -> LlamaSession | GgmlSession:
+    return GgmlSession(engine, threads) if (engine.path / GRAPH).is_file() else LlamaSession(engine, threads)
 
 
 def self_check() -> str:
