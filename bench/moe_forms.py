@@ -21,24 +21,26 @@ from records import paired_ratio, save, spread
 from edgemed.facts import described
 from edgemed.family import Decoder
 from edgemed.graph import Graph, Precision, mlp, one_mlp, shares
-from edgemed.grid import rtn
 from edgemed.ort_dialect import MS, OrtDialect
-from edgemed.weights import Dense, Weights
+from edgemed.weights import Dense, Packed, Weights
 
 
 class Random:
-    """Weights of the sparse layers alone, made when they are asked for and the same each time."""
+    """Weights of the sparse layers alone: random integers with one scale, made when they are asked for and the same each time."""
 
-    def __init__(self, d: Decoder, biases: bool):
-        self.decoder, self.biases = d, biases
+    def __init__(self, d: Decoder, biases: bool, bits: int, group: int):
+        self.decoder, self.biases, self.bits, self.group = d, biases, bits, group
 
-    def matrix(self, name: str) -> Dense:
+    def matrix(self, name: str) -> Dense | Packed:
         d, last = self.decoder, name.split(".")[-1]
-        shape = {"up": ((2 if d.gated else 1) * d.ffn, d.hidden), "down": (d.hidden, d.ffn), "router": (d.experts.count, d.hidden)}[last]
-        generator = torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
-        weight = torch.empty(shape).normal_(0, 0.02 if last != "router" else 0.2, generator=generator)
-        bias = torch.empty(shape[0]).normal_(0, 0.1, generator=generator) if (self.biases if last != "router" else d.experts.router_bias) else None
-        return Dense(weight, bias)
+        random = np.random.default_rng(sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+        rows, columns = {"up": ((2 if d.gated else 1) * d.ffn, d.hidden), "down": (d.hidden, d.ffn), "router": (d.experts.count, d.hidden)}[last]
+        bias = torch.from_numpy(random.standard_normal(rows, np.float32) * 0.1) if (self.biases if last != "router" else d.experts.router_bias) else None
+        if last == "router":
+            return Dense(torch.from_numpy(random.standard_normal((rows, columns), np.float32) * 0.2), bias)
+        q, zero = torch.from_numpy(random.integers(0, 1 << self.bits, (rows, columns), np.uint8)), 1 << (self.bits - 1)
+        shape = (rows, columns // self.group)
+        return Packed(q, torch.full(shape, 0.02 * 4 / (1 << self.bits)), torch.full(shape, zero, dtype=torch.uint8), None, self.bits, self.group, bias)
 
 
 class All(OrtDialect):
@@ -69,15 +71,14 @@ class Gathers(OrtDialect):
         return node("Unsqueeze", [y, graph.constant(f"{name}.batch", np.array([0]))], f"{name}.experts")
 
 
-def stacked(weights: Any, n: int, part: str, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def stacked(weights: Any, n: int, part: str, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(packed uint8 [experts, out, in * bits / 8], scales [experts, out, groups], biases [experts, out] or None)."""
     q, scales, biases = [], [], []
     for j in range(weights.decoder.experts.count):
         matrix = weights.matrix(f"layers.{n}.experts.{j}.{part}")
-        ints, scale = rtn(matrix.dense(), bits, group)
-        ints = ints.numpy()
+        ints = matrix.q.numpy()
         q.append(ints if bits == 8 else ints[:, 0::2] | ints[:, 1::2] << 4)
-        scales.append(scale.numpy())
+        scales.append(matrix.scales.numpy())
         biases.append(None if matrix.bias is None else matrix.bias.numpy())
     return np.stack(q), np.stack(scales), None if biases[0] is None else np.stack(biases)
 
@@ -92,7 +93,7 @@ class QMoE(OrtDialect):
         table = graph.node("Reshape", [f"{name}.table", graph.constant(f"{name}.wide", np.array([-1, d.experts.count]))], f"{name}.gate_table")
         inputs = [rows, table]
         for part in ("up", "down"):
-            q, scales, bias = stacked(weights, n, part, p.bits, p.group)
+            q, scales, bias = stacked(weights, n, part, p.bits)
             if part == "up" and d.gated:  # gate and up rows alternate
                 q, scales = (np.stack([a[:, : d.ffn], a[:, d.ffn :]], 2).reshape(a.shape) for a in (q, scales))
             inputs += [graph.constant(f"{name}.{part}.q", q), graph.constant(f"{name}.{part}.scales", scales), "" if bias is None else graph.constant(f"{name}.{part}.bias", bias)]
@@ -109,13 +110,13 @@ class Blocks(OrtDialect):
         name, node, d, p, found = f"layers.{n}", graph.node, weights.decoder, graph.precision, []
         tables = {}
         for part in ("up", "down"):
-            q, scales, bias = stacked(weights, n, part, p.bits, p.group)
+            q, scales, bias = stacked(weights, n, part, p.bits)
             q = q.reshape(*q.shape[:2], -1, p.group * p.bits // 8)
             tables[part] = [graph.constant(f"{name}.{part}.q", q), graph.constant(f"{name}.{part}.scales", scales), None if bias is None else graph.constant(f"{name}.{part}.bias", bias)]
         axes = graph.constant(f"{name}.axes", np.array([0, 1]))
         for slot in range(d.experts.active):
             at = f"{name}.slot.{slot}"
-            number = graph.constant(f"{at}.number", np.array(slot))
+            number = graph.constant(f"{at}.number", np.array([slot]), dims=())
             expert = node("Squeeze", [node("Gather", [chosen, number], f"{at}.expert", axis=2), axes], f"{at}.index")
             gate = node("Squeeze", [node("Gather", [gates, number], f"{at}.gate_of", axis=2), axes], f"{at}.gate")
 
@@ -160,7 +161,7 @@ def main() -> None:
     published = Weights(described(args.model))
     d = published.source
     d = replace(d, layers=args.layers, experts=replace(d.experts, layers=tuple(range(args.layers)), shared=False))
-    weights = Random(d, published.parts["layers.1.up"].bias)
+    weights = Random(d, published.parts["layers.1.up"].bias, args.bits, args.group)
     precision, random = Precision(bits=args.bits, group=args.group, accuracy_level=args.accuracy_level), np.random.default_rng(0)
     inputs = {new: [random.standard_normal((1, new, d.hidden), dtype=np.float32) for _ in range(16 if new == 1 else 1)] for new in args.tokens}
     sessions: dict[str, ort.InferenceSession] = {}
@@ -168,11 +169,7 @@ def main() -> None:
         expected: np.ndarray | None = None
         for form in args.forms:
             (Path(folder) / form).mkdir()
-            try:
-                sessions[form] = build(form, weights, args.layers, Path(folder) / form, precision)
-            except Exception as error:
-                print(f"{form}: {str(error).splitlines()[0]}")
-                raise
+            sessions[form] = build(form, weights, args.layers, Path(folder) / form, precision)
             found = np.concatenate([sessions[form].run(None, {"x": x})[0] for x in inputs[1]])
             expected = found if expected is None else expected
             print(f"{form}: largest difference {np.abs(found - expected).max():.2e} of {np.abs(expected).max():.2f}", flush=True)

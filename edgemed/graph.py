@@ -106,7 +106,7 @@ class Graph:
         dims, data_type: what the bytes of `array` stand for, where numpy has no such type (packed int4).
         """
         array = np.ascontiguousarray(array)
-        tensor = self.onnx.TensorProto(name=name, dims=dims or array.shape, data_type=data_type or self.onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+        tensor = self.onnx.TensorProto(name=name, dims=array.shape if dims is None else dims, data_type=data_type or self.onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
         if array.nbytes < 1024:
             tensor.raw_data = array.tobytes()
         else:
@@ -219,12 +219,12 @@ def routed(graph: Graph, weights: Weights, name: str, x: str) -> tuple[str, str]
 
 
 def shares(graph: Graph, d: Decoder, n: int, gates: str, chosen: str) -> list[tuple[str, str]]:
-    """For each expert of layer n (every token's gate for it, 0 where it chose others: float32 [1, T, 1]; whether any token chose it: a bool).
+    """For each expert of layer n (every token's gate for it, 0 where it chose others: float32 [1, T, 1]; whether any token chose it: a bool without axes, as TensorRT wants it).
 
     gates, chosen [1, T, active]: see routed.
     """
     name, node = f"layers.{n}", graph.node
-    last, zero = graph.constant(f"{name}.last_axis", np.array([-1])), graph.constant(f"{name}.no_gate", np.array(0, np.float32))
+    last, zero = graph.constant(f"{name}.last_axis", np.array([-1])), graph.constant(f"{name}.no_gate", np.zeros(1, np.float32), dims=())
     numbers = graph.constant(f"{name}.numbers", np.arange(d.experts.count).reshape(1, 1, 1, -1))
     same = node("Equal", [node("Unsqueeze", [chosen, last], f"{name}.chosen_wide"), numbers], f"{name}.same")
     spread = node("Where", [same, node("Unsqueeze", [gates, last], f"{name}.gates_wide"), zero], f"{name}.spread")
