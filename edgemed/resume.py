@@ -26,7 +26,8 @@ STATE = "state.json"
 class Layers:
     """Finished layers of a step writing to `out`, under `key`; facts: what was said about each.
 
-    As a context it throws them away when the step is finished, or where it failed before its first layer was.
+    As a context it throws them away when the step is finished, where it failed before its first layer was, or where the disk is full: they hold the room
+    that is missing.
     """
 
     def __init__(self, out: Path, key: str):
@@ -46,8 +47,11 @@ class Layers:
 
     def save(self, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """The next layer is finished. The state is written last, in one stroke: a kill leaves the layer done or not done."""
-        need("safetensors.torch", "build").save_file({name: t.contiguous() for name, t in tensors.items()}, self._file(self.done))
-        with open(self._file(self.done), "rb") as handle:
+        # Written from here: the library's own error says nothing of a full disk that could be told apart.
+        whole = need("safetensors.torch", "build").save({name: t.contiguous() for name, t in tensors.items()})
+        with open(self._file(self.done), "wb") as handle:
+            handle.write(whole)
+            handle.flush()
             os.fsync(handle.fileno())
         self.facts = [*self.facts, facts]
         self._note()
@@ -71,6 +75,7 @@ class Layers:
     def __enter__(self) -> Layers:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None or not self.done:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        full = isinstance(error, OSError) and error.errno in store.FULL
+        if kind is None or full or not self.done:
             shutil.rmtree(self.folder, ignore_errors=True)
