@@ -243,8 +243,8 @@ def carried_type(bits: int) -> str:
     return "Q8_0" if bits == 8 else "Q4_0"
 
 
-def carried(matrix: Packed, name: str) -> np.ndarray:
-    """The very integers of a packed matrix as Q4_0 or Q8_0 bytes, uint8 [rows, bytes per row]; a group's scale is repeated per 32.
+def carried(matrix: Packed, name: str, bits: int) -> np.ndarray:
+    """The very integers of a packed matrix as Q4_0 or Q8_0 bytes, uint8 [rows, bytes per row]; a group's scale is repeated per 32. bits: 4 or 8, to which fewer are widened.
 
     Raises EdgemedError for act-order, asymmetric integers, a group that is not a multiple of 32, or a scale beyond float16.
     """
@@ -253,7 +253,7 @@ def carried(matrix: Packed, name: str) -> np.ndarray:
         if broken:
             fix = "Quantize again with sym, without act_order and with group 32, 64 or 128; or leave from_checkpoint out"
             raise EdgemedError(f"{name} has {what}, which {carried_type(matrix.bits)} cannot carry", fix)
-    matrix = widened(matrix, (4, 8))
+    matrix = widened(matrix, (bits,))
     rows, columns = matrix.q.shape
     if float(matrix.scales.abs().max()) > 65504:
         raise EdgemedError(f"{name}: a scale does not fit into float16", "The integers cannot be carried; leave from_checkpoint out")

@@ -126,6 +126,11 @@ class Centred(Weights):
         return Dense(weight - weight.mean(0, keepdim=True), None if bias is None else bias - bias.mean())
 
 
+def carried_bits(weights: Weights, place: Place) -> int:
+    """4 or 8: in how many bits a place's packed integers are carried. Experts share one tensor, so the widest of them decides."""
+    return max(4, *(weights.packing(weights.keys[part][0])[0] for part in place.stack or (place.part,)))
+
+
 class Reader:
     """Reads the tensors of a file in their order; a part is read once for all its tensors."""
 
@@ -134,24 +139,24 @@ class Reader:
         self.weight: torch.Tensor | Packed | None = None
         self.bias: torch.Tensor | None = None
 
-    def read(self, place: Place, bias: bool, packed: bool) -> np.ndarray:
-        """float32 weight or bias, or the bytes of a packed weight."""
+    def read(self, place: Place, bias: bool, bits: int) -> np.ndarray:
+        """float32 weight or bias, or with bits (4 or 8) the bytes of a packed weight."""
         if not place.part:
             return np.zeros(place.shape, np.float32)
         if place.stack:
             one = replace(place, shape=place.shape[1:], stack=())
-            return np.stack([self.read(replace(one, part=part), bias, packed) for part in place.stack])
+            return np.stack([self.read(replace(one, part=part), bias, bits) for part in place.stack])
         if place.part != self.name:
             self.weight = self.bias = None  # before the next one is read, or two would be in memory
-            self.weight, self.bias = self._part(place.part, packed)
+            self.weight, self.bias = self._part(place.part, bool(bits))
             self.name = place.part
         if bias:
             # llama.cpp's graphs have a bias wherever the family stores one; a checkpoint may leave it out where it is zero.
             return interleaved(self.bias.numpy() if self.bias is not None else np.zeros(place.rows.stop, np.float32), place)
-        if packed:
+        if bits:
             matrix = self.weight
             cut = type(matrix)(*(interleaved(getattr(matrix, f), place) for f in ("q", "scales", "zeros")), matrix.g_idx, matrix.bits, matrix.group, None)
-            return gguf_file.carried(cut, place.part)
+            return gguf_file.carried(cut, place.part, bits)
         return interleaved(self.weight.numpy(), place)
 
     def _part(self, name: str, packed: bool) -> tuple[torch.Tensor | Packed, torch.Tensor | None]:

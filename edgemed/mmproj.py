@@ -69,8 +69,8 @@ def plan(weights: Weights, wanted: str) -> list[gguf_file.Tensor]:
 
     def add(stem: str, place: Place, norm: bool) -> None:
         matrix = "F32" if norm else "F16" if kind == "Q8_0" and place.shape[-1] % 32 else kind
-        found.append(gguf_file.Tensor(f"{stem}.weight", place.shape, matrix, partial(reader.read, place, False, False)))
-        found.append(gguf_file.Tensor(f"{stem}.bias", place.shape[:1], "F32", partial(reader.read, place, True, False)))
+        found.append(gguf_file.Tensor(f"{stem}.weight", place.shape, matrix, partial(reader.read, place, False, 0)))
+        found.append(gguf_file.Tensor(f"{stem}.bias", place.shape[:1], "F32", partial(reader.read, place, True, 0)))
 
     for n in range(v.layers):
         for last, tensor in LAYER.items():

@@ -445,4 +445,4 @@ def test_engine_opens_from_its_directory(engine: Engine) -> None:
 def test_carried_needs_scales_that_fit_float16() -> None:
     matrix = Packed(torch.zeros(2, 32, dtype=torch.uint8), torch.full((2, 1), 1e9), torch.full((2, 1), 8, dtype=torch.uint8), None, 4, 32, None)
     with pytest.raises(EdgemedError, match="a scale does not fit"):
-        gguf_file.carried(matrix, "m")
+        gguf_file.carried(matrix, "m", matrix.bits)

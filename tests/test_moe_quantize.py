@@ -157,6 +157,34 @@ def test_an_expert_nobody_chose_counts_as_the_mean_of_the_others(tmp_path: Path)
         assert torch.allclose(got.moment, torch.eye(len(got.moment)) * float(np.mean([o.moment.diagonal().mean() for o in others])), rtol=1e-4)
 
 
+def test_gguf_carries_experts_of_several_widths(tmp_path: Path) -> None:
+    """They share one tensor: where one of them has 8 bits, the others' integers are written as 8 bits too."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    from edgemed.engine import export
+    from edgemed.gguf_layout import layout
+    from edgemed.targets import llamacpp
+
+    source = open_checkpoint(write(tmp_path / "model", "med-moe"))
+    names = quantize._layer_matrices(Weights(source))
+    mixed = {name: (8, 32) if ".experts.1.up" in name else (2, 32) if ".experts.2." in name else (4, 32) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "_decided", lambda *_: {"packings": mixed})
+        weights = quantized(source, tmp_path / "packed", method="rtn")[1]
+    engine = export(weights.checkpoint, "llamacpp", llamacpp.Params(from_checkpoint=True), tmp_path / "engine")
+    tensors = {t.name: t for t in gguf.GGUFReader(engine.path / "graph.gguf").tensors}
+    stacks = {t: place for t, place in layout(weights.family, weights.decoder, weights.parts).items() if place.stack and t.endswith("weight")}
+    assert {t.rpartition("ffn_")[2]: tensors[t].tensor_type.name for t in stacks} == {"gate_exps.weight": "Q8_0", "up_exps.weight": "Q8_0", "down_exps.weight": "Q4_0"}
+    for t, place in stacks.items():
+        found = gguf.quants.dequantize(tensors[t].data, tensors[t].tensor_type).reshape(place.shape)
+        assert np.array_equal(found, np.stack([weights.matrix(part).dense()[place.rows].numpy() for part in place.stack]))
+    session = engine.open(1)
+    found, right = session.prefill(IDS, every=True), logits(weights, torch.tensor([IDS]))[0].numpy()
+    session.close()
+    # Activations are rounded to 8 bits in ggml's products, and a token whose experts are close may go to another one.
+    assert np.corrcoef(found.ravel(), right.ravel())[0, 1] > 0.98
+
+
 def test_the_memory_of_a_sparse_layer_is_that_of_all_its_experts(model: Checkpoint, text: str, tmp_path: Path) -> None:
     weights = Weights(model, fold=True)
     d = weights.decoder

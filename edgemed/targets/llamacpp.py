@@ -26,7 +26,7 @@ from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
 from edgemed.ggml_session import ARCH, KEY, GgmlSession, refuses
 from edgemed.ggml_session import FILE as GRAPH
-from edgemed.gguf_layout import ROPE, Centred, Place, Reader, layout, own_graph, rescaled
+from edgemed.gguf_layout import ROPE, Centred, Place, Reader, carried_bits, layout, own_graph, rescaled
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
 from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import FILE, HEAD, LlamaSession
@@ -182,12 +182,10 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], ch
         places["output.weight"] = Place("lm_head", parts["lm_head"].shape)
     shapes = {t: place.shape for t, place in places.items()}
     types, fallbacks = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads, bool(columns)), wanted)
-    packed = {t for t, p in places.items() if params.from_checkpoint and t.endswith("weight") and p.part and parts[p.part].kind == "matrix" and p.part != "lm_head"}
+    packed = {t: carried_bits(weights, p) for t, p in places.items() if params.from_checkpoint and t.endswith("weight") and p.part and parts[p.part].kind == "matrix" and p.part != "lm_head"}
     if apart:
         types["token_embd.weight"] = "F16"
-    if packed:
-        types |= {t: gguf_file.carried_type(weights.packing(weights.keys[places[t].part][0])[0]) for t in packed}
-    types |= chosen or {}
+    types |= {t: gguf_file.carried_type(bits) for t, bits in packed.items()} | dict(chosen or {})
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
     blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and places[t].part not in columns]
     if blind:
@@ -195,7 +193,7 @@ def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], ch
     reader = Reader(weights)
     tensors = [
         gguf_file.Tensor(
-            t, place.shape, types[t], partial(reader.read, place, t.endswith("bias"), t in packed), t in packed,
+            t, place.shape, types[t], partial(reader.read, place, t.endswith("bias"), packed.get(t, 0)), t in packed,
             _columns(columns, place) if t.endswith("weight") else None,
         )
         for t, place in places.items()
