@@ -16,7 +16,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VOCAB = 4160  # the quickstart's 4,096 and the special tokens, rounded up to a multiple of 64
 # What, steps, images a step: the tower as a classifier first, because one answer per image is little to learn seeing from.
-STAGES = (("tower", 560, 64), ("words", 700, 32))
+STAGES = (("tower", 560, 64), ("words", 300, 32))
 PEAKS = {"tower": 1.0, "words": 0.6}  # share of the largest learning rate
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
 
