@@ -77,10 +77,13 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
-def merge(model: Model, adapter: Annotated[str, typer.Option(help="PEFT adapter directory.")], out: Out,
-          alpha: Annotated[float, typer.Option(help="1 merges fully, 0 leaves the base.")] = 1.0, sets: Sets = None, json_: Json = False) -> None:
-    """Merge a PEFT adapter into its base model, and check that the answers are the adapter's."""
-    step("merge", model, out, settings(sets, adapter=adapter, alpha=alpha), json_)
+def merge(model: Model, out: Out, adapter: Annotated[str | None, typer.Option(help="PEFT adapter directory.")] = None,
+          alpha: Annotated[float, typer.Option(help="1 merges fully, 0 leaves the base.")] = 1.0,
+          experts: Annotated[str | None, typer.Option(help="Instead of an adapter: 'dense' averages each mixture of experts to one MLP.")] = None,
+          calibration: Annotated[str | None, typer.Option(help="With experts: text that measures the error; card name, .jsonl or .txt file.")] = None, sets: Sets = None,
+          json_: Json = False) -> None:
+    """Merge a PEFT adapter into its base model, and check that the answers are the adapter's; or experts into a dense model."""
+    step("merge", model, out, settings(sets, adapter=adapter, alpha=alpha, experts=experts, calibration=calibration), json_)
 
 
 @app.command()

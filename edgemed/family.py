@@ -192,7 +192,7 @@ class Family:
     text_config(config) -> the config under which transformers reads the text model alone, None where it reads the whole checkpoint.
     chat(text, images, conversation) -> prompt: one user turn in the model's own form (Vision.conversation), with one image token where each image stands. reasoning(question)
     -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
-    opening: what such an answer writes right before that letter.
+    opening: what such an answer writes right before that letter. without_experts(config, times) -> the config of the dense model with MLPs `times` as wide.
     """
 
     name: str
@@ -218,6 +218,7 @@ class Family:
     reasoning: Callable[[str], str] | None = None
     answer: Callable[[str], str | None] | None = None
     opening: str = ""
+    without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

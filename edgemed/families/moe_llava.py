@@ -140,6 +140,14 @@ def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
     return found
 
 
+def without_experts(config: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """The config of the model with a plain MLP, `times` as wide, in place of every mixture. MoE-LLaVA calls such models llava_*; of Qwen it has one under the same name."""
+    kind, classes = config["model_type"].removeprefix("moe_"), config.get("architectures")
+    found = {key: value for key, value in config.items() if key != "moe"} | {"intermediate_size": times * whole(config, "intermediate_size")}
+    found |= {"model_type": kind} if kind in BASES else {"moe": {"moe_enable": False}}
+    return found | ({"architectures": [re.sub("^(Eval)?MoELLaVA", "Llava", name) for name in classes]} if classes else {})
+
+
 def variant(config: Mapping[str, Any]) -> Family:
     base = BASES[config["model_type"]]
     text = all_families()[base] if base else None
@@ -222,4 +230,5 @@ FAMILY = Family(
     vision=vision,
     vision_parts=vision_parts,
     chat=chat,
+    without_experts=without_experts,
 )

@@ -1,7 +1,7 @@
-"""Merge a PEFT adapter into its base model, and prove that the merged model gives the adapter model's scores.
+"""Merge a PEFT adapter into its base model, and prove that the merged model gives the adapter model's scores; or experts into one MLP.
 
-Runtimes on small devices run plain weights only, and a merge that goes wrong does so silently, so the scores are compared
-before anything is written and once more from what was written.
+Runtimes on small devices run plain weights only, and a merge that goes wrong does so silently, so an adapter's scores are compared
+before anything is written and once more from what was written. What becomes of experts is in experts.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
 from edgemed.console import track
+from edgemed.data import card_names, read_card
 from edgemed.decoder import logits
 from edgemed.errors import EdgemedError, need, nearest
+from edgemed.experts import dense
 from edgemed.quiet import quiet_and_offline
 from edgemed.store import file_sha256
 from edgemed.weights import Weights
@@ -34,27 +36,51 @@ WINDOWS, WIDTH = 4, 64
 @dataclass(frozen=True)
 class Params:
     """adapter: a PEFT directory. alpha: W = W_base + alpha (W_merged - W_base) for every weight the adapter changes; for LoRA
-    that is scaling the adapter. dtype of the written weights; 'source' (the base's own) may round small changes away.
+    that is scaling the adapter. dtype of the written weights: float32 where none is given, and the source's own for experts; 'source' (the base's own) may round
+    an adapter's small changes away.
+
+    experts, instead of an adapter: 'dense' puts one MLP in place of each mixture. weights: 'average' of the experts, or by how often calibration text chose
+    each ('usage'). calibration: a text set's name or file, of which `samples` windows of `length` tokens also measure each layer's error.
     """
 
-    adapter: str
+    adapter: str | None = None
     alpha: float = 1.0
-    dtype: Literal["float32", "float16", "bfloat16", "source"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16", "source"] | None = None
+    experts: Literal["dense"] | None = None
+    weights: Literal["average", "usage"] = "average"
+    calibration: str | None = None
+    samples: int = 32
+    length: int = 256
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of the adapter's config and weights. Raises EdgemedError where either is missing."""
+    """sha256 of the adapter's config and weights, or of the calibration text. Raises EdgemedError where one is missing, or what was given does not go together."""
+    if (params.adapter is None) == (params.experts is None):
+        given = "both adapter and experts are given" if params.adapter else "neither adapter nor experts is given"
+        raise EdgemedError(f"merge: {given}", "Give one of the two to a step; an adapter is merged into the model it was trained on, experts after that")
+    if params.experts:
+        if params.weights == "usage" and not params.calibration:
+            raise EdgemedError("merge: weights 'usage' needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
+        if params.alpha != 1:
+            raise EdgemedError(f"merge: alpha {params.alpha} is an adapter's, and experts are merged", "Leave alpha out")
+        return {"calibration": read_card(params.calibration).digest("calibration")} if params.calibration else {}
+    if params.calibration or params.weights != "average":
+        raise EdgemedError("merge: calibration and weights are for experts, and an adapter is merged", "Leave them out")
     return {f"adapter/{file.name}": file_sha256(file) for file in _files(params.adapter)}
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
-    """Write the merged checkpoint to `out`; returns the largest differences between scores and their bound.
+    """Write the merged checkpoint to `out`; returns the largest differences between scores and their bound, or of experts what `experts.dense` does.
 
     Raises EdgemedError for a quantized base, an adapter that is damaged, cannot be merged or belongs to another base, and
     where the merged scores differ from the adapter's.
     """
     if checkpoint.config.get("quantization_config"):
         raise EdgemedError(f"{checkpoint.path} is quantized, and rounding would undo a merge", "Merge into the original checkpoint, then quantize")
+    if params.experts:
+        inputs(params)
+        with need("torch", "build").inference_mode():
+            return dense(checkpoint, out, params)
     if not 0 <= params.alpha <= 1:
         raise EdgemedError(f"merge: alpha {params.alpha} is not between 0 and 1", "0 gives the base model, 1 the whole adapter")
     torch, weights = need("torch", "build"), Weights(checkpoint)
@@ -70,7 +96,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         if params.alpha != 1:
             _interpolate(merged, weights, params.alpha)
             expected = _scores(merged, tokens)
-        dtypes = _write(merged, weights, out, params.dtype)
+        dtypes = _write(merged, weights, out, params.dtype or "float32")
         written = logits(Weights(open_checkpoint(out)), tokens)
         written = written if expected.shape[1] > 1 else written[:, -1:]
         # Below float32 the stored weights differ from the merged ones by their rounding, which the manifest then reports.
