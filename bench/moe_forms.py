@@ -20,7 +20,7 @@ from records import paired_ratio, save, spread
 
 from edgemed.facts import described
 from edgemed.family import Decoder
-from edgemed.graph import Graph, Precision, mlp, one_mlp, shares
+from edgemed.graph import Graph, Precision, mlp, one_mlp, shares, used
 from edgemed.ort_dialect import MS, OrtDialect
 from edgemed.weights import Dense, Packed, Weights
 
@@ -48,26 +48,30 @@ class All(OrtDialect):
 
     def experts(self, graph: Graph, weights: Any, n: int, x: str, gates: str, chosen: str) -> str:
         found = []
-        for j, (share, _) in enumerate(shares(graph, weights.decoder, n, gates, chosen)):
+        for j, share in enumerate(shares(graph, weights.decoder, n, gates, chosen)):
             at = f"layers.{n}.experts.{j}"
             found.append(graph.node("Mul", [one_mlp(graph, self, weights, at, x), share], f"{at}.made"))
         return graph.node("Sum", found, f"layers.{n}.experts")
 
 
-class Gathers(OrtDialect):
-    """As branches, without the If: an expert nobody chose computes no rows."""
+class Branches(OrtDialect):
+    """The dialect's form inside one If per expert."""
 
     def experts(self, graph: Graph, weights: Any, n: int, x: str, gates: str, chosen: str) -> str:
         name, node, d = f"layers.{n}", graph.node, weights.decoder
         rows = node("Reshape", [x, graph.constant(f"{name}.flat", np.array([-1, d.hidden]))], f"{name}.rows")
         y, tokens = node("Mul", [rows, graph.constant(f"{name}.nothing", np.zeros(1, np.float32))], f"{name}.none"), graph.constant(f"{name}.tokens", np.array([-1]))
-        for j, (share, _) in enumerate(shares(graph, d, n, gates, chosen)):
+        for j, share in enumerate(shares(graph, d, n, gates, chosen)):
             at = f"{name}.experts.{j}"
-            gate = node("Reshape", [share, tokens], f"{at}.gates")
-            place = node("Transpose", [node("NonZero", [gate], f"{at}.index")], f"{at}.place", perm=[1, 0])
-            weight = node("Unsqueeze", [node("GatherND", [gate, place], f"{at}.gate_rows"), tokens], f"{at}.weight_rows")
-            made = node("Mul", [one_mlp(graph, self, weights, at, node("GatherND", [rows, place], f"{at}.taken")), weight], f"{at}.made")
-            y = node("ScatterND", [y, place, made], f"{at}.sum", reduction="add")
+
+            def then(at: str = at, share: str = share, y: str = y) -> str:
+                gate = node("Reshape", [share, tokens], f"{at}.gates")
+                place = node("Transpose", [node("NonZero", [gate], f"{at}.index")], f"{at}.place", perm=[1, 0])
+                weight = node("Unsqueeze", [node("GatherND", [gate, place], f"{at}.gate_rows"), tokens], f"{at}.weight_rows")
+                made = node("Mul", [one_mlp(graph, self, weights, at, node("GatherND", [rows, place], f"{at}.taken")), weight], f"{at}.made")
+                return node("ScatterND", [y, place, made], f"{at}.added", reduction="add")
+
+            y = graph.either(used(graph, n, share), f"{at}.sum", then, y)
         return node("Unsqueeze", [y, graph.constant(f"{name}.batch", np.array([0]))], f"{name}.experts")
 
 
@@ -138,7 +142,7 @@ class Blocks(OrtDialect):
         return node("Sum", found, f"{name}.experts") if len(found) > 1 else found[0]
 
 
-FORMS: dict[str, type[OrtDialect]] = {"branches": OrtDialect, "gathers": Gathers, "qmoe": QMoE, "blocks": Blocks, "all": All}
+FORMS: dict[str, type[OrtDialect]] = {"gathers": OrtDialect, "branches": Branches, "qmoe": QMoE, "blocks": Blocks, "all": All}
 
 
 def build(form: str, weights: Any, layers: int, folder: Path, precision: Precision) -> ort.InferenceSession:

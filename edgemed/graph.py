@@ -218,20 +218,21 @@ def routed(graph: Graph, weights: Weights, name: str, x: str) -> tuple[str, str]
     return gates, chosen
 
 
-def shares(graph: Graph, d: Decoder, n: int, gates: str, chosen: str) -> list[tuple[str, str]]:
-    """For each expert of layer n (every token's gate for it, 0 where it chose others: float32 [1, T, 1]; whether any token chose it: a bool without axes, as TensorRT wants it).
-
-    gates, chosen [1, T, active]: see routed.
-    """
+def shares(graph: Graph, d: Decoder, n: int, gates: str, chosen: str) -> list[str]:
+    """For each expert of layer n every token's gate for it, 0 where it chose others: float32 [1, T, 1]. gates, chosen [1, T, active]: see routed."""
     name, node = f"layers.{n}", graph.node
-    last, zero = graph.constant(f"{name}.last_axis", np.array([-1])), graph.constant(f"{name}.no_gate", np.zeros(1, np.float32), dims=())
-    numbers = graph.constant(f"{name}.numbers", np.arange(d.experts.count).reshape(1, 1, 1, -1))
+    last, numbers = graph.constant(f"{name}.last_axis", np.array([-1])), graph.constant(f"{name}.numbers", np.arange(d.experts.count).reshape(1, 1, 1, -1))
     same = node("Equal", [node("Unsqueeze", [chosen, last], f"{name}.chosen_wide"), numbers], f"{name}.same")
-    spread = node("Where", [same, node("Unsqueeze", [gates, last], f"{name}.gates_wide"), zero], f"{name}.spread")
+    spread = node("Where", [same, node("Unsqueeze", [gates, last], f"{name}.gates_wide"), graph.constant(f"{name}.no_gate", np.zeros(1, np.float32), dims=())], f"{name}.spread")
     table = node("ReduceSum", [spread, graph.constant(f"{name}.slots", np.array([2]))], f"{name}.table", keepdims=0)
     columns = [f"{name}.experts.{j}.share" for j in range(d.experts.count)]
     node("Split", [table], f"{name}.columns", columns, axis=2, num_outputs=d.experts.count)
-    return [(column, node("Greater", [node("ReduceMax", [column], f"{column}.largest", keepdims=0), zero], f"{column}.used")) for column in columns]
+    return columns
+
+
+def used(graph: Graph, n: int, share: str) -> str:
+    """Whether any token has this share of an expert of layer n: a bool without axes, as a condition must be."""
+    return graph.node("Greater", [graph.node("ReduceMax", [share], f"{share}.largest", keepdims=0), f"layers.{n}.no_gate"], f"{share}.used")
 
 
 def embedding(graph: Graph, weights: Weights) -> str:

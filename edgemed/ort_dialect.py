@@ -92,26 +92,23 @@ class OrtDialect:
         return graph.node("FastGelu" if d.activation == "gelu_tanh" else "Gelu", [x], name, domain=MS)
 
     def experts(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str:
-        """One If per expert: where some token chose it, those tokens' rows are gathered, computed, and added to their places; where none did, nothing is read.
+        """For each expert the rows of the tokens that chose it are gathered, computed, and added to their places; of no rows a product reads no weight.
 
-        Against the other forms that compute only chosen experts this one was measured fastest (bench/moe_forms.py).
+        Of the forms that compute only chosen experts this one was measured fastest at one token (bench/moe_forms.py, docs/experts.md).
         """
         d, name, node = weights.decoder, f"layers.{n}", graph.node
         rows = node("Reshape", [x, graph.constant(f"{name}.flat", np.array([-1, d.hidden]))], f"{name}.rows")
         y = node("Mul", [rows, graph.constant(f"{name}.nothing", np.zeros(1, graph.precision.floats))], f"{name}.none")
         tokens = graph.constant(f"{name}.tokens", np.array([-1]))
-        for expert, (share, used) in enumerate(shares(graph, d, n, gates, chosen)):
+        for expert, share in enumerate(shares(graph, d, n, gates, chosen)):
             at = f"{name}.experts.{expert}"
-
-            def then(at: str = at, share: str = share, y: str = y) -> str:
-                place = node("Transpose", [node("NonZero", [node("Reshape", [share, tokens], f"{at}.gates")], f"{at}.index")], f"{at}.place", perm=[1, 0])
-                weight = node("Unsqueeze", [node("GatherND", [f"{at}.gates", place], f"{at}.gate_rows"), tokens], f"{at}.weight_rows")
-                made = one_mlp(graph, self, weights, at, node("GatherND", [rows, place], f"{at}.taken"))
-                made = node("Mul", [made, graph.cast(weight, "float32", graph.precision.floats, f"{at}.cast")], f"{at}.made")
-                # ScatterND can add by itself, but not in float16.
-                return node("ScatterND", [y, place, node("Add", [node("GatherND", [y, place], f"{at}.before"), made], f"{at}.after")], f"{at}.added")
-
-            y = graph.either(used, f"{at}.sum", then, y)
+            gate = node("Reshape", [share, tokens], f"{at}.gates")
+            place = node("Transpose", [node("NonZero", [gate], f"{at}.index")], f"{at}.place", perm=[1, 0])
+            weight = node("Unsqueeze", [node("GatherND", [gate, place], f"{at}.gate_rows"), tokens], f"{at}.weight_rows")
+            made = one_mlp(graph, self, weights, at, node("GatherND", [rows, place], f"{at}.taken"))
+            made = node("Mul", [made, graph.cast(weight, "float32", graph.precision.floats, f"{at}.cast")], f"{at}.made")
+            # ScatterND can add by itself, but not in float16.
+            y = node("ScatterND", [y, place, node("Add", [node("GatherND", [y, place], f"{at}.before"), made], f"{at}.after")], f"{at}.sum")
         return node("Unsqueeze", [y, graph.constant(f"{name}.batch", np.array([0]))], f"{name}.experts")
 
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.errors import EdgemedError
-from edgemed.graph import one_mlp, shares
+from edgemed.graph import one_mlp, shares, used
 from edgemed.grid import Ints
 
 if TYPE_CHECKING:
@@ -218,14 +218,14 @@ class PlainDialect:
         """
         name, node, floats = f"layers.{n}", graph.node, graph.precision.floats
         y = node("Mul", [x, graph.constant(f"{name}.nothing", np.zeros((), floats))], f"{name}.none")
-        for expert, (share, used) in enumerate(shares(graph, weights.decoder, n, gates, chosen)):
+        for expert, share in enumerate(shares(graph, weights.decoder, n, gates, chosen)):
             at = f"{name}.experts.{expert}"
 
             def then(at: str = at, share: str = share, y: str = y) -> str:
                 made = node("Mul", [one_mlp(graph, self, weights, at, x), graph.cast(share, "float32", floats, f"{at}.cast")], f"{at}.made")
                 return node("Add", [y, made], f"{at}.added")
 
-            y = graph.either(used, f"{at}.sum", then, y) if self.chosen_only else then()
+            y = graph.either(used(graph, n, share), f"{at}.sum", then, y) if self.chosen_only else then()
         return y
 
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:
