@@ -94,7 +94,7 @@ class OrtDialect:
     def experts(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str:
         """For each expert the rows of the tokens that chose it are gathered, computed, and added to their places; of no rows a product reads no weight.
 
-        Of the forms that compute only chosen experts this one was measured fastest at one token (bench/moe_forms.py, docs/experts.md).
+        At one token as fast as the other forms that compute only chosen experts, on prompts a tenth faster than QMoE (bench/moe_forms.py, docs/experts.md).
         """
         d, name, node = weights.decoder, f"layers.{n}", graph.node
         rows = node("Reshape", [x, graph.constant(f"{name}.flat", np.array([-1, d.hidden]))], f"{name}.rows")
