@@ -117,18 +117,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("shared") / "model")
 
 
-@pytest.fixture(scope="session")
-def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that sees, with room for an image of its largest size."""
-    pytest.importorskip("torch")
+def on_q8_grid(weight):
+    """A float matrix [out, in] on the grid of Q8_0, as engines with small tables hold their output matrix."""
+    import torch
+    from edgemed.grid import ggml_q8
+
+    q, scale = ggml_q8(weight.numpy())
+    return (torch.tensor(q).float() - 128) * torch.tensor(scale).repeat_interleave(32, 1)
+
+
+def write_seeing(path: Path, **config: object) -> Path:
+    """A tiny model that sees, whose tokenizer knows the tokens around an image."""
     from tokenizers import Tokenizer
 
-    path = write_model(tmp_path_factory.mktemp("sees") / "model", family="qwen2_vl", max_position_embeddings=1024)
+    path = write_model(path, family="qwen2_vl", **config)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
     assert tokenizer.token_to_id("<|image_pad|>") == IMAGE
     tokenizer.save(str(path / "tokenizer.json"))
     return path
+
+
+@pytest.fixture(scope="session")
+def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with room for an image of its largest size."""
+    pytest.importorskip("torch")
+    return write_seeing(tmp_path_factory.mktemp("sees") / "model", max_position_embeddings=1024)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

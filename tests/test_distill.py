@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB, cli, refused, tokens, write_model
+from conftest import VOCAB, cli, refused, tokens, write_model, write_seeing
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -435,12 +435,7 @@ verify: {{prompts: pubmedqa-sections, count: 2, width: 48, prompt: 8, new: 8}}
 @pytest.fixture(scope="module")
 def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("PIL")
-    from tokenizers import Tokenizer
-
-    path = write_model(tmp_path_factory.mktemp("sees") / "model", family="qwen2_vl", num_hidden_layers=4)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
-    tokenizer.save(str(path / "tokenizer.json"))
+    path = write_seeing(tmp_path_factory.mktemp("sees") / "model", num_hidden_layers=4)
     (path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 28 * 28, "max_pixels": 56 * 56}))
     return path
 

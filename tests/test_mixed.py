@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import on_q8_grid
 
 from edgemed import plugins, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
@@ -15,7 +16,6 @@ from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.gguf_layout import layout
 from edgemed.gguf_types import Model, tensor_types
-from edgemed.grid import ggml_q8
 from edgemed.random_weights import make_random
 from edgemed.steps import quantize
 from edgemed.targets import llamacpp, onnx, tensorrt
@@ -52,8 +52,7 @@ class Carried(Weights):
         matrix = super().matrix(name)
         weight = matrix.dense()
         if name == "lm_head":
-            q, scale = ggml_q8(weight.numpy())
-            weight = (torch.tensor(q).float() - 128) * torch.tensor(scale).repeat_interleave(32, 1)
+            weight = on_q8_grid(weight)
         return Dense(weight, matrix.bias)
 
 

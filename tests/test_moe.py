@@ -251,6 +251,15 @@ def test_importance_is_of_the_tokens_that_reached_an_expert(tinymed: Path) -> No
 
 # --- engines
 
+def answers_as(checkpoint: Checkpoint, engine: Engine) -> None:
+    """The engine's greedy tokens are the checkpoint's."""
+    source, session, said = TorchSession(Weights(checkpoint)), engine.open(1), []
+    for each in (source, session):
+        said.append(list(generate(each, IDS[:9], Sampling(max_tokens=40))))
+    assert said[0] == said[1] and len(said[0]) > 1
+    session.close()
+
+
 def scores(engine: Engine, every: int = 30) -> np.ndarray:
     session = engine.open(1)
     found = np.concatenate([session.prefill(IDS[:every], every=True).copy(), *(session.step(token)[None].copy() for token in IDS[every:])])
@@ -267,11 +276,7 @@ def test_an_engine_gives_the_models_scores_and_tokens(name: str, target: str, tm
     engine = export(checkpoint, target, module.Params(precision="fp32"), tmp_path / "engine")
     right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
     assert np.abs(scores(engine) - right).max() < 1e-4
-    source, session, said = TorchSession(Weights(checkpoint)), engine.open(1), []
-    for each in (source, session):
-        said.append(list(generate(each, IDS[:9], Sampling(max_tokens=40))))
-    assert said[0] == said[1] and len(said[0]) > 1
-    session.close()
+    answers_as(checkpoint, engine)
 
 
 @pytest.mark.parametrize("target", ["onnx", "tensorrt"])
@@ -390,11 +395,7 @@ def test_a_graph_of_our_own_where_llamacpp_has_none(name: str, tmp_path: Path) -
     engine = gguf(checkpoint, tmp_path / "f32", type="f32")
     assert [file.name for file in engine.path.glob("*.gguf")] == ["graph.gguf"]
     assert np.abs(scores(engine) - right).max() < 5e-3
-    source, session, said = TorchSession(Weights(checkpoint)), engine.open(1), []
-    for each in (source, session):
-        said.append(list(generate(each, IDS[:9], Sampling(max_tokens=40))))
-    assert said[0] == said[1] and len(said[0]) > 1
-    session.close()
+    answers_as(checkpoint, engine)
     for wanted in ("q8_0", "q4_k_m"):
         found = scores(gguf(checkpoint, tmp_path / wanted, type=wanted))
         # A token whose experts are close may go to another one.

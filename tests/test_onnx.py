@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONTEXT, tokens, write_model
+from conftest import CONTEXT, on_q8_grid, tokens, write_model
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
@@ -26,7 +26,7 @@ from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint  # noqa: E402
 from edgemed.decoder import logits  # noqa: E402
 from edgemed.engine import Engine, export  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.grid import ggml_q8, rtn  # noqa: E402
+from edgemed.grid import rtn  # noqa: E402
 from edgemed.steps import quantize  # noqa: E402
 from edgemed.targets import onnx as target  # noqa: E402
 from edgemed.targets.onnx import Params  # noqa: E402
@@ -60,8 +60,7 @@ class Rounded(Weights):
         matrix = super().matrix(name)
         weight = matrix.dense()
         if name == "lm_head":
-            q, scale = ggml_q8(weight.numpy())
-            weight = (torch.tensor(q).float() - 128) * torch.tensor(scale).repeat_interleave(32, 1)
+            weight = on_q8_grid(weight)
         elif isinstance(matrix, Dense):
             q, scale = rtn(weight, self.bits, self.group)
             weight = (q.float() - (1 << self.bits - 1)) * scale.repeat_interleave(self.group, 1)

@@ -39,7 +39,7 @@ def reference(sees: Path) -> Reference:
 
 
 def made(sees: Path, reference: Reference | None, out: Path, target: str = "onnx", **params: Any) -> Engine:
-    pytest.importorskip({"onnx": "onnxruntime", "llamacpp": "llama_cpp"}[target])
+    pytest.importorskip("llama_cpp" if target == "llamacpp" else "onnxruntime")
     return export(open_checkpoint(sees), target, plugins.load("targets", target).Params(**params), out, reference.trim(2) if reference else None)
 
 
@@ -89,7 +89,7 @@ def test_exact_engines_answer_every_token(sees: Path, reference: Reference, tmp_
     assert found["decoder"]["limit"] == {"onnx": 1e-3, "llamacpp": 5e-3}[target] and 0 < found["decoder"]["error"] < found["decoder"]["limit"] / 4
 
 
-@pytest.mark.parametrize(("tower", "least", "most"), [("fp16", 1e-5, 2e-3), ("int8", 1e-3, 3e-2)])
+@pytest.mark.parametrize(("tower", "least", "most"), [("fp16", 1e-5, 2e-3), ("int8", 1e-3, 3e-2), ("w8a8", 1e-3, 6e-2)])
 def test_narrow_towers_have_limits_of_their_own(sees: Path, reference: Reference, tmp_path: Path, tower: str, least: float, most: float) -> None:
     result = verify(made(sees, reference, tmp_path / "engine", precision="fp32", tower=tower), reference, Limits(), 1)
     found = by_stage(result)
@@ -98,6 +98,21 @@ def test_narrow_towers_have_limits_of_their_own(sees: Path, reference: Reference
         assert least < found[name]["error"] < most and found[name]["limit"] == stages.TOWERS[tower] and f"the {tower} {name}" in found[name]["how"]
     assert found["decoder"]["limit"] == 1e-3, "the decoder is as exact as ever"
     assert 0 < found["end to end"]["error"] < 0.05 == found["end to end"]["limit"] and "of 480 greedy tokens" in found["end to end"]["how"]
+
+
+def test_a_bfloat16_tower(sees: Path, reference: Reference, tmp_path: Path) -> None:
+    found = by_stage(verify(made(sees, reference, tmp_path / "engine", "tensorrt", precision="fp32", tower="bf16"), reference, Limits(), 1))
+    for name in ("tower", "projector"):
+        assert 1e-4 < found[name]["error"] < 2e-2 and found[name]["limit"] == stages.TOWERS["bf16"] and found[name]["passed"]
+
+
+@pytest.mark.parametrize(("mmproj", "most"), [("f32", 2e-3), ("f16", 3e-3), ("q8_0", 3e-2)])
+def test_libmtmds_tower_and_projector_are_one_stage(sees: Path, reference: Reference, tmp_path: Path, mmproj: str, most: float) -> None:
+    result = verify(made(sees, reference, tmp_path / "engine", "llamacpp", type="f32", vision="mtmd", mmproj=mmproj), reference, Limits(), 1)
+    found = {row["stage"]: row for row in result["stages"]}
+    assert list(found) == ["projector", "decoder", "end to end"] and result["passed"], result["problems"]
+    assert 1e-5 < found["projector"]["error"] < most and found["projector"]["limit"] == stages.MTMD[mmproj] and f"{mmproj} tower and projector in one" in found["projector"]["how"]
+    assert ("share of greedy tokens" in found["end to end"]["how"]) == (mmproj == "f32"), "only float32 must answer every token"
 
 
 def test_quantized_decoder_is_held_to_divergence(sees: Path, reference: Reference, tmp_path: Path) -> None:
