@@ -78,4 +78,6 @@ class Layers:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         full = isinstance(error, OSError) and error.errno in store.FULL
         if kind is None or full or not self.done:
+            # The state first: a kill while the rest goes must not leave a record of layers whose files are gone.
+            (self.folder / STATE).unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
