@@ -32,7 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # model_type of the authors' layout -> text model; its first releases said only 'llava'
 AUTHORS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 HUATUO = "huatuo"
-# form -> (what a prompt begins with, what stands behind the user's turn); LLaVA's conversation.py (vicuna_v1, mistral_instruct, qwen's chatml), HuatuoGPT-Vision's cli.py
+# form -> (what a prompt begins with, what stands behind the user's turn): vicuna_v1 of haotian-liu/LLaVA's llava/conversation.py, mistral_instruct of microsoft/LLaVA-Med's,
+# conv_qwen of LLaVA-VL/LLaVA-NeXT's, and FreedomIntelligence/HuatuoGPT-Vision's cli.py
 FORMS = {
     "vicuna": ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
                " ASSISTANT:"),

@@ -22,7 +22,7 @@ STORED = re.compile(r"\.(?:layers|h)\.(\d+)\.mlp\.(?:deepspeed_moe\.(?:experts\.
 ROOTS = ("model.", "transformer.")
 TOWER = tuple(f"{root}image_tower.image_tower.vision_model." for root in ROOTS)
 PROJECTOR = tuple("|".join(f"{root}mm_projector.image_spatial_proj.{n}" for root in ROOTS) for n in (0, 2))
-# moellava/conversation.py: conv_stablelm, conv_phi and conv_qwen differ in what ends a turn only.
+# moellava/conversation.py of PKU-YuanGroup/MoE-LLaVA and of Med-MoE (whose eval.sh asks for phi and stablelm): conv_stablelm and conv_phi are alike, and qwen is conv_phi.
 BEFORE, AFTER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
                  " ASSISTANT:")
 

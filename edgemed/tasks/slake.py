@@ -29,7 +29,7 @@ def example(row: Mapping[str, Any]) -> Example:
 TASK = Task(
     name="slake",
     source="SLAKE (Liu et al., ISBI 2021), med-vqa.com/slake",
-    licence="CC BY-SA 4.0",
+    licence="CC BY 4.0",
     split="test (1,061 questions in English); part zh: in Chinese. The shipped sample is synthetic",
     metric="accuracy: closed by the option named, open by exact match; scores beside it",
     prompt="{question}\nAnswer the question using a single word or phrase.",
