@@ -50,7 +50,7 @@ class Source:
 
 
 def make(file: Path, out: Path, source: Source, heldout: float = 0.2, allow_traces: bool = False, tokenizer: Any = None) -> dict[str, Any]:
-    """Write calibration.jsonl, heldout.jsonl and card.yaml into `out` from a .jsonl file of rows with "text" or a .txt file of paragraphs; returns the card.
+    """Write calibration.jsonl, heldout.jsonl and card.yaml into `out` from a .jsonl file of rows with "text" or "messages" (data.texts_of) or a .txt file of paragraphs; returns the card.
 
     Like texts are kept once; a text is held out by the hash of its words, so the same file is always split alike, and a longer one does not move texts
     from one side to the other. tokenizer: counts tokens too. Raises EdgemedError for an unreadable file, a text that carries traces of a patient
@@ -63,15 +63,15 @@ def make(file: Path, out: Path, source: Source, heldout: float = 0.2, allow_trac
     if Path(out).exists():
         raise EdgemedError(f"{out} exists", "Choose another --out, or remove it")
     found = _own_texts(Path(file))
-    traces = list(traces_of(found))
+    traces = list(traces_of(text for text, _ in found))
     if traces and not allow_traces:
         first = "; ".join(f"text {number}: {kind}" for number, kind in traces[:3])
         more = f" and {len(traces) - 3} more" if len(traces) > 3 else ""
         raise EdgemedError(f"{file} looks as if it held data of patients ({first}{more})", "Remove it, or give --allow-traces where you know that it does not or may travel")
-    unique = {" ".join(words(text)): text for text in found}
-    sides: dict[str, list[str]] = {"calibration": [], "heldout": []}
-    for plain, text in unique.items():
-        sides["heldout" if int(hashlib.sha256(plain.encode()).hexdigest()[:8], 16) < heldout * 2**32 else "calibration"].append(text)
+    unique = {" ".join(words(text)): (text, kept) for text, kept in found}
+    sides: dict[str, list[tuple[str, dict[str, Any]]]] = {"calibration": [], "heldout": []}
+    for plain, row in unique.items():
+        sides["heldout" if int(hashlib.sha256(plain.encode()).hexdigest()[:8], 16) < heldout * 2**32 else "calibration"].append(row)
     if not all(sides.values()):
         raise EdgemedError(f"{file}: {len(unique)} different texts are too few to hold {heldout:g} of them out", "Give more texts, or another --heldout")
     out.mkdir(parents=True)
@@ -85,14 +85,15 @@ def make(file: Path, out: Path, source: Source, heldout: float = 0.2, allow_trac
     return card
 
 
-def _written(file: Path, rows: list[str], tokenizer: Any) -> dict[str, Any]:
+def _written(file: Path, rows: list[tuple[str, dict[str, Any]]], tokenizer: Any) -> dict[str, Any]:
     """Write one split; its entry in the card."""
-    file.write_text("".join(json.dumps({"id": hashlib.sha256(text.encode()).hexdigest()[:12], "text": text}, ensure_ascii=False) + "\n" for text in rows), encoding="utf-8")
+    file.write_text("".join(json.dumps({"id": hashlib.sha256(text.encode()).hexdigest()[:12], **kept}, ensure_ascii=False) + "\n" for text, kept in rows), encoding="utf-8")
     facts = {"file": file.name, "sha256": file_sha256(file), "n": len(rows)}
-    return facts | ({"tokens": sum(len(tokenizer.encode(text).ids) for text in rows)} if tokenizer else {})
+    return facts | ({"tokens": sum(len(tokenizer.encode(text).ids) for text, _ in rows)} if tokenizer else {})
 
 
-def _own_texts(file: Path) -> list[str]:
+def _own_texts(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(text, what a card's row keeps of it: 'text' or 'messages', and 'language' where it is said) of every row."""
     if not file.is_file():
         raise EdgemedError(f"text file {file} does not exist", 'Give a .jsonl file with rows {"text": ...}, or a .txt file with a blank line between texts')
     with open(file, "rb") as handle:
@@ -102,7 +103,9 @@ def _own_texts(file: Path) -> list[str]:
         keys = {str(key) for row in read_rows(file) for key in row if TRACES["DICOM tag"].search(str(key))}
         if keys:
             raise EdgemedError(f"{file} holds DICOM fields ({', '.join(sorted(keys)[:3])})", "Keep only the texts, without patient data")
-    return texts_of(file)
+    found = texts_of(file)
+    rows = [{}] * len(found) if file.suffix == ".txt" else read_rows(file)
+    return [(text, {key: row[key] for key in ("language", "messages") if key in row} | ({} if "messages" in row else {"text": text})) for text, row in zip(found, rows, strict=True)]
 
 
 def traces_of(found: Iterable[str]) -> Iterator[tuple[int, str]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
           "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-              "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+              "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 TOWER = "vision_tower"  # folder of a vision tower that a checkpoint lacks: its tensors are read as vision_tower.*
 
 

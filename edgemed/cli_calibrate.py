@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Calibration cards: make one from y
 
 @app.command()
 def make(
-    file: Annotated[Path, typer.Option("--from", help='.jsonl file with rows {"text": ...}, or .txt file with a blank line between texts.')],
+    file: Annotated[Path, typer.Option("--from", help='.jsonl file with rows {"text": ...} or {"messages": [...]}, or .txt file with a blank line between texts.')],
     name: Annotated[str, typer.Option(help="The card's name.")],
     source: Annotated[str, typer.Option(help="Where the text comes from, as the card shall say it.")],
     licence: Annotated[str, typer.Option(help="Its licence, or under which terms it may be used.")],

@@ -16,7 +16,7 @@ from edgemed import plugins
 from edgemed.errors import EdgemedError, nearest
 from edgemed.image_files import Album
 from edgemed.store import file_sha256
-from edgemed.tokenizer import encode
+from edgemed.tokenizer import NAMES, chat_text, encode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,26 +106,42 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def texts(name: str, split: str = "calibration") -> list[str]:
-    """The texts of one split. Raises EdgemedError for an empty set or a row without 'text'."""
+def texts(name: str, split: str = "calibration", model: Path | None = None) -> list[str]:
+    """The texts of one split, see texts_of. Raises EdgemedError for an empty set or a row without a text."""
     card = read_card(name)
     card.digest(split)
-    return texts_of(card.file(split))
+    return texts_of(card.file(split), model)
 
 
-def texts_of(file: Path) -> list[str]:
-    """The texts of a .jsonl file of rows with "text", or the paragraphs of a .txt file. Raises EdgemedError for an empty one or a row without 'text'."""
+def texts_of(file: Path, model: Path | None = None) -> list[str]:
+    """The texts of a .jsonl file of rows with "text" or "messages", or the paragraphs of a .txt file.
+
+    "messages" is a conversation, [{"role": "user", "content": ...}, {"role": "assistant", ...}], and becomes text in the form of the chat template in `model` (a
+    checkpoint's directory), in plain turns where there is none. Raises EdgemedError for an empty file, or a row with neither.
+    """
+    return [text for text, _ in _spoken(file, model)]
+
+
+def _spoken(file: Path, model: Path | None) -> list[tuple[str, str]]:
+    """(text, its language or '') of every row; see texts_of."""
     if file.suffix == ".txt":
-        found = [part.strip() for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+        found = [(part.strip(), "") for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
     else:
-        rows = read_jsonl(file)
-        lacking = next((i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), None)
+        found = [(_text(row, model), str(row.get("language", ""))) for row in read_jsonl(file)]
+        lacking = next((i for i, (text, _) in enumerate(found, 1) if text is None), None)
         if lacking:
-            raise EdgemedError(f"{file}: row {lacking} has no 'text'", 'Rows look like {"id": ..., "text": ...}')
-        found = [row["text"] for row in rows]
+            raise EdgemedError(f"{file}: row {lacking} has no 'text'", 'Rows look like {"id": ..., "text": ...} or {"messages": [{"role": "user", "content": ...}, ...]}')
     if not found:
         raise EdgemedError(f"{file} holds no texts", "Give at least one row")
     return found
+
+
+def _text(row: Mapping[str, Any], model: Path | None) -> Any:
+    """None where a row holds neither a text nor a conversation."""
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") in NAMES and isinstance(m.get("content"), str) for m in messages):
+        return chat_text(model, messages, "", answered=True)
+    return row["text"] if isinstance(row.get("text"), str) else None
 
 
 def image_questions(count: int, name: str = IMAGES) -> list[tuple[str, Image.Image]]:
@@ -139,22 +155,27 @@ def image_questions(count: int, name: str = IMAGES) -> list[tuple[str, Image.Ima
     return [(row["question"], album.open(row["image"])) for row in rows[:count]]
 
 
-def calibration_windows(name: str, tokenizer: Any, samples: int, length: int) -> list[list[int]]:
-    """`samples` windows of `length` tokens from the calibration split, texts joined end to end.
+def calibration_windows(name: str, tokenizer: Any, samples: int, length: int, model: Path | None = None) -> list[list[int]]:
+    """`samples` windows of `length` tokens from the calibration split, texts joined end to end; model: whose chat template conversations take (texts_of).
 
-    Raises EdgemedError where the set is too short, or in a language the tokenizer spells out byte by byte.
+    Raises EdgemedError where the set is too short, or holds a language the tokenizer spells out byte by byte.
     """
+    card = read_card(name)
+    card.digest("calibration")
     stream: list[int] = []
-    found = texts(name)
-    for text in found:
-        stream += encode(tokenizer, text + "\n")
-    nbytes = sum(len(text.encode()) for text in found)
-    # A tokenizer with more than single bytes in it that still spells a text out was made for other languages.
-    if tokenizer.get_vocab_size() > 1000 and nbytes < 1.5 * len(stream):
-        raise EdgemedError(
-            f"calibration set '{name}': the tokenizer needs {len(stream)} tokens for {nbytes} bytes, so it does not cover the language of these texts",
-            "Calibrate on text in a language the model was made for",
-        )
+    counted: dict[str, list[int]] = {}
+    for text, language in _spoken(card.file("calibration"), model):
+        found = encode(tokenizer, text + "\n")
+        stream += found
+        total = counted.setdefault(language, [0, 0])
+        total[0], total[1] = total[0] + len(text.encode()), total[1] + len(found)
+    for language, (nbytes, spelled) in counted.items():
+        # A tokenizer with more than single bytes in it that still spells a text out was made for other languages.
+        if tokenizer.get_vocab_size() > 1000 and nbytes < 1.5 * spelled:
+            raise EdgemedError(
+                f"calibration set '{name}': the tokenizer needs {spelled} tokens for {nbytes} bytes{f' of {language!r}' if language else ''}, so it does not cover the language of these texts",
+                "Calibrate on text in a language the model was made for",
+            )
     if len(stream) < samples * length:
         raise EdgemedError(
             f"calibration set '{name}' has {len(stream)} tokens, {samples} x {length} = {samples * length} are asked for",

@@ -24,7 +24,7 @@ from edgemed.weights import Weights
 
 ENGINE = "engine.json"
 PLAN = "plan"
-COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "preprocessor_config.json")
+COPIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)

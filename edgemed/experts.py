@@ -85,7 +85,7 @@ def _windows(weights: Weights, params: Settings) -> list[torch.Tensor] | None:
     if params.samples < 1 or not 1 <= params.length <= weights.decoder.context:
         problem = f"merge: samples {params.samples} of length {params.length} for a context of {weights.decoder.context}"
         raise EdgemedError(problem, "Both are at least 1, and length is at most the context")
-    tokens = calibration_windows(params.calibration, open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), params.samples, params.length)
+    tokens = calibration_windows(params.calibration, open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), params.samples, params.length, weights.checkpoint.path)
     return [embed(weights, row) for row in torch.tensor(tokens).split(1)]
 
 

@@ -15,6 +15,7 @@ from edgemed.engine import open_engine
 from edgemed.errors import EdgemedError, need
 from edgemed.scoring import Reader
 from edgemed.session import Sampling, continued, log_softmax
+from edgemed import tokenizer
 from edgemed.tokenizer import chat_text, encode
 
 TemplateLM = need("lm_eval.api.model", "lm-eval").TemplateLM
@@ -67,8 +68,7 @@ class EngineLM(TemplateLM):
         return encode(self.tokenizer, string)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        file = self.engine.path / "chat_template.jinja"
-        return file.read_text(encoding="utf-8") if chat_template and file.is_file() else ""
+        return tokenizer.chat_template(self.engine.path) if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.chat_template(True) or not add_generation_prompt:

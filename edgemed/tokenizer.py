@@ -7,10 +7,14 @@ transformers to convert it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgemed.errors import EdgemedError
+
+# What a turn of each role begins with where a model has no chat template.
+NAMES = {"user": "Question", "assistant": "Answer", "system": "Context"}
 
 
 def open_tokenizer(path: Path, vocab: int) -> Any:
@@ -57,17 +61,32 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def chat_text(path: Path, messages: list[dict[str, str]], eos: str) -> str:
-    """Messages as one prompt: the engine's chat template where it has one, else plain turns.
+def chat_text(path: Path | None, messages: Sequence[Mapping[str, str]], eos: str, answered: bool = False) -> str:
+    """Messages as one prompt: the engine's (or checkpoint's) chat template where it has one, else plain turns. answered: a whole conversation, which no answer is to follow.
 
     messages: [{'role': 'user', 'content': ...}, ...].
     """
-    file = Path(path) / "chat_template.jinja"
-    if file.is_file():
+    if template := path and chat_template(Path(path)):
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(file.read_text(encoding="utf-8"))
-        return template.render(messages=messages, add_generation_prompt=True, eos_token=eos, bos_token="")
-    names = {"user": "Question", "assistant": "Answer", "system": "Context"}
-    turns = [f"{names[m['role']]}: {m['content']}" for m in messages]
-    return "\n".join([*turns, "Answer:"])
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=not answered, eos_token=eos, bos_token="")
+    turns = [f"{NAMES[m['role']]}: {m['content']}" for m in messages]
+    return "\n".join(turns if answered else [*turns, "Answer:"])
+
+
+def chat_template(path: Path) -> str:
+    """The jinja template of a model or engine directory, '' where it has none: a file of its own today, an entry of tokenizer_config.json or chat_template.json in older checkpoints."""
+    if (file := path / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = json.loads((path / name).read_text(encoding="utf-8")).get("chat_template") if (path / name).is_file() else None
+        if isinstance(found, str):
+            return found
+    return ""
+
+
+def _refuse(message: str) -> None:
+    # Published templates call it for conversations they do not take.
+    raise EdgemedError(f"the model's chat template refuses this conversation: {message}", "Turns must be as the model was trained: usually user and assistant by turns")

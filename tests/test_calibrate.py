@@ -88,6 +88,18 @@ def test_bad_input(tmp_path):
     chinese = write(tmp_path / "zh.jsonl", [{"text": "患者因发热和咳嗽三天来诊。" * 20}])
     with pytest.raises(EdgemedError, match="does not cover the language"):
         calibration_windows(str(chinese), open_tokenizer(MODEL, 4096), 2, 16)
+    # Four of its five languages would hide the fifth in a mean over all.
+    with pytest.raises(EdgemedError, match="bytes of 'ja', so it does not cover the language"):
+        calibration_windows("human-rights", open_tokenizer(MODEL, 4096), 2, 16)
+
+
+def test_conversations_stay_conversations(tmp_path):
+    talk = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}], "language": "en"} for text in NOTES]
+    make(write(tmp_path / "talk.jsonl", talk), tmp_path / "card", SOURCE)
+    rows = [json.loads(line) for split in ("calibration", "heldout") for line in (tmp_path / "card" / f"{split}.jsonl").read_text().splitlines()]
+    assert sorted((row["messages"][0]["content"], row["language"]) for row in rows) == sorted((text, "en") for text in set(NOTES)) and not any("text" in row for row in rows)
+    with pytest.raises(EdgemedError, match="phone number"):
+        make(write(tmp_path / "traces.jsonl", [{"messages": [{"role": "user", "content": "Call +44 20 7946 0958"}]}, *talk]), tmp_path / "other", SOURCE)
 
 
 def test_the_rule_of_overlap():

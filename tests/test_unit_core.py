@@ -158,6 +158,25 @@ def test_texts_of_a_users_own_files(tmp_path: Path) -> None:
         read_card(str(tmp_path / "b.jsonl")).file("test")
 
 
+def test_conversations_take_the_models_chat_template(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    rows = tmp_path / "talk.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"text": "plain"}) + "\n")
+    assert texts(str(rows)) == ["Question: Why?\nAnswer: So.", "plain"] == texts(str(rows), model=tmp_path)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
+        (tmp_path / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
+        assert texts(str(rows), model=tmp_path) == ["<user>Why?</s><assistant>So.</s>", "plain"], name
+        (tmp_path / name).unlink()
+    (tmp_path / "chat_template.jinja").write_text("{% if messages[0].role == 'user' %}{{ raise_exception('no users') }}{% endif %}")
+    with pytest.raises(EdgemedError, match="refuses this conversation: no users"):
+        texts(str(rows), model=tmp_path)
+    for wrong in ({"messages": []}, {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "user"}]}, {"messages": "x"}):
+        rows.write_text(json.dumps(wrong) + "\n")
+        with pytest.raises(EdgemedError, match="row 1 has no 'text'"):
+            texts(str(rows))
+
+
 def test_task_rows_are_checked(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = {"id": "1", "passage": "p", "answer": "methods"}

@@ -56,14 +56,14 @@ def task_sample(name, rows, data, whole_count, changes):
     write_card(folder / f"{name}.card.yaml", card | {"contains_phi": False, "changes": changes})
 
 
-def calibration_set(name, description, source, parts):
+def calibration_set(name, description, source, parts, language="en"):
     folder = PROJECT / "calibration" / name
     files = {}
     for part, rows in parts.items():
         path = folder / f"{part}.jsonl"
         write_rows(path, rows)
         files[part] = {"file": path.name, "sha256": sha256(path), "n": len(rows)}
-    write_card(folder / "card.yaml", {"name": name, "description": description, **source, "language": "en", "contains_phi": False, "files": files})
+    write_card(folder / "card.yaml", {"name": name, "description": description, **source, "language": language, "contains_phi": False, "files": files})
 
 
 def write_task_samples(data):
@@ -108,6 +108,21 @@ def write_calibration_sets(data, unused_abstracts, unused_items):
     )
 
 
+def write_conversations(data):
+    """MedQuAD's questions and answers as conversations, which take the chat template of the model that is calibrated."""
+    train, held = medquad(data)
+    parts = {}
+    for split, rows, count in (("calibration", train, 192), ("heldout", held, 48)):
+        chosen = choose(rows, count, f"conversations {split}")
+        parts[split] = [
+            {"id": f"{row['source']}/{row['id']}", "messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"][:LONGEST_ANSWER]}]} for row in chosen
+        ]
+    calibration_set(
+        "medquad-chat", f"Consumer health questions with their answers as conversations, answers cut at {LONGEST_ANSWER} characters; each model gets them in its own chat template. "
+        "Heldout from documents the quickstart model was not trained on.", MEDQUAD_SOURCE, parts,
+    )
+
+
 def write_dialogues(data):
     """Conversations of doctor and patient with the note that was written of them, all from the training split."""
     with open(data / DIALOGUES, encoding="utf-8-sig", newline="") as handle:
@@ -129,6 +144,7 @@ def main():
     data_argument(parser)
     data = parser.parse_args().data
     write_calibration_sets(data, *write_task_samples(data))
+    write_conversations(data)
     write_dialogues(data)
     folder = PROJECT / "LICENSES"
     folder.mkdir(exist_ok=True)

@@ -139,7 +139,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     work.mkdir(exist_ok=True)
     try:
         rows = pictured(params.calibration)
-        train, held = _split(rows or texts(params.calibration), params)
+        train, held = _split(rows or texts(params.calibration, model=weights.checkpoint.path), params)
         judged = [] if rows or whole else _packed(train, weights, params.length)[0][:IMPORTANCE]
         student = weights if whole else Weights(cut(weights, shape, work / "student", judged))
         lesson = _lesson(student, teacher, shape if not params.teacher else None, train, held, params, out.parent)

@@ -257,7 +257,7 @@ def _config(weights: Weights, params: Params, packings: Packings) -> dict[str, A
 
 def _windows(weights: Weights, params: Params) -> torch.Tensor:
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    return need("torch", "build").tensor(calibration_windows(params.calibration, tokenizer, params.samples, params.length))
+    return need("torch", "build").tensor(calibration_windows(params.calibration, tokenizer, params.samples, params.length, weights.checkpoint.path))
 
 
 def _layers(weights: Weights, windows: torch.Tensor | None, params: Params, packings: Packings, kept: Layers, spilled: bool) -> Iterator[tuple[int, Rounded]]:

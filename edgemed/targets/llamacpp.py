@@ -211,7 +211,7 @@ def _budgeted(weights: Weights, params: Params, columns: Mapping[str, np.ndarray
 
 def _calibration(weights: Weights, params: Params) -> list[list[int]]:
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    return calibration_windows(params.imatrix, tokenizer, params.samples, min(params.length, weights.decoder.context))
+    return calibration_windows(params.imatrix, tokenizer, params.samples, min(params.length, weights.decoder.context), weights.checkpoint.path)
 
 
 def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | None:
