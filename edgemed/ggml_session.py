@@ -48,7 +48,7 @@ class GgmlSession:
 
     def __init__(self, engine: Engine, threads: int | None):
         self.ggml = ggml_api.library()
-        self.weights = Weights(engine.path / FILE)
+        self.weights = Weights(engine.path / FILE, engine.params["repack"])
         self.d = d = read_decoder(self.weights.text(KEY))
         self.head, self.width, self.context, self.position = "lm", engine.width, engine.context, 0
         self.sees = engine.vision is not None

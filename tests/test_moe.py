@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -419,6 +420,22 @@ def test_our_own_graph_speaks_the_session_protocol(medmoe: Path, tmp_path: Path)
         with pytest.raises(EdgemedError, match="longer than the context"):
             append()
     session.close()
+
+
+def test_matrices_in_the_cpus_own_order(medmoe: Path, tmp_path: Path) -> None:
+    engine, scored = gguf(open_checkpoint(medmoe), tmp_path / "engine", type="q4_0"), {}
+    for repack in (True, False):
+        session = replace(engine, params={**engine.params, "repack": repack}).open(1)
+        scored[repack] = [session.prefill(IDS[:20], every=True).copy(), session.step(IDS[20]).copy()]
+        names = {name for name, tensor in session.weights.tensors.items() if tensor != session.weights.ggml.get_tensor(session.weights.context, name.encode())}
+        assert len(names) == len(session.weights.repacked) and not [name for name in names if "_exps" in name or "norm" in name]
+        assert repack or not names
+        if repack and "avx2" in Path("/proc/cpuinfo").read_text():
+            assert {"blk.0.attn_output.weight", "blk.0.ffn_up_shexp.weight"} <= names, "4-bit matrices are faster in that order on this CPU"
+        session.close()
+    # The same integers in another order; activations are rounded to 8 bits either way.
+    for with_it, without in zip(scored[True], scored[False], strict=True):
+        assert np.abs(with_it - without).max() < 0.02 * np.abs(without).max()
 
 
 def test_our_own_graph_carries_integers(medmoe: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Params:
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. budget: '4.5bpw' (bits per weight of the whole file) or '1.6GB': every layer matrix then gets its own type, the
     others that of `type`; it is measured on the text of `imatrix`. context: tokens of the KV cache (default the model's).
-    kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights.
+    kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights (edgemed's ggml graph: of those that every token reads).
     vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or llama.cpp's own libmtmd (not CLIP towers, which it has wrong).
     mmproj: type of mmproj.gguf, which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's own programs, which resize images in another way.
     min_pixels, max_pixels: to which images are resized (default the model's).
