@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -92,6 +93,14 @@ def decode_worker(pipe: Any, path: str, threads: int) -> None:
     pipe.send(engine.bytes_per_token)
 
 
+def made(name: str, target: str, cache: Path) -> str:
+    """The engine --build left in the cache; the checkpoint it was made from may be gone."""
+    found = list(cache.glob(f"{name}-{target}-*"))
+    if len(found) != 1:
+        sys.exit(f"{cache} holds {len(found)} engines {name}-{target}-*, one is needed: run --build")
+    return str(found[0])
+
+
 def apart(worker: Any, *arguments: Any) -> Any:
     """What one worker sends, from a process of its own."""
     pipe, child = get_context("spawn").Pipe()
@@ -124,10 +133,8 @@ def turns(paths: dict[str, str], rounds: int, threads: int) -> tuple[dict[str, d
 
 
 def measure(row: str, args: argparse.Namespace) -> None:
-    from edgemed.run import random_engine
-
     base, target = ROWS[row]
-    paths = {name: str(random_engine(name, target[0], params(name, target), args.cache)) for name in (MIXTURE[base], DENSE[base])}
+    paths = {name: made(name, target[0], args.cache) for name in (MIXTURE[base], DENSE[base])}
     memory = apart(memory_worker, paths[MIXTURE[base]], args.threads, args.image)
     times, moved = turns(paths, args.rounds, args.threads)
     speed = {name: [moved[name] * NEW / seconds / 1e9 for seconds in t["decode"]] for name, t in times.items()}
