@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,10 @@ class Activations:
     is written before the first `commit`.
     """
 
-    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], spilled: bool):
+    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], spilled: bool, angles: Sequence[torch.Tensor] | None = None):
+        """angles: rotary angles [tokens, pairs] of every window's tokens where they are not those of plain positions."""
         torch = need("torch", "build")
+        self.angles = angles
         self.folder, self.name, self.shape, self.spilled = Path(folder), name, shape, spilled
         self.held = None if spilled else torch.empty(shape)
         self.layer, self.fresh = -1, set[int]()
@@ -50,6 +52,10 @@ class Activations:
             if handle.readinto(memoryview(x.numpy()).cast("B")) != x.nbytes:
                 raise short(self.folder)
         return x
+
+    def turned(self, i: int) -> torch.Tensor | None:
+        """Rotary angles of window i, None for plain positions."""
+        return self.angles[i] if self.angles else None
 
     def write(self, i: int, x: torch.Tensor) -> None:
         if self.held is not None:

@@ -114,7 +114,7 @@ def texts(name: str, split: str = "calibration", model: Path | None = None) -> l
 
 
 def texts_of(file: Path, model: Path | None = None) -> list[str]:
-    """The texts of a .jsonl file of rows with "text" or "messages", or the paragraphs of a .txt file.
+    """The texts of a .jsonl file of rows with "text", "messages" or "question" and "answer", or the paragraphs of a .txt file.
 
     "messages" is a conversation, [{"role": "user", "content": ...}, {"role": "assistant", ...}], and becomes text in the form of the chat template in `model` (a
     checkpoint's directory), in plain turns where there is none. Raises EdgemedError for an empty file, or a row with neither.
@@ -137,10 +137,12 @@ def _spoken(file: Path, model: Path | None) -> list[tuple[str, str]]:
 
 
 def _text(row: Mapping[str, Any], model: Path | None) -> Any:
-    """None where a row holds neither a text nor a conversation."""
+    """None where a row holds no text in any form."""
     messages = row.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") in NAMES and isinstance(m.get("content"), str) for m in messages):
         return chat_text(model, messages, "", answered=True)
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+        return f"{row['question']}\n{row['answer']}"
     return row["text"] if isinstance(row.get("text"), str) else None
 
 

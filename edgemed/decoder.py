@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
     Cache = tuple[torch.Tensor, torch.Tensor]
+    # token ids, or those and the images among them
+    Window = Sequence[int] | tuple[list[int], Pictures | None]
     Product = Callable[[Layer, str, torch.Tensor], torch.Tensor]
 
 
@@ -144,6 +146,18 @@ def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
     """tokens [batch, tokens] from position 0 -> hidden states, float32."""
     x = weights.table("embed")[tokens]
     return x + weights.table("positions")[: tokens.shape[1]] if weights.decoder.positions == "learned" else x
+
+
+def shown(weights: Weights, window: Window) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(hidden states float32 [1, tokens, hidden] before the first layer, rotary angles [tokens, pairs] or None for plain positions) of tokens and the images among them."""
+    torch, (tokens, pictures) = need("torch", "build"), window if isinstance(window, tuple) else ([int(token) for token in window], None)
+    x = embed(weights, torch.from_numpy(looked_up(tokens, pictures))[None])
+    if pictures is None:
+        return x, None
+    check_pictures(tokens, pictures)
+    x = x.clone()
+    x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(np.asarray(pictures.features, np.float32))
+    return x, rope_angles(weights.decoder, torch.from_numpy(pictures.positions)) if weights.decoder.rope_axes else None
 
 
 def top(weights: Weights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:

@@ -6,7 +6,7 @@ output matrix keep the mixture's types and count in the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from edgemed.sensitivity import sensitivities
 if TYPE_CHECKING:
     import torch
 
+    from edgemed.decoder import Window
     from edgemed.weights import Weights
 
 TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -38,7 +39,7 @@ class Chosen:
     facts: dict[str, Any]
 
 
-def choose(weights: Weights, windows: torch.Tensor, places: Mapping[str, Place], types: Mapping[str, str], columns: Mapping[str, np.ndarray], budget: str, folder: Path) -> Chosen:
+def choose(weights: Weights, windows: Sequence[Window], places: Mapping[str, Place], types: Mapping[str, str], columns: Mapping[str, np.ndarray], budget: str, folder: Path) -> Chosen:
     """A type for every matrix of the layers such that all tensors together take at most `budget`: '4.5bpw' (bits per weight of the whole file) or '1.6GB'.
 
     places: tensor -> where it comes from; types: what the mixture would give; columns: importance per canonical matrix; folder: for hidden states meanwhile.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.console import track
-from edgemed.decoder import block, embed, linear, load_layer
+from edgemed.decoder import block, linear, load_layer, shown
 from edgemed.errors import EdgemedError, need
 from edgemed.store import file_sha256
 from edgemed.weights import Weights
@@ -22,21 +22,21 @@ from edgemed.weights import Weights
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.decoder import Layer
+    from edgemed.decoder import Layer, Window
 
 FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 
-def importance(weights: Weights, windows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+def importance(weights: Weights, windows: Sequence[Window]) -> dict[str, np.ndarray]:
     """Mean squared input per column of each layer matrix over the tokens it was computed for: canonical name -> float32 [in].
 
-    windows: token windows, each of at most the model's context. Follows llama.cpp's tools/imatrix (sum of squares / tokens). An expert that no token
+    windows: tokens and pictures, each of at most the model's context. Follows llama.cpp's tools/imatrix (sum of squares / tokens). An expert that no token
     chose has an importance of 1 everywhere, as there.
     """
     torch = need("torch", "build")
     d, found = weights.decoder, {}
     with torch.inference_mode():
-        hidden = [embed(weights, torch.tensor([list(window)])) for window in windows]
+        hidden, angles = map(list, zip(*(shown(weights, window) for window in windows), strict=True))
         for n in track(range(d.layers), "importance"):
             layer = load_layer(weights, n)
             sums = {name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64) for name in d.matrices(n)}
@@ -49,7 +49,7 @@ def importance(weights: Weights, windows: Sequence[Sequence[int]]) -> dict[str, 
                 return linear(layer, name, x)
 
             for i, x in enumerate(hidden):
-                hidden[i] = block(d, layer, n, x, product=product)
+                hidden[i] = block(d, layer, n, x, product=product, angles=angles[i])
             found |= {f"layers.{n}.{name}": (total / counts[name] if counts[name] else torch.ones_like(total)).float().numpy() for name, total in sums.items()}
     return found
 

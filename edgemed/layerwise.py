@@ -89,15 +89,15 @@ def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | No
         # A parallel block's MLP reads the layer's own input: nothing is added before its end.
         if name == "o" and not d.parallel:
             for i, row in x:
-                x.write(i, row + linear(layer, "o", feed(d, n, layer, "o", row)))
+                x.write(i, row + linear(layer, "o", feed(d, n, layer, "o", row, angles=x.turned(i))))
                 if exact:
                     before = exact.read(i)
-                    exact.write(i, before + linear(source, "o", feed(d, n, source, "o", before)))
+                    exact.write(i, before + linear(source, "o", feed(d, n, source, "o", before, angles=x.turned(i))))
     for i, row in x:
-        x.write(i, row + branches(d, layer, n, row))
+        x.write(i, row + branches(d, layer, n, row, x.turned(i)))
         if exact:
             before = exact.read(i)
-            exact.write(i, before + branches(d, source, n, before))
+            exact.write(i, before + branches(d, source, n, before, x.turned(i)))
     return Rounded(found, experts=said)
 
 
@@ -109,7 +109,7 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
     hessian = Hessian(weight.shape[1], exact is not None)
     for i, row in x:
         rows = rows_of(experts, name, i)
-        hessian.add(feed(d, n, layer, name, row, rows), feed(d, n, source, name, exact.read(i), rows) if exact else None)
+        hessian.add(feed(d, n, layer, name, row, rows, x.turned(i)), feed(d, n, source, name, exact.read(i), rows, x.turned(i)) if exact else None)
     if lacking(name, hessian.rows, params):
         solution = Solution(*rtn(weight, bits, group_of(weight, group)))
     else:
@@ -130,14 +130,14 @@ def awq_layer(weights: Weights, n: int, x: Activations, own: Own, params: Settin
 
     def inner() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What attention and what the MLP of the float layer start from, window by window."""
-        for _, row in x:
-            yield row, row if d.parallel else row + linear(source, "o", feed(d, n, source, "o", row))
+        for i, row in x:
+            yield row, row if d.parallel else row + linear(source, "o", feed(d, n, source, "o", row, angles=x.turned(i)))
 
     if d.sparse(n):
         experts, said = reached(d, source, (feed(d, n, source, "router", row) for _, row in inner()), params)
 
     def seen(names: Iterable[str]) -> dict[str, Seen]:
-        return _seen(d, n, source, [*names], inner, experts, params)
+        return _seen(d, n, source, [*names], inner, x, experts, params)
 
     def rounded(name: str, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         bits, group = own[name]
@@ -164,20 +164,21 @@ def awq_layer(weights: Weights, n: int, x: Activations, own: Own, params: Settin
     for name in ("qkv", "o"):
         finish(name, inputs.pop(name))
     for i, row in x:
-        row = row if d.parallel else row + linear(layer, "o", feed(d, n, layer, "o", row))
-        x.write(i, row + branches(d, layer, n, row))
+        row = row if d.parallel else row + linear(layer, "o", feed(d, n, layer, "o", row, angles=x.turned(i)))
+        x.write(i, row + branches(d, layer, n, row, x.turned(i)))
     changed = {name: value for name, value in layer.items() if name not in own and value is not source[name]}
     return Rounded({name: found[name] for name in d.matrices(n)}, changed, alpha, said)
 
 
-def _seen(d: Decoder, n: int, layer: Layer, names: list[str], inner: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]], experts: Reached | None, params: Settings) -> dict[str, Seen]:
-    """What matrices read; inner: as awq_layer's."""
+def _seen(d: Decoder, n: int, layer: Layer, names: list[str], inner: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]], x: Activations, experts: Reached | None,
+          params: Settings) -> dict[str, Seen]:
+    """What matrices read; inner and x: as awq_layer's."""
     torch = need("torch", "build")
     hessians = {name: Hessian(layer[name][0].shape[1]) for name in names}
     sums = {name: torch.zeros(layer[name][0].shape[1]) for name in names}
     for i, (row, middle) in enumerate(inner()):
         for name in names:
-            read = feed(d, n, layer, name, row if name in ("qkv", "o") else middle, rows_of(experts, name, i))
+            read = feed(d, n, layer, name, row if name in ("qkv", "o") else middle, rows_of(experts, name, i), x.turned(i))
             hessians[name].add(read)
             sums[name] += read.abs().sum((0, 1))
     return {name: Seen(h.moment, sums[name] / max(h.rows, 1), h.rows, lacking(name, h.rows, params)) for name, h in hessians.items()}
@@ -215,21 +216,21 @@ def lacking(name: str, rows: int, params: Settings) -> bool:
     return name.startswith("experts.") and rows < params.expert_tokens
 
 
-def branches(d: Decoder, layer: Layer, n: int, x: torch.Tensor) -> torch.Tensor:
+def branches(d: Decoder, layer: Layer, n: int, x: torch.Tensor, angles: torch.Tensor | None = None) -> torch.Tensor:
     """What a finished layer still has to add to x: its MLP, and in a parallel block its attention too."""
     y = mlp(d, layer, n, norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x))
-    return y + linear(layer, "o", feed(d, n, layer, "o", x)) if d.parallel else y
+    return y + linear(layer, "o", feed(d, n, layer, "o", x, angles=angles)) if d.parallel else y
 
 
-def feed(d: Decoder, n: int, layer: Layer, name: str, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+def feed(d: Decoder, n: int, layer: Layer, name: str, x: torch.Tensor, rows: torch.Tensor | None = None, angles: torch.Tensor | None = None) -> torch.Tensor:
     """The input of a matrix or router, from the hidden state at the start of its half of the layer (of the layer, where the block is parallel).
 
-    x [1, tokens, hidden]; rows: which of the tokens, None for all.
+    x [1, tokens, hidden]; rows: which of the tokens, None for all; angles: rotary angles where the tokens are not counted from 0.
     """
     if name == "qkv":
         return norm(d, layer, "attn_norm", x)
     if name == "o":
-        return attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)))
+        return attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)), angles=angles)
     read = norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x)
     read = read if rows is None else read[:, rows]
     return activate(d, linear(layer, f"{name.removesuffix('down')}up", read)) if name.endswith("down") else read

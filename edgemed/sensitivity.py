@@ -7,13 +7,13 @@ outputs. Measuring the divergence itself would take one pass per matrix and prec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemed.console import track
-from edgemed.decoder import block, embed, linear, load_layer, norm, top
+from edgemed.decoder import block, linear, load_layer, norm, shown, top
 from edgemed.errors import need
 from edgemed.gptq import Hessian
 from edgemed.weights import Weights
@@ -21,7 +21,7 @@ from edgemed.weights import Weights
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.decoder import Layer
+    from edgemed.decoder import Layer, Window
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,24 @@ class Sensitivity:
         return float(self.gradient[rows] @ ((delta @ self.moment) * delta).sum(1)) / 4
 
 
-def sensitivities(weights: Weights, windows: torch.Tensor, folder: Path) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-    """(layer, matrix -> Sensitivity) from the last layer to the first; one layer in memory at a time. windows int64 [windows, tokens].
+def sensitivities(weights: Weights, windows: Sequence[Window], folder: Path) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
+    """(layer, matrix -> Sensitivity) from the last layer to the first; one layer in memory at a time. windows: all of the same length.
 
     folder: where the hidden states between layers lie meanwhile.
     """
     torch = need("torch", "build")
     d = weights.decoder
     with torch.no_grad():
-        x = embed(weights, windows)
+        hidden, angles = zip(*(shown(weights, window) for window in windows), strict=True)
+        x = torch.cat(hidden)
         for n in track(range(d.layers), "sensitivity, forward"):
             torch.save(x, folder / f"hidden-{n}")
             layer = load_layer(weights, n)
-            x = torch.cat([block(d, layer, n, row) for row in x.split(1)])
+            x = torch.cat([block(d, layer, n, row, angles=turned) for row, turned in zip(x.split(1), angles, strict=True)])
     gradient = _at_the_top(weights, x)
     for n in track(range(d.layers - 1, -1, -1), "sensitivity, backward"):
         file = folder / f"hidden-{n}"
-        gradient, found = _through(weights, n, torch.load(file), gradient)
+        gradient, found = _through(weights, n, torch.load(file), gradient, angles)
         file.unlink()
         yield n, found
 
@@ -80,7 +81,7 @@ def _at_the_top(weights: Weights, x: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def _through(weights: Weights, n: int, x: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, Sensitivity]]:
+def _through(weights: Weights, n: int, x: torch.Tensor, gradient: torch.Tensor, angles: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, dict[str, Sensitivity]]:
     """Layer n backwards: the gradient at its input, and what its matrices saw. The layer is computed anew, so nothing but its input is kept."""
     torch = need("torch", "build")
     d, layer = weights.decoder, load_layer(weights, n)
@@ -99,9 +100,9 @@ def _through(weights: Weights, n: int, x: torch.Tensor, gradient: torch.Tensor) 
         return y
 
     found = []
-    for row, above in zip(x.split(1), gradient.split(1), strict=True):
+    for row, above, turned in zip(x.split(1), gradient.split(1), angles, strict=True):
         row = row.detach().requires_grad_()
-        block(d, layer, n, row, product=product).backward(above)
+        block(d, layer, n, row, product=product, angles=turned).backward(above)
         found.append(row.grad)
     # A share of all tokens, also for an expert that only some of them reach: what they do not use costs them nothing.
     tokens = x.shape[0] * x.shape[1]

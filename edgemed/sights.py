@@ -1,6 +1,6 @@
-"""Rows of questions about images as windows a student can learn from: tokens, which of them count, and what the images became.
+"""Rows of questions about images as windows that a step can calibrate on or a student learn from: tokens, which of them count, and what the images became.
 
-Vision tower and projector are not trained, so every image is looked at once and its features are kept in memory for the whole course.
+Vision tower and projector are neither rounded nor trained in these passes, so every image is looked at once and its features are kept in memory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 
 from edgemed import store
 from edgemed.console import track
-from edgemed.data import read_card, read_jsonl
+from edgemed.data import calibration_windows, read_card, read_jsonl
 from edgemed.errors import EdgemedError, need
 from edgemed.image_files import Album
 from edgemed.images import prompt_tokens
+from edgemed.session import Pictures, Positions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.tower import TorchEyes
 from edgemed.weights import Weights
@@ -63,10 +64,64 @@ def images_of(row: dict[str, Any]) -> list[str]:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
+def album_of(name: str) -> Album:
+    """The images of a set: files beside its rows, or members of the zip file its card names."""
+    card = read_card(name)
+    return Album(card.file("calibration").parent, card.files["images"].name if "images" in card.files else "")
+
+
 def digest(name: str, rows: Sequence[dict[str, Any]]) -> str:
     """sha256 over the images' bytes, in the rows' order. Raises EdgemedError for one that is missing."""
-    album = Album(read_card(name).file("calibration").parent)
+    album = album_of(name)
     return store.digest([hashlib.sha256(album.read(image)).hexdigest() for row in rows for image in images_of(row)])
+
+
+def calibration_digests(name: str) -> dict[str, str]:
+    """sha256 of a calibration set's rows, and of its images where it has some."""
+    rows = pictured(name)
+    return {"calibration": read_card(name).digest("calibration")} | ({"images": digest(name, rows)} if rows else {})
+
+
+def calibration(weights: Weights, name: str, samples: int, length: int) -> list[tuple[list[int], Pictures | None]]:
+    """`samples` windows of `length` tokens of a calibration set: of its texts, or of its questions about images with their answers, one chat turn after the other.
+
+    A window begins with a question and ends in the middle of one. Raises EdgemedError where the set is too short, or has images and the model sees none.
+    """
+    tokenizer, rows = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), pictured(name)
+    if not rows:
+        return [(window, None) for window in calibration_windows(name, tokenizer, samples, length, weights.checkpoint.path)]
+    if not weights.vision:
+        raise EdgemedError(f"calibration set '{name}' has images, and {weights.checkpoint.path} reads text only", "Calibrate on text")
+    eyes, album, found, turns = TorchEyes(weights), album_of(name), [], []
+    for row in track(rows, "looks at images"):
+        turns.append(_turn(eyes, tokenizer, album, row)[:2])
+        if sum(len(tokens) for tokens, _ in turns) >= length:
+            found.append(_joined(turns, eyes, length))
+            turns = []
+            if len(found) == samples:
+                return found
+    problem = f"calibration set '{name}' has questions and images for {len(found)} windows of {length} tokens, {samples} are asked for"
+    raise EdgemedError(problem, "Ask for fewer or shorter samples, or use a larger set")
+
+
+def _joined(turns: Sequence[tuple[list[int], Pictures]], eyes: TorchEyes, length: int) -> tuple[list[int], Pictures]:
+    """Chat turns one after the other, cut at `length` tokens."""
+    held = Positions(eyes.parts, sum(len(tokens) for tokens, _ in turns))
+    tokens: list[int] = []
+    for more, seen in turns:
+        held.add(len(tokens), len(more), seen.positions)
+        tokens += more
+    tokens = tokens[:length]
+    features = np.concatenate([seen.features for _, seen in turns])[: tokens.count(eyes.v.token)]
+    return tokens, Pictures(features, held.held[:, :length], eyes.v.token)
+
+
+def _turn(eyes: TorchEyes, tokenizer: Any, album: Album, row: dict[str, Any]) -> tuple[list[int], Pictures, list[int]]:
+    """(tokens, pictures, answer's tokens) of one row as a chat turn in the model's own form, the answer at its end."""
+    images = [album.open(image) for image in images_of(row)]
+    eos = eyes.weights.decoder.eos
+    answer = encode(tokenizer, row["answer"]) + ([] if eos is None else [eos])
+    return *eyes.see(prompt_tokens(tokenizer, eyes.family.chat(row["question"], len(images), eyes.v.conversation), eyes.v) + answer, images), answer
 
 
 def look(weights: Weights, name: str, rows: Sequence[dict[str, Any]], length: int, limit: int) -> tuple[np.ndarray, np.ndarray, Sights]:
@@ -74,13 +129,11 @@ def look(weights: Weights, name: str, rows: Sequence[dict[str, Any]], length: in
 
     limit: bytes the features may take. Raises EdgemedError for a row longer than `length`, images that take more, or one that cannot be opened.
     """
-    eyes, tokenizer, album = TorchEyes(weights), open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), Album(read_card(name).file("calibration").parent)
+    eyes, tokenizer, album = TorchEyes(weights), open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), album_of(name)
     eos, features, held = weights.decoder.eos, [], 0
     tokens, labels, positions = np.full((len(rows), length), eos or 0, np.int64), np.full((len(rows), length), IGNORED, np.int64), np.zeros((len(rows), eyes.parts, length), np.int64)
     for n, row in enumerate(track(rows, "looks at images")):
-        images = [album.open(image) for image in images_of(row)]
-        answer = encode(tokenizer, row["answer"]) + ([] if eos is None else [eos])
-        whole, seen = eyes.see(prompt_tokens(tokenizer, weights.family.chat(row["question"], len(images), eyes.v.conversation), eyes.v) + answer, images)
+        whole, seen, answer = _turn(eyes, tokenizer, album, row)
         held += seen.features.nbytes
         if len(whole) > length:
             raise EdgemedError(f"distill: {name}: row {n + 1} is {len(whole)} tokens long, length is {length}", "Raise length, or use smaller images")

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -348,8 +349,9 @@ def test_text_set(name: str) -> None:
     assert card.name == name and card.facts["contains_phi"] is False and card.facts["licence"] and card.facts["source"]
     licences = "\n".join(file.name for file in (ROOT / "LICENSES").iterdir())
     assert card.facts["licence"].split()[0] in licences or card.facts["licence"] in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text()
-    for split in card.files:
-        assert len(card.digest(split)) == 64 and len(texts(name, split)) == card.facts["files"][split]["n"]
+    for split, file in card.files.items():
+        assert len(card.digest(split)) == 64
+        assert len(zipfile.ZipFile(file).namelist() if file.suffix == ".zip" else texts(name, split)) == card.facts["files"][split]["n"]
     assert not set(texts(name, "calibration")) & set(texts(name, "heldout")), "held-out texts must not be calibrated on"
 
 

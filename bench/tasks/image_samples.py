@@ -12,11 +12,15 @@ import json
 import random
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image, ImageDraw
+
+from edgemed.calibrate import words
+from edgemed.task import questions
 
 PROJECT = Path(__file__).resolve().parents[2]
 SAMPLES = PROJECT / "edgemed" / "tasks" / "samples"
@@ -117,13 +121,39 @@ def shown_in_verify(data: Path) -> None:
     for organ, count in (("HEAD", 4), ("CHEST", 3), ("ABD", 3)):
         names = sorted({row["image"] for row in apart if row["organ"] == organ})
         chosen += [generator.choice([row for row in apart if row["image"] == name]) for name in generator.sample(names, count)]
-    out.mkdir(exist_ok=True)
     rows = [{"id": str(row["qid"]), "image": row["image"], "question": row["question"]} for row in generator.sample(chosen, len(chosen))]
-    (out / "heldout.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    pack(out / "images.zip", {row["image"]: thumbnail(folder / "images" / row["image"]) for row in rows})
-    files = {split: {"file": file, "sha256": sha256(out / file), "n": len(rows)} for split, file in (("heldout", "heldout.jsonl"), ("images", "images.zip"))}
+    described = "Ten radiographs, CT and MR slices with one question each, shown to engines that see when they are verified. The official train split, none of them in a test part."
+    image_card(out, folder, described, {"heldout": rows})
+    known = {row["image"] for row in rows}
+    calibrated_on(folder, [row for row in apart if row["image"] not in known])
+
+
+def calibrated_on(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """calibration/vqa-rad-questions: images with two questions each and their answers, for steps that calibrate; none of them is verified on or asked about in a test."""
+    asked = {" ".join(words(example.question)) for example in questions("vqa_rad").examples}
+    generator = random.Random(f"{SEED} calibrate")
+    # Questions of seven words and more that a test asks too, of another image, are left out: shorter ones are everywhere.
+    fresh = [row for row in rows if len(words(row["question"])) < 7 or " ".join(words(row["question"])) not in asked]
+    several = sorted(name for name, count in Counter(row["image"] for row in fresh).items() if count > 1)
+    chosen, parts = generator.sample(several, 48), {}
+    for split, names in (("calibration", chosen[:40]), ("heldout", chosen[40:])):
+        picked = [row for name in names for row in generator.sample([row for row in fresh if row["image"] == name], 2)]
+        parts[split] = [{"id": str(row["qid"]), "image": row["image"], "question": row["question"], "answer": str(row["answer"])} for row in picked]
+    described = "Radiographs, CT and MR slices with two questions each and their answers, which models that see are calibrated on. The official train split, none of them in a test part."
+    image_card(PROJECT / "calibration" / "vqa-rad-questions", folder, described, parts)
+
+
+def image_card(out: Path, folder: Path, description: str, parts: dict[str, list[dict[str, Any]]]) -> None:
+    """Write rows, images and card of a set made of VQA-RAD."""
+    out.mkdir(exist_ok=True)
+    for split, rows in parts.items():
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    images = {row["image"]: thumbnail(folder / "images" / row["image"]) for rows in parts.values() for row in rows}
+    pack(out / "images.zip", images)
+    counts = {split: len(rows) for split, rows in parts.items()} | {"images": len(images)}
+    files = {split: {"file": file, "sha256": sha256(out / file), "n": count} for split, count in counts.items() for file in ["images.zip" if split == "images" else f"{split}.jsonl"]}
     card = {
-        "name": out.name, "description": "Ten radiographs, CT and MR slices with one question each, shown to engines that see when they are verified. The official train split, none of them in a test part.",
+        "name": out.name, "description": description,
         "source": "VQA-RAD, Lau et al., Sci Data 2018 (osf.io/89kps; images from MedPix); copy from Nana2929/Medical-VQA, commit d24e3110815f", "url": "https://osf.io/89kps", "licence": "CC0-1.0",
         "language": "en", "contains_phi": False, "changes": f"images reduced to at most {SIDE} pixels, JPEG quality {QUALITY}", "files": files,
     }

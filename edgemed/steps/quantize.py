@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,20 +19,23 @@ from edgemed.activations import Activations
 from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
-from edgemed.data import calibration_windows, card_names, read_card
-from edgemed.decoder import embed
+from edgemed.data import card_names
+from edgemed.decoder import shown
 from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
 from edgemed.layerwise import Rounded, awq_layer, gptq_layer, own_of, rtn_layer
 from edgemed.resume import Layers
 from edgemed.sensitivity import sensitivities
-from edgemed.tokenizer import open_tokenizer
+from edgemed.sights import calibration, calibration_digests
 from edgemed.weights import Weights, pack, stride
 
 if TYPE_CHECKING:
     import torch
 
+    from edgemed.decoder import Window
+
+    Windows = Sequence[Window]
     # canonical matrix -> (bits, group size, -1 for one per row)
     Packings = dict[str, tuple[int, int]]
 
@@ -85,7 +88,7 @@ def inputs(params: Params) -> dict[str, str]:
     if not params.calibration:
         needs = "a budget" if params.budget else params.method
         raise EdgemedError(f"quantize: {needs} needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
-    return {"calibration": read_card(params.calibration).digest("calibration")}
+    return calibration_digests(params.calibration)
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     digests = inputs(params)
     _check(weights, params)
     params = replace(params, clip=params.method != "rtn" if params.clip is None else params.clip)
-    windows = _windows(weights, params) if digests else None
+    windows = calibration(weights, params.calibration, params.samples, params.length) if digests else None
     spilled = _spilled(weights, windows, params)
     told = {name: value for name, value in asdict(params).items() if name != "max_memory"}
     with Layers(out, store.digest({"params": told, "inputs": checkpoint.hashes() | digests, "versions": store.versions()})) as kept:
@@ -166,7 +169,7 @@ def _groups(weights: Weights) -> str:
     return f"Choose group {', '.join([*fitting, '-1'])}"
 
 
-def _spilled(weights: Weights, windows: torch.Tensor | None, params: Params) -> bool:
+def _spilled(weights: Weights, windows: Windows | None, params: Params) -> bool:
     """Whether the hidden states go to disk. Raises EdgemedError where max_memory does not even hold the work on one layer."""
     import psutil
 
@@ -176,7 +179,7 @@ def _spilled(weights: Weights, windows: torch.Tensor | None, params: Params) -> 
     work = psutil.Process().memory_info().rss + LOADED + 4 * max(*(_held(weights, n, params) for n in range(weights.decoder.layers)), 2 * weights.decoder.vocab * weights.decoder.hidden)
     if params.max_memory and work > limit:
         raise EdgemedError(f"max_memory {params.max_memory} is too small: work on one layer of this model takes {size(work)}", f"Give at least {size(work)}")
-    return work + windows.numel() * weights.decoder.hidden * 4 * (2 if params.correction else 1) > limit
+    return work + params.samples * params.length * weights.decoder.hidden * 4 * (2 if params.correction else 1) > limit
 
 
 def _held(weights: Weights, n: int, params: Params) -> int:
@@ -188,7 +191,7 @@ def _held(weights: Weights, n: int, params: Params) -> int:
     return 2 * sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
 
 
-def _decided(weights: Weights, windows: torch.Tensor | None, params: Params, folder: Path) -> dict[str, Any]:
+def _decided(weights: Weights, windows: Windows | None, params: Params, folder: Path) -> dict[str, Any]:
     """(bits, group) of every layer matrix, and with a budget what they are expected to cost."""
     names = _layer_matrices(weights)
     if not params.budget:
@@ -255,20 +258,17 @@ def _config(weights: Weights, params: Params, packings: Packings) -> dict[str, A
     return config | {"dtype": "float16", "quantization_config": quantization | ({"dynamic": dynamic} if dynamic else {})}
 
 
-def _windows(weights: Weights, params: Params) -> torch.Tensor:
-    tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    return need("torch", "build").tensor(calibration_windows(params.calibration, tokenizer, params.samples, params.length, weights.checkpoint.path))
-
-
-def _layers(weights: Weights, windows: torch.Tensor | None, params: Params, packings: Packings, kept: Layers, spilled: bool) -> Iterator[tuple[int, Rounded]]:
+def _layers(weights: Weights, windows: Windows | None, params: Params, packings: Packings, kept: Layers, spilled: bool) -> Iterator[tuple[int, Rounded]]:
     """Layers from the first that is not finished, each calibrated on what the quantized ones before it put out."""
     torch = need("torch", "build")
     d, start = weights.decoder, kept.done
     if params.method == "rtn":
         yield from ((n, rtn_layer(weights, n, own_of(packings, n), params.clip)) for n in range(start, d.layers))
         return
-    shape = (*windows.shape, d.hidden)
-    x = Activations(kept.folder, "hidden", shape, spilled)
+    shape, angles = (params.samples, params.length, d.hidden), None
+    if d.rope_axes:
+        angles = [shown(weights, window)[1] for window in windows]
+    x = Activations(kept.folder, "hidden", shape, spilled, angles)
     exact = Activations(kept.folder, "exact", shape, spilled) if params.method != "awq" and params.correction else None
     streams = [x, exact] if exact else [x]
     with torch.inference_mode():
@@ -276,8 +276,8 @@ def _layers(weights: Weights, windows: torch.Tensor | None, params: Params, pack
             if start:
                 stream.resume(start)
                 continue
-            for i, row in enumerate(windows.split(1)):
-                stream.write(i, embed(weights, row))
+            for i, window in enumerate(windows):
+                stream.write(i, shown(weights, window)[0])
             stream.commit()
         for n in range(start, d.layers):
             own = own_of(packings, n)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemed import gguf_budget, gguf_file, mmproj
-from edgemed.data import calibration_windows, read_card
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
@@ -34,6 +33,7 @@ from edgemed.tokenizer import open_tokenizer
 from edgemed.vision_graph import TOWERS, build_vision
 
 if TYPE_CHECKING:
+    from edgemed.session import Pictures
     from edgemed.weights import Weights
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
@@ -94,7 +94,9 @@ def inputs(params: Params) -> dict[str, str]:
         from edgemed import importance
 
         return {"imatrix": importance.digest(Path(params.imatrix))}
-    return {"imatrix": read_card(params.imatrix).digest("calibration")}
+    from edgemed.sights import calibration_digests
+
+    return {name.replace("calibration", "imatrix"): sha for name, sha in calibration_digests(params.imatrix).items()}
 
 
 def supports(weights: Weights, params: Params) -> str | None:
@@ -206,12 +208,13 @@ def _budgeted(weights: Weights, params: Params, columns: Mapping[str, np.ndarray
     places = layout(weights.family, weights.decoder, weights.parts)
     shapes = {t: place.shape for t, place in places.items()}
     types, _ = tensor_types(Model(shapes, weights.decoder.layers, weights.decoder.heads // weights.decoder.kv_heads, bool(columns)), file_type(params))
-    return gguf_budget.choose(weights, need("torch", "build").tensor(_calibration(weights, params)), places, types, columns, params.budget, out)
+    return gguf_budget.choose(weights, _calibration(weights, params), places, types, columns, params.budget, out)
 
 
-def _calibration(weights: Weights, params: Params) -> list[list[int]]:
-    tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    return calibration_windows(params.imatrix, tokenizer, params.samples, min(params.length, weights.decoder.context), weights.checkpoint.path)
+def _calibration(weights: Weights, params: Params) -> list[tuple[list[int], Pictures | None]]:
+    from edgemed.sights import calibration
+
+    return calibration(weights, params.imatrix, params.samples, min(params.length, weights.decoder.context))
 
 
 def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | None:

@@ -1,0 +1,127 @@
+"""Calibration on questions about images: windows as the model reads them, and every pass over them with the positions its images give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_model
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("PIL.Image")
+
+from edgemed.activations import Activations  # noqa: E402
+from edgemed.checkpoint import open_checkpoint  # noqa: E402
+from edgemed.data import read_jsonl  # noqa: E402
+from edgemed.decoder import TorchSession, block, load_layer, norm, shown, top  # noqa: E402
+from edgemed.errors import EdgemedError  # noqa: E402
+from edgemed.importance import importance  # noqa: E402
+from edgemed.layerwise import awq_layer, gptq_layer  # noqa: E402
+from edgemed.sensitivity import sensitivities  # noqa: E402
+from edgemed.sights import album_of, calibration, calibration_digests, pictured  # noqa: E402
+from edgemed.steps import quantize  # noqa: E402
+from edgemed.tokenizer import encode, open_tokenizer  # noqa: E402
+from edgemed.images import prompt_tokens  # noqa: E402
+from edgemed.tower import TorchEyes  # noqa: E402
+from edgemed.weights import Weights  # noqa: E402
+
+CARD, SAMPLES, LENGTH = "vqa-rad-questions", 3, 400
+
+
+@pytest.fixture(scope="module")
+def weights(sees: Path) -> Weights:
+    return Weights(open_checkpoint(sees), fold=True)
+
+
+@pytest.fixture(scope="module")
+def windows(weights: Weights) -> list:
+    return calibration(weights, CARD, SAMPLES, LENGTH)
+
+
+def scored(weights: Weights, x: torch.Tensor) -> np.ndarray:
+    final, matrix, bias = top(weights)
+    return torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)[0].numpy()
+
+
+def test_a_window_is_the_beginning_of_its_turns(weights: Weights, windows: list) -> None:
+    """Turn after turn, as if the whole conversation were one prompt."""
+    eyes, tokenizer, album = TorchEyes(weights), open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), album_of(CARD)
+    rows, ids, images = iter(pictured(CARD)), [], []
+    tokens, seen = windows[0]
+    assert len(windows) == SAMPLES and all(len(t) == LENGTH == p.positions.shape[1] and len(p.features) == t.count(p.token) for t, p in windows)
+    while not images or len(eyes.see(ids, images)[0]) < LENGTH:
+        row = next(rows)
+        ids += prompt_tokens(tokenizer, eyes.family.chat(row["question"], 1, eyes.v.conversation), eyes.v) + encode(tokenizer, row["answer"]) + [weights.decoder.eos]
+        images.append(album.open(row["image"]))
+    whole, pictures = eyes.see(ids, images)
+    assert len(images) > 1, "a window that holds one turn would not show how they are joined"
+    assert tokens == whole[:LENGTH] and np.array_equal(seen.positions, pictures.positions[:, :LENGTH]) and np.array_equal(seen.features, pictures.features[: len(seen.features)])
+    assert (seen.positions[0] != np.arange(LENGTH)).any(), "an image takes less room in positions than it has tokens"
+
+
+def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> None:
+    d, session = weights.decoder, TorchSession(weights)
+    squares, columns = torch.zeros(d.hidden), importance(weights, windows)
+    for window in windows:
+        session.rewind(0)
+        right = session.prefill(window[0], every=True, pictures=window[1]).copy()
+        x, angles = shown(weights, window)
+        with torch.inference_mode():
+            for n in range(d.layers):
+                layer = load_layer(weights, n)
+                if n == 1:
+                    squares += norm(d, layer, "attn_norm", x).square().sum((0, 1))
+                x = block(d, layer, n, x, angles=angles)
+        assert np.abs(scored(weights, x) - right).max() < 1e-4 * np.abs(right).max()
+    assert np.abs(columns["layers.1.qkv"] / (squares / SAMPLES / LENGTH).numpy() - 1).max() < 1e-4
+
+
+@pytest.mark.parametrize("method", [gptq_layer, awq_layer])
+def test_rounded_layers_see_the_same_positions(weights: Weights, windows: list, tmp_path: Path, method) -> None:
+    d, session, errors = weights.decoder, TorchSession(weights), {}
+    own, params = dict.fromkeys(d.matrices(0), (8, 32)), quantize.Params("gptq", bits=8, group=32, clip=True)
+    for turned in (True, False):
+        angles = [shown(weights, window)[1] for window in windows]
+        x = Activations(tmp_path, f"{method.__name__}-{turned}", (SAMPLES, LENGTH, d.hidden), False, angles if turned else None)
+        with torch.inference_mode():
+            for i, window in enumerate(windows):
+                x.write(i, shown(weights, window)[0])
+            x.commit()
+            for n in range(d.layers):
+                gptq_layer(weights, n, x, None, own, params) if method is gptq_layer else awq_layer(weights, n, x, own, params)
+                x.commit()
+            session.rewind(0)
+            right = session.prefill(windows[0][0], every=True, pictures=windows[0][1])
+            errors[turned] = np.abs(scored(weights, x.read(0)) - right).max() / np.abs(right).max()
+    assert errors[True] < 0.05 < errors[False], "eight bits cost little, other positions do not"
+
+
+def test_sensitivity_reads_the_same_inputs(weights: Weights, windows: list, tmp_path: Path) -> None:
+    columns = importance(weights, windows)
+    for n, found in sensitivities(weights, windows, tmp_path):
+        for name, sensitivity in found.items():
+            assert np.allclose(sensitivity.moment.diagonal().numpy() / 2, columns[f"layers.{n}.{name}"], rtol=1e-3), (n, name)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "budget"])
+def test_a_model_that_sees_is_quantized_on_images(sees: Path, tmp_path: Path, method: str) -> None:
+    text = {"method": "auto", "budget": "5bpw"} if method == "budget" else {"method": method, "group": 32}
+    params = quantize.Params(**text, calibration=CARD, samples=SAMPLES, length=LENGTH)
+    (tmp_path / "packed").mkdir()
+    notes = quantize.run(open_checkpoint(sees), tmp_path / "packed", params)
+    assert set(quantize.inputs(params)) == {"calibration", "images"} and Weights(open_checkpoint(tmp_path / "packed")).vision
+    assert all(0 < found["output"] < 0.2 for found in notes["errors"].values())
+
+
+def test_bad_input(weights: Weights, tmp_path: Path) -> None:
+    with pytest.raises(EdgemedError, match="for 11 windows of 1000 tokens, 500 are asked for"):
+        calibration(weights, CARD, 500, 1000)
+    text = Weights(open_checkpoint(write_model(tmp_path / "text")))
+    with pytest.raises(EdgemedError, match="has images, and .* reads text only"):
+        calibration(text, CARD, 1, 16)
+    row = read_jsonl(Path(__file__).parent.parent / "calibration" / CARD / "calibration.jsonl")[0]
+    (tmp_path / "own.jsonl").write_text(json.dumps({**row, "image": "none.png"}) + "\n")
+    with pytest.raises(EdgemedError, match="none.png"):
+        calibration_digests(str(tmp_path / "own.jsonl"))
