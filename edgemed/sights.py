@@ -76,17 +76,27 @@ def digest(name: str, rows: Sequence[dict[str, Any]]) -> str:
     return store.digest([hashlib.sha256(album.read(image)).hexdigest() for row in rows for image in images_of(row)])
 
 
-def calibration_digests(name: str) -> dict[str, str]:
-    """sha256 of a calibration set's rows, and of its images where it has some."""
-    rows = pictured(name)
-    return {"calibration": read_card(name).digest("calibration")} | ({"images": digest(name, rows)} if rows else {})
+def calibration_digests(names: str) -> dict[str, str]:
+    """sha256 of the rows of one calibration set or several (with commas between), and of their images."""
+    found = {}
+    for n, name in enumerate(names.split(",")):
+        place, rows = f" {n + 1}" if n else "", pictured(name)
+        found |= {f"calibration{place}": read_card(name).digest("calibration")} | ({f"images{place}": digest(name, rows)} if rows else {})
+    return found
 
 
-def calibration(weights: Weights, name: str, samples: int, length: int) -> list[tuple[list[int], Pictures | None]]:
-    """`samples` windows of `length` tokens of a calibration set: of its texts, or of its questions about images with their answers, one chat turn after the other.
+def calibration(weights: Weights, names: str, samples: int, length: int) -> list[tuple[list[int], Pictures | None]]:
+    """`samples` windows of `length` tokens of a calibration set, or of several (with commas between) in turns.
 
-    A window begins with a question and ends in the middle of one. Raises EdgemedError where the set is too short, or has images and the model sees none.
+    Windows are of its texts, or of its questions about images with their answers, one chat turn after the other: such a window begins with a question and ends in the
+    middle of one. Raises EdgemedError where a set is too short, or has images and the model sees none.
     """
+    sets = names.split(",")
+    each = [_of_one(weights, name, samples // len(sets) + (n < samples % len(sets)), length) for n, name in enumerate(sets)]
+    return [found[i] for i in range(len(each[0])) for found in each if i < len(found)]
+
+
+def _of_one(weights: Weights, name: str, samples: int, length: int) -> list[tuple[list[int], Pictures | None]]:
     tokenizer, rows = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), pictured(name)
     if not rows:
         return [(window, None) for window in calibration_windows(name, tokenizer, samples, length, weights.checkpoint.path)]

@@ -115,6 +115,13 @@ def test_a_model_that_sees_is_quantized_on_images(sees: Path, tmp_path: Path, me
     assert all(0 < found["output"] < 0.2 for found in notes["errors"].values())
 
 
+def test_several_sets_take_turns(weights: Weights, windows: list) -> None:
+    mixed = calibration(weights, f"{CARD},medquad-answers", 5, LENGTH)
+    assert [pictures is not None for _, pictures in mixed] == [True, False, True, False, True]
+    assert mixed[2][0] == windows[1][0] and mixed[3] == calibration(weights, "medquad-answers", 2, LENGTH)[1]
+    assert set(calibration_digests(f"medquad-answers,{CARD}")) == {"calibration", "calibration 2", "images 2"}
+
+
 def test_bad_input(weights: Weights, tmp_path: Path) -> None:
     with pytest.raises(EdgemedError, match="for 11 windows of 1000 tokens, 500 are asked for"):
         calibration(weights, CARD, 500, 1000)

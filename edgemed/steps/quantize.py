@@ -52,7 +52,7 @@ LOADED = 64 << 20
 
 @dataclass(frozen=True)
 class Params:
-    """rtn rounds to nearest and needs no text; gptq and awq need `calibration`, a text set's name or file; auto is gptq.
+    """rtn rounds to nearest and needs no text; gptq and awq need `calibration`: the name or file of a set, or of several with commas between; auto is gptq.
 
     group: inputs per scale, -1 for one scale per row. samples, length: windows of calibration tokens. act_order: the columns
     with the largest inputs first (scales stay with their original groups). damp: share of the mean added to the Hessian's diagonal.
