@@ -33,6 +33,9 @@ def load_layer(weights: Weights, n: int) -> Layer:
     for name in (*d.matrices(n), *(("router",) if d.sparse(n) else ())):
         matrix = weights.matrix(f"layers.{n}.{name}")
         layer[name] = (matrix.dense(), matrix.bias)
+    for name in (f"experts.{j}.{last}" for j in range(d.experts.count) for last in ("up", "down")) if d.sparse(n) and d.experts.based else ():
+        own = weights.delta(f"layers.{n}.{name}")
+        layer[name] = (own.weight, own.bias)
     return layer
 
 
@@ -120,11 +123,32 @@ def mlp(d: Decoder, layer: Layer, n: int, x: torch.Tensor, product: Product = li
     torch, flat = need("torch", "build"), x.reshape(-1, d.hidden)
     gates, chosen = routed(d, layer, flat)
     y = _one_mlp(d, layer, "shared.", flat, product) if d.experts.shared else torch.zeros_like(flat)
+    if d.experts.based:
+        mixed, own = based(d, layer, flat, (gates, chosen), product)
+        return (y + own + product(layer, "base.down", mixed)).reshape(x.shape)
     for expert in range(d.experts.count):
         rows, place = (chosen == expert).nonzero(as_tuple=True)
         if len(rows):
             y.index_add_(0, rows, gates[rows, place, None] * _one_mlp(d, layer, f"experts.{expert}.", flat[rows], product))
     return y.reshape(x.shape)
+
+
+def based(d: Decoder, layer: Layer, x: torch.Tensor, route: tuple[torch.Tensor, torch.Tensor], product: Product = linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts that share a matrix, for x [tokens, hidden]: (what the shared 'down' reads [tokens, ffn], what the experts' own differences give [tokens, hidden]).
+
+    Expert j is down_j(a_j) with up_j = S_up + D_up,j and down_j = S_down + D_down,j, so the mixture sum_j g_j down_j(a_j) is S_down (sum_j g_j a_j) + sum_j g_j D_down,j a_j:
+    each shared matrix is multiplied once, whatever the number of experts. route: as routed gives it.
+    """
+    torch, (gates, chosen) = need("torch", "build"), route
+    common = product(layer, "base.up", x)
+    mixed, own = x.new_zeros(len(x), d.ffn), torch.zeros_like(x)
+    for expert in range(d.experts.count):
+        rows, place = (chosen == expert).nonzero(as_tuple=True)
+        if len(rows):
+            inner = activate(d, common[rows] + linear(layer, f"experts.{expert}.up", x[rows]))
+            mixed.index_add_(0, rows, gates[rows, place, None] * inner)
+            own.index_add_(0, rows, gates[rows, place, None] * linear(layer, f"experts.{expert}.down", inner))
+    return mixed, own
 
 
 def _one_mlp(d: Decoder, layer: Layer, name: str, x: torch.Tensor, product: Product) -> torch.Tensor:

@@ -137,6 +137,9 @@ def _layer_matrices(weights: Weights) -> list[str]:
 
 
 def _check(weights: Weights, params: Params) -> None:
+    if weights.decoder.experts and weights.decoder.experts.based and (params.method == "awq" or params.budget):
+        problem = f"{weights.checkpoint.path}: {'a budget' if params.budget else 'awq'} does not know experts that share a matrix"
+        raise EdgemedError(problem, "Use gptq or rtn, without a budget")
     if not params.budget:
         for name in _layer_matrices(weights):
             _check_fit(weights, name, params.bits, params.group)
@@ -313,7 +316,8 @@ def _copied(weights: Weights, name: str, changed: tuple[torch.Tensor, torch.Tens
         for tensor, value in zip((part.weight(key), f"{key}.bias"), changed or (None, None), strict=True):
             if tensor in weights.checkpoint.tensors:
                 # A router picks between close scores: rounded, it would pick other experts.
-                found[tensor] = narrowed(tensor, weights.checkpoint.read(tensor) if value is None else value, "float32" if part.kind == "router" else "float16")
+                value = weights.checkpoint.read(tensor) if value is None else value
+                found[tensor] = value if part.kind == "index" else narrowed(tensor, value, "float32" if part.kind == "router" else "float16")
     return found
 
 
