@@ -22,7 +22,6 @@ from edgemed.params import build
 from edgemed.recipe import EvalSpec
 from edgemed.run import evaluate_opened, open_source, start_engine
 from edgemed.stats import paired, wilson
-from edgemed.store import directory_bytes
 from edgemed.task import questions
 
 MODEL = Path(__file__).parents[1] / "recipes" / "quickstart-moe" / "model"
@@ -30,7 +29,7 @@ TEXT = {"calibration": "medquad-answers", "samples": 16, "length": 256}
 INT4 = {"method": "gptq", "bits": 4, "group": 32, "calibration": "medquad-answers", "samples": 64, "length": 256}
 # name -> (merge, quantize), None where there is no such step
 ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
-    "source, int4": (None, INT4), "source, 2 bit": (None, INT4 | {"bits": 2}), "source, 3 bit": (None, INT4 | {"bits": 3}),
+    "source, int4": (None, INT4), "source, 2 bit": (None, INT4 | {"bits": 2}),
     **{f"rank {r}": ({"rank": r, **TEXT}, None) for r in (64, 128)},
     **{f"rank {r}, int4": ({"rank": r, **TEXT}, INT4) for r in (32, 64, 96, 128)},
     "rank 64, no calibration": ({"rank": 64}, None), "rank 64, usage": ({"rank": 64, "weights": "usage", **TEXT}, None),
@@ -54,6 +53,11 @@ def made(name: str, work: Path) -> tuple[Path, dict[str, Any]]:
     return path, notes
 
 
+def megabytes(folder: Path) -> float:
+    """Size of the weight files of a checkpoint or engine."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".data", ".onnx")) / 1e6
+
+
 def decode(session: Any, tokens: list[int]) -> float:
     """Tokens per second of greedy decoding after the prompt."""
     session.rewind(0)
@@ -75,7 +79,7 @@ def main() -> None:
     base = evaluate_opened(model, asked, SOURCE, "source", "zero-shot", settings)
     model.close()
     engines: dict[str, Engine] = {}
-    rows: dict[str, dict[str, Any]] = {"source": {"checkpoint_mb": directory_bytes(MODEL) / 1e6, "accuracy": base["accuracy"]}}
+    rows: dict[str, dict[str, Any]] = {"source": {"checkpoint_mb": megabytes(MODEL), "accuracy": base["accuracy"]}}
     for name in ("source, fp32", *ARMS):
         folder = args.work / f"{name.replace(' ', '-').replace(',', '')}-engine"
         path, errors = (MODEL, {}) if name not in ARMS else made(name, args.work)
@@ -83,10 +87,10 @@ def main() -> None:
         opened = start_engine(engines[name], True, 1)
         found = evaluate_opened(opened, asked, name, name, "zero-shot", settings)
         opened.close()
-        right = sum(item["correct"] for item in found["items"])
-        rows[name] = {"checkpoint_mb": directory_bytes(path) / 1e6, "engine_mb": directory_bytes(folder) / 1e6, "bytes_per_token": engines[name].bytes_per_token, "errors": errors,
+        right = sum(item["answer"] == item["gold"] for item in found["items"])
+        rows[name] = {"checkpoint_mb": megabytes(path), "engine_mb": megabytes(folder), "bytes_per_token": engines[name].bytes_per_token, "errors": errors,
                       "accuracy": found["accuracy"], "interval": wilson(right, len(found["items"])), "paired": paired(base["items"], found["items"], None, 0.05)}
-        print(name, rows[name])
+        print(name, rows[name], flush=True)
     sessions = {name: open_engine(engine.path).open(1) for name, engine in engines.items()}
     tokens = [int(t) for t in np.random.default_rng(0).integers(5, 4000, PROMPT)]
     speeds: dict[str, list[float]] = {name: [] for name in sessions}

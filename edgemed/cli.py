@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed import cli_calibrate, cli_plan, cli_proof, cli_provenance
+from edgemed import cli_calibrate, cli_experts, cli_plan, cli_proof, cli_provenance
 from edgemed.cli_options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings
 from edgemed.console import show
 from edgemed.errors import EdgemedError
@@ -37,7 +37,7 @@ def main() -> None:
         raise
 
 
-for verb in (cli_plan.doctor, cli_plan.inspect, cli_plan.plan):
+for verb in (cli_plan.doctor, cli_plan.inspect, cli_plan.plan, cli_experts.experts):
     app.command()(verb)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
     Cache = tuple[torch.Tensor, torch.Tensor]
     Product = Callable[[Layer, str, torch.Tensor], torch.Tensor]
+    # (number of the layer, decoder, layer, x [tokens, hidden]) -> what `routed` gives
+    Route = Callable[[int, Decoder, Layer, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def load_layer(weights: Weights, n: int) -> Layer:
@@ -107,21 +109,21 @@ def attention(d: Decoder, n: int, qkv: torch.Tensor, cache: Cache | None = None,
 
 
 def block(d: Decoder, layer: Layer, n: int, x: torch.Tensor, cache: Cache | None = None, position: int = 0, product: Product = linear,
-          angles: torch.Tensor | None = None) -> torch.Tensor:
-    """One decoder layer: x [batch, tokens, hidden] -> the same shape. product(layer, name, x) computes a matrix; a step may look at its input."""
+          angles: torch.Tensor | None = None, route: Route | None = None) -> torch.Tensor:
+    """One decoder layer: x [batch, tokens, hidden] -> the same shape. product(layer, name, x) computes a matrix; a step may look at its input. route: who chooses experts instead of `routed`."""
     read = norm(d, layer, "attn_norm", x)
     branch = product(layer, "o", attention(d, n, product(layer, "qkv", read), cache, position, angles))
     x = x + branch
     read = read if d.parallel else norm(d, layer, "mlp_norm", x)
-    return x + mlp(d, layer, n, read, product)
+    return x + mlp(d, layer, n, read, product, route)
 
 
-def mlp(d: Decoder, layer: Layer, n: int, x: torch.Tensor, product: Product = linear) -> torch.Tensor:
+def mlp(d: Decoder, layer: Layer, n: int, x: torch.Tensor, product: Product = linear, route: Route | None = None) -> torch.Tensor:
     """What layer n's MLP or mixture of experts gives for x [.., hidden], the same shape. Of the experts only those some token chose are computed."""
     if not d.sparse(n):
         return _one_mlp(d, layer, "", x, product)
     torch, flat = need("torch", "build"), x.reshape(-1, d.hidden)
-    gates, chosen = routed(d, layer, flat)
+    gates, chosen = route(n, d, layer, flat) if route else routed(d, layer, flat)
     y = _one_mlp(d, layer, "shared.", flat, product) if d.experts.shared else torch.zeros_like(flat)
     if d.experts.based:
         mixed, own = based(d, layer, flat, (gates, chosen), product)
@@ -158,7 +160,7 @@ def _one_mlp(d: Decoder, layer: Layer, name: str, x: torch.Tensor, product: Prod
 def routed(d: Decoder, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(gates, experts chosen), each [tokens, active], for x float32 [tokens, hidden]; see Experts.
 
-    The authors' top-2 adds noise to the second choice even in evaluation; here it is the second largest, always.
+    The authors' top-2 adds noise to the second choice even in evaluation; here it is the second largest, always (routing.Noisy does as they do).
     """
     gates, chosen = linear(layer, "router", x).softmax(-1).topk(d.experts.active, -1)
     return (gates / gates.sum(-1, keepdim=True) if d.experts.renormalised else gates), chosen
@@ -195,13 +197,13 @@ def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
 class TorchSession:
     """A checkpoint as a Session, in float32: the source every engine is verified and evaluated against."""
 
-    def __init__(self, weights: Weights, resident: bool | None = None):
-        """resident: keep all layers in memory; None decides by the memory available."""
+    def __init__(self, weights: Weights, resident: bool | None = None, route: Route | None = None):
+        """resident: keep all layers in memory; None decides by the memory available. route: who chooses experts instead of `routed`."""
         torch = need("torch", "build")
         import psutil
 
         d = weights.decoder
-        self.weights, self.d = weights, d
+        self.weights, self.d, self.route = weights, d, route
         self.head, self.context, self.position = d.head, d.context, 0
         needed = 4 * sum(math.prod(part.shape) for name, part in weights.parts.items() if name.startswith("layers."))
         if resident is None:
@@ -230,7 +232,7 @@ class TorchSession:
                 angles = rope_angles(self.d, torch.from_numpy(placed))
             for n in range(self.d.layers):
                 layer = self.layers[n] if self.layers else load_layer(self.weights, n)
-                x = block(self.d, layer, n, x, self.cache[n], self.position, angles=angles)
+                x = block(self.d, layer, n, x, self.cache[n], self.position, angles=angles, route=self.route)
             self.position = end
             x = x if every else x[:, -1:]
             return torch.nn.functional.linear(norm(self.d, self.final, "final_norm", x), self.matrix, self.bias)[0].numpy()
