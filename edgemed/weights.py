@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edgemed import siblings
 from edgemed.checkpoint import TOWER, Checkpoint
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
@@ -82,6 +83,7 @@ class Weights:
             method = self.quantization.get("quant_method")
             raise EdgemedError(f"{checkpoint.path}: quantized with '{method}', which edgemed does not read", "Known: gptq")
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
+        siblings.check(checkpoint, self.parts, self.keys)
         self._check_shapes()
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
         self.summed = bool(whole and self.source.experts and self.source.experts.based)
