@@ -75,11 +75,12 @@ class Teacher:
         """
         torch = need("torch", "build")
         with torch.no_grad(), torch.device(self.device):
-            x, seen = self.embedding["embed"][tokens.to(self.device)], {}
+            tokens, seen = tokens.to(self.device), {}
+            x = self.embedding["embed"][tokens.masked_fill(tokens == pictures[2], 0) if pictures else tokens]  # an image token may lie outside the vocabulary
             x = x + self.embedding["positions"][: tokens.shape[1]] if self.d.positions == "learned" else x
             angles = [None] * len(x)
             if pictures:
-                x[tokens.to(self.device) == pictures[2]] = pictures[0].to(self.device)
+                x[tokens == pictures[2]] = pictures[0].to(self.device)
                 angles = [rope_angles(self.d, row) for row in pictures[1].to(self.device).transpose(0, 1)]
             for n in range(self.d.layers):
                 layer = self.layers[n] if self.layers else self._layer(n)

@@ -189,7 +189,19 @@ def variant(config: Mapping[str, Any]) -> Family:
     if config["model_type"].startswith("moe_"):
         # The one graph of llama.cpp with attention, positions and gated experts like these; it has RMS norms.
         arch = "phimoe" if base == "stablelm" else ""
-    return replace(FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe")
+    found = replace(FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe")
+    return replace(found, auto_classes={"lm": "AutoModelForCausalLM"}, text_config=text_config) if config["model_type"] == "llava_stablelm" else found
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LLaVA-StableLM's text model for transformers, which knows neither the whole nor the names of old configs. (Its Phi has a bias that these models lack, and it has no Qwen 1.)"""
+    d = all_families()["stablelm"].decoder(config, {})
+    return {
+        "model_type": "stablelm", "hidden_size": d.hidden, "num_hidden_layers": d.layers, "num_attention_heads": d.heads, "num_key_value_heads": d.kv_heads, "intermediate_size": d.ffn,
+        "vocab_size": d.vocab, "max_position_embeddings": d.context, "hidden_act": "silu", "layer_norm_eps": d.norm_eps, "rope_theta": d.rope_theta,
+        "partial_rotary_factor": 2 * len(d.rope_frequencies) / d.head_dim, "use_qkv_bias": config.get("use_qkv_bias", True), "tie_word_embeddings": d.tied,
+        "bos_token_id": config.get("bos_token_id"), "eos_token_id": d.eos,
+    }
 
 
 def parts(d: Decoder) -> dict[str, Part]:
