@@ -41,6 +41,13 @@ def load_layer(weights: Weights, n: int) -> Layer:
     return layer
 
 
+def loaded(weights: Weights, n: int) -> int:
+    """Numbers of layer n as load_layer holds it: of experts that share a matrix every difference whole."""
+    d, shapes = weights.source, {name: part.shape for name, part in weights.parts.items() if name.startswith(f"layers.{n}.")}
+    whole = d.experts.count * sum(math.prod(shapes[f"layers.{n}.base.{last}"]) for last in ("up", "down")) if d.sparse(n) and d.experts.based else 0
+    return whole + sum(math.prod(shape) for name, shape in shapes.items() if ".experts." not in name or not whole)
+
+
 def norm(d: Decoder, layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     weight, bias = layer[name]
@@ -205,7 +212,7 @@ class TorchSession:
         d = weights.decoder
         self.weights, self.d, self.route = weights, d, route
         self.head, self.context, self.position = d.head, d.context, 0
-        needed = 4 * sum(math.prod(part.shape) for name, part in weights.parts.items() if name.startswith("layers."))
+        needed = 4 * sum(loaded(weights, n) for n in range(d.layers))
         if resident is None:
             resident = needed < 0.6 * psutil.virtual_memory().available
         self.layers = [load_layer(weights, n) for n in range(d.layers)] if resident else None

@@ -138,7 +138,6 @@ def low_rank(rest: torch.Tensor, moment: torch.Tensor, rank: int) -> dict[str, t
     damped = moment.clone()
     damped.diagonal().add_(DAMP * float(damped.diagonal().mean()) + 1e-12)
     whitened = rest @ torch.linalg.cholesky(damped)
-    # The leading left vectors, from the smaller of the two products.
     left, sizes, _ = torch.linalg.svd(whitened, full_matrices=False)
     basis, half = left[:, :rank], sizes[:rank].clamp_min(1e-12).sqrt()
     # Both factors of a like size, so that a narrow format rounds neither away.

@@ -20,7 +20,7 @@ from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
 from edgemed.data import calibration_windows, card_names, read_card
-from edgemed.decoder import embed
+from edgemed.decoder import embed, loaded
 from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
@@ -188,7 +188,7 @@ def _held(weights: Weights, n: int, params: Params) -> int:
     columns, largest = max(shape[1] for shape in shapes.values()), max(math.prod(shape) for shape in shapes.values())
     # Of one matrix: two moments, the inverse and what its computation holds besides. Those of all matrices at once for a budget; for awq, those of all experts' `up` and of one `down`.
     kept = [shape[1] for name, shape in shapes.items() if params.budget or (params.method == "awq" and not name.endswith("down"))]
-    return 2 * sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
+    return loaded(weights, n) + sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
 
 
 def _decided(weights: Weights, windows: torch.Tensor | None, params: Params, folder: Path) -> dict[str, Any]:
