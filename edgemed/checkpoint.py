@@ -159,6 +159,15 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
     return entries
 
 
+def metadata(file: Path) -> dict[str, str]:
+    """The free words in a safetensors file's header; {} where there are none, or the file is of another kind. The file was opened before, so its header is whole."""
+    if file.suffix != ".safetensors":
+        return {}
+    with open(file, "rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        return json.loads(handle.read(length)).get("__metadata__") or {}
+
+
 def _read_raw(entry: Entry, torch: Any) -> torch.Tensor:
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     with open(entry.file, "rb") as handle:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed import cli_calibrate, cli_plan, cli_proof, cli_provenance
+from edgemed import cli_calibrate, cli_experts, cli_plan, cli_proof, cli_provenance
 from edgemed.cli_options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings
 from edgemed.console import show
 from edgemed.errors import EdgemedError
@@ -37,7 +37,7 @@ def main() -> None:
         raise
 
 
-for verb in (cli_plan.doctor, cli_plan.inspect, cli_plan.plan):
+for verb in (cli_plan.doctor, cli_plan.inspect, cli_plan.plan, cli_experts.experts):
     app.command()(verb)
 
 
@@ -79,10 +79,10 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
 @app.command()
 def merge(model: Model, out: Out, adapter: Annotated[str | None, typer.Option(help="PEFT adapter directory.")] = None,
           alpha: Annotated[float, typer.Option(help="1 merges fully, 0 leaves the base.")] = 1.0,
-          experts: Annotated[str | None, typer.Option(help="Instead of an adapter: 'dense' averages each mixture of experts to one MLP.")] = None,
+          experts: Annotated[str | None, typer.Option(help="Instead of an adapter: 'dense': one MLP per mixture; 'shared_delta': and small differences (--set rank=64).")] = None,
           calibration: Annotated[str | None, typer.Option(help="With experts: text that measures the error; card name, .jsonl or .txt file.")] = None, sets: Sets = None,
           json_: Json = False) -> None:
-    """Merge a PEFT adapter into its base model, and check that the answers are the adapter's; or experts into a dense model."""
+    """Merge a PEFT adapter into its base model, and check that the answers are the adapter's; or experts into one MLP each layer."""
     step("merge", model, out, settings(sets, adapter=adapter, alpha=alpha, experts=experts, calibration=calibration), json_)
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     # token ids, or those and the images among them
     Window = Sequence[int] | tuple[list[int], Pictures | None]
     Product = Callable[[Layer, str, torch.Tensor], torch.Tensor]
+    # (number of the layer, decoder, layer, x [tokens, hidden]) -> what `routed` gives
+    Route = Callable[[int, Decoder, Layer, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def load_layer(weights: Weights, n: int) -> Layer:
@@ -35,7 +37,17 @@ def load_layer(weights: Weights, n: int) -> Layer:
     for name in (*d.matrices(n), *(("router",) if d.sparse(n) else ())):
         matrix = weights.matrix(f"layers.{n}.{name}")
         layer[name] = (matrix.dense(), matrix.bias)
+    for name in (f"experts.{j}.{last}" for j in range(d.experts.count) for last in ("up", "down")) if d.sparse(n) and d.experts.based else ():
+        own = weights.delta(f"layers.{n}.{name}")
+        layer[name] = (own.weight, own.bias)
     return layer
+
+
+def loaded(weights: Weights, n: int) -> int:
+    """Numbers of layer n as load_layer holds it: of experts that share a matrix every difference whole."""
+    d, shapes = weights.source, {name: part.shape for name, part in weights.parts.items() if name.startswith(f"layers.{n}.")}
+    whole = d.experts.count * sum(math.prod(shapes[f"layers.{n}.base.{last}"]) for last in ("up", "down")) if d.sparse(n) and d.experts.based else 0
+    return whole + sum(math.prod(shape) for name, shape in shapes.items() if ".experts." not in name or not whole)
 
 
 def norm(d: Decoder, layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -106,27 +118,48 @@ def attention(d: Decoder, n: int, qkv: torch.Tensor, cache: Cache | None = None,
 
 
 def block(d: Decoder, layer: Layer, n: int, x: torch.Tensor, cache: Cache | None = None, position: int = 0, product: Product = linear,
-          angles: torch.Tensor | None = None) -> torch.Tensor:
-    """One decoder layer: x [batch, tokens, hidden] -> the same shape. product(layer, name, x) computes a matrix; a step may look at its input."""
+          angles: torch.Tensor | None = None, route: Route | None = None) -> torch.Tensor:
+    """One decoder layer: x [batch, tokens, hidden] -> the same shape. product(layer, name, x) computes a matrix; a step may look at its input. route: who chooses experts instead of `routed`."""
     read = norm(d, layer, "attn_norm", x)
     branch = product(layer, "o", attention(d, n, product(layer, "qkv", read), cache, position, angles))
     x = x + branch
     read = read if d.parallel else norm(d, layer, "mlp_norm", x)
-    return x + mlp(d, layer, n, read, product)
+    return x + mlp(d, layer, n, read, product, route)
 
 
-def mlp(d: Decoder, layer: Layer, n: int, x: torch.Tensor, product: Product = linear) -> torch.Tensor:
+def mlp(d: Decoder, layer: Layer, n: int, x: torch.Tensor, product: Product = linear, route: Route | None = None) -> torch.Tensor:
     """What layer n's MLP or mixture of experts gives for x [.., hidden], the same shape. Of the experts only those some token chose are computed."""
     if not d.sparse(n):
         return _one_mlp(d, layer, "", x, product)
     torch, flat = need("torch", "build"), x.reshape(-1, d.hidden)
-    gates, chosen = routed(d, layer, flat)
+    gates, chosen = route(n, d, layer, flat) if route else routed(d, layer, flat)
     y = _one_mlp(d, layer, "shared.", flat, product) if d.experts.shared else torch.zeros_like(flat)
+    if d.experts.based:
+        mixed, own = based(d, layer, flat, (gates, chosen), product)
+        return (y + own + product(layer, "base.down", mixed)).reshape(x.shape)
     for expert in range(d.experts.count):
         rows, place = (chosen == expert).nonzero(as_tuple=True)
         if len(rows):
             y.index_add_(0, rows, gates[rows, place, None] * _one_mlp(d, layer, f"experts.{expert}.", flat[rows], product))
     return y.reshape(x.shape)
+
+
+def based(d: Decoder, layer: Layer, x: torch.Tensor, route: tuple[torch.Tensor, torch.Tensor], product: Product = linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts that share a matrix, for x [tokens, hidden]: (what the shared 'down' reads [tokens, ffn], what the experts' own differences give [tokens, hidden]).
+
+    Expert j is down_j(a_j) with up_j = S_up + D_up,j and down_j = S_down + D_down,j, so the mixture sum_j g_j down_j(a_j) is S_down (sum_j g_j a_j) + sum_j g_j D_down,j a_j:
+    each shared matrix is multiplied once, whatever the number of experts. route: as routed gives it.
+    """
+    torch, (gates, chosen) = need("torch", "build"), route
+    common = product(layer, "base.up", x)
+    mixed, own = x.new_zeros(len(x), d.ffn), torch.zeros_like(x)
+    for expert in range(d.experts.count):
+        rows, place = (chosen == expert).nonzero(as_tuple=True)
+        if len(rows):
+            inner = activate(d, common[rows] + linear(layer, f"experts.{expert}.up", x[rows]))
+            mixed.index_add_(0, rows, gates[rows, place, None] * inner)
+            own.index_add_(0, rows, gates[rows, place, None] * linear(layer, f"experts.{expert}.down", inner))
+    return mixed, own
 
 
 def _one_mlp(d: Decoder, layer: Layer, name: str, x: torch.Tensor, product: Product) -> torch.Tensor:
@@ -136,7 +169,7 @@ def _one_mlp(d: Decoder, layer: Layer, name: str, x: torch.Tensor, product: Prod
 def routed(d: Decoder, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(gates, experts chosen), each [tokens, active], for x float32 [tokens, hidden]; see Experts.
 
-    The authors' top-2 adds noise to the second choice even in evaluation; here it is the second largest, always.
+    The authors' top-2 adds noise to the second choice even in evaluation; here it is the second largest, always (routing.Noisy does as they do).
     """
     gates, chosen = linear(layer, "router", x).softmax(-1).topk(d.experts.active, -1)
     return (gates / gates.sum(-1, keepdim=True) if d.experts.renormalised else gates), chosen
@@ -185,15 +218,15 @@ def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
 class TorchSession:
     """A checkpoint as a Session, in float32: the source every engine is verified and evaluated against."""
 
-    def __init__(self, weights: Weights, resident: bool | None = None):
-        """resident: keep all layers in memory; None decides by the memory available."""
+    def __init__(self, weights: Weights, resident: bool | None = None, route: Route | None = None):
+        """resident: keep all layers in memory; None decides by the memory available. route: who chooses experts instead of `routed`."""
         torch = need("torch", "build")
         import psutil
 
         d = weights.decoder
-        self.weights, self.d = weights, d
+        self.weights, self.d, self.route = weights, d, route
         self.head, self.context, self.position = d.head, d.context, 0
-        needed = 4 * sum(math.prod(part.shape) for name, part in weights.parts.items() if name.startswith("layers."))
+        needed = 4 * sum(loaded(weights, n) for n in range(d.layers))
         if resident is None:
             resident = needed < 0.6 * psutil.virtual_memory().available
         self.layers = [load_layer(weights, n) for n in range(d.layers)] if resident else None
@@ -220,7 +253,7 @@ class TorchSession:
                 angles = rope_angles(self.d, torch.from_numpy(placed))
             for n in range(self.d.layers):
                 layer = self.layers[n] if self.layers else load_layer(self.weights, n)
-                x = block(self.d, layer, n, x, self.cache[n], self.position, angles=angles)
+                x = block(self.d, layer, n, x, self.cache[n], self.position, angles=angles, route=self.route)
             self.position = end
             x = x if every else x[:, -1:]
             return torch.nn.functional.linear(norm(self.d, self.final, "final_norm", x), self.matrix, self.bias)[0].numpy()

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
-from edgemed.data import calibration_windows
-from edgemed.decoder import embed, linear, load_layer, mlp, routed
+from edgemed.decoder import linear, load_layer, mlp, routed, shown
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Part, family_of
 from edgemed.layerwise import feed
-from edgemed.tokenizer import open_tokenizer
+from edgemed.sights import calibration
 from edgemed.weights import Dense, Weights
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def dense(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[str, Any]
     exact for their sum, and what the other layers lack is zeros. error: |dense(x) - sparse(x)| / |sparse(x)| over all x the layer reads in the source, from the weights as written.
     Raises EdgemedError for a model without experts, gates to be averaged without calibration text, or too little of that.
     """
-    weights = Weights(checkpoint)
+    weights = Weights(checkpoint, whole=True)
     d = weights.decoder
     if d.experts is None or weights.family.without_experts is None:
         raise EdgemedError(f"{checkpoint.path} has no mixtures of experts to make dense", "Leave the step out: the model is dense already")
@@ -61,35 +60,33 @@ def dense(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[str, Any]
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": params.dtype}
     family = family_of(config, str(out / "config.json"))
     parts = family.parts(family.decoder(config, {}))
-    rows = _windows(weights, params)
+    rows = windows(weights, params)
     writer, found = Writer(out, config, checkpoint.path), {}
     for name in (name for name in weights.parts if not name.startswith("layers.")):
-        _copy(weights, writer, name, params.dtype)
+        copied(weights, writer, name, params.dtype)
     for n in track(list(range(d.layers)), "average the experts"):
         facts, seen = {}, None
         if rows is not None:
-            rows, seen, facts = _observed(weights, n, rows)
-        shares = _shares(d, facts.get("tokens"), params.weights) if d.sparse(n) else []
+            rows, seen, facts = observed(weights, n, rows)
+        shares = shares_of(d, facts.get("tokens"), params.weights) if d.sparse(n) else []
         made = _write_layer(weights, writer, n, (parts, family.prefixes[0]), (shares, facts.get("gate", 1.0)), params.dtype)
         if d.sparse(n):
-            found[f"layers.{n}"] = {"shares": shares} | facts | ({"error": _error(replace(d, experts=None), made, n, seen)} if seen else {})
+            found[f"layers.{n}"] = {"shares": shares} | facts | ({"error": error_of(replace(d, experts=None), made, n, seen)} if seen else {})
     writer.close()
     return {"formula": RULE, "wider": wide, "layers": found}
 
 
-def _windows(weights: Weights, params: Settings) -> list[torch.Tensor] | None:
+def windows(weights: Weights, params: Settings) -> list[torch.Tensor] | None:
     """Hidden states [1, tokens, hidden] of the calibration windows, None without calibration."""
-    torch = need("torch", "build")
     if not params.calibration:
         return None
     if params.samples < 1 or not 1 <= params.length <= weights.decoder.context:
         problem = f"merge: samples {params.samples} of length {params.length} for a context of {weights.decoder.context}"
         raise EdgemedError(problem, "Both are at least 1, and length is at most the context")
-    tokens = calibration_windows(params.calibration, open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), params.samples, params.length, weights.checkpoint.path)
-    return [embed(weights, row) for row in torch.tensor(tokens).split(1)]
+    return [shown(weights, window)[0] for window in calibration(weights, params.calibration, params.samples, params.length)]
 
 
-def _observed(weights: Weights, n: int, rows: list[torch.Tensor]) -> tuple[list[torch.Tensor], Seen | None, dict[str, Any]]:
+def observed(weights: Weights, n: int, rows: list[torch.Tensor]) -> tuple[list[torch.Tensor], Seen | None, dict[str, Any]]:
     """The source's layer n on its hidden states: those it gives, what a mixture there read and gave, how many tokens chose each expert and their mean sum of gates."""
     torch = need("torch", "build")
     d, layer = weights.decoder, load_layer(weights, n)
@@ -109,7 +106,7 @@ def _observed(weights: Weights, n: int, rows: list[torch.Tensor]) -> tuple[list[
     return after, seen, {"tokens": counts.tolist(), "gate": 1.0 if d.experts.renormalised else float(torch.cat(gates).mean())}
 
 
-def _shares(d: Decoder, tokens: list[int] | None, how: str) -> list[float]:
+def shares_of(d: Decoder, tokens: list[int] | None, how: str) -> list[float]:
     if how == "average":
         return [1 / d.experts.count] * d.experts.count
     return [count / sum(tokens) for count in tokens]
@@ -122,7 +119,7 @@ def _write_layer(weights: Weights, writer: Writer, n: int, target: tuple[Mapping
     replaced = d.sparse(n) or d.experts.shared
     mlps = {f"{stem}.router", *(f"{stem}.{mlp}{last}" for mlp in d.mlps(n) for last in ("up", "down"))} if replaced else set()
     for name in (name for name in weights.parts if name.startswith(f"{stem}.") and name not in mlps):
-        _copy(weights, writer, name, dtype)
+        copied(weights, writer, name, dtype)
     for last in ("up", "down") if replaced else ():
         part, first = target[0][f"{stem}.{last}"], f"{stem}.{d.mlps(n)[0]}{last}"
         matrix = _averaged(weights, n, last, *rule) if d.sparse(n) else weights.matrix(first)
@@ -166,12 +163,12 @@ def _beside(d: Decoder, last: str, a: Dense, b: Dense) -> Dense:
     return Dense(both(a.weight, b.weight), None if a.bias is None else both(a.bias, b.bias))
 
 
-def _error(d: Decoder, layer: dict[str, tuple[torch.Tensor, torch.Tensor | None]], n: int, seen: Seen) -> float:
+def error_of(d: Decoder, layer: dict[str, tuple[torch.Tensor, torch.Tensor | None]], n: int, seen: Seen) -> float:
     wrong = sum(float((mlp(d, layer, n, read) - given).square().sum()) for read, given in seen)
     return (wrong / max(sum(float(given.square().sum()) for _, given in seen), 1e-30)) ** 0.5
 
 
-def _copy(weights: Weights, writer: Writer, name: str, dtype: str | None) -> None:
+def copied(weights: Weights, writer: Writer, name: str, dtype: str | None) -> None:
     part, tensors = weights.parts[name], weights.checkpoint.tensors
     for key in () if name != "embed" and weights.keys[name] == weights.keys["embed"] else weights.keys[name]:
         for tensor in (t for t in (part.weight(key), f"{key}.bias") if t in tensors):

@@ -138,7 +138,7 @@ def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
         # The few rows of a classification head stay float32.
         per_weight = bits + 32 / GROUP if name.startswith("layers.") else 8 + 32 / 32 if name == "lm_head" else 32.0  # a vision tower is float32 by default
     else:
-        per_weight = {"table": 16.0, "norm": 32.0, "router": 32.0}[kind]
+        per_weight = {"table": 16.0, "norm": 32.0, "router": 32.0, "delta": 16.0, "index": 32.0}[kind]
     return per_weight * weight + 32 * bias
 
 
@@ -197,6 +197,7 @@ def seen(weights: Weights) -> int:
 
 def gguf_size(weights: Weights, file_type: str) -> Size:
     """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a vision tower lies in a file of its own."""
+    weights = Weights(weights.checkpoint, whole=True)
     d = weights.source
     places = {t: math.prod(p.shape) for t, p in layout(weights.family, d, weights.parts).items() if t.endswith("weight") and len(p.shape) > 1}
     shapes = {t: p.shape for t, p in layout(weights.family, d, weights.parts).items() if t in places}
@@ -211,11 +212,13 @@ def gguf_size(weights: Weights, file_type: str) -> Size:
 
 def dimensions(weights: Weights) -> Dimensions:
     """A checkpoint's decoder as the roofline model sees it."""
+    if weights.source.experts and weights.source.experts.density:
+        weights = Weights(weights.checkpoint, whole=True)  # no engine computes sparse differences
     d, found = weights.source, sizes(weights)
-    layers = {name: weight for name, (kind, weight, _) in found.items() if kind in ("matrix", "router") and name.startswith("layers.")}
+    layers = {name: weight for name, (kind, weight, _) in found.items() if kind in ("matrix", "router", "delta") and name.startswith("layers.")}
     matrices = sum(weight for name, weight in layers.items() if ".experts." not in name)
     x = d.experts
-    expert = sum(layers[f"layers.{x.layers[0]}.experts.0.{part}"] for part in ("up", "down")) if x else 0
+    expert = sum(weight for name, weight in layers.items() if name.startswith(f"layers.{x.layers[0]}.experts.0.")) if x else 0
     mixture = {"expert": expert, "experts": x.count, "active": x.active, "expert_layers": len(x.layers)} if x else {}
     tables = sum(weight for name, (kind, weight, _) in found.items() if kind == "table" and not name.startswith("vision."))
     head = math.prod(weights.parts["lm_head" if d.head == "lm" else "head"].shape)

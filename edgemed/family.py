@@ -22,6 +22,9 @@ class Experts:
     The router's scores become gates by softmax over all experts, in float32. A token goes to the `active` experts of the largest gates, and their outputs
     are added, each times its gate; renormalised: the chosen gates are divided by their sum first. shared: one more expert, which every token uses with
     gate 1. router_bias: the router adds one.
+
+    rank or density above 0: the experts of a layer share one matrix ('base.up', 'base.down'), and each adds its own difference: of that rank (b a), or with
+    that share of each row's weights (values at columns).
     """
 
     count: int
@@ -30,6 +33,17 @@ class Experts:
     renormalised: bool
     shared: bool = False
     router_bias: bool = False
+    rank: int = 0
+    density: float = 0.0
+
+    @property
+    def based(self) -> bool:
+        """Whether they are stored as one shared matrix and differences."""
+        return bool(self.rank or self.density)
+
+    def kept(self, columns: int) -> int:
+        """Weights of each row of `columns` that a sparse difference holds."""
+        return max(1, round(self.density * columns))
 
 
 @dataclass(frozen=True)
@@ -81,10 +95,11 @@ class Decoder:
         return self.experts is not None and layer in self.experts.layers
 
     def mlps(self, layer: int) -> tuple[str, ...]:
-        """What stands before 'up' and 'down' in the names of this layer's MLPs: '' alone, or 'experts.J.' of each expert and 'shared.'."""
+        """What stands before 'up' and 'down' in the names of this layer's MLPs: '' alone, or 'experts.J.' of each expert (of those with a shared matrix 'base.') and 'shared.'."""
         if not self.sparse(layer):
             return ("",)
-        return (*(f"experts.{j}." for j in range(self.experts.count)), *(("shared.",) if self.experts.shared else ()))
+        own = ("base.",) if self.experts.based else tuple(f"experts.{j}." for j in range(self.experts.count))
+        return (*own, *(("shared.",) if self.experts.shared else ()))
 
     def matrices(self, layer: int) -> tuple[str, ...]:
         """The matrices of one layer that may be quantized, in the order they are computed; parts are called 'layers.N.' and then these."""
@@ -146,7 +161,7 @@ class Part:
     """One canonical part of a decoder and the checkpoint modules it is made of (joined along the output axis).
 
     kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'router' (a matrix that stays float32: its rows decide which experts a token uses),
-    'table' (weight [rows, width]) or 'norm' (weight [width], perhaps bias).
+    'table' (weight [rows, width]), 'norm' (weight [width], perhaps bias), 'delta' (what an expert adds to a shared matrix) or 'index' (int32, where it adds it).
     conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is stored. rows: output rows of each module, where there are several.
     stored_shape: where a weight is stored with other axes than `shape` has (a convolution over patches). bare: stored under the module's own name,
     without '.weight'.
@@ -178,7 +193,7 @@ class Family:
     decoder(config, tensor_shapes) -> Decoder. parts(decoder) -> canonical name -> Part, canonical names being 'embed', 'positions',
     'layers.N.{attn_norm,qkv,o,mlp_norm,up,down}', 'final_norm', and 'lm_head' or 'head'. qkv holds the rows of q, k and v; up holds, where
     the MLP is gated, the rows of gate and then of up; a parallel block has no mlp_norm. A layer with experts has router, experts.J.up and experts.J.down, and
-    perhaps shared.up and shared.down in place of up and down.
+    perhaps shared.up and shared.down in place of up and down; where experts share a matrix, base.up, base.down and experts.J.{up,down}.{a,b} or .{values,columns}, and .bias.
     prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers that carry no information.
     folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
     the graph ('': it has none) and the pre-tokenizer. reference_config: published true dimensions, for --random-weights; other_references: name -> those of its other models.
@@ -192,7 +207,8 @@ class Family:
     text_config(config) -> the config under which transformers reads the text model alone, None where it reads the whole checkpoint.
     chat(text, images, conversation) -> prompt: one user turn in the model's own form (Vision.conversation), with one image token where each image stands. reasoning(question)
     -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
-    opening: what such an answer writes right before that letter. without_experts(config, times) -> the config of the dense model with MLPs `times` as wide.
+    opening: what such an answer writes right before that letter. without_experts(config, times) -> the config of the dense model with MLPs `times` as wide;
+    shared_experts(config, rank, density) -> that of the model whose experts share a matrix (see Experts).
     """
 
     name: str
@@ -219,6 +235,7 @@ class Family:
     answer: Callable[[str], str | None] | None = None
     opening: str = ""
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+    shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
     other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

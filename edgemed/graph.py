@@ -44,7 +44,7 @@ class Precision:
 
 class Dialect(Protocol):
     """The nodes a runtime wants. Each method adds nodes to the graph and returns the name of the result. chosen_only: of a mixture's experts those that no
-    token chose are not read."""
+    token chose are not read. A target that reads experts whole (Weights) has no `based`."""
 
     opset: int
     chosen_only: bool
@@ -56,6 +56,7 @@ class Dialect(Protocol):
     def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str: ...
     def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str: ...
     def experts(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str: ...
+    def based(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str: ...
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str: ...
 
 
@@ -172,6 +173,19 @@ def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, 
     return float_linear(graph, name, x, matrix.dense(), bias)
 
 
+def low_rank(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
+    """x [.., in] -> b (a x) + bias [.., out] of an expert's difference 'name'; where the graph has integers, in 8 bits of 32 (the rank filled up with zeros)."""
+    a, b = weights.factor(f"{name}.a"), weights.factor(f"{name}.b")
+    bias = weights.factor(f"{name}.bias").numpy().astype(graph.precision.floats) if f"{name}.bias" in weights.stored else None
+    if graph.precision.bits is None:
+        return float_linear(graph, f"{name}.b", float_linear(graph, f"{name}.a", x, a, None), b, bias)
+    spare = -len(a) % 32
+    for form, factor, added in (("a", np.pad(a.numpy(), ((0, spare), (0, 0))), None), ("b", np.pad(b.numpy(), ((0, 0), (0, spare))), bias)):
+        q, scales = ggml_q8(factor)
+        x = dialect.quantized(graph, f"{name}.{form}", x, Ints(q, scales, 8, 32), added)
+    return x
+
+
 def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np.ndarray | None) -> str:
     y = graph.node("MatMul", [x, graph.floats(f"{name}.weight", weight.T)], f"{name}.product")
     return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name) if bias is not None else y
@@ -183,6 +197,9 @@ def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str
     if not d.sparse(n):
         return one_mlp(graph, dialect, weights, name, x)
     gates, chosen = routed(graph, weights, name, x)
+    if d.experts.based:
+        y = dialect.based(graph, weights, n, x, gates, chosen)
+        return graph.node("Add", [y, one_mlp(graph, dialect, weights, f"{name}.shared", x)], f"{name}.mixed") if d.experts.shared else y
     graph.share = d.experts.active / d.experts.count if dialect.chosen_only else 1.0
     y = dialect.experts(graph, weights, n, x, gates, chosen)
     graph.share = 1.0
@@ -191,14 +208,17 @@ def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str
 
 def one_mlp(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
     """What one MLP, of a layer or an expert, gives for x [.., hidden]."""
-    d, y = weights.decoder, linear(graph, dialect, weights, f"{name}.up", x)
+    y = activated(graph, dialect, weights.decoder, name, linear(graph, dialect, weights, f"{name}.up", x))
+    return linear(graph, dialect, weights, f"{name}.down", y)
+
+
+def activated(graph: Graph, dialect: Dialect, d: Decoder, name: str, y: str) -> str:
+    """What the MLP's 'down' reads, from what its 'up' gives."""
     if d.gated:
         gate, up = f"{name}.gate", f"{name}.value"
         graph.node("Split", [y], f"{name}.halves", [gate, up], axis=-1, num_outputs=2)
-        y = graph.node("Mul", [dialect.activation(graph, d, f"{name}.act", gate), up], f"{name}.gated")
-    else:
-        y = dialect.activation(graph, d, f"{name}.act", y)
-    return linear(graph, dialect, weights, f"{name}.down", y)
+        return graph.node("Mul", [dialect.activation(graph, d, f"{name}.act", gate), up], f"{name}.gated")
+    return dialect.activation(graph, d, f"{name}.act", y)
 
 
 def routed(graph: Graph, weights: Weights, name: str, x: str) -> tuple[str, str]:

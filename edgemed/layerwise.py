@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from edgemed.awq import Seen, folds, scaled
-from edgemed.decoder import activate, attention, linear, load_layer, mlp, norm, routed
+from edgemed.decoder import activate, attention, based, linear, load_layer, mlp, norm, routed
 from edgemed.errors import EdgemedError, need
 from edgemed.gptq import Hessian, Solution, corrected, output_error, solve
 from edgemed.grid import rtn
@@ -233,6 +233,9 @@ def feed(d: Decoder, n: int, layer: Layer, name: str, x: torch.Tensor, rows: tor
         return attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)), angles=angles)
     read = norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x)
     read = read if rows is None else read[:, rows]
+    if name == "base.down":
+        flat = read.reshape(-1, d.hidden)
+        return based(d, layer, flat, routed(d, layer, flat))[0][None]
     return activate(d, linear(layer, f"{name.removesuffix('down')}up", read)) if name.endswith("down") else read
 
 

@@ -116,7 +116,8 @@ def pupil(student: torch.nn.Module, layers: int, pairs: Sequence[tuple[int, int]
             asked = {"input_ids": tokens}
             if pictures:
                 features, positions, token = pictures
-                embedded = student.get_input_embeddings()(tokens)
+                # An image token may lie outside the vocabulary, and is never looked up.
+                embedded = student.get_input_embeddings()(tokens.masked_fill(tokens == token, 0))
                 asked = {"inputs_embeds": embedded.masked_scatter((tokens == token)[..., None], features.to(embedded.dtype))}
                 asked |= {"position_ids": positions if len(positions) > 1 else positions[0]}
             logits = self.student(**asked, use_cache=False).logits

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemed.graph import one_mlp, shares
+from edgemed.graph import activated, linear, low_rank, one_mlp, shares
 from edgemed.grid import Ints
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from edgemed.family import Decoder, Vision
     from edgemed.graph import Graph
     from edgemed.weights import Weights
@@ -99,16 +101,44 @@ class OrtDialect:
         d, name, node = weights.decoder, f"layers.{n}", graph.node
         rows = node("Reshape", [x, graph.constant(f"{name}.flat", np.array([-1, d.hidden]))], f"{name}.rows")
         y = node("Mul", [rows, graph.constant(f"{name}.nothing", np.zeros(1, graph.precision.floats))], f"{name}.none")
+        for at, place, gate in self.chosen(graph, d, n, gates, chosen):
+            made = one_mlp(graph, self, weights, at, node("GatherND", [rows, place], f"{at}.taken"))
+            y = self.added(graph, y, place, node("Mul", [made, gate], f"{at}.made"), at)
+        return node("Unsqueeze", [y, graph.constant(f"{name}.batch", np.array([0]))], f"{name}.experts")
+
+    def chosen(self, graph: Graph, d: Decoder, n: int, gates: str, chosen: str) -> Iterator[tuple[str, str, str]]:
+        """(name, places int64 [rows, 1] of the tokens that chose it, their gates [rows, 1]) of each expert of layer n."""
+        name, node = f"layers.{n}", graph.node
         tokens = graph.constant(f"{name}.tokens", np.array([-1]))
         for expert, share in enumerate(shares(graph, d, n, gates, chosen)):
             at = f"{name}.experts.{expert}"
             gate = node("Reshape", [share, tokens], f"{at}.gates")
             place = node("Transpose", [node("NonZero", [gate], f"{at}.index")], f"{at}.place", perm=[1, 0])
             weight = node("Unsqueeze", [node("GatherND", [gate, place], f"{at}.gate_rows"), tokens], f"{at}.weight_rows")
-            made = one_mlp(graph, self, weights, at, node("GatherND", [rows, place], f"{at}.taken"))
-            made = node("Mul", [made, graph.cast(weight, "float32", graph.precision.floats, f"{at}.cast")], f"{at}.made")
-            # ScatterND can add by itself, but not in float16.
-            y = node("ScatterND", [y, place, node("Add", [node("GatherND", [y, place], f"{at}.before"), made], f"{at}.after")], f"{at}.sum")
+            yield at, place, graph.cast(weight, "float32", graph.precision.floats, f"{at}.cast")
+
+    def added(self, graph: Graph, y: str, place: str, rows: str, name: str) -> str:
+        """y with rows added at their places."""
+        # ScatterND can add by itself, but not in float16.
+        return graph.node("ScatterND", [y, place, graph.node("Add", [graph.node("GatherND", [y, place], f"{name}.before"), rows], f"{name}.after")], f"{name}.sum")
+
+    def based(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str:
+        """Experts that share a matrix (decoder.based): it is multiplied once, before and after; of the differences, those that were chosen."""
+        d, name, node = weights.decoder, f"layers.{n}", graph.node
+        rows = node("Reshape", [x, graph.constant(f"{name}.flat", np.array([-1, d.hidden]))], f"{name}.rows")
+        common, zero = linear(graph, self, weights, f"{name}.base.up", rows), graph.constant(f"{name}.nothing", np.zeros(1, graph.precision.floats))
+        y = node("Mul", [rows, zero], f"{name}.none")
+        ends = [graph.constant(f"{name}.{end}", np.array([value])) for end, value in (("first", 0), ("ffn", d.ffn), ("width", 1))]
+        mixed = node("Mul", [node("Slice", [common, *ends], f"{name}.narrow"), zero], f"{name}.empty")
+        graph.share = d.experts.active / d.experts.count
+        for at, place, gate in self.chosen(graph, d, n, gates, chosen):
+            up = low_rank(graph, self, weights, f"{at}.up", node("GatherND", [rows, place], f"{at}.taken"))
+            inner = activated(graph, self, d, at, node("Add", [node("GatherND", [common, place], f"{at}.common"), up], f"{at}.up"))
+            down = low_rank(graph, self, weights, f"{at}.down", inner)
+            mixed = self.added(graph, mixed, place, node("Mul", [inner, gate], f"{at}.shared_part"), f"{at}.mixed")
+            y = self.added(graph, y, place, node("Mul", [down, gate], f"{at}.own_part"), f"{at}.own")
+        graph.share = 1.0
+        y = node("Add", [y, linear(graph, self, weights, f"{name}.base.down", mixed)], f"{name}.rows_out")
         return node("Unsqueeze", [y, graph.constant(f"{name}.batch", np.array([0]))], f"{name}.experts")
 
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,6 +44,8 @@ from edgemed.verify import Limits, verify
 from edgemed.vision import eyes_of
 from edgemed.weights import Weights
 
+if TYPE_CHECKING:
+    from edgemed.decoder import Route
 
 RANDOM = "random:"
 
@@ -315,14 +317,14 @@ def evals_of(engine: Engine | None, source: Checkpoint, asked: Questions, spec: 
     return found
 
 
-def open_source(source: Checkpoint, sees: bool = False) -> Opened:
-    """The float32 source as a session, with its tokenizer and end-of-text token. sees: with its eyes; raises EdgemedError where it has none."""
+def open_source(source: Checkpoint, sees: bool = False, route: Route | None = None) -> Opened:
+    """The float32 source as a session, with its tokenizer and end-of-text token. sees: with its eyes; raises EdgemedError where it has none. route: as TorchSession."""
     from edgemed.decoder import TorchSession
     from edgemed.tower import TorchEyes
 
     weights = Weights(source)
     eyes = TorchEyes(weights) if sees else None
-    return Opened(TorchSession(weights), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos, eyes)
+    return Opened(TorchSession(weights, route=route), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos, eyes)
 
 
 def start_engine(engine: Engine, sees: bool = False, threads: int | None = None) -> Opened:

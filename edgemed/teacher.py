@@ -7,7 +7,6 @@ whole chunks, so that a killed run goes on where it stopped.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 
 from edgemed import store
 from edgemed.console import say, track
-from edgemed.decoder import TorchSession, block, load_layer, norm, rope_angles, top
+from edgemed.decoder import TorchSession, block, load_layer, loaded, norm, rope_angles, top
 from edgemed.divergence import softened
 from edgemed.divergence import top as likeliest
 from edgemed.errors import EdgemedError, need
@@ -57,7 +56,7 @@ class Teacher:
         import psutil
 
         self.weights, self.d, self.device = weights, weights.decoder, device
-        needed = 4 * sum(math.prod(part.shape) for name, part in weights.parts.items() if name.startswith("layers."))
+        needed = 4 * sum(loaded(weights, n) for n in range(self.d.layers))
         fits = device != "cpu" or needed < 0.6 * psutil.virtual_memory().available
         self.layers = [self._layer(n) for n in range(self.d.layers)] if fits else None
         self.embedding = {name: weights.table(name).to(device) for name in ("embed", "positions") if name in weights.parts}
@@ -75,11 +74,12 @@ class Teacher:
         """
         torch = need("torch", "build")
         with torch.no_grad(), torch.device(self.device):
-            x, seen = self.embedding["embed"][tokens.to(self.device)], {}
+            tokens, seen = tokens.to(self.device), {}
+            x = self.embedding["embed"][tokens.masked_fill(tokens == pictures[2], 0) if pictures else tokens]  # an image token may lie outside the vocabulary
             x = x + self.embedding["positions"][: tokens.shape[1]] if self.d.positions == "learned" else x
             angles = [None] * len(x)
             if pictures:
-                x[tokens.to(self.device) == pictures[2]] = pictures[0].to(self.device)
+                x[tokens == pictures[2]] = pictures[0].to(self.device)
                 angles = [rope_angles(self.d, row) for row in pictures[1].to(self.device).transpose(0, 1)]
             for n in range(self.d.layers):
                 layer = self.layers[n] if self.layers else self._layer(n)

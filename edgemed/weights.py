@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edgemed import siblings
 from edgemed.checkpoint import TOWER, Checkpoint
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
@@ -63,8 +64,9 @@ class Packed:
 class Weights:
     """Reads the canonical parts of a checkpoint. Shapes are checked against the config when it is opened."""
 
-    def __init__(self, checkpoint: Checkpoint, fold: bool = False):
-        """fold: multiply the q rows so that the plain 1/sqrt(head_dim) score scale is right (runtimes that know no other).
+    def __init__(self, checkpoint: Checkpoint, fold: bool = False, whole: bool = False):
+        """fold: multiply the q rows so that the plain 1/sqrt(head_dim) score scale is right (runtimes that know no other). whole: experts stored as a shared
+        matrix and differences are read as their sums, and `source` and `decoder` say nothing of it (runtimes that know only whole experts).
 
         Raises EdgemedError for an unknown architecture, a missing tensor or a tensor of the wrong shape.
         """
@@ -81,7 +83,15 @@ class Weights:
             method = self.quantization.get("quant_method")
             raise EdgemedError(f"{checkpoint.path}: quantized with '{method}', which edgemed does not read", "Known: gptq")
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
+        siblings.check(checkpoint, self.parts, self.keys)
         self._check_shapes()
+        self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
+        self.summed = bool(whole and self.source.experts and self.source.experts.based)
+        if self.summed:
+            plain = replace(self.source.experts, rank=0, density=0.0)
+            self.source, self.decoder = replace(self.source, experts=plain), replace(self.decoder, experts=plain)
+            self.parts = every_part(self.family, self.source, self.vision)
+            self.keys = {name: self.keys.get(name) or tuple(module.split("|")[0] for module in part.modules) for name, part in self.parts.items()}
 
     def _bare_shapes(self) -> dict[str, tuple[int, ...]]:
         found = {}
@@ -150,6 +160,10 @@ class Weights:
     def matrix(self, name: str) -> Dense | Packed:
         """A matrix or router in [out, in] layout with its bias; modules of one part are joined along the output axis."""
         torch = need("torch", "build")
+        if self.summed and ".experts." in name:
+            own = self.delta(name)
+            shared = [self._module(key, False).dense() for key in self.stored[_base(name)][1]]
+            return Dense(torch.cat(shared) + own.weight, own.bias)
         found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
         matrix = found[0] if len(found) == 1 else joined(found, name)
         if self.fold and name.startswith("layers.") and name.endswith(".qkv"):
@@ -161,6 +175,24 @@ class Weights:
                 return replace(matrix, scales=matrix.scales * rows[:, None], bias=bias)
             return Dense(matrix.weight.mul_(rows[:, None]), bias)  # in place: it was read for this call alone
         return matrix
+
+    def delta(self, name: str) -> Dense:
+        """What an expert ('layers.N.experts.J.up') adds to its layer's shared matrix, float32 [out, in], and its own bias. Raises EdgemedError for columns that are not there."""
+        torch = need("torch", "build")
+        read = {form: self.factor(f"{name}.{form}") for form in ("a", "b", "values", "columns", "bias") if f"{name}.{form}" in self.stored}
+        if "a" in read:
+            return Dense(read["b"] @ read["a"], read.get("bias"))
+        rows, columns = self.stored[_base(name)][0].shape
+        index = read["columns"].long()
+        if index.min() < 0 or index.max() >= columns:
+            raise EdgemedError(f"{self.checkpoint.path}: '{self.stored[f'{name}.columns'][1][0]}' names columns that a row of {columns} does not have", "The checkpoint is damaged; make it again")
+        return Dense(torch.zeros(rows, columns).scatter_(1, index, read["values"]), read.get("bias"))
+
+    def factor(self, name: str) -> torch.Tensor:
+        """One stored piece of a difference: 'a' [rank, in], 'b' [out, rank], 'values' or 'columns' (int32) [out, kept], 'bias' [out]; float32 but for columns."""
+        part, keys = self.stored[name]
+        found = need("torch", "build").cat([self.checkpoint.read(key) for key in keys])
+        return found if part.kind == "index" else found.float()
 
     def _module(self, key: str, conv1d: bool) -> Dense | Packed:
         read, tensors = self.checkpoint.read, self.checkpoint.tensors
@@ -180,6 +212,11 @@ class Weights:
         if g_idx is not None and bool((g_idx == need("torch", "build").arange(columns) // group).all()):
             g_idx = None
         return Packed(q, read(f"{key}.scales").float().T.contiguous(), zeros, g_idx, bits, group, bias)
+
+
+def _base(name: str) -> str:
+    """The shared matrix of an expert's: layers.N.experts.J.up -> layers.N.base.up."""
+    return re.sub(r"experts\.\d+", "base", name)
 
 
 def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:

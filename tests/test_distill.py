@@ -37,6 +37,7 @@ from edgemed.recipe import Stage  # noqa: E402
 from edgemed.run import run_step  # noqa: E402
 from edgemed.session import Sampling  # noqa: E402
 from edgemed.steps import distill  # noqa: E402
+from edgemed.student import load  # noqa: E402
 from edgemed.teacher import CHUNK, Cache, Teacher, number, written  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
@@ -133,7 +134,7 @@ def lesson(teacher: Path, **changes: object) -> Lesson:
 
 def student_of(path: Path, pairs: tuple[tuple[int, int], ...] = ()) -> torch.nn.Module:
     weights = Weights(open_checkpoint(path))
-    return pupil(distill._load(weights), weights.decoder.layers, pairs, (weights.decoder.hidden, weights.decoder.hidden))
+    return pupil(load(weights), weights.decoder.layers, pairs, (weights.decoder.hidden, weights.decoder.hidden))
 
 
 def test_the_batch_loss_mixes_temperature_labels_and_hidden_states(teacher: Path, model: Path) -> None:

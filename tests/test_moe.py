@@ -179,6 +179,45 @@ def test_mixed_variants(tinymed: Path, medmoe: Path, tmp_path: Path) -> None:
     refused(rewrite(tinymed, tmp_path / "router", lambda t: t | {f"{MOE.format(0)}gate.wg.bias": torch.zeros(4)}), "mixes two architectures")
 
 
+EXPERT = f"{MOE.format(2)}experts.deepspeed_experts."
+
+
+def test_an_expert_of_another_size(tinymed: Path, tmp_path: Path) -> None:
+    narrow = {"up_proj": 0, "gate_proj": 0, "down_proj": 1}
+    path = rewrite(tinymed, tmp_path / "size", lambda t: t | {f"{EXPERT}1.{m}.weight": t[f"{EXPERT}1.{m}.weight"].narrow(axis, 0, 96).clone() for m, axis in narrow.items()})
+    refused(path, "layer 2, expert 1", "is float32 [64, 96], its siblings' float32 [64, 128]")
+
+
+def test_an_expert_of_another_format_or_without_its_bias(tinymed: Path, tmp_path: Path) -> None:
+    path = rewrite(tinymed, tmp_path / "half", lambda t: t | {f"{EXPERT}3.up_proj.weight": t[f"{EXPERT}3.up_proj.weight"].half()})
+    refused(path, "layer 2, expert 3", f"'{EXPERT}3.up_proj.weight' is float16 [128, 64], its siblings' float32 [128, 64]")
+    phi = write(tmp_path / "phi", "moe-tinymed-phi")
+    refused(rewrite(phi, tmp_path / "bias", without(f"{EXPERT}0.fc1.bias")), "layer 2, expert 0", "fc1.weight' has no bias, its siblings' a bias")
+
+
+def test_experts_in_files_that_name_different_bases(tinymed: Path, tmp_path: Path) -> None:
+    """Shards as a merge of several models leaves them; the same names, no names, and names of files without experts are all let through."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    def sharded(name: str, bases: dict[str, str | None]) -> Path:
+        path, stored, places = tmp_path / name, load_file(tinymed / "model.safetensors"), {}
+        shutil.copytree(tinymed, path, ignore=shutil.ignore_patterns("*.safetensors"))
+        for key in stored:
+            expert = key.split("deepspeed_experts.")[1][0] if "deepspeed_experts." in key else "rest"
+            places.setdefault(f"{expert}.safetensors", []).append(key)
+        for file, held in places.items():
+            base = bases.get(file.removesuffix(".safetensors"))
+            save_file({key: stored[key] for key in held}, path / file, metadata={"format": "pt"} | ({"base_model": base} if base else {}))
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {key: file for file, held in places.items() for key in held}}))
+        return path
+
+    for name, bases in (("none", {}), ("one", {"1": "phi-2"}), ("same", dict.fromkeys("0123", "phi-2")), ("rest", {**dict.fromkeys("0123", "phi-2"), "rest": "clip"})):
+        assert Weights(open_checkpoint(sharded(name, bases))).decoder.experts.count == 4
+    refused(sharded("other", {**dict.fromkeys("013", "stablelm-2-1_6b"), "2": "phi-2"}), "layer 0, expert 2", "is made from phi-2, its siblings' stablelm-2-1_6b")
+
+
 def test_nan_in_one_expert(tinymed: Path, tmp_path: Path) -> None:
     key = f"{MOE.format(2)}experts.deepspeed_experts.1.up_proj.weight"
     path = rewrite(tinymed, tmp_path / "nan", lambda t: t | {key: torch.full_like(t[key], float("nan"))})

@@ -19,6 +19,8 @@ from edgemed.family import Decoder, Experts, Family, Part, Vision, all_families,
 BASES = {"moe_llava_stablelm": "stablelm", "llava_stablelm": "stablelm", "moe_llava_phi": "phi", "llava_phi": "phi", "moe_llava_qwen": ""}
 EXPERT, ROUTER, META = "mlp.deepspeed_moe.experts.deepspeed_experts.", "mlp.deepspeed_moe.gate.wg", "mlp.meta_moe."
 STORED = re.compile(r"\.(?:layers|h)\.(\d+)\.mlp\.(?:deepspeed_moe\.(?:experts\.deepspeed_experts\.(\d+)\.|gate\.wg\.(bias))|(meta_moe)\.)")
+# Where edgemed puts what experts share, and what each adds to it ('EXPERT J.up_delta.a'); no other program knows these names.
+BASE = "mlp.deepspeed_moe.experts.base."
 ROOTS = ("model.", "transformer.")
 TOWER = tuple(f"{root}image_tower.image_tower.vision_model." for root in ROOTS)
 PROJECTOR = tuple("|".join(f"{root}mm_projector.image_spatial_proj.{n}" for root in ROOTS) for n in (0, 2))
@@ -51,7 +53,18 @@ def experts(moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth
     if isinstance(active, bool) or not isinstance(active, int) or not 1 <= active <= count:
         raise EdgemedError(f"config.json: moe.top_k_experts {active!r} of {count} experts", f"Between 1 and {count} can be chosen")
     shared = _stored(shapes, layers, count) if shapes else bool(moe.get("meta_expert"))
-    return Experts(count, 1 if shared else active, layers, renormalised=not shared and active > 1, shared=shared, router_bias=shared)
+    rank, density = _shared_delta(moe.get("shared_delta"))
+    return Experts(count, 1 if shared else active, layers, renormalised=not shared and active > 1, shared=shared, router_bias=shared, rank=rank, density=density)
+
+
+def _shared_delta(said: Any) -> tuple[int, float]:
+    """(rank, density) of moe.shared_delta, one of them 0; both where there is none."""
+    if said is None:
+        return 0, 0.0
+    rank, density = (said.get(key, 0) for key in ("rank", "density")) if isinstance(said, Mapping) else (0, 0)
+    if not isinstance(rank, int) or not isinstance(density, (int, float)) or rank < 0 or not 0 <= density < 1 or bool(rank) == bool(density):
+        raise EdgemedError(f"config.json: moe.shared_delta {said!r} is neither a rank nor a density", "For example {\"rank\": 64}, as edgemed merge writes it")
+    return rank, float(density)
 
 
 def sparse_layers(moe: Mapping[str, Any], depth: int) -> tuple[int, ...]:
@@ -135,9 +148,26 @@ def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
         if last == "up":
             found[f"{stem}.router"] = Part((part.modules[0].partition("mlp.")[0] + ROUTER,), "router", (d.experts.count, d.hidden), bias=d.experts.router_bias)
         for mlp in d.mlps(layer):
-            place = META if mlp == "shared." else EXPERT + mlp.removeprefix("experts.")
-            found[f"{stem}.{mlp}{last}"] = replace(part, modules=tuple(module.replace("mlp.", place) for module in part.modules))
+            place = {"shared.": META, "base.": BASE}.get(mlp) or EXPERT + mlp.removeprefix("experts.")
+            found[f"{stem}.{mlp}{last}"] = replace(part, modules=tuple(module.replace("mlp.", place) for module in part.modules), bias=part.bias and mlp != "base.")
+        for j in range(d.experts.count) if d.experts.based else ():
+            found |= delta_parts(d.experts, part, f"{stem}.experts.{j}.{last}", f"{EXPERT}{j}.")
     return found
+
+
+def delta_parts(e: Experts, part: Part, name: str, place: str) -> dict[str, Part]:
+    """What one expert adds to a shared matrix, `part` being that of a dense model; its bias stays its own."""
+    (rows, columns), last = part.shape, name.rpartition(".")[2]
+    at, kept = part.modules[0].partition("mlp.")[0] + f"{place}{last}_delta.", e.kept(columns)
+    forms = {"a": ("delta", (e.rank, columns)), "b": ("delta", (rows, e.rank))} if e.rank else {"values": ("delta", (rows, kept)), "columns": ("index", (rows, kept))}
+    found = {f"{name}.{form}": Part((at + form,), kind, shape, bare=True) for form, (kind, shape) in forms.items()}
+    biases = tuple(module.replace("mlp.", place) + ".bias" for module in part.modules)
+    return found | ({f"{name}.bias": Part(biases, "delta", (rows,), bare=True, rows=part.rows)} if part.bias else {})
+
+
+def shared_experts(config: Mapping[str, Any], rank: int, density: float) -> dict[str, Any]:
+    """The config of the same model with one shared matrix per layer and differences of this rank or density."""
+    return {**config, "moe": {**config["moe"], "shared_delta": {"rank": rank} if rank else {"density": density}}}
 
 
 def without_experts(config: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -159,7 +189,19 @@ def variant(config: Mapping[str, Any]) -> Family:
     if config["model_type"].startswith("moe_"):
         # The one graph of llama.cpp with attention, positions and gated experts like these; it has RMS norms.
         arch = "phimoe" if base == "stablelm" else ""
-    return replace(FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe")
+    found = replace(FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe")
+    return replace(found, auto_classes={"lm": "AutoModelForCausalLM"}, text_config=text_config) if config["model_type"] == "llava_stablelm" else found
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LLaVA-StableLM's text model for transformers, which knows neither the whole nor the names of old configs. (Its Phi has a bias that these models lack, and it has no Qwen 1.)"""
+    d = all_families()["stablelm"].decoder(config, {})
+    return {
+        "model_type": "stablelm", "hidden_size": d.hidden, "num_hidden_layers": d.layers, "num_attention_heads": d.heads, "num_key_value_heads": d.kv_heads, "intermediate_size": d.ffn,
+        "vocab_size": d.vocab, "max_position_embeddings": d.context, "hidden_act": "silu", "layer_norm_eps": d.norm_eps, "rope_theta": d.rope_theta,
+        "partial_rotary_factor": 2 * len(d.rope_frequencies) / d.head_dim, "use_qkv_bias": config.get("use_qkv_bias", True), "tie_word_embeddings": d.tied,
+        "bos_token_id": config.get("bos_token_id"), "eos_token_id": d.eos,
+    }
 
 
 def parts(d: Decoder) -> dict[str, Part]:
@@ -231,4 +273,5 @@ FAMILY = Family(
     vision_parts=vision_parts,
     chat=chat,
     without_experts=without_experts,
+    shared_experts=shared_experts,
 )

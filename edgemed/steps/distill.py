@@ -9,29 +9,25 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from edgemed import store
-from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
+from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
 from edgemed.cut import Shape, choose, cut, parameters, smaller
 from edgemed.data import read_card, texts
-from edgemed.decoder import logits
 from edgemed.errors import EdgemedError, need
 from edgemed.lesson import Lesson, Objective, last_good, measure, pupil, trainer
 from edgemed.quiet import quiet_and_offline
 from edgemed.session import Sampling
 from edgemed.sights import IGNORED, Sights, digest, look, pictured
+from edgemed.student import adapted, load, write
 from edgemed.teacher import Cache, Teacher, key, number, written
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.weights import Weights
 
-if TYPE_CHECKING:
-    import torch
-
-TOLERANCE = 1e-4
 IMPORTANCE = 16  # windows that neurons and heads are judged on
 
 
@@ -166,6 +162,9 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
         if weights.checkpoint.random_weights:
             raise EdgemedError(f"distill: the {what} {path} has random weights, which know nothing", "Give a trained model")
     _check_sight(student, teacher, params)
+    if "lm" not in student.family.auto_classes:
+        fix = "Experts can teach; make the student of them with merge: {experts: dense}" if student.decoder.experts else "Give a student of another architecture"
+        raise EdgemedError(f"distill: transformers has no class that could train the student {student.checkpoint.path} ({student.checkpoint.config['model_type']})", fix)
     if student.quantization:
         raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Distill the float checkpoint, then quantize")
     if whole and not params.teacher:
@@ -296,9 +295,9 @@ def _check_room(student: Weights, params: Params, work: Path) -> None:
 def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Path) -> dict[str, Any]:
     """Run or resume the course, and write the student it ends with."""
     with quiet_and_offline():
-        base = _load(student)
+        base = load(student)
         width = lesson.teacher.d.hidden if lesson.teacher else student.decoder.hidden
-        made = pupil(_adapted(base, params), student.decoder.layers, lesson.objective.pairs, (student.decoder.hidden, width))
+        made = pupil(adapted(base, params.lora, params.seed), student.decoder.layers, lesson.objective.pairs, (student.decoder.hidden, width))
         course = trainer(lesson, made, _arguments(params, work, lesson.objective.labels), params.patience)
         before = measure(lesson, made, params.batch, course.args.device)
         last = last_good(work)
@@ -309,7 +308,7 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
         finally:
             course.watch.bar.stop()  # or an interrupted run would leave the terminal without a cursor
         model = (made.student.merge_and_unload() if params.lora else made.student).cpu().eval()
-        notes = {"written": _write(model, student, out, params.dtype)}
+        notes = {"written": write(model, student, out, params.dtype)}
     state = course.state
     names = {f"eval_{name}": name for name in before}
     history = [{"step": entry["step"], **{name: entry[logged] for logged, name in names.items()}} for entry in state.log_history if set(names) <= set(entry)]
@@ -333,52 +332,3 @@ def _arguments(params: Params, work: Path, labels: float) -> dict[str, Any]:
         "lr_scheduler_type": "cosine", "max_grad_norm": 1.0, "optim": "adamw_torch", "bf16": params.precision == "bfloat16", "seed": params.seed, "logging_steps": params.evaluate_every,
         "eval_steps": params.evaluate_every, "save_steps": params.evaluate_every, "metric_for_best_model": best,
     }
-
-
-def _load(weights: Weights) -> Any:
-    """The student in transformers, float32. Dropout is off: the target is the teacher's own distribution, and what fits it must not be blurred."""
-    torch, transformers = need("torch", "build"), need("transformers", "build")
-    auto, path = getattr(transformers, weights.family.auto_classes["lm"]), weights.checkpoint.path
-    model, info = auto.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise EdgemedError(f"distill: transformers finds no weights for {', '.join(sorted(info['missing_keys'])[:3])} in {path}", "Give a student in transformers' own layout")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if weights.vision:
-        # What the images become is fixed: only the text model is trained.
-        learned = {id(p) for module in (model.get_decoder(), model.get_output_embeddings()) for p in module.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad = id(parameter) in learned
-    # Sampled text has its full length, as the packed windows have: after an end of text the next one begins.
-    model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
-    return model
-
-
-def _adapted(model: Any, params: Params) -> Any:
-    if not params.lora:
-        return model
-    peft, torch = need("peft", "build"), need("torch", "build")
-    torch.manual_seed(params.seed)
-    turned = any(type(module).__name__ == "Conv1D" for module in model.modules())
-    return peft.get_peft_model(model, peft.LoraConfig(r=params.lora, lora_alpha=2 * params.lora, target_modules="all-linear", fan_in_fan_out=turned))
-
-
-def _write(model: torch.nn.Module, student: Weights, out: Path, dtype: str) -> dict[str, float]:
-    """Write the student and hold what was written against it: {max_abs_error, largest_score} on random tokens.
-
-    Raises EdgemedError where float32 weights do not give the model's scores.
-    """
-    torch = need("torch", "build")
-    config = {key: value for key, value in student.checkpoint.config.items() if key != "torch_dtype"}
-    writer = Writer(out, config | {"dtype": dtype, "architectures": [type(model).__name__]}, student.checkpoint.path)
-    for name, parameter in model.named_parameters():
-        writer.add(name, narrowed(name, parameter.data, dtype))
-    writer.close()
-    tokens = torch.randint(student.decoder.vocab, (2, min(64, student.decoder.context)), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(input_ids=tokens, use_cache=False).logits
-    error, scale = float((logits(Weights(open_checkpoint(out)), tokens) - expected).abs().max()), max(1.0, float(expected.abs().max()))
-    if dtype == "float32" and not error <= TOLERANCE * scale:
-        raise EdgemedError(f"the written student does not give the trained one's scores: largest difference {error:.3g}", "Do not deploy it; this is a bug in edgemed")
-    return {"max_abs_error": error, "largest_score": scale}

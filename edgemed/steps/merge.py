@@ -1,7 +1,7 @@
-"""Merge a PEFT adapter into its base model, and prove that the merged model gives the adapter model's scores; or experts into one MLP.
+"""Merge a PEFT adapter into its base model, and prove that the merged model gives the adapter model's scores; or experts into one MLP, or a shared one and differences.
 
 Runtimes on small devices run plain weights only, and a merge that goes wrong does so silently, so an adapter's scores are compared
-before anything is written and once more from what was written. What becomes of experts is in experts.py.
+before anything is written and once more from what was written. What becomes of experts is in experts.py and deltas.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
 from edgemed.console import track
-from edgemed.data import card_names, read_card
+from edgemed.data import card_names
 from edgemed.decoder import logits
+from edgemed.deltas import check, shared_delta
 from edgemed.errors import EdgemedError, need, nearest
 from edgemed.experts import dense
 from edgemed.quiet import quiet_and_offline
+from edgemed.sights import calibration_digests
 from edgemed.store import file_sha256
 from edgemed.weights import Weights
 
@@ -39,14 +41,17 @@ class Params:
     that is scaling the adapter. dtype of the written weights: float32 where none is given, and the source's own for experts; 'source' (the base's own) may round
     an adapter's small changes away.
 
-    experts, instead of an adapter: 'dense' puts one MLP in place of each mixture. weights: 'average' of the experts, or by how often calibration text chose
-    each ('usage'). calibration: a text set's name or file, of which `samples` windows of `length` tokens also measure each layer's error.
+    experts, instead of an adapter: 'dense' puts one MLP in place of each mixture; 'shared_delta' one shared MLP, and per expert a difference of this rank, or
+    with this share of the weights (density). weights: 'average' of the experts, or by how often calibration text chose each ('usage'). calibration: a text
+    set's name or file, of which `samples` windows of `length` tokens also measure each layer's error, and say which differences matter.
     """
 
     adapter: str | None = None
     alpha: float = 1.0
     dtype: Literal["float32", "float16", "bfloat16", "source"] | None = None
-    experts: Literal["dense"] | None = None
+    experts: Literal["dense", "shared_delta"] | None = None
+    rank: int | None = None
+    density: float | None = None
     weights: Literal["average", "usage"] = "average"
     calibration: str | None = None
     samples: int = 32
@@ -58,19 +63,23 @@ def inputs(params: Params) -> dict[str, str]:
     if (params.adapter is None) == (params.experts is None):
         given = "both adapter and experts are given" if params.adapter else "neither adapter nor experts is given"
         raise EdgemedError(f"merge: {given}", "Give one of the two to a step; an adapter is merged into the model it was trained on, experts after that")
+    if params.experts == "shared_delta":
+        check(params)
+    elif params.rank is not None or params.density is not None:
+        raise EdgemedError("merge: rank and density are for experts: shared_delta", "Leave them out, or say experts: shared_delta")
     if params.experts:
         if params.weights == "usage" and not params.calibration:
             raise EdgemedError("merge: weights 'usage' needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
         if params.alpha != 1:
             raise EdgemedError(f"merge: alpha {params.alpha} is an adapter's, and experts are merged", "Leave alpha out")
-        return {"calibration": read_card(params.calibration).digest("calibration")} if params.calibration else {}
+        return calibration_digests(params.calibration) if params.calibration else {}
     if params.calibration or params.weights != "average":
         raise EdgemedError("merge: calibration and weights are for experts, and an adapter is merged", "Leave them out")
     return {f"adapter/{file.name}": file_sha256(file) for file in _files(params.adapter)}
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
-    """Write the merged checkpoint to `out`; returns the largest differences between scores and their bound, or of experts what `experts.dense` does.
+    """Write the merged checkpoint to `out`; returns the largest differences between scores and their bound, or of experts what `experts.dense` or `deltas.shared_delta` does.
 
     Raises EdgemedError for a quantized base, an adapter that is damaged, cannot be merged or belongs to another base, and
     where the merged scores differ from the adapter's.
@@ -80,7 +89,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     if params.experts:
         inputs(params)
         with need("torch", "build").inference_mode():
-            return dense(checkpoint, out, params)
+            return (dense if params.experts == "dense" else shared_delta)(checkpoint, out, params)
     if not 0 <= params.alpha <= 1:
         raise EdgemedError(f"merge: alpha {params.alpha} is not between 0 and 1", "0 gives the base model, 1 the whole adapter")
     torch, weights = need("torch", "build"), Weights(checkpoint)

@@ -20,7 +20,7 @@ from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
 from edgemed.data import card_names
-from edgemed.decoder import shown
+from edgemed.decoder import loaded, shown
 from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
@@ -140,6 +140,9 @@ def _layer_matrices(weights: Weights) -> list[str]:
 
 
 def _check(weights: Weights, params: Params) -> None:
+    if weights.decoder.experts and weights.decoder.experts.based and (params.method == "awq" or params.budget):
+        problem = f"{weights.checkpoint.path}: {'a budget' if params.budget else 'awq'} does not know experts that share a matrix"
+        raise EdgemedError(problem, "Use gptq or rtn, without a budget")
     if not params.budget:
         for name in _layer_matrices(weights):
             _check_fit(weights, name, params.bits, params.group)
@@ -188,7 +191,7 @@ def _held(weights: Weights, n: int, params: Params) -> int:
     columns, largest = max(shape[1] for shape in shapes.values()), max(math.prod(shape) for shape in shapes.values())
     # Of one matrix: two moments, the inverse and what its computation holds besides. Those of all matrices at once for a budget; for awq, those of all experts' `up` and of one `down`.
     kept = [shape[1] for name, shape in shapes.items() if params.budget or (params.method == "awq" and not name.endswith("down"))]
-    return 2 * sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
+    return loaded(weights, n) + sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
 
 
 def _decided(weights: Weights, windows: Windows | None, params: Params, folder: Path) -> dict[str, Any]:
@@ -313,7 +316,8 @@ def _copied(weights: Weights, name: str, changed: tuple[torch.Tensor, torch.Tens
         for tensor, value in zip((part.weight(key), f"{key}.bias"), changed or (None, None), strict=True):
             if tensor in weights.checkpoint.tensors:
                 # A router picks between close scores: rounded, it would pick other experts.
-                found[tensor] = narrowed(tensor, weights.checkpoint.read(tensor) if value is None else value, "float32" if part.kind == "router" else "float16")
+                value = weights.checkpoint.read(tensor) if value is None else value
+                found[tensor] = value if part.kind == "index" else narrowed(tensor, value, "float32" if part.kind == "router" else "float16")
     return found
 
 

@@ -102,6 +102,8 @@ def inputs(params: Params) -> dict[str, str]:
 def supports(weights: Weights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
     d = weights.source
+    if params.from_checkpoint and d.experts and d.experts.based:
+        return "experts that share a matrix become whole ones here, whose sums have no integers of the checkpoint; leave from_checkpoint out"
     if d.activation == "gelu":
         return f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this model the exact one"
     if rescaled(d) is not None and not weights.family.gguf_interleaved:
@@ -130,9 +132,10 @@ def supports(weights: Weights, params: Params) -> str | None:
 
 def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
+    weights = type(weights)(weights.checkpoint, whole=True)
     own = own_graph(weights.family, weights.source)
     centred = weights.family.gguf_centred and not own
-    folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True)  # read anew: `weights` may be unfolded
+    folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True, whole=True)
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)

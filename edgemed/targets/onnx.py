@@ -102,6 +102,8 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     from edgemed.graph import Precision, build_decoder
     from edgemed.vision_graph import TOWERS, build_vision
 
+    if weights.decoder.experts and weights.decoder.experts.density:
+        weights = type(weights)(weights.checkpoint, weights.fold, whole=True)  # ONNX Runtime has no product with a sparse matrix on CPUs
     bits = bits_of(weights, params)
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}

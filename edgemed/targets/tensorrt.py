@@ -128,6 +128,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     from edgemed.trt_dialect import PlainDialect, rows_offered
     from edgemed.trt_parser import estimate
 
+    weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
     d, bits = weights.decoder, bits_of(weights, params)
     chosen = params.activations if bits else "fp16" if params.precision == "auto" else params.precision
     # Sums and norms stay float32: TensorRT 11 computes a norm in the format of its input.
