@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from edgemed import cli_calibrate, cli_plan, cli_proof, cli_provenance
-from edgemed.cli_options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings
+from edgemed.cli_options import AcceptUndecided, Adapter, EngineDir, Json, Model, Out, Sets, Threads, settings
 from edgemed.console import show
 from edgemed.errors import EdgemedError
 
@@ -137,6 +137,7 @@ def export(
     random_weights: Annotated[str | None, typer.Option(help="True dimensions of this model with random weights, for latency and memory only.")] = None,
     prompts: Annotated[str, typer.Option(help="Held-out texts for the reference answers that travel along; 'none' leaves them out.")] = "pubmedqa-abstracts",
     source: Annotated[str | None, typer.Option(help="Float checkpoint to take reference answers from; default: MODEL itself.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="PEFT LoRA that travels along unmerged, as NAME=DIRECTORY; may be repeated.")] = None,
     sets: Sets = None, json_: Json = False,
 ) -> None:
     """Compile a checkpoint to one engine directory that travels to the device."""
@@ -146,7 +147,11 @@ def export(
 
     if (model is None) == (random_weights is None):
         raise EdgemedError("give either MODEL or --random-weights NAME", "For example: edgemed export ./BioMedLM --target onnx --out engine")
-    engine = export_engine(model or f"random:{random_weights}", target, out, prompts=None if prompts == "none" else prompts, source=source, **settings(sets))
+    named = dict(pair.split("=", 1) for pair in adapter or () if "=" in pair)
+    if len(named) < len(adapter or ()):
+        raise EdgemedError(f"--adapter {', '.join(adapter)}: each must be NAME=DIRECTORY, and no name given twice", "For example --adapter sections=recipes/quickstart/adapter")
+    values = settings(sets, adapters=named or None)
+    engine = export_engine(model or f"random:{random_weights}", target, out, prompts=None if prompts == "none" else prompts, source=source, **values)
     notes = store.read_manifest(engine.path)["notes"]
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its name says.
     for change in sorted(set(notes.get("fallbacks", {}).values())):
@@ -191,13 +196,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
-    seed: int = 0, threads: Threads = None, json_: Json = False,
+    adapter: Adapter = None, seed: int = 0, threads: Threads = None, json_: Json = False,
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template)
+    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template, adapter)
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return
@@ -208,12 +213,12 @@ def generate(
 
 
 @app.command()
-def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, threads: Threads = None) -> None:
+def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, adapter: Adapter = None, threads: Threads = None) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
     from edgemed.session import Sampling
 
-    talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads)
+    talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
 
 
 app.add_typer(cli_calibrate.app, name="calibrate")

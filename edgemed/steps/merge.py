@@ -6,8 +6,6 @@ before anything is written and once more from what was written. What becomes of 
 
 from __future__ import annotations
 
-import json
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +18,13 @@ from edgemed.data import card_names, read_card
 from edgemed.decoder import logits
 from edgemed.errors import EdgemedError, need, nearest
 from edgemed.experts import dense
+from edgemed.lora import adapter_config, adapter_hashes, adapter_tensors
 from edgemed.quiet import quiet_and_offline
-from edgemed.store import file_sha256
 from edgemed.weights import Weights
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-BESIDE = "non_lora_trainables.bin"  # where LLaVA's training code puts the projector it trained with the adapter
 TOLERANCE = 1e-4
 WINDOWS, WIDTH = 4, 64
 
@@ -66,7 +62,7 @@ def inputs(params: Params) -> dict[str, str]:
         return {"calibration": read_card(params.calibration).digest("calibration")} if params.calibration else {}
     if params.calibration or params.weights != "average":
         raise EdgemedError("merge: calibration and weights are for experts, and an adapter is merged", "Leave them out")
-    return {f"adapter/{file.name}": file_sha256(file) for file in _files(params.adapter)}
+    return {f"adapter/{file}": sha for file, sha in adapter_hashes(params.adapter).items()}
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
@@ -86,7 +82,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     torch, weights = need("torch", "build"), Weights(checkpoint)
     for name in track(list(checkpoint.tensors), "check the base model"):
         checkpoint.read(name)
-    adapter, tensors = _adapter_config(params.adapter), _adapter_tensors(params.adapter)
+    adapter, tensors = _adapter_config(params.adapter), adapter_tensors(params.adapter)
     with quiet_and_offline(), torch.inference_mode():
         model = _apply(_load_base(weights, adapter, tensors), adapter, tensors, checkpoint)
         tokens = _windows(weights)
@@ -105,31 +101,12 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     return notes | {"peft_type": adapter.peft_type.value, "windows": list(tokens.shape), "formula": "W = W_base + alpha * (W_merged - W_base)"}
 
 
-def _files(adapter: str) -> tuple[Path, Path]:
-    path = Path(adapter)
-    if not path.is_dir():
-        raise EdgemedError(f"adapter directory {path} does not exist", f"Give a PEFT directory ({CONFIG} and {WEIGHTS[0]})")
-    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-    if not (path / CONFIG).is_file():
-        raise EdgemedError(f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained")
-    if found is None:
-        raise EdgemedError(f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained")
-    if (path / BESIDE).is_file():
-        raise EdgemedError(f"{path / BESIDE} holds weights that peft does not know and a merge would lose", "Merge the adapter with the code that trained it")
-    return path / CONFIG, found
-
-
 def _adapter_config(adapter: str) -> Any:
     peft = need("peft", "build")
-    file, _ = _files(adapter)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        kind = values["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EdgemedError(f"{file} is damaged: {error!r}", "Copy the adapter again") from None
+    kind = adapter_config(adapter)["peft_type"]
     if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         known = [key.value for key in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
-        raise EdgemedError(f"{file}: the installed peft knows no adapter type '{kind}'", nearest(str(kind), known))
+        raise EdgemedError(f"{adapter}: the installed peft knows no adapter type '{kind}'", nearest(str(kind), known))
     with warnings.catch_warnings():
         # A key of a newer peft is dropped with a warning; if it mattered, the tensors do not fit and are refused below.
         warnings.simplefilter("ignore")
@@ -144,22 +121,6 @@ def _adapter_config(adapter: str) -> Any:
         # peft's wrapper of a task only adds methods that a base with another head lacks; the one for classes adds the head.
         config.task_type = None
     return config
-
-
-def _adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
-    torch, safetensors = need("torch", "build"), need("safetensors", "build")
-    _, file = _files(adapter)
-    try:
-        if file.suffix == ".safetensors":
-            tensors = need("safetensors.torch", "build").load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise EdgemedError(f"{file} is damaged: {str(error).splitlines()[0]}", "Copy the adapter again") from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise EdgemedError(f"{file.name}: tensor '{name}' holds NaN or Inf", "The adapter is damaged; do not deploy it")
-    return tensors
 
 
 def _load_base(weights: Weights, adapter: Any, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:

@@ -25,6 +25,7 @@ from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
 from edgemed.layerwise import Rounded, awq_layer, gptq_layer, own_of, rtn_layer
+from edgemed.lora import FOLDED
 from edgemed.resume import Layers
 from edgemed.sensitivity import sensitivities
 from edgemed.tokenizer import open_tokenizer
@@ -252,6 +253,10 @@ def _config(weights: Weights, params: Params, packings: Packings) -> dict[str, A
     dynamic = {f"+:^{re.escape(key)}$": {"bits": b, "group_size": g} for name, (b, g) in packings.items() if (b, g) != (bits, group) for key in weights.keys[name]}
     config = weights.family.folded(weights.checkpoint.config)
     config.pop("torch_dtype", None)
+    # For an adapter of the float model, which knows of none of it.
+    folded = {"q": [weights.source.fold_factor(n) for n in range(weights.decoder.layers)]} if weights.decoder != weights.source else {}
+    folded |= {"inputs": True} if params.method == "awq" else {}
+    config |= {FOLDED: folded} if folded else {}
     return config | {"dtype": "float16", "quantization_config": quantization | ({"dynamic": dynamic} if dynamic else {})}
 
 
