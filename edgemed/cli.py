@@ -87,12 +87,13 @@ def merge(model: Model, out: Out, adapter: Annotated[str | None, typer.Option(he
 
 
 @app.command()
-def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="gptq, awq, rtn or auto.")] = "gptq", bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="gptq, awq, rtn, auto, bnb-nf4 or bnb-int8.")] = "gptq",
+             bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
              group: Annotated[int, typer.Option(help="Weights per scale: 32, 64, 128 or -1 (whole row).")] = 128,
              calibration: Annotated[str | None, typer.Option(help="Card name, .jsonl or .txt file; all but rtn need one.")] = None,
              budget: Annotated[str | None, typer.Option(help="Bits chosen per matrix within this: 4.5bpw, or 1.6GB.")] = None,
              max_memory: Annotated[str | None, typer.Option(help="Resident memory at most, such as 4GB.")] = None, sets: Sets = None, json_: Json = False) -> None:
-    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ checkpoint layout."""
+    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ checkpoint layout, or in bitsandbytes'."""
     step("quantize", model, out, settings(sets, method=method, bits=bits, group=group, calibration=calibration, budget=budget, max_memory=max_memory), json_)
 
 

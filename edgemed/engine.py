@@ -15,9 +15,10 @@ from typing import Any
 
 from edgemed import plugins, store
 from edgemed.checkpoint import Checkpoint
+from edgemed.console import say
 from edgemed.errors import EdgemedError, nearest
 from edgemed.family import Vision
-from edgemed.lora import FOLDER
+from edgemed.lora import FOLDER, adapter_config, quantized_base
 from edgemed.reference import Reference
 from edgemed.session import Session
 from edgemed.tokenizer import open_tokenizer
@@ -111,6 +112,12 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     with store.building(Path(out), "engine", target, asdict(params), inputs, parent_manifest) as work:
         if work is not None:
             notes = module.build(weights, work.path, params)
+            for adapter, path in (params.adapters or {}).items():
+                if reason := quantized_base(adapter_config(path)):
+                    say(f"adapter '{adapter}' was probably trained on a quantized base ({reason}): what another base changes, edgemed merge --set trained_on=nf4 measures")
+            if weights.expanded:
+                notes["expanded"] = weights.expanded
+                say(f"{checkpoint.path}: its {weights.expanded} weights were expanded to floats, and are written as {notes['precision']}")
             seen = asdict(replace(weights.vision, pixels=pixels_of(weights.vision, params))) if weights.vision else None
             facts = {
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,

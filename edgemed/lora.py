@@ -80,6 +80,21 @@ def adapter_config(adapter: str) -> dict[str, Any]:
     return values
 
 
+def quantized_base(values: Mapping[str, Any]) -> str | None:
+    """Why an adapter's config makes one think that it was trained on a quantized base, None where nothing does: peft itself does not write it down."""
+    base = str(values.get("base_model_name_or_path") or "")
+    file = Path(base) / "config.json"
+    try:
+        method = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]["quant_method"] if base and file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        method = None
+    if method:
+        return f"its base {base} is quantized ({method})"
+    if re.search(r"(?i)(bnb|nf4|gptq|awq|[48][-_]?bit|int[48])(?![a-z])", base.rpartition("/")[2]):
+        return f"its base is called '{base}'"
+    return "it began as LoftQ, for a rounded base" if values.get("init_lora_weights") == "loftq" else None
+
+
 def adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
     """Every tensor of an adapter. Raises EdgemedError for a damaged file, NaN or Inf."""
     torch, safetensors = need("torch", "build"), need("safetensors", "build")

@@ -166,7 +166,7 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
         if weights.checkpoint.random_weights:
             raise EdgemedError(f"distill: the {what} {path} has random weights, which know nothing", "Give a trained model")
     _check_sight(student, teacher, params)
-    if student.quantization:
+    if student.rounded:
         raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Distill the float checkpoint, then quantize")
     if whole and not params.teacher:
         raise EdgemedError("distill: the student is its teacher: nothing is cut and no teacher is given", "Give layers, ffn, heads or target_params, or a teacher")

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
-from edgemed.console import track
-from edgemed.data import card_names, read_card
+from edgemed.console import say, track
+from edgemed.data import calibration_windows, card_names, read_card
 from edgemed.decoder import logits
 from edgemed.errors import EdgemedError, need, nearest
 from edgemed.experts import dense
-from edgemed.lora import adapter_config, adapter_hashes, adapter_tensors
+from edgemed.lora import adapter_config, adapter_hashes, adapter_tensors, quantized_base
+from edgemed.qlora import difference
 from edgemed.quiet import quiet_and_offline
+from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
 
 if TYPE_CHECKING:
@@ -33,15 +35,17 @@ WINDOWS, WIDTH = 4, 64
 class Params:
     """adapter: a PEFT directory. alpha: W = W_base + alpha (W_merged - W_base) for every weight the adapter changes; for LoRA
     that is scaling the adapter. dtype of the written weights: float32 where none is given, and the source's own for experts; 'source' (the base's own) may round
-    an adapter's small changes away.
+    an adapter's small changes away. trained_on: what the adapter's base was in training (QLoRA): with 'nf4', 'nf4-double' (double quantization) or 'int8' the merge into
+    float weights is another model than the trained one, and the manifest says how far, measured on `calibration`; 'float' says that the base was not quantized.
 
     experts, instead of an adapter: 'dense' puts one MLP in place of each mixture. weights: 'average' of the experts, or by how often calibration text chose
-    each ('usage'). calibration: a text set's name or file, of which `samples` windows of `length` tokens also measure each layer's error.
+    each ('usage'). calibration: a text set's name or file, of which `samples` windows of `length` tokens also measure each layer's error, or with trained_on the difference.
     """
 
     adapter: str | None = None
     alpha: float = 1.0
     dtype: Literal["float32", "float16", "bfloat16", "source"] | None = None
+    trained_on: Literal["float", "nf4", "nf4-double", "int8"] | None = None
     experts: Literal["dense"] | None = None
     weights: Literal["average", "usage"] = "average"
     calibration: str | None = None
@@ -59,10 +63,24 @@ def inputs(params: Params) -> dict[str, str]:
             raise EdgemedError("merge: weights 'usage' needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
         if params.alpha != 1:
             raise EdgemedError(f"merge: alpha {params.alpha} is an adapter's, and experts are merged", "Leave alpha out")
+        if params.trained_on:
+            raise EdgemedError("merge: trained_on is an adapter's, and experts are merged", "Leave it out")
         return {"calibration": read_card(params.calibration).digest("calibration")} if params.calibration else {}
-    if params.calibration or params.weights != "average":
+    if (params.calibration and not rounded_base(params)) or params.weights != "average":
         raise EdgemedError("merge: calibration and weights are for experts, and an adapter is merged", "Leave them out")
-    return {f"adapter/{file}": sha for file, sha in adapter_hashes(params.adapter).items()}
+    if rounded_base(params) and not params.calibration:
+        raise EdgemedError(f"merge: what an adapter trained on {params.trained_on} loses is measured on text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
+    found = {f"adapter/{file}": sha for file, sha in adapter_hashes(params.adapter).items()}
+    if rounded_base(params):
+        return found | {"calibration": read_card(params.calibration).digest("calibration")}
+    if params.trained_on is None and (reason := quantized_base(adapter_config(params.adapter))):
+        fix = "Say so: trained_on=nf4 (or nf4-double, int8) with calibration measures what the merge changes; trained_on=float if it was not"
+        raise EdgemedError(f"{params.adapter} was probably trained on a quantized base ({reason}), and merged into float weights it is another model", fix)
+    return found
+
+
+def rounded_base(params: Params) -> bool:
+    return params.trained_on not in (None, "float")
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
@@ -82,7 +100,10 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     torch, weights = need("torch", "build"), Weights(checkpoint)
     for name in track(list(checkpoint.tensors), "check the base model"):
         checkpoint.read(name)
+    inputs(params)
     adapter, tensors = _adapter_config(params.adapter), adapter_tensors(params.adapter)
+    if rounded_base(params) and (adapter.peft_type.value != "LORA" or adapter.use_dora):
+        raise EdgemedError(f"{params.adapter}: the difference that trained_on measures is known for LoRA only, not for {'DoRA' if adapter.peft_type.value == 'LORA' else adapter.peft_type.value}", "Leave trained_on out, or give trained_on=float")
     with quiet_and_offline(), torch.inference_mode():
         model = _apply(_load_base(weights, adapter, tensors), adapter, tensors, checkpoint)
         tokens = _windows(weights)
@@ -98,6 +119,10 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         # Below float32 the stored weights differ from the merged ones by their rounding, which the manifest then reports.
         bound = TOLERANCE if dtypes == {"float32"} else None
         notes["check_written"] = _compare("the written checkpoint", written, expected, bound)
+    if rounded_base(params):
+        windows = calibration_windows(params.calibration, open_tokenizer(checkpoint.path, weights.decoder.vocab), params.samples, min(params.length, weights.decoder.context))
+        notes["trained_on"] = difference(open_checkpoint(out), weights, params.trained_on, windows)
+        say("merged into float weights, an adapter trained on {base} differs from what was trained by a mean KL of {mean_kl:.2g} nats, scores by {relative_logit_difference:.1%}".format(**notes["trained_on"]))
     return notes | {"peft_type": adapter.peft_type.value, "windows": list(tokens.shape), "formula": "W = W_base + alpha * (W_merged - W_base)"}
 
 

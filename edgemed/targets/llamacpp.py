@@ -120,7 +120,7 @@ def supports(weights: Weights, params: Params) -> str | None:
     if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
         return reason
     if params.from_checkpoint and not weights.quantization:
-        return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
+        return "from_checkpoint needs a GPTQ checkpoint, which this one is not; put a quantize step before it"
     if params.from_checkpoint and weights.family.gguf_centred and not own:
         return f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their mean taken out, which other integers hold; leave from_checkpoint out"
     if params.from_checkpoint and params.imatrix:
