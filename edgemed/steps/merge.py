@@ -103,7 +103,8 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     inputs(params)
     adapter, tensors = _adapter_config(params.adapter), adapter_tensors(params.adapter)
     if rounded_base(params) and (adapter.peft_type.value != "LORA" or adapter.use_dora):
-        raise EdgemedError(f"{params.adapter}: the difference that trained_on measures is known for LoRA only, not for {'DoRA' if adapter.peft_type.value == 'LORA' else adapter.peft_type.value}", "Leave trained_on out, or give trained_on=float")
+        kind = "DoRA" if adapter.peft_type.value == "LORA" else adapter.peft_type.value
+        raise EdgemedError(f"{params.adapter}: the difference that trained_on measures is known for LoRA only, not for {kind}", "Give trained_on=float to merge it unmeasured")
     with quiet_and_offline(), torch.inference_mode():
         model = _apply(_load_base(weights, adapter, tensors), adapter, tensors, checkpoint)
         tokens = _windows(weights)
@@ -122,7 +123,9 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     if rounded_base(params):
         windows = calibration_windows(params.calibration, open_tokenizer(checkpoint.path, weights.decoder.vocab), params.samples, min(params.length, weights.decoder.context))
         notes["trained_on"] = difference(open_checkpoint(out), weights, params.trained_on, windows)
-        say("merged into float weights, an adapter trained on {base} differs from what was trained by a mean KL of {mean_kl:.2g} nats, scores by {relative_logit_difference:.1%}".format(**notes["trained_on"]))
+        found = notes["trained_on"]
+        say(f"merged into float weights, an adapter trained on {params.trained_on} differs from what was trained by a mean KL of {found['mean_kl']:.2g} nats, "
+            f"scores by {found['relative_logit_difference']:.1%}")
     return notes | {"peft_type": adapter.peft_type.value, "windows": list(tokens.shape), "formula": "W = W_base + alpha * (W_merged - W_base)"}
 
 

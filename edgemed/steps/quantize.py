@@ -147,6 +147,10 @@ def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[
         reason = "a vision tower" if weights.vision else "experts"
         raise EdgemedError(f"{weights.checkpoint.path} has {reason}, which transformers would take for rounded too", "Use gptq, awq or rtn")
     matrices = {key: name for name in _layer_matrices(weights) for key in weights.keys[name]}
+    uneven = next((key for key, name in matrices.items() if weights.parts[name].shape[1] % bnb.BLOCK), None) if kind == "nf4" else None
+    if uneven:
+        columns = weights.parts[matrices[uneven]].shape[1]
+        raise EdgemedError(f"'{uneven}': rows of {columns} weights are no multiple of {bnb.BLOCK}, and bitsandbytes 0.50.2 expands such wrongly on a CPU", "Use bnb-int8, gptq or rtn")
     dtypes = Counter(weights.checkpoint.tensors[f"{key}.weight"].dtype for key in matrices)
     ((dtype, _),) = dtypes.most_common(1)
     config = {key: value for key, value in weights.checkpoint.config.items() if key != "torch_dtype"}
@@ -158,8 +162,6 @@ def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[
             writer.add(tensor, value)
             continue
         value = value.T.contiguous() if weights.parts[matrices[key]].conv1d else value
-        if kind == "nf4" and value.shape[1] % bnb.BLOCK:
-            raise EdgemedError(f"'{tensor}': rows of {value.shape[1]} weights are no multiple of {bnb.BLOCK}, and bitsandbytes 0.50.2 expands such wrongly on a CPU", "Use bnb-int8, gptq or rtn")
         made = bnb.nf4(value, double) if kind == "nf4" else bnb.int8(tensor, value)
         errors[key] = {"weight": float((bnb.expand(made) - value.float()).norm() / value.float().norm())}
         held, count = held + sum(t.nbytes for t in made.values()), count + value.numel()
