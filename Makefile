@@ -39,7 +39,7 @@ check:
 # torch comes first and pinned, so that nothing after it can pull in another build of it.
 .venv/.ready: pyproject.toml constraints.txt .wheels/llama-cpp.ready | .venv/bin/pip
 	.venv/bin/pip install $(PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
-	.venv/bin/pip install $(PIP_ARGS) --editable '.[build,onnx,llamacpp,vision,nvml,dev]'
+	.venv/bin/pip install $(PIP_ARGS) --editable '.[build,onnx,llamacpp,vision,nvml,bnb,dev]'
 	touch $@
 
 # What a device has: the two runtimes, no torch, no transformers; edgemed installed as a user would, not from the source tree.

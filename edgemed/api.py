@@ -10,12 +10,12 @@ from typing import Any
 
 from edgemed import engine as engines
 from edgemed import params as strict
-from edgemed import plugins, provenance, store
+from edgemed import lora, plugins, provenance, store
 from edgemed.checkpoint import open_checkpoint
 from edgemed.data import IMAGES
 from edgemed.engine import Engine, check_supported, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
-from edgemed.evaluate import SOURCE, judge, pair, source_key
+from edgemed.evaluate import SOURCE, adapter_of, judge, pair, source_key
 from edgemed.facts import inspect
 from edgemed.family import Family
 from edgemed.image_files import open_image
@@ -56,14 +56,15 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
     built = strict.build(module.Params, params, target)
     module.inputs(built)  # finds a missing file before the reference answers are computed
     checkpoint = open_model(model, out.parent)
-    reference = None
+    reference, adapted = None, {}
     if prompts and not checkpoint.random_weights:
         origin = open_model(source, out.parent) if source else checkpoint
         seen, spec = Weights(checkpoint).vision, VerifySpec(prompts, **EXPORT_REFERENCE)
         check_supported(target, Weights(checkpoint), built)  # before an hour of reference answers
         reference = answers(origin, spec)
         reference = replace(reference, images=image_answers(origin, spec, engines.pixels_of(seen, built)) if seen else None).trim(spec.carried)
-    engine = engines.export(checkpoint, target, built, out, reference)
+        adapted = {name: answers(origin, spec, (name, path)).trim(spec.carried) for name, path in (built.adapters or {}).items()}
+    engine = engines.export(checkpoint, target, built, out, reference, adapted=adapted)
     provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None,
                         images=IMAGES if reference and reference.images else None)
     return engine
@@ -92,10 +93,12 @@ def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = T
     return {"plan": plan, "verify": result, "records": records}
 
 
-def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None, against: str | Path | None = None, threads: int | None = None) -> dict[str, Any]:
+def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None, against: str | Path | None = None, threads: int | None = None,
+                   adapter: str | None = None) -> dict[str, Any]:
     """Evaluate an engine on tasks, and pair it item by item with its float32 source.
 
-    source: the checkpoint, evaluated too (needs torch); against: a file of results of the source, written by --out where it was evaluated.
+    source: the checkpoint, evaluated too (needs torch); against: a file of results of the source, written by --out where it was evaluated. adapter: one of the
+    engine's, with which the source is then evaluated as well (from the PEFT directory it was exported from).
     Returns {'source': results, 'engine': paired results, 'gate': verdict or None}. Raises EdgemedError where results do not belong together.
     """
     if source and against:
@@ -106,20 +109,34 @@ def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None
     bases, results = [], []
     every = [questions(task, spec.limit) for task in spec.tasks]
     sees = any(asked.sees for asked in every)
-    model = start_engine(opened, sees, threads)
-    base_model = open_source(open_checkpoint(source), sees) if source else None
+    model = start_engine(opened, sees, threads, adapter)
+    name, key, manifest = opened.name, opened.key, store.read_manifest(opened.path)
+    own = adapter_of(manifest, adapter) if adapter else {}
+    if adapter:
+        name, key = f"{name}+{adapter}", source_key({"engine": key} | own)
+    base_model = open_source(open_checkpoint(source), sees, _exported(opened, adapter, own)) if source else None
     try:
         for asked in every:
             for text in spec.strategies:
-                base = evaluate_opened(base_model, asked, SOURCE, source_key(open_checkpoint(source).hashes()), text, settings) if source else None
-                result = evaluate_opened(model, asked, opened.name, opened.key, text, settings)
+                base = evaluate_opened(base_model, asked, SOURCE, source_key(open_checkpoint(source).hashes() | own), text, settings) if source else None
+                result = evaluate_opened(model, asked, name, key, text, settings)
                 base = base or (same_question(known, result, str(against)) if against else None)
-                results.append(pair(result, base, store.read_manifest(opened.path), spec.margin, spec.alpha) if base else result)
+                results.append(pair(result, base, manifest, spec.margin, spec.alpha, adapter) if base else result)
                 bases += [base] if base else []
     finally:
         model.close()
-    gate = judge({opened.name: results}, spec.margin, spec.alpha) if spec.margin is not None else None
+    gate = judge({name: results}, spec.margin, spec.alpha) if spec.margin is not None else None
     return {"source": bases, "engine": results, "gate": gate}
+
+
+def _exported(engine: Engine, adapter: str | None, hashes: dict[str, str]) -> tuple[str, str] | None:
+    """(name, PEFT directory) of one of an engine's adapters, the directory as it was at the export. Raises EdgemedError where it has changed or is gone."""
+    if adapter is None:
+        return None
+    path = engine.params["adapters"][adapter]
+    if lora.inputs({adapter: path}) != hashes:
+        raise EdgemedError(f"{path} is not the adapter '{adapter}' that {engine.path} was exported with", "Export the engine again, or give --against instead of --source")
+    return adapter, path
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -142,8 +159,9 @@ def same_question(known: Sequence[dict[str, Any]], result: dict[str, Any], where
     return next((k for k in found if k["task_key"] == result["task_key"]), found[0])
 
 
-def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | None = None, images: Sequence[str | Path] = (), template: str | None = None) -> Iterator[str]:
-    """Continue a text, or answer a question about images; yields pieces of text as they are decoded.
+def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | None = None, images: Sequence[str | Path] = (), template: str | None = None,
+           adapter: str | None = None) -> Iterator[str]:
+    """Continue a text, or answer a question about images; yields pieces of text as they are decoded. adapter: one of the engine's, None for its base.
 
     template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the instructions of a reasoning fine-tune) or 'none' (the text as it
     is); default: 'chat' where there are images, else 'none'.
@@ -160,7 +178,7 @@ def stream(engine: str | Path, prompt: str, sampling: Sampling, threads: int | N
     if v:
         check_places(tokens, v.token, len(pictures))
     tokens, seen = eyes.see(tokens, pictures) if eyes else (tokens, None)
-    session = opened.open(threads)
+    session = opened.open(threads, adapter)
     try:
         yield from _words(opened, session, tokens, sampling, seen)
     finally:
@@ -190,13 +208,13 @@ def _words(engine: Engine, session: Session, tokens: Sequence[int], sampling: Sa
             shown = text
 
 
-def chat(engine: str | Path, sampling: Sampling, threads: int | None = None) -> None:
+def chat(engine: str | Path, sampling: Sampling, threads: int | None = None, adapter: str | None = None) -> None:
     """Read lines from standard input and answer each, the conversation kept in the prompt."""
     opened = open_engine(engine)
     require_built(opened, "talk to")
     if opened.random_weights:
         raise EdgemedError(f"{engine} has random weights and no tokenizer", "Use edgemed bench; it is good for latency and memory only")
-    tokenizer, session, messages = opened.tokenizer(), opened.open(threads), []
+    tokenizer, session, messages = opened.tokenizer(), opened.open(threads, adapter), []
     eos = tokenizer.id_to_token(opened.eos) if opened.eos is not None else ""
     try:
         while line := _ask():

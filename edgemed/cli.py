@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from edgemed import cli_calibrate, cli_experts, cli_plan, cli_proof, cli_provenance
-from edgemed.cli_options import AcceptUndecided, EngineDir, Json, Model, Out, Sets, Threads, settings
+from edgemed.cli_options import AcceptUndecided, Adapter, EngineDir, Json, Model, Out, Sets, Threads, settings
 from edgemed.console import show
 from edgemed.errors import EdgemedError
 
@@ -87,12 +87,13 @@ def merge(model: Model, out: Out, adapter: Annotated[str | None, typer.Option(he
 
 
 @app.command()
-def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="gptq, awq, rtn or auto.")] = "gptq", bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="gptq, awq, rtn, auto, bnb-nf4 or bnb-int8.")] = "gptq",
+             bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
              group: Annotated[int, typer.Option(help="Weights per scale: 32, 64, 128 or -1 (whole row).")] = 128,
              calibration: Annotated[str | None, typer.Option(help="Card name, .jsonl or .txt file; all but rtn need one.")] = None,
              budget: Annotated[str | None, typer.Option(help="Bits chosen per matrix within this: 4.5bpw, or 1.6GB.")] = None,
              max_memory: Annotated[str | None, typer.Option(help="Resident memory at most, such as 4GB.")] = None, sets: Sets = None, json_: Json = False) -> None:
-    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ checkpoint layout."""
+    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ checkpoint layout, or in bitsandbytes'."""
     step("quantize", model, out, settings(sets, method=method, bits=bits, group=group, calibration=calibration, budget=budget, max_memory=max_memory), json_)
 
 
@@ -137,6 +138,7 @@ def export(
     random_weights: Annotated[str | None, typer.Option(help="True dimensions of this model with random weights, for latency and memory only.")] = None,
     prompts: Annotated[str, typer.Option(help="Held-out texts for the reference answers that travel along; 'none' leaves them out.")] = "pubmedqa-abstracts",
     source: Annotated[str | None, typer.Option(help="Float checkpoint to take reference answers from; default: MODEL itself.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="PEFT LoRA that travels along unmerged, as NAME=DIRECTORY; may be repeated.")] = None,
     sets: Sets = None, json_: Json = False,
 ) -> None:
     """Compile a checkpoint to one engine directory that travels to the device."""
@@ -146,7 +148,11 @@ def export(
 
     if (model is None) == (random_weights is None):
         raise EdgemedError("give either MODEL or --random-weights NAME", "For example: edgemed export ./BioMedLM --target onnx --out engine")
-    engine = export_engine(model or f"random:{random_weights}", target, out, prompts=None if prompts == "none" else prompts, source=source, **settings(sets))
+    named = dict(pair.split("=", 1) for pair in adapter or () if "=" in pair)
+    if len(named) < len(adapter or ()):
+        raise EdgemedError(f"--adapter {', '.join(adapter)}: each must be NAME=DIRECTORY, and no name given twice", "For example --adapter sections=recipes/quickstart/adapter")
+    values = settings(sets, adapters=named or None)
+    engine = export_engine(model or f"random:{random_weights}", target, out, prompts=None if prompts == "none" else prompts, source=source, **values)
     notes = store.read_manifest(engine.path)["notes"]
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its name says.
     for change in sorted(set(notes.get("fallbacks", {}).values())):
@@ -191,13 +197,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
-    seed: int = 0, threads: Threads = None, json_: Json = False,
+    adapter: Adapter = None, seed: int = 0, threads: Threads = None, json_: Json = False,
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template)
+    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template, adapter)
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return
@@ -208,12 +214,12 @@ def generate(
 
 
 @app.command()
-def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, threads: Threads = None) -> None:
+def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, adapter: Adapter = None, threads: Threads = None) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
     from edgemed.session import Sampling
 
-    talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads)
+    talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
 
 
 app.add_typer(cli_calibrate.app, name="calibrate")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli_options import AcceptUndecided, EngineDir, Json, Sets, Threads, settings
+from edgemed.cli_options import AcceptUndecided, Adapter, EngineDir, Json, Sets, Threads, settings
 from edgemed.cli_provenance import signed as check_signature
 from edgemed.console import show
 from edgemed.errors import EdgemedError
@@ -23,12 +23,13 @@ def verify(
     max_kl: Annotated[float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")] = 0.05,
     min_top1: Annotated[float, typer.Option(help="Limit on top-1 agreement with the source.")] = 0.9,
     key: Annotated[Path | None, typer.Option(help="The signer's public.pem: first check the signature, and name every file changed since.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Only this one of the engine's adapters; default: the base, and every adapter it carries.")] = None,
     threads: Threads = None, json_: Json = False,
 ) -> None:
     """Compare an engine with the float32 source's answers it carries; or, with --manifest, re-check every byte of an artifact."""
     from edgemed import store
     from edgemed.engine import open_engine
-    from edgemed.verify import Limits
+    from edgemed.verify import Limits, with_adapters
     from edgemed.verify import verify as verify_engine
 
     if (engine is None) == (manifest is None):
@@ -39,11 +40,15 @@ def verify(
         show({"artifact": str(manifest), "files": len(store.read_manifest(manifest)["files"]), **signed, "intact": not problems, "problems": problems}, json_)
         sys.exit(1 if problems else 0)
     opened = open_engine(engine, check=True)
-    result = verify_engine(opened, opened.reference(), Limits(max_kl, min_top1), threads)
+    limits = Limits(max_kl, min_top1)
+    result = verify_engine(opened, opened.reference(adapter), limits, threads, adapter)
+    result = result if adapter else with_adapters(opened, result, limits, threads)
     if json_:
         show(result | signed, True)
     else:
-        show({key: value for key, value in result.items() if key != "stages"} | signed, False)
+        show({key: value for key, value in result.items() if key not in ("stages", "adapters")} | signed, False)
+        for own in result.get("adapters", {}).values():
+            show(own, False)
         show([stage_row(row) for row in result.get("stages", [])], False)
     sys.exit(0 if result["passed"] else 1)
 
@@ -129,7 +134,7 @@ def eval_(
     accept_undecided: AcceptUndecided = False,
     record: Annotated[bool, typer.Option("--record", help="Put the results and the verdict into the engine's manifest; sign it again afterwards.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the whole result, every item included, to this JSON file.")] = None,
-    threads: Threads = None, sets: Sets = None, json_: Json = False,
+    adapter: Adapter = None, threads: Threads = None, sets: Sets = None, json_: Json = False,
 ) -> None:
     """Accuracy of the engine that ships; with --source or --against, paired with its float checkpoint, and with --margin judged."""
     from edgemed import params
@@ -139,7 +144,9 @@ def eval_(
     values = settings(sets, tasks=task, strategies=strategy, limit=limit, margin=margin, alpha=alpha, scoring=scoring)
     if margin is not None and not (source or against):
         raise EdgemedError("a verdict needs the source's answers", "Give --source MODEL or --against FILE")
-    found = evaluate_tasks(engine, params.build(EvalSpec, values, "eval"), source, against, threads)
+    if record and adapter:
+        raise EdgemedError("the manifest holds results of the engine's base only", "Give --out FILE instead of --record, or leave --adapter out")
+    found = evaluate_tasks(engine, params.build(EvalSpec, values, "eval"), source, against, threads, adapter)
     if record:
         from edgemed.engine import open_engine
         from edgemed.evaluate import part_of

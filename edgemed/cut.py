@@ -150,8 +150,8 @@ def cut(weights: Weights, shape: Shape, out: Path, windows: Sequence[Sequence[in
     """
     strange = sorted({name.split(".", 2)[2] for name in weights.parts if name.startswith("layers.")} - set(PARTS))
     narrow = weights.vision and (shape.ffn, shape.kv_heads) != (weights.source.ffn, weights.source.kv_heads)
-    if weights.quantization or strange or narrow:
-        reason = "it is quantized" if weights.quantization else f"its layers have '{strange[0]}'" if strange else "of a model that sees, only layers can be left out"
+    if weights.rounded or strange or narrow:
+        reason = "it is quantized" if weights.rounded else f"its layers have '{strange[0]}'" if strange else "of a model that sees, only layers can be left out"
         raise EdgemedError(f"{weights.checkpoint.path} cannot be cut: {reason}", "Give a student of your own, and this model as its teacher")
     config = config_of(weights, shape)
     student = weights.family.decoder(config, {})

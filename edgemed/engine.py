@@ -15,8 +15,10 @@ from typing import Any
 
 from edgemed import plugins, store
 from edgemed.checkpoint import Checkpoint
-from edgemed.errors import EdgemedError
+from edgemed.console import say
+from edgemed.errors import EdgemedError, nearest
 from edgemed.family import Vision
+from edgemed.lora import FOLDER, adapter_config, quantized_base
 from edgemed.reference import Reference
 from edgemed.session import Session
 from edgemed.tokenizer import open_tokenizer
@@ -32,6 +34,7 @@ class Engine:
     """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token.
 
     centred: its graph wants image features without their mean, which its session takes out.
+    adapters: names of the LoRA adapters it carries beside its base.
     unbuilt: what open() runs until `edgemed build` has compiled the engine on its device; '' for engines that are complete as exported.
     """
 
@@ -52,6 +55,7 @@ class Engine:
     rope_axes: tuple[int, ...] = ()
     vision: Mapping[str, Any] | None = None
     centred: bool = False
+    adapters: tuple[str, ...] = ()
     unbuilt: str = ""
 
     @property
@@ -67,16 +71,29 @@ class Engine:
     def tokenizer(self) -> Any:
         return open_tokenizer(self.path, self.vocab)
 
-    def reference(self) -> Reference:
-        return Reference.load(self.path)
+    def reference(self, adapter: str | None = None) -> Reference:
+        """The answers of the float32 source, or of the source with an adapter."""
+        self.check_adapter(adapter)
+        return Reference.load(self.path / FOLDER / adapter if adapter else self.path)
 
-    def open(self, threads: int | None = None) -> Session:
-        """Start the engine. threads: None for the physical cores available."""
-        return plugins.load("targets", self.target).open(self, threads)
+    def open(self, threads: int | None = None, adapter: str | None = None) -> Session:
+        """Start the engine. threads: None for the physical cores available; adapter: one of the engine's, None for the base. A session of an engine with
+        adapters goes on with another by use(name), or use(None). Raises EdgemedError for an unknown adapter."""
+        self.check_adapter(adapter)
+        session = plugins.load("targets", self.target).open(self, threads)
+        if adapter:
+            session.use(adapter)
+        return session
+
+    def check_adapter(self, adapter: str | None) -> None:
+        """Raise EdgemedError where the engine carries no adapter of this name."""
+        if adapter is not None and adapter not in self.adapters:
+            raise EdgemedError(f"{self.path} carries no adapter '{adapter}'", nearest(adapter, self.adapters))
 
 
-def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, reference: Reference | None = None, name: str | None = None) -> Engine:
-    """Build one engine directory. params: the target's Params.
+def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, reference: Reference | None = None, name: str | None = None,
+           adapted: Mapping[str, Reference] | None = None) -> Engine:
+    """Build one engine directory. params: the target's Params; adapted: adapter -> what the source with it answers.
 
     Raises EdgemedError where the target cannot carry this model, the tokenizer does not fit, or `out` holds something else.
     """
@@ -88,18 +105,25 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
     inputs = {f"checkpoint/{file}": sha for file, sha in checkpoint.hashes().items()} | module.inputs(params)
     if reference:
         inputs["reference"] = reference.digest()
+    inputs |= {f"reference/{adapter}": found.digest() for adapter, found in (adapted or {}).items()}
     parent = checkpoint.path / store.MANIFEST
     parent_manifest = json.loads(parent.read_text(encoding="utf-8")) if parent.is_file() else None
     name = name or Path(out).name
     with store.building(Path(out), "engine", target, asdict(params), inputs, parent_manifest) as work:
         if work is not None:
             notes = module.build(weights, work.path, params)
+            for adapter, path in (params.adapters or {}).items():
+                if reason := quantized_base(adapter_config(path)):
+                    say(f"adapter '{adapter}' was probably trained on a quantized base ({reason}): what another base changes, edgemed merge --set trained_on=nf4 measures")
+            if weights.expanded:
+                notes["expanded"] = weights.expanded
+                say(f"{checkpoint.path}: its {weights.expanded} weights were expanded to floats, and are written as {notes['precision']}")
             seen = asdict(replace(weights.vision, pixels=pixels_of(weights.vision, params))) if weights.vision else None
             facts = {
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
-                "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen,
+                "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen, "adapters": list(params.adapters or {}),
             } | {key: notes[key] for key in ("unbuilt", "centred") if key in notes}
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
@@ -109,6 +133,8 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                     shutil.copyfile(checkpoint.path / file, work.path / file)
             if reference:
                 reference.save(work.path)
+            for adapter, found in (adapted or {}).items():
+                found.save(work.path / FOLDER / adapter)
             work.notes.update(notes)
     return open_engine(out)
 

@@ -102,13 +102,19 @@ def source_key(files: Mapping[str, str]) -> str:
     return store.digest(dict(files))
 
 
-def pair(engine: Mapping[str, Any], source: Mapping[str, Any], manifest: Mapping[str, Any], margin: float | None, alpha: float) -> dict[str, Any]:
-    """The engine's result with what changed against its source, item by item. manifest: the engine's.
+def adapter_of(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Input -> sha256 of the files of one of an engine's adapters."""
+    return {file: sha for file, sha in manifest["inputs"].items() if file.startswith(f"adapter/{name}/")}
+
+
+def pair(engine: Mapping[str, Any], source: Mapping[str, Any], manifest: Mapping[str, Any], margin: float | None, alpha: float, adapter: str | None = None) -> dict[str, Any]:
+    """The engine's result with what changed against its source, item by item. manifest: the engine's; adapter: the one both were evaluated with.
 
     margin None: the statistics are given, and no verdict. Raises EdgemedError where the two results do not belong together.
     """
     where = f"{engine['task']} on {engine['model']}"
-    if source["model_key"] not in {key for key, _ in lineage.ancestors(manifest)}:
+    own = adapter_of(manifest, adapter) if adapter else {}
+    if source["model_key"] not in {source_key(lineage.read(made) | own) for _, made in lineage.ancestors(manifest)}:
         raise EdgemedError(f"{where}: the result of '{source['model']}' is not that of a source of this engine", "Pair an engine only with the checkpoint it was made from")
     for key, what in (("task_key", "another version, part or file of the task"), ("strategy", "another strategy"), ("scoring", "another scoring"), ("settings", "other settings")):
         if engine[key] != source[key]:

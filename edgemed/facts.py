@@ -104,7 +104,9 @@ def stored(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
 
 
 def quantization(weights: Weights) -> dict[str, Any] | None:
-    """Method, bits and group of a checkpoint that holds integers, None for a float one."""
+    """Method, bits and group of a checkpoint that holds integers, method and type of bitsandbytes' layouts, None for a float one."""
+    if weights.expanded:
+        return dict(zip(("quant_method", "type"), weights.expanded.split(), strict=True))
     found = weights.quantization
     return {key: found.get(key) for key in ("quant_method", "bits", "group_size", "sym", "desc_act")} if found else None
 

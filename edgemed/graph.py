@@ -18,7 +18,7 @@ from edgemed.console import track
 from edgemed.errors import need
 from edgemed.family import Decoder
 from edgemed.grid import Ints, block_ints, ggml_q8, rtn
-from edgemed.weights import Packed, Weights
+from edgemed.weights import Dense, Packed, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,8 @@ class Graph:
     offset: int = 0
     named: set[str] = field(default_factory=set)  # nodes that are made once for all who need them
     layer_bytes: int = 0  # weight bytes every new token has to read
+    adapted: frozenset[str] = frozenset()  # canonical parts that an adapter may change at run time
+    changes: list[str] = field(default_factory=list)  # what they add to the residual stream before its next norm
     share: float = 1.0  # how much of what is stored now that is: of experts, those that are chosen
 
     def __post_init__(self) -> None:
@@ -144,6 +146,12 @@ class Graph:
     def value(self, kind: str, name: str, dtype: int, shape: list[int | str]) -> None:
         getattr(self, kind).append(self.onnx.helper.make_tensor_value_info(name, dtype, shape))
 
+    def optional(self, name: str, shape: list[int | str]) -> str:
+        """An input that need not be given: without it, it is a tensor in which every size given by a name is 0."""
+        self.value("inputs", name, self.float_type, shape)
+        self.tensors.append(self.onnx.TensorProto(name=name, dims=[size if isinstance(size, int) else 0 for size in shape], data_type=self.float_type, raw_data=b""))
+        return name
+
     def save(self, name: str, dialect: Dialect) -> None:
         """Write model.onnx; raises onnx's own error where the graph is not well formed (a bug)."""
         helper = self.onnx.helper
@@ -158,19 +166,42 @@ def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, 
     """x [.., in] -> x W^T + b [.., out], in the precision of the graph; exact: in its floats, not its integers."""
     matrix, bits = weights.matrix(name), None if exact else graph.precision.bits
     bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
-    if isinstance(matrix, Packed) and bits is not None:
+    if bits is None:
+        return float_linear(graph, name, x, matrix.dense(), bias)
+    return with_adapter(graph, name, weights.parts[name].shape, x, quantized_linear(graph, dialect, name, x, matrix, bias))
+
+
+def with_adapter(graph: Graph, name: str, shape: tuple[int, ...], x: str, y: str) -> str:
+    """y; of a matrix that adapters change y + (x A) B, with the factors NAME.lora_a [in, rank] and NAME.lora_b [rank, out] given at run time. Without them their rank is 0.
+
+    In float32, what goes to the residual stream anyway is added there (Graph.changes): onnxruntime fuses a product's bias with the sum behind it, and with a node
+    between the two the base's scores would differ in their last digits from those of an engine without adapters. In float16 that sum would be rounded once more.
+    """
+    if name not in graph.adapted:
+        return y
+    rows, columns = shape
+    a, b = graph.optional(f"{name}.lora_a", [columns, f"{name}.rank"]), graph.optional(f"{name}.lora_b", [f"{name}.rank", rows])
+    low = graph.node("MatMul", [x, a], f"{name}.low")
+    change = graph.node("MatMul", [low, b], f"{name}.change")
+    if graph.precision.floats == "float32" and name.endswith((".o", ".down")):
+        graph.changes.append(change)
+        return y
+    return graph.node("Add", [y, change], f"{name}.adapted")
+
+
+def quantized_linear(graph: Graph, dialect: Dialect, name: str, x: str, matrix: Dense | Packed, bias: np.ndarray | None) -> str:
+    """The same in integers: a packed matrix's own, or a dense one's rounded to nearest in the graph's bits and group."""
+    if isinstance(matrix, Packed):
         if matrix.g_idx is not None:
             # Old act-order checkpoints number their groups freely: put the inputs of one group side by side.
             order = matrix.g_idx.argsort(stable=True)
             x = graph.node("Gather", [x, graph.constant(f"{name}.order", order.numpy())], f"{name}.ordered", axis=-1)
             matrix = Packed(matrix.q[:, order], matrix.scales, matrix.zeros, None, matrix.bits, matrix.group, matrix.bias)
         return dialect.quantized(graph, name, x, block_ints(matrix, dialect.widths), bias)
-    if bits is not None:
-        weight = matrix.dense()
-        group = weight.shape[1] if graph.precision.group == -1 else graph.precision.group
-        q, scales = rtn(weight, bits, group)
-        return dialect.quantized(graph, name, x, Ints(q.numpy(), scales.numpy(), bits, group), bias)
-    return float_linear(graph, name, x, matrix.dense(), bias)
+    weight = matrix.dense()
+    group = weight.shape[1] if graph.precision.group == -1 else graph.precision.group
+    q, scales = rtn(weight, graph.precision.bits, group)
+    return dialect.quantized(graph, name, x, Ints(q.numpy(), scales.numpy(), graph.precision.bits, group), bias)
 
 
 def low_rank(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
@@ -188,6 +219,8 @@ def low_rank(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str
 
 def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np.ndarray | None) -> str:
     y = graph.node("MatMul", [x, graph.floats(f"{name}.weight", weight.T)], f"{name}.product")
+    # Before the bias, which onnxruntime fuses with what follows.
+    y = with_adapter(graph, name, weight.shape, x, y)
     return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name) if bias is not None else y
 
 
@@ -299,9 +332,9 @@ def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
     graph.value("outputs", "scores", onnx.TensorProto.FLOAT, [1, "selected", d.vocab if d.head == "lm" else d.head_size])
 
 
-def build_decoder(weights: Weights, out: Path, precision: Precision, dialect: Dialect) -> Graph:
-    """Write model.onnx and model.onnx.data into `out`, holding one part in memory at a time. Returns the finished graph."""
-    d, graph = weights.decoder, Graph(out, precision)
+def build_decoder(weights: Weights, out: Path, precision: Precision, dialect: Dialect, adapted: frozenset[str] = frozenset()) -> Graph:
+    """Write model.onnx and model.onnx.data into `out`, holding one part in memory at a time. Returns the finished graph. adapted: see with_adapter."""
+    d, graph = weights.decoder, Graph(out, precision, adapted=adapted)
     for name in ("tokens", "positions"):
         graph.value("inputs", name, graph.onnx.TensorProto.INT64, [1, "new"])
     dialect.inputs(graph, d)
@@ -310,6 +343,9 @@ def build_decoder(weights: Weights, out: Path, precision: Precision, dialect: Di
         weight, bias = weights.norm(name)
         if d.norm == "layernorm" and bias is None:
             bias = weight.new_zeros(weight.shape)
+        while graph.changes:
+            change = graph.changes.pop()
+            x = graph.node("Add", [x, change], f"{change}d")
         return dialect.residual_norm(graph, d, name, x, branch, graph.floats(f"{name}.weight", weight, stream=True), None if bias is None else graph.floats(f"{name}.bias", bias, stream=True))
 
     x, branch = embedding(graph, weights), None

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from edgemed import gguf_adapter
 from edgemed.device import machine
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
@@ -40,6 +41,8 @@ class LlamaSession:
         if not self.model:
             raise EdgemedError(f"llama.cpp cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}", "Export the engine again")
         self.size = self.matrix.shape[0] if self.matrix is not None else self.width
+        # llama.cpp wants to know of all adapters before it plans a context's graph.
+        self.adapters, self.adapter = gguf_adapter.load(self.lib, self.model, engine.path, engine.adapters, ERRORS), None
         self.ctx = self.lib.llama_init_from_model(self.model, self._settings(engine, threads))
         if not self.ctx:
             self.lib.llama_model_free(self.model)
@@ -149,6 +152,13 @@ class LlamaSession:
         place = position if self.counted is None or position >= self.position else int(self.counted.held[0, position])
         self.lib.llama_memory_seq_rm(self.memory, 0, place, -1)
         self.position = position
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with one of the engine's adapters, or (None) the base. What was read with the other weights is forgotten."""
+        if adapter != self.adapter:
+            gguf_adapter.use(self.lib, self.ctx, self.adapters[adapter] if adapter else None)
+            self.adapter = adapter
+            self.rewind(0)
 
     def close(self) -> None:
         if self.ctx is None:

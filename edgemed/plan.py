@@ -354,7 +354,7 @@ def stated_error(device: Device) -> str:
 def recipe_text(chosen: dict[str, Any], model: str, device: str, weights: Weights, tokens: int) -> str:
     """The recipe that makes the recommended engine, as YAML text."""
     choice = next(c for c in CHOICES if (c.target, c.precision) == (chosen["target"], chosen["precision"]))
-    random, packed = weights.checkpoint.random_weights, weights.quantization
+    random, packed = weights.checkpoint.random_weights, weights.rounded
     module = plugins.load("targets", choice.target)
     allowed = {f.name for f in dataclasses.fields(module.Params)}
     rounding = choice.bits and not packed and not random

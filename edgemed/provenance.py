@@ -66,6 +66,8 @@ def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
         for kind in (name.partition("/")[0] for name in manifest["inputs"] if "/" in name):
             if isinstance(value := manifest["params"].get(kind), str):
                 adapters[Path(value).name] = {"kind": kind, **card.front_licence(Path(value))}
+        # Those that travel in the engine unmerged.
+        adapters |= {name: {"kind": "adapter", **card.front_licence(Path(value))} for name, value in (manifest["params"].get("adapters") or {}).items()}
     name = Path(model).resolve().name if Path(model).exists() else model.removeprefix("random:")
     return {"name": name, **card.front_licence(path), "adapters": [{"name": adapter, **licence} for adapter, licence in adapters.items()]}
 

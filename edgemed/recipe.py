@@ -171,6 +171,8 @@ def _stage(kind: str, entry: str | Mapping[str, Any], where: str, folder: Path) 
     values = dict(values or {})
     start, name = (values.pop("from", None), values.pop("name", "")) if kind == "targets" else (None, "")
     values |= {k: _path(values[k], folder) for k in PATH_KEYS if isinstance(values.get(k), str)}
+    if isinstance(values.get("adapters"), Mapping):
+        values["adapters"] = {name: _path(path, folder) if isinstance(path, str) else path for name, path in values["adapters"].items()}
     params = strict.build(module.Params, values, f"{where}: {plugin}")
     return Stage(plugin, params, name or (module.label(params) if kind == "targets" else plugin), start)
 

@@ -31,6 +31,7 @@ from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
 from edgemed.facts import parameters
 from edgemed.image_reference import ImageReference, make_image_reference
 from edgemed.images import Patches, check_places, patches, prompt_tokens
+from edgemed.lora import Adapted, adapter_hashes
 from edgemed.random_weights import make_random
 from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
@@ -40,7 +41,7 @@ from edgemed.strategy import Eyes, Settings, parse
 from edgemed.summary import on_device
 from edgemed.task import Questions, questions
 from edgemed.tokenizer import encode, open_tokenizer
-from edgemed.verify import Limits, verify
+from edgemed.verify import Limits, verify, with_adapters
 from edgemed.vision import eyes_of
 from edgemed.weights import Weights
 
@@ -169,23 +170,28 @@ def short(stage: Stage, inputs: Mapping[str, str]) -> str:
     return store.digest({"plugin": stage.plugin, "params": asdict(stage.params), "inputs": dict(inputs)})[:12]
 
 
-def reference_for(source: Checkpoint, spec: VerifySpec, cache: Path) -> Reference:
-    """The float32 source's answers on held-out text, made once per source and specification and kept in `cache`."""
-    inputs = source.hashes() | {"heldout": read_card(spec.prompts).digest("heldout")}
+def reference_for(source: Checkpoint, spec: VerifySpec, cache: Path, adapter: tuple[str, str] | None = None) -> Reference:
+    """The float32 source's answers on held-out text, with an adapter or as it is, made once per source and specification and kept in `cache`."""
+    inputs = source.hashes() | {"heldout": read_card(spec.prompts).digest("heldout")} | (adapter_hashes(adapter[1]) if adapter else {})
     settings = {k: v for k, v in asdict(spec).items() if k in ("prompts", "count", "width", "prompt", "new")}
     final = cache / f"reference-{store.digest([settings, inputs])[:12]}"
     with store.building(final, "reference", "reference", settings, inputs) as work:
-        say(f"reference answers: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
+        say(f"reference answers{f' with {adapter[0]}' if adapter else ''}: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
         if work is not None:
-            answers(source, spec).save(work.path)
+            answers(source, spec, adapter).save(work.path)
     return Reference.load(final)
 
 
-def answers(source: Checkpoint, spec: VerifySpec) -> Reference:
-    """Run the float32 source over the held-out windows of `spec`."""
+def adapted_references(source: Checkpoint, stage: Stage, spec: VerifySpec, cache: Path) -> dict[str, Reference]:
+    """adapter -> what the source with it answers, for every adapter of an engine, kept in `cache`; of models that see, about text only."""
+    return {name: reference_for(source, spec, cache, (name, path)).trim(spec.carried) for name, path in (stage.params.adapters or {}).items()}
+
+
+def answers(source: Checkpoint, spec: VerifySpec, adapter: tuple[str, str] | None = None) -> Reference:
+    """Run the float32 source, with an adapter (name, PEFT directory) or as it is, over the held-out windows of `spec`."""
     from edgemed.decoder import TorchSession
 
-    weights = Weights(source)
+    weights = Adapted(source, *adapter) if adapter else Weights(source)
     tokenizer = open_tokenizer(source.path, weights.decoder.vocab)
     windows = windows_of([encode(tokenizer, t) for t in texts(spec.prompts, "heldout")], spec.count, spec.width, spec.prompts)
     return make_reference(TorchSession(weights), windows, spec.prompt, spec.new)
@@ -232,10 +238,11 @@ def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Re
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = reference.trim(recipe.verify.carried) if reference else None
     inputs = checkpoint.hashes() | plugins.load("targets", stage.plugin).inputs(stage.params)
-    inputs |= {"reference": carried.digest() if carried else "none", "name": stage.name}
+    adapted = adapted_references(line.source, stage, recipe.verify, cache) if reference else {}
+    inputs |= {"reference": carried.digest() if carried else "none", "name": stage.name} | {f"reference/{name}": found.digest() for name, found in adapted.items()}
     final = cache / f"{stage.name}-{short(stage, inputs)}"
     say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
-    engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name)
+    engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name, adapted)
     link = work / "engines" / stage.name
     link.parent.mkdir(exist_ok=True)
     fresh = link.with_name(f".{link.name}")
@@ -248,7 +255,7 @@ def run_target(stage: Stage, line: Line, reference: Reference | None, recipe: Re
 def verify_engine(engine: Engine, reference: Reference, recipe: Recipe, cache: Path) -> dict[str, Any]:
     limits = Limits(recipe.verify.max_kl, recipe.verify.min_top1)
     inputs = {"engine": engine.key, "reference": reference.digest(), "ran_on": engine.stand_in or engine.target}
-    result = cached(cache, "verify", {"limits": asdict(limits)}, inputs, lambda: verify(engine, reference, limits))
+    result = cached(cache, "verify", {"limits": asdict(limits)}, inputs, lambda: with_adapters(engine, verify(engine, reference, limits), limits))
     say(f"verify: {engine.name} " + ("[green]passed[/green]" if result["passed"] else f"[red]failed[/red]: {'; '.join(result['problems'])}"))
     return result
 
@@ -317,20 +324,23 @@ def evals_of(engine: Engine | None, source: Checkpoint, asked: Questions, spec: 
     return found
 
 
-def open_source(source: Checkpoint, sees: bool = False, route: Route | None = None) -> Opened:
-    """The float32 source as a session, with its tokenizer and end-of-text token. sees: with its eyes; raises EdgemedError where it has none. route: as TorchSession."""
+def open_source(source: Checkpoint, sees: bool = False, route: Route | None = None, adapter: tuple[str, str] | None = None) -> Opened:
+    """The float32 source, with an adapter (name, PEFT directory) or as it is, as a session, with its tokenizer and end-of-text token.
+
+    sees: with its eyes; raises EdgemedError where it has none. route: as TorchSession.
+    """
     from edgemed.decoder import TorchSession
     from edgemed.tower import TorchEyes
 
-    weights = Weights(source)
+    weights = Adapted(source, *adapter) if adapter else Weights(source)
     eyes = TorchEyes(weights) if sees else None
     return Opened(TorchSession(weights, route=route), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos, eyes)
 
 
-def start_engine(engine: Engine, sees: bool = False, threads: int | None = None) -> Opened:
-    """An engine in the same form."""
+def start_engine(engine: Engine, sees: bool = False, threads: int | None = None, adapter: str | None = None) -> Opened:
+    """An engine, with one of its adapters or as its base, in the same form."""
     eyes = eyes_of(engine, threads) if sees else None
-    return Opened(engine.open(threads), engine.tokenizer(), engine.eos, eyes)
+    return Opened(engine.open(threads, adapter), engine.tokenizer(), engine.eos, eyes)
 
 
 def evaluate_opened(opened: Opened, asked: Questions, name: str, key: str, strategy: str, settings: Settings) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class Positions:
 class Session(Protocol):
     """A running engine with one sequence. Arrays returned are float32 and valid until the next call.
 
-    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise. A session that runs on a GPU has device = 'cuda'.
+    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise. A session that runs on a GPU has device = 'cuda'; that of an
+    engine with adapters has use(name), which goes on with one of them (None: the base) and forgets what was read with the other weights.
     """
 
     head: str

@@ -34,7 +34,7 @@ SCHEMA = 1
 # What `building` writes into a manifest; sections attached later have other names.
 OWN = {"schema", "key", "kind", "stage", "params", "inputs", "files", "notes", "versions", "wall_seconds", "peak_memory_bytes", "created", "parent", "pending"}
 FULL = (errno.ENOSPC, errno.EDQUOT)
-PACKAGES = ("edgemed", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "gguf", "llama-cpp-python", "numpy", "tokenizers")
+PACKAGES = ("edgemed", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "gguf", "llama-cpp-python", "numpy", "tokenizers", "bitsandbytes")
 
 
 def canonical(value: Any) -> bytes:

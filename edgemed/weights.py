@@ -1,4 +1,4 @@
-"""A checkpoint seen through its family: canonical names, [out, in] layout, dense or GPTQ-packed, one part at a time.
+"""A checkpoint seen through its family: canonical names, [out, in] layout, dense, GPTQ-packed or expanded from bitsandbytes, one part at a time.
 
 Steps and targets read weights only through this module, so key prefixes, GPT-2's transposed matrices and the packed
 integer layout are dealt with once.
@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgemed import siblings
+from edgemed import bnb, siblings
 from edgemed.checkpoint import TOWER, Checkpoint
 from edgemed.errors import EdgemedError, need
 from edgemed.family import Decoder, Family, Part, Vision, every_part, family_of
@@ -78,10 +78,13 @@ class Weights:
         self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
         self.vision: Vision | None = self.family.vision(checkpoint.config, _preprocessor(checkpoint), self._bare_shapes()) if self.family.vision else None
         self.parts: dict[str, Part] = every_part(self.family, self.source, self.vision)
-        self.quantization: dict[str, Any] | None = checkpoint.config.get("quantization_config")
-        if self.quantization and self.quantization.get("quant_method") != "gptq":
-            method = self.quantization.get("quant_method")
-            raise EdgemedError(f"{checkpoint.path}: quantized with '{method}', which edgemed does not read", "Known: gptq")
+        said: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
+        method = said.get("quant_method")
+        if said and method not in ("gptq", bnb.METHOD):
+            raise EdgemedError(f"{checkpoint.path}: quantized with '{method}', which edgemed does not read", f"Known: gptq, {bnb.METHOD}")
+        # Integers that can be carried; what bitsandbytes rounded is read as floats.
+        self.quantization = said if method == "gptq" else None
+        self.expanded = f"{bnb.METHOD} {bnb.label(said)}" if method == bnb.METHOD else ""
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
         siblings.check(checkpoint, self.parts, self.keys)
         self._check_shapes()
@@ -92,6 +95,11 @@ class Weights:
             self.source, self.decoder = replace(self.source, experts=plain), replace(self.decoder, experts=plain)
             self.parts = every_part(self.family, self.source, self.vision)
             self.keys = {name: self.keys.get(name) or tuple(module.split("|")[0] for module in part.modules) for name, part in self.parts.items()}
+
+    @property
+    def rounded(self) -> bool:
+        """Whether this is a quantized checkpoint, in either layout."""
+        return bool(self.quantization or self.expanded)
 
     def _bare_shapes(self) -> dict[str, tuple[int, ...]]:
         found = {}
@@ -123,6 +131,8 @@ class Weights:
         """The tensors a module may have, with their shapes."""
         rows, columns = (weight[-1] if part.conv1d else weight[0]), part.shape[-1]
         found = {part.weight(key): weight, f"{key}.bias": (rows,)}
+        if self.expanded and bnb.rounded(self.checkpoint, key):
+            return found | bnb.shapes(self.checkpoint, key, rows, columns)
         if part.weight(key) in self.checkpoint.tensors:
             return found
         bits, group = self.packing(key)
@@ -197,6 +207,8 @@ class Weights:
     def _module(self, key: str, conv1d: bool) -> Dense | Packed:
         read, tensors = self.checkpoint.read, self.checkpoint.tensors
         bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
+        if self.expanded and bnb.rounded(self.checkpoint, key):
+            return Dense(bnb.expanded(self.checkpoint, key), bias)
         if f"{key}.weight" in tensors:
             weight = read(f"{key}.weight")
             weight = weight.flatten(1) if weight.ndim > 2 else weight  # a convolution over patches is a product with each patch

@@ -22,8 +22,8 @@ ORDER = [
     "errors",
     "plugins",
     "params store console units confidence exact formats svg cuda sysfs quiet divergence",
-    "= device checkpoint family clip task data tokenizer session reference grid siblings weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors thermal image_reference",
-    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher lesson student ggml_api ggml_session awq layerwise routing experts deltas allocate activations resume sensitivity gguf_budget",
+    "= device checkpoint family clip task data tokenizer session reference grid siblings weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors thermal image_reference bnb",
+    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher lesson student ggml_api ggml_session awq layerwise routing experts deltas allocate activations resume sensitivity gguf_budget lora qlora ort_adapter gguf_adapter",
     "families steps targets tasks",
     "= plan verify stages bench conditions sweep evaluate lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure calibrate",
     "run",
@@ -34,7 +34,7 @@ ORDER = [
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "PIL", "pydicom", "huggingface_hub", "matplotlib", "tensorrt", "accelerate", "cyclonedx", "packageurl",
-         "cryptography", "pynvml"}
+         "cryptography", "pynvml", "bitsandbytes"}
 
 
 def name_of(file: Path) -> str:

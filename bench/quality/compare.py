@@ -60,6 +60,8 @@ CONTENDERS: dict[str, list[str] | tuple[str, str, list[str]]] = {
     "gptq g128, act_order": ours("gptq", "group=128", "act_order=true"),
     "gptq g64": ours("gptq", "group=64"),
     "gptq g32": ours("gptq", "group=32"),
+    "bnb nf4": ["quantize", "{model}", "--out", "{out}", "--method", "bnb-nf4"],
+    "bnb int8": ["quantize", "{model}", "--out", "{out}", "--method", "bnb-int8"],
     "mixed 4.24 bpw": ours("auto", "budget=4.24bpw", "target=gptq"),
     "mixed 4.24 bpw for onnx": ours("auto", "budget=4.24bpw", "target=onnx"),
     "mixed 4.5 bpw": ours("auto", "budget=4.5bpw", "target=gptq"),
@@ -144,7 +146,7 @@ def size_of(path: Path) -> dict[str, Any]:
         return {"bytes": tensor_bytes(path / "model.gguf"), "layer_bpw": 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)}
     checkpoint = open_checkpoint(path)
     weights = Weights(checkpoint)
-    packed = [f"{key}." for name, keys in weights.keys.items() for key in keys if name.startswith("layers.") and f"{key}.qweight" in checkpoint.tensors]
+    packed = [f"{key}." for name, keys in weights.keys.items() for key in keys if name.startswith("layers.") and weights.parts[name].kind == "matrix"]
     held = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name.startswith(tuple(packed)) and not name.endswith(".bias"))
     count = sum(int(np.prod(part.shape)) for name, part in weights.parts.items() if name.startswith("layers.") and part.kind == "matrix")
     return {"bytes": sum(entry.nbytes for entry in checkpoint.tensors.values()), "layer_bpw": 8 * held / count}

@@ -165,7 +165,7 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
     if "lm" not in student.family.auto_classes:
         fix = "Experts can teach; make the student of them with merge: {experts: dense}" if student.decoder.experts else "Give a student of another architecture"
         raise EdgemedError(f"distill: transformers has no class that could train the student {student.checkpoint.path} ({student.checkpoint.config['model_type']})", fix)
-    if student.quantization:
+    if student.rounded:
         raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Distill the float checkpoint, then quantize")
     if whole and not params.teacher:
         raise EdgemedError("distill: the student is its teacher: nothing is cut and no teacher is given", "Give layers, ffn, heads or target_params, or a teacher")

@@ -6,8 +6,6 @@ before anything is written and once more from what was written. What becomes of 
 
 from __future__ import annotations
 
-import json
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,22 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
-from edgemed.console import track
-from edgemed.data import card_names
+from edgemed.console import say, track
+from edgemed.data import calibration_windows, card_names
 from edgemed.decoder import logits
 from edgemed.deltas import check, shared_delta
 from edgemed.errors import EdgemedError, need, nearest
 from edgemed.experts import dense
+from edgemed.lora import adapter_config, adapter_hashes, adapter_tensors, quantized_base
+from edgemed.qlora import difference
 from edgemed.quiet import quiet_and_offline
 from edgemed.sights import calibration_digests
-from edgemed.store import file_sha256
+from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-BESIDE = "non_lora_trainables.bin"  # where LLaVA's training code puts the projector it trained with the adapter
 TOLERANCE = 1e-4
 WINDOWS, WIDTH = 4, 64
 
@@ -39,16 +37,18 @@ WINDOWS, WIDTH = 4, 64
 class Params:
     """adapter: a PEFT directory. alpha: W = W_base + alpha (W_merged - W_base) for every weight the adapter changes; for LoRA
     that is scaling the adapter. dtype of the written weights: float32 where none is given, and the source's own for experts; 'source' (the base's own) may round
-    an adapter's small changes away.
+    an adapter's small changes away. trained_on: what the adapter's base was in training (QLoRA): with 'nf4', 'nf4-double' (double quantization) or 'int8' the merge into
+    float weights is another model than the trained one, and the manifest says how far, measured on `calibration`; 'float' says that the base was not quantized.
 
     experts, instead of an adapter: 'dense' puts one MLP in place of each mixture; 'shared_delta' one shared MLP, and per expert a difference of this rank, or
     with this share of the weights (density). weights: 'average' of the experts, or by how often calibration text chose each ('usage'). calibration: a text
-    set's name or file, of which `samples` windows of `length` tokens also measure each layer's error, and say which differences matter.
+    set's name or file, of which `samples` windows of `length` tokens also measure each layer's error and say which differences matter, or with trained_on the difference.
     """
 
     adapter: str | None = None
     alpha: float = 1.0
     dtype: Literal["float32", "float16", "bfloat16", "source"] | None = None
+    trained_on: Literal["float", "nf4", "nf4-double", "int8"] | None = None
     experts: Literal["dense", "shared_delta"] | None = None
     rank: int | None = None
     density: float | None = None
@@ -72,10 +72,24 @@ def inputs(params: Params) -> dict[str, str]:
             raise EdgemedError("merge: weights 'usage' needs calibration text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
         if params.alpha != 1:
             raise EdgemedError(f"merge: alpha {params.alpha} is an adapter's, and experts are merged", "Leave alpha out")
+        if params.trained_on:
+            raise EdgemedError("merge: trained_on is an adapter's, and experts are merged", "Leave it out")
         return calibration_digests(params.calibration) if params.calibration else {}
-    if params.calibration or params.weights != "average":
+    if (params.calibration and not rounded_base(params)) or params.weights != "average":
         raise EdgemedError("merge: calibration and weights are for experts, and an adapter is merged", "Leave them out")
-    return {f"adapter/{file.name}": file_sha256(file) for file in _files(params.adapter)}
+    if rounded_base(params) and not params.calibration:
+        raise EdgemedError(f"merge: what an adapter trained on {params.trained_on} loses is measured on text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
+    found = {f"adapter/{file}": sha for file, sha in adapter_hashes(params.adapter).items()}
+    if rounded_base(params):
+        return found | calibration_digests(params.calibration)
+    if params.trained_on is None and (reason := quantized_base(adapter_config(params.adapter))):
+        fix = "Say so: trained_on=nf4 (or nf4-double, int8) with calibration measures what the merge changes; trained_on=float if it was not"
+        raise EdgemedError(f"{params.adapter} was probably trained on a quantized base ({reason}), and merged into float weights it is another model", fix)
+    return found
+
+
+def rounded_base(params: Params) -> bool:
+    return params.trained_on not in (None, "float")
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
@@ -95,7 +109,11 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     torch, weights = need("torch", "build"), Weights(checkpoint)
     for name in track(list(checkpoint.tensors), "check the base model"):
         checkpoint.read(name)
-    adapter, tensors = _adapter_config(params.adapter), _adapter_tensors(params.adapter)
+    inputs(params)
+    adapter, tensors = _adapter_config(params.adapter), adapter_tensors(params.adapter)
+    if rounded_base(params) and (adapter.peft_type.value != "LORA" or adapter.use_dora):
+        kind = "DoRA" if adapter.peft_type.value == "LORA" else adapter.peft_type.value
+        raise EdgemedError(f"{params.adapter}: the difference that trained_on measures is known for LoRA only, not for {kind}", "Give trained_on=float to merge it unmeasured")
     with quiet_and_offline(), torch.inference_mode():
         model = _apply(_load_base(weights, adapter, tensors), adapter, tensors, checkpoint)
         tokens = _windows(weights)
@@ -111,34 +129,21 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         # Below float32 the stored weights differ from the merged ones by their rounding, which the manifest then reports.
         bound = TOLERANCE if dtypes == {"float32"} else None
         notes["check_written"] = _compare("the written checkpoint", written, expected, bound)
+    if rounded_base(params):
+        windows = calibration_windows(params.calibration, open_tokenizer(checkpoint.path, weights.decoder.vocab), params.samples, min(params.length, weights.decoder.context), checkpoint.path)
+        notes["trained_on"] = difference(open_checkpoint(out), weights, params.trained_on, windows)
+        found = notes["trained_on"]
+        say(f"merged into float weights, an adapter trained on {params.trained_on} differs from what was trained by a mean KL of {found['mean_kl']:.2g} nats, "
+            f"scores by {found['relative_logit_difference']:.1%}")
     return notes | {"peft_type": adapter.peft_type.value, "windows": list(tokens.shape), "formula": "W = W_base + alpha * (W_merged - W_base)"}
-
-
-def _files(adapter: str) -> tuple[Path, Path]:
-    path = Path(adapter)
-    if not path.is_dir():
-        raise EdgemedError(f"adapter directory {path} does not exist", f"Give a PEFT directory ({CONFIG} and {WEIGHTS[0]})")
-    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-    if not (path / CONFIG).is_file():
-        raise EdgemedError(f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained")
-    if found is None:
-        raise EdgemedError(f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained")
-    if (path / BESIDE).is_file():
-        raise EdgemedError(f"{path / BESIDE} holds weights that peft does not know and a merge would lose", "Merge the adapter with the code that trained it")
-    return path / CONFIG, found
 
 
 def _adapter_config(adapter: str) -> Any:
     peft = need("peft", "build")
-    file, _ = _files(adapter)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        kind = values["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EdgemedError(f"{file} is damaged: {error!r}", "Copy the adapter again") from None
+    kind = adapter_config(adapter)["peft_type"]
     if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         known = [key.value for key in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
-        raise EdgemedError(f"{file}: the installed peft knows no adapter type '{kind}'", nearest(str(kind), known))
+        raise EdgemedError(f"{adapter}: the installed peft knows no adapter type '{kind}'", nearest(str(kind), known))
     with warnings.catch_warnings():
         # A key of a newer peft is dropped with a warning; if it mattered, the tensors do not fit and are refused below.
         warnings.simplefilter("ignore")
@@ -153,22 +158,6 @@ def _adapter_config(adapter: str) -> Any:
         # peft's wrapper of a task only adds methods that a base with another head lacks; the one for classes adds the head.
         config.task_type = None
     return config
-
-
-def _adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
-    torch, safetensors = need("torch", "build"), need("safetensors", "build")
-    _, file = _files(adapter)
-    try:
-        if file.suffix == ".safetensors":
-            tensors = need("safetensors.torch", "build").load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise EdgemedError(f"{file} is damaged: {str(error).splitlines()[0]}", "Copy the adapter again") from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise EdgemedError(f"{file.name}: tensor '{name}' holds NaN or Inf", "The adapter is damaged; do not deploy it")
-    return tensors
 
 
 def _load_base(weights: Weights, adapter: Any, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemed import store, units
+from edgemed import bnb, store, units
 from edgemed.activations import Activations
 from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
@@ -25,6 +25,7 @@ from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
 from edgemed.layerwise import Rounded, awq_layer, gptq_layer, own_of, rtn_layer
+from edgemed.lora import FOLDED
 from edgemed.resume import Layers
 from edgemed.sensitivity import sensitivities
 from edgemed.sights import calibration, calibration_digests
@@ -46,13 +47,17 @@ CHOICES = {
     "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
 }
 
+BNB = "bnb-"
+
 # What libraries load and allocate when they are first used, beside the tensors.
 LOADED = 64 << 20
 
 
 @dataclass(frozen=True)
 class Params:
-    """rtn rounds to nearest and needs no text; gptq and awq need `calibration`: the name or file of a set, or of several with commas between; auto is gptq.
+    """rtn rounds to nearest and needs no text; gptq and awq need `calibration`: the name or file of a set, or of several with commas between; auto is gptq. bnb-nf4 and bnb-int8 write
+    bitsandbytes' layouts for transformers (text models; no text needed): nf4 in blocks of 64, int8 by rows; bits and group are theirs, and nothing below applies but
+    double_quant: nf4's scales are rounded to 8 bits as well.
 
     group: inputs per scale, -1 for one scale per row. samples, length: windows of calibration tokens. act_order: the columns
     with the largest inputs first (scales stay with their original groups). damp: share of the mean added to the Hessian's diagonal.
@@ -64,7 +69,7 @@ class Params:
     calibrated on those others too whose gate for it is largest, until it has as many (0: only on those that chose it).
     """
 
-    method: Literal["auto", "rtn", "gptq", "awq"]
+    method: Literal["auto", "rtn", "gptq", "awq", "bnb-nf4", "bnb-int8"]
     bits: Literal[2, 3, 4, 8] = 4
     group: Literal[32, 64, 128, -1] = 128
     calibration: str | None = None
@@ -79,10 +84,14 @@ class Params:
     max_memory: str | None = None
     expert_tokens: int = 128
     route_at_least: int = 0
+    double_quant: bool = False
 
 
 def inputs(params: Params) -> dict[str, str]:
     """sha256 of the calibration text. Raises EdgemedError where a method needs one and has none, or the set is unknown."""
+    if params.method.startswith(BNB):
+        _check_bnb(params)
+        return {}
     if params.method == "rtn" and not params.budget:
         return {}
     if not params.calibration:
@@ -98,9 +107,11 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     text, a budget below the smallest, too little memory, or a value that float16 cannot hold.
     """
     weights = Weights(checkpoint, fold=True)
-    if weights.quantization:
+    if weights.rounded:
         raise EdgemedError(f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from")
     digests = inputs(params)
+    if params.method.startswith(BNB):
+        return _bitsandbytes(Weights(checkpoint), out, params.method.removeprefix(BNB), params.double_quant)
     _check(weights, params)
     params = replace(params, clip=params.method != "rtn" if params.clip is None else params.clip)
     windows = calibration(weights, params.calibration, params.samples, params.length) if digests else None
@@ -121,6 +132,46 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             notes["experts"] = {f"layers.{n}": facts["experts"] for n, facts in enumerate(kept.facts) if facts["experts"]}
     notes |= decided if params.budget else {}
     return notes | {"bits_per_weight": _bits_per_weight(weights, packings), "calibration_sha256": digests.get("calibration")}
+
+
+def _check_bnb(params: Params) -> None:
+    """Raise EdgemedError where a parameter of another method is given: it would have no effect."""
+    own = (4, bnb.BLOCK) if params.method == "bnb-nf4" else (8, -1)
+    if (params.bits, params.group) not in (own, (Params.bits, Params.group)):
+        raise EdgemedError(f"quantize: {params.method} has {own[0]} bits and {'blocks of 64' if own[1] > 0 else 'one scale per row'}", "Leave bits and group out")
+    given = next((name for name in ("calibration", "budget", "max_memory") if getattr(params, name)), None)
+    if given or (params.double_quant and params.method != "bnb-nf4"):
+        raise EdgemedError(f"quantize: {given or 'double_quant'} has no effect with {params.method}", "Leave it out")
+
+
+def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[str, Any]:
+    """Write the layers' matrices in bitsandbytes' layout, all other tensors as they are stored; nothing is folded, so transformers' own rounding would give the same."""
+    if weights.vision or weights.decoder.experts:
+        reason = "a vision tower" if weights.vision else "experts"
+        raise EdgemedError(f"{weights.checkpoint.path} has {reason}, which transformers would take for rounded too", "Use gptq, awq or rtn")
+    matrices = {key: name for name in _layer_matrices(weights) for key in weights.keys[name]}
+    uneven = next((key for key, name in matrices.items() if weights.parts[name].shape[1] % bnb.BLOCK), None) if kind == "nf4" else None
+    if uneven:
+        columns = weights.parts[matrices[uneven]].shape[1]
+        raise EdgemedError(f"'{uneven}': rows of {columns} weights are no multiple of {bnb.BLOCK}, and bitsandbytes 0.50.2 expands such wrongly on a CPU", "Use bnb-int8, gptq or rtn")
+    dtypes = Counter(weights.checkpoint.tensors[f"{key}.weight"].dtype for key in matrices)
+    ((dtype, _),) = dtypes.most_common(1)
+    config = {key: value for key, value in weights.checkpoint.config.items() if key != "torch_dtype"}
+    writer = Writer(out, config | {"dtype": dtype, "quantization_config": bnb.config(kind, double, dtype)}, weights.checkpoint.path)
+    errors, held, count = {}, 0, 0
+    for tensor in track(list(weights.checkpoint.tensors), f"quantize (bitsandbytes {kind})"):
+        value, (key, _, last) = weights.checkpoint.read(tensor), tensor.rpartition(".")
+        if last != "weight" or key not in matrices:
+            writer.add(tensor, value)
+            continue
+        value = value.T.contiguous() if weights.parts[matrices[key]].conv1d else value
+        made = bnb.nf4(value, double) if kind == "nf4" else bnb.int8(tensor, value)
+        errors[key] = {"weight": float((bnb.expand(made) - value.float()).norm() / value.float().norm())}
+        held, count = held + sum(t.nbytes for t in made.values()), count + value.numel()
+        for ending, found in made.items():
+            writer.add(f"{key}.{ending}", found)
+    writer.close()
+    return {"layout": f"bitsandbytes {kind}", "errors": errors, "bits_per_weight": 8 * held / count, "folded_attention_scale": False}
 
 
 def _write(weights: Weights, out: Path, config: Mapping[str, Any], kept: Layers) -> None:
@@ -258,6 +309,10 @@ def _config(weights: Weights, params: Params, packings: Packings) -> dict[str, A
     dynamic = {f"+:^{re.escape(key)}$": {"bits": b, "group_size": g} for name, (b, g) in packings.items() if (b, g) != (bits, group) for key in weights.keys[name]}
     config = weights.family.folded(weights.checkpoint.config)
     config.pop("torch_dtype", None)
+    # For an adapter of the float model, which knows of none of it.
+    folded = {"q": [weights.source.fold_factor(n) for n in range(weights.decoder.layers)]} if weights.decoder != weights.source else {}
+    folded |= {"inputs": True} if params.method == "awq" else {}
+    config |= {FOLDED: folded} if folded else {}
     return config | {"dtype": "float16", "quantization_config": quantization | ({"dynamic": dynamic} if dynamic else {})}
 
 

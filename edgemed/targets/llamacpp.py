@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemed import gguf_budget, gguf_file, mmproj
+from edgemed import gguf_adapter, gguf_budget, gguf_file, lora, mmproj
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
@@ -56,6 +56,7 @@ class Params:
     vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or llama.cpp's own libmtmd (not CLIP towers, which it has wrong).
     mmproj: type of mmproj.gguf, which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's own programs, which resize images in another way.
     min_pixels, max_pixels: to which images are resized (default the model's).
+    adapters: LoRA adapters that travel along unmerged, {name: PEFT directory}; a session uses one of them or none.
     """
 
     type: Literal[
@@ -75,6 +76,7 @@ class Params:
     mmproj: Literal["f32", "f16", "q8_0"] | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    adapters: dict[str, str] | None = None
 
 
 def label(params: Params) -> str:
@@ -87,21 +89,25 @@ def file_type(params: Params) -> str:
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of the importance file, or of the text it is to be measured on. Raises EdgemedError where that is missing."""
+    """sha256 of the adapters and of the importance file, or of the text it is to be measured on. Raises EdgemedError where one is missing."""
+    found = lora.inputs(params.adapters)
     if params.imatrix is None:
-        return {}
+        return found
     if params.imatrix.endswith(".npz"):
         from edgemed import importance
 
-        return {"imatrix": importance.digest(Path(params.imatrix))}
+        return found | {"imatrix": importance.digest(Path(params.imatrix))}
     from edgemed.sights import calibration_digests
 
-    return {name.replace("calibration", "imatrix"): sha for name, sha in calibration_digests(params.imatrix).items()}
+    return found | {name.replace("calibration", "imatrix"): sha for name, sha in calibration_digests(params.imatrix).items()}
 
 
 def supports(weights: Weights, params: Params) -> str | None:
-    """Why this model cannot become this engine, or None."""
+    """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that does not belong to it."""
     d = weights.source
+    if params.adapters and (reason := gguf_adapter.refused(weights)):
+        return reason
+    lora.read_loras(weights, params.adapters)
     if params.from_checkpoint and d.experts and d.experts.based:
         return "experts that share a matrix become whole ones here, whose sums have no integers of the checkpoint; leave from_checkpoint out"
     if d.activation == "gelu":
@@ -118,7 +124,7 @@ def supports(weights: Weights, params: Params) -> str | None:
     if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
         return reason
     if params.from_checkpoint and not weights.quantization:
-        return "from_checkpoint needs a GPTQ checkpoint and this one is not quantized; put a quantize step before it"
+        return "from_checkpoint needs a GPTQ checkpoint, which this one is not; put a quantize step before it"
     if params.from_checkpoint and weights.family.gguf_centred and not own:
         return f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their mean taken out, which other integers hold; leave from_checkpoint out"
     if params.from_checkpoint and params.imatrix:
@@ -145,6 +151,8 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
         np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
     seen = build_eyes(weights, out, params) if weights.vision else {}
+    for one in lora.read_loras(folded, params.adapters):
+        gguf_adapter.write(out, one, folded)
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
     share = weights.source.experts.active / weights.source.experts.count if weights.source.experts else 1
     carried = "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()})) if params.from_checkpoint else None

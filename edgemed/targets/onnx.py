@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edgemed import lora, ort_adapter
 from edgemed.errors import EdgemedError, need
 from edgemed.grid import Ints, labelled, named
 from edgemed.ort_dialect import ROPE, OrtDialect
@@ -44,6 +45,7 @@ class Params:
     context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector
     (w8a8 rounds activations too: by far the fastest, and somewhat less exact than int8);
     min_pixels, max_pixels: to which images are resized (default the model's).
+    adapters: LoRA adapters that travel along unmerged, {name: PEFT directory}; a session uses one of them or none.
     provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
 
@@ -54,6 +56,7 @@ class Params:
     tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    adapters: dict[str, str] | None = None
     provider: Literal["cpu", "cuda"] = "cpu"
 
 
@@ -63,8 +66,8 @@ def label(params: Params) -> str:
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of every file that params name: none."""
-    return {}
+    """sha256 of every file that params name: the adapters'. Raises EdgemedError where one is missing."""
+    return lora.inputs(params.adapters)
 
 
 def bits_of(weights: Weights, params: Params) -> int | None:
@@ -75,7 +78,7 @@ def bits_of(weights: Weights, params: Params) -> int | None:
 
 
 def supports(weights: Weights, params: Params) -> str | None:
-    """Why this model cannot become this engine, or None."""
+    """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that does not belong to it."""
     d, bits = weights.decoder, bits_of(weights, params)
     stored = weights.packings()
     if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
@@ -94,6 +97,7 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"context {params.context} is longer than the model's {d.context}"
     if bits and not stored and (d.hidden % params.group or d.ffn % params.group):
         return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64"
+    lora.read_loras(weights, params.adapters)
     return None
 
 
@@ -110,7 +114,10 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     if weights.vision:
         seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
     precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
-    graph = build_decoder(weights, out, precision, OrtDialect())
+    loras = lora.read_loras(weights, params.adapters)
+    graph = build_decoder(weights, out, precision, OrtDialect(), frozenset(part for one in loras for part in one.factors))
+    for one in loras:
+        ort_adapter.write(out, one, floats)
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = labelled(weights.packings() or {(bits, params.group)}) if bits else {"float32": "fp32", "float16": "fp16"}[floats]
     return {
@@ -210,6 +217,19 @@ class OrtSession:
             self._bound("features", np.zeros((1, self.hidden), np.float32))
         self.last, self.total = self._bound("last_index", np.zeros(1, np.int32)), self._bound("total", np.zeros(1, np.int32))
         self.shape: tuple[int, int] | None = None
+        self.folder, self.adapter = engine.path, None
+        self._adapt(None)
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with one of the engine's adapters, or (None) the base. What was read with the other weights is forgotten."""
+        if adapter != self.adapter:
+            self._adapt(adapter)
+            self.adapter = adapter
+            self.rewind(0)
+
+    def _adapt(self, adapter: str | None) -> None:
+        for name, value in ort_adapter.read(self.folder, adapter, self.session, self.cuda).items():
+            self.binding.bind_ortvalue_input(name, value)
 
     def _bound(self, name: str, array: np.ndarray) -> np.ndarray:
         # OrtValues made from numpy arrays share their memory: writing the array is writing the input.

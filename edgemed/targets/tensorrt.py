@@ -38,6 +38,7 @@ class Params:
     activations: format beside integers. context: tokens of the KV cache (default the model's). prefill: tokens per run at most; longer
     prompts go in parts. workspace_mb: memory TensorRT may use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX.
     experts: 'chosen' passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can hold; 'all' computes all of them.
+    adapters: not taken; TensorRT engines carry merged weights only.
     tower: precision of a vision tower and projector; min_pixels, max_pixels: to which images are resized (default the model's).
     """
 
@@ -51,6 +52,7 @@ class Params:
     runtime: Literal["tensorrt", "rtx"] = "tensorrt"
     experts: Literal["chosen", "all"] = "chosen"
     tower: Literal["fp16", "fp32", "bf16", "int8"] = "fp16"
+    adapters: dict[str, str] | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -75,6 +77,8 @@ def bits_of(weights: Weights, params: Params) -> int | None:
 def supports(weights: Weights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
     d, bits, stored = weights.decoder, bits_of(weights, params), sorted(weights.packings())
+    if params.adapters:
+        return "TensorRT engines cannot switch adapters; merge the adapter first (edgemed merge), and export the result"
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
     if params.prefill < 1 or params.workspace_mb < 1:

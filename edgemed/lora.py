@@ -1,0 +1,220 @@
+"""LoRA adapters as plain factors beside the canonical matrices, for engines that carry several and switch between them.
+
+A merged engine holds one task; factors of a few megabytes beside one base hold many. Only what is truly W + B A can be kept apart like
+that, so anything else a PEFT adapter may hold is refused here and belongs to the merge step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemed.checkpoint import Checkpoint
+from edgemed.errors import EdgemedError, need
+from edgemed.store import file_sha256
+from edgemed.weights import Dense, Packed, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    # canonical part -> (A [rank, in], B [out, rank]), float32
+    Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+BESIDE = "non_lora_trainables.bin"  # where LLaVA's training code puts the projector it trained with the adapter
+FOLDER = "adapters"  # of an engine: one folder in it per adapter
+FOLDED = "edgemed_folded"  # in config.json: what a quantize step multiplied into the weights, which an adapter of the float base does not know
+# Keys of a LoRA config that say where factors belong, how they were trained or how large they are. With any other one set, it is more than factors.
+PLAIN = {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights",
+}
+# Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, ...) take the first factors out of the base's own weights.
+BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+MERGE = "Merge it instead: edgemed merge MODEL --adapter DIR"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter. factors: canonical part -> (A, B), the scale multiplied into B; the part's matrix becomes W + B A."""
+
+    name: str
+    factors: Factors
+
+
+def adapter_files(adapter: str) -> tuple[Path, Path]:
+    """(config, weights) of a PEFT directory. Raises EdgemedError where one is missing, or weights lie there that peft does not know."""
+    path = Path(adapter)
+    if not path.is_dir():
+        raise EdgemedError(f"adapter directory {path} does not exist", f"Give a PEFT directory ({CONFIG} and {WEIGHTS[0]})")
+    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if not (path / CONFIG).is_file():
+        raise EdgemedError(f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained")
+    if found is None:
+        raise EdgemedError(f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained")
+    if (path / BESIDE).is_file():
+        raise EdgemedError(f"{path / BESIDE} holds weights that peft does not know and a merge would lose", "Merge the adapter with the code that trained it")
+    return path / CONFIG, found
+
+
+def adapter_hashes(adapter: str) -> dict[str, str]:
+    """file -> sha256 of a PEFT directory's config and weights."""
+    return {file.name: file_sha256(file) for file in adapter_files(adapter)}
+
+
+def adapter_config(adapter: str) -> dict[str, Any]:
+    """What adapter_config.json says. Raises EdgemedError where it is no JSON object with a peft_type."""
+    file, _ = adapter_files(adapter)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EdgemedError(f"{file} is damaged: {error!r}", "Copy the adapter again") from None
+    return values
+
+
+def quantized_base(values: Mapping[str, Any]) -> str | None:
+    """Why an adapter's config makes one think that it was trained on a quantized base, None where nothing does: peft itself does not write it down."""
+    base = str(values.get("base_model_name_or_path") or "")
+    file = Path(base) / "config.json"
+    try:
+        method = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]["quant_method"] if base and file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        method = None
+    if method:
+        return f"its base {base} is quantized ({method})"
+    if re.search(r"(?i)(bnb|nf4|gptq|awq|[48][-_]?bit|int[48])(?![a-z])", base.rpartition("/")[2]):
+        return f"its base is called '{base}'"
+    return "it began as LoftQ, for a rounded base" if values.get("init_lora_weights") == "loftq" else None
+
+
+def adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
+    """Every tensor of an adapter. Raises EdgemedError for a damaged file, NaN or Inf."""
+    torch, safetensors = need("torch", "build"), need("safetensors", "build")
+    _, file = adapter_files(adapter)
+    try:
+        if file.suffix == ".safetensors":
+            tensors = need("safetensors.torch", "build").load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise EdgemedError(f"{file} is damaged: {str(error).splitlines()[0]}", "Copy the adapter again") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise EdgemedError(f"{file.name}: tensor '{name}' holds NaN or Inf", "The adapter is damaged; do not deploy it")
+    return tensors
+
+
+def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
+    """sha256 of every file of the adapters a target's parameters name, for its key and manifest. Raises EdgemedError for a missing one, or a name that no folder can have."""
+    found = {}
+    for name, path in (adapters or {}).items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise EdgemedError(f"adapters: '{name}' cannot be the name of an adapter", "Use letters, digits, '-', '_' and '.'")
+        found |= {f"adapter/{name}/{file}": sha for file, sha in adapter_hashes(path).items()}
+    return found
+
+
+def read_loras(weights: Weights, adapters: Mapping[str, str] | None) -> list[Lora]:
+    """The adapters a target's parameters name (name -> PEFT directory). Raises EdgemedError as read_lora."""
+    return [read_lora(weights, name, path) for name, path in (adapters or {}).items()]
+
+
+def read_lora(weights: Weights, name: str, path: str) -> Lora:
+    """One adapter in the layout of `weights`: factors of joined modules side by side, q rows multiplied with what is folded into the base's.
+
+    Raises EdgemedError for an adapter of another base, of another kind than plain LoRA, damaged, or on weights other than a layer's attention and MLP.
+    """
+    where, values = f"adapter '{name}' ({path})", adapter_config(path)
+    _check_plain(where, values)
+    folded = weights.checkpoint.config.get(FOLDED, {})
+    if folded.get("inputs"):
+        raise EdgemedError(f"{where}: this base's inputs were rescaled when it was quantized (awq), and an adapter reads the original ones", "Quantize the base with gptq or rtn")
+    torch, found = need("torch", "build"), {}
+    pairs = dict(_pairs(weights, where, values, adapter_tensors(path)))
+    for part in {part for part, _ in pairs}:
+        rows, columns = weights.parts[part].rows or weights.parts[part].shape[:1], weights.parts[part].shape[1]
+        own = [pairs.get((part, i), (torch.zeros(0, columns), torch.zeros(count, 0))) for i, count in enumerate(rows)]
+        a, b = torch.cat([a for a, _ in own]), torch.block_diag(*(b for _, b in own))
+        if part.endswith(".qkv"):
+            layer = int(part.split(".")[1])
+            factor = (weights.source.fold_factor(layer) if weights.fold else 1.0) * (folded["q"][layer] if "q" in folded else 1.0)
+            b[: weights.source.q_size] *= factor
+        found[part] = (a, b)
+    if not any(b.any() for _, b in found.values()):
+        raise EdgemedError(f"{where} changes nothing: all its factors B are zero", "Give the adapter as it was after training")
+    return Lora(name, {part: found[part] for part in weights.parts if part in found})
+
+
+def _check_plain(where: str, values: Mapping[str, Any]) -> None:
+    if values["peft_type"] != "LORA":
+        raise EdgemedError(f"{where}: a {values['peft_type']} adapter is not a product of two factors added to a matrix, and cannot be switched in an engine", MERGE)
+    extra = next((key for key, value in values.items() if key not in PLAIN and value not in (None, False, "none", [], {})), None)
+    if extra:
+        raise EdgemedError(f"{where}: with {extra} {json.dumps(values[extra])} it is more than two factors added to a matrix, and cannot be switched in an engine", MERGE)
+    if values.get("init_lora_weights") not in BEGINNINGS:
+        raise EdgemedError(f"{where}: init_lora_weights '{values['init_lora_weights']}' changes the base's own weights, so the adapter cannot be switched in an engine", MERGE)
+
+
+def _pairs(weights: Weights, where: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]]:
+    """((canonical part, number of its module), (A, B with its scale)) of every module the adapter changes."""
+    places = _places(weights)
+    other = f"{where} does not belong to {weights.checkpoint.path}"
+    hint = "Give the base model the adapter was trained on"
+    for name in tensors:
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if not found:
+            raise EdgemedError(f"{where}: '{name}' is no factor of a matrix, and cannot be switched in an engine", MERGE)
+        module, factor = found.groups()
+        if module not in places:
+            raise EdgemedError(f"{other}: there is no '{module}'", hint)
+        part, index = places[module]
+        if not part.startswith("layers.") or ".experts." in part or ".shared." in part or weights.parts[part].kind != "matrix":
+            raise EdgemedError(f"{where}: it changes '{module}', and only attention and dense MLP matrices can be switched in an engine", MERGE)
+        twin = f"base_model.model.{module}.lora_{'B' if factor == 'A' else 'A'}.weight"
+        if twin not in tensors:
+            raise EdgemedError(f"{where}: it has '{name}' without its other factor", "Copy the adapter again")
+        if factor == "B":
+            continue
+        shape = weights.parts[part]
+        a, b = tensors[name].float(), tensors[twin].float()
+        wanted = ((shape.rows or shape.shape)[index], shape.shape[1])
+        if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != wanted or a.shape[0] != b.shape[1]:
+            raise EdgemedError(f"{other}: factors of '{module}' are {list(a.shape)} and {list(b.shape)}, its matrix is {list(wanted)}", hint)
+        yield (part, index), (a, b * scale_of(values, module, a.shape[0]))
+
+
+def scale_of(values: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023); alpha may differ by module, as peft matches its patterns."""
+    patterns = values.get("alpha_pattern") or {}
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = values.get("lora_alpha", 8) if key is None else patterns[key]
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+def _places(weights: Weights) -> dict[str, tuple[str, int]]:
+    """Every name a module may have in transformers' model -> (canonical part, number of the module in it). A tied output matrix has a name there too."""
+    return {"lm_head": ("lm_head", 0)} | {prefix + choice: (name, index) for name, part in weights.parts.items() for index, module in enumerate(part.modules)
+            for choice in module.split("|") for prefix in weights.family.prefixes}
+
+
+class Adapted(Weights):
+    """A checkpoint with one adapter added to its matrices: what the adapted float32 source answers is read from it."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, path: str):
+        super().__init__(checkpoint)
+        self.factors = read_lora(self, name, path).factors
+
+    def matrix(self, name: str) -> Dense | Packed:
+        found = super().matrix(name)
+        if name not in self.factors:
+            return found
+        a, b = self.factors[name]
+        return Dense(found.dense() + b @ a, found.bias)
