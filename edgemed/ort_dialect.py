@@ -5,6 +5,7 @@ A module of its own because engines of several targets run their vision towers o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,22 +23,28 @@ ROPE = ("rope.cos", "rope.sin")
 
 
 class OrtDialect:
-    """ONNX Runtime's operators: GroupQueryAttention, MatMulNBits, SkipLayerNormalization, FastGelu (domain com.microsoft)."""
+    """ONNX Runtime's operators: GroupQueryAttention, MatMulNBits, SkipLayerNormalization, FastGelu (domain com.microsoft).
+
+    kv: (key scale, value scale) of each layer, float32 [1, kv_heads, 1, head_dim], where the cache is int8; None where it has the activations' format.
+    """
 
     opset = 20
     chosen_only = True
     domains = {MS: 1}
     widths = (2, 4, 8)
 
+    def __init__(self, kv: Sequence[tuple[np.ndarray, np.ndarray]] | None = None):
+        self.kv = kv
+
     def inputs(self, graph: Graph, d: Decoder) -> None:
         int32 = graph.onnx.TensorProto.INT32
         graph.value("inputs", "last_index", int32, [1])  # index of the newest position: total - 1
         graph.value("inputs", "total", int32, [1])
-        shape = [1, d.kv_heads, "context", d.head_dim]
+        shape, cached = [1, d.kv_heads, "context", d.head_dim], graph.onnx.TensorProto.INT8 if self.kv else graph.float_type
         for n in range(d.layers):
             for part in ("key", "value"):
-                graph.value("inputs", f"past.{n}.{part}", graph.float_type, shape)
-                graph.value("outputs", f"present.{n}.{part}", graph.float_type, shape)
+                graph.value("inputs", f"past.{n}.{part}", cached, shape)
+                graph.value("outputs", f"present.{n}.{part}", cached, shape)
         if d.positions == "rope":
             # Rows are filled by the session, so that what a position means (one number, or three for an image) is not the graph's business.
             for table in ROPE:
@@ -56,10 +63,13 @@ class OrtDialect:
         past = [f"past.{layer}.key", f"past.{layer}.value"]
         name = f"layers.{layer}.attention"
         outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
-        return graph.node(
-            "GroupQueryAttention", [qkv, "", "", *past, "last_index", "total", *(ROPE if d.positions == "rope" else ())], name, outputs, MS,
-            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.score_scale[layer], do_rotary=int(d.positions == "rope"),
-        )
+        inputs, rounding = [qkv, "", "", *past, "last_index", "total", *(ROPE if d.positions == "rope" else ())], {}
+        if self.kv:
+            inputs += [""] * (12 - len(inputs))  # k_scale and v_scale are the operator's inputs 12 and 13
+            inputs += [graph.constant(f"{name}.{part}_scale", scale) for part, scale in zip(("key", "value"), self.kv[layer], strict=True)]
+            rounding = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        return graph.node("GroupQueryAttention", inputs, name, outputs, MS, num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.score_scale[layer],
+                          do_rotary=int(d.positions == "rope"), **rounding)
 
     def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str:
         """qkv [patches, 3 * width] -> [patches, width]; every patch sees every other."""

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edgemed.data import calibration_windows, card_names, read_card
 from edgemed.errors import EdgemedError, need
 from edgemed.grid import Ints, labelled, named
 from edgemed.ort_dialect import ROPE, OrtDialect
 from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
+from edgemed.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
@@ -32,6 +34,7 @@ EXACT = {"fp32": 1e-3}
 # Linux's advice to move pages into huge ones now; Python's mmap module does not know it.
 MADV_COLLAPSE = 25
 PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+CACHES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("onnxruntime", "onnx")
 
@@ -41,7 +44,8 @@ class Params:
     """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
-    context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector
+    context: tokens of the KV cache (default the model's). kv: its format; 'auto' is that of the activations, int8 a quarter of float32's bytes, with a fixed
+    scale per channel measured on `samples` windows of `length` tokens of `calibration`, a text set's name or file. tower: precision of a vision tower and projector
     (w8a8 rounds activations too: by far the fastest, and somewhat less exact than int8);
     min_pixels, max_pixels: to which images are resized (default the model's).
     provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
@@ -51,6 +55,10 @@ class Params:
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
     context: int | None = None
+    kv: Literal["auto", "int8"] = "auto"
+    calibration: str | None = None
+    samples: int = 32
+    length: int = 256
     tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -63,8 +71,11 @@ def label(params: Params) -> str:
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of every file that params name: none."""
-    return {}
+    """sha256 of the text that the cache's scales are measured on. Raises EdgemedError where an int8 cache has none, or another cache names one."""
+    if (params.kv == "int8") != (params.calibration is not None):
+        said = "an int8 cache needs text to measure its scales on" if params.kv == "int8" else "calibration text is read for an int8 cache only"
+        raise EdgemedError(f"target onnx: {said}", f"Give kv: int8 and calibration: one of {', '.join(card_names())}, or a .jsonl file")
+    return {"calibration": read_card(params.calibration).digest("calibration")} if params.calibration else {}
 
 
 def bits_of(weights: Weights, params: Params) -> int | None:
@@ -84,6 +95,10 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
     if params.provider == "cuda" and params.precision == "fp32":
         return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
+    if params.kv == "int8" and (params.provider == "cuda" or params.precision == "fp16"):
+        return "an int8 cache was only ever run on the CPU, beside float32 activations; leave kv, or precision fp16 and provider cuda out"
+    if params.samples < 1 or params.length < 1:
+        return "samples and length of the calibration text must be at least 1"
     if d.head_dim % 8:
         return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
     if len(d.rope_frequencies) % 8:
@@ -108,13 +123,25 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     if weights.vision:
         seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
     precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
-    graph = build_decoder(weights, out, precision, OrtDialect())
+    graph = build_decoder(weights, out, precision, OrtDialect(_kv_scales(weights, params) if params.kv == "int8" else None))
+    context, cached = params.context or weights.decoder.context, "int8" if params.kv == "int8" else floats
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = labelled(weights.packings() or {(bits, params.group)}) if bits else {"float32": "fp32", "float16": "fp16"}[floats]
     return {
-        "precision": label, "context": params.context or weights.decoder.context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer", **seen,
+        "precision": label, "context": context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer",
+        "kv_cache": {"type": cached, "bytes": weights.decoder.cache_elements(context) * np.dtype(cached).itemsize}, **seen,
         **({"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"} if bits else {}),
     }
+
+
+def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
+    from edgemed.kv_scales import kv_scales
+
+    if weights.checkpoint.random_weights:
+        # Such a model is measured for speed and has no tokenizer: any tokens do.
+        return kv_scales(weights, np.random.default_rng(0).integers(0, weights.decoder.vocab, (1, min(32, params.length))).tolist())
+    tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
+    return kv_scales(weights, calibration_windows(params.calibration, tokenizer, params.samples, min(params.length, weights.decoder.context)))
 
 
 def open(engine: Engine, threads: int | None) -> OrtSession:
@@ -188,7 +215,7 @@ class OrtSession:
         self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0")
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
-                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                dtype = CACHES[value.type]
                 shape = (1, value.shape[1], self.context, value.shape[3])
                 if self.cuda:
                     buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
