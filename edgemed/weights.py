@@ -137,6 +137,11 @@ class Weights:
         """Every (bits, group size) that a matrix of this checkpoint is packed with; empty for a float checkpoint."""
         return {self.packing(key) for keys in self.keys.values() for key in keys if f"{key}.qweight" in self.checkpoint.tensors}
 
+    @property
+    def activation_ranges(self) -> dict[str, float]:
+        """Canonical matrix -> the largest magnitude of what it reads on calibration text; {} where the checkpoint names none (only smoothquant writes them)."""
+        return (self.quantization or {}).get("activation_ranges", {})
+
     def table(self, name: str) -> torch.Tensor:
         """An embedding table [rows, width], float32."""
         return self.checkpoint.read(self.parts[name].weight(self.keys[name][0])).float()

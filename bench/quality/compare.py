@@ -60,6 +60,7 @@ CONTENDERS: dict[str, list[str] | tuple[str, str, list[str]]] = {
     "gptq g128, act_order": ours("gptq", "group=128", "act_order=true"),
     "gptq g64": ours("gptq", "group=64"),
     "gptq g32": ours("gptq", "group=32"),
+    "smoothquant, weights alone": ours("smoothquant", "bits=8", "group=-1"),
     "mixed 4.24 bpw": ours("auto", "budget=4.24bpw", "target=gptq"),
     "mixed 4.24 bpw for onnx": ours("auto", "budget=4.24bpw", "target=onnx"),
     "mixed 4.5 bpw": ours("auto", "budget=4.5bpw", "target=gptq"),

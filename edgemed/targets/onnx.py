@@ -20,6 +20,7 @@ import numpy as np
 
 from edgemed.data import calibration_windows, card_names, read_card
 from edgemed.errors import EdgemedError, need
+from edgemed.graph import w8a8_refused
 from edgemed.grid import Ints, labelled, named
 from edgemed.ort_dialect import ROPE, OrtDialect
 from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
@@ -41,7 +42,8 @@ RUNTIME = ("onnxruntime", "onnx")
 
 @dataclass(frozen=True)
 class Params:
-    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
+    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest. w8a8: int8 with one scale
+    per output (a smoothquant checkpoint's, or rounded to nearest), and every token's activations rounded to 8 bits when they are read: for long prompts.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
     context: tokens of the KV cache (default the model's). kv: its format; 'auto' is that of the activations, int8 a quarter of float32's bytes, with a fixed
@@ -51,7 +53,7 @@ class Params:
     provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
 
-    precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
+    precision: Literal["auto", "fp32", "fp16", "int8", "int4", "w8a8"] = "auto"
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
     context: int | None = None
@@ -71,10 +73,9 @@ def label(params: Params) -> str:
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of the text that the cache's scales are measured on. Raises EdgemedError where an int8 cache has none, or another cache names one."""
-    if (params.kv == "int8") != (params.calibration is not None):
-        said = "an int8 cache needs text to measure its scales on" if params.kv == "int8" else "calibration text is read for an int8 cache only"
-        raise EdgemedError(f"target onnx: {said}", f"Give kv: int8 and calibration: one of {', '.join(card_names())}, or a .jsonl file")
+    """sha256 of the text that the cache's scales are measured on. Raises EdgemedError where an int8 cache has none."""
+    if params.kv == "int8" and params.calibration is None:
+        raise EdgemedError("target onnx: an int8 cache needs text to measure its scales on", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
     return {"calibration": read_card(params.calibration).digest("calibration")} if params.calibration else {}
 
 
@@ -82,7 +83,7 @@ def bits_of(weights: Weights, params: Params) -> int | None:
     """Bits of the layer matrices, the most where a checkpoint mixes them; None for floats."""
     if params.precision == "auto":
         return max((bits for bits, _ in weights.packings()), default=None)
-    return {"int8": 8, "int4": 4}.get(params.precision)
+    return {"int8": 8, "int4": 4, "w8a8": 8}.get(params.precision)
 
 
 def supports(weights: Weights, params: Params) -> str | None:
@@ -91,12 +92,18 @@ def supports(weights: Weights, params: Params) -> str | None:
     stored = weights.packings()
     if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
         return f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks for {bits}; use precision auto"
+    if params.precision == "w8a8" and (reason := w8a8_refused(weights)):
+        return reason
     if uneven := [group for _, group in stored if group != -1 and group % 16]:
         return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
+    if params.provider == "cuda" and params.precision == "w8a8":
+        return "products of integers were only ever run on the CPU; leave provider cuda out"
     if params.provider == "cuda" and params.precision == "fp32":
         return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
     if params.kv == "int8" and (params.provider == "cuda" or params.precision == "fp16"):
         return "an int8 cache was only ever run on the CPU, beside float32 activations; leave kv, or precision fp16 and provider cuda out"
+    if params.calibration and params.kv != "int8":
+        return "calibration text is read for an int8 cache only; give kv: int8, or leave calibration out"
     if params.samples < 1 or params.length < 1:
         return "samples and length of the calibration text must be at least 1"
     if d.head_dim % 8:
@@ -107,7 +114,7 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"hidden size {d.hidden} is not a multiple of 32"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
-    if bits and not stored and (d.hidden % params.group or d.ffn % params.group):
+    if bits and params.precision != "w8a8" and not stored and (d.hidden % params.group or d.ffn % params.group):
         return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64"
     return None
 
@@ -122,11 +129,12 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     seen = {}
     if weights.vision:
         seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
-    precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
+    precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None, integers=params.precision == "w8a8")
     graph = build_decoder(weights, out, precision, OrtDialect(_kv_scales(weights, params) if params.kv == "int8" else None))
     context, cached = params.context or weights.decoder.context, "int8" if params.kv == "int8" else floats
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = labelled(weights.packings() or {(bits, params.group)}) if bits else {"float32": "fp32", "float16": "fp16"}[floats]
+    label = "w8a8" if precision.integers else label
     return {
         "precision": label, "context": context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer",
         "kv_cache": {"type": cached, "bytes": weights.decoder.cache_elements(context) * np.dtype(cached).itemsize}, **seen,
