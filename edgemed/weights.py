@@ -155,7 +155,7 @@ class Weights:
     def matrix(self, name: str) -> Dense | Packed:
         """A matrix or router in [out, in] layout with its bias; modules of one part are joined along the output axis."""
         torch = need("torch", "build")
-        found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
+        found = [self.module(key, self.parts[name].conv1d) for key in self.keys[name]]
         matrix = found[0] if len(found) == 1 else joined(found, name)
         if self.fold and name.startswith("layers.") and name.endswith(".qkv"):
             factor = self.source.fold_factor(int(name.split(".")[1]))
@@ -167,7 +167,8 @@ class Weights:
             return Dense(matrix.weight.mul_(rows[:, None]), bias)  # in place: it was read for this call alone
         return matrix
 
-    def _module(self, key: str, conv1d: bool) -> Dense | Packed:
+    def module(self, key: str, conv1d: bool) -> Dense | Packed:
+        """One stored module of a part, [out, in], unfolded; conv1d: its float weight lies [in, out]."""
         read, tensors = self.checkpoint.read, self.checkpoint.tensors
         bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
         if f"{key}.weight" in tensors:
