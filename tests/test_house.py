@@ -25,7 +25,7 @@ ORDER = [
     "= device checkpoint family clip task data tokenizer session reference grid weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors thermal image_reference",
     "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision kv_scales ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher lesson refit ggml_api ggml_session awq layerwise smooth experts allocate activations resume sensitivity gguf_budget",
     "families steps targets tasks",
-    "= plan verify stages bench conditions sweep evaluate lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure calibrate",
+    "= plan verify stages bench conditions sweep evaluate ttt lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure calibrate",
     "run",
     "api",
     "cli_options", "= cli_calibrate cli_provenance cli_plan cli_proof",
