@@ -114,7 +114,7 @@ def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None
     own = adapter_of(manifest, adapter) if adapter else {}
     if adapter:
         name, key = f"{name}+{adapter}", source_key({"engine": key} | own)
-    base_model = open_source(open_checkpoint(source), sees, _exported(opened, adapter, own)) if source else None
+    base_model = open_source(open_checkpoint(source), sees, adapter=_exported(opened, adapter, own)) if source else None
     try:
         for asked in every:
             for text in spec.strategies:

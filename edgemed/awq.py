@@ -71,11 +71,13 @@ def search(weights: Mapping[str, torch.Tensor], magnitude: torch.Tensor, moments
     return best[1:]
 
 
-def per_source(d: Decoder, fold: Fold, magnitude: torch.Tensor) -> torch.Tensor:
-    """Mean |input| such that all inputs made by one row of the source have one value: heads that share a key head read the same v rows."""
+def per_source(d: Decoder, fold: Fold, magnitude: torch.Tensor, how: str = "mean") -> torch.Tensor:
+    """Magnitudes [in] such that all inputs made by one row of the source have one value, the mean or the largest: heads that share a key head read the same v rows."""
     if fold.source != "qkv" or d.heads == d.kv_heads:
         return magnitude
-    return magnitude.view(d.kv_heads, -1, d.head_dim).mean(1, keepdim=True).expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
+    groups = magnitude.view(d.kv_heads, -1, d.head_dim)
+    shared = groups.mean(1, keepdim=True) if how == "mean" else groups.amax(1, keepdim=True)
+    return shared.expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
 
 
 def apply(d: Decoder, fold: Fold, layer: Layer, scale: torch.Tensor) -> None:

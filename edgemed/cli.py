@@ -184,6 +184,7 @@ def build(
 for verb in (cli_proof.verify, cli_proof.bench):
     app.command()(verb)
 app.command(name="eval")(cli_proof.eval_)
+app.command()(cli_proof.ttt)
 app.command()(cli_proof.report)
 
 

@@ -170,6 +170,33 @@ def eval_(
     leave(found["gate"], accept_undecided)
 
 
+def ttt(
+    model: Annotated[str, typer.Argument(help="Float checkpoint of a language model; engines cannot learn.")],
+    task: Annotated[str, typer.Option(help="Multiple-choice text task, as in edgemed eval.")],
+    text: Annotated[str | None, typer.Option(help="Texts to learn from: a card or .jsonl file; default: the task's solved examples.")] = None,
+    k: Annotated[int, typer.Option(help="Nearest texts to learn from, a step on each.")] = 1,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write both results, every item included, to this JSON file.")] = None,
+    sets: Sets = None, json_: Json = False,
+) -> None:
+    """Test-time training: answer each question after a LoRA step on the texts nearest to it, put back afterwards, against the plain answers."""
+    from edgemed import params, store
+    from edgemed.checkpoint import open_checkpoint
+    from edgemed.task import questions
+    from edgemed.ttt import Adapt, compare
+
+    found = compare(open_checkpoint(model), questions(task, limit), params.build(Adapt, settings(sets, text=text, k=k, rate=rate), "ttt"))
+    if out:
+        store.write_json(out, found)
+    if json_:
+        show(found, True)
+        return
+    show([result_row(found["plain"]), result_row(found["trained"] | {"paired": found["paired"]})], False)
+    difference, (low, high) = found["paired"]["difference"]["value"], found["paired"]["difference"]["interval"]
+    typer.echo(f"difference {difference:+.4f} (95 % {low:+.4f} to {high:+.4f}, McNemar p {found['paired']['mcnemar_p']:.3g}), {found['times']:.1f} times the seconds of a plain answer")
+
+
 def result_row(result: dict[str, Any]) -> dict[str, Any]:
     """One result as a person reads it."""
     low, high = result["interval"]

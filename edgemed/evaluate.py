@@ -7,7 +7,7 @@ belongs to, so that only an engine and its own source, on the very same items, a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edgemed import confidence, free_text, lineage, stats, store
@@ -28,10 +28,11 @@ SOURCE = "source (float32)"
 
 
 def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str, model_key: str, strategy: Strategy | str = "zero-shot",
-             settings: Settings = Settings(), stop: frozenset[int] = frozenset(), eyes: Eyes | None = None) -> dict[str, Any]:
+             settings: Settings = Settings(), stop: frozenset[int] = frozenset(), eyes: Eyes | None = None, before: Callable[[Example], None] | None = None) -> dict[str, Any]:
     """Answer every question. Contexts that do not fit lose their first tokens, options and prompts with images never; how many did is reported.
 
-    eyes: needed where the task shows images. model_key: the engine's key, or source_key of a checkpoint. Returns the result mapping of docs/report.md.
+    eyes: needed where the task shows images. before: what is done to the session before each question; its time counts. model_key: the engine's key, or source_key of a
+    checkpoint. Returns the result mapping of docs/report.md.
     Raises EdgemedError where this engine or task cannot follow the strategy.
     """
     strategy = parse(strategy) if isinstance(strategy, str) else strategy
@@ -41,6 +42,9 @@ def evaluate(session: Session, tokenizer: Any, questions: Questions, model: str,
     label = f"{questions.task.name}{' (synthetic sample)' if questions.synthetic else ''}, {strategy.name}, on {model}"
     with Meter(on_gpu=getattr(session, "device", "cpu") == "cuda") as meter:
         for example in track(questions.examples, label):
+            if before:
+                before(example)
+                answerer.reader.forget()
             found = answerer.answer(example, strategy)
             truncated += found.cut
             items.append(item_of(example, found))

@@ -131,7 +131,7 @@ def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
 
 def kv_cache(d: Decoder, element: int) -> int:
     """2 * layers * kv_heads * head_dim * context * bytes per element."""
-    return 2 * d.layers * d.kv_size * d.context * element
+    return d.cache_elements(d.context) * element
 
 
 def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:

@@ -90,6 +90,10 @@ class Decoder:
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def cache_elements(self, context: int) -> int:
+        """Numbers in a KV cache of `context` tokens."""
+        return 2 * self.layers * self.kv_size * context
+
     def sparse(self, layer: int) -> bool:
         """Whether this layer's MLP is a mixture of experts."""
         return self.experts is not None and layer in self.experts.layers

@@ -17,7 +17,7 @@ import numpy as np
 from edgemed.console import track
 from edgemed.errors import need
 from edgemed.family import Decoder
-from edgemed.grid import Ints, block_ints, ggml_q8, rtn
+from edgemed.grid import Ints, block_ints, ggml_q8, labelled, rtn
 from edgemed.weights import Dense, Packed, Weights
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Precision:
     """Number formats of a graph. floats: 'float32', 'float16' or 'bfloat16' for activations; bits: 4 or 8 for the layer matrices (packed ones keep
     their own), None for floats; group: inputs per scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8); small_tables:
     embedding in float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so that both engines carry the same integers);
-    stream: format of the residual stream and the norms, '' for that of the activations; integers: activations are rounded to 8 bits as well, row by row."""
+    stream: format of the residual stream and the norms, '' for that of the activations; integers: activations are rounded to 8 bits as well."""
 
     floats: str = "float32"
     bits: int | None = None
@@ -58,6 +58,7 @@ class Dialect(Protocol):
     def experts(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str: ...
     def based(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str: ...
     def quantized(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None) -> str: ...
+    def w8a8(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None, largest: float | None) -> str: ...
 
 
 @dataclass
@@ -166,9 +167,14 @@ def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, 
     """x [.., in] -> x W^T + b [.., out], in the precision of the graph; exact: in its floats, not its integers."""
     matrix, bits = weights.matrix(name), None if exact else graph.precision.bits
     bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
+    shape = weights.parts[name].shape
+    if graph.precision.integers and not exact:
+        q, scales = (matrix.q, matrix.scales) if isinstance(matrix, Packed) else rtn(matrix.dense(), 8, matrix.weight.shape[1])
+        y = dialect.w8a8(graph, name, x, Ints(q.numpy(), scales.numpy(), 8, q.shape[1]), bias, weights.activation_ranges.get(name))
+        return with_adapter(graph, name, shape, x, y)
     if bits is None:
         return float_linear(graph, name, x, matrix.dense(), bias)
-    return with_adapter(graph, name, weights.parts[name].shape, x, quantized_linear(graph, dialect, name, x, matrix, bias))
+    return with_adapter(graph, name, shape, x, quantized_linear(graph, dialect, name, x, matrix, bias))
 
 
 def with_adapter(graph: Graph, name: str, shape: tuple[int, ...], x: str, y: str) -> str:
@@ -215,6 +221,16 @@ def low_rank(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str
         q, scales = ggml_q8(factor)
         x = dialect.quantized(graph, f"{name}.{form}", x, Ints(q, scales, 8, 32), added)
     return x
+
+
+def w8a8_refused(weights: Weights) -> str | None:
+    """Why the layer matrices cannot be products of 8-bit integers, or None."""
+    if weights.decoder.experts:
+        return "w8a8 is not written for mixtures of experts, whose tokens are gathered; use precision int8"
+    stored = weights.packings()
+    if stored and (stored != {(8, -1)} or not weights.quantization.get("sym", True) or weights.quantization.get("desc_act", False)):
+        return f"w8a8 takes symmetric int8 with one scale per output, the checkpoint holds {labelled(stored)}; quantize with method smoothquant, or export the float checkpoint"
+    return None
 
 
 def float_linear(graph: Graph, name: str, x: str, weight: torch.Tensor, bias: np.ndarray | None) -> str:

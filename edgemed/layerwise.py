@@ -41,12 +41,14 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A layer: its matrices, the norms and the router a method changed (weight, bias), AWQ's exponents, and what `reached` says of its experts."""
+    """A layer: its matrices, the norms and the router a method changed (weight, bias), AWQ's exponents, what `reached` says of its experts, and the largest
+    magnitude of what each matrix reads (smoothquant)."""
 
     matrices: dict[str, Matrix]
     changed: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     alpha: dict[str, float] = field(default_factory=dict)
     experts: dict[str, list[int]] | None = None
+    activations: dict[str, float] = field(default_factory=dict)
 
 
 class Settings(Protocol):

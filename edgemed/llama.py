@@ -20,6 +20,7 @@ from edgemed.errors import EdgemedError, need
 from edgemed.session import Pictures, Positions, check_pictures, check_room
 
 FILE, HEAD = "model.gguf", "head.npz"
+CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # of one number in the KV cache, scales included
 BATCH = 512  # tokens per llama_decode call
 
 
@@ -63,8 +64,7 @@ class LlamaSession:
         params.n_ctx, params.n_batch, params.n_ubatch = engine.context, self.batch_size, self.batch_size
         params.n_outputs_max = params.n_outputs_max_per_seq = self.batch_size
         params.n_threads = params.n_threads_batch = threads or machine()["physical_cores"]
-        kv = engine.params["kv"]
-        kv = ("f32" if engine.precision == "F32" else "f16") if kv == "auto" else kv
+        kv = cache_type(engine.params["kv"], engine.precision == "F32")
         params.type_k = params.type_v = {"f32": lib.GGML_TYPE_F32, "f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0}[kv]
         # Flash attention rounds q to the cache's type; llama.cpp insists on it for a quantized cache.
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if kv == "q8_0" else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -169,6 +169,11 @@ class LlamaSession:
         self.lib.llama_free(self.ctx)
         self.lib.llama_model_free(self.model)
         self.ctx = None
+
+
+def cache_type(kv: str, exact: bool) -> str:
+    """The format of the KV cache that `kv` asks for; 'auto' is f32 in a file of float32 weights, else f16."""
+    return kv if kv != "auto" else "f32" if exact else "f16"
 
 
 def runs(tokens: Sequence[int], token: int) -> list[tuple[int, int]]:

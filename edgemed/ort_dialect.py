@@ -5,6 +5,7 @@ A module of its own because engines of several targets run their vision towers o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,22 +25,28 @@ ROPE = ("rope.cos", "rope.sin")
 
 
 class OrtDialect:
-    """ONNX Runtime's operators: GroupQueryAttention, MatMulNBits, SkipLayerNormalization, FastGelu (domain com.microsoft)."""
+    """ONNX Runtime's operators: GroupQueryAttention, MatMulNBits, SkipLayerNormalization, FastGelu (domain com.microsoft).
+
+    kv: (key scale, value scale) of each layer, float32 [1, kv_heads, 1, head_dim], where the cache is int8; None where it has the activations' format.
+    """
 
     opset = 20
     chosen_only = True
     domains = {MS: 1}
     widths = (2, 4, 8)
 
+    def __init__(self, kv: Sequence[tuple[np.ndarray, np.ndarray]] | None = None):
+        self.kv = kv
+
     def inputs(self, graph: Graph, d: Decoder) -> None:
         int32 = graph.onnx.TensorProto.INT32
         graph.value("inputs", "last_index", int32, [1])  # index of the newest position: total - 1
         graph.value("inputs", "total", int32, [1])
-        shape = [1, d.kv_heads, "context", d.head_dim]
+        shape, cached = [1, d.kv_heads, "context", d.head_dim], graph.onnx.TensorProto.INT8 if self.kv else graph.float_type
         for n in range(d.layers):
             for part in ("key", "value"):
-                graph.value("inputs", f"past.{n}.{part}", graph.float_type, shape)
-                graph.value("outputs", f"present.{n}.{part}", graph.float_type, shape)
+                graph.value("inputs", f"past.{n}.{part}", cached, shape)
+                graph.value("outputs", f"present.{n}.{part}", cached, shape)
         if d.positions == "rope":
             # Rows are filled by the session, so that what a position means (one number, or three for an image) is not the graph's business.
             for table in ROPE:
@@ -58,10 +65,13 @@ class OrtDialect:
         past = [f"past.{layer}.key", f"past.{layer}.value"]
         name = f"layers.{layer}.attention"
         outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
-        return graph.node(
-            "GroupQueryAttention", [qkv, "", "", *past, "last_index", "total", *(ROPE if d.positions == "rope" else ())], name, outputs, MS,
-            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.score_scale[layer], do_rotary=int(d.positions == "rope"),
-        )
+        inputs, rounding = [qkv, "", "", *past, "last_index", "total", *(ROPE if d.positions == "rope" else ())], {}
+        if self.kv:
+            inputs += [""] * (12 - len(inputs))  # k_scale and v_scale are the operator's inputs 12 and 13
+            inputs += [graph.constant(f"{name}.{part}_scale", scale) for part, scale in zip(("key", "value"), self.kv[layer], strict=True)]
+            rounding = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        return graph.node("GroupQueryAttention", inputs, name, outputs, MS, num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.score_scale[layer],
+                          do_rotary=int(d.positions == "rope"), **rounding)
 
     def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str:
         """qkv [patches, 3 * width] -> [patches, width]; every patch sees every other."""
@@ -154,25 +164,38 @@ class OrtDialect:
             "MatMulNBits", inputs, name, domain=MS, K=inp, N=out, bits=ints.bits, block_size=ints.block, accuracy_level=graph.precision.accuracy_level
         )
 
+    def w8a8(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None, largest: float | None) -> str:
+        """x [1, T, in] times an int8 matrix with one scale per output, x rounded token by token when it is read; what calibration said of x is not needed."""
+        axis = graph.constant(f"{name}.batch_axis", np.array([0]))
+        q = (ints.q.astype(np.int16) - 128).astype(np.int8)
+        rows = self._row_by_row(graph, f"{name}.row", graph.node("Squeeze", [x, axis], f"{name}.rows"), q, ints.scales[:, 0], bias, 128)
+        return graph.node("Unsqueeze", [rows, axis], name)
 
     def integers(self, graph: Graph, name: str, x: str, weight: np.ndarray, bias: np.ndarray | None, zero: int) -> str:
         """x [rows, in] W^T + b with both rounded to 8 bits: W by rows to -127..127, x row by row when it is read (known as W8A8, dynamic per token).
 
+        zero: the integer for 0 in x, whose range 0..255 it divides.
+        """
+        scale = np.maximum(np.abs(weight).max(1), 1e-12) / 127
+        return self._row_by_row(graph, name, x, np.rint(weight / scale[:, None]).astype(np.int8), scale, bias, zero)
+
+    def _row_by_row(self, graph: Graph, name: str, x: str, q: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, zero: int) -> str:
+        """x [rows, in], rounded row by row, times q int8 [out, in] * scale [out].
+
         CPUs have units for products of integers (AMX, VNNI, dot product), which pay where many rows are read at once, as those of an image; int8 weights
-        in blocks are no faster there than float32. zero: the integer for 0 in x, whose range 0..255 it divides.
+        in blocks are no faster there than float32.
         """
         node, constant = graph.node, graph.constant
-        scale = np.maximum(np.abs(weight).max(1), 1e-12) / 127
         axis, least = constant(f"{name}.axis", np.array([1])), constant(f"{name}.least", np.array(1e-12, np.float32))
         ends = [node("Mul", [node(op, [x, axis], f"{name}.{end}", keepdims=0), constant(f"{name}.per_{end}", np.array(share, np.float32))], f"{name}.scale_{end}")
                 for op, end, share in (("ReduceMax", "high", 1 / (255 - zero)), ("ReduceMin", "low", -1 / zero))]
         step = node("Max", [*ends, least], f"{name}.step")
         zeros = constant(f"{name}.zero", np.array(zero, np.uint8))
         rows = node("Expand", [zeros, node("Shape", [step], f"{name}.rows")], f"{name}.row_zeros")
-        q = node("QuantizeLinear", [x, step, rows], f"{name}.rounded", axis=0)
+        rounded = node("QuantizeLinear", [x, step, rows], f"{name}.rounded", axis=0)
         # This operator takes one step for all rows; theirs is multiplied in afterwards.
         scales = [constant(f"{name}.one", np.array(1, np.float32)), constant(f"{name}.scales", scale.astype(np.float32))]
-        given = [q, constant(f"{name}.q", np.rint(weight / scale[:, None]).astype(np.int8).T), *scales, zeros]
+        given = [rounded, constant(f"{name}.q", q.T), *scales, zeros]
         y = node("Mul", [node("MatMulIntegerToFloat", given, f"{name}.integers", domain=MS), node("Unsqueeze", [step, axis], f"{name}.steps")], f"{name}.product")
         return node("Add", [y, constant(f"{name}.bias", bias.astype(np.float32))], name) if bias is not None else y
 

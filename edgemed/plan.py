@@ -48,15 +48,16 @@ class Choice:
     kv: dict[str, tuple[float, dict[str, Any]]] = field(default_factory=dict)
 
 
+ONNX_KV = {"fp32": (4.0, {}), "int8": (1.0, {"kv": "int8", "calibration": "pubmedqa-abstracts"})}
 GGUF_KV = {"f16": (2.0, {}), "q8_0": (34 / 32, {"kv": "q8_0"})}
 # Bits are those of each target's own layout, scales included; llama.cpp's mixtures depend on the shapes and are filled in by facts.engine_bytes.
 CHOICES = (
     Choice("tensorrt", "fp16", {"precision": "fp16"}, Storage(16, 16, "fp16"), "fp16", kv={"fp16": (2.0, {})}),
     Choice("tensorrt", "int8", {"precision": "int8"}, Storage(8, 16, "weight_only"), "fp16", 8, kv={"fp16": (2.0, {})}),
     Choice("tensorrt", "int4", {"precision": "int4"}, Storage(4.125, 16, "weight_only"), "fp16", 4, kv={"fp16": (2.0, {})}),
-    Choice("onnx", "fp32", {"precision": "fp32"}, Storage(32, 32, "fp32"), kv={"fp32": (4.0, {})}),
-    Choice("onnx", "int8", {"precision": "int8"}, Storage(8.25, 9, "weight_only"), bits=8, kv={"fp32": (4.0, {})}),
-    Choice("onnx", "int4", {"precision": "int4"}, Storage(4.25, 9, "weight_only"), bits=4, kv={"fp32": (4.0, {})}),
+    Choice("onnx", "fp32", {"precision": "fp32"}, Storage(32, 32, "fp32"), kv=ONNX_KV),
+    Choice("onnx", "int8", {"precision": "int8"}, Storage(8.25, 9, "weight_only"), bits=8, kv=ONNX_KV),
+    Choice("onnx", "int4", {"precision": "int4"}, Storage(4.25, 9, "weight_only"), bits=4, kv=ONNX_KV),
     Choice("llamacpp", "f16", {"type": "f16"}, Storage(16, 16, "fp16"), kv=GGUF_KV),
     Choice("llamacpp", "q8_0", {"type": "q8_0"}, Storage(8.5, 8.5, "weight_only"), kv=GGUF_KV),
     Choice("llamacpp", "q4_k_m", {"type": "q4_k_m"}, Storage(4.85, 6.5625, "weight_only"), kv=GGUF_KV),

@@ -31,6 +31,11 @@ class Reader:
         self.seen: Pictures | None = None
         session.rewind(0)
 
+    def forget(self) -> None:
+        """The session is another than it was: nothing it holds is used again."""
+        self.held, self.seen = [], None
+        self.session.rewind(0)
+
     def read(self, tokens: Sequence[int], pictures: Pictures | None = None) -> np.ndarray:
         """Scores [width] after `tokens`, valid until the next call. A beginning that the session already holds is not read again.
 

@@ -120,10 +120,10 @@ def combine(rounds: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 
 class Neighbours:
-    """The solved examples most alike a question: TF-IDF over character trigrams, cosine (works for any script, needs no model)."""
+    """The texts most alike a question: TF-IDF over character trigrams, cosine (works for any script, needs no model)."""
 
-    def __init__(self, examples: Sequence[Example]):
-        rows = [_trigrams(example.question) for example in examples]
+    def __init__(self, texts: Sequence[str]):
+        rows = [_trigrams(text) for text in texts]
         self.words = {word: i for i, word in enumerate(sorted(set().union(*rows)))}
         counts = np.zeros((len(rows), len(self.words)), np.float32)
         for row, found in zip(counts, rows, strict=True):
@@ -138,7 +138,7 @@ class Neighbours:
         return weighted / np.maximum(np.linalg.norm(weighted, axis=-1, keepdims=True), 1e-12)
 
     def order(self, question: str) -> np.ndarray:
-        """Indices of all examples, the most alike first."""
+        """Indices of all texts, the most alike first."""
         counts = np.zeros((1, len(self.words)), np.float32)
         for word, count in _trigrams(question).items():
             if word in self.words:
@@ -302,5 +302,5 @@ class Answerer:
         if strategy.shots == "random":
             return [pool[i] for i in np.random.default_rng(self.settings.seed).permutation(len(pool))[: strategy.k]]
         if language not in self.neighbours:
-            self.neighbours[language] = Neighbours(pool)
+            self.neighbours[language] = Neighbours([shot.question for shot in pool])
         return [pool[i] for i in self.neighbours[language].order(example.question)[: strategy.k][::-1]]

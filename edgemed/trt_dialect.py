@@ -253,3 +253,12 @@ class PlainDialect:
             weight = graph.node("DequantizeLinear", [q, scale], f"{name}.weight", axis=0, block_size=ints.block)
         y = graph.node("MatMul", [x, weight], f"{name}.product" if bias is not None else name)
         return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name) if bias is not None else y
+
+    def w8a8(self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None, largest: float | None) -> str:
+        """The same where x is rounded to int8 too, with one scale from calibration for the whole tensor (`largest` its largest magnitude): explicit quantization, Q and DQ."""
+        if largest is None:
+            raise EdgemedError(f"{name}: the checkpoint says nothing of the range of its activations", "Quantize with method smoothquant, which measures it on calibration text")
+        step = graph.constant(f"{name}.step", np.array(max(largest / 127, 1e-7)).astype(graph.precision.floats))
+        zero = graph.constant(f"{name}.step_zero", np.zeros((), np.int8))
+        rounded = graph.node("DequantizeLinear", [graph.node("QuantizeLinear", [x, step, zero], f"{name}.rounded"), step, zero], f"{name}.read")
+        return self.quantized(graph, name, rounded, ints, bias)

@@ -157,6 +157,11 @@ class Weights:
         """Every (bits, group size) that a matrix of this checkpoint is packed with; empty for a float checkpoint."""
         return {self.packing(key) for keys in self.keys.values() for key in keys if f"{key}.qweight" in self.checkpoint.tensors}
 
+    @property
+    def activation_ranges(self) -> dict[str, float]:
+        """Canonical matrix -> the largest magnitude of what it reads on calibration text; {} where the checkpoint names none (only smoothquant writes them)."""
+        return (self.quantization or {}).get("activation_ranges", {})
+
     def table(self, name: str) -> torch.Tensor:
         """An embedding table [rows, width], float32."""
         return self.checkpoint.read(self.parts[name].weight(self.keys[name][0])).float()
@@ -172,9 +177,9 @@ class Weights:
         torch = need("torch", "build")
         if self.summed and ".experts." in name:
             own = self.delta(name)
-            shared = [self._module(key, False).dense() for key in self.stored[_base(name)][1]]
+            shared = [self.module(key, False).dense() for key in self.stored[_base(name)][1]]
             return Dense(torch.cat(shared) + own.weight, own.bias)
-        found = [self._module(key, self.parts[name].conv1d) for key in self.keys[name]]
+        found = [self.module(key, self.parts[name].conv1d) for key in self.keys[name]]
         matrix = found[0] if len(found) == 1 else joined(found, name)
         if self.fold and name.startswith("layers.") and name.endswith(".qkv"):
             factor = self.source.fold_factor(int(name.split(".")[1]))
@@ -204,7 +209,8 @@ class Weights:
         found = need("torch", "build").cat([self.checkpoint.read(key) for key in keys])
         return found if part.kind == "index" else found.float()
 
-    def _module(self, key: str, conv1d: bool) -> Dense | Packed:
+    def module(self, key: str, conv1d: bool) -> Dense | Packed:
+        """One stored module of a part, [out, in], unfolded; conv1d: its float weight lies [in, out]."""
         read, tensors = self.checkpoint.read, self.checkpoint.tensors
         bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
         if self.expanded and bnb.rounded(self.checkpoint, key):

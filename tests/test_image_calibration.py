@@ -21,6 +21,7 @@ from edgemed.importance import importance  # noqa: E402
 from edgemed.layerwise import awq_layer, gptq_layer  # noqa: E402
 from edgemed.sensitivity import sensitivities  # noqa: E402
 from edgemed.sights import album_of, calibration, calibration_digests, pictured  # noqa: E402
+from edgemed.smooth import smooth_layer  # noqa: E402
 from edgemed.steps import quantize  # noqa: E402
 from edgemed.tokenizer import encode, open_tokenizer  # noqa: E402
 from edgemed.images import prompt_tokens  # noqa: E402
@@ -78,10 +79,12 @@ def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> Non
     assert np.abs(columns["layers.1.qkv"] / (squares / SAMPLES / LENGTH).numpy() - 1).max() < 1e-4
 
 
-@pytest.mark.parametrize("method", [gptq_layer, awq_layer])
+@pytest.mark.parametrize("method", [gptq_layer, awq_layer, smooth_layer])
 def test_rounded_layers_see_the_same_positions(weights: Weights, windows: list, tmp_path: Path, method) -> None:
     d, session, errors = weights.decoder, TorchSession(weights), {}
     own, params = dict.fromkeys(d.matrices(0), (8, 32)), quantize.Params("gptq", bits=8, group=32, clip=True)
+    rounds = {gptq_layer: lambda n, x: gptq_layer(weights, n, x, None, own, params), awq_layer: lambda n, x: awq_layer(weights, n, x, own, params),
+              smooth_layer: lambda n, x: smooth_layer(weights, n, x, own, True, 0.5)}
     for turned in (True, False):
         angles = [shown(weights, window)[1] for window in windows]
         x = Activations(tmp_path, f"{method.__name__}-{turned}", (SAMPLES, LENGTH, d.hidden), False, angles if turned else None)
@@ -90,7 +93,7 @@ def test_rounded_layers_see_the_same_positions(weights: Weights, windows: list, 
                 x.write(i, shown(weights, window)[0])
             x.commit()
             for n in range(d.layers):
-                gptq_layer(weights, n, x, None, own, params) if method is gptq_layer else awq_layer(weights, n, x, own, params)
+                rounds[method](n, x)
                 x.commit()
             session.rewind(0)
             right = session.prefill(windows[0][0], every=True, pictures=windows[0][1])

@@ -163,7 +163,7 @@ def test_majority_votes_win_and_probability_breaks_ties() -> None:
 
 
 def test_nearest_examples_come_from_tf_idf() -> None:
-    from_texts = Neighbours(SHOTS)
+    from_texts = Neighbours([shot.question for shot in SHOTS])
     assert SHOTS[from_texts.order("what is number 2")[0]].question == "what number is it"
     assert SHOTS[from_texts.order("the leg is broken")[0]].question == "a broken leg"
     assert len(from_texts.order("ש")) == 4

@@ -7,13 +7,13 @@ Training runs on transformers' Trainer (edgemed/lesson.py) and goes on where a k
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from edgemed import store
+from edgemed import refit, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
 from edgemed.cut import Shape, choose, cut, parameters, smaller
@@ -34,7 +34,9 @@ IMPORTANCE = 16  # windows that neurons and heads are judged on
 @dataclass(frozen=True)
 class Params:
     """calibration: text set or .jsonl file. steps, rate: optimizer steps and the largest learning rate (AdamW, cosine). teacher: a checkpoint directory;
-    None: the checkpoint itself, of which the student is a part.
+    None: the checkpoint itself, of which the student is a part, or (train) the one it was quantized from.
+
+    train: 'scales' takes a quantized student and trains its scales alone, 'scales+norms' its norms and biases too; the integers stay, the layout is the student's.
 
     The student: layers (one number: a count, evenly spaced; several: indices), ffn (neurons per MLP) and heads (query heads) to keep, or target_params
     ('30M': at most so many, chosen by itself). lora: rank of a LoRA that is trained instead of all weights and merged at the end; 0: all weights.
@@ -55,6 +57,7 @@ class Params:
     steps: int
     rate: float
     teacher: str | None = None
+    train: Literal["weights", "scales", "scales+norms"] = "weights"
     layers: tuple[int, ...] = ()
     ffn: int | None = None
     heads: int | None = None
@@ -115,6 +118,8 @@ def check(p: Params) -> None:
     scores = {"hidden": p.hidden, "on_policy": p.on_policy, "top_k": p.top_k, "labels": p.labels}
     if p.mode == "sequence" and any(scores.values()):
         raise EdgemedError(f"distill: {', '.join(k for k, v in scores.items() if v)} and mode: sequence exclude each other: there only the teacher's text is learned", "Leave them out")
+    if p.train != "weights" and (p.lora or p.layers or p.ffn or p.heads or p.target_params is not None or p.mode == "sequence"):
+        raise EdgemedError(f"distill: train: {p.train} takes the whole quantized student; lora, layers, ffn, heads, target_params and mode: sequence are for floats", "Leave them out")
     if p.top_k and (p.hidden or p.on_policy):
         raise EdgemedError("distill: top_k keeps scores of the given text only, neither hidden states nor those of sampled text", "Leave top_k, or hidden and on_policy out")
 
@@ -126,6 +131,9 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     belong together, too little text, a full disk, and a loss that is not a number.
     """
     weights = Weights(checkpoint)
+    if params.train != "weights":
+        refit.check(weights, params.train)
+        params = replace(params, teacher=params.teacher or refit.source_of(checkpoint))
     teacher = Weights(open_checkpoint(params.teacher)) if params.teacher else weights
     shape = choose(weights, params.layers, params.ffn, params.heads, number(params.target_params, "target_params") if params.target_params is not None else None)
     facts = {"params": asdict(params), "student": checkpoint.hashes(), "inputs": inputs(params), "out": out.name}
@@ -165,8 +173,8 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
     if "lm" not in student.family.auto_classes:
         fix = "Experts can teach; make the student of them with merge: {experts: dense}" if student.decoder.experts else "Give a student of another architecture"
         raise EdgemedError(f"distill: transformers has no class that could train the student {student.checkpoint.path} ({student.checkpoint.config['model_type']})", fix)
-    if student.rounded:
-        raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Distill the float checkpoint, then quantize")
+    if student.rounded and params.train == "weights":
+        raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Say train: scales, or distill the float checkpoint, then quantize")
     if whole and not params.teacher:
         raise EdgemedError("distill: the student is its teacher: nothing is cut and no teacher is given", "Give layers, ffn, heads or target_params, or a teacher")
     sizes = [parameters(w.family, d) for w, d in ((student, smaller(student.source, shape)), (teacher, teacher.source))]
@@ -295,7 +303,7 @@ def _check_room(student: Weights, params: Params, work: Path) -> None:
 def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Path) -> dict[str, Any]:
     """Run or resume the course, and write the student it ends with."""
     with quiet_and_offline():
-        base = load(student)
+        base = _pupil_of(student, params, work)
         width = lesson.teacher.d.hidden if lesson.teacher else student.decoder.hidden
         made = pupil(adapted(base, params.lora, params.seed), student.decoder.layers, lesson.objective.pairs, (student.decoder.hidden, width))
         course = trainer(lesson, made, _arguments(params, work, lesson.objective.labels), params.patience)
@@ -308,7 +316,8 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
         finally:
             course.watch.bar.stop()  # or an interrupted run would leave the terminal without a cursor
         model = (made.student.merge_and_unload() if params.lora else made.student).cpu().eval()
-        notes = {"written": write(model, student, out, params.dtype)}
+        norms = params.train == "scales+norms"
+        notes = {"written": write(model, student, out, params.dtype)} if params.train == "weights" else {"written": refit.write(model, student, out), "trained": refit.trained(student, norms)}
     state = course.state
     names = {f"eval_{name}": name for name in before}
     history = [{"step": entry["step"], **{name: entry[logged] for logged, name in names.items()}} for entry in state.log_history if set(names) <= set(entry)]
@@ -332,3 +341,12 @@ def _arguments(params: Params, work: Path, labels: float) -> dict[str, Any]:
         "lr_scheduler_type": "cosine", "max_grad_norm": 1.0, "optim": "adamw_torch", "bf16": params.precision == "bfloat16", "seed": params.seed, "logging_steps": params.evaluate_every,
         "eval_steps": params.evaluate_every, "save_steps": params.evaluate_every, "metric_for_best_model": best,
     }
+
+
+def _pupil_of(student: Weights, params: Params, work: Path) -> Any:
+    """The student in transformers, with what is not to be trained frozen."""
+    if params.train == "weights":
+        return load(student)
+    model = load(student, refit.expanded(student, work / "expanded"))
+    refit.freeze(model, student, params.train == "scales+norms")
+    return model

@@ -29,6 +29,7 @@ from edgemed.lora import FOLDED
 from edgemed.resume import Layers
 from edgemed.sensitivity import sensitivities
 from edgemed.sights import calibration, calibration_digests
+from edgemed.smooth import smooth_layer
 from edgemed.weights import Weights, pack, stride
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ LOADED = 64 << 20
 
 @dataclass(frozen=True)
 class Params:
-    """rtn rounds to nearest and needs no text; gptq and awq need `calibration`: the name or file of a set, or of several with commas between; auto is gptq. bnb-nf4 and bnb-int8 write
-    bitsandbytes' layouts for transformers (text models; no text needed): nf4 in blocks of 64, int8 by rows; bits and group are theirs, and nothing below applies but
-    double_quant: nf4's scales are rounded to 8 bits as well.
+    """rtn rounds to nearest and needs no text; gptq, awq and smoothquant need `calibration`: the name or file of a set, or of several with commas between; auto is gptq.
+    smoothquant makes inputs even for engines of precision w8a8: 8 bits with group -1; alpha: how much of the inputs' unevenness goes into the weights. bnb-nf4 and
+    bnb-int8 write bitsandbytes' layouts for transformers (text models; no text needed): nf4 in blocks of 64, int8 by rows; bits and group are theirs, and nothing
+    below applies but double_quant: nf4's scales are rounded to 8 bits as well.
 
     group: inputs per scale, -1 for one scale per row. samples, length: windows of calibration tokens. act_order: the columns
     with the largest inputs first (scales stay with their original groups). damp: share of the mean added to the Hessian's diagonal.
@@ -69,7 +71,7 @@ class Params:
     calibrated on those others too whose gate for it is largest, until it has as many (0: only on those that chose it).
     """
 
-    method: Literal["auto", "rtn", "gptq", "awq", "bnb-nf4", "bnb-int8"]
+    method: Literal["auto", "rtn", "gptq", "awq", "smoothquant", "bnb-nf4", "bnb-int8"]
     bits: Literal[2, 3, 4, 8] = 4
     group: Literal[32, 64, 128, -1] = 128
     calibration: str | None = None
@@ -78,6 +80,7 @@ class Params:
     act_order: bool = False
     damp: float = 0.01
     clip: bool | None = None
+    alpha: float = 0.5
     correction: float = 0.5
     budget: str | None = None
     target: Literal["onnx", "tensorrt", "gptq"] = "onnx"
@@ -123,8 +126,9 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         layers = _layers(weights, windows, params, packings, kept, spilled)
         for n, rounded in track(layers, f"quantize ({params.method}, {params.budget or f'{params.bits} bit'})", total=weights.decoder.layers - kept.done):
             errors = {f"layers.{n}.{name}": matrix.errors for name, matrix in rounded.matrices.items()}
-            kept.save(_tensors(weights, n, rounded, packings), {"errors": errors, "alpha": rounded.alpha, "experts": rounded.experts})
-        _write(weights, out, _config(weights, params, packings), kept)
+            ranges = {f"layers.{n}.{name}": largest for name, largest in rounded.activations.items()}
+            kept.save(_tensors(weights, n, rounded, packings), {"errors": errors, "alpha": rounded.alpha, "experts": rounded.experts, "ranges": ranges})
+        _write(weights, out, _config(weights, params, packings, {name: largest for facts in kept.facts for name, largest in facts["ranges"].items()}), kept)
         errors = {name: found for facts in kept.facts for name, found in facts["errors"].items()}
         notes = {"folded_attention_scale": weights.decoder != weights.source, "errors": errors, "spilled": spilled}
         notes |= {"awq_alpha": [facts["alpha"] for facts in kept.facts]} if params.method == "awq" else {}
@@ -194,6 +198,11 @@ def _check(weights: Weights, params: Params) -> None:
     if weights.decoder.experts and weights.decoder.experts.based and (params.method == "awq" or params.budget):
         problem = f"{weights.checkpoint.path}: {'a budget' if params.budget else 'awq'} does not know experts that share a matrix"
         raise EdgemedError(problem, "Use gptq or rtn, without a budget")
+    if params.method == "smoothquant":
+        if (params.bits, params.group, params.budget) != (8, -1, None) or not 0 <= params.alpha <= 1:
+            raise EdgemedError("quantize: smoothquant is int8 with one scale per output, without a budget, and alpha from 0 to 1", "Give bits: 8, group: -1, alpha: 0.5")
+        if weights.decoder.experts:
+            raise EdgemedError("quantize: smoothquant is not written for mixtures of experts", "Use gptq or awq")
     if not params.budget:
         for name in _layer_matrices(weights):
             _check_fit(weights, name, params.bits, params.group)
@@ -241,7 +250,7 @@ def _held(weights: Weights, n: int, params: Params) -> int:
     shapes = {name: weights.parts[f"layers.{n}.{name}"].shape for name in weights.decoder.matrices(n)}
     columns, largest = max(shape[1] for shape in shapes.values()), max(math.prod(shape) for shape in shapes.values())
     # Of one matrix: two moments, the inverse and what its computation holds besides. Those of all matrices at once for a budget; for awq, those of all experts' `up` and of one `down`.
-    kept = [shape[1] for name, shape in shapes.items() if params.budget or (params.method == "awq" and not name.endswith("down"))]
+    kept = [shape[1] for name, shape in shapes.items() if params.budget or params.method == "smoothquant" or (params.method == "awq" and not name.endswith("down"))]
     return loaded(weights, n) + sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
 
 
@@ -298,7 +307,7 @@ def _bits_per_weight(weights: Weights, packings: Packings) -> float:
     return 8 * sum(_packed_bytes(weights, name, *packing) for name, packing in packings.items()) / count
 
 
-def _config(weights: Weights, params: Params, packings: Packings) -> dict[str, Any]:
+def _config(weights: Weights, params: Params, packings: Packings, ranges: Mapping[str, float]) -> dict[str, Any]:
     # Scales are bound to the input's own group even with act_order, so for a reader of the file desc_act is false.
     ((bits, group), _), = Counter(packings.values()).most_common(1)
     quantization = {
@@ -307,6 +316,7 @@ def _config(weights: Weights, params: Params, packings: Packings) -> dict[str, A
     }
     # As GPTQModel writes mixed checkpoints: a pattern for the module's whole name, and what differs there.
     dynamic = {f"+:^{re.escape(key)}$": {"bits": b, "group_size": g} for name, (b, g) in packings.items() if (b, g) != (bits, group) for key in weights.keys[name]}
+    quantization |= {"activation_ranges": dict(ranges)} if ranges else {}
     config = weights.family.folded(weights.checkpoint.config)
     config.pop("torch_dtype", None)
     # For an adapter of the float model, which knows of none of it.
@@ -327,7 +337,7 @@ def _layers(weights: Weights, windows: Windows | None, params: Params, packings:
     if d.rope_axes:
         angles = [shown(weights, window)[1] for window in windows]
     x = Activations(kept.folder, "hidden", shape, spilled, angles)
-    exact = Activations(kept.folder, "exact", shape, spilled) if params.method != "awq" and params.correction else None
+    exact = Activations(kept.folder, "exact", shape, spilled) if params.method in ("auto", "gptq") and params.correction else None
     streams = [x, exact] if exact else [x]
     with torch.inference_mode():
         for stream in streams:
@@ -339,7 +349,10 @@ def _layers(weights: Weights, windows: Windows | None, params: Params, packings:
             stream.commit()
         for n in range(start, d.layers):
             own = own_of(packings, n)
-            rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, own, params)
+            if params.method == "smoothquant":
+                rounded = smooth_layer(weights, n, x, own, params.clip, params.alpha)
+            else:
+                rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, own, params)
             for stream in streams:
                 stream.commit()
             yield n, rounded

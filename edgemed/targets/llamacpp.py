@@ -28,7 +28,7 @@ from edgemed.ggml_session import FILE as GRAPH
 from edgemed.gguf_layout import ROPE, Centred, Place, Reader, carried_bits, layout, own_graph, rescaled
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
 from edgemed.ort_dialect import OrtDialect
-from edgemed.llama import FILE, HEAD, LlamaSession
+from edgemed.llama import CACHE_BYTES, FILE, HEAD, LlamaSession, cache_type
 from edgemed.tokenizer import open_tokenizer
 from edgemed.vision_graph import TOWERS, build_vision
 
@@ -156,10 +156,11 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
     share = weights.source.experts.active / weights.source.experts.count if weights.source.experts else 1
     carried = "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()})) if params.from_checkpoint else None
+    context, kv = params.context or weights.decoder.context, cache_type(params.kv, file_type(params) == "f32")
     notes = {
         "precision": f"{carried} carried" if carried else f"GGUF {chosen.facts['bits_per_weight']:.2f} bpw" if chosen else file_type(params).upper(),
         "bytes_per_token": round(sum(t.nbytes * (share if "_exps." in t.name else 1) for t in tensors if t.name not in looked_up)),
-        "context": params.context or weights.decoder.context,
+        "context": context, "kv_cache": {"type": kv, "bytes": round(weights.decoder.cache_elements(context) * CACHE_BYTES[kv])},
         "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks, **seen,
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemed import lora, ort_adapter
+from edgemed.data import card_names
 from edgemed.errors import EdgemedError, need
+from edgemed.graph import w8a8_refused
 from edgemed.grid import Ints, labelled, named
 from edgemed.ort_dialect import ROPE, OrtDialect
 from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
+from edgemed.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine
@@ -33,26 +36,33 @@ EXACT = {"fp32": 1e-3}
 # Linux's advice to move pages into huge ones now; Python's mmap module does not know it.
 MADV_COLLAPSE = 25
 PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+CACHES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("onnxruntime", "onnx")
 
 
 @dataclass(frozen=True)
 class Params:
-    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest.
+    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest. w8a8: int8 with one scale
+    per output (a smoothquant checkpoint's, or rounded to nearest), and every token's activations rounded to 8 bits when they are read: for long prompts.
 
     group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
-    context: tokens of the KV cache (default the model's). tower: precision of a vision tower and projector
+    context: tokens of the KV cache (default the model's). kv: its format; 'auto' is that of the activations, int8 a quarter of float32's bytes, with a fixed
+    scale per channel measured on `samples` windows of `length` tokens of `calibration`, a text set's name or file. tower: precision of a vision tower and projector
     (w8a8 rounds activations too: by far the fastest, and somewhat less exact than int8);
     min_pixels, max_pixels: to which images are resized (default the model's).
     adapters: LoRA adapters that travel along unmerged, {name: PEFT directory}; a session uses one of them or none.
     provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
 
-    precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
+    precision: Literal["auto", "fp32", "fp16", "int8", "int4", "w8a8"] = "auto"
     group: Literal[32, 64, 128] = 128
     accuracy_level: Literal[1, 4] = 4
     context: int | None = None
+    kv: Literal["auto", "int8"] = "auto"
+    calibration: str | None = None
+    samples: int = 32
+    length: int = 256
     tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -66,15 +76,22 @@ def label(params: Params) -> str:
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of every file that params name: the adapters'. Raises EdgemedError where one is missing."""
-    return lora.inputs(params.adapters)
+    """sha256 of every file that params name: the adapters', and the text that the cache's scales are measured on. Raises EdgemedError where one is missing."""
+    if params.kv == "int8" and params.calibration is None:
+        raise EdgemedError("target onnx: an int8 cache needs text to measure its scales on", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
+    found = lora.inputs(params.adapters)
+    if params.calibration:
+        from edgemed.sights import calibration_digests
+
+        found |= calibration_digests(params.calibration)
+    return found
 
 
 def bits_of(weights: Weights, params: Params) -> int | None:
     """Bits of the layer matrices, the most where a checkpoint mixes them; None for floats."""
     if params.precision == "auto":
         return max((bits for bits, _ in weights.packings()), default=None)
-    return {"int8": 8, "int4": 4}.get(params.precision)
+    return {"int8": 8, "int4": 4, "w8a8": 8}.get(params.precision)
 
 
 def supports(weights: Weights, params: Params) -> str | None:
@@ -83,10 +100,20 @@ def supports(weights: Weights, params: Params) -> str | None:
     stored = weights.packings()
     if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
         return f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks for {bits}; use precision auto"
+    if params.precision == "w8a8" and (reason := w8a8_refused(weights)):
+        return reason
     if uneven := [group for _, group in stored if group != -1 and group % 16]:
         return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
+    if params.provider == "cuda" and params.precision == "w8a8":
+        return "products of integers were only ever run on the CPU; leave provider cuda out"
     if params.provider == "cuda" and params.precision == "fp32":
         return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
+    if params.kv == "int8" and (params.provider == "cuda" or params.precision == "fp16"):
+        return "an int8 cache was only ever run on the CPU, beside float32 activations; leave kv, or precision fp16 and provider cuda out"
+    if params.calibration and params.kv != "int8":
+        return "calibration text is read for an int8 cache only; give kv: int8, or leave calibration out"
+    if params.samples < 1 or params.length < 1:
+        return "samples and length of the calibration text must be at least 1"
     if d.head_dim % 8:
         return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
     if len(d.rope_frequencies) % 8:
@@ -95,7 +122,7 @@ def supports(weights: Weights, params: Params) -> str | None:
         return f"hidden size {d.hidden} is not a multiple of 32"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
-    if bits and not stored and (d.hidden % params.group or d.ffn % params.group):
+    if bits and params.precision != "w8a8" and not stored and (d.hidden % params.group or d.ffn % params.group):
         return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64"
     lora.read_loras(weights, params.adapters)
     return None
@@ -113,17 +140,31 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     seen = {}
     if weights.vision:
         seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
-    precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None)
-    loras = lora.read_loras(weights, params.adapters)
-    graph = build_decoder(weights, out, precision, OrtDialect(), frozenset(part for one in loras for part in one.factors))
+    precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None, integers=params.precision == "w8a8")
+    context, cached, loras = params.context or weights.decoder.context, "int8" if params.kv == "int8" else floats, lora.read_loras(weights, params.adapters)
+    dialect = OrtDialect(_kv_scales(weights, params) if params.kv == "int8" else None)
+    graph = build_decoder(weights, out, precision, dialect, frozenset(part for one in loras for part in one.factors))
     for one in loras:
         ort_adapter.write(out, one, floats)
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = labelled(weights.packings() or {(bits, params.group)}) if bits else {"float32": "fp32", "float16": "fp16"}[floats]
+    label = "w8a8" if precision.integers else label
     return {
-        "precision": label, "context": params.context or weights.decoder.context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer", **seen,
+        "precision": label, "context": context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer",
+        "kv_cache": {"type": cached, "bytes": weights.decoder.cache_elements(context) * np.dtype(cached).itemsize}, **seen,
         **({"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"} if bits else {}),
     }
+
+
+def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
+    from edgemed.kv_scales import kv_scales
+
+    if weights.checkpoint.random_weights:
+        # Such a model is measured for speed and has no tokenizer: any tokens do.
+        return kv_scales(weights, np.random.default_rng(0).integers(0, weights.decoder.vocab, (1, min(32, params.length))).tolist())
+    from edgemed.sights import calibration
+
+    return kv_scales(weights, calibration(weights, params.calibration, params.samples, min(params.length, weights.decoder.context)))
 
 
 def open(engine: Engine, threads: int | None) -> OrtSession:
@@ -197,7 +238,7 @@ class OrtSession:
         self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0")
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
-                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                dtype = CACHES[value.type]
                 shape = (1, value.shape[1], self.context, value.shape[3])
                 if self.cuda:
                     buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)

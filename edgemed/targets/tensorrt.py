@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.engine import pixels_of
 from edgemed.errors import EdgemedError
+from edgemed.graph import w8a8_refused
 from edgemed.grid import labelled, named
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class Params:
     """profile: jetpack6 (TensorRT 10.3), jetpack7 (10.16) or trt11. precision: 'auto' carries a quantized checkpoint's integers and is
-    fp16 otherwise; int4 rounds other matrices to nearest in groups of `group`, int8 with one scale per output.
+    fp16 otherwise; int4 rounds other matrices to nearest in groups of `group`, int8 with one scale per output. w8a8: a smoothquant checkpoint's
+    int8 weights, activations rounded to int8 as well, with the scales that checkpoint holds.
 
     activations: format beside integers. context: tokens of the KV cache (default the model's). prefill: tokens per run at most; longer
     prompts go in parts. workspace_mb: memory TensorRT may use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX.
@@ -43,7 +45,7 @@ class Params:
     """
 
     profile: Literal["jetpack6", "jetpack7", "trt11"] = "jetpack6"
-    precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = "auto"
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4", "w8a8"] = "auto"
     group: Literal[32, 64, 128] = 128
     activations: Literal["fp16", "bf16", "fp32"] = "fp16"
     context: int | None = None
@@ -71,7 +73,7 @@ def bits_of(weights: Weights, params: Params) -> int | None:
     """Bits of the layer matrices, the fewest where a checkpoint mixes them; None for floats."""
     if params.precision == "auto":
         return min((max(4, bits) for bits, _ in weights.packings()), default=None)
-    return {"int8": 8, "int4": 4}.get(params.precision)
+    return {"int8": 8, "int4": 4, "w8a8": 8}.get(params.precision)
 
 
 def supports(weights: Weights, params: Params) -> str | None:
@@ -87,6 +89,9 @@ def supports(weights: Weights, params: Params) -> str | None:
         return reason
     if not bits:
         return None
+    if params.precision == "w8a8":
+        missing = "w8a8 needs scales of the activations from calibration, which only a checkpoint of quantize method smoothquant holds"
+        return w8a8_refused(weights) or (None if weights.activation_ranges else missing)
     if params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
         return f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks for {bits}; use precision auto"
     if not stored:
@@ -136,7 +141,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     d, bits = weights.decoder, bits_of(weights, params)
     chosen = params.activations if bits else "fp16" if params.precision == "auto" else params.precision
     # Sums and norms stay float32: TensorRT 11 computes a norm in the format of its input.
-    precision = Precision(FLOATS[chosen], bits, -1 if bits == 8 else params.group, stream="float32")
+    precision = Precision(FLOATS[chosen], bits, -1 if bits == 8 else params.group, stream="float32", integers=params.precision == "w8a8")
     graph = build_decoder(weights, out, precision, PlainDialect(bits, params.experts == "chosen"))
     context, names, seen, scores = params.context or d.context, ("model", *(SEEING if weights.vision else ())), {}, 0
     if weights.vision:
@@ -147,7 +152,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     packings = weights.packings() or {(bits, -1 if bits == 8 else params.group)}
     same = "ONNX Runtime on the same graph, not TensorRT"
     return {
-        "precision": ("int8 per output" if packings == {(8, -1)} else labelled(packings)) + (f" {chosen}" if chosen != "fp16" else "") if bits else chosen,
+        "precision": ("w8a8" if precision.integers else "int8 per output" if packings == {(8, -1)} else labelled(packings)) + (f" {chosen}" if chosen != "fp16" else "") if bits else chosen,
         "bytes_per_token": graph.layer_bytes, "context": context,
         "unbuilt": same.replace("graph", "graph with bfloat16 widened to float32") if "bf16" in (chosen, weights.vision and params.tower) else same,
         "parser": reports["model"], "expected_bytes": estimate(out, names, context, cache, params.workspace_mb * 10**6, scores),
