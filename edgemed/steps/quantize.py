@@ -183,9 +183,9 @@ def _held(weights: Weights, n: int, params: Params) -> int:
     """Numbers that work on layer n holds at most, experts included: the float layer and its rounded copy; moments; a matrix being rounded, four times."""
     shapes = {name: weights.parts[f"layers.{n}.{name}"].shape for name in weights.decoder.matrices(n)}
     columns, largest = max(shape[1] for shape in shapes.values()), max(math.prod(shape) for shape in shapes.values())
-    # Of one matrix: two moments, the inverse and what its computation holds besides. Those of all matrices at once for a budget; for awq, those of all experts' `up` and of one `down`.
+    # Of one matrix: a moment, its root and what shows how far its inputs have moved. Those of all matrices at once for a budget; for awq, those of all experts' `up` and of one `down`.
     kept = [shape[1] for name, shape in shapes.items() if params.budget or (params.method == "awq" and not name.endswith("down"))]
-    return 2 * sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
+    return 2 * sum(map(math.prod, shapes.values())) + max(3 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
 
 
 def _decided(weights: Weights, windows: torch.Tensor | None, params: Params, folder: Path) -> dict[str, Any]:
