@@ -46,8 +46,8 @@ class Hessian:
         # X^T (E - X) first and W^T once, at the end, or W^T token by token: whichever is smaller.
         self.shift = None if weight is None else torch.zeros(columns, min(columns, weight.shape[0]))
 
-    def add(self, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
-        """x, exact float32 [..., in]; exact where there is a weight."""
+    def add(self, x: torch.Tensor, exact: torch.Tensor | None = None, product: torch.Tensor | None = None) -> None:
+        """x, exact float32 [..., in]; exact where there is a weight, and where it is known already its product with W^T, float32 [..., out]."""
         flat = x.reshape(-1, self.lower.shape[0])
         if not len(flat):
             return
@@ -57,8 +57,12 @@ class Hessian:
             # It is symmetric: only what lies at or below the diagonal's panels is summed up.
             self.lower[panel.start :, panel].addmm_(flat[:, panel.start :].T, flat[:, panel], **share)
         if self.shift is not None:
-            moved = exact.reshape(flat.shape) - flat
-            self.shift.addmm_(flat.T, moved if self._square() else moved @ self.weight.T, **share)
+            exact = exact.reshape(flat.shape)
+            if self._square():
+                moved = exact - flat
+            else:
+                moved = (exact - flat) @ self.weight.T if product is None else product.reshape(len(flat), -1) - flat @ self.weight.T
+            self.shift.addmm_(flat.T, moved, **share)
         self.rows = rows
 
     def _square(self) -> bool:

@@ -109,10 +109,11 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
     for i, row in x:
         rows, before = rows_of(experts, name, i), exact.read(i) if exact else None
         read = feed(d, n, source, name, before, rows) if exact else None
-        hessian.add(feed(d, n, layer, name, row, rows), read)
-        if exact and added(d, name):
-            # The float layer does not wait for what is rounded: its product is added while its input is at hand.
-            exact.write(i, before + linear(source, name, read))
+        # The float layer does not wait for what is rounded: its product is added while its input is at hand.
+        product = linear({name: (weight, None)}, name, read) if exact and added(d, name) else None
+        hessian.add(feed(d, n, layer, name, row, rows), read, product)
+        if product is not None:
+            exact.write(i, before + (product if bias is None else product + bias))
     if lacking(name, hessian.rows, params):
         solution = Solution(*rtn(weight, bits, group_of(weight, group)))
     else:

@@ -72,16 +72,16 @@ def test_widened_integers_stand_for_the_same_weights(bits, known, given):
     assert wide.bits == given and wide.symmetric and torch.equal(wide.dense(), narrow.dense())
 
 
-@pytest.mark.parametrize("outputs", [5, 40])
+@pytest.mark.parametrize(("outputs", "known"), [(5, False), (5, True), (40, True)])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_the_corrected_weights_are_the_least_squares_answer(outputs, act_order):
+def test_the_corrected_weights_are_the_least_squares_answer(outputs, known, act_order):
     weight, exact = normal(outputs, 16), normal(400, 16, seed=1) * torch.linspace(0.5, 2, 16)
     inputs = exact + 0.3 * normal(400, 16, seed=2) + 0.1 * exact.roll(1, 1)
 
     def answer(share):
         hessian = Hessian(16, weight)
         for x, e in zip(inputs.split(150), exact.split(150), strict=True):
-            hessian.add(x, e)
+            hessian.add(x, e, e @ weight.T if known else None)
         return corrected(weight, hessian.pull(), root_of(hessian.moment, 1e-9, act_order), share)
 
     expected = torch.linalg.lstsq(inputs.double(), exact.double() @ weight.double().T).solution.T
