@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Columns whose errors are applied to the rest of the matrix in one product; a multiple of every group but -1.
 BLOCK = 128
+# Within a block: columns whose errors reach each other one by one, the rest of the block in a product; divides every group but -1.
+STRIP = 32
 
 
 @dataclass(frozen=True)
@@ -34,59 +36,151 @@ class Solution:
 class Hessian:
     """The second moment 2 X^T X / n of a matrix's inputs, `moment` float32 [in, in], kept as a running mean over batches.
 
-    cross: also `cross` 2 E^T X / n, with E the inputs the same tokens have where nothing was rounded.
+    weight: the matrix [out, in] whose inputs are corrected; then also `pull()` 2 X^T (E - X) W^T / n, float32 [in, out], with E the inputs the same tokens
+    have where nothing was rounded.
     """
 
-    def __init__(self, columns: int, cross: bool = False):
+    def __init__(self, columns: int, weight: torch.Tensor | None = None):
         torch = need("torch", "build")
-        self.moment, self.rows = torch.zeros(columns, columns), 0
-        self.cross = torch.zeros(columns, columns) if cross else None
+        self.lower, self.rows, self.weight = torch.zeros(columns, columns), 0, weight
+        # X^T (E - X) first and W^T once, at the end, or W^T token by token: whichever is smaller.
+        self.shift = None if weight is None else torch.zeros(columns, min(columns, weight.shape[0]))
 
-    def add(self, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
-        """x, exact float32 [..., in]; exact where there is a cross moment."""
-        flat = x.reshape(-1, self.moment.shape[0])
+    def add(self, x: torch.Tensor, exact: torch.Tensor | None = None, product: torch.Tensor | None = None) -> None:
+        """x, exact float32 [..., in]; exact where there is a weight, and where it is known already its product with W^T, float32 [..., out]."""
+        flat = x.reshape(-1, self.lower.shape[0])
         if not len(flat):
             return
         rows = self.rows + flat.shape[0]
-        self.moment.addmm_(flat.T, flat, beta=self.rows / rows, alpha=2 / rows)
-        if self.cross is not None:
-            self.cross.addmm_(exact.reshape(-1, flat.shape[1]).T, flat, beta=self.rows / rows, alpha=2 / rows)
+        share = {"beta": self.rows / rows, "alpha": 2 / rows}
+        for panel in _panels(flat.shape[1]):
+            # It is symmetric: only what lies at or below the diagonal's panels is summed up.
+            self.lower[panel.start :, panel].addmm_(flat[:, panel.start :].T, flat[:, panel], **share)
+        if self.shift is not None:
+            exact = exact.reshape(flat.shape)
+            if self._square():
+                moved = exact - flat
+            else:
+                moved = (exact - flat) @ self.weight.T if product is None else product.reshape(len(flat), -1) - flat @ self.weight.T
+            self.shift.addmm_(flat.T, moved, **share)
         self.rows = rows
 
+    def _square(self) -> bool:
+        return self.weight.shape[0] >= self.weight.shape[1]
 
-def corrected(weight: torch.Tensor, hessian: Hessian, share: float, damp: float) -> torch.Tensor:
-    """The weights [out, in] that GPTQ shall round instead of `weight`, so that the error its inputs already carry is made good too.
+    @property
+    def moment(self) -> torch.Tensor:
+        """The whole matrix, what lies above the diagonal's panels filled in."""
+        mirror(self.lower)
+        return self.lower
 
-    Of all V, W + W (C - H)(H + damp)^-1 has the outputs X V^T nearest to those of the exact inputs, E W^T (H moment, C cross moment); that correction is
-    taken by `share`, because calibration text is finite.
-    The cross moment is used up, to hold one matrix of its size less. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692) in closed form, with QEP's share
-    (Arai and Ichikawa 2025, arXiv 2504.09629).
+    def pull(self) -> torch.Tensor:
+        """Handed over, not kept."""
+        shift, self.shift = self.shift, None
+        return shift @ self.weight.T if self._square() else shift
+
+
+def mirror(moment: torch.Tensor) -> None:
+    """Copy what lies below the diagonal's panels to where it belongs above."""
+    for panel in _panels(len(moment)):
+        moment[panel, panel.stop :] = moment[panel.stop :, panel].T
+
+
+def _panels(columns: int, width: int = 1024) -> list[slice]:
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+@dataclass(frozen=True)
+class Root:
+    """upper float32 [in, in], the upper Cholesky factor of the inverse of the damped second moment, in the order of columns that `order` int64 [in] gives."""
+
+    upper: torch.Tensor
+    order: torch.Tensor
+
+    def inverse_times(self, right: torch.Tensor) -> torch.Tensor:
+        """The damped second moment's inverse times right float32 [in, n], which may be overwritten."""
+        torch = need("torch", "build")
+        plain = torch.equal(self.order, torch.arange(len(self.order)))
+        work = right if plain else right[self.order]
+        # The inverse is upper^T upper; of a triangle only the panels that are not zero are multiplied.
+        for panel in _panels(len(work)):
+            work[panel] = self.upper[panel, panel.start :] @ work[panel.start :]
+        for panel in reversed(_panels(len(work))):
+            work[panel] = self.upper[: panel.stop, panel].T @ work[: panel.stop]
+        return work if plain else torch.empty_like(work).index_copy_(0, self.order, work)
+
+
+def root_of(moment: torch.Tensor, damp: float, act_order: bool = False) -> Root:
+    """Of a second moment float32 [in, in], with `damp` times its mean on the diagonal; an input that is always zero stands alone there.
+
+    act_order: columns in order of falling second moment. Raises EdgemedError where it cannot be inverted.
     """
     torch = need("torch", "build")
-    right = hessian.cross.sub_(hessian.moment).T @ weight.T
-    hessian.cross = None
-    damped = hessian.moment.clone()
-    damped.diagonal().add_(damp * float(damped.diagonal().mean()) + 1e-12)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
-    if failed:
-        raise singular(damp)
-    return weight + share * torch.cholesky_solve(right, lower).T
+    order = moment.diagonal().argsort(descending=True) if act_order else torch.arange(len(moment))
+    # Rounding can leave a nearly singular moment indefinite in float32: then damp ten times, a hundred times as much.
+    for times in (1, 10, 100):
+        work = moment[order[:, None], order] if act_order else moment.clone()
+        diagonal = work.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal += times * damp * float(diagonal.mean())
+        if _root(work):
+            return Root(work, order)
+    raise EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
+
+
+def _root(work: torch.Tensor) -> bool:
+    """In place: a symmetric matrix float32 [n, n] to the upper Cholesky factor of its inverse; False where it is not positive definite.
+
+    With H = V V^T, V upper, that factor is V^-1: H is taken apart from its last panel to its first, and V inverted from the first to the last. Nearly all of it
+    is products of panels, which run several times as fast as LAPACK's Cholesky, inverse and Cholesky, and no second square is held.
+    """
+    torch = need("torch", "build")
+    panels = _panels(len(work), 256)
+    for panel in reversed(panels):
+        lower, failed = torch.linalg.cholesky_ex(work[panel, panel].flip(0, 1))
+        if failed:
+            return False
+        work[panel, panel] = lower.flip(0, 1)
+        above = work[: panel.start, panel]
+        above.copy_(torch.linalg.solve_triangular(work[panel, panel].T, above, upper=False, left=False))
+        for part in _panels(panel.start):
+            work[: part.stop, part].addmm_(above[: part.stop], above[part].T, alpha=-1)
+    for panel in panels:
+        inverse = torch.linalg.solve_triangular(work[panel, panel], torch.eye(panel.stop - panel.start), upper=True)
+        above = work[: panel.start, panel] @ inverse
+        for part in _panels(panel.start):
+            work[part, panel] = -(work[part, part.start : panel.start] @ above[part.start :])
+        work[panel, panel] = inverse
+        work[panel.stop :, panel] = 0
+    return True
+
+
+def corrected(weight: torch.Tensor, pull: torch.Tensor, root: Root, share: float) -> torch.Tensor:
+    """The weights [out, in] that GPTQ shall round instead of `weight`, so that the error its inputs already carry is made good too.
+
+    Of all V, W + W (C - H)(H + damp)^-1 has the outputs X V^T nearest to those of the exact inputs, E W^T (H = X^T X, C = E^T X, and `pull` W (C - H) transposed,
+    which is used up); that correction is taken by `share`, because calibration text is finite. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692)
+    in closed form, with QEP's share (Arai and Ichikawa 2025, arXiv 2504.09629).
+    """
+    return weight + share * root.inverse_times(pull).T
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False, clip: bool = False) -> Solution:
-    """Integers for weight float32 [out, in] given the second moment [in, in] of its inputs; group divides in.
+    """`round_columns` with the second moment [in, in] of the matrix's inputs; raises EdgemedError where that cannot be inverted."""
+    return round_columns(weight, root_of(hessian, damp, act_order), bits, group, act_order, clip)
 
-    act_order: columns in order of falling second moment. Scales then belong to the original groups and are fixed beforehand, so
+
+def round_columns(weight: torch.Tensor, root: Root, bits: int, group: int, act_order: bool = False, clip: bool = False) -> Solution:
+    """Integers for weight float32 [out, in] given the root of the second moment of its inputs; group divides in.
+
+    act_order: the root's columns are in order of falling second moment. Scales then belong to the original groups and are fixed beforehand, so
     column i keeps group i // group and every engine can carry the integers. Otherwise a group's scale is taken when it is reached,
     after the errors of earlier columns have arrived. A column whose input is always zero is rounded to nearest.
     clip: scales by grid.clipped_scale, a column's error weighed as GPTQ weighs it, by 1 / upper[i, i]^2 (what the later columns cannot make good).
-    Raises EdgemedError where the second moment cannot be inverted.
     """
     torch = need("torch", "build")
     rows, columns = weight.shape
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
-    upper = _inverse_root(hessian, order if act_order else None, damp)
+    order, upper = root.order, root.upper
     importance = torch.empty(columns)
     importance[order] = upper.diagonal() ** -2
     # Transposed: the loop walks over columns, which are then contiguous.
@@ -99,13 +193,18 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, da
         end = min(start + BLOCK, columns)
         errors = torch.empty(end - start, rows)
         for column in range(start, end):
+            strip = column - column % STRIP
+            if column == strip > start:
+                work[strip:end].addmm_(upper[strip - STRIP : strip, strip:end].T, errors[strip - STRIP - start : strip - start], alpha=-1)
             if not fixed and column % group == 0:
                 reached = work[column : column + group].T.contiguous()
                 scales[groups[column]] = clipped_scale(reached, bits, importance[column : column + group]) if clip else scale_of(reached, bits)
             scale = scales[groups[column]]
-            q[column] = round_to(work[column], scale, bits)
-            error = (work[column] - (q[column].float() - zero) * scale) / upper[column, column]
-            work[column + 1 : end].addr_(upper[column, column + 1 : end], error, alpha=-1)
+            integer = (work[column] / scale).round_().clamp_(-zero, zero - 1)
+            q[column] = integer + zero
+            error = (work[column] - integer * scale) / upper[column, column]
+            later = slice(column + 1, min(strip + STRIP, end))
+            work[later].addr_(upper[column, later], error, alpha=-1)
             errors[column - start] = error
         work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     inverse = torch.empty_like(order)
@@ -113,30 +212,15 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, da
     return Solution(q[inverse].T.contiguous(), scales.T.contiguous())
 
 
-def _inverse_root(hessian: torch.Tensor, order: torch.Tensor | None, damp: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped second moment (the rows GPTQ's update needs), its columns in `order`; float32 [in, in]."""
-    torch = need("torch", "build")
-    # Rounding can leave a nearly singular moment indefinite in float32: then damp ten times, a hundred times as much.
-    for times in (1, 10, 100):
-        work = hessian.clone() if order is None else hessian[order[:, None], order]
-        diagonal = work.diagonal()
-        diagonal[diagonal == 0] = 1
-        diagonal += times * damp * float(diagonal.mean())
-        # Each step lets go of the one before: these are the largest matrices of all.
-        work, failed = torch.linalg.cholesky_ex(work)
-        if failed == 0:
-            work = torch.cholesky_inverse(work)
-            work, failed = torch.linalg.cholesky_ex(work, upper=True)
-            if failed == 0:
-                return work
-    raise singular(damp)
-
-
-def singular(damp: float) -> EdgemedError:
-    return EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
-
-
 def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
     """|X (W - W')^T|^2 / |X W^T|^2 over the calibration inputs: the share of a matrix's output that rounding changed."""
-    delta = weight - rounded
-    return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))
+    return _energy(weight - rounded, hessian) / max(_energy(weight, hessian), 1e-30)
+
+
+def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """The sum over rows w of w H w^T; H is symmetric and not read above the diagonal's panels."""
+    total = 0.0
+    for panel in _panels(len(hessian)):
+        product = weight[:, panel.stop :] @ hessian[panel.stop :, panel]
+        total += float(product.addmm_(weight[:, panel], hessian[panel, panel], beta=2).mul_(weight[:, panel]).sum())
+    return total

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from edgemed.awq import Seen, folds, scaled
 from edgemed.decoder import activate, attention, based, linear, load_layer, mlp, norm, routed
 from edgemed.errors import EdgemedError, need
-from edgemed.gptq import Hessian, Solution, corrected, output_error, solve
+from edgemed.gptq import Hessian, Solution, corrected, output_error, root_of, round_columns
 from edgemed.grid import rtn
 from edgemed.weights import Weights
 
@@ -92,12 +92,11 @@ def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | No
         if name == "o" and not d.parallel:
             for i, row in x:
                 x.write(i, row + linear(layer, "o", feed(d, n, layer, "o", row, angles=x.turned(i))))
-                if exact:
-                    before = exact.read(i)
-                    exact.write(i, before + linear(source, "o", feed(d, n, source, "o", before, angles=x.turned(i))))
+            for done in ("qkv", "o"):
+                del layer[done], source[done]
     for i, row in x:
         x.write(i, row + branches(d, layer, n, row, x.turned(i)))
-        if exact:
+        if exact and not added(d, d.matrices(n)[-1]):
             before = exact.read(i)
             exact.write(i, before + branches(d, source, n, before, x.turned(i)))
     return Rounded(found, experts=said)
@@ -108,16 +107,23 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
     """One matrix; its rounded weight takes its place in the first of `layers`, the second stays as stored. streams: as gptq_layer's x and exact."""
     (layer, source), (x, exact), (bits, group) = layers, streams, packing
     weight, bias = layer[name]
-    hessian = Hessian(weight.shape[1], exact is not None)
+    hessian = Hessian(weight.shape[1], weight if exact else None)
     for i, row in x:
-        rows = rows_of(experts, name, i)
-        hessian.add(feed(d, n, layer, name, row, rows, x.turned(i)), feed(d, n, source, name, exact.read(i), rows, x.turned(i)) if exact else None)
+        rows, before = rows_of(experts, name, i), exact.read(i) if exact else None
+        read = feed(d, n, source, name, before, rows, x.turned(i)) if exact else None
+        # The float layer does not wait for what is rounded: its product is added while its input is at hand.
+        product = linear({name: (weight, None)}, name, read) if exact and added(d, name) else None
+        hessian.add(feed(d, n, layer, name, row, rows, x.turned(i)), read, product)
+        if product is not None:
+            exact.write(i, before + (product if bias is None else product + bias))
     if lacking(name, hessian.rows, params):
         solution = Solution(*rtn(weight, bits, group_of(weight, group)))
     else:
         try:
-            target = corrected(weight, hessian, params.correction, params.damp) if exact else weight
-            solution = solve(target, hessian.moment, bits, group_of(weight, group), params.damp, params.act_order, params.clip)
+            root = root_of(hessian.moment, params.damp, params.act_order)
+            target = corrected(weight, hessian.pull(), root, params.correction) if exact else weight
+            solution = round_columns(target, root, bits, group_of(weight, group), params.act_order, params.clip)
+            del root, target
         except EdgemedError as error:
             raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
     found = matrix_of(weight, bias, solution, bits, hessian.moment if hessian.rows else None)
@@ -239,6 +245,11 @@ def feed(d: Decoder, n: int, layer: Layer, name: str, x: torch.Tensor, rows: tor
         flat = read.reshape(-1, d.hidden)
         return based(d, layer, flat, routed(d, layer, flat))[0][None]
     return activate(d, linear(layer, f"{name.removesuffix('down')}up", read)) if name.endswith("down") else read
+
+
+def added(d: Decoder, name: str) -> bool:
+    """Whether the product of this matrix, by itself, is added to the hidden state."""
+    return not d.parallel and name in ("o", "down")
 
 
 def group_of(weight: torch.Tensor, group: int) -> int:

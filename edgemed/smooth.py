@@ -45,6 +45,7 @@ def smooth_layer(weights: Weights, n: int, x: Activations, own: Own, clip: bool,
             read = feed(d, n, source, name, row if name in ("qkv", "o") else middle, angles=x.turned(i))
             hessians[name].add(read)
             largest[name] = torch.maximum(largest[name], read.abs().amax((0, 1)))
+    moments = {name: hessian.moment for name, hessian in hessians.items()}
     for fold in folds(d, n):
         # What one row makes must get one scale: heads that share a value row share the largest of it and of the weights that read it.
         shared = per_source(d, fold, largest[fold.fed[0]], "largest")
@@ -53,12 +54,12 @@ def smooth_layer(weights: Weights, n: int, x: Activations, own: Own, clip: bool,
         apply(d, fold, layer, s)
         for name in fold.fed:
             largest[name] = largest[name] / s
-            hessians[name].moment = hessians[name].moment / s / s[:, None]
+            moments[name] = moments[name] / s / s[:, None]
     found = {}
     for name, (bits, group) in own.items():
         weight, bias = layer[name]
-        solution = Solution(*rtn(weight, bits, group_of(weight, group), clip, hessians[name].moment.diagonal()))
-        found[name] = matrix_of(weight, bias, solution, bits, hessians[name].moment)
+        solution = Solution(*rtn(weight, bits, group_of(weight, group), clip, moments[name].diagonal()))
+        found[name] = matrix_of(weight, bias, solution, bits, moments[name])
         layer[name] = (solution.dense(bits), bias)
     for i, row in x:
         row = row if d.parallel else row + linear(layer, "o", feed(d, n, layer, "o", row, angles=x.turned(i)))

@@ -18,6 +18,7 @@ from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from edgemed.decoder import block, load_layer, logits, norm, routed  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
 from edgemed.sensitivity import sensitivities  # noqa: E402
+from edgemed.step_memory import held as held_by  # noqa: E402
 from edgemed.steps import quantize  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
@@ -189,10 +190,10 @@ def test_the_memory_of_a_sparse_layer_is_that_of_all_its_experts(model: Checkpoi
     weights = Weights(model, fold=True)
     d = weights.decoder
     sizes = [sum(math.prod(weights.parts[f"layers.{n}.{name}"].shape) for name in d.matrices(n)) for n in range(3)]
-    held = [quantize._held(weights, n, quantize.Params("gptq")) for n in range(3)]
+    held = [held_by(weights, n, quantize.Params("gptq")) for n in range(3)]
     router = math.prod(weights.parts["layers.0.router"].shape)
     assert held[0] - held[1] == 2 * (sizes[0] - sizes[1]) + router > 0 and held[0] == held[2]
-    assert quantize._held(weights, 0, quantize.Params("gptq", budget="5bpw")) > held[0]
+    assert held_by(weights, 0, quantize.Params("gptq", budget="5bpw")) > held[0]
     with pytest.raises(EdgemedError, match="max_memory 1MB is too small"):
         quantized(model, tmp_path / "q", method="awq", calibration=text, max_memory="1MB")
 

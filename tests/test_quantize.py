@@ -270,11 +270,11 @@ def test_a_tiny_memory_limit_spills_and_gives_the_same_weights(base, tmp_path, t
     limit = f"{(psutil.Process().memory_info().rss + 2 * 10**8) // 1000}KB"
     asked = {"method": "gptq", "group": 32, "calibration": text, "samples": 8, "length": 32}
     for windows, expected in ((8, False), (10**5, True)):
-        assert quantize._spilled(Weights(base, fold=True), torch.zeros(1, 1).expand(windows, 64), quantize.Params(**asked, max_memory=limit)) is expected
+        assert quantize.spilled(Weights(base, fold=True), True, quantize.Params(**asked | {"samples": windows, "length": 64}, max_memory=limit)) is expected
     for method in ("gptq", "awq"):
         plain, notes = quantized(base, tmp_path / f"{method}-plain", **asked | {"method": method})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize, "_spilled", lambda *_: True)
+            patch.setattr(quantize, "spilled", lambda *_: True)
             spilled, told = quantized(base, tmp_path / f"{method}-spilled", **asked | {"method": method})
         assert (notes["spilled"], told["spilled"]) == (False, True)
         assert spilled.hashes() == plain.hashes()
@@ -287,7 +287,7 @@ def test_a_tiny_memory_limit_spills_and_gives_the_same_weights(base, tmp_path, t
 @pytest.mark.parametrize("spilled", [False, True])
 def test_a_killed_run_goes_on_from_its_last_layer(base, tmp_path, text, monkeypatch, method, spilled):
     params = {"method": method, "group": 32} | ({} if method == "rtn" else {"calibration": text, "samples": 8, "length": 32})
-    monkeypatch.setattr(quantize, "_spilled", lambda *_: spilled)
+    monkeypatch.setattr(quantize, "spilled", lambda *_: spilled)
     whole, notes = quantized(base, tmp_path / "whole", **params)
     work, computed, killed_at = getattr(quantize, f"{method}_layer"), [], [1]
 

@@ -12,7 +12,7 @@ from edgemed.checkpoint import open_checkpoint
 from edgemed.data import calibration_windows
 from edgemed.decoder import block, load_layer, logits
 from edgemed.errors import EdgemedError
-from edgemed.gptq import Hessian, Solution, corrected, output_error, solve
+from edgemed.gptq import Hessian, Solution, corrected, output_error, root_of, solve
 from edgemed.grid import LEAST, TRIES, clipped_scale, rtn, scale_of, widened
 from edgemed.random_weights import make_random
 from edgemed.sensitivity import sensitivities
@@ -72,24 +72,47 @@ def test_widened_integers_stand_for_the_same_weights(bits, known, given):
     assert wide.bits == given and wide.symmetric and torch.equal(wide.dense(), narrow.dense())
 
 
-def test_the_corrected_weights_are_the_least_squares_answer():
-    weight, exact = normal(5, 16), normal(400, 16, seed=1)
+@pytest.mark.parametrize(("outputs", "known"), [(5, False), (5, True), (40, True)])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_corrected_weights_are_the_least_squares_answer(outputs, known, act_order):
+    weight, exact = normal(outputs, 16), normal(400, 16, seed=1) * torch.linspace(0.5, 2, 16)
     inputs = exact + 0.3 * normal(400, 16, seed=2) + 0.1 * exact.roll(1, 1)
 
-    def seen():
-        hessian = Hessian(16, cross=True)
+    def answer(share):
+        hessian = Hessian(16, weight)
         for x, e in zip(inputs.split(150), exact.split(150), strict=True):
-            hessian.add(x, e)
-        return hessian
+            hessian.add(x, e, e @ weight.T if known else None)
+        return corrected(weight, hessian.pull(), root_of(hessian.moment, 1e-9, act_order), share)
 
     expected = torch.linalg.lstsq(inputs.double(), exact.double() @ weight.double().T).solution.T
-    assert torch.allclose(corrected(weight, seen(), 1.0, 1e-9).double(), expected, atol=1e-3)
-    assert torch.allclose(corrected(weight, seen(), 0.5, 1e-9).double(), (weight + expected) / 2, atol=1e-3)
-    assert torch.equal(corrected(weight, seen(), 0.0, 1e-9), weight)
-    broken = seen()
-    broken.moment = -torch.eye(16)
-    with pytest.raises(EdgemedError, match="no invertible second moment"):
-        corrected(weight, broken, 1.0, 0.01)
+    assert torch.allclose(answer(1.0).double(), expected, atol=1e-3)
+    assert torch.allclose(answer(0.5).double(), (weight + expected) / 2, atol=1e-3)
+    assert torch.equal(answer(0.0), weight)
+
+
+@pytest.mark.parametrize("columns", [128, 1100, 2304])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_root_is_the_cholesky_factor_of_the_inverse(columns, act_order):
+    """More columns than one panel, and a last panel that is not full; against LAPACK in float64."""
+    inputs = normal(3 * columns, columns) * torch.linspace(0.5, 2, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(1))]
+    inputs[:, 7] = 0
+    hessian = Hessian(columns)
+    for batch in inputs.split(700):
+        hessian.add(batch)
+    moment = hessian.moment.double()
+    assert torch.allclose(moment, 2 * inputs.double().T @ inputs.double() / len(inputs), atol=1e-4) and torch.allclose(moment, moment.T, atol=1e-4)
+    root = root_of(hessian.moment, 0.01, act_order)
+    dead = moment.diagonal() == 0
+    moment.diagonal()[dead] = 1
+    moment += 0.01 * moment.diagonal().mean() * torch.eye(columns)
+    assert int(dead.sum()) == 1 and (not act_order or torch.equal(root.order, hessian.moment.diagonal().argsort(descending=True)))
+    expected = torch.linalg.cholesky(torch.linalg.inv(moment[root.order[:, None], root.order]), upper=True)
+    assert torch.allclose(root.upper.double(), expected, rtol=1e-3, atol=1e-5)
+    right = normal(columns, 9, seed=2)
+    assert torch.allclose(root.inverse_times(right.clone()).double(), torch.linalg.solve(moment, right.double()), rtol=1e-3, atol=1e-4)
+    weight = normal(12, columns, seed=3)
+    direct = (inputs.double() @ (0.1 * weight).double().T).square().sum() / (inputs.double() @ weight.double().T).square().sum()
+    assert output_error(weight, 0.9 * weight, hessian.moment) == pytest.approx(float(direct), rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

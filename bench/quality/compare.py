@@ -6,7 +6,8 @@ Activations stay float32, so this compares weights, not kernels. Peers run in en
 
     python -m venv bench/peers/gptq          # GPTQModel: see bench/gptq_load.py
     python -m venv bench/peers/autoround
-    bench/peers/autoround/bin/pip install torch==2.13.0 transformers==5.23.0 auto-round
+    bench/peers/autoround/bin/pip install torch==2.13.0 transformers==5.23.0 auto-round hqq
+    bench/peers/llama/bin                    # llama-imatrix, llama-quantize: see llama_peer.py; nf4 needs bitsandbytes where this script runs
     python bench/quality/compare.py --work DIR [--only NAME ...]
 
 What was made is kept in DIR and not made again; an absent peer is left out by name.
@@ -47,6 +48,10 @@ def gguf(*sets: str) -> list[str]:
     return ["export", "{model}", "--target", "llamacpp", "--out", "{out}", *GGUF, *(part for text in sets for part in ("--set", text))]
 
 
+def llama(kind: str) -> tuple[str, str, list[str]]:
+    return ("llama", "llama_peer.py", ["--card", CARD, "--type", kind])
+
+
 # Scales (and norms) of a quantized checkpoint trained on the calibration text: 40,960 tokens, the rate the best of three on text held back from it.
 REFIT = ["--teacher", "{model}", "--calibration", CARD, "--steps", "40", "--rate", "1e-3", "--set", f"length={LENGTH}", "--set", "batch=4", "--set", "evaluate_every=20"]
 
@@ -83,7 +88,16 @@ CONTENDERS: dict[str, list[str] | tuple[str, str, list[str]]] = {
     "GGUF mixed 4.5 bpw": gguf("budget=4.5bpw"),
     "GPTQModel g128": ("gptq", "gptqmodel_peer.py", ["--group", "128"]),
     "GPTQModel g64": ("gptq", "gptqmodel_peer.py", ["--group", "64"]),
+    "GPTQModel g128, mse": ("gptq", "gptqmodel_peer.py", ["--group", "128", "--mse", "2.4"]),
+    "GPTQModel g128, gptaq": ("gptq", "gptqmodel_peer.py", ["--group", "128", "--gptaq"]),
+    "GPTQModel g128, mse, gptaq": ("gptq", "gptqmodel_peer.py", ["--group", "128", "--mse", "2.4", "--gptaq"]),
     "AutoRound g128": ("autoround", "autoround_peer.py", ["--group", "128"]),
+    "hqq g64": ("autoround", "dense_peer.py", ["--method", "hqq", "--group", "64"]),
+    "hqq g128": ("autoround", "dense_peer.py", ["--method", "hqq", "--group", "128"]),
+    "nf4 g64": ("main", "dense_peer.py", ["--method", "nf4", "--group", "64"]),
+    "nf4 g64, double": ("main", "dense_peer.py", ["--method", "nf4", "--group", "64", "--double"]),
+    **{f"{name}, llama-imatrix": llama(name) for name in ("Q4_K_M", "IQ4_XS", "IQ3_S", "Q3_K_M")},
+    **{name: gguf(f"type={name.lower()}") for name in ("IQ4_XS", "IQ3_S", "Q3_K_M")},
 }
 
 
@@ -113,10 +127,11 @@ def make(name: str, work: Path, model: Path) -> dict[str, Any] | None:
         return json.loads(facts.read_text())
     how = CONTENDERS[name]
     if isinstance(how, tuple):
-        python = ROOT / "bench/peers" / how[0] / "bin/python"
-        if not python.is_file():
-            print(f"{name}: {python} is not there, left out", file=sys.stderr)
+        folder = ROOT / "bench/peers" / how[0] / "bin"
+        if how[0] != "main" and not folder.is_dir():
+            print(f"{name}: {folder} is not there, left out", file=sys.stderr)
             return None
+        python = folder / "python" if (folder / "python").is_file() else Path(sys.executable)
         command = [str(python), str(HERE / how[1]), str(model), str(out), "--tokens", str(calibration_tokens(work, model)), *how[2]]
     else:
         values = {"model": model, "out": out}
@@ -159,10 +174,20 @@ def size_of(path: Path) -> dict[str, Any]:
         return {"bytes": tensor_bytes(path / "model.gguf"), "layer_bpw": 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)}
     checkpoint = open_checkpoint(path)
     weights = Weights(checkpoint)
+    count = sum(int(np.prod(part.shape)) for name, part in weights.parts.items() if name.startswith("layers.") and part.kind == "matrix")
+    if (path / "peer.json").is_file():
+        # Expanded already: the tensors on disk are float, and the rest of the model is what it was.
+        bits = json.loads((path / "peer.json").read_text())["layer_bpw"]
+        rest = sum(2 * int(np.prod(entry.shape)) for entry in checkpoint.tensors.values()) - 2 * count
+        return {"bytes": rest + round(bits * count / 8), "layer_bpw": bits}
     packed = [f"{key}." for name, keys in weights.keys.items() for key in keys if name.startswith("layers.") and weights.parts[name].kind == "matrix"]
     held = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name.startswith(tuple(packed)) and not name.endswith(".bias"))
-    count = sum(int(np.prod(part.shape)) for name, part in weights.parts.items() if name.startswith("layers.") and part.kind == "matrix")
     return {"bytes": sum(entry.nbytes for entry in checkpoint.tensors.values()), "layer_bpw": 8 * held / count}
+
+
+def told(path: Path) -> dict[str, Any]:
+    """What a peer's script says of its result."""
+    return json.loads((path / "peer.json").read_text()) if (path / "peer.json").is_file() else {}
 
 
 def weights_of(path: Path, source: Path) -> Any:
@@ -276,7 +301,7 @@ def main() -> None:
         file = args.work / f"{name}.evaluated.json"
         if not file.is_file():
             file.write_text(json.dumps(evaluated(name, Path(found["path"]), model, windows, sources, base)[0]))
-        rows[name] = {**found, **size_of(Path(found["path"])), **json.loads(file.read_text())}
+        rows[name] = {**found, **told(Path(found["path"])), **size_of(Path(found["path"])), **json.loads(file.read_text())}
         print(name, {card: round(1000 * value, 3) for card, value in rows[name]["kl"].items()}, file=sys.stderr, flush=True)
     print(table(rows))
     if args.record:
@@ -289,7 +314,9 @@ def main() -> None:
 PAIRS = (
     ("gptq g128", "GPTQModel g128"), ("gptq g64", "GPTQModel g64"), ("gptq g128", "AutoRound g128"), ("gptq g128", "gptq g128, plain"), ("awq g128", "rtn g128"),
     ("mixed 4.24 bpw", "gptq g128"), ("mixed 4.24 bpw for onnx", "gptq g128"), ("mixed 4.5 bpw", "gptq g32"), ("mixed 4.5 bpw", "gptq g64"), ("mixed 4.5 bpw for onnx", "gptq g64"),
-    ("mixed 4.5 bpw", "AutoRound g128"), ("mixed 4.5 bpw", "Q4_K_M"), ("GGUF mixed, bytes of Q4_K_M", "Q4_K_M"), ("GGUF mixed 4.5 bpw", "Q4_K_M"),
+    *(("gptq g128", f"GPTQModel g128, {options}") for options in ("mse", "gptaq", "mse, gptaq")), ("gptq g64", "hqq g64"), ("gptq g64", "nf4 g64"), ("mixed 4.24 bpw", "AutoRound g128"),
+    *((name, f"{name}, llama-imatrix") for name in ("Q4_K_M", "IQ4_XS", "IQ3_S", "Q3_K_M")),
+    ("mixed 4.5 bpw", "gptq g128"), ("mixed 4.5 bpw", "hqq g64"), ("mixed 4.5 bpw", "nf4 g64"), ("mixed 4.5 bpw", "AutoRound g128"), ("mixed 4.5 bpw", "Q4_K_M"), ("GGUF mixed, bytes of Q4_K_M", "Q4_K_M"), ("GGUF mixed 4.5 bpw", "Q4_K_M"),
 )
 
 

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemed import bnb, store, units
+from edgemed import bnb, store
 from edgemed.activations import Activations
 from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
 from edgemed.data import card_names
-from edgemed.decoder import loaded, shown
+from edgemed.decoder import shown
 from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
@@ -30,6 +30,7 @@ from edgemed.resume import Layers
 from edgemed.sensitivity import sensitivities
 from edgemed.sights import calibration, calibration_digests
 from edgemed.smooth import smooth_layer
+from edgemed.step_memory import spilled
 from edgemed.weights import Weights, pack, stride
 
 if TYPE_CHECKING:
@@ -49,9 +50,6 @@ CHOICES = {
 }
 
 BNB = "bnb-"
-
-# What libraries load and allocate when they are first used, beside the tensors.
-LOADED = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -118,19 +116,19 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     _check(weights, params)
     params = replace(params, clip=params.method != "rtn" if params.clip is None else params.clip)
     windows = calibration(weights, params.calibration, params.samples, params.length) if digests else None
-    spilled = _spilled(weights, windows, params)
+    on_disk = spilled(weights, windows is not None, params)
     told = {name: value for name, value in asdict(params).items() if name != "max_memory"}
     with Layers(out, store.digest({"params": told, "inputs": checkpoint.hashes() | digests, "versions": store.versions()})) as kept:
         decided = kept.once("packings", lambda: _decided(weights, windows, params, kept.folder))
         packings = {name: tuple(packing) for name, packing in decided["packings"].items()}
-        layers = _layers(weights, windows, params, packings, kept, spilled)
+        layers = _layers(weights, windows, params, packings, kept, on_disk)
         for n, rounded in track(layers, f"quantize ({params.method}, {params.budget or f'{params.bits} bit'})", total=weights.decoder.layers - kept.done):
             errors = {f"layers.{n}.{name}": matrix.errors for name, matrix in rounded.matrices.items()}
             ranges = {f"layers.{n}.{name}": largest for name, largest in rounded.activations.items()}
             kept.save(_tensors(weights, n, rounded, packings), {"errors": errors, "alpha": rounded.alpha, "experts": rounded.experts, "ranges": ranges})
         _write(weights, out, _config(weights, params, packings, {name: largest for facts in kept.facts for name, largest in facts["ranges"].items()}), kept)
         errors = {name: found for facts in kept.facts for name, found in facts["errors"].items()}
-        notes = {"folded_attention_scale": weights.decoder != weights.source, "errors": errors, "spilled": spilled}
+        notes = {"folded_attention_scale": weights.decoder != weights.source, "errors": errors, "spilled": on_disk}
         notes |= {"awq_alpha": [facts["alpha"] for facts in kept.facts]} if params.method == "awq" else {}
         if weights.decoder.experts and params.method != "rtn":
             notes["experts"] = {f"layers.{n}": facts["experts"] for n, facts in enumerate(kept.facts) if facts["experts"]}
@@ -232,28 +230,6 @@ def _groups(weights: Weights) -> str:
     return f"Choose group {', '.join([*fitting, '-1'])}"
 
 
-def _spilled(weights: Weights, windows: Windows | None, params: Params) -> bool:
-    """Whether the hidden states go to disk. Raises EdgemedError where max_memory does not even hold the work on one layer."""
-    import psutil
-
-    limit = units.size(params.max_memory, "max_memory") if params.max_memory else round(0.6 * psutil.virtual_memory().available)
-    if windows is None:
-        return False
-    work = psutil.Process().memory_info().rss + LOADED + 4 * max(*(_held(weights, n, params) for n in range(weights.decoder.layers)), 2 * weights.decoder.vocab * weights.decoder.hidden)
-    if params.max_memory and work > limit:
-        raise EdgemedError(f"max_memory {params.max_memory} is too small: work on one layer of this model takes {size(work)}", f"Give at least {size(work)}")
-    return work + params.samples * params.length * weights.decoder.hidden * 4 * (2 if params.correction else 1) > limit
-
-
-def _held(weights: Weights, n: int, params: Params) -> int:
-    """Numbers that work on layer n holds at most, experts included: the float layer and its rounded copy; moments; a matrix being rounded, four times."""
-    shapes = {name: weights.parts[f"layers.{n}.{name}"].shape for name in weights.decoder.matrices(n)}
-    columns, largest = max(shape[1] for shape in shapes.values()), max(math.prod(shape) for shape in shapes.values())
-    # Of one matrix: two moments, the inverse and what its computation holds besides. Those of all matrices at once for a budget; for awq, those of all experts' `up` and of one `down`.
-    kept = [shape[1] for name, shape in shapes.items() if params.budget or params.method == "smoothquant" or (params.method == "awq" and not name.endswith("down"))]
-    return loaded(weights, n) + sum(map(math.prod, shapes.values())) + max(5 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
-
-
 def _decided(weights: Weights, windows: Windows | None, params: Params, folder: Path) -> dict[str, Any]:
     """(bits, group) of every layer matrix, and with a budget what they are expected to cost."""
     names = _layer_matrices(weights)
@@ -326,7 +302,7 @@ def _config(weights: Weights, params: Params, packings: Packings, ranges: Mappin
     return config | {"dtype": "float16", "quantization_config": quantization | ({"dynamic": dynamic} if dynamic else {})}
 
 
-def _layers(weights: Weights, windows: Windows | None, params: Params, packings: Packings, kept: Layers, spilled: bool) -> Iterator[tuple[int, Rounded]]:
+def _layers(weights: Weights, windows: Windows | None, params: Params, packings: Packings, kept: Layers, on_disk: bool) -> Iterator[tuple[int, Rounded]]:
     """Layers from the first that is not finished, each calibrated on what the quantized ones before it put out."""
     torch = need("torch", "build")
     d, start = weights.decoder, kept.done
@@ -336,8 +312,8 @@ def _layers(weights: Weights, windows: Windows | None, params: Params, packings:
     shape, angles = (params.samples, params.length, d.hidden), None
     if d.rope_axes:
         angles = [shown(weights, window)[1] for window in windows]
-    x = Activations(kept.folder, "hidden", shape, spilled, angles)
-    exact = Activations(kept.folder, "exact", shape, spilled) if params.method in ("auto", "gptq") and params.correction else None
+    x = Activations(kept.folder, "hidden", shape, on_disk, angles)
+    exact = Activations(kept.folder, "exact", shape, on_disk) if params.method in ("auto", "gptq") and params.correction else None
     streams = [x, exact] if exact else [x]
     with torch.inference_mode():
         for stream in streams:
