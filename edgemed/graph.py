@@ -167,7 +167,7 @@ def linear(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, 
     """x [.., in] -> x W^T + b [.., out], in the precision of the graph; exact: in its floats, not its integers."""
     matrix, bits = weights.matrix(name), None if exact else graph.precision.bits
     bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
-    shape = weights.parts[name].shape
+    shape = (matrix.q if isinstance(matrix, Packed) else matrix.weight).shape
     if graph.precision.integers and not exact:
         q, scales = (matrix.q, matrix.scales) if isinstance(matrix, Packed) else rtn(matrix.dense(), 8, matrix.weight.shape[1])
         y = dialect.w8a8(graph, name, x, Ints(q.numpy(), scales.numpy(), 8, q.shape[1]), bias, weights.activation_ranges.get(name))

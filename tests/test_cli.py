@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, cli, refused
 
-VERBS = {"doctor", "inspect", "plan", "run", "merge", "quantize", "distill", "export", "build", "verify", "bench", "eval", "report", "generate", "chat", "list", "recipes", "card", "keygen", "sign", "calibrate"}
+VERBS = {"doctor", "inspect", "plan", "run", "merge", "quantize", "distill", "export", "build", "verify", "bench", "eval", "report", "generate", "chat", "list", "recipes", "card", "keygen", "sign", "calibrate", "experts", "ttt"}
 
 
 def test_reference_page_is_current() -> None:

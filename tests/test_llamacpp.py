@@ -345,7 +345,7 @@ def test_from_checkpoint_refuses_what_it_cannot_carry(model: Checkpoint, tmp_pat
     small = packed_checkpoint(model, tmp_path / "small", 4, 16)
     with pytest.raises(EdgemedError, match="groups of 16, not a multiple of 32"):
         export(small, "llamacpp", Params(from_checkpoint=True), tmp_path / "engine")
-    with pytest.raises(EdgemedError, match="not quantized"):
+    with pytest.raises(EdgemedError, match="needs a GPTQ checkpoint"):
         export(model, "llamacpp", Params(from_checkpoint=True), tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 
