@@ -21,7 +21,10 @@ def main() -> None:
     from edgemed.task import questions
     from edgemed.ttt import Adapt, compare
 
-    arms = {"solved example, rate 1e-3": Adapt(), "solved example, rate 1e-4": Adapt(rate=1e-4), f"{CARD}, rate 1e-3": Adapt(text=CARD), "3 solved examples, rate 1e-3": Adapt(k=3)}
+    arms = {
+        "solved example, rate 1e-4": Adapt(rate=1e-4), "solved example, rate 1e-3": Adapt(), "solved example, rate 1e-2": Adapt(rate=1e-2),
+        "3 solved examples, rate 1e-3": Adapt(k=3), f"{CARD}, rate 1e-3": Adapt(text=CARD),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=100)
