@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemed.checkpoint import Checkpoint
 from edgemed.errors import EdgemedError, need
-from edgemed.store import file_sha256
+from edgemed.store import MANIFEST, file_sha256, read_manifest
 from edgemed.weights import Dense, Packed, Weights
 
 if TYPE_CHECKING:
@@ -127,6 +127,14 @@ def read_loras(weights: Weights, adapters: Mapping[str, str] | None) -> list[Lor
     return [read_lora(weights, name, path) for name, path in (adapters or {}).items()]
 
 
+def _folded_unsaid(checkpoint: Checkpoint) -> bool:
+    """Whether this is a checkpoint of an older quantize step that changed what an adapter reads or writes: its manifest knows, its config.json does not."""
+    if not (checkpoint.path / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(checkpoint.path)
+    return manifest["stage"] == "quantize" and (manifest["notes"].get("folded_attention_scale", False) or "awq_alpha" in manifest["notes"])
+
+
 def read_lora(weights: Weights, name: str, path: str) -> Lora:
     """One adapter in the layout of `weights`: factors of joined modules side by side, q rows multiplied with what is folded into the base's.
 
@@ -136,7 +144,9 @@ def read_lora(weights: Weights, name: str, path: str) -> Lora:
     _check_plain(where, values)
     folded = weights.checkpoint.config.get(FOLDED, {})
     if folded.get("inputs"):
-        raise EdgemedError(f"{where}: this base's inputs were rescaled when it was quantized (awq), and an adapter reads the original ones", "Quantize the base with gptq or rtn")
+        raise EdgemedError(f"{where}: this base's inputs were rescaled when it was quantized (awq, smoothquant), and an adapter reads the original ones", "Quantize the base with gptq or rtn")
+    if not folded and _folded_unsaid(weights.checkpoint):
+        raise EdgemedError(f"{where}: {weights.checkpoint.path} was quantized before edgemed wrote down what it folds into the weights", "Quantize the base again")
     torch, found = need("torch", "build"), {}
     pairs = dict(_pairs(weights, where, values, adapter_tensors(path)))
     for part in {part for part, _ in pairs}:

@@ -16,7 +16,9 @@ from edgemed.checkpoint import open_checkpoint
 from edgemed.decoder import TorchSession, logits
 from edgemed.engine import export, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.lora import Adapted, read_lora
+from edgemed.lora import FOLDED, Adapted, read_lora
+from edgemed.recipe import Stage
+from edgemed.run import run_step
 from edgemed.session import Sampling, generate
 from edgemed.steps import merge, quantize
 from edgemed.weights import Weights
@@ -165,6 +167,31 @@ def test_factors_follow_what_a_quantize_step_folds(tmp_path):
     assert torch.allclose(plain[1][:64] / 2, folded[1][:64]) and torch.equal(plain[1][64:], folded[1][64:])
 
 
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
+    model = write_model(tmp_path / "model")
+    save(model, tmp_path / "adapter", peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS["gpt2"], fan_in_fan_out=True))
+    (tmp_path / "packed").mkdir()
+    shape = {"bits": 8, "group": -1} if method == "smoothquant" else {"group": 32}
+    quantize.run(open_checkpoint(model), tmp_path / "packed", quantize.Params(method, **shape, calibration="medquad-answers", samples=4, length=32))
+    with pytest.raises(EdgemedError, match="inputs were rescaled when it was quantized.*gptq or rtn"):
+        read_lora(Weights(open_checkpoint(tmp_path / "packed")), "a", str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_a_base_that_an_older_step_quantized_is_refused(tmp_path, method):
+    """Its config.json does not say what was folded; its manifest does."""
+    model = write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=method == "rtn")
+    save(model, tmp_path / "adapter", peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS["gpt2"], fan_in_fan_out=True))
+    params = quantize.Params(method, 8, 32, **({} if method == "rtn" else {"calibration": "medquad-answers", "samples": 4, "length": 32}))
+    packed = run_step(Stage("quantize", params), open_checkpoint(model), tmp_path, tmp_path / "packed").path
+    config = json.loads((packed / "config.json").read_text())
+    assert config.pop(FOLDED)
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EdgemedError, match="before edgemed wrote down what it folds"):
+        read_lora(Weights(open_checkpoint(packed)), "a", str(tmp_path / "adapter"))
+
+
 def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
     checkpoint, adapter = open_checkpoint(QUICKSTART / "model"), str(QUICKSTART / "adapter")
     (tmp_path / "merged").mkdir()
@@ -295,14 +322,6 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
     with pytest.raises(EdgemedError, match="TensorRT engines cannot switch adapters; merge"):
         export(checkpoint, "tensorrt", tensorrt.Params(adapters={"a": str(tiny / "adapter")}), tmp_path / "engine")
 
-
-def test_a_base_whose_inputs_were_rescaled_is_refused(tiny, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"id": i, "text": " ".join(map(str, range(i, i + 200)))}) + "\n" for i in range(20)))
-    (tmp_path / "awq").mkdir()
-    quantize.run(open_checkpoint(tiny / "model"), tmp_path / "awq", quantize.Params("awq", 4, 32, str(text), samples=4, length=64))
-    with pytest.raises(EdgemedError, match="inputs were rescaled.*gptq or rtn"):
-        read_lora(Weights(open_checkpoint(tmp_path / "awq")), "a", str(tiny / "adapter"))
 
 
 def test_models_whose_gguf_is_rewritten_refuse_adapters(tmp_path):

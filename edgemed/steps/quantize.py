@@ -297,7 +297,7 @@ def _config(weights: Weights, params: Params, packings: Packings, ranges: Mappin
     config.pop("torch_dtype", None)
     # For an adapter of the float model, which knows of none of it.
     folded = {"q": [weights.source.fold_factor(n) for n in range(weights.decoder.layers)]} if weights.decoder != weights.source else {}
-    folded |= {"inputs": True} if params.method == "awq" else {}
+    folded |= {"inputs": True} if params.method in ("awq", "smoothquant") else {}
     config |= {FOLDED: folded} if folded else {}
     return config | {"dtype": "float16", "quantization_config": quantization | ({"dynamic": dynamic} if dynamic else {})}
 
