@@ -15,6 +15,7 @@ from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
 from edgemed.decoder import activate, linear, load_layer, routed
 from edgemed.errors import EdgemedError, need
+from edgemed.experts import Settings as Average
 from edgemed.experts import copied, error_of, observed, shares_of, windows
 from edgemed.family import Experts, family_of
 from edgemed.gptq import Hessian
@@ -29,14 +30,9 @@ RULE = "W_j = S + D_j, S = sum_j share_j W_j; D_j of the given rank or density n
 DAMP = 0.01  # share of the mean added to the diagonal of the second moments
 
 
-class Settings(Protocol):
+class Settings(Average, Protocol):
     """What this reads of a step's parameters."""
 
-    weights: str
-    calibration: str | None
-    samples: int
-    length: int
-    dtype: str | None
     rank: int | None
     density: float | None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,10 +77,15 @@ def digest(name: str, rows: Sequence[dict[str, Any]]) -> str:
     return store.digest([hashlib.sha256(album.read(image)).hexdigest() for row in rows for image in images_of(row)])
 
 
+def sets_of(names: str) -> list[str]:
+    """The calibration sets of one parameter: names or files with commas between; a file whose own name has a comma is one."""
+    return [names] if Path(names).is_file() else names.split(",")
+
+
 def calibration_digests(names: str) -> dict[str, str]:
     """sha256 of the rows of one calibration set or several (with commas between), and of their images."""
     found = {}
-    for n, name in enumerate(names.split(",")):
+    for n, name in enumerate(sets_of(names)):
         place, rows = f" {n + 1}" if n else "", pictured(name)
         found |= {f"calibration{place}": read_card(name).digest("calibration")} | ({f"images{place}": digest(name, rows)} if rows else {})
     return found
@@ -91,7 +97,9 @@ def calibration(weights: Weights, names: str, samples: int, length: int) -> list
     Windows are of its texts, or of its questions about images with their answers, one chat turn after the other: such a window begins with a question and ends in the
     middle of one. Raises EdgemedError where a set is too short, or has images and the model sees none.
     """
-    sets = names.split(",")
+    sets = sets_of(names)
+    if samples < len(sets):
+        raise EdgemedError(f"{samples} samples of {len(sets)} calibration sets leave one out", "Ask for at least one sample of each")
     each = [_of_one(weights, name, samples // len(sets) + (n < samples % len(sets)), length) for n, name in enumerate(sets)]
     return [found[i] for i in range(len(each[0])) for found in each if i < len(found)]
 

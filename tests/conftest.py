@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,26 @@ def cli(*arguments: object, python: str | Path = sys.executable, env: dict[str, 
     command = [str(python), "-m", "edgemed", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "200", **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, input=stdin, timeout=timeout)
+
+
+def distilled_whole_and_killed(arguments: list[object], folder: Path) -> tuple[Path, Path]:
+    """What `edgemed distill` writes in one go, and what it writes where it was killed after its first checkpoint and started again."""
+    outs = [folder / name / "out" for name in ("whole", "killed")]
+    for out in outs:
+        out.parent.mkdir()
+    done = cli("distill", *arguments, "--out", outs[0])
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "edgemed", "distill", *map(str, arguments), "--out", str(outs[1])]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until, kept = time.monotonic() + 120, outs[1].parent
+    while not list(kept.glob(".distill-*/checkpoint-*/trainer_state.json")) and time.monotonic() < until:
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    assert not outs[1].exists() and list(kept.glob(".distill-*/checkpoint-*")), "the kill came too late, or too early, to show anything"
+    again = cli("distill", *arguments, "--out", outs[1])
+    assert again.returncode == 0 and "resumed after step" in again.stderr, again.stderr
+    return outs[0], outs[1]
 
 
 def refused(done: subprocess.CompletedProcess[str], *named: object) -> str:

@@ -8,17 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB, cli, refused, tokens, write_model, write_seeing
+from conftest import VOCAB, cli, distilled_whole_and_killed, refused, tokens, write_model, write_seeing
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -389,24 +384,9 @@ def test_early_stopping_keeps_the_best(teacher: Path, text: str, tmp_path: Path)
 
 @pytest.mark.parametrize("extra", [["on_policy=0.5", "hidden=0.5"], ["top_k=16", "lora=4"]], ids=["on-policy", "top-k-and-lora"])
 def test_a_killed_run_ends_with_the_same_weights(extra: list[str], teacher: Path, text: str, tmp_path: Path) -> None:
-    def command(out: Path) -> list[str]:
-        asked = ["distill", teacher, "--layers", 2, "--calibration", text, "--steps", 40, "--rate", 1e-3, "--out", out]
-        return [str(part) for part in asked] + [part for value in ("length=48", "batch=4", "evaluate_every=4", *extra) for part in ("--set", value)]
-
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    whole = cli(*command(tmp_path / "a" / "out"))
-    assert whole.returncode == 0, whole.stderr
-    killed = subprocess.Popen([sys.executable, "-m", "edgemed", *command(tmp_path / "b" / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not list((tmp_path / "b").glob(".distill-*/checkpoint-*/trainer_state.json")) and time.monotonic() < until:
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "b" / "out").exists() and list((tmp_path / "b").glob(".distill-*/checkpoint-*"))
-    again = cli(*command(tmp_path / "b" / "out"))
-    assert again.returncode == 0 and "resumed after step" in again.stderr, again.stderr
-    one, other = (store.read_manifest(tmp_path / name / "out") for name in "ab")
+    asked = [teacher, "--layers", 2, "--calibration", text, "--steps", 40, "--rate", 1e-3]
+    asked += [part for value in ("length=48", "batch=4", "evaluate_every=4", *extra) for part in ("--set", value)]
+    one, other = (store.read_manifest(out) for out in distilled_whole_and_killed(asked, tmp_path))
     assert one["files"] == other["files"] and one["notes"]["history"] == other["notes"]["history"] and one["key"] == other["key"]
 
 

@@ -125,9 +125,17 @@ def test_several_sets_take_turns(weights: Weights, windows: list) -> None:
     assert set(calibration_digests(f"medquad-answers,{CARD}")) == {"calibration", "calibration 2", "images 2"}
 
 
+def test_a_file_with_a_comma_in_its_name_is_one_set(weights: Weights, tmp_path: Path) -> None:
+    file = tmp_path / "notes, 2026.jsonl"
+    file.write_text(json.dumps({"text": "a" * 64}) + "\n")
+    assert len(calibration(weights, str(file), 1, 32)) == 1 and set(calibration_digests(str(file))) == {"calibration"}
+
+
 def test_bad_input(weights: Weights, tmp_path: Path) -> None:
     with pytest.raises(EdgemedError, match="for 11 windows of 1000 tokens, 500 are asked for"):
         calibration(weights, CARD, 500, 1000)
+    with pytest.raises(EdgemedError, match="1 samples of 2 calibration sets leave one out"):
+        calibration(weights, f"medquad-answers,{CARD}", 1, 16)
     text = Weights(open_checkpoint(write_model(tmp_path / "text")))
     with pytest.raises(EdgemedError, match="has images, and .* reads text only"):
         calibration(text, CARD, 1, 16)

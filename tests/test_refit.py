@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB, cli, refused, tokens, write_model
+from conftest import VOCAB, cli, distilled_whole_and_killed, refused, tokens, write_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -135,25 +131,10 @@ def test_a_recipe_finds_the_float_checkpoint_by_itself(model: Path, text: str, t
 
 def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: str, tmp_path: Path) -> None:
     start = packed(model, tmp_path / "packed", 3)
-
-    def command(out: Path) -> list[str]:
-        asked = ["distill", start, "--teacher", model, "--calibration", text, "--steps", 40, "--rate", 3e-3, "--out", out]
-        return [str(part) for part in asked] + [part for value in ("length=48", "batch=4", "evaluate_every=4", "train=scales+norms") for part in ("--set", value)]
-
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    whole = cli(*command(tmp_path / "a" / "out"))
-    assert whole.returncode == 0, whole.stderr
-    killed = subprocess.Popen([sys.executable, "-m", "edgemed", *command(tmp_path / "b" / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not list((tmp_path / "b").glob(".distill-*/checkpoint-*/trainer_state.json")) and time.monotonic() < until:
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "b" / "out").exists()
-    again = cli(*command(tmp_path / "b" / "out"))
-    assert again.returncode == 0 and "resumed after step" in again.stdout + again.stderr, again.stderr
-    assert (tmp_path / "a/out/model.safetensors").read_bytes() == (tmp_path / "b/out/model.safetensors").read_bytes()
+    asked = [start, "--teacher", model, "--calibration", text, "--steps", 40, "--rate", 3e-3]
+    asked += [part for value in ("length=48", "batch=4", "evaluate_every=4", "train=scales+norms") for part in ("--set", value)]
+    whole, killed = ((out / "model.safetensors").read_bytes() for out in distilled_whole_and_killed(asked, tmp_path))
+    assert whole == killed
 
 
 def test_what_is_refused(model: Path, sees: Path, text: str, tmp_path: Path) -> None:
