@@ -2,7 +2,7 @@
 
 The model is the quickstart's mixture of experts, the task its own (cells, 234 questions), paired item by item with the float32 source; ONNX Runtime on a
 CPU, one thread. All engines are open at once and decode in turns, so that a ratio of one round compares the same moment. What was made is kept in DIR and not made
-again. Run: python bench/shared_delta.py --work DIR
+again. A checkpoint made elsewhere (bench/distill_experts.py) comes in by name. Run: python bench/shared_delta.py --work DIR [--also distilled=CHECKPOINT]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from edgemed.task import questions
 MODEL = Path(__file__).parents[1] / "recipes" / "quickstart-moe" / "model"
 TEXT = {"calibration": "medquad-answers", "samples": 16, "length": 256}
 INT4 = {"method": "gptq", "bits": 4, "group": 32, "calibration": "medquad-answers", "samples": 64, "length": 256}
+INT8 = {"method": "rtn", "bits": 8, "group": 32}
 # name -> (merge, quantize), None where there is no such step
 ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "source, int4": (None, INT4), "source, 2 bit": (None, INT4 | {"bits": 2}),
@@ -36,6 +37,7 @@ ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     **{f"rank {r}, int4": ({"rank": r, **TEXT}, INT4) for r in (32, 64, 96, 128)},
     "rank 64, no calibration": ({"rank": 64}, None), "rank 64, usage": ({"rank": 64, "weights": "usage", **TEXT}, None),
     **{f"density {d}": ({"density": d, **TEXT}, None) for d in (0.1, 0.25)},
+    **{f"dense{said}": ({"experts": "dense", **TEXT}, step) for said, step in (("", None), (", int8", INT8), (", int4", INT4))},
 }
 DECODED, PROMPT = 32, 32
 
@@ -44,9 +46,9 @@ def short(name: str) -> str:
     return name.replace(" ", "-").replace(",", "")
 
 
-def made(name: str, work: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of one arm, and what merging said of its layers."""
-    path, notes = MODEL, {}
+def made(name: str, work: Path, start: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of one arm, made of `start`, and what merging said of its layers."""
+    path, notes = start, {}
     for step, values in zip(("merge", "quantize"), ARMS[name], strict=True):
         if values:
             module = plugins.load("steps", step)
@@ -78,8 +80,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--only", nargs="+", choices=["source, fp32", *ARMS], help="'source, int4' must be among them, which the others are compared with")
+    parser.add_argument("--only", nargs="+", help="'source, int4' must be among them, which the others are compared with")
+    parser.add_argument("--also", help="NAME=CHECKPOINT: measured as it is, in int8 and in int4")
     args = parser.parse_args()
+    starts: dict[str, Path] = {}
+    if args.also:
+        name, path = args.also.split("=")
+        for said, step in (("", None), (", int8", INT8), (", int4", INT4)):
+            ARMS[f"{name}{said}"], starts[f"{name}{said}"] = (None, step), Path(path)
+    if unknown := [name for name in args.only or () if name not in ("source, fp32", *ARMS)]:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(('source, fp32', *ARMS))}")
     args.work.mkdir(parents=True, exist_ok=True)
     names = args.only or ["source, fp32", *ARMS]
     asked, settings, onnx = questions("cells", None), EvalSpec(("cells",)).settings(), plugins.load("targets", "onnx")
@@ -91,7 +101,7 @@ def main() -> None:
         folder, kept = args.work / f"{short(name)}-engine", args.work / f"{short(name)}.json"
         if kept.is_file():
             continue
-        path, errors = (MODEL, {}) if name not in ARMS else made(name, args.work)
+        path, errors = (MODEL, {}) if name not in ARMS else made(name, args.work, starts.get(name, MODEL))
         engine = export(open_checkpoint(path), "onnx", onnx.Params(), folder)
         opened = start_engine(engine, True, 1)
         found = evaluate_opened(opened, asked, name, name, "zero-shot", settings)
