@@ -42,7 +42,7 @@ def check(student: Weights, train: str) -> None:
     """Raise EdgemedError for a student whose scales, or a LoRA beside whose integers, cannot be trained."""
     path = student.checkpoint.path
     if student.checkpoint.adapter:
-        raise EdgemedError(f"distill: {path} has been trained with a LoRA beside it, which fits nothing but what it is now", "Train scales first, the LoRA last; or begin with the quantize step's result")
+        raise EdgemedError(f"distill: {path} has been trained with a LoRA beside it, which fits only what it is now", "Train scales first, the LoRA last; or begin with the quantize step's result")
     if not student.quantization:
         raise EdgemedError(f"distill: train: {train} is for quantized students, and {path} holds floats", "Quantize it first, or leave train out")
     if student.vision or student.decoder.experts:

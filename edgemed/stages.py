@@ -37,8 +37,8 @@ def stages(engine: Engine, session: Session, reference: ImageReference, exact: f
            tower: bool = True) -> list[dict[str, Any]]:
     """One mapping per stage: 'stage', 'error', 'limit' (None: no limit), 'passed' and 'how' in words; none where the reference holds no images.
 
-    exact: largest logit error where the decoder's precision is float32, None for a quantized one. tower: also the stages in front of the decoder. Raises EdgemedError where an image and its answer do not
-    fit the context, the engine resizes images otherwise than its reference, or a stage gives NaN.
+    exact: largest logit error where the decoder's precision is float32, None for a quantized one. tower: also the stages in front of the decoder. Raises EdgemedError where an image and its answer
+    do not fit the context, the engine resizes images otherwise than its reference, or a stage gives NaN.
     """
     if not reference.pictures:
         return []

@@ -178,7 +178,7 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
         fix = "Experts can teach; make the student of them with merge: {experts: dense}" if student.decoder.experts else "Give a student of another architecture"
         raise EdgemedError(f"distill: transformers has no class that could train the student {student.checkpoint.path} ({student.checkpoint.config['model_type']})", fix)
     if student.rounded and params.train == "weights":
-        raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Say train: scales or train: lora, or distill the float checkpoint, then quantize")
+        raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Say train: scales or train: lora, or distill it before it is quantized")
     if whole and not params.teacher:
         raise EdgemedError("distill: the student is its teacher: nothing is cut and no teacher is given", "Give layers, ffn, heads or target_params, or a teacher")
     sizes = [parameters(w.family, d) for w, d in ((student, smaller(student.source, shape)), (teacher, teacher.source))]
