@@ -322,6 +322,7 @@ def main() -> None:
 
 PAIRS = (
     *((f"{base}, {train} trained", base) for base in REFITTED for train in ("scales", "scales+norms", "LoRA of rank 8")),
+    *((f"{base}, LoRA of rank 8 trained", f"{base}, scales trained") for base in REFITTED), ("gptq 3 bit g128", "gptq 2 bit g32, LoRA of rank 8 trained"), ("gptq g128", "gptq 3 bit g128, LoRA of rank 8 trained"),
     ("gptq g128", "GPTQModel g128"), ("gptq g64", "GPTQModel g64"), ("gptq g128", "AutoRound g128"), ("gptq g128", "gptq g128, plain"), ("awq g128", "rtn g128"),
     ("mixed 4.24 bpw", "gptq g128"), ("mixed 4.24 bpw for onnx", "gptq g128"), ("mixed 4.5 bpw", "gptq g32"), ("mixed 4.5 bpw", "gptq g64"), ("mixed 4.5 bpw for onnx", "gptq g64"),
     *(("gptq g128", f"GPTQModel g128, {options}") for options in ("mse", "gptaq", "mse, gptaq")), ("gptq g64", "hqq g64"), ("gptq g64", "nf4 g64"), ("mixed 4.24 bpw", "AutoRound g128"),
