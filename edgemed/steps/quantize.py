@@ -24,7 +24,7 @@ from edgemed.decoder import shown
 from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
-from edgemed.layerwise import Rounded, awq_layer, gptq_layer, own_of, rtn_layer
+from edgemed.layerwise import Rounded, awq_layer, gptq_layer, integers, own_of, rtn_layer
 from edgemed.lora import FOLDED
 from edgemed.resume import Layers
 from edgemed.sensitivity import sensitivities
@@ -328,7 +328,7 @@ def _layers(weights: Weights, windows: Windows | None, params: Params, packings:
             if params.method == "smoothquant":
                 rounded = smooth_layer(weights, n, x, own, params.clip, params.alpha)
             else:
-                rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, own, params)
+                rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, integers(own, params), params)
             for stream in streams:
                 stream.commit()
             yield n, rounded
