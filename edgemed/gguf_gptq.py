@@ -145,25 +145,20 @@ CODES = {
 }
 
 
-def expanded(kind: str, data: np.ndarray) -> np.ndarray:
-    """uint8 [rows, bytes per row] of a type -> the float32 [rows, columns] it stands for."""
-    gguf = need("gguf", "build")
-    return np.ascontiguousarray(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), np.float32)
-
-
 def rounding(encoder: Encoder, kind: str, weight: torch.Tensor, root: Root | None, importance: np.ndarray | None = None) -> tuple[np.ndarray, torch.Tensor]:
     """weight float32 [out, in] -> (bytes uint8 [out, bytes per row], the float32 [out, in] they stand for): with `round_blocks`, or without a root by llama.cpp's own
     routine. importance: float32 [in] for that one, or None."""
+    torch = need("torch", "build")
     if root is not None and kind not in FLOATS:
         return round_blocks(encoder, kind, weight, root)
-    data, values = _nearest(encoder, kind, weight.numpy(), importance)
-    return data, need("torch", "build").from_numpy(values)
+    data = _nearest(encoder, kind, weight, importance)
+    if kind not in FLOATS:
+        return data, torch.from_numpy(encoder.expand(kind, data))
+    return data, torch.from_numpy(data).view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).float()
 
 
-def _nearest(encoder: Encoder, kind: str, weight: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    data = encoder.start(Tensor("", weight.shape, kind, lambda: weight, importance=importance), weight)()
-    data = data.reshape(len(weight), -1)
-    return data, expanded(kind, data)
+def _nearest(encoder: Encoder, kind: str, weight: torch.Tensor, importance: np.ndarray | None) -> np.ndarray:
+    return encoder.start(Tensor("", tuple(weight.shape), kind, weight.numpy, importance=importance), weight.numpy())().reshape(len(weight), -1)
 
 
 def round_blocks(encoder: Encoder, kind: str, weight: torch.Tensor, root: Root) -> tuple[np.ndarray, torch.Tensor]:
@@ -178,26 +173,25 @@ def round_blocks(encoder: Encoder, kind: str, weight: torch.Tensor, root: Root) 
     for start in range(0, len(work), width):
         part, end = slice(start, start + width), start + width
         reached = work[part].T.contiguous()
-        data, values = _nearest(encoder, kind, reached.numpy(), importance[part])
+        data = _nearest(encoder, kind, reached, importance[part])
         if kind in CODES:
-            data = _recoded(kind, data, work[part].clone(), upper[part, part])
-            values = expanded(kind, data)
+            _recode(encoder, kind, data, work[part].clone(), upper[part, part])
         found.append(data)
-        dense[:, part] = torch.from_numpy(values)
+        dense[:, part] = torch.from_numpy(encoder.expand(kind, data))
         # The errors that sweeping these columns leaves behind: upper^T errors is what they lack.
         errors = torch.linalg.solve_triangular(upper[part, part].T, work[part] - dense[:, part].T, upper=False)
         work[end:].addmm_(upper[part, end:].T, errors, alpha=-1)
     return np.concatenate(found, 1), dense
 
 
-def _recoded(kind: str, data: np.ndarray, work: torch.Tensor, upper: torch.Tensor) -> np.ndarray:
-    """The same scales, other codes: of one block of columns. data uint8 [out, bytes] and work float32 [columns, out] are used up."""
+def _recode(encoder: Encoder, kind: str, data: np.ndarray, work: torch.Tensor, upper: torch.Tensor) -> None:
+    """The same scales, other codes: of one block of columns. data uint8 [out, bytes] is changed in place, work float32 [columns, out] used up."""
     torch = need("torch", "build")
     codes = CODES[kind]
 
     def all_of(code: int) -> torch.Tensor:
         codes.put(data, np.full((len(data), len(work)), code, np.uint8))
-        return torch.from_numpy(expanded(kind, data)).T.contiguous()
+        return torch.from_numpy(encoder.expand(kind, data)).T.contiguous()
 
     offset = torch.zeros_like(work) if codes.table else all_of(0)
     step = all_of(codes.unit) - offset
@@ -214,7 +208,6 @@ def _recoded(kind: str, data: np.ndarray, work: torch.Tensor, upper: torch.Tenso
 
     swept(work, upper, choose)
     codes.put(data, chosen.T.numpy())
-    return data
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from edgemed.decoder import logits
 from edgemed.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.gguf_file import Encoder
-from edgemed.gguf_gptq import CODES, expanded, round_blocks, rounding
+from edgemed.gguf_gptq import CODES, round_blocks, rounding
 from edgemed.gguf_types import block_of
 from edgemed.gptq import Hessian, output_error
 from edgemed.random_weights import make_random
@@ -45,6 +45,11 @@ def seen() -> tuple[torch.Tensor, torch.Tensor, Hessian]:
     inputs = Hessian(512)
     inputs.add(mixed)
     return 0.05 * torch.randn(48, 512, generator=generator), inputs.moment.clone(), inputs
+
+
+def expanded(kind: str, data: np.ndarray) -> np.ndarray:
+    """By gguf's Python, which is not what the package expands with."""
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
 def llama_quantize(encoder: Encoder, kind: str, weight: torch.Tensor, moment: torch.Tensor) -> np.ndarray:
@@ -84,9 +89,16 @@ def test_what_is_left_is_less_than_llama_quantize_leaves(encoder, seen, kind):
     data, dense = round_blocks(encoder, kind, weight, root.root(0.01))
     theirs = llama_quantize(encoder, kind, weight, moment)
     assert data.shape == theirs.shape and np.array_equal(expanded(kind, data), dense.numpy())
-    assert gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).shape == weight.shape
     errors = [output_error(weight, rounded, moment) for rounded in (dense, torch.from_numpy(expanded(kind, theirs)))]
     assert errors[0] < (0.95 if kind in CODEBOOKS or kind == "Q2_K" else 0.75) * errors[1]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_floats_are_only_shortened(encoder, seen, kind, dtype):
+    """What a row falls back to whose length no block divides."""
+    weight, _, inputs = seen
+    data, dense = rounding(encoder, kind, weight, inputs.root(0.01))
+    assert torch.equal(dense, weight.to(dtype).float()) and np.array_equal(data, weight.to(dtype).view(torch.uint8).numpy())
 
 
 def test_columns_are_swept_as_gptq_sweeps_them(encoder, seen):
