@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemed.activations import Activations
+from edgemed.activations import Activations, begin
 from edgemed.console import track
 from edgemed.decoder import shown
 from edgemed.errors import need
@@ -211,7 +211,8 @@ def _recode(encoder: Encoder, kind: str, data: np.ndarray, work: torch.Tensor, u
 
 
 @contextlib.contextmanager
-def rounded(weights: Weights, windows: Sequence[Window], places: Mapping[str, Place], tensors: Sequence[Tensor], importance: Mapping[str, np.ndarray], out: Path, key: str) -> Iterator[tuple[list[Tensor], dict[str, dict[str, float]]]]:
+def rounded(weights: Weights, windows: Sequence[Window], places: Mapping[str, Place], tensors: Sequence[Tensor], importance: Mapping[str, np.ndarray], out: Path,
+            key: str) -> Iterator[tuple[list[Tensor], dict[str, dict[str, float]]]]:
     """(The tensors of a file, the layers' matrices among them rounded already; canonical matrix -> its errors, as layerwise.Matrix has them).
 
     What is finished lies beside `out`, under `key`, until the file is written; a killed export goes on from its last whole layer. importance: for experts that too few
@@ -228,20 +229,13 @@ def rounded(weights: Weights, windows: Sequence[Window], places: Mapping[str, Pl
 def _run(weights: Weights, windows: Sequence[Window], wanted: Mapping[str, tuple[Place, str]], importance: Mapping[str, np.ndarray], kept: Layers) -> None:
     torch = need("torch", "build")
     d, start = weights.decoder, kept.done
-    hidden = [shown(weights, window) for window in windows]
-    shape = (len(hidden), hidden[0][0].shape[1], d.hidden)
+    shape = (len(windows), len(windows[0][0]), d.hidden)
     settings = Settings(*shape[:2])
     on_disk = spilled(weights, True, settings)
-    streams = [Activations(kept.folder, name, shape, on_disk, [turned for _, turned in hidden] if d.rope_axes else None) for name in ("hidden", "exact")]
+    angles = [turned for _, turned in shown(weights, windows)] if d.rope_axes else None
+    streams = [Activations(kept.folder, name, shape, on_disk, angles) for name in ("hidden", "exact")]
     with torch.inference_mode(), Encoder() as encoder:
-        for stream in streams:
-            if start:
-                stream.resume(start)
-                continue
-            for i, (row, _) in enumerate(hidden):
-                stream.write(i, row)
-            stream.commit()
-        del hidden
+        begin(weights, windows, streams, start)
         for n in track(range(start, d.layers), "gptq on llama.cpp's types"):
             layer = gptq_layer(weights, n, *streams, _rounding(encoder, n, wanted, importance), settings)
             for stream in streams:
