@@ -61,9 +61,11 @@ def export(model: str, target: str, out: str | Path, prompts: str | None = "pubm
         origin = open_model(source, out.parent) if source else checkpoint
         seen, spec = Weights(checkpoint).vision, VerifySpec(prompts, **EXPORT_REFERENCE)
         check_supported(target, Weights(checkpoint), built)  # before an hour of reference answers
-        reference = answers(origin, spec)
-        reference = replace(reference, images=image_answers(origin, spec, engines.pixels_of(seen, built)) if seen else None).trim(spec.carried)
-        adapted = {name: answers(origin, spec, (name, path)).trim(spec.carried) for name, path in (built.adapters or {}).items()}
+        told = {}
+        for one in (None, *(built.adapters or {}).items()):
+            images = image_answers(origin, spec, engines.pixels_of(seen, built), one) if seen else None
+            told[one] = replace(answers(origin, spec, one), images=images).trim(spec.carried)
+        reference, adapted = told.pop(None), {name: found for (name, _), found in told.items()}
     engine = engines.export(checkpoint, target, built, out, reference, adapted=adapted)
     provenance.document(engine.path, provenance.known_source(model, checkpoint.path, engine.path), heldout=prompts if reference else None,
                         images=IMAGES if reference and reference.images else None)
@@ -111,6 +113,7 @@ def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None
     sees = any(asked.sees for asked in every)
     model = start_engine(opened, sees, threads, adapter)
     name, key, manifest = opened.name, opened.key, store.read_manifest(opened.path)
+    adapter = None if adapter == opened.default else adapter
     own = adapter_of(manifest, adapter) if adapter else {}
     if adapter:
         name, key = f"{name}+{adapter}", source_key({"engine": key} | own)
@@ -131,7 +134,7 @@ def evaluate_tasks(engine: str | Path, spec: EvalSpec, source: str | None = None
 
 def _exported(engine: Engine, adapter: str | None, hashes: dict[str, str]) -> tuple[str, str] | None:
     """(name, PEFT directory) of one of an engine's adapters, the directory as it was at the export. Raises EdgemedError where it has changed or is gone."""
-    if adapter is None:
+    if adapter in (None, lora.BASE):
         return None
     path = engine.params["adapters"][adapter]
     if lora.inputs({adapter: path}) != hashes:

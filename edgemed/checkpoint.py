@@ -27,6 +27,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
           "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
               "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+ADAPTER, ADAPTERS = "edgemed_adapter", "adapters"  # in config.json: which LoRA, of those in this folder, belongs to the integers
 TOWER = "vision_tower"  # folder of a vision tower that a checkpoint lacks: its tensors are read as vision_tower.*
 
 
@@ -63,10 +64,25 @@ class Checkpoint:
         return tensor
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of config.json, of every weight file, of the tokenizer and of what says how images are read."""
+        """sha256 of config.json, of every weight file, of the tokenizer, of what says how images are read, and of its own adapter."""
         files = {entry.file for entry in self.tensors.values()} | {self.path / "config.json"}
+        files |= {file for file in self.adapter.iterdir() if file.is_file()} if self.adapter else set()
         files |= {folder / name for folder in (self.path, self.path / TOWER) for name in COMPANIONS if (folder / name).is_file()}
         return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in sorted(files)}
+
+    @property
+    def adapter(self) -> Path | None:
+        """The PEFT directory of the LoRA that was trained beside this checkpoint's integers and belongs to them, None where there is none.
+
+        Raises EdgemedError where config.json names one and it is not there.
+        """
+        name = self.config.get(ADAPTER)
+        if name is None:
+            return None
+        path = self.path / ADAPTERS / Path(str(name)).name
+        if not path.is_dir():
+            raise EdgemedError(f"{path} is not there, and {self.path / 'config.json'} says that the checkpoint is used with it", "Copy the checkpoint with its folders")
+        return path
 
     @property
     def random_weights(self) -> bool:

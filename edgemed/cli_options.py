@@ -16,7 +16,7 @@ Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anythi
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 AcceptUndecided = Annotated[bool, typer.Option("--accept-undecided", help="Exit 0 although the gate is undecided (otherwise 3).")]
-Adapter = Annotated[str | None, typer.Option(help="One of the engine's adapters; default: none, its base.")]
+Adapter = Annotated[str | None, typer.Option(help="One of the engine's adapters, or 'base' for none; default: none, unless its checkpoint brought one.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
 
 

@@ -23,7 +23,7 @@ def verify(
     max_kl: Annotated[float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")] = 0.05,
     min_top1: Annotated[float, typer.Option(help="Limit on top-1 agreement with the source.")] = 0.9,
     key: Annotated[Path | None, typer.Option(help="The signer's public.pem: first check the signature, and name every file changed since.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Only this one of the engine's adapters; default: the base, and every adapter it carries.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Only this one of the engine's adapters ('base': none); default: the engine as it is used where none is named, and every other adapter.")] = None,
     threads: Threads = None, json_: Json = False,
 ) -> None:
     """Compare an engine with the float32 source's answers it carries; or, with --manifest, re-check every byte of an artifact."""
@@ -47,9 +47,10 @@ def verify(
         show(result | signed, True)
     else:
         show({key: value for key, value in result.items() if key not in ("stages", "adapters")} | signed, False)
-        for own in result.get("adapters", {}).values():
-            show(own, False)
         show([stage_row(row) for row in result.get("stages", [])], False)
+        for own in result.get("adapters", {}).values():
+            show({key: value for key, value in own.items() if key != "stages"}, False)
+            show([stage_row(row) for row in own.get("stages", [])], False)
     sys.exit(0 if result["passed"] else 1)
 
 

@@ -18,7 +18,7 @@ from edgemed.checkpoint import Checkpoint
 from edgemed.console import say
 from edgemed.errors import EdgemedError, nearest
 from edgemed.family import Vision
-from edgemed.lora import FOLDER, adapter_config, quantized_base
+from edgemed.lora import BASE, FOLDER, adapter_config, carried, quantized_base
 from edgemed.reference import Reference
 from edgemed.session import Session
 from edgemed.tokenizer import open_tokenizer
@@ -34,7 +34,7 @@ class Engine:
     """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M'); bytes_per_token: weight bytes read for one new token.
 
     centred: its graph wants image features without their mean, which its session takes out.
-    adapters: names of the LoRA adapters it carries beside its base.
+    adapters: names of the LoRA adapters it carries beside its base; default: the one it is used with where none is named, '' for its base.
     unbuilt: what open() runs until `edgemed build` has compiled the engine on its device; '' for engines that are complete as exported.
     """
 
@@ -56,6 +56,7 @@ class Engine:
     vision: Mapping[str, Any] | None = None
     centred: bool = False
     adapters: tuple[str, ...] = ()
+    default: str = ""
     unbuilt: str = ""
 
     @property
@@ -72,22 +73,22 @@ class Engine:
         return open_tokenizer(self.path, self.vocab)
 
     def reference(self, adapter: str | None = None) -> Reference:
-        """The answers of the float32 source, or of the source with an adapter."""
+        """The answers of the float32 source, or of the source with an adapter. An engine that one is the default of is held against the same with it and without."""
         self.check_adapter(adapter)
-        return Reference.load(self.path / FOLDER / adapter if adapter else self.path)
+        return Reference.load(self.path if adapter in (None, BASE, self.default) else self.path / FOLDER / adapter)
 
     def open(self, threads: int | None = None, adapter: str | None = None) -> Session:
-        """Start the engine. threads: None for the physical cores available; adapter: one of the engine's, None for the base. A session of an engine with
-        adapters goes on with another by use(name), or use(None). Raises EdgemedError for an unknown adapter."""
+        """Start the engine. threads: None for the physical cores available; adapter: one of the engine's, 'base' for none, None for its default (mostly none). A session of
+        an engine with adapters goes on with another by use(name), or without by use(None). Raises EdgemedError for an unknown adapter."""
         self.check_adapter(adapter)
-        session = plugins.load("targets", self.target).open(self, threads)
-        if adapter:
-            session.use(adapter)
+        session, chosen = plugins.load("targets", self.target).open(self, threads), adapter or self.default
+        if chosen and chosen != BASE:
+            session.use(chosen)
         return session
 
     def check_adapter(self, adapter: str | None) -> None:
         """Raise EdgemedError where the engine carries no adapter of this name."""
-        if adapter is not None and adapter not in self.adapters:
+        if adapter not in (None, BASE, *self.adapters):
             raise EdgemedError(f"{self.path} carries no adapter '{adapter}'", nearest(adapter, self.adapters))
 
 
@@ -123,7 +124,8 @@ def export(checkpoint: Checkpoint, target: str, params: Any, out: Path, referenc
                 "name": name, "target": target, "family": weights.family.name, "head": d.head, "width": d.vocab if d.head == "lm" else d.head_size,
                 "vocab": d.vocab, "context": notes.pop("context", d.context), "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"), "eos": d.eos, "random_weights": checkpoint.random_weights, "params": asdict(params),
-                "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen, "adapters": list(params.adapters or {}),
+                "rope_frequencies": d.rope_frequencies, "rope_axes": d.rope_axes, "vision": seen, "adapters": list(carried(checkpoint, params.adapters)),
+                "default": checkpoint.adapter.name if checkpoint.adapter else "",
             } | {key: notes[key] for key in ("unbuilt", "centred") if key in notes}
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:

@@ -33,8 +33,8 @@ def refused(weights: Weights) -> str | None:
     return None
 
 
-def write(out: Path, lora: Lora, weights: Weights) -> None:
-    """Write adapters/NAME/adapter.gguf for a base whose file was written from `weights` (folded). Factors are float32."""
+def write(out: Path, lora: Lora, weights: Weights) -> int:
+    """Write adapters/NAME/adapter.gguf for a base whose file was written from `weights` (folded); returns the bytes of its factors, which are float32."""
     gguf, tensors = need("gguf", "build"), []
     for tensor, place in layout(weights.family, weights.decoder, weights.parts).items():
         if place.part not in lora.factors or not tensor.endswith(".weight"):
@@ -56,6 +56,7 @@ def write(out: Path, lora: Lora, weights: Weights) -> None:
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
 
     gguf_file.write(file, weights.family.gguf_arch, describe, tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def load(lib: Any, model: Any, engine: Path, names: tuple[str, ...], errors: list[str]) -> dict[str, Any]:

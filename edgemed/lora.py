@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemed.checkpoint import Checkpoint
+from edgemed.checkpoint import ADAPTERS, Checkpoint
 from edgemed.errors import EdgemedError, need
-from edgemed.store import MANIFEST, file_sha256, read_manifest
+from edgemed.store import MANIFEST, digest, file_sha256, read_manifest
 from edgemed.weights import Dense, Packed, Weights
 
 if TYPE_CHECKING:
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 BESIDE = "non_lora_trainables.bin"  # where LLaVA's training code puts the projector it trained with the adapter
-FOLDER = "adapters"  # of an engine: one folder in it per adapter
+FOLDER = ADAPTERS  # of an engine, as of a checkpoint: one folder in it per adapter
+BASE = "base"  # what an engine is without its adapters, as the name of one: also where it is otherwise used with one of them
+OWN_BASE = "edgemed_base"  # in adapter_config.json: the quantized checkpoint whose integers an adapter was trained beside
 FOLDED = "edgemed_folded"  # in config.json: what a quantize step multiplied into the weights, which an adapter of the float base does not know
 # Keys of a LoRA config that say where factors belong, how they were trained or how large they are. With any other one set, it is more than factors.
 PLAIN = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out",
     "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights",
+    OWN_BASE, "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights",
 }
 # Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, ...) take the first factors out of the base's own weights.
 BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -116,15 +118,32 @@ def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
     """sha256 of every file of the adapters a target's parameters name, for its key and manifest. Raises EdgemedError for a missing one, or a name that no folder can have."""
     found = {}
     for name, path in (adapters or {}).items():
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise EdgemedError(f"adapters: '{name}' cannot be the name of an adapter", "Use letters, digits, '-', '_' and '.'")
+        if not re.fullmatch(r"\w[\w.-]*", name) or name == BASE:
+            raise EdgemedError(f"adapters: '{name}' cannot be the name of an adapter", f"Use letters, digits, '-', '_' and '.', and not '{BASE}', which is the engine without any")
         found |= {f"adapter/{name}/{file}": sha for file, sha in adapter_hashes(path).items()}
     return found
 
 
+def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[str, str]:
+    """name -> PEFT directory of every adapter an engine of this checkpoint carries: its own first, then those a target's parameters name.
+
+    Raises EdgemedError where one of these has the own one's name.
+    """
+    own = {checkpoint.adapter.name: str(checkpoint.adapter)} if checkpoint.adapter else {}
+    if twice := own.keys() & (adapters or {}).keys():
+        raise EdgemedError(f"adapters: {checkpoint.path} brings an adapter '{twice.pop()}' of its own", "Give yours another name; the own one need not be given")
+    return own | dict(adapters or {})
+
+
 def read_loras(weights: Weights, adapters: Mapping[str, str] | None) -> list[Lora]:
-    """The adapters a target's parameters name (name -> PEFT directory). Raises EdgemedError as read_lora."""
-    return [read_lora(weights, name, path) for name, path in (adapters or {}).items()]
+    """Those of `carried`, read. Raises EdgemedError as carried and read_lora."""
+    return [read_lora(weights, name, path) for name, path in carried(weights.checkpoint, adapters).items()]
+
+
+def base_of(checkpoint: Checkpoint) -> str:
+    """What an adapter of this very quantized checkpoint is told it by: a digest of its weight files, whatever their names, and of how they are packed."""
+    files = sorted(file_sha256(file) for file in {entry.file for entry in checkpoint.tensors.values()})
+    return digest({"files": files, "quantization_config": checkpoint.config.get("quantization_config")})
 
 
 def _folded_unsaid(checkpoint: Checkpoint) -> bool:
@@ -136,17 +155,14 @@ def _folded_unsaid(checkpoint: Checkpoint) -> bool:
 
 
 def read_lora(weights: Weights, name: str, path: str) -> Lora:
-    """One adapter in the layout of `weights`: factors of joined modules side by side, q rows multiplied with what is folded into the base's.
+    """One adapter in the layout of `weights`: factors of joined modules side by side, q rows multiplied with what is folded into the base's, unless it was trained on
+    this very base, folded and rounded as it is.
 
     Raises EdgemedError for an adapter of another base, of another kind than plain LoRA, damaged, or on weights other than a layer's attention and MLP.
     """
     where, values = f"adapter '{name}' ({path})", adapter_config(path)
     _check_plain(where, values)
-    folded = weights.checkpoint.config.get(FOLDED, {})
-    if folded.get("inputs"):
-        raise EdgemedError(f"{where}: this base's inputs were rescaled when it was quantized (awq, smoothquant), and an adapter reads the original ones", "Quantize the base with gptq or rtn")
-    if not folded and _folded_unsaid(weights.checkpoint):
-        raise EdgemedError(f"{where}: {weights.checkpoint.path} was quantized before edgemed wrote down what it folds into the weights", "Quantize the base again")
+    folded = _folded(weights.checkpoint, where, values.get(OWN_BASE))
     torch, found = need("torch", "build"), {}
     pairs = dict(_pairs(weights, where, values, adapter_tensors(path)))
     for part in {part for part, _ in pairs}:
@@ -161,6 +177,21 @@ def read_lora(weights: Weights, name: str, path: str) -> Lora:
     if not any(b.any() for _, b in found.values()):
         raise EdgemedError(f"{where} changes nothing: all its factors B are zero", "Give the adapter as it was after training")
     return Lora(name, {part: found[part] for part in weights.parts if part in found})
+
+
+def _folded(checkpoint: Checkpoint, where: str, own_base: str | None) -> Mapping[str, Any]:
+    """What was multiplied into the weights of this base that the adapter does not know. Raises EdgemedError where it cannot be used on it."""
+    if own_base is not None:
+        if own_base != base_of(checkpoint):
+            problem = f"{where} was trained beside the integers of one quantized checkpoint, to make good what rounding did there, and {checkpoint.path} is another"
+            raise EdgemedError(problem, "Give the quantized checkpoint it was trained on, or train it again on this one (distill: {train: lora})")
+        return {}
+    folded = checkpoint.config.get(FOLDED, {})
+    if folded.get("inputs"):
+        raise EdgemedError(f"{where}: this base's inputs were rescaled when it was quantized (awq, smoothquant), and an adapter reads the original ones", "Quantize the base with gptq or rtn")
+    if not folded and _folded_unsaid(checkpoint):
+        raise EdgemedError(f"{where}: {checkpoint.path} was quantized before edgemed wrote down what it folds into the weights", "Quantize the base again")
+    return folded
 
 
 def _check_plain(where: str, values: Mapping[str, Any]) -> None:
@@ -213,6 +244,18 @@ def _places(weights: Weights) -> dict[str, tuple[str, int]]:
     """Every name a module may have in transformers' model -> (canonical part, number of the module in it). A tied output matrix has a name there too."""
     return {"lm_head": ("lm_head", 0)} | {prefix + choice: (name, index) for name, part in weights.parts.items() for index, module in enumerate(part.modules)
             for choice in module.split("|") for prefix in weights.family.prefixes}
+
+
+def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Weights:
+    """A checkpoint as it answers: with an adapter (name, PEFT directory), with its own where it has one and no other is given, or alone.
+
+    An adapter that was trained to make good what rounding did has the float checkpoint itself for its source.
+    """
+    if adapter and OWN_BASE in adapter_config(adapter[1]) and "quantization_config" not in source.config:
+        adapter = None
+    own = source.adapter
+    adapter = adapter or ((own.name, str(own)) if own else None)
+    return Adapted(source, *adapter) if adapter else Weights(source)
 
 
 class Adapted(Weights):

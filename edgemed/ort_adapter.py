@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FILE = "adapter.onnx_adapter"
 
 
-def write(out: Path, lora: Lora, floats: str) -> None:
-    """Write adapters/NAME/adapter.onnx_adapter. floats: the graph's format of activations, 'float32' or 'float16'."""
+def write(out: Path, lora: Lora, floats: str) -> int:
+    """Write adapters/NAME/adapter.onnx_adapter; returns the bytes of its factors. floats: the graph's format of activations, 'float32' or 'float16'."""
     ort = need("onnxruntime", "onnx")
     values = {}
     for part, factors in lora.factors.items():
@@ -36,6 +36,7 @@ def write(out: Path, lora: Lora, floats: str) -> None:
     made.set_model_version(1)
     made.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
     made.export_adapter(str(file))
+    return sum(value.nbytes for value in values.values())
 
 
 def read(engine: Path, name: str | None, session: Any, cuda: bool) -> dict[str, Any]:

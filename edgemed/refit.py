@@ -1,27 +1,36 @@
-"""A quantized checkpoint as a student: its integers stay, its scales (and norms and biases) are trained, and the result is written in the layout it came in.
+"""A quantized checkpoint as a student: its integers stay, its scales (and norms and biases) or a LoRA beside them are trained, and it stays in the layout it came in.
 
-Every engine carries scales as they are in the file, so what is learned here reaches all of them. The integers become floats inside transformers' own modules
-by a parametrization of their weight, so the course of distillation needs to know nothing of them.
+Every engine carries scales as they are in the file, so what is learned there reaches all of them; a LoRA, which no grid of integers could take up, travels as a
+file of its own. The integers become floats inside transformers' own modules, so the course of distillation needs to know nothing of them.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemed import store
-from edgemed.checkpoint import Checkpoint, Writer, narrowed
+from edgemed.checkpoint import ADAPTER, Checkpoint, Writer, narrowed, open_checkpoint, read_tensors
 from edgemed.errors import EdgemedError, need
+from edgemed.lora import CONFIG, FOLDER, OWN_BASE, WEIGHTS, answering, base_of
 from edgemed.student import same_scores
 from edgemed.weights import Packed, Weights
 
 if TYPE_CHECKING:
     import torch
 
+NAME = "qad"  # of the adapter in the checkpoint: what distillation made good of what rounding did
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
 
 def source_of(checkpoint: Checkpoint) -> str:
     """The float checkpoint this one was quantized from, where it lies beside it (as the steps of one recipe do). Raises EdgemedError where it does not."""
     manifest = store.read_manifest(checkpoint.path) if (checkpoint.path / store.MANIFEST).is_file() else {}
+    # What a distill step made of a quantized checkpoint has it for its parent, and the float one behind that.
+    while manifest.get("stage") == "distill":
+        manifest = manifest.get("parent") or {}
     wanted = (manifest.get("parent") or {}).get("key")
     for folder in sorted(checkpoint.path.parent.iterdir()) if wanted else ():
         if (folder / store.MANIFEST).is_file() and store.read_manifest(folder)["key"] == wanted:
@@ -30,8 +39,10 @@ def source_of(checkpoint: Checkpoint) -> str:
 
 
 def check(student: Weights, train: str) -> None:
-    """Raise EdgemedError for a student whose scales cannot be trained."""
+    """Raise EdgemedError for a student whose scales, or a LoRA beside whose integers, cannot be trained."""
     path = student.checkpoint.path
+    if student.checkpoint.adapter:
+        raise EdgemedError(f"distill: {path} has been trained with a LoRA beside it, which fits only what it is now", "Train scales first, the LoRA last; or begin with the quantize step's result")
     if not student.quantization:
         raise EdgemedError(f"distill: train: {train} is for quantized students, and {path} holds floats", "Quantize it first, or leave train out")
     if student.vision or student.decoder.experts:
@@ -134,7 +145,37 @@ def write(model: torch.nn.Module, weights: Weights, out: Path) -> dict[str, floa
                 learned.copy_(value.float())
             writer.add(name, value)
         writer.close()
-    return same_scores(model, weights, out, True)
+    return same_scores(model, Weights(open_checkpoint(out)), True)
+
+
+def write_beside(model: torch.nn.Module, weights: Weights, out: Path, dtype: str) -> dict[str, float]:
+    """Write the quantized checkpoint as it was, file by file, and the LoRA of a peft model trained on it into adapters/qad. dtype: of the factors.
+
+    Returns {max_abs_error, largest_score} on random tokens. Raises EdgemedError for a value that does not fit the dtype, and where what was written does not give the
+    trained model's scores.
+    """
+    torch, checkpoint = need("torch", "build"), weights.checkpoint
+    for name in (*checkpoint.hashes(), *INDICES):
+        if (checkpoint.path / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.path / name, out / name)
+    store.write_json(out / "config.json", {**checkpoint.config, ADAPTER: NAME})
+    found = {}
+    with torch.no_grad():
+        for name, factor in need("peft", "build").get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            found[name] = narrowed(name, factor, dtype).contiguous()
+            # The model is left with what was written, to be compared with it.
+            factor.copy_(found[name].float())
+    folder = out / FOLDER / NAME
+    folder.mkdir(parents=True)
+    need("safetensors.torch", "build").save_file(found, folder / WEIGHTS[0], metadata={"format": "pt"})
+    shutil.copymode(out / "config.json", folder / WEIGHTS[0])
+    model.peft_config["default"].save_pretrained(folder)
+    said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    # peft names the base by where it was opened, which was working state, and keeps its modules in a set, which has no order.
+    said |= {"base_model_name_or_path": None, "target_modules": sorted(said["target_modules"]), "inference_mode": True, OWN_BASE: base_of(checkpoint)}
+    store.write_json(folder / CONFIG, said)
+    return same_scores(model, answering(open_checkpoint(out)), True)
 
 
 def trained(weights: Weights, norms: bool) -> dict[str, Any]:
@@ -142,3 +183,9 @@ def trained(weights: Weights, norms: bool) -> dict[str, Any]:
     shapes = {name: entry.shape for name, entry in weights.checkpoint.tensors.items()}
     scales = sum(shapes[f"{key}.scales"][0] * shapes[f"{key}.scales"][1] for key in packed_modules(weights))
     return {"scales": scales, "norms_and_biases": norms}
+
+
+def trained_beside(out: Path) -> dict[str, Any]:
+    """The same of the LoRA that was written to `out`."""
+    tensors = read_tensors(out / FOLDER / NAME / WEIGHTS[0]).values()
+    return {"adapter": f"{FOLDER}/{NAME}", "parameters": sum(tensor.numel() for tensor in tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}

@@ -31,7 +31,7 @@ from edgemed.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
 from edgemed.facts import parameters
 from edgemed.image_reference import ImageReference, make_image_reference
 from edgemed.images import Patches, check_places, patches, prompt_tokens
-from edgemed.lora import Adapted, adapter_hashes
+from edgemed.lora import adapter_hashes, answering
 from edgemed.random_weights import make_random
 from edgemed.recipe import EvalSpec, Recipe, Stage, VerifySpec
 from edgemed.reference import Reference, make_reference, windows_of
@@ -183,43 +183,44 @@ def reference_for(source: Checkpoint, spec: VerifySpec, cache: Path, adapter: tu
 
 
 def adapted_references(source: Checkpoint, stage: Stage, spec: VerifySpec, cache: Path) -> dict[str, Reference]:
-    """adapter -> what the source with it answers, for every adapter of an engine, kept in `cache`; of models that see, about text only."""
-    return {name: reference_for(source, spec, cache, (name, path)).trim(spec.carried) for name, path in (stage.params.adapters or {}).items()}
+    """adapter -> what the source with it answers, for every adapter that an engine is given, kept in `cache`."""
+    given = (stage.params.adapters or {}).items()
+    return {one[0]: with_images(reference_for(source, spec, cache, one), source, stage, spec, cache, one).trim(spec.carried) for one in given}
 
 
 def answers(source: Checkpoint, spec: VerifySpec, adapter: tuple[str, str] | None = None) -> Reference:
     """Run the float32 source, with an adapter (name, PEFT directory) or as it is, over the held-out windows of `spec`."""
     from edgemed.decoder import TorchSession
 
-    weights = Adapted(source, *adapter) if adapter else Weights(source)
+    weights = answering(source, adapter)
     tokenizer = open_tokenizer(source.path, weights.decoder.vocab)
     windows = windows_of([encode(tokenizer, t) for t in texts(spec.prompts, "heldout")], spec.count, spec.width, spec.prompts)
     return make_reference(TorchSession(weights), windows, spec.prompt, spec.new)
 
 
-def with_images(reference: Reference, source: Checkpoint, stage: Stage, spec: VerifySpec, cache: Path) -> Reference:
-    """The same with the source's answers about images as this engine resizes them, kept in `cache`; a text model's as they are."""
+def with_images(reference: Reference, source: Checkpoint, stage: Stage, spec: VerifySpec, cache: Path, adapter: tuple[str, str] | None = None) -> Reference:
+    """The same with the source's answers about images as this engine resizes them, with an adapter or as it is, kept in `cache`; a text model's as they are."""
     weights = Weights(source)
     if not weights.vision:
         return reference
     check_supported(stage.plugin, weights, stage.params)
     pixels = pixels_of(weights.vision, stage.params)
-    inputs = source.hashes() | {split: read_card(IMAGES).digest(split) for split in read_card(IMAGES).files}
+    inputs = source.hashes() | {split: read_card(IMAGES).digest(split) for split in read_card(IMAGES).files} | (adapter_hashes(adapter[1]) if adapter else {})
     settings = {"images": spec.images, "image_new": spec.image_new, "pixels": list(pixels)}
     final = cache / f"images-{store.digest([settings, inputs])[:12]}"
     with store.building(final, "reference", "images", settings, inputs) as work:
-        say(f"reference answers about images: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
+        say(f"reference answers about images{f' with {adapter[0]}' if adapter else ''}: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
         if work is not None:
-            replace(reference, images=image_answers(source, spec, pixels)).save(work.path)
+            replace(reference, images=image_answers(source, spec, pixels, adapter)).save(work.path)
     return replace(reference, images=Reference.load(final).images)
 
 
-def image_answers(source: Checkpoint, spec: VerifySpec, pixels: tuple[int, int]) -> ImageReference:
-    """Show the float32 source the images of `spec`, resized to `pixels` (least, most). Raises EdgemedError where the card has fewer."""
+def image_answers(source: Checkpoint, spec: VerifySpec, pixels: tuple[int, int], adapter: tuple[str, str] | None = None) -> ImageReference:
+    """Show the float32 source, with an adapter or as it is, the images of `spec`, resized to `pixels` (least, most). Raises EdgemedError where the card has fewer."""
     from edgemed import tower
     from edgemed.decoder import TorchSession
 
-    weights = Weights(source)
+    weights = answering(source, adapter)
     v, tokenizer, family = replace(weights.vision, pixels=pixels), open_tokenizer(source.path, weights.decoder.vocab), weights.family
 
     def look(image: Any) -> tuple[Patches, Any, Any]:
@@ -332,7 +333,7 @@ def open_source(source: Checkpoint, sees: bool = False, route: Route | None = No
     from edgemed.decoder import TorchSession
     from edgemed.tower import TorchEyes
 
-    weights = Adapted(source, *adapter) if adapter else Weights(source)
+    weights = answering(source, adapter)
     eyes = TorchEyes(weights) if sees else None
     return Opened(TorchSession(weights, route=route), open_tokenizer(source.path, weights.decoder.vocab), weights.decoder.eos, eyes)
 

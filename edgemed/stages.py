@@ -33,18 +33,19 @@ TOWERS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "w8a8": 1e-1}
 MTMD = {"f32": 5e-3, "f16": 1e-2, "q8_0": 5e-2}
 
 
-def stages(engine: Engine, session: Session, reference: ImageReference, exact: float | None, max_kl: float, min_top1: float, threads: int | None = None) -> list[dict[str, Any]]:
+def stages(engine: Engine, session: Session, reference: ImageReference, exact: float | None, max_kl: float, min_top1: float, threads: int | None = None,
+           tower: bool = True) -> list[dict[str, Any]]:
     """One mapping per stage: 'stage', 'error', 'limit' (None: no limit), 'passed' and 'how' in words; none where the reference holds no images.
 
-    exact: largest logit error where the decoder's precision is float32, None for a quantized one. Raises EdgemedError where an image and its answer do not
-    fit the context, the engine resizes images otherwise than its reference, or a stage gives NaN.
+    exact: largest logit error where the decoder's precision is float32, None for a quantized one. tower: also the stages in front of the decoder. Raises EdgemedError where an image and its answer
+    do not fit the context, the engine resizes images otherwise than its reference, or a stage gives NaN.
     """
     if not reference.pictures:
         return []
     eyes = eyes_of(engine, threads)
     try:
         check_fit(engine, eyes, reference)
-        found = seen(engine, eyes, reference)
+        found = seen(engine, eyes, reference) if tower else []
         found.append(decoded(session, eyes, reference, exact, max_kl, min_top1))
         return [*found, answered(session, eyes, reference, exact is not None and tower_of(engine)[0] in ("fp32", "f32"), max_kl)]
     finally:

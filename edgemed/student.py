@@ -71,19 +71,19 @@ def write(model: torch.nn.Module, student: Weights, out: Path, dtype: str) -> di
         if key in student.checkpoint.tensors and key not in written:
             writer.add(key, narrowed(key, student.checkpoint.read(key), dtype))
     writer.close()
-    return same_scores(model, student, out, dtype == "float32")
+    return same_scores(model, Weights(open_checkpoint(out)), dtype == "float32")
 
 
-def same_scores(model: torch.nn.Module, weights: Weights, out: Path, exact: bool) -> dict[str, float]:
-    """Hold what was written to `out` against the trained model: {max_abs_error, largest_score} on random tokens.
+def same_scores(model: torch.nn.Module, written: Weights, exact: bool) -> dict[str, float]:
+    """Hold what was written against the trained model: {max_abs_error, largest_score} on random tokens.
 
     exact: raises EdgemedError where the scores are not the model's.
     """
     torch = need("torch", "build")
-    tokens = torch.randint(weights.decoder.vocab, (2, min(64, weights.decoder.context)), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(written.decoder.vocab, (2, min(64, written.decoder.context)), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False).logits
-    error, largest = float((logits(Weights(open_checkpoint(out)), tokens) - expected).abs().max()), max(1.0, float(expected.abs().max()))
+    error, largest = float((logits(written, tokens) - expected).abs().max()), max(1.0, float(expected.abs().max()))
     if exact and not error <= TOLERANCE * largest:
         raise EdgemedError(f"the written student does not give the trained one's scores: largest difference {error:.3g}", "Do not deploy it; this is a bug in edgemed")
     return {"max_abs_error": error, "largest_score": largest}

@@ -33,34 +33,36 @@ class Limits:
 def verify(engine: Engine, reference: Reference, limits: Limits, threads: int | None = None, adapter: str | None = None) -> dict[str, Any]:
     """Compare an engine with the reference answers; see the keys of the result for what is measured ('stages' only for engines that see).
 
-    adapter: one of the engine's, whose answers the reference then holds; of an engine that sees, about text only.
+    adapter: one of the engine's, whose answers the reference then holds ('base': none); of an engine that sees, what lies in front of its decoder is then passed over,
+    because no adapter reaches it.
 
     Raises EdgemedError where the reference does not belong to this engine's vocabulary, or shows no images to an engine that sees.
     """
     if reference.logits.shape[-1] != engine.width:
         raise EdgemedError(f"{engine.path}: the engine gives {engine.width} scores, its reference {reference.logits.shape[-1]}", "Export the engine again")
-    if engine.vision and reference.images is None and not adapter:
+    if engine.vision and reference.images is None:
         raise EdgemedError(f"{engine.path} sees, and its reference answers say nothing about images (an earlier edgemed made them)", "Export the engine again")
     session = engine.open(threads, adapter)
     try:
         measured = compare(session, reference)
         if engine.head == "lm":
             measured |= greedy(session, reference)
-        if engine.vision and not adapter:
-            measured["stages"] = stages(engine, session, reference.images, exact_error(engine), limits.max_kl, limits.min_top1, threads)
+        if engine.vision:
+            measured["stages"] = stages(engine, session, reference.images, exact_error(engine), limits.max_kl, limits.min_top1, threads, tower=not adapter)
     finally:
         session.close()
     problems = judge(engine, measured, limits) + stage_problems(measured.get("stages", []))
+    used = adapter or engine.default
     return {
-        "engine": engine.name, "engine_key": engine.key, **({"adapter": adapter} if adapter else {}),
+        "engine": engine.name, "engine_key": engine.key, **({"adapter": used} if used else {}),
         "prompts": len(reference.windows), "reference": reference.digest(), "ran_on": engine.stand_in or engine.target, **measured,
         "limits": {"max_kl": limits.max_kl, "min_top1": limits.min_top1, "max_logit_error": exact_error(engine)}, "passed": not problems, "problems": problems,
     }
 
 
 def with_adapters(engine: Engine, result: dict[str, Any], limits: Limits, threads: int | None = None) -> dict[str, Any]:
-    """A result of verify and, under 'adapters', one for each adapter against what the source with it answers; failed where one is."""
-    found = {name: verify(engine, engine.reference(name), limits, threads, name) for name in engine.adapters}
+    """A result of verify and, under 'adapters', one for each further adapter against what the source with it answers; failed where one is."""
+    found = {name: verify(engine, engine.reference(name), limits, threads, name) for name in engine.adapters if name != engine.default}
     if not found:
         return result
     problems = [f"{name}: {problem}" for name, own in found.items() for problem in own["problems"]]

@@ -146,7 +146,7 @@ def test_what_is_refused(model: Path, sees: Path, text: str, tmp_path: Path) -> 
     moved.parent.mkdir()
     os.rename(start, moved)
     refused(cli("distill", moved, *quick, "train=scales"), "was quantized from is not known", "Name it as teacher")
-    with pytest.raises(EdgemedError, match="lora, layers, ffn"):
+    with pytest.raises(EdgemedError, match="layers, ffn, .*and a merged lora"):
         distill.inputs(small(text, lora=4))
     seeing = packed(sees, tmp_path / "seeing", 4)
     with pytest.raises(EdgemedError, match="is for text models without experts"):

@@ -20,6 +20,7 @@ from edgemed.cut import Shape, choose, cut, parameters, smaller
 from edgemed.data import read_card, texts
 from edgemed.errors import EdgemedError, need
 from edgemed.lesson import Lesson, Objective, last_good, measure, pupil, trainer
+from edgemed.lora import answering
 from edgemed.quiet import quiet_and_offline
 from edgemed.session import Sampling
 from edgemed.sights import IGNORED, Sights, digest, look, pictured
@@ -36,10 +37,11 @@ class Params:
     """calibration: text set or .jsonl file. steps, rate: optimizer steps and the largest learning rate (AdamW, cosine). teacher: a checkpoint directory;
     None: the checkpoint itself, of which the student is a part, or (train) the one it was quantized from.
 
-    train: 'scales' takes a quantized student and trains its scales alone, 'scales+norms' its norms and biases too; the integers stay, the layout is the student's.
+    train: 'scales' takes a quantized student and trains its scales alone, 'scales+norms' its norms and biases too; 'lora' trains nothing of it, but a LoRA of rank `lora`
+    beside its matrices, which stays in adapters/qad of the result and which its engines use unmerged. The integers stay, the layout is the student's.
 
     The student: layers (one number: a count, evenly spaced; several: indices), ffn (neurons per MLP) and heads (query heads) to keep, or target_params
-    ('30M': at most so many, chosen by itself). lora: rank of a LoRA that is trained instead of all weights and merged at the end; 0: all weights.
+    ('30M': at most so many, chosen by itself). lora: rank of a LoRA that is trained instead of all weights and (but for train: lora) merged at the end; 0: all weights.
 
     What is learned: mode 'logits' (the teacher's distribution at every token; one tokenizer) or 'sequence' (texts the teacher writes after `prompt`
     tokens of each text, sampled at `temperature`; any tokenizer). loss: the divergence D, with beta for jsd: (1 - labels) temperature^2 D + labels *
@@ -57,7 +59,7 @@ class Params:
     steps: int
     rate: float
     teacher: str | None = None
-    train: Literal["weights", "scales", "scales+norms"] = "weights"
+    train: Literal["weights", "scales", "scales+norms", "lora"] = "weights"
     layers: tuple[int, ...] = ()
     ffn: int | None = None
     heads: int | None = None
@@ -118,8 +120,10 @@ def check(p: Params) -> None:
     scores = {"hidden": p.hidden, "on_policy": p.on_policy, "top_k": p.top_k, "labels": p.labels}
     if p.mode == "sequence" and any(scores.values()):
         raise EdgemedError(f"distill: {', '.join(k for k, v in scores.items() if v)} and mode: sequence exclude each other: there only the teacher's text is learned", "Leave them out")
-    if p.train != "weights" and (p.lora or p.layers or p.ffn or p.heads or p.target_params is not None or p.mode == "sequence"):
-        raise EdgemedError(f"distill: train: {p.train} takes the whole quantized student; lora, layers, ffn, heads, target_params and mode: sequence are for floats", "Leave them out")
+    if p.train == "lora" and not p.lora:
+        raise EdgemedError("distill: train: lora needs the rank of the LoRA", "For example lora: 8")
+    if p.train != "weights" and ((p.lora and p.train != "lora") or p.layers or p.ffn or p.heads or p.target_params is not None or p.mode == "sequence"):
+        raise EdgemedError(f"distill: train: {p.train} takes the whole quantized student; layers, ffn, heads, target_params, mode: sequence and a merged lora are for floats", "Leave them out")
     if p.top_k and (p.hidden or p.on_policy):
         raise EdgemedError("distill: top_k keeps scores of the given text only, neither hidden states nor those of sampled text", "Leave top_k, or hidden and on_policy out")
 
@@ -134,7 +138,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     if params.train != "weights":
         refit.check(weights, params.train)
         params = replace(params, teacher=params.teacher or refit.source_of(checkpoint))
-    teacher = Weights(open_checkpoint(params.teacher)) if params.teacher else weights
+    teacher = answering(open_checkpoint(params.teacher)) if params.teacher else weights
     shape = choose(weights, params.layers, params.ffn, params.heads, number(params.target_params, "target_params") if params.target_params is not None else None)
     facts = {"params": asdict(params), "student": checkpoint.hashes(), "inputs": inputs(params), "out": out.name}
     work = out.parent / f".distill-{store.digest(facts)[:12]}"
@@ -174,7 +178,7 @@ def _check_models(student: Weights, teacher: Weights, shape: Shape, whole: bool,
         fix = "Experts can teach; make the student of them with merge: {experts: dense}" if student.decoder.experts else "Give a student of another architecture"
         raise EdgemedError(f"distill: transformers has no class that could train the student {student.checkpoint.path} ({student.checkpoint.config['model_type']})", fix)
     if student.rounded and params.train == "weights":
-        raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Say train: scales, or distill the float checkpoint, then quantize")
+        raise EdgemedError(f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be trained", "Say train: scales or train: lora, or distill it before it is quantized")
     if whole and not params.teacher:
         raise EdgemedError("distill: the student is its teacher: nothing is cut and no teacher is given", "Give layers, ffn, heads or target_params, or a teacher")
     sizes = [parameters(w.family, d) for w, d in ((student, smaller(student.source, shape)), (teacher, teacher.source))]
@@ -315,9 +319,8 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
             course.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             course.watch.bar.stop()  # or an interrupted run would leave the terminal without a cursor
-        model = (made.student.merge_and_unload() if params.lora else made.student).cpu().eval()
-        norms = params.train == "scales+norms"
-        notes = {"written": write(model, student, out, params.dtype)} if params.train == "weights" else {"written": refit.write(model, student, out), "trained": refit.trained(student, norms)}
+        model = (made.student.merge_and_unload() if params.lora and params.train != "lora" else made.student).cpu().eval()
+        notes = _wrote(model, student, params, out)
     state = course.state
     names = {f"eval_{name}": name for name in before}
     history = [{"step": entry["step"], **{name: entry[logged] for logged, name in names.items()}} for entry in state.log_history if set(names) <= set(entry)]
@@ -330,6 +333,14 @@ def _train(student: Weights, lesson: Lesson, params: Params, work: Path, out: Pa
     return notes | {"before": before, "after": after, "history": history, "best_step": state.best_global_step, "steps": state.global_step, "bound": bound,
                     "tokens": state.global_step * params.batch * params.accumulate * int(lesson.tokens.shape[1]),
                     "cache_bytes": lesson.cache.nbytes if lesson.cache else 0, "layer_map": [list(pair) for pair in lesson.objective.pairs]}
+
+
+def _wrote(model: Any, student: Weights, params: Params, out: Path) -> dict[str, Any]:
+    if params.train == "weights":
+        return {"written": write(model, student, out, params.dtype)}
+    if params.train == "lora":
+        return {"written": refit.write_beside(model, student, out, params.dtype), "trained": refit.trained_beside(out)}
+    return {"written": refit.write(model, student, out), "trained": refit.trained(student, params.train == "scales+norms")}
 
 
 def _arguments(params: Params, work: Path, labels: float) -> dict[str, Any]:
@@ -348,5 +359,6 @@ def _pupil_of(student: Weights, params: Params, work: Path) -> Any:
     if params.train == "weights":
         return load(student)
     model = load(student, refit.expanded(student, work / "expanded"))
-    refit.freeze(model, student, params.train == "scales+norms")
+    if params.train != "lora":
+        refit.freeze(model, student, params.train == "scales+norms")
     return model

@@ -19,7 +19,7 @@ from edgemed.decoder import logits
 from edgemed.deltas import check, shared_delta
 from edgemed.errors import EdgemedError, need, nearest
 from edgemed.experts import dense
-from edgemed.lora import adapter_config, adapter_hashes, adapter_tensors, quantized_base
+from edgemed.lora import OWN_BASE, adapter_config, adapter_hashes, adapter_tensors, quantized_base
 from edgemed.qlora import difference
 from edgemed.quiet import quiet_and_offline
 from edgemed.sights import calibration_digests
@@ -80,6 +80,9 @@ def inputs(params: Params) -> dict[str, str]:
     if rounded_base(params) and not params.calibration:
         raise EdgemedError(f"merge: what an adapter trained on {params.trained_on} loses is measured on text", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
     found = {f"adapter/{file}": sha for file, sha in adapter_hashes(params.adapter).items()}
+    if OWN_BASE in adapter_config(params.adapter):
+        fix = "Export that checkpoint with it, unmerged: edgemed export QUANTIZED --adapter NAME=DIR"
+        raise EdgemedError(f"{params.adapter} was trained beside the integers of a quantized checkpoint, to make good what rounding did there, and no float weights are its base", fix)
     if rounded_base(params):
         return found | calibration_digests(params.calibration)
     if params.trained_on is None and (reason := quantized_base(adapter_config(params.adapter))):

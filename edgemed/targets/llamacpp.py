@@ -108,7 +108,7 @@ def inputs(params: Params) -> dict[str, str]:
 def supports(weights: Weights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that does not belong to it."""
     d = weights.source
-    if params.adapters and (reason := gguf_adapter.refused(weights)):
+    if lora.carried(weights.checkpoint, params.adapters) and (reason := gguf_adapter.refused(weights)):
         return reason
     lora.read_loras(weights, params.adapters)
     if params.from_checkpoint and d.experts and d.experts.based:
@@ -160,15 +160,15 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
         np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
     seen = build_eyes(weights, out, params) if weights.vision else {}
-    for one in lora.read_loras(folded, params.adapters):
-        gguf_adapter.write(out, one, folded)
+    factors = {one.name: gguf_adapter.write(out, one, folded) for one in lora.read_loras(folded, params.adapters)}
+    own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
     share = weights.source.experts.active / weights.source.experts.count if weights.source.experts else 1
     carried = "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()})) if params.from_checkpoint else None
     context, kv = params.context or weights.decoder.context, cache_type(params.kv, file_type(params) == "f32")
     notes = {
         "precision": f"{carried} carried" if carried else f"GGUF {chosen.facts['bits_per_weight']:.2f} bpw" if chosen else file_type(params).upper(),
-        "bytes_per_token": round(sum(t.nbytes * (share if "_exps." in t.name else 1) for t in tensors if t.name not in looked_up)),
+        "bytes_per_token": round(sum(t.nbytes * (share if "_exps." in t.name else 1) for t in tensors if t.name not in looked_up)) + own,
         "context": context, "kv_cache": {"type": kv, "bytes": round(weights.decoder.cache_elements(context) * CACHE_BYTES[kv])},
         "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks, **seen,
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",

@@ -144,13 +144,13 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     context, cached, loras = params.context or weights.decoder.context, "int8" if params.kv == "int8" else floats, lora.read_loras(weights, params.adapters)
     dialect = OrtDialect(_kv_scales(weights, params) if params.kv == "int8" else None)
     graph = build_decoder(weights, out, precision, dialect, frozenset(part for one in loras for part in one.factors))
-    for one in loras:
-        ort_adapter.write(out, one, floats)
+    factors = {one.name: ort_adapter.write(out, one, floats) for one in loras}
+    own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = labelled(weights.packings() or {(bits, params.group)}) if bits else {"float32": "fp32", "float16": "fp16"}[floats]
     label = "w8a8" if precision.integers else label
     return {
-        "precision": label, "context": context, "bytes_per_token": graph.layer_bytes, "attention": "GroupQueryAttention, shared buffer",
+        "precision": label, "context": context, "bytes_per_token": graph.layer_bytes + own, "attention": "GroupQueryAttention, shared buffer",
         "kv_cache": {"type": cached, "bytes": weights.decoder.cache_elements(context) * np.dtype(cached).itemsize}, **seen,
         **({"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"} if bits else {}),
     }

@@ -81,6 +81,8 @@ def supports(weights: Weights, params: Params) -> str | None:
     d, bits, stored = weights.decoder, bits_of(weights, params), sorted(weights.packings())
     if params.adapters:
         return "TensorRT engines cannot switch adapters; merge the adapter first (edgemed merge), and export the result"
+    if weights.checkpoint.adapter:
+        return "TensorRT engines carry no adapters, and this checkpoint is used with one beside its integers; start from the quantize step (from: quantize)"
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
     if params.prefill < 1 or params.workspace_mb < 1:
