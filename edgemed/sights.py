@@ -6,7 +6,7 @@ Vision tower and projector are neither rounded nor trained in these passes, so e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,31 +168,28 @@ def _turn(eyes: TorchEyes, tokenizer: Any, album: Album, row: dict[str, Any]) ->
     return whole, Pictures(seen.features, _placed(eyes, len(prompt), seen, len(whole)), seen.token)
 
 
-def look(weights: Weights, name: str, rows: Sequence[dict[str, Any]], length: int, limit: int, written: Sequence[dict[str, Any]] | None = None) -> tuple[np.ndarray, np.ndarray, Sights]:
+def look(weights: Weights, name: str, rows: Sequence[dict[str, Any]], length: int, limit: int, written: Callable[[], Sequence[dict[str, Any]]] | None = None) -> tuple[np.ndarray, np.ndarray, Sights]:
     """(tokens, labels) int64 [rows, length] and the images: one chat turn per row in the model's own form, of which only the answer counts.
 
-    limit: bytes the features may take. written: answers {"text", "ended"} that take the place of the rows', cut at `length`. Raises EdgemedError for a row
-    longer than `length`, images that take more, or one that cannot be opened.
+    limit: bytes the features may take. written: gives answers {"text", "ended"} that take the place of the rows', cut at `length`; called when all questions
+    are known to fit. Raises EdgemedError for a row longer than `length`, images that take more, or one that cannot be opened.
     """
     eyes, tokenizer, album = TorchEyes(weights), open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), album_of(name)
-    features, held = [], 0
-    tokens, labels, positions = np.full((len(rows), length), weights.decoder.eos or 0, np.int64), np.full((len(rows), length), IGNORED, np.int64), np.zeros((len(rows), eyes.parts, length), np.int64)
+    turns, said, held = [], [], 0
     for n, row in enumerate(track(rows, "looks at images")):
-        prompt, seen = asked(eyes, tokenizer, album, row)
-        held += seen.features.nbytes
-        if written:
-            # What does not fit is not learned, but of every answer there is to be room for a token.
-            answer = _answer(weights, tokenizer, written[n]["text"], written[n]["ended"])[: max(1, length - len(prompt))]
-        else:
-            answer = _answer(weights, tokenizer, row["answer"])
-        whole = prompt + answer
-        if len(whole) > length or len(prompt) == length:
-            problem = f"distill: {name}: row '{row.get('id', row['question'])}' is {len(whole)} tokens long, length is {length}"
-            raise EdgemedError(problem, "Raise length, or use smaller images")
+        turns.append(asked(eyes, tokenizer, album, row))
+        said += [] if written else [_answer(weights, tokenizer, row["answer"])]
+        held += turns[-1][1].features.nbytes
+        whole = len(turns[-1][0]) + (1 if written else len(said[-1]))
+        if whole > length:
+            raise EdgemedError(f"distill: {name}: row '{row.get('id', row['question'])}' is {whole} tokens long, length is {length}", "Raise length, or use smaller images")
         if held > limit:
-            said = f"the image features of {n + 1} rows take {held / 1e6:.1f} MB, cache_limit is {limit / 1e6:.1f} MB"
-            raise EdgemedError(f"distill: {name}: {said}", "Use smaller images or fewer rows, or raise cache_limit")
-        tokens[n, : len(whole)], labels[n, len(prompt) : len(whole)] = whole, answer
-        positions[n] = _placed(eyes, len(prompt), seen, length)
-        features.append(np.asarray(seen.features, np.float32))
-    return tokens, labels, Sights(tuple(features), positions, weights.vision.token)
+            problem = f"the image features of {n + 1} rows take {held / 1e6:.1f} MB, cache_limit is {limit / 1e6:.1f} MB"
+            raise EdgemedError(f"distill: {name}: {problem}", "Use smaller images or fewer rows, or raise cache_limit")
+    said = [_answer(weights, tokenizer, row["text"], row["ended"]) for row in written()] if written else said
+    tokens, labels = (np.full((len(rows), length), fill, np.int64) for fill in (weights.decoder.eos or 0, IGNORED))
+    for (prompt, _), answer, ids, counted in zip(turns, said, tokens, labels, strict=True):
+        whole = (prompt + answer)[:length]
+        ids[: len(whole)], counted[len(prompt) : len(whole)] = whole, whole[len(prompt) :]
+    positions = np.stack([_placed(eyes, len(prompt), seen, length) for prompt, seen in turns])
+    return tokens, labels, Sights(tuple(np.asarray(seen.features, np.float32) for _, seen in turns), positions, weights.vision.token)

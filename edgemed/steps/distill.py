@@ -43,10 +43,10 @@ class Params:
     ('30M': at most so many, chosen by itself). lora: rank of a LoRA that is trained instead of all weights and merged at the end; 0: all weights.
 
     What is learned: mode 'logits' (the teacher's distribution at every token; one tokenizer) or 'sequence' (texts the teacher writes after `prompt`
-    tokens of each text, or its answers about images, sampled at `temperature`; any tokenizer). loss: the divergence D, with beta for jsd: (1 - labels) temperature^2 D + labels *
-    cross entropy of the text + hidden * error of the hidden states, matched by a learned projection along layer_map ([[student, teacher], ..];
-    default: every layer with the one it was cut from, or evenly). on_policy: share of batches whose text after `prompt` tokens the student samples,
-    or whose answers about images (there `prompt` has no effect).
+    tokens of each text, or its answers about images, sampled at `temperature`; any tokenizer). loss: the divergence D, with beta for jsd: (1 - labels)
+    temperature^2 D + labels * cross entropy of the text + hidden * error of the hidden states, matched by a learned projection along layer_map
+    ([[student, teacher], ..]; default: every layer with the one it was cut from, or evenly). on_policy: share of batches whose text after `prompt`
+    tokens, or whose answers about images, the student samples. prompt: no effect where there are images, for there the question is the prompt.
     top_k: the teacher's likeliest tokens kept on disk, at most cache_limit bytes; 0: all scores, computed as they are needed.
 
     length: tokens per window; batch windows per step, times accumulate. warmup: share of the steps; decay: AdamW's. precision: of the student's
@@ -284,9 +284,12 @@ def _looked(student: Weights, teacher: Weights, same: bool, train: list[Any], he
     """Windows with images, seen by both. same: the student has its teacher's own eyes. files: where the teacher's answers to be learned are kept, training and held-out."""
     limit, rows = number(params.cache_limit, "cache_limit"), [*train, *held]
     sampling = Sampling(params.temperature, seed=params.seed, max_tokens=params.length)
-    told = [row for n, file in enumerate(files) for row in answers.written(teacher, params.calibration, (train, held)[n], sampling, file)]
-    tokens, labels, ours = look(student, params.calibration, rows, params.length, limit, told)
-    if told:
+
+    def told() -> list[dict[str, Any]]:
+        return [row for found, file in zip((train, held), files, strict=True) for row in answers.written(teacher, params.calibration, found, sampling, file)]
+
+    tokens, labels, ours = look(student, params.calibration, rows, params.length, limit, told if files else None)
+    if files:
         some = np.flatnonzero((labels != IGNORED).any(1))  # a teacher may say nothing at all
         return Lesson(objective, tokens[some], labels[some], int((some >= len(train)).sum()), sights=(ours.only(some), ours.only(some)))
     again, _, theirs = (tokens, labels, ours) if same else look(teacher, params.calibration, rows, params.length, limit)
