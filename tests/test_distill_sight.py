@@ -301,7 +301,7 @@ def test_scores_of_eyes_that_see_otherwise_are_refused(student: Path, teacher: P
 
 @pytest.mark.parametrize("extra", [["on_policy=0.5"], ["top_k=16", "lora=4"]], ids=["own answers", "top-k-and-lora"])
 def test_a_killed_run_with_images_ends_with_the_same_weights(extra: list[str], teacher: Path, pictures: str, tmp_path: Path) -> None:
-    asked_for = [teacher, "--layers", 2, "--calibration", pictures, "--steps", 12, "--rate", 1e-3]
-    asked_for += [part for value in (f"length={LENGTH}", "batch=2", "evaluate_every=4", *extra) for part in ("--set", value)]
+    asked_for = [teacher, "--layers", 2, "--calibration", pictures, "--steps", 8, "--rate", 1e-3]
+    asked_for += [part for value in (f"length={LENGTH}", "batch=2", "evaluate_every=2", *extra) for part in ("--set", value)]
     one, other = (store.read_manifest(out) for out in distilled_whole_and_killed(asked_for, tmp_path))
     assert one["files"] == other["files"] and one["notes"]["history"] == other["notes"]["history"] and one["key"] == other["key"]
