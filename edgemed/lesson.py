@@ -169,19 +169,19 @@ def resampled(o: Objective, model: torch.nn.Module, tokens: torch.Tensor, labels
     seed = (o.seed << 32) + place
     if pictures:
         return sampled(model.student, tokens, (labels != IGNORED).int().argmax(1), pictures, o.vocab, o.eos, seed)
-    tokens = sample(model, tokens, o.prompt, seed)
+    tokens = sample(model, tokens, o.prompt, o.vocab, seed)
     labels = tokens.clone()
     labels[:, : o.prompt] = IGNORED
     return tokens, labels
 
 
-def sample(model: torch.nn.Module, tokens: torch.Tensor, prompt: int, seed: int) -> torch.Tensor:
-    """tokens with everything after the first `prompt` ones sampled anew from the student, at temperature 1 from its whole vocabulary."""
+def sample(model: torch.nn.Module, tokens: torch.Tensor, prompt: int, vocab: int, seed: int) -> torch.Tensor:
+    """tokens with everything after the first `prompt` ones sampled anew from the student, at temperature 1 from the first `vocab` tokens, which its teacher has too."""
     torch = need("torch", "build")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed % (1 << 63))
-        begin = tokens[:, :prompt]
-        return model.student.generate(input_ids=begin, attention_mask=torch.ones_like(begin), max_new_tokens=tokens.shape[1] - prompt).clone()
+        begin, unknown = tokens[:, :prompt], list(range(vocab, model.student.config.vocab_size))
+        return model.student.generate(input_ids=begin, attention_mask=torch.ones_like(begin), max_new_tokens=tokens.shape[1] - prompt, suppress_tokens=unknown or None).clone()
 
 
 def measure(lesson: Lesson, model: torch.nn.Module, batch: int, device: str) -> dict[str, float]:
