@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgemed.decoder import shown
 from edgemed.errors import EdgemedError, need
 
 if TYPE_CHECKING:
     import torch
+
+    from edgemed.decoder import Window
+    from edgemed.weights import Weights
 
 
 class Activations:
@@ -87,6 +91,15 @@ class Activations:
             with open(self.file(layer), "rb") as handle:
                 if handle.readinto(memoryview(self.held.numpy()).cast("B")) != self.held.nbytes:
                     raise short(self.folder)
+
+
+def begin(weights: Weights, windows: Iterable[Window], streams: Sequence[Activations], layer: int) -> None:
+    """What layer 0 reads of the windows, in every stream; or where layers are done, what the last of them left on disk."""
+    for i, (hidden, _) in enumerate([] if layer else shown(weights, windows)):
+        for stream in streams:
+            stream.write(i, hidden)
+    for stream in streams:
+        stream.resume(layer) if layer else stream.commit()
 
 
 def short(folder: Path) -> EdgemedError:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,10 +193,10 @@ def _read_raw(entry: Entry, torch: Any) -> torch.Tensor:
     return buffer.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of one safetensors file. Raises EdgemedError where it is damaged."""
+def read_tensors(file: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file, all or those of `names`. Raises EdgemedError where it is damaged."""
     torch = need("torch", "build")
-    return {name: _read_raw(entry, torch) for name, entry in _safetensors_entries(Path(file)).items()}
+    return {name: _read_raw(entry, torch) for name, entry in _safetensors_entries(Path(file)).items() if names is None or name in names}
 
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:

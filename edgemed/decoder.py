@@ -175,22 +175,32 @@ def routed(d: Decoder, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, tor
     return (gates / gates.sum(-1, keepdim=True) if d.experts.renormalised else gates), chosen
 
 
-def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens [batch, tokens] from position 0 -> hidden states, float32."""
-    x = weights.table("embed")[tokens]
-    return x + weights.table("positions")[: tokens.shape[1]] if weights.decoder.positions == "learned" else x
+def tables(weights: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of words [vocab, hidden] and, where they are learned, of positions [context, hidden], float32."""
+    return weights.table("embed"), weights.table("positions") if weights.decoder.positions == "learned" else None
 
 
-def shown(weights: Weights, window: Window) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(hidden states float32 [1, tokens, hidden] before the first layer, rotary angles [tokens, pairs] or None for plain positions) of tokens and the images among them."""
-    torch, (tokens, pictures) = need("torch", "build"), window if isinstance(window, tuple) else ([int(token) for token in window], None)
-    x = embed(weights, torch.from_numpy(looked_up(tokens, pictures))[None])
-    if pictures is None:
-        return x, None
-    check_pictures(tokens, pictures)
-    x = x.clone()
-    x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(np.asarray(pictures.features, np.float32))
-    return x, rope_angles(weights.decoder, torch.from_numpy(pictures.positions)) if weights.decoder.rope_axes else None
+def embed(weights: Weights, tokens: torch.Tensor, known: tuple[torch.Tensor, torch.Tensor | None] | None = None) -> torch.Tensor:
+    """tokens [batch, tokens] from position 0 -> hidden states, float32. known: `tables`, where they are read already."""
+    words, positions = known or tables(weights)
+    x = words[tokens]
+    return x if positions is None else x + positions[: tokens.shape[1]]
+
+
+def shown(weights: Weights, windows: Iterable[Window]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(hidden states float32 [1, tokens, hidden] before the first layer, rotary angles [tokens, pairs] or None for plain positions) of each window's tokens and the images
+    among them. The tables are read once for all windows."""
+    torch = need("torch", "build")
+    known = tables(weights)
+    for window in windows:
+        tokens, pictures = window if isinstance(window, tuple) else ([int(token) for token in window], None)
+        x = embed(weights, torch.from_numpy(looked_up(tokens, pictures))[None], known)
+        if pictures is None:
+            yield x, None
+            continue
+        check_pictures(tokens, pictures)
+        x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(np.asarray(pictures.features, np.float32))
+        yield x, rope_angles(weights.decoder, torch.from_numpy(pictures.positions)) if weights.decoder.rope_axes else None
 
 
 def top(weights: Weights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:

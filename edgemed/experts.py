@@ -83,7 +83,7 @@ def windows(weights: Weights, params: Settings) -> list[torch.Tensor] | None:
     if params.samples < 1 or not 1 <= params.length <= weights.decoder.context:
         problem = f"merge: samples {params.samples} of length {params.length} for a context of {weights.decoder.context}"
         raise EdgemedError(problem, "Both are at least 1, and length is at most the context")
-    return [shown(weights, window)[0] for window in calibration(weights, params.calibration, params.samples, params.length)]
+    return [hidden for hidden, _ in shown(weights, calibration(weights, params.calibration, params.samples, params.length))]
 
 
 def observed(weights: Weights, n: int, rows: list[torch.Tensor]) -> tuple[list[torch.Tensor], Seen | None, dict[str, Any]]:

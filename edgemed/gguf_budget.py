@@ -15,16 +15,16 @@ import numpy as np
 
 from edgemed import units
 from edgemed.allocate import Option, allocate, bits_per_weight
-from edgemed.errors import EdgemedError, need
+from edgemed.errors import EdgemedError
 from edgemed.formats import size
 from edgemed.gguf_file import Encoder, Tensor
+from edgemed.gguf_gptq import DAMP, rounding
 from edgemed.gguf_layout import Place
 from edgemed.gguf_types import fitting
+from edgemed.gptq import root_of
 from edgemed.sensitivity import sensitivities
 
 if TYPE_CHECKING:
-    import torch
-
     from edgemed.decoder import Window
     from edgemed.weights import Weights
 
@@ -39,10 +39,11 @@ class Chosen:
     facts: dict[str, Any]
 
 
-def choose(weights: Weights, windows: Sequence[Window], places: Mapping[str, Place], types: Mapping[str, str], columns: Mapping[str, np.ndarray], budget: str, folder: Path) -> Chosen:
+def choose(weights: Weights, windows: Sequence[Window], places: Mapping[str, Place], types: Mapping[str, str], columns: Mapping[str, np.ndarray], budget: str, gptq: bool, folder: Path) -> Chosen:
     """A type for every matrix of the layers such that all tensors together take at most `budget`: '4.5bpw' (bits per weight of the whole file) or '1.6GB'.
 
-    places: tensor -> where it comes from; types: what the mixture would give; columns: importance per canonical matrix; folder: for hidden states meanwhile.
+    places: tensor -> where it comes from; types: what the mixture would give; columns: importance per canonical matrix; gptq: whether they will be rounded so, and not
+    by llama.cpp's own routine; folder: for hidden states meanwhile.
     Raises EdgemedError where the budget is below the smallest file these types can make.
     """
     ours = {t: place for t, place in places.items() if place.part.startswith("layers.") and weights.parts[place.part].kind == "matrix" and t.endswith(".weight")}
@@ -64,9 +65,9 @@ def choose(weights: Weights, windows: Sequence[Window], places: Mapping[str, Pla
                 # Experts of one layer are one tensor; so is a dense MLP written as that many equal ones, which counts once.
                 for part in dict.fromkeys(place.stack or (place.part,)):
                     sensitivity = found[part.removeprefix(f"layers.{n}.")]
-                    weight = sensitivity.weight[place.rows].numpy()
+                    weight, root = sensitivity.weight[place.rows].contiguous(), root_of(sensitivity.moment, DAMP) if gptq else None
                     for kind in kinds[t]:
-                        losses[t][kind] += sensitivity.loss(_rounded(encoder, t, weight, kind, columns.get(part)), place.rows)
+                        losses[t][kind] += sensitivity.loss(rounding(encoder, kind, weight, root, columns.get(part))[1], place.rows)
     options = {t: [Option(kind, loss, nbytes[t][kind]) for kind, loss in losses[t].items()] for t in ours}
     found = allocate(options, room)
     total = fixed + sum(o.nbytes for o in found.values())
@@ -74,9 +75,3 @@ def choose(weights: Weights, windows: Sequence[Window], places: Mapping[str, Pla
              "sensitivity": {t: {o.name: o.loss for o in options[t]} for t in ours}}
     return Chosen({t: o.name for t, o in found.items()}, facts)
 
-
-def _rounded(encoder: Encoder, name: str, weight: np.ndarray, kind: str, importance: np.ndarray | None) -> torch.Tensor:
-    gguf = need("gguf", "build")
-    data = encoder.start(Tensor(name, weight.shape, kind, lambda: weight, importance=importance), weight)()
-    floats = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
-    return need("torch", "build").from_numpy(np.ascontiguousarray(floats, np.float32).reshape(weight.shape))

@@ -135,6 +135,17 @@ class Encoder:
         return finish
 
 
+    def expand(self, kind: str, data: np.ndarray) -> np.ndarray:
+        """Blocks of an integer type, uint8 [rows, bytes per row] -> the float32 [rows, columns] they stand for, by ggml's own routine."""
+        block, size = need("gguf", "build").GGML_QUANT_SIZES[self.types[kind]]
+        data = np.ascontiguousarray(data)
+        out = np.empty((len(data), data.shape[1] // size * block), np.float32)
+        routine = self.ggml[f"dequantize_row_{kind.lower().removesuffix('_k')}{'_K' if kind.endswith('_K') else ''}"]
+        routine.argtypes, routine.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), None
+        routine(data.ctypes.data, out.ctypes.data, out.size)
+        return out
+
+
 def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None:
     """The graph's numbers. file_type: llama_ftype, which llama.cpp only shows."""
     writer.add_name(name)

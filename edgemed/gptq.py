@@ -5,6 +5,7 @@ Pure tensor arithmetic, apart from files and families, so that it can be tested 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 BLOCK = 128
 # Within a block: columns whose errors reach each other one by one, the rest of the block in a product; divides every group but -1.
 STRIP = 32
+# Columns of one product where a square is known to be symmetric or a triangle.
+PANEL = 1024
+# Rounding can leave a nearly singular moment indefinite in float32: then damp ten times, a hundred times as much.
+DAMPINGS = (1, 10, 100)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Hessian:
     def __init__(self, columns: int, weight: torch.Tensor | None = None):
         torch = need("torch", "build")
         self.lower, self.rows, self.weight = torch.zeros(columns, columns), 0, weight
+        self.diagonal: list[torch.Tensor] | None = None
         # X^T (E - X) first and W^T once, at the end, or W^T token by token: whichever is smaller.
         self.shift = None if weight is None else torch.zeros(columns, min(columns, weight.shape[0]))
 
@@ -74,6 +80,24 @@ class Hessian:
         mirror(self.lower)
         return self.lower
 
+    def root(self, damp: float, act_order: bool = False) -> Root:
+        """As `root_of`. In plain order it takes the half of the square above the diagonal's panels, so that no second one is held: `moment` is gone then."""
+        if act_order:
+            return root_of(self.moment, damp, True)
+        torch = need("torch", "build")
+        self.diagonal = [self.lower[panel, panel].clone() for panel in _panels(len(self.lower))]
+        for times in DAMPINGS:
+            for panel, block in zip(_panels(len(self.lower)), self.diagonal, strict=True):
+                self.lower[panel, panel] = block
+            if _root(_damped(self.moment, times * damp)):
+                return Root(self.lower, torch.arange(len(self.lower)))
+        raise _singular(damp)
+
+    def output_error(self, weight: torch.Tensor, rounded: torch.Tensor) -> float:
+        """|X (W - W')^T|^2 / |X W^T|^2: the share of a matrix's output over these inputs that rounding changed; before `root` or after it."""
+        diagonal = self.diagonal or [self.lower[panel, panel] for panel in _panels(len(self.lower))]
+        return _energy(weight - rounded, self.lower, diagonal) / max(_energy(weight, self.lower, diagonal), 1e-30)
+
     def pull(self) -> torch.Tensor:
         """Handed over, not kept."""
         shift, self.shift = self.shift, None
@@ -86,13 +110,14 @@ def mirror(moment: torch.Tensor) -> None:
         moment[panel, panel.stop :] = moment[panel.stop :, panel].T
 
 
-def _panels(columns: int, width: int = 1024) -> list[slice]:
+def _panels(columns: int, width: int = PANEL) -> list[slice]:
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 @dataclass(frozen=True)
 class Root:
-    """upper float32 [in, in], the upper Cholesky factor of the inverse of the damped second moment, in the order of columns that `order` int64 [in] gives."""
+    """upper float32 [in, in]: on and above the diagonal the upper Cholesky factor of the inverse of the damped second moment, in the order of columns that
+    `order` int64 [in] gives. What lies below the diagonal's panels is not its."""
 
     upper: torch.Tensor
     order: torch.Tensor
@@ -117,19 +142,28 @@ def root_of(moment: torch.Tensor, damp: float, act_order: bool = False) -> Root:
     """
     torch = need("torch", "build")
     order = moment.diagonal().argsort(descending=True) if act_order else torch.arange(len(moment))
-    # Rounding can leave a nearly singular moment indefinite in float32: then damp ten times, a hundred times as much.
-    for times in (1, 10, 100):
-        work = moment[order[:, None], order] if act_order else moment.clone()
-        diagonal = work.diagonal()
-        diagonal[diagonal == 0] = 1
-        diagonal += times * damp * float(diagonal.mean())
+    for times in DAMPINGS:
+        work = _damped(moment[order[:, None], order] if act_order else moment.clone(), times * damp)
         if _root(work):
             return Root(work, order)
-    raise EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
+    raise _singular(damp)
+
+
+def _damped(moment: torch.Tensor, damp: float) -> torch.Tensor:
+    """In place."""
+    diagonal = moment.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damp * float(diagonal.mean())
+    return moment
+
+
+def _singular(damp: float) -> EdgemedError:
+    return EdgemedError(f"the calibration inputs give no invertible second moment at damp {damp}", "Use more calibration samples, or a larger damp")
 
 
 def _root(work: torch.Tensor) -> bool:
-    """In place: a symmetric matrix float32 [n, n] to the upper Cholesky factor of its inverse; False where it is not positive definite.
+    """In place: a symmetric matrix float32 [n, n] to the upper Cholesky factor of its inverse; False where it is not positive definite. Of what lies below the
+    diagonal nothing is read, and what lies below the diagonal's panels stays.
 
     With H = V V^T, V upper, that factor is V^-1: H is taken apart from its last panel to its first, and V inverted from the first to the last. Nearly all of it
     is products of panels, which run several times as fast as LAPACK's Cholesky, inverse and Cholesky, and no second square is held.
@@ -151,7 +185,7 @@ def _root(work: torch.Tensor) -> bool:
         for part in _panels(panel.start):
             work[part, panel] = -(work[part, part.start : panel.start] @ above[part.start :])
         work[panel, panel] = inverse
-        work[panel.stop :, panel] = 0
+        work[panel.stop : panel.start - panel.start % PANEL + PANEL, panel] = 0
     return True
 
 
@@ -168,6 +202,22 @@ def corrected(weight: torch.Tensor, pull: torch.Tensor, root: Root, share: float
 def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False, clip: bool = False) -> Solution:
     """`round_columns` with the second moment [in, in] of the matrix's inputs; raises EdgemedError where that cannot be inverted."""
     return round_columns(weight, root_of(hessian, damp, act_order), bits, group, act_order, clip)
+
+
+def swept(work: torch.Tensor, upper: torch.Tensor, nearest: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Round columns one by one, each after the errors of those before it have arrived; what is left for columns behind these: errors float32 [columns, out].
+
+    work float32 [columns, out] is used up, upper float32 [columns, columns] their part of the root; nearest(column, its numbers [out]) rounds them.
+    """
+    errors = need("torch", "build").empty_like(work)
+    for column, values in enumerate(work):
+        strip = column - column % STRIP
+        if column == strip > 0:
+            work[strip:].addmm_(upper[strip - STRIP : strip, strip:].T, errors[strip - STRIP : strip], alpha=-1)
+        errors[column] = (values - nearest(column, values)) / upper[column, column]
+        later = slice(column + 1, strip + STRIP)
+        work[later].addr_(upper[column, later], errors[column], alpha=-1)
+    return errors
 
 
 def round_columns(weight: torch.Tensor, root: Root, bits: int, group: int, act_order: bool = False, clip: bool = False) -> Solution:
@@ -191,36 +241,33 @@ def round_columns(weight: torch.Tensor, root: Root, bits: int, group: int, act_o
     groups, zero = (order // group).tolist(), 1 << (bits - 1)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        errors = torch.empty(end - start, rows)
-        for column in range(start, end):
-            strip = column - column % STRIP
-            if column == strip > start:
-                work[strip:end].addmm_(upper[strip - STRIP : strip, strip:end].T, errors[strip - STRIP - start : strip - start], alpha=-1)
+
+        def nearest(within: int, values: torch.Tensor, start: int = start) -> torch.Tensor:
+            column = start + within
             if not fixed and column % group == 0:
                 reached = work[column : column + group].T.contiguous()
                 scales[groups[column]] = clipped_scale(reached, bits, importance[column : column + group]) if clip else scale_of(reached, bits)
             scale = scales[groups[column]]
-            integer = (work[column] / scale).round_().clamp_(-zero, zero - 1)
+            integer = (values / scale).round_().clamp_(-zero, zero - 1)
             q[column] = integer + zero
-            error = (work[column] - integer * scale) / upper[column, column]
-            later = slice(column + 1, min(strip + STRIP, end))
-            work[later].addr_(upper[column, later], error, alpha=-1)
-            errors[column - start] = error
-        work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+            return integer * scale
+
+        work[end:].addmm_(upper[start:end, end:].T, swept(work[start:end], upper[start:end, start:end], nearest), alpha=-1)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(columns)
     return Solution(q[inverse].T.contiguous(), scales.T.contiguous())
 
 
-def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """|X (W - W')^T|^2 / |X W^T|^2 over the calibration inputs: the share of a matrix's output that rounding changed."""
-    return _energy(weight - rounded, hessian) / max(_energy(weight, hessian), 1e-30)
+def output_error(weight: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
+    """As Hessian.output_error, of inputs of which only the second moment [in, in] is left."""
+    diagonal = [moment[panel, panel] for panel in _panels(len(moment))]
+    return _energy(weight - rounded, moment, diagonal) / max(_energy(weight, moment, diagonal), 1e-30)
 
 
-def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """The sum over rows w of w H w^T; H is symmetric and not read above the diagonal's panels."""
+def _energy(weight: torch.Tensor, lower: torch.Tensor, diagonal: list[torch.Tensor]) -> float:
+    """The sum over rows w of w H w^T; H is symmetric, `diagonal` the panels there, and of the rest only what lies below them is read."""
     total = 0.0
-    for panel in _panels(len(hessian)):
-        product = weight[:, panel.stop :] @ hessian[panel.stop :, panel]
-        total += float(product.addmm_(weight[:, panel], hessian[panel, panel], beta=2).mul_(weight[:, panel]).sum())
+    for panel, block in zip(_panels(len(lower)), diagonal, strict=True):
+        product = weight[:, panel.stop :] @ lower[panel.stop :, panel]
+        total += float(product.addmm_(weight[:, panel], block, beta=2).mul_(weight[:, panel]).sum())
     return total

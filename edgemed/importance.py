@@ -36,7 +36,7 @@ def importance(weights: Weights, windows: Sequence[Window]) -> dict[str, np.ndar
     torch = need("torch", "build")
     d, found = weights.decoder, {}
     with torch.inference_mode():
-        hidden, angles = map(list, zip(*(shown(weights, window) for window in windows), strict=True))
+        hidden, angles = map(list, zip(*shown(weights, windows), strict=True))
         for n in track(range(d.layers), "importance"):
             layer = load_layer(weights, n)
             sums = {name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64) for name in d.matrices(n)}

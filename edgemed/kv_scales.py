@@ -33,7 +33,7 @@ def kv_scales(weights: Weights, windows: Sequence[Window]) -> list[tuple[np.ndar
     d, found = weights.source, []
     half = len(d.rope_frequencies)
     with torch.inference_mode():
-        hidden, angles = map(list, zip(*(shown(weights, window) for window in windows), strict=True))
+        hidden, angles = map(list, zip(*shown(weights, windows), strict=True))
         for n in track(range(d.layers), "cache scales"):
             layer, most = load_layer(weights, n), [torch.zeros(d.kv_heads, d.head_dim) for _ in "kv"]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemed.awq import Seen, folds, scaled
 from edgemed.decoder import activate, attention, based, linear, load_layer, mlp, norm, routed
 from edgemed.errors import EdgemedError, need
-from edgemed.gptq import Hessian, Solution, corrected, output_error, root_of, round_columns
+from edgemed.gptq import Hessian, Root, Solution, corrected, output_error, round_columns
 from edgemed.grid import rtn
 from edgemed.weights import Weights
 
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     Own = Mapping[str, tuple[int, int]]
     # expert -> for each window the tokens it is calibrated on
     Reached = list[list[torch.Tensor]]
+    # (matrix of one layer, weight float32 [out, in], the root of its inputs or None where they say nothing) -> (what is stored, the weights it stands for)
+    Rounding = Callable[[str, torch.Tensor, Root | None], tuple[Any, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A rounded matrix. errors: 'weight' |W - W'| / |W|, and where there were inputs 'output' |X (W - W')^T|^2 / |X W^T|^2."""
+    """A rounded matrix, as its Rounding stores it (a Solution). errors: 'weight' |W - W'| / |W|, and where there were inputs 'output' |X (W - W')^T|^2 / |X W^T|^2."""
 
-    solution: Solution
+    solution: Any
     bias: torch.Tensor | None
     errors: dict[str, float]
 
@@ -72,11 +74,23 @@ def rtn_layer(weights: Weights, n: int, own: Own, clip: bool) -> Rounded:
     layer, found = load_layer(weights, n), {}
     for name, (bits, group) in own.items():
         weight, bias = layer[name]
-        found[name] = matrix_of(weight, bias, Solution(*rtn(weight, bits, group_of(weight, group), clip)), bits)
+        solution = Solution(*rtn(weight, bits, group_of(weight, group), clip))
+        found[name] = matrix_of(weight, bias, solution, solution.dense(bits))
     return Rounded(found)
 
 
-def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | None, own: Own, params: Settings) -> Rounded:
+def integers(own: Own, params: Settings) -> Rounding:
+    """GPTQ's rounding to the integers and scales of (bits, group); to nearest where there is no root."""
+
+    def rounded(name: str, weight: torch.Tensor, root: Root | None) -> tuple[Solution, torch.Tensor]:
+        bits, group = own[name][0], group_of(weight, own[name][1])
+        solution = round_columns(weight, root, bits, group, params.act_order, params.clip) if root else Solution(*rtn(weight, bits, group))
+        return solution, solution.dense(bits)
+
+    return rounded
+
+
+def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | None, rounding: Rounding, params: Settings) -> Rounded:
     """Matrices in the order they are computed, each calibrated on what the quantized ones before it put out, an expert on the tokens that reach it.
 
     exact: the hidden states where nothing was rounded, for the correction of inputs; None without one.
@@ -87,7 +101,7 @@ def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | No
     for name in d.matrices(n):
         if name.startswith("experts.") and experts is None:
             experts, said = reached(d, layer, (feed(d, n, layer, "router", row) for _, row in x), params)
-        found[name] = _gptq(d, n, (layer, source), name, (x, exact), experts, own[name], params)
+        found[name] = _gptq(d, n, (layer, source), name, (x, exact), experts, rounding, params)
         # A parallel block's MLP reads the layer's own input: nothing is added before its end.
         if name == "o" and not d.parallel:
             for i, row in x:
@@ -102,10 +116,10 @@ def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | No
     return Rounded(found, experts=said)
 
 
-def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: tuple[Activations, Activations | None], experts: Reached | None, packing: tuple[int, int],
+def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: tuple[Activations, Activations | None], experts: Reached | None, rounding: Rounding,
           params: Settings) -> Matrix:
     """One matrix; its rounded weight takes its place in the first of `layers`, the second stays as stored. streams: as gptq_layer's x and exact."""
-    (layer, source), (x, exact), (bits, group) = layers, streams, packing
+    (layer, source), (x, exact) = layers, streams
     weight, bias = layer[name]
     hessian = Hessian(weight.shape[1], weight if exact else None)
     for i, row in x:
@@ -117,18 +131,17 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
         if product is not None:
             exact.write(i, before + (product if bias is None else product + bias))
     if lacking(name, hessian.rows, params):
-        solution = Solution(*rtn(weight, bits, group_of(weight, group)))
+        solution, dense = rounding(name, weight, None)
     else:
         try:
-            root = root_of(hessian.moment, params.damp, params.act_order)
-            target = corrected(weight, hessian.pull(), root, params.correction) if exact else weight
-            solution = round_columns(target, root, bits, group_of(weight, group), params.act_order, params.clip)
-            del root, target
+            root = hessian.root(params.damp, params.act_order)
         except EdgemedError as error:
             raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
-    found = matrix_of(weight, bias, solution, bits, hessian.moment if hessian.rows else None)
-    layer[name] = (solution.dense(bits), bias)
-    return found
+        target = corrected(weight, hessian.pull(), root, params.correction) if exact else weight
+        solution, dense = rounding(name, target, root)
+        del root, target
+    layer[name] = (dense, bias)
+    return matrix_of(weight, bias, solution, dense, hessian if hessian.rows else None)
 
 
 def awq_layer(weights: Weights, n: int, x: Activations, own: Own, params: Settings) -> Rounded:
@@ -155,8 +168,9 @@ def awq_layer(weights: Weights, n: int, x: Activations, own: Own, params: Settin
         (weight, bias), (bits, group) = layer[name], own[name]
         clip, importance = (False, None) if inputs.few else (params.clip, inputs.moment.diagonal())
         solution = Solution(*rtn(weight, bits, group_of(weight, group), clip, importance))
-        found[name] = matrix_of(weight, bias, solution, bits, inputs.moment if inputs.rows else None)
-        layer[name] = (solution.dense(bits), bias)
+        dense = solution.dense(bits)
+        found[name] = matrix_of(weight, bias, solution, dense, inputs.moment if inputs.rows else None)
+        layer[name] = (dense, bias)
 
     # Every `down` of a layer with experts at once would be too much to hold: each is seen, and let go of, by itself.
     inputs = seen([*(["router"] if d.sparse(n) else []), *(name for name in d.matrices(n) if not name.endswith("down"))])
@@ -256,8 +270,9 @@ def group_of(weight: torch.Tensor, group: int) -> int:
     return weight.shape[1] if group == -1 else group
 
 
-def matrix_of(weight: torch.Tensor, bias: torch.Tensor | None, solution: Solution, bits: int, moment: torch.Tensor | None = None) -> Matrix:
-    """moment: second moment [in, in] of what the matrix reads, None where it read nothing."""
-    rounded = solution.dense(bits)
-    errors = {"weight": float((weight - rounded).norm() / weight.norm().clamp_min(1e-30))}
-    return Matrix(solution, bias, errors if moment is None else errors | {"output": output_error(weight, rounded, moment)})
+def matrix_of(weight: torch.Tensor, bias: torch.Tensor | None, solution: Any, dense: torch.Tensor, inputs: Hessian | torch.Tensor | None = None) -> Matrix:
+    """dense: the weights the solution stands for; inputs: what the matrix reads, or its second moment [in, in]; None where it read nothing."""
+    errors = {"weight": float((weight - dense).norm() / weight.norm().clamp_min(1e-30))}
+    if inputs is not None:
+        errors["output"] = inputs.output_error(weight, dense) if isinstance(inputs, Hessian) else output_error(weight, dense, inputs)
+    return Matrix(solution, bias, errors)

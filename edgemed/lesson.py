@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgemed.answers import embedded, sampled
 from edgemed.divergence import coarse, divergence, kl
 from edgemed.errors import EdgemedError, need
 from edgemed.sights import IGNORED, Sights
@@ -24,6 +25,7 @@ from edgemed.teacher import Cache, Teacher
 if TYPE_CHECKING:
     import torch
 
+    from edgemed.answers import Shown
     from edgemed.teacher import Target
 
 
@@ -32,7 +34,8 @@ class Objective:
     """loss = (1 - labels) T^2 D(p_T, q_T) + labels CE(text) + hidden MSE, p_T and q_T being teacher and student at temperature T.
 
     kind, beta: the divergence D. pairs: (student layer, teacher layer) whose hidden states are matched. on_policy: share of batches whose text after
-    `prompt` tokens is sampled from the student; their loss is T^2 D of the sampled tokens alone. vocab: tokens both share.
+    `prompt` tokens, or whose answers about images, are sampled from the student; their loss is T^2 D of the sampled tokens alone. vocab: tokens both
+    share; eos: the one that ends an answer.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Objective:
     prompt: int
     vocab: int
     seed: int
+    eos: int | None = None
 
 
 @dataclass
@@ -112,14 +116,11 @@ def pupil(student: torch.nn.Module, layers: int, pairs: Sequence[tuple[int, int]
 
             return hook
 
-        def forward(self, tokens: torch.Tensor, pictures: tuple[Any, Any, int] | None = None) -> dict[str, Any]:
+        def forward(self, tokens: torch.Tensor, pictures: Shown | None = None) -> dict[str, Any]:
             asked = {"input_ids": tokens}
             if pictures:
-                features, positions, token = pictures
-                # An image token may lie outside the vocabulary, and is never looked up.
-                embedded = student.get_input_embeddings()(tokens.masked_fill(tokens == token, 0))
-                asked = {"inputs_embeds": embedded.masked_scatter((tokens == token)[..., None], features.to(embedded.dtype))}
-                asked |= {"position_ids": positions if len(positions) > 1 else positions[0]}
+                positions = pictures[1]
+                asked = {"inputs_embeds": embedded(student, tokens, pictures), "position_ids": positions if len(positions) > 1 else positions[0]}
             logits = self.student(**asked, use_cache=False).logits
             return {"logits": logits, "hidden": [project(self.seen[ours]) for project, (ours, _) in zip(self.projections, pairs, strict=True)]}
 
@@ -143,18 +144,17 @@ def batch_loss(lesson: Lesson, model: torch.nn.Module, rows: Sequence[int], plac
     torch = need("torch", "build")
     o = lesson.objective
     tokens, labels = (torch.from_numpy(array[list(rows)]).to(device) for array in (lesson.tokens, lesson.labels))
-    sampled = random.Random(f"{o.seed}/{place}").random() < o.on_policy
-    if sampled:
-        tokens = sample(model, tokens, o.prompt, (o.seed << 32) + place)
-        labels = tokens.clone()
-        labels[:, : o.prompt] = IGNORED
-    out = model(tokens, lesson.sights[0].of(rows, device) if lesson.sights else None)
+    pictures = lesson.sights[0].of(rows, device) if lesson.sights else None
+    own = random.Random(f"{o.seed}/{place}").random() < o.on_policy
+    if own:
+        tokens, labels = resampled(o, model, tokens, labels, pictures, place)
+    out = model(tokens, pictures)
     scores, counted = out["logits"][:, :-1].float(), labels[:, 1:] != IGNORED
-    weight, loss = (1.0 if sampled else 1 - o.labels), scores.new_zeros(())
+    weight, loss = (1.0 if own else 1 - o.labels), scores.new_zeros(())
     if weight < 1:
         loss = loss + (1 - weight) * torch.nn.functional.cross_entropy(scores[counted], labels[:, 1:][counted])
     if weight > 0 or o.hidden:
-        (ids, log_p), theirs = lesson.target(rows, tokens, o.temperature, not sampled)
+        (ids, log_p), theirs = lesson.target(rows, tokens, o.temperature, not own)
         log_q = torch.log_softmax(scores[..., : o.vocab] / o.temperature, -1)
         log_q = log_q if ids is None else coarse(log_q, ids[:, :-1])
         loss = loss + weight * o.temperature**2 * divergence(o.kind, log_p[:, :-1], log_q, o.beta)[counted].mean()
@@ -164,13 +164,24 @@ def batch_loss(lesson: Lesson, model: torch.nn.Module, rows: Sequence[int], plac
     return loss
 
 
-def sample(model: torch.nn.Module, tokens: torch.Tensor, prompt: int, seed: int) -> torch.Tensor:
-    """tokens with everything after the first `prompt` ones sampled anew from the student, at temperature 1 from its whole vocabulary."""
+def resampled(o: Objective, model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor, pictures: Shown | None, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels) of the batch at `place` with what comes after the prompt, or answers the questions about images, sampled from the student; the labels are what was sampled."""
+    seed = (o.seed << 32) + place
+    if pictures:
+        return sampled(model.student, tokens, (labels != IGNORED).int().argmax(1), pictures, o.vocab, o.eos, seed)
+    tokens = sample(model, tokens, o.prompt, o.vocab, seed)
+    labels = tokens.clone()
+    labels[:, : o.prompt] = IGNORED
+    return tokens, labels
+
+
+def sample(model: torch.nn.Module, tokens: torch.Tensor, prompt: int, vocab: int, seed: int) -> torch.Tensor:
+    """tokens with everything after the first `prompt` ones sampled anew from the student, at temperature 1 from the first `vocab` tokens, which its teacher has too."""
     torch = need("torch", "build")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed % (1 << 63))
-        begin = tokens[:, :prompt]
-        return model.student.generate(input_ids=begin, attention_mask=torch.ones_like(begin), max_new_tokens=tokens.shape[1] - prompt).clone()
+        begin, unknown = tokens[:, :prompt], list(range(vocab, model.student.config.vocab_size))
+        return model.student.generate(input_ids=begin, attention_mask=torch.ones_like(begin), max_new_tokens=tokens.shape[1] - prompt, suppress_tokens=unknown or None).clone()
 
 
 def measure(lesson: Lesson, model: torch.nn.Module, batch: int, device: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,8 @@ class Layers:
     def _note(self) -> None:
         store.write_json(self.folder / STATE, {"key": self.key, "facts": self.facts, "decided": self.decided})
 
-    def tensors(self, layer: int) -> dict[str, torch.Tensor]:
-        return read_tensors(self._file(layer))
+    def tensors(self, layer: int, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        return read_tensors(self._file(layer), names)
 
     def _file(self, layer: int) -> Path:
         return self.folder / f"{layer:05d}.safetensors"

@@ -48,7 +48,7 @@ def sensitivities(weights: Weights, windows: Sequence[Window], folder: Path) -> 
     torch = need("torch", "build")
     d = weights.decoder
     with torch.no_grad():
-        hidden, angles = zip(*(shown(weights, window) for window in windows), strict=True)
+        hidden, angles = zip(*shown(weights, windows), strict=True)
         x = torch.cat(hidden)
         for n in track(range(d.layers), "sensitivity, forward"):
             torch.save(x, folder / f"hidden-{n}")

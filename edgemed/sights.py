@@ -6,7 +6,7 @@ Vision tower and projector are neither rounded nor trained in these passes, so e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,17 @@ IGNORED = -100  # transformers' label of a token that is not counted
 
 @dataclass(frozen=True)
 class Sights:
-    """What the images of each window became. features: float32 [n, hidden] per window, for its tokens `token`, in order; positions int64 [windows, parts, length]."""
+    """What the images of each window became. features: float32 [n, hidden] per window, for its tokens `token`, in order; positions int64 [windows, parts, length],
+    which go on behind the answer that is there, for another one that may stand in its place.
+    """
 
     features: tuple[np.ndarray, ...]
     positions: np.ndarray
     token: int
+
+    def only(self, rows: Sequence[int]) -> Sights:
+        """Those of these windows alone."""
+        return Sights(tuple(self.features[row] for row in rows), self.positions[list(rows)], self.token)
 
     def of(self, rows: Sequence[int], device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(features of these windows one after the other, positions [parts, rows, length], token)."""
@@ -112,7 +118,7 @@ def _of_one(weights: Weights, name: str, samples: int, length: int) -> list[tupl
         raise EdgemedError(f"calibration set '{name}' has images, and {weights.checkpoint.path} reads text only", "Calibrate on text")
     eyes, album, found, turns = TorchEyes(weights), album_of(name), [], []
     for row in track(rows, "looks at images"):
-        turns.append(_turn(eyes, tokenizer, album, row)[:2])
+        turns.append(_turn(eyes, tokenizer, album, row))
         if sum(len(tokens) for tokens, _ in turns) >= length:
             found.append(_joined(turns, eyes, length))
             turns = []
@@ -134,32 +140,56 @@ def _joined(turns: Sequence[tuple[list[int], Pictures]], eyes: TorchEyes, length
     return tokens, Pictures(features, held.held[:, :length], eyes.v.token)
 
 
-def _turn(eyes: TorchEyes, tokenizer: Any, album: Album, row: dict[str, Any]) -> tuple[list[int], Pictures, list[int]]:
-    """(tokens, pictures, answer's tokens) of one row as a chat turn in the model's own form, the answer at its end."""
+def asked(eyes: TorchEyes, tokenizer: Any, album: Album, row: dict[str, Any]) -> tuple[list[int], Pictures]:
+    """(tokens, pictures) of one row's question as a chat turn in the model's own form, up to where the answer begins."""
     images = [album.open(image) for image in images_of(row)]
-    eos = eyes.weights.decoder.eos
-    answer = encode(tokenizer, row["answer"]) + ([] if eos is None else [eos])
-    return *eyes.see(prompt_tokens(tokenizer, eyes.family.chat(row["question"], len(images), eyes.v.conversation), eyes.v) + answer, images), answer
+    return eyes.see(prompt_tokens(tokenizer, eyes.family.chat(row["question"], len(images), eyes.v.conversation), eyes.v), images)
 
 
-def look(weights: Weights, name: str, rows: Sequence[dict[str, Any]], length: int, limit: int) -> tuple[np.ndarray, np.ndarray, Sights]:
+def _placed(eyes: TorchEyes, prompt: int, seen: Pictures, length: int) -> np.ndarray:
+    """Positions int64 [parts, length] of a question of `prompt` tokens and of what comes after it, whatever that is."""
+    held = Positions(eyes.parts, length)
+    held.add(0, prompt, seen.positions)
+    held.add(prompt, length - prompt)
+    return held.held
+
+
+def _answer(weights: Weights, tokenizer: Any, text: str, ended: bool = True) -> list[int]:
+    found, eos = encode(tokenizer, text), weights.decoder.eos
+    if weights.vision.token in found:
+        raise EdgemedError(f"the answer '{text[:80]}' has the token that stands for an image", "Take it out of the answer")
+    return found + ([eos] if ended and eos is not None else [])
+
+
+def _turn(eyes: TorchEyes, tokenizer: Any, album: Album, row: dict[str, Any]) -> tuple[list[int], Pictures]:
+    """(tokens, pictures) of one row as a chat turn, the answer at its end."""
+    prompt, seen = asked(eyes, tokenizer, album, row)
+    whole = prompt + _answer(eyes.weights, tokenizer, row["answer"])
+    return whole, Pictures(seen.features, _placed(eyes, len(prompt), seen, len(whole)), seen.token)
+
+
+def look(weights: Weights, name: str, rows: Sequence[dict[str, Any]], length: int, limit: int, written: Callable[[], Sequence[dict[str, Any]]] | None = None) -> tuple[np.ndarray, np.ndarray, Sights]:
     """(tokens, labels) int64 [rows, length] and the images: one chat turn per row in the model's own form, of which only the answer counts.
 
-    limit: bytes the features may take. Raises EdgemedError for a row longer than `length`, images that take more, or one that cannot be opened.
+    limit: bytes the features may take. written: gives answers {"text", "ended"} that take the place of the rows', cut at `length`; called when all questions
+    are known to fit. Raises EdgemedError for a row longer than `length`, images that take more, or one that cannot be opened.
     """
     eyes, tokenizer, album = TorchEyes(weights), open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), album_of(name)
-    eos, features, held = weights.decoder.eos, [], 0
-    tokens, labels, positions = np.full((len(rows), length), eos or 0, np.int64), np.full((len(rows), length), IGNORED, np.int64), np.zeros((len(rows), eyes.parts, length), np.int64)
+    turns, said, held = [], [], 0
     for n, row in enumerate(track(rows, "looks at images")):
-        whole, seen, answer = _turn(eyes, tokenizer, album, row)
-        held += seen.features.nbytes
-        if len(whole) > length:
-            raise EdgemedError(f"distill: {name}: row {n + 1} is {len(whole)} tokens long, length is {length}", "Raise length, or use smaller images")
+        turns.append(asked(eyes, tokenizer, album, row))
+        said += [] if written else [_answer(weights, tokenizer, row["answer"])]
+        held += turns[-1][1].features.nbytes
+        whole = len(turns[-1][0]) + (1 if written else len(said[-1]))
+        if whole > length:
+            raise EdgemedError(f"distill: {name}: row '{row.get('id', row['question'])}' is {whole} tokens long, length is {length}", "Raise length, or use smaller images")
         if held > limit:
-            said = f"the image features of {n + 1} rows take {held / 1e6:.1f} MB, cache_limit is {limit / 1e6:.1f} MB"
-            raise EdgemedError(f"distill: {name}: {said}", "Use smaller images or fewer rows, or raise cache_limit")
-        tokens[n, : len(whole)], labels[n, len(whole) - len(answer) : len(whole)] = whole, answer
-        # Behind the last token nothing counts, and nothing before it sees that.
-        positions[n, :, : len(whole)] = seen.positions
-        features.append(np.asarray(seen.features, np.float32))
-    return tokens, labels, Sights(tuple(features), positions, weights.vision.token)
+            problem = f"the image features of {n + 1} rows take {held / 1e6:.1f} MB, cache_limit is {limit / 1e6:.1f} MB"
+            raise EdgemedError(f"distill: {name}: {problem}", "Use smaller images or fewer rows, or raise cache_limit")
+    said = [_answer(weights, tokenizer, row["text"], row["ended"]) for row in written()] if written else said
+    tokens, labels = (np.full((len(rows), length), fill, np.int64) for fill in (weights.decoder.eos or 0, IGNORED))
+    for (prompt, _), answer, ids, counted in zip(turns, said, tokens, labels, strict=True):
+        whole = (prompt + answer)[:length]
+        ids[: len(whole)], counted[len(prompt) : len(whole)] = whole, whole[len(prompt) :]
+    positions = np.stack([_placed(eyes, len(prompt), seen, length) for prompt, seen in turns])
+    return tokens, labels, Sights(tuple(np.asarray(seen.features, np.float32) for _, seen in turns), positions, weights.vision.token)

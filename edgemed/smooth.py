@@ -59,8 +59,9 @@ def smooth_layer(weights: Weights, n: int, x: Activations, own: Own, clip: bool,
     for name, (bits, group) in own.items():
         weight, bias = layer[name]
         solution = Solution(*rtn(weight, bits, group_of(weight, group), clip, moments[name].diagonal()))
-        found[name] = matrix_of(weight, bias, solution, bits, moments[name])
-        layer[name] = (solution.dense(bits), bias)
+        dense = solution.dense(bits)
+        found[name] = matrix_of(weight, bias, solution, dense, moments[name])
+        layer[name] = (dense, bias)
     for i, row in x:
         row = row if d.parallel else row + linear(layer, "o", feed(d, n, layer, "o", row, angles=x.turned(i)))
         x.write(i, row + branches(d, layer, n, row, x.turned(i)))

@@ -26,6 +26,7 @@ class Settings(Protocol):
     samples: int
     length: int
     correction: float
+    act_order: bool
     max_memory: str | None
 
 
@@ -46,7 +47,11 @@ def held(weights: Weights, n: int, params: Settings) -> int:
     """Numbers that work on layer n holds at most, experts included: the float layer and its rounded copy; moments; a matrix being rounded, four times."""
     shapes = {name: weights.parts[f"layers.{n}.{name}"].shape for name in weights.decoder.matrices(n)}
     columns, largest = max(shape[1] for shape in shapes.values()), max(math.prod(shape) for shape in shapes.values())
-    # Of one matrix: a moment, its root and what shows how far its inputs have moved. Those of all matrices at once for a budget and smoothquant; for awq, those of
-    # all experts' `up` and of one `down`.
-    kept = [shape[1] for name, shape in shapes.items() if params.budget or params.method == "smoothquant" or (params.method == "awq" and not name.endswith("down"))]
-    return loaded(weights, n) + sum(map(math.prod, shapes.values())) + max(3 * columns**2, sum(c**2 for c in kept) + 3 * columns**2) + 4 * largest
+    if params.budget or params.method not in ("auto", "gptq"):
+        # Moments of all matrices at once for a budget and smoothquant; for awq, those of all experts' `up` and of one `down`; and of one its root and a copy.
+        kept = [shape[1] for name, shape in shapes.items() if params.budget or params.method == "smoothquant" or (params.method == "awq" and not name.endswith("down"))]
+        moments = sum(c**2 for c in kept) + 3 * columns**2
+    else:
+        # Of one matrix: a moment that holds its root too (but not in another order), and what shows how far its inputs have moved.
+        moments = max((1 + params.act_order) * c**2 + (c * min(c, rows) if params.correction else 0) for rows, c in shapes.values())
+    return loaded(weights, n) + sum(map(math.prod, shapes.values())) + moments + 4 * largest

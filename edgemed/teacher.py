@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,14 @@ from edgemed.decoder import TorchSession, block, load_layer, loaded, norm, rope_
 from edgemed.divergence import softened
 from edgemed.divergence import top as likeliest
 from edgemed.errors import EdgemedError, need
-from edgemed.session import Sampling, generate
+from edgemed.session import Pictures, Sampling, generate
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.weights import Weights
 
 if TYPE_CHECKING:
     import torch
+
+    from edgemed.sights import Sights
 
     # (class ids [..., k] or None for the whole vocabulary, log-probabilities [..., classes])
     Target = tuple[torch.Tensor | None, torch.Tensor]
@@ -90,28 +93,32 @@ class Teacher:
 
 
 class Cache:
-    """A teacher's k likeliest next tokens at every position of a set of windows, on disk, one file per CHUNK windows."""
+    """A teacher's k likeliest next tokens at the positions of a set of windows, on disk, one file per CHUNK windows."""
 
-    def __init__(self, folder: Path, windows: np.ndarray, vocab: int, k: int, temperature: float):
-        """windows int32 [windows, tokens]. vocab: tokens teacher and student share; later rows of the teacher's output matrix are not read."""
-        self.folder, self.windows, self.vocab, self.k, self.temperature = Path(folder), windows, vocab, k, temperature
+    def __init__(self, folder: Path, windows: np.ndarray, vocab: int, k: int, temperature: float, counted: np.ndarray | None = None, sights: Sights | None = None):
+        """windows int [windows, tokens]. vocab: tokens teacher and student share; later rows of the teacher's output matrix are not read.
+
+        counted: bool [windows, tokens], the positions whose next token counts and that are kept alone; None: all. sights: what the teacher sees in the windows.
+        """
+        self.folder, self.windows, self.vocab, self.k, self.temperature, self.sights = Path(folder), windows, vocab, k, temperature, sights
+        self.counted = np.ones(windows.shape, bool) if counted is None else counted
         self.entry = np.dtype([("ids", "<u2" if vocab <= 1 << 16 else "<u4", (k,)), ("values", "<f2", (k,)), ("tails", "<f4", (2,))])
         self.open: dict[int, np.ndarray] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole cache: tokens * (k * (2 + 2 or 4) + 8), known before anything is computed."""
-        return self.windows.size * self.entry.itemsize
+        """Bytes of the whole cache: positions * (k * (2 + 2 or 4) + 8), known before anything is computed."""
+        return int(self.counted.sum()) * self.entry.itemsize
 
     def fill(self, weights: Weights, limit: int, device: str = "cpu") -> int:
-        """Compute the chunks that are not there yet; returns how many tokens were computed. limit: bytes the cache may take.
+        """Compute the chunks that are not there yet; returns at how many positions. limit: bytes the cache may take.
 
         Raises EdgemedError, before anything is computed, where the cache would be larger than `limit` or the disk has no room for it.
         """
         torch = need("torch", "build")
         size, chunks = self.nbytes, range(-(-len(self.windows) // CHUNK))
         missing = [n for n in chunks if not self._file(n).is_file()]
-        said = f"the teacher's top {self.k} at {self.windows.size:,} positions take {size / 1e6:.1f} MB ({self.entry.itemsize} bytes each)"
+        said = f"the teacher's top {self.k} at {self.counted.sum():,} positions take {size / 1e6:.1f} MB ({self.entry.itemsize} bytes each)"
         if size > limit:
             raise EdgemedError(f"distill: {said}, cache_limit is {limit / 1e6:.1f} MB", "Raise cache_limit, or lower top_k or the amount of text")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,31 +130,33 @@ class Cache:
         say(f"{said}; {len(missing)} of {len(chunks)} chunks are to be computed")
         teacher = Teacher(weights, device)
         for n in track(missing, "teacher's scores"):
-            rows = self.windows[n * CHUNK : (n + 1) * CHUNK]
-            entries = np.zeros(rows.shape, self.entry)
-            for entry, row in zip(entries, rows, strict=True):
-                scores = teacher(torch.from_numpy(row.astype(np.int64))[None])[0][0, :, : self.vocab]
-                ids, values, tails = likeliest(scores, self.k, self.temperature)
-                entry["ids"], entry["values"], entry["tails"] = ids.cpu().numpy(), values.cpu().numpy(), tails.cpu().numpy()
+            found = []
+            for row in range(n * CHUNK, min((n + 1) * CHUNK, len(self.windows))):
+                seen = self.sights.of([row], device) if self.sights else None
+                scores = teacher(torch.from_numpy(self.windows[[row]].astype(np.int64)), (), seen)[0][0, :, : self.vocab]
+                ids, values, tails = likeliest(scores[torch.from_numpy(self.counted[row]).to(scores.device)], self.k, self.temperature)
+                entries = np.zeros(len(ids), self.entry)
+                entries["ids"], entries["values"], entries["tails"] = ids.cpu().numpy(), values.cpu().numpy(), tails.cpu().numpy()
+                found.append(entries)
             part = self._file(n).with_suffix(".tmp")
             with open(part, "wb") as handle:
-                np.save(handle, entries)
+                np.save(handle, np.concatenate(found))
             os.replace(part, self._file(n))
-        return sum(self.windows[n * CHUNK : (n + 1) * CHUNK].size for n in missing)
+        return sum(int(self.counted[n * CHUNK : (n + 1) * CHUNK].sum()) for n in missing)
 
     def _file(self, n: int) -> Path:
         return self.folder / f"chunk-{n:05d}.npy"
 
     def read(self, rows: Sequence[int], at_one: bool = False) -> Target:
-        """(ids [rows, tokens, k], log-probabilities [rows, tokens, k + 1]) at the cache's temperature, or at 1."""
+        """(ids [rows, tokens, k], log-probabilities [rows, tokens, k + 1]) at the cache's temperature, or at 1; without meaning where nothing is counted."""
         torch = need("torch", "build")
-        found = []
-        for row in rows:
-            n = int(row) // CHUNK
+        entries = np.zeros((len(rows), self.windows.shape[1]), self.entry)
+        for found, row in zip(entries, map(int, rows), strict=True):
+            n = row // CHUNK
             if n not in self.open:
                 self.open[n] = np.load(self._file(n), mmap_mode="r")
-            found.append(np.array(self.open[n][int(row) % CHUNK]))
-        entries = np.stack(found)
+            start = int(self.counted[n * CHUNK : row].sum())
+            found[self.counted[row]] = self.open[n].reshape(-1)[start : start + int(self.counted[row].sum())]
         values, tails = torch.from_numpy(entries["values"].copy()), torch.from_numpy(entries["tails"].copy())
         return torch.from_numpy(entries["ids"].astype(np.int64)), softened(values, tails, self.temperature, at_one)
 
@@ -157,20 +166,34 @@ def written(weights: Weights, texts: Sequence[str], prompt: int, new: int, sampl
 
     new: tokens at most; ended: the teacher ended its text itself. The seed of row i is sampling.seed + i, so a resumed run writes the same.
     """
+
+    def more(start: int) -> Iterator[dict[str, Any]]:
+        tokenizer, session = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), TorchSession(weights)
+        for n in track(range(start, len(texts)), "teacher writes"):
+            begin = encode(tokenizer, texts[n])[:prompt]
+            yield {"prompt": tokenizer.decode(begin)} | continuation(session, tokenizer, begin, replace(sampling, seed=sampling.seed + n, max_tokens=new))
+        session.close()
+
+    return kept(file, len(texts), more)
+
+
+def continuation(session: TorchSession, tokenizer: Any, begin: list[int], sampling: Sampling, pictures: Pictures | None = None) -> dict[str, Any]:
+    """{"text", "ended"}: what the teacher says after the tokens `begin`, in which it sees `pictures`, and whether it ended that itself."""
+    session.rewind(0)
+    eos = session.weights.decoder.eos
+    found = list(generate(session, begin, sampling, frozenset() if eos is None else frozenset({eos}), pictures))
+    return {"text": tokenizer.decode(found), "ended": len(found) < sampling.max_tokens and len(begin) + len(found) < session.context}
+
+
+def kept(file: Path, count: int, more: Callable[[int], Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """`count` rows of a .jsonl file; those it lacks come from more(how many it has) and are written as they come, so a kill costs one."""
     rows = _lines(file)
-    if len(rows) < len(texts):
-        d, tokenizer, session = weights.decoder, open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), TorchSession(weights)
-        stop = frozenset() if d.eos is None else frozenset({d.eos})
+    if len(rows) < count:
         with open(file, "a", encoding="utf-8") as handle:
-            for n in track(range(len(rows), len(texts)), "teacher writes"):
-                begin = encode(tokenizer, texts[n])[:prompt]
-                session.rewind(0)
-                found = list(generate(session, begin, Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed + n, new), stop))
-                row = {"prompt": tokenizer.decode(begin), "text": tokenizer.decode(found), "ended": len(found) < new and len(begin) + len(found) < session.context}
+            for row in more(len(rows)):
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
                 handle.flush()
                 rows.append(row)
-        session.close()
     return rows
 
 

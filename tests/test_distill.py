@@ -168,18 +168,19 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
     from edgemed.lesson import sample
 
     ours = student_of(model)
-    drawn = [sample(ours, IDS, 8, seed) for seed in (1, 1, 2)]
+    drawn = [sample(ours, IDS, 8, VOCAB, seed) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert drawn[0].shape == IDS.shape and torch.equal(drawn[0][:, :8], IDS[:, :8]) and not torch.equal(drawn[0], IDS)
     # At temperature 1 from the whole vocabulary: over many draws the first token has the student's own probabilities.
     begin = IDS[:1, :9].expand(512, 9)
-    counts = torch.bincount(sample(ours, begin, 8, 0)[:, 8], minlength=VOCAB) / 512
+    counts = torch.bincount(sample(ours, begin, 8, VOCAB, 0)[:, 8], minlength=VOCAB) / 512
     p = torch.softmax(logits(Weights(open_checkpoint(model)), IDS[:1, :8])[0, -1], -1)
     assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / 512)
+    assert int(sample(ours, begin, 8, 5, 0)[:, 8:].max()) < 5, "a token that the teacher does not have"
     # Lambda 1: every batch is sampled, and its loss is the divergence of the sampled tokens alone.
     place = 3
     found = batch_loss(lesson(teacher, on_policy=1.0, labels=0.5), ours, [0, 1], place, "cpu")
-    rows = sample(ours, IDS, 8, place)
+    rows = sample(ours, IDS, 8, VOCAB, place)
     z_p, z_q = (logits(Weights(open_checkpoint(path)), rows)[:, 7:-1] for path in (teacher, model))
     assert found.item() == pytest.approx(float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-4)
 
@@ -481,8 +482,7 @@ def test_another_model_that_sees_can_teach(sees: Path, pictures: str, tmp_path: 
 
 def test_bad_input_with_images(sees: Path, teacher: Path, pictures: str, text: str, tmp_path: Path) -> None:
     wrong(teacher, tmp_path, "the student reads text only, the teacher reads text only, and .* has images", small(pictures, layers=(2,)))
-    wrong(sees, tmp_path, "are for text", small(pictures, **SEEN, layers=(2,), on_policy=0.5))
-    wrong(sees, tmp_path, "row 1 is .* tokens long, length is 40", small(pictures, **{**SEEN, "length": 40}, layers=(2,)))
+    wrong(sees, tmp_path, "row '0' is .* tokens long, length is 40", small(pictures, **{**SEEN, "length": 40}, layers=(2,)))
     wrong(sees, tmp_path, "only layers can be left out", small(pictures, **SEEN, ffn=64))
     wrong(sees, tmp_path, "the image features of 1 rows take", small(pictures, **SEEN, layers=(2,), cache_limit="1KB"))
     rows = tmp_path / "rows.jsonl"

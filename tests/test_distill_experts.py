@@ -76,7 +76,7 @@ def test_both_see_what_the_reference_sees(teacher: Path, dense: Path, pictures: 
             assert np.abs(found[n, :end].numpy() - TorchSession(weights).prefill(tokens[n, :end].tolist(), every=True, pictures=seen)).max() < 1e-4
 
 
-@pytest.mark.parametrize("changes", [{}, {"hidden": 0.5}, {"lora": 4, "rate": 5e-3}], ids=["scores", "hidden", "lora"])
+@pytest.mark.parametrize("changes", [{}, {"hidden": 0.5}, {"lora": 4, "rate": 5e-3}, {"on_policy": 1.0}, {"top_k": 16}], ids=["scores", "hidden", "lora", "own answers", "top-k"])
 def test_the_dense_model_comes_nearer_to_its_experts(changes: dict, teacher: Path, dense: Path, pictures: str, tmp_path: Path) -> None:
     path, notes = stage("distill", distill.Params(**{**SMALL, **changes, "calibration": pictures, "teacher": str(teacher)}), dense, tmp_path / "out")
     assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"] and notes["teacher_parameters"] > notes["parameters"]

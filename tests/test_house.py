@@ -23,7 +23,7 @@ ORDER = [
     "plugins",
     "params store console units confidence exact formats svg cuda sysfs quiet divergence",
     "= device checkpoint family clip task data tokenizer session reference grid siblings weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors thermal image_reference bnb",
-    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher lesson student ggml_api ggml_session awq layerwise routing experts deltas allocate activations resume sensitivity gguf_budget lora qlora ort_adapter gguf_adapter kv_scales refit smooth step_memory",
+    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher answers lesson student ggml_api ggml_session activations awq layerwise routing experts deltas allocate resume sensitivity gguf_gptq gguf_budget lora qlora ort_adapter gguf_adapter kv_scales refit smooth step_memory",
     "families steps targets tasks",
     "= plan verify stages bench conditions sweep evaluate ttt lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure calibrate",
     "run",

@@ -101,18 +101,22 @@ def test_the_root_is_the_cholesky_factor_of_the_inverse(columns, act_order):
         hessian.add(batch)
     moment = hessian.moment.double()
     assert torch.allclose(moment, 2 * inputs.double().T @ inputs.double() / len(inputs), atol=1e-4) and torch.allclose(moment, moment.T, atol=1e-4)
-    root = root_of(hessian.moment, 0.01, act_order)
+    root, kept = root_of(hessian.moment, 0.01, act_order), hessian.moment.clone()
     dead = moment.diagonal() == 0
     moment.diagonal()[dead] = 1
     moment += 0.01 * moment.diagonal().mean() * torch.eye(columns)
     assert int(dead.sum()) == 1 and (not act_order or torch.equal(root.order, hessian.moment.diagonal().argsort(descending=True)))
     expected = torch.linalg.cholesky(torch.linalg.inv(moment[root.order[:, None], root.order]), upper=True)
-    assert torch.allclose(root.upper.double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(root.upper.triu().double(), expected, rtol=1e-3, atol=1e-5)
     right = normal(columns, 9, seed=2)
     assert torch.allclose(root.inverse_times(right.clone()).double(), torch.linalg.solve(moment, right.double()), rtol=1e-3, atol=1e-4)
     weight = normal(12, columns, seed=3)
     direct = (inputs.double() @ (0.1 * weight).double().T).square().sum() / (inputs.double() @ weight.double().T).square().sum()
     assert output_error(weight, 0.9 * weight, hessian.moment) == pytest.approx(float(direct), rel=1e-3)
+    assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept)
+    own = hessian.root(0.01, act_order)
+    assert torch.equal(own.upper.triu(), root.upper.triu()) and torch.equal(own.order, root.order)
+    assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept), "the inputs are forgotten once their root is taken"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -7,13 +7,14 @@ Training runs on transformers' Trainer (edgemed/lesson.py) and goes on where a k
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from edgemed import refit, store
+from edgemed import answers, refit, store
 from edgemed.checkpoint import Checkpoint, open_checkpoint
 from edgemed.console import say
 from edgemed.cut import Shape, choose, cut, parameters, smaller
@@ -23,7 +24,7 @@ from edgemed.lesson import Lesson, Objective, last_good, measure, pupil, trainer
 from edgemed.lora import answering
 from edgemed.quiet import quiet_and_offline
 from edgemed.session import Sampling
-from edgemed.sights import IGNORED, Sights, digest, look, pictured
+from edgemed.sights import IGNORED, digest, look, pictured
 from edgemed.student import adapted, load, write
 from edgemed.teacher import Cache, Teacher, key, number, written
 from edgemed.tokenizer import encode, open_tokenizer
@@ -44,9 +45,10 @@ class Params:
     ('30M': at most so many, chosen by itself). lora: rank of a LoRA that is trained instead of all weights and (but for train: lora) merged at the end; 0: all weights.
 
     What is learned: mode 'logits' (the teacher's distribution at every token; one tokenizer) or 'sequence' (texts the teacher writes after `prompt`
-    tokens of each text, sampled at `temperature`; any tokenizer). loss: the divergence D, with beta for jsd: (1 - labels) temperature^2 D + labels *
-    cross entropy of the text + hidden * error of the hidden states, matched by a learned projection along layer_map ([[student, teacher], ..];
-    default: every layer with the one it was cut from, or evenly). on_policy: share of batches whose text after `prompt` tokens the student samples.
+    tokens of each text, or its answers about images, sampled at `temperature`; any tokenizer). loss: the divergence D, with beta for jsd: (1 - labels)
+    temperature^2 D + labels * cross entropy of the text + hidden * error of the hidden states, matched by a learned projection along layer_map
+    ([[student, teacher], ..]; default: every layer with the one it was cut from, or evenly). on_policy: share of batches whose text after `prompt`
+    tokens, or whose answers about images, the student samples. prompt: no effect where there are images, for there the question is the prompt.
     top_k: the teacher's likeliest tokens kept on disk, at most cache_limit bytes; 0: all scores, computed as they are needed.
 
     length: tokens per window; batch windows per step, times accumulate. warmup: share of the steps; decay: AdamW's. precision: of the student's
@@ -195,8 +197,6 @@ def _check_sight(student: Weights, teacher: Weights, params: Params) -> None:
     if sees != [rows, rows]:
         said = ", ".join(f"the {what} {'sees' if one else 'reads text only'}" for what, one in zip(("student", "teacher"), sees, strict=True))
         raise EdgemedError(f"distill: {said}, and {params.calibration} {'has' if rows else 'has no'} images", "Models that see need rows with images, and others text")
-    if rows and (params.on_policy or params.top_k or params.mode == "sequence"):
-        raise EdgemedError("distill: on_policy, top_k and mode: sequence are for text", "Leave them out where there are images")
 
 
 def _check_tokenizers(student: Weights, teacher: Weights, params: Params) -> None:
@@ -246,42 +246,61 @@ def _lesson(student: Weights, teacher: Weights, shape: Shape | None, train: list
     torch = need("torch", "build")
     vocab = min(student.decoder.vocab, teacher.decoder.vocab)
     objective = Objective(params.loss, params.beta, params.temperature, 1.0 if params.mode == "sequence" else params.labels, params.hidden, _pairs(student, teacher, shape, params),
-                          params.on_policy, params.prompt, vocab, params.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if student.vision:
-        tokens, labels, sights = _looked(student, teacher, shape is not None, [*train, *held], params)
-        return Lesson(objective, tokens, labels, len(held), Teacher(teacher, device), sights=sights)
-    if params.mode == "sequence":
-        known = shared / f"written-{key(teacher, {'params': [params.calibration, params.prompt, params.length, params.temperature, params.seed, params.held_out], 'text': inputs(params)})}"
-        known.mkdir(exist_ok=True)
-        parts = [_written(found, student, teacher, params, known / f"{name}.jsonl") for found, name in ((train, "training"), (held, "held-out"))]
-    else:
-        parts = [_packed(found, student, params.length) for found in (train, held)]
-    tokens, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    lesson = Lesson(objective, tokens, labels, len(parts[1][0]))
-    if not lesson.held or not lesson.training:
-        raise EdgemedError(f"distill: {params.calibration} gives {lesson.training} training and {lesson.held} held-out windows of {params.length} tokens", "Give more text, or a shorter length")
+                          params.on_policy, params.prompt, vocab, params.seed, student.decoder.eos)
     if params.top_k >= vocab:
         raise EdgemedError(f"distill: top_k {params.top_k} is not below the vocabulary of {vocab}", "Leave top_k out to use all scores")
+    device, files = "cuda" if torch.cuda.is_available() else "cpu", []
+    if params.mode == "sequence":
+        # What is asked of a teacher that sees is the question, whatever `prompt` says.
+        asked = [params.calibration, None if student.vision else params.prompt, params.length, params.temperature, params.seed, params.held_out]
+        known = shared / f"written-{key(teacher, {'params': asked, 'text': inputs(params)})}"
+        known.mkdir(exist_ok=True)
+        files = [known / "training.jsonl", known / "held-out.jsonl"]
+    if student.vision:
+        lesson = _looked(student, teacher, shape is not None, train, held, params, files, objective)
+    else:
+        made = [_written(found, student, teacher, params, file) for found, file in zip((train, held), files, strict=True)] if files else []
+        parts = made or [_packed(found, student, params.length) for found in (train, held)]
+        tokens, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        lesson = Lesson(objective, tokens, labels, len(parts[1][0]))
+    if not lesson.held or not lesson.training:
+        raise EdgemedError(f"distill: {params.calibration} gives {lesson.training} training and {lesson.held} held-out windows of {params.length} tokens", "Give more text, or a shorter length")
     if params.top_k:
-        facts = {"windows": store.digest(tokens.tolist()), "k": params.top_k, "temperature": params.temperature, "vocab": vocab}
-        lesson.cache = Cache(shared / f"teacher-{key(teacher, facts)}", tokens, vocab, params.top_k, params.temperature)
+        lesson.cache = _cached(lesson, teacher, digest(params.calibration, [*train, *held]) if student.vision else None, params, shared)
         lesson.cache.fill(teacher, number(params.cache_limit, "cache_limit"), device)
     elif params.mode == "logits":
         lesson.teacher = Teacher(teacher, device)
     return lesson
 
 
-def _looked(student: Weights, teacher: Weights, same: bool, rows: list[Any], params: Params) -> tuple[np.ndarray, np.ndarray, tuple[Sights, Sights]]:
-    """Windows with images, seen by both. same: the student has its teacher's own eyes."""
-    limit = number(params.cache_limit, "cache_limit")
-    tokens, labels, ours = look(student, params.calibration, rows, params.length, limit)
-    if same:
-        return tokens, labels, (ours, ours)
-    again, _, theirs = look(teacher, params.calibration, rows, params.length, limit)
+def _cached(lesson: Lesson, teacher: Weights, images: str | None, params: Params, shared: Path) -> Cache:
+    """Where the teacher's likeliest tokens at the lesson's windows are kept. images: sha256 of theirs, in the windows' order; of those only the answers are kept."""
+    facts = {"windows": store.digest(lesson.tokens.tolist()), "k": params.top_k, "temperature": params.temperature, "vocab": lesson.objective.vocab}
+    if not lesson.sights:
+        return Cache(shared / f"teacher-{key(teacher, facts)}", lesson.tokens, lesson.objective.vocab, params.top_k, params.temperature)
+    counted = np.zeros(lesson.tokens.shape, bool)
+    counted[:, :-1] = lesson.labels[:, 1:] != IGNORED
+    facts |= {"images": images, "counted": store.digest(np.flatnonzero(counted).tolist())}
+    return Cache(shared / f"teacher-{key(teacher, facts)}", lesson.tokens, lesson.objective.vocab, params.top_k, params.temperature, counted, lesson.sights[1])
+
+
+def _looked(student: Weights, teacher: Weights, same: bool, train: list[Any], held: list[Any], params: Params, files: Sequence[Path], objective: Objective) -> Lesson:
+    """Windows with images, seen by both. same: the student has its teacher's own eyes. files: where the teacher's answers to be learned are kept, training and held-out."""
+    limit, rows = number(params.cache_limit, "cache_limit"), [*train, *held]
+    sampling = Sampling(params.temperature, seed=params.seed, max_tokens=params.length)
+
+    def told() -> list[dict[str, Any]]:
+        return [row for found, file in zip((train, held), files, strict=True) for row in answers.written(teacher, params.calibration, found, sampling, file)]
+
+    tokens, labels, ours = look(student, params.calibration, rows, params.length, limit, told if files else None)
+    if files:
+        some = np.flatnonzero((labels != IGNORED).any(1))  # a teacher may say nothing at all
+        return Lesson(objective, tokens[some], labels[some], int((some >= len(train)).sum()), sights=(ours.only(some), ours.only(some)))
+    again, _, theirs = (tokens, labels, ours) if same else look(teacher, params.calibration, rows, params.length, limit)
     if not np.array_equal(tokens, again) or not np.array_equal(ours.positions, theirs.positions):
-        raise EdgemedError("distill: student and teacher make different tokens of the same images and questions", "Give models with one tokenizer, chat form and patch size")
-    return tokens, labels, (ours, theirs)
+        problem = "distill: student and teacher make different tokens of the same images and questions"
+        raise EdgemedError(problem, "Give models with one tokenizer, chat form and patch size, or say mode: sequence")
+    return Lesson(objective, tokens, labels, len(held), sights=(ours, theirs))
 
 
 def _pairs(student: Weights, teacher: Weights, shape: Shape | None, params: Params) -> tuple[tuple[int, int], ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed import bnb, store
-from edgemed.activations import Activations
+from edgemed.activations import Activations, begin
 from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.console import track
@@ -24,7 +24,7 @@ from edgemed.decoder import shown
 from edgemed.errors import EdgemedError, need
 from edgemed.formats import size
 from edgemed.gptq import Solution, solve
-from edgemed.layerwise import Rounded, awq_layer, gptq_layer, own_of, rtn_layer
+from edgemed.layerwise import Rounded, awq_layer, gptq_layer, integers, own_of, rtn_layer
 from edgemed.lora import FOLDED
 from edgemed.resume import Layers
 from edgemed.sensitivity import sensitivities
@@ -309,26 +309,19 @@ def _layers(weights: Weights, windows: Windows | None, params: Params, packings:
     if params.method == "rtn":
         yield from ((n, rtn_layer(weights, n, own_of(packings, n), params.clip)) for n in range(start, d.layers))
         return
-    shape, angles = (params.samples, params.length, d.hidden), None
-    if d.rope_axes:
-        angles = [shown(weights, window)[1] for window in windows]
+    shape = (params.samples, params.length, d.hidden)
+    angles = [turned for _, turned in shown(weights, windows)] if d.rope_axes else None
     x = Activations(kept.folder, "hidden", shape, on_disk, angles)
     exact = Activations(kept.folder, "exact", shape, on_disk) if params.method in ("auto", "gptq") and params.correction else None
     streams = [x, exact] if exact else [x]
     with torch.inference_mode():
-        for stream in streams:
-            if start:
-                stream.resume(start)
-                continue
-            for i, window in enumerate(windows):
-                stream.write(i, shown(weights, window)[0])
-            stream.commit()
+        begin(weights, windows, streams, start)
         for n in range(start, d.layers):
             own = own_of(packings, n)
             if params.method == "smoothquant":
                 rounded = smooth_layer(weights, n, x, own, params.clip, params.alpha)
             else:
-                rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, own, params)
+                rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, integers(own, params), params)
             for stream in streams:
                 stream.commit()
             yield n, rounded

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemed import gguf_adapter, gguf_budget, gguf_file, lora, mmproj
+from edgemed import gguf_adapter, gguf_budget, gguf_file, gguf_gptq, lora, mmproj, store
 from edgemed.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
@@ -51,7 +52,8 @@ class Params:
     """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's integers (Q4_0 or Q8_0); `type` is
     then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
     `samples` windows of `length` tokens are run. budget: '4.5bpw' (bits per weight of the whole file) or '1.6GB': every layer matrix then gets its own type, the
-    others that of `type`; it is measured on the text of `imatrix`. context: tokens of the KV cache (default the model's).
+    others that of `type`; it is measured on the text of `imatrix`. rounding: 'nearest' is llama.cpp's own routine, weight by weight; 'gptq' moves each column's error into the
+    later ones, on the text of `imatrix`: the same types and bytes, but nearer to the source. context: tokens of the KV cache (default the model's).
     kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights (edgemed's ggml graph: of those that every token reads).
     vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or llama.cpp's own libmtmd (not CLIP towers, which it has wrong).
     mmproj: type of mmproj.gguf, which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's own programs, which resize images in another way.
@@ -66,6 +68,7 @@ class Params:
     from_checkpoint: bool = False
     imatrix: str | None = None
     budget: str | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
     samples: int = 32
     length: int = 256
     context: int | None = None
@@ -131,8 +134,13 @@ def supports(weights: Weights, params: Params) -> str | None:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
     if params.budget and params.from_checkpoint:
         return "a budget cannot change the integers of a checkpoint; give the budget to the quantize step, or leave from_checkpoint out"
-    if params.budget and (params.imatrix is None or params.imatrix.endswith(".npz")):
+    textless = params.imatrix is None or params.imatrix.endswith(".npz")
+    if params.budget and textless:
         return "a budget is shared out by what calibration text shows; give imatrix a card's name or a text file"
+    if params.rounding == "gptq" and (params.from_checkpoint or (not params.budget and FILE_TYPES[file_type(params)][1] in FLOATS)):
+        return "rounding: gptq has no effect where no integers are chosen; leave it out"
+    if params.rounding == "gptq" and textless:
+        return "rounding: gptq needs calibration text; give imatrix a card's name or a text file"
     return None
 
 
@@ -145,7 +153,8 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
-    gguf_file.write(out / (GRAPH if own else FILE), ARCH if own else folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), tensors)
+    with _rounded(folded, params, columns, tensors, out) as (rounded, errors):
+        gguf_file.write(out / (GRAPH if own else FILE), ARCH if own else folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), rounded)
     if folded.decoder.head != "lm":
         head = folded.matrix("head")
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
@@ -165,6 +174,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
     }
     notes |= {"allocation": chosen.facts} if chosen else {}
+    notes |= {"integers": "gptq, on llama.cpp's types", "errors": errors} if errors else {}
     if own:
         notes["construction"] = "llama.cpp has no graph of this model: edgemed's own runs on its tensor library, and llama.cpp's programs cannot open the file"
     if centred:
@@ -220,7 +230,16 @@ def _budgeted(weights: Weights, params: Params, columns: Mapping[str, np.ndarray
     places = layout(weights.family, weights.decoder, weights.parts)
     shapes = {t: place.shape for t, place in places.items()}
     types, _ = tensor_types(Model(shapes, weights.decoder.layers, weights.decoder.heads // weights.decoder.kv_heads, bool(columns)), file_type(params))
-    return gguf_budget.choose(weights, _calibration(weights, params), places, types, columns, params.budget, out)
+    return gguf_budget.choose(weights, _calibration(weights, params), places, types, columns, params.budget, params.rounding == "gptq", out)
+
+
+def _rounded(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], tensors: list[gguf_file.Tensor], out: Path) -> AbstractContextManager[tuple[list[gguf_file.Tensor], dict[str, Any]]]:
+    """The tensors to write and what rounding them changed; by llama.cpp's own routine they are rounded as they are written."""
+    if params.rounding == "nearest":
+        return nullcontext((tensors, {}))
+    key = store.digest({"params": asdict(params), "inputs": weights.checkpoint.hashes() | inputs(params), "versions": store.versions()})
+    places = layout(weights.family, weights.decoder, weights.parts)
+    return gguf_gptq.rounded(weights, _calibration(weights, params), places, tensors, columns, out, key)
 
 
 def _calibration(weights: Weights, params: Params) -> list[tuple[list[int], Pictures | None]]:
