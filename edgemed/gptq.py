@@ -34,8 +34,9 @@ class Solution:
 
     def dense(self, bits: int) -> torch.Tensor:
         """The weights the integers stand for, float32 [out, in]."""
-        group = self.q.shape[1] // self.scales.shape[1]
-        return (self.q.float() - (1 << (bits - 1))) * self.scales.repeat_interleave(group, 1)
+        found = self.q.float().sub_(1 << (bits - 1))
+        found.view(*self.scales.shape, -1).mul_(self.scales[..., None])
+        return found
 
 
 class Hessian:
@@ -196,7 +197,7 @@ def corrected(weight: torch.Tensor, pull: torch.Tensor, root: Root, share: float
     which is used up); that correction is taken by `share`, because calibration text is finite. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692)
     in closed form, with QEP's share (Arai and Ichikawa 2025, arXiv 2504.09629).
     """
-    return weight + share * root.inverse_times(pull).T
+    return root.inverse_times(pull).mul_(share).T.add_(weight)
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False, clip: bool = False) -> Solution:

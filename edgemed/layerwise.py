@@ -120,7 +120,7 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
           params: Settings) -> Matrix:
     """One matrix; its rounded weight takes its place in the first of `layers`, the second stays as stored. streams: as gptq_layer's x and exact."""
     (layer, source), (x, exact) = layers, streams
-    weight, bias = layer[name]
+    (weight, bias), product = layer[name], None
     hessian = Hessian(weight.shape[1], weight if exact else None)
     for i, row in x:
         rows, before = rows_of(experts, name, i), exact.read(i) if exact else None
@@ -130,6 +130,8 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
         hessian.add(feed(d, n, layer, name, row, rows, x.turned(i)), read, product)
         if product is not None:
             exact.write(i, before + (product if bias is None else product + bias))
+    if product is not None and name == "down":
+        del source["up"]  # the float layer is at its end
     if lacking(name, hessian.rows, params):
         solution, dense = rounding(name, weight, None)
     else:

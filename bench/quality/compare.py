@@ -104,7 +104,7 @@ CONTENDERS: dict[str, list[str] | tuple[str, str, list[str]]] = {
     "nf4 g64": ("main", "dense_peer.py", ["--method", "nf4", "--group", "64"]),
     "nf4 g64, double": ("main", "dense_peer.py", ["--method", "nf4", "--group", "64", "--double"]),
     **{f"{name}, llama-imatrix": llama(name) for name in ("Q4_K_M", "IQ4_XS", "IQ3_S", "Q3_K_M")},
-    **{name: gguf(f"type={name.lower()}") for name in ("IQ4_XS", "IQ3_S", "Q3_K_M")},
+    **{name: gguf(f"type={name.lower()}") for name in ("IQ4_XS", "IQ3_S", "Q3_K_M", "Q2_K", "Q4_0", "Q5_K_M")},
 }
 
 
@@ -329,6 +329,7 @@ PAIRS = (
     ("gptq g128", "GPTQModel g128"), ("gptq g64", "GPTQModel g64"), ("gptq g128", "AutoRound g128"), ("gptq g128", "gptq g128, plain"), ("awq g128", "rtn g128"),
     ("mixed 4.24 bpw", "gptq g128"), ("mixed 4.24 bpw for onnx", "gptq g128"), ("mixed 4.5 bpw", "gptq g32"), ("mixed 4.5 bpw", "gptq g64"), ("mixed 4.5 bpw for onnx", "gptq g64"),
     *(("gptq g128", f"GPTQModel g128, {options}") for options in ("mse", "gptaq", "mse, gptaq")), ("gptq g64", "hqq g64"), ("gptq g64", "nf4 g64"), ("mixed 4.24 bpw", "AutoRound g128"),
+    *((f"{name}, gptq", name) for name in ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "IQ3_S", "IQ4_XS", "GGUF mixed, bytes of Q4_K_M")), ("Q4_K_M, gptq", "gptq g128"), ("IQ4_XS, gptq", "gptq g128"),
     *((name, f"{name}, llama-imatrix") for name in ("Q4_K_M", "IQ4_XS", "IQ3_S", "Q3_K_M")),
     ("mixed 4.5 bpw", "gptq g128"), ("mixed 4.5 bpw", "hqq g64"), ("mixed 4.5 bpw", "nf4 g64"), ("mixed 4.5 bpw", "AutoRound g128"), ("mixed 4.5 bpw", "Q4_K_M"), ("GGUF mixed, bytes of Q4_K_M", "Q4_K_M"), ("GGUF mixed 4.5 bpw", "Q4_K_M"),
 )

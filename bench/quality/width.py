@@ -20,7 +20,6 @@ import numpy as np
 from compare import CARD, HERE, ROOT, save, timed
 
 MEMORY = "4GB"
-WINDOWS = 8
 
 
 def shaped(out: Path, layers: int) -> Path:
@@ -118,6 +117,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--only", nargs="+", choices=("edgemed", "edgemed plain", "GPTQModel"), default=("edgemed", "edgemed plain", "GPTQModel"))
+    parser.add_argument("--windows", type=int, default=8, help="held-out windows that quality is measured on; 0: time and memory alone, for the whole model (--layers 32)")
     parser.add_argument("--record", action="store_true", help="append to bench/results")
     args = parser.parse_args()
     work = args.work.resolve()
@@ -140,14 +140,14 @@ def main() -> None:
             file.write_text(json.dumps({**timed([part.format(out=out) for part in commands[name]], out.with_suffix(".log")), "load_average": os.getloadavg()}))
         rows[name], made[name] = json.loads(file.read_text()), out
         print(name, rows[name], file=sys.stderr, flush=True)
-    windows = compare.held_out(model)[CARD][:WINDOWS]
-    for name, facts in divergence(model, made, windows).items():
+    windows = compare.held_out(model)[CARD][: args.windows]
+    for name, facts in divergence(model, made, windows).items() if args.windows else ():
         rows[name] |= facts
-    for name, errors in output_errors(model, made, windows).items():
+    for name, errors in output_errors(model, made, windows).items() if args.windows else ():
         rows[name] |= {"output_errors": errors, "output_error_mean": float(np.mean(list(errors.values())))}
     facts = {"random_weights": "shaped", "layers": args.layers, "samples": args.samples, "length": args.length, "threads": int(compare.THREADS), "max_memory": MEMORY, "held_out_windows": len(windows), "rows": rows}
     if {"edgemed", "GPTQModel"} <= rows.keys():
-        keys = ("kl", "seconds", "cpu_seconds", "peak_memory_bytes", "output_error_mean")
+        keys = ("seconds", "cpu_seconds", "peak_memory_bytes", *(("kl", "output_error_mean") if args.windows else ()))
         facts["edgemed_over_GPTQModel"] = {key: rows["edgemed"][key] / rows["GPTQModel"][key] for key in keys}
     if args.record:
         save("quality_width", facts)
