@@ -195,3 +195,12 @@ def test_where_it_would_have_no_effect_it_is_refused(tmp_path):
         assert reason and said in reason
         with pytest.raises(EdgemedError, match=said):
             exported(checkpoint, tmp_path / "refused", rounding="gptq", **values)
+
+
+def test_models_that_see_are_calibrated_on_images_too(tmp_path):
+    checkpoint = open_checkpoint(plugins.shared("recipes") / "quickstart-vlm" / "model")
+    cards = {"imatrix": "medquad-answers,vqa-rad-questions", "samples": 4, "length": 256, "type": "q4_0"}
+    tokens = np.random.default_rng(1).integers(0, 2048, 64).tolist()
+    found = {way: divergence(checkpoint, exported(checkpoint, tmp_path / way, rounding=way, **cards), tokens) for way in ("nearest", "gptq")}
+    assert found["gptq"] < 0.8 * found["nearest"]
+    assert sorted(store.read_manifest(tmp_path / "gptq")["inputs"]) == sorted(store.read_manifest(tmp_path / "nearest")["inputs"])

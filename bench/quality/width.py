@@ -20,6 +20,7 @@ import numpy as np
 from compare import CARD, HERE, ROOT, save, timed
 
 MEMORY = "4GB"
+NAMES = ("edgemed", "edgemed clip", "edgemed plain", "GPTQModel")
 
 
 def shaped(out: Path, layers: int) -> Path:
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--only", nargs="+", choices=("edgemed", "edgemed plain", "GPTQModel"), default=("edgemed", "edgemed plain", "GPTQModel"))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--windows", type=int, default=8, help="held-out windows that quality is measured on; 0: time and memory alone, for the whole model (--layers 32)")
     parser.add_argument("--record", action="store_true", help="append to bench/results")
     args = parser.parse_args()
@@ -128,6 +129,7 @@ def main() -> None:
     ours = ["--max-memory", MEMORY, "--calibration", CARD, "--set", f"samples={args.samples}", "--set", f"length={args.length}"]
     commands = {
         "edgemed": [sys.executable, "-m", "edgemed", "quantize", str(model), "--out", "{out}", "--method", "gptq", *ours],
+        "edgemed clip": [sys.executable, "-m", "edgemed", "quantize", str(model), "--out", "{out}", "--method", "gptq", *ours, "--set", "correction=0"],
         "edgemed plain": [sys.executable, "-m", "edgemed", "quantize", str(model), "--out", "{out}", "--method", "gptq", *ours, "--set", "clip=false", "--set", "correction=0"],
         "GPTQModel": [str(ROOT / "bench/peers/gptq/bin/python"), str(HERE / "gptqmodel_peer.py"), str(model), "{out}", "--tokens", str(tokens)],
     }
@@ -146,9 +148,9 @@ def main() -> None:
     for name, errors in output_errors(model, made, windows).items() if args.windows else ():
         rows[name] |= {"output_errors": errors, "output_error_mean": float(np.mean(list(errors.values())))}
     facts = {"random_weights": "shaped", "layers": args.layers, "samples": args.samples, "length": args.length, "threads": int(compare.THREADS), "max_memory": MEMORY, "held_out_windows": len(windows), "rows": rows}
-    if {"edgemed", "GPTQModel"} <= rows.keys():
+    for name in rows.keys() - {"GPTQModel"} if "GPTQModel" in rows else ():
         keys = ("seconds", "cpu_seconds", "peak_memory_bytes", *(("kl", "output_error_mean") if args.windows else ()))
-        facts["edgemed_over_GPTQModel"] = {key: rows["edgemed"][key] / rows["GPTQModel"][key] for key in keys}
+        facts[f"{name} over GPTQModel"] = {key: rows[name][key] / rows["GPTQModel"][key] for key in keys}
     if args.record:
         save("quality_width", facts)
     else:
