@@ -18,7 +18,7 @@ from edgemed.data import read_jsonl  # noqa: E402
 from edgemed.decoder import TorchSession, block, load_layer, norm, shown, top  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
 from edgemed.importance import importance  # noqa: E402
-from edgemed.layerwise import awq_layer, gptq_layer  # noqa: E402
+from edgemed.layerwise import awq_layer, gptq_layer, integers  # noqa: E402
 from edgemed.sensitivity import sensitivities  # noqa: E402
 from edgemed.sights import album_of, calibration, calibration_digests, pictured  # noqa: E402
 from edgemed.smooth import smooth_layer  # noqa: E402
@@ -68,7 +68,7 @@ def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> Non
     for window in windows:
         session.rewind(0)
         right = session.prefill(window[0], every=True, pictures=window[1]).copy()
-        x, angles = shown(weights, window)
+        ((x, angles),) = shown(weights, [window])
         with torch.inference_mode():
             for n in range(d.layers):
                 layer = load_layer(weights, n)
@@ -83,14 +83,14 @@ def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> Non
 def test_rounded_layers_see_the_same_positions(weights: Weights, windows: list, tmp_path: Path, method) -> None:
     d, session, errors = weights.decoder, TorchSession(weights), {}
     own, params = dict.fromkeys(d.matrices(0), (8, 32)), quantize.Params("gptq", bits=8, group=32, clip=True)
-    rounds = {gptq_layer: lambda n, x: gptq_layer(weights, n, x, None, own, params), awq_layer: lambda n, x: awq_layer(weights, n, x, own, params),
+    rounds = {gptq_layer: lambda n, x: gptq_layer(weights, n, x, None, integers(own, params), params), awq_layer: lambda n, x: awq_layer(weights, n, x, own, params),
               smooth_layer: lambda n, x: smooth_layer(weights, n, x, own, True, 0.5)}
     for turned in (True, False):
-        angles = [shown(weights, window)[1] for window in windows]
+        angles = [turned for _, turned in shown(weights, windows)]
         x = Activations(tmp_path, f"{method.__name__}-{turned}", (SAMPLES, LENGTH, d.hidden), False, angles if turned else None)
         with torch.inference_mode():
             for i, window in enumerate(windows):
-                x.write(i, shown(weights, window)[0])
+                x.write(i, next(shown(weights, [window]))[0])
             x.commit()
             for n in range(d.layers):
                 rounds[method](n, x)

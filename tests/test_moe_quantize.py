@@ -205,14 +205,15 @@ def test_a_gguf_budget_counts_experts_as_the_one_tensor_they_are(tmp_path: Path)
 
     weights = Centred(open_checkpoint(write(tmp_path / "model", "moe-tinymed")), fold=True)
     places = layout(weights.family, weights.decoder, weights.parts)
-    chosen = gguf_budget.choose(weights, torch.tensor([IDS]), places, dict.fromkeys(places, "F32"), {}, "24bpw", tmp_path)
+    chosen = gguf_budget.choose(weights, torch.tensor([IDS]), places, dict.fromkeys(places, "F32"), {}, "24bpw", False, tmp_path)
     experts = {t for t in places if "_exps.weight" in t}
     assert experts < set(chosen.types) and not any("gate_inp" in t or "norm" in t for t in chosen.types)
     found = dict(sensitivities(weights, torch.tensor([IDS]), tmp_path))[2]
     ours = chosen.facts["sensitivity"]["blk.2.ffn_down_exps.weight"]
     from edgemed.gguf_file import Encoder
+    from edgemed.gguf_gptq import rounding
 
     with Encoder() as encoder:
         for kind, loss in ours.items():
             alone = [found[f"experts.{e}.down"] for e in range(4)]
-            assert loss == pytest.approx(sum(s.loss(gguf_budget._rounded(encoder, "x", s.weight.numpy(), kind, None)) for s in alone))
+            assert loss == pytest.approx(sum(s.loss(rounding(encoder, kind, s.weight, None)[1]) for s in alone))

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemed import lora, ort_adapter
+from edgemed.console import say
 from edgemed.data import card_names
+from edgemed.device import saturates
 from edgemed.errors import EdgemedError, need
 from edgemed.graph import w8a8_refused
 from edgemed.grid import Ints, labelled, named
@@ -168,6 +170,8 @@ def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.nd
 
 
 def open(engine: Engine, threads: int | None) -> OrtSession:
+    if engine.params.get("precision") == "w8a8" and saturates():
+        say("[yellow]w8a8: this CPU has no VNNI, and ONNX Runtime's 8-bit sums overflow on it: answers get worse without a word. Verify the engine here, or use int8[/yellow]")
     return OrtSession(engine, threads)
 
 
