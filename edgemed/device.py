@@ -206,12 +206,6 @@ def cpu_flags() -> list[str]:
     return [flag for flag in FLAGS if flag in known]
 
 
-def saturates() -> bool:
-    """Whether this CPU adds products of 8-bit integers in 16 bits, which overflow: x86-64 with AVX2 alone, without VNNI or AMX."""
-    here = _machine()
-    return here["architecture"].lower() in ("x86_64", "amd64") and not {"avx_vnni", "avx512_vnni", "amx_int8"} & set(here["flags"])
-
-
 def board() -> str:
     """The board's name from the device tree ('NVIDIA Jetson Orin Nano ...', 'Raspberry Pi 5 ...'), empty on a PC."""
     return _text("/proc/device-tree/model").strip("\0\n ")

@@ -21,6 +21,7 @@ from edgemed import store
 from edgemed.console import say, track
 from edgemed.device import GIB, gpu_clock, machine, read_bandwidth
 from edgemed.errors import EdgemedError, need
+from edgemed.ort_dialect import WIDE_SUMS
 
 # A prompt of 128 tokens through a matrix of a model of one to three billion parameters.
 ROWS, SIZE, GROUP = 128, 2048, 128
@@ -139,6 +140,7 @@ def _session(op: str, x: np.ndarray, constants: dict[str, np.ndarray], threads: 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    options.add_session_config_entry(*WIDE_SUMS)  # as the engines have it
     session = ort.InferenceSession(one_operator(op, x, constants, attributes or {}), options, providers=["CPUExecutionProvider"])
     session.run(None, {"x": x})
     return lambda: session.run(None, {"x": x})

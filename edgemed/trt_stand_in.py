@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
+from edgemed.ort_dialect import WIDE_SUMS
 from edgemed.session import Pictures, Positions, check_room, feature_rows
 from edgemed.trt_dialect import BLOCK, NOWHERE, rows_offered
 from edgemed.trt_parser import nested
@@ -24,7 +25,7 @@ class StandIn:
     """A Session on ONNX Runtime over the plain graph; the cache is [1, rows, kv_heads, head_dim] per layer, new rows are written behind the old."""
 
     def __init__(self, engine: Engine, threads: int | None):
-        self.session = started(engine.path / "model.onnx", "bf16" in engine.precision, threads)
+        self.session = started(engine.path / "model.onnx", "bf16" in engine.precision, threads, engine.params.get("precision") == "w8a8")
         self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
         rows = rows_offered(self.context)
         self.cache = {
@@ -77,8 +78,7 @@ def started(file: Path, wide: bool, threads: int | None, integers: bool = False)
     # ONNX Runtime fuses DequantizeLinear + MatMul and would round activations to int8, which TensorRT does not.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if integers:
-        # On x86 CPUs without VNNI sums of 8-bit products overflow; with this they take a slower way that does not.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_session_config_entry(*WIDE_SUMS)
     try:
         return ort.InferenceSession(widened(file) if wide else str(file), options, providers=["CPUExecutionProvider"])
     except EdgemedError:

@@ -127,6 +127,19 @@ def on_q8_grid(weight):
     return (torch.tensor(q).float() - 128) * torch.tensor(scale).repeat_interleave(32, 1)
 
 
+def write_pictures(folder: Path, question: str) -> str:
+    """A .jsonl file of twenty questions about four images of different shapes, one of them about two images. question: '{n}' is replaced by its number, '{more}' by 0 to 2 words."""
+    import numpy as np
+    from PIL import Image
+
+    for n, size in enumerate(((60, 60), (30, 90), (90, 30), (56, 28))):
+        Image.fromarray(np.random.default_rng(n).integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+    rows = [{"id": n, "image": f"{n % 4}.png", "question": question.format(n=n, more="is " * (n % 3)), "answer": f"It is {n % 3}."} for n in range(20)]
+    rows[7] = {"id": 7, "images": ["0.png", "3.png"], "question": "Which?", "answer": "Both."}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder / "rows.jsonl")
+
+
 def write_seeing(path: Path, **config: object) -> Path:
     """A tiny model that sees, whose tokenizer knows the tokens around an image."""
     from tokenizers import Tokenizer

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB, cli, distilled_whole_and_killed, refused, tokens, write_model, write_seeing
+from conftest import VOCAB, cli, distilled_whole_and_killed, refused, tokens, write_model, write_pictures, write_seeing
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -424,15 +424,8 @@ def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Twenty questions about four images of different shapes, and one about two of them."""
-    image = pytest.importorskip("PIL.Image")
-    folder = tmp_path_factory.mktemp("pictures")
-    for n, size in enumerate(((60, 60), (30, 90), (90, 30), (56, 28))):
-        image.fromarray(np.random.default_rng(n).integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{n}.png")
-    rows = [{"id": n, "image": f"{n % 4}.png", "question": f"What is {n}?", "answer": f"It is {n % 3}."} for n in range(20)]
-    rows[7] = {"id": 7, "images": ["0.png", "3.png"], "question": "Which?", "answer": "Both."}
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(folder / "rows.jsonl")
+    pytest.importorskip("PIL")
+    return write_pictures(tmp_path_factory.mktemp("pictures"), "What is {n}?")
 
 
 SEEN = {"length": 192, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 5}

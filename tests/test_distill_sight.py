@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EOS, IMAGE, VOCAB, distilled_whole_and_killed, write_model, write_seeing
+from conftest import EOS, IMAGE, VOCAB, distilled_whole_and_killed, write_model, write_pictures, write_seeing
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -56,16 +56,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Twenty questions of different lengths about four images of different shapes, one of them about two images."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("pictures")
-    for n, size in enumerate(((60, 60), (30, 90), (90, 30), (56, 28))):
-        Image.fromarray(np.random.default_rng(n).integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{n}.png")
-    rows = [{"id": n, "image": f"{n % 4}.png", "question": f"What {'is ' * (n % 3)}{n}?", "answer": f"It is {n % 3}."} for n in range(20)]
-    rows[7] = {"id": 7, "images": ["0.png", "3.png"], "question": "Which?", "answer": "Both."}
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(folder / "rows.jsonl")
+    return write_pictures(tmp_path_factory.mktemp("pictures"), "What {more}{n}?")
 
 
 def run(model: Path, out: Path, calibration: str, **changes: object) -> tuple[Path, dict]:

@@ -18,7 +18,6 @@ pytest.importorskip("onnxruntime")
 
 from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from edgemed.decoder import block, embed, linear, load_layer, logits, norm, top  # noqa: E402
-from edgemed.device import saturates  # noqa: E402
 from edgemed.engine import export  # noqa: E402
 from edgemed.errors import EdgemedError  # noqa: E402
 from edgemed.session import log_softmax  # noqa: E402
@@ -123,7 +122,6 @@ def test_ranges_are_what_the_smoothed_matrices_read(made: tuple[Weights, Checkpo
     assert all(0.3 < largest[name] / found < 3 for name, found in smoothed.activation_ranges.items()), (largest, smoothed.activation_ranges)
 
 
-@pytest.mark.skipif(saturates(), reason="this CPU has no VNNI, and 8-bit sums overflow on it")
 def test_onnx_rounds_token_by_token(made: tuple[Weights, Checkpoint, Path], tmp_path: Path) -> None:
     _, checkpoint, _ = made
     found = scores(checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "engine")
@@ -132,7 +130,6 @@ def test_onnx_rounds_token_by_token(made: tuple[Weights, Checkpoint, Path], tmp_
     assert kl(right, found) < 0.05 * kl(right, exact)
 
 
-@pytest.mark.skipif(saturates(), reason="this CPU has no VNNI, and 8-bit sums overflow on it")
 def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(made: tuple[Weights, Checkpoint, Path], tmp_path: Path) -> None:
     _, checkpoint, _ = made
     ranges = Weights(checkpoint).activation_ranges
@@ -147,7 +144,6 @@ def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(made: tuple[Weights, 
     assert '"precision"' in text and "QuantizeLinear" in text
 
 
-@pytest.mark.skipif(saturates(), reason="this CPU has no VNNI, and 8-bit sums overflow on it")
 def test_smoothing_pays_where_channels_stand_out(made: tuple[Weights, Checkpoint, Path], tmp_path: Path) -> None:
     source, checkpoint, _ = made
     if source.decoder.gated:
@@ -156,23 +152,6 @@ def test_smoothing_pays_where_channels_stand_out(made: tuple[Weights, Checkpoint
     rounded = scores(source.checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "rounded")
     smoothed = scores(checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "smoothed")
     assert kl(right, smoothed) < 0.3 * kl(right, rounded)
-
-
-@pytest.mark.parametrize(("architecture", "flags", "found"), [
-    ("x86_64", ["avx2", "fma"], True), ("AMD64", [], True), ("x86_64", ["avx2", "avx_vnni"], False), ("x86_64", ["avx512_vnni"], False), ("aarch64", [], False),
-])
-def test_a_cpu_whose_sums_overflow_is_named_when_an_engine_opens(made, tmp_path, monkeypatch, capfd, architecture, flags, found) -> None:
-    from edgemed import device
-
-    facts = device.machine()
-    monkeypatch.setattr(device, "_machine", lambda: facts | {"architecture": architecture, "flags": flags})
-    assert saturates() is found
-    for precision in ("w8a8", "int8"):
-        engine = export(made[1] if precision == "w8a8" else made[0].checkpoint, "onnx", onnx.Params(precision, group=32), tmp_path / precision)
-        capfd.readouterr()
-        engine.open(1).close()
-        said = capfd.readouterr()
-        assert ("overflow" in said.err + said.out) is (found and precision == "w8a8")
 
 
 def test_what_is_refused(model: Path, tmp_path: Path) -> None:

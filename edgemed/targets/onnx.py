@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemed import lora, ort_adapter
-from edgemed.console import say
 from edgemed.data import card_names
-from edgemed.device import saturates
 from edgemed.errors import EdgemedError, need
 from edgemed.graph import w8a8_refused
 from edgemed.grid import Ints, labelled, named
-from edgemed.ort_dialect import ROPE, OrtDialect
+from edgemed.ort_dialect import ROPE, WIDE_SUMS, OrtDialect
 from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
 from edgemed.tokenizer import open_tokenizer
 
@@ -170,8 +168,6 @@ def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.nd
 
 
 def open(engine: Engine, threads: int | None) -> OrtSession:
-    if engine.params.get("precision") == "w8a8" and saturates():
-        say("[yellow]w8a8: this CPU has no VNNI, and ONNX Runtime's 8-bit sums overflow on it: answers get worse without a word. Verify the engine here, or use int8[/yellow]")
     return OrtSession(engine, threads)
 
 
@@ -226,6 +222,8 @@ class OrtSession:
         if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
             # These threads are not OpenMP's, but whoever asks for that policy means them too.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if engine.params.get("precision") == "w8a8":
+            options.add_session_config_entry(*WIDE_SUMS)
         try:
             self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
