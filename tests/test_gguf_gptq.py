@@ -160,7 +160,8 @@ def test_every_family_can_be_rounded_so(tmp_path, monkeypatch, family):
     # A random model has no tokenizer: its text is made of numbers.
     monkeypatch.setattr(llamacpp, "_calibration", lambda *_: [(window, None) for window in windows])
     found = {way: divergence(checkpoint, exported(checkpoint, tmp_path / way, type="q8_0", rounding=way), windows[0]) for way in ("nearest", "gptq")}
-    assert found["gptq"] < 1.05 * found["nearest"] < 0.1
+    # Where a router picks between random experts, the last bit of an 8-bit weight may send a token elsewhere.
+    assert found["gptq"] < 1.05 * found["nearest"] < (0.1 if Weights(checkpoint).decoder.experts else 0.01)
 
 
 def killed(checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -203,4 +204,3 @@ def test_models_that_see_are_calibrated_on_images_too(tmp_path):
     tokens = np.random.default_rng(1).integers(0, 2048, 64).tolist()
     found = {way: divergence(checkpoint, exported(checkpoint, tmp_path / way, rounding=way, **cards), tokens) for way in ("nearest", "gptq")}
     assert found["gptq"] < 0.8 * found["nearest"]
-    assert sorted(store.read_manifest(tmp_path / "gptq")["inputs"]) == sorted(store.read_manifest(tmp_path / "nearest")["inputs"])
