@@ -19,6 +19,7 @@ from edgemed.engine import export  # noqa: E402
 from edgemed.graph import Graph, Precision  # noqa: E402
 from edgemed.images import patches  # noqa: E402
 from edgemed.ort_dialect import OrtDialect  # noqa: E402
+from edgemed.trt_stand_in import started  # noqa: E402
 from edgemed.vision import eyes_of  # noqa: E402
 from edgemed.vision_graph import TOWERS  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
@@ -43,14 +44,12 @@ def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind
 
 
 def integers(folder: Path, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, zero: int) -> Any:
-    import onnxruntime as ort
-
     graph = Graph(folder, Precision("float32", 8, integers=True))
     graph.value("inputs", "x", graph.float_type, ["rows", x.shape[1]])
     result = OrtDialect().integers(graph, "product", x="x", weight=weight, bias=bias, zero=zero)
     graph.value("outputs", result, graph.float_type, ["rows", len(weight)])
     graph.save("integers", OrtDialect())
-    return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return started(folder / "model.onnx", wide=False, threads=1, integers=True).run(None, {"x": x})[0]
 
 
 @pytest.mark.parametrize("zero", [128, 16])
