@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +92,35 @@ class Activations:
             with open(self.file(layer), "rb") as handle:
                 if handle.readinto(memoryview(self.held.numpy()).cast("B")) != self.held.nbytes:
                     raise short(self.folder)
+
+
+class Inputs:
+    """float32 [tokens, columns] of every window: what one matrix reads, written window by window and read again in the same layer.
+
+    In a file without a name, in the folder of the hidden states: the system keeps in memory what of it there is memory for, and a killed run leaves nothing. A context
+    manager.
+    """
+
+    def __init__(self, x: Activations, columns: int):
+        self.folder, self.shape = x.folder, (1, x.shape[1], columns)
+        self.handle = tempfile.TemporaryFile(dir=x.folder)
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.close()
+
+    def write(self, i: int, read: torch.Tensor) -> None:
+        self.handle.seek(i * read.nbytes)
+        self.handle.write(memoryview(read.contiguous().numpy()).cast("B"))
+
+    def read(self, i: int) -> torch.Tensor:
+        read = need("torch", "build").empty(self.shape)
+        self.handle.seek(i * read.nbytes)
+        if self.handle.readinto(memoryview(read.numpy()).cast("B")) != read.nbytes:
+            raise short(self.folder)
+        return read
 
 
 def begin(weights: Weights, windows: Iterable[Window], streams: Sequence[Activations], layer: int) -> None:

@@ -42,16 +42,16 @@ class Solution:
 class Hessian:
     """The second moment 2 X^T X / n of a matrix's inputs, `moment` float32 [in, in], kept as a running mean over batches.
 
-    weight: the matrix [out, in] whose inputs are corrected; then also `pull()` 2 X^T (E - X) W^T / n, float32 [in, out], with E the inputs the same tokens
-    have where nothing was rounded.
+    weight: the matrix [out, in] whose inputs are corrected; then also `aim()` 2 X^T E W^T / n, float32 [in, out], with E the inputs the same tokens have where
+    nothing was rounded.
     """
 
     def __init__(self, columns: int, weight: torch.Tensor | None = None):
         torch = need("torch", "build")
         self.lower, self.rows, self.weight = torch.zeros(columns, columns), 0, weight
         self.diagonal: list[torch.Tensor] | None = None
-        # X^T (E - X) first and W^T once, at the end, or W^T token by token: whichever is smaller.
-        self.shift = None if weight is None else torch.zeros(columns, min(columns, weight.shape[0]))
+        # X^T E first and W^T once, at the end, or W^T token by token: whichever is smaller.
+        self.joint = None if weight is None else torch.zeros(columns, min(columns, weight.shape[0]))
 
     def add(self, x: torch.Tensor, exact: torch.Tensor | None = None, product: torch.Tensor | None = None) -> None:
         """x, exact float32 [..., in]; exact where there is a weight, and where it is known already its product with W^T, float32 [..., out]."""
@@ -63,13 +63,11 @@ class Hessian:
         for panel in _panels(flat.shape[1]):
             # It is symmetric: only what lies at or below the diagonal's panels is summed up.
             self.lower[panel.start :, panel].addmm_(flat[:, panel.start :].T, flat[:, panel], **share)
-        if self.shift is not None:
+        if self.joint is not None:
             exact = exact.reshape(flat.shape)
-            if self._square():
-                moved = exact - flat
-            else:
-                moved = (exact - flat) @ self.weight.T if product is None else product.reshape(len(flat), -1) - flat @ self.weight.T
-            self.shift.addmm_(flat.T, moved, **share)
+            if not self._square():
+                exact = exact @ self.weight.T if product is None else product.reshape(len(flat), -1)
+            self.joint.addmm_(flat.T, exact, **share)
         self.rows = rows
 
     def _square(self) -> bool:
@@ -90,8 +88,9 @@ class Hessian:
         for times in DAMPINGS:
             for panel, block in zip(_panels(len(self.lower)), self.diagonal, strict=True):
                 self.lower[panel, panel] = block
-            if _root(_damped(self.moment, times * damp)):
-                return Root(self.lower, torch.arange(len(self.lower)))
+            work, added = _damped(self.moment, times * damp)
+            if _root(work):
+                return Root(work, torch.arange(len(work)), added)
         raise _singular(damp)
 
     def output_error(self, weight: torch.Tensor, rounded: torch.Tensor) -> float:
@@ -99,10 +98,10 @@ class Hessian:
         diagonal = self.diagonal or [self.lower[panel, panel] for panel in _panels(len(self.lower))]
         return _energy(weight - rounded, self.lower, diagonal) / max(_energy(weight, self.lower, diagonal), 1e-30)
 
-    def pull(self) -> torch.Tensor:
+    def aim(self) -> torch.Tensor:
         """Handed over, not kept."""
-        shift, self.shift = self.shift, None
-        return shift @ self.weight.T if self._square() else shift
+        joint, self.joint = self.joint, None
+        return joint @ self.weight.T if self._square() else joint
 
 
 def mirror(moment: torch.Tensor) -> None:
@@ -118,10 +117,11 @@ def _panels(columns: int, width: int = PANEL) -> list[slice]:
 @dataclass(frozen=True)
 class Root:
     """upper float32 [in, in]: on and above the diagonal the upper Cholesky factor of the inverse of the damped second moment, in the order of columns that
-    `order` int64 [in] gives. What lies below the diagonal's panels is not its."""
+    `order` int64 [in] gives. What lies below the diagonal's panels is not its. added float32 [in], in plain order: what damping put on the diagonal."""
 
     upper: torch.Tensor
     order: torch.Tensor
+    added: torch.Tensor
 
     def inverse_times(self, right: torch.Tensor) -> torch.Tensor:
         """The damped second moment's inverse times right float32 [in, n], which may be overwritten."""
@@ -144,18 +144,19 @@ def root_of(moment: torch.Tensor, damp: float, act_order: bool = False) -> Root:
     torch = need("torch", "build")
     order = moment.diagonal().argsort(descending=True) if act_order else torch.arange(len(moment))
     for times in DAMPINGS:
-        work = _damped(moment[order[:, None], order] if act_order else moment.clone(), times * damp)
+        work, added = _damped(moment[order[:, None], order] if act_order else moment.clone(), times * damp)
         if _root(work):
-            return Root(work, order)
+            return Root(work, order, torch.empty_like(added).index_copy_(0, order, added))
     raise _singular(damp)
 
 
-def _damped(moment: torch.Tensor, damp: float) -> torch.Tensor:
-    """In place."""
+def _damped(moment: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place: (that moment, what was added to its diagonal float32 [in])."""
     diagonal = moment.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damp * float(diagonal.mean())
-    return moment
+    added = (diagonal == 0).float()
+    added += damp * float((diagonal + added).mean())
+    diagonal += added
+    return moment, added
 
 
 def _singular(damp: float) -> EdgemedError:
@@ -190,14 +191,14 @@ def _root(work: torch.Tensor) -> bool:
     return True
 
 
-def corrected(weight: torch.Tensor, pull: torch.Tensor, root: Root, share: float) -> torch.Tensor:
-    """The weights [out, in] that GPTQ shall round instead of `weight`, so that the error its inputs already carry is made good too.
+def corrected(weight: torch.Tensor, aim: torch.Tensor, root: Root, share: float) -> torch.Tensor:
+    """The weights [out, in] that GPTQ shall round instead of `weight` W, so that the error its inputs already carry is made good too.
 
-    Of all V, W + W (C - H)(H + damp)^-1 has the outputs X V^T nearest to those of the exact inputs, E W^T (H = X^T X, C = E^T X, and `pull` W (C - H) transposed,
-    which is used up); that correction is taken by `share`, because calibration text is finite. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692)
-    in closed form, with QEP's share (Arai and Ichikawa 2025, arXiv 2504.09629).
+    Of all V, the one whose outputs X V^T are nearest to those of the exact inputs, E W^T, damping holding it to W, is (H + damp)^-1 (X^T E W^T + damp W^T), transposed
+    (H = X^T X; `aim` X^T E W^T, which is used up); W goes the way to it by `share`, because calibration text is finite. This is GPTAQ's target (Li et al. 2025,
+    arXiv 2504.02692) in closed form, with QEP's share (Arai and Ichikawa 2025, arXiv 2504.09629).
     """
-    return root.inverse_times(pull).mul_(share).T.add_(weight)
+    return root.inverse_times(aim.addcmul_(weight.T, root.added[:, None])).mul_(share).T.add_(weight, alpha=1 - share)
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False, clip: bool = False) -> Solution:

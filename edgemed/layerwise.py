@@ -6,10 +6,12 @@ hidden states the rounded layer gives.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgemed.activations import Inputs
 from edgemed.awq import Seen, folds, scaled
 from edgemed.decoder import activate, attention, based, linear, load_layer, mlp, norm, routed
 from edgemed.errors import EdgemedError, need
@@ -101,24 +103,24 @@ def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | No
     for name in d.matrices(n):
         if name.startswith("experts.") and experts is None:
             experts, said = reached(d, layer, (feed(d, n, layer, "router", row) for _, row in x), params)
-        found[name] = _gptq(d, n, (layer, source), name, (x, exact), experts, rounding, params)
-        # A parallel block's MLP reads the layer's own input: nothing is added before its end.
-        if name == "o" and not d.parallel:
-            for i, row in x:
-                x.write(i, row + linear(layer, "o", feed(d, n, layer, "o", row, angles=x.turned(i))))
-            for done in ("qkv", "o"):
-                del layer[done], source[done]
-    for i, row in x:
-        x.write(i, row + branches(d, layer, n, row, x.turned(i)))
-        if exact and not added(d, d.matrices(n)[-1]):
-            before = exact.read(i)
-            exact.write(i, before + branches(d, source, n, before, x.turned(i)))
+        with Inputs(x, layer[name][0].shape[1]) if added(d, name) else contextlib.nullcontext() as inputs:
+            found[name] = _gptq(d, n, (layer, source), name, (x, exact), experts, rounding, params, inputs)
+            for i, row in x if inputs else ():
+                x.write(i, row + linear(layer, name, inputs.read(i)))
+        if inputs:
+            del layer[name], source[name]
+    # What is added matrix by matrix is at its end; a parallel block and a mixture of experts come as a whole.
+    if not added(d, name):
+        for stream, own in ((x, layer), (exact, source)) if exact else ((x, layer),):
+            for i, row in stream:
+                stream.write(i, row + branches(d, own, n, row, x.turned(i)))
     return Rounded(found, experts=said)
 
 
 def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: tuple[Activations, Activations | None], experts: Reached | None, rounding: Rounding,
-          params: Settings) -> Matrix:
-    """One matrix; its rounded weight takes its place in the first of `layers`, the second stays as stored. streams: as gptq_layer's x and exact."""
+          params: Settings, inputs: Inputs | None) -> Matrix:
+    """One matrix; its rounded weight takes its place in the first of `layers`, the second stays as stored. streams: as gptq_layer's x and exact; inputs: where to keep
+    what it reads."""
     (layer, source), (x, exact) = layers, streams
     (weight, bias), product = layer[name], None
     hessian = Hessian(weight.shape[1], weight if exact else None)
@@ -127,11 +129,16 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
         read = feed(d, n, source, name, before, rows, x.turned(i)) if exact else None
         # The float layer does not wait for what is rounded: its product is added while its input is at hand.
         product = linear({name: (weight, None)}, name, read) if exact and added(d, name) else None
-        hessian.add(feed(d, n, layer, name, row, rows, x.turned(i)), read, product)
+        given = feed(d, n, layer, name, row, rows, x.turned(i))
+        hessian.add(given, read, product)
+        if inputs:
+            inputs.write(i, given)
         if product is not None:
             exact.write(i, before + (product if bias is None else product + bias))
-    if product is not None and name == "down":
-        del source["up"]  # the float layer is at its end
+    if inputs:
+        # What made these inputs is at its end: the squares to come have its room.
+        for made in layers:
+            del made[{"o": "qkv", "down": "up"}[name]]
     if lacking(name, hessian.rows, params):
         solution, dense = rounding(name, weight, None)
     else:
@@ -139,7 +146,7 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
             root = hessian.root(params.damp, params.act_order)
         except EdgemedError as error:
             raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
-        target = corrected(weight, hessian.pull(), root, params.correction) if exact else weight
+        target = corrected(weight, hessian.aim(), root, params.correction) if exact else weight
         solution, dense = rounding(name, target, root)
         del root, target
     layer[name] = (dense, bias)

@@ -155,7 +155,7 @@ def test_interrupt_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     # CPython ends by the signal itself where it came while a string was being executed; a shell reports 130 either way.
-    assert running.returncode in (130, -signal.SIGINT) and errors.splitlines()[-1].startswith("interrupted") and "Traceback" not in errors
+    assert running.returncode in (130, -signal.SIGINT) and errors.splitlines()[-1].startswith("interrupted") and "Traceback" not in errors, errors
     assert not leftovers(tmp_path / "work")
 
 

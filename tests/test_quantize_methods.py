@@ -82,7 +82,7 @@ def test_the_corrected_weights_are_the_least_squares_answer(outputs, known, act_
         hessian = Hessian(16, weight)
         for x, e in zip(inputs.split(150), exact.split(150), strict=True):
             hessian.add(x, e, e @ weight.T if known else None)
-        return corrected(weight, hessian.pull(), root_of(hessian.moment, 1e-9, act_order), share)
+        return corrected(weight, hessian.aim(), root_of(hessian.moment, 1e-9, act_order), share)
 
     expected = torch.linalg.lstsq(inputs.double(), exact.double() @ weight.double().T).solution.T
     assert torch.allclose(answer(1.0).double(), expected, atol=1e-3)
