@@ -42,15 +42,14 @@ class Solution:
 class Hessian:
     """The second moment 2 X^T X / n of a matrix's inputs, `moment` float32 [in, in], kept as a running mean over batches.
 
-    weight: the matrix [out, in] whose inputs are corrected; then also `aim()` 2 X^T E W^T / n, float32 [in, out], with E the inputs the same tokens have where
-    nothing was rounded.
+    weight: the matrix [out, in] whose inputs shall be corrected; then `add` is also given E, the inputs the same tokens have where nothing was rounded.
     """
 
     def __init__(self, columns: int, weight: torch.Tensor | None = None):
         torch = need("torch", "build")
         self.lower, self.rows, self.weight = torch.zeros(columns, columns), 0, weight
         self.diagonal: list[torch.Tensor] | None = None
-        # X^T E first and W^T once, at the end, or W^T token by token: whichever is smaller.
+        # 2 X^T E / n, or times W^T, token by token: whichever is smaller.
         self.joint = None if weight is None else torch.zeros(columns, min(columns, weight.shape[0]))
 
     def add(self, x: torch.Tensor, exact: torch.Tensor | None = None, product: torch.Tensor | None = None) -> None:
@@ -98,10 +97,20 @@ class Hessian:
         diagonal = self.diagonal or [self.lower[panel, panel] for panel in _panels(len(self.lower))]
         return _energy(weight - rounded, self.lower, diagonal) / max(_energy(weight, self.lower, diagonal), 1e-30)
 
-    def aim(self) -> torch.Tensor:
-        """Handed over, not kept."""
+    def corrected(self, root: Root, share: float) -> torch.Tensor:
+        """The weights [out, in] that GPTQ shall round instead of `weight` W, so that the error its inputs already carry is made good too; asked for once.
+
+        Of all V, the one whose outputs X V^T are nearest to those of the exact inputs, E W^T, damping holding it to W, is (H + damp)^-1 (X^T E + damp) W^T, transposed
+        (H = X^T X); W goes the way to it by `share`, because calibration text is finite. This is GPTAQ's target (Li et al. 2025, arXiv 2504.02692) in closed form, with
+        QEP's share (Arai and Ichikawa 2025, arXiv 2504.09629).
+        """
         joint, self.joint = self.joint, None
-        return joint @ self.weight.T if self._square() else joint
+        if self._square():
+            joint.diagonal().add_(root.added)
+            found = self.weight @ root.inverse_times(joint).T
+        else:
+            found = root.inverse_times(joint.addcmul_(self.weight.T, root.added[:, None])).T
+        return found.mul_(share).add_(self.weight, alpha=1 - share)
 
 
 def mirror(moment: torch.Tensor) -> None:
@@ -189,16 +198,6 @@ def _root(work: torch.Tensor) -> bool:
         work[panel, panel] = inverse
         work[panel.stop : panel.start - panel.start % PANEL + PANEL, panel] = 0
     return True
-
-
-def corrected(weight: torch.Tensor, aim: torch.Tensor, root: Root, share: float) -> torch.Tensor:
-    """The weights [out, in] that GPTQ shall round instead of `weight` W, so that the error its inputs already carry is made good too.
-
-    Of all V, the one whose outputs X V^T are nearest to those of the exact inputs, E W^T, damping holding it to W, is (H + damp)^-1 (X^T E W^T + damp W^T), transposed
-    (H = X^T X; `aim` X^T E W^T, which is used up); W goes the way to it by `share`, because calibration text is finite. This is GPTAQ's target (Li et al. 2025,
-    arXiv 2504.02692) in closed form, with QEP's share (Arai and Ichikawa 2025, arXiv 2504.09629).
-    """
-    return root.inverse_times(aim.addcmul_(weight.T, root.added[:, None])).mul_(share).T.add_(weight, alpha=1 - share)
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, damp: float, act_order: bool = False, clip: bool = False) -> Solution:

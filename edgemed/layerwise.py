@@ -15,7 +15,7 @@ from edgemed.activations import Inputs
 from edgemed.awq import Seen, folds, scaled
 from edgemed.decoder import activate, attention, based, linear, load_layer, mlp, norm, routed
 from edgemed.errors import EdgemedError, need
-from edgemed.gptq import Hessian, Root, Solution, corrected, output_error, round_columns
+from edgemed.gptq import Hessian, Root, Solution, output_error, round_columns
 from edgemed.grid import rtn
 from edgemed.weights import Weights
 
@@ -146,7 +146,7 @@ def _gptq(d: Decoder, n: int, layers: tuple[Layer, Layer], name: str, streams: t
             root = hessian.root(params.damp, params.act_order)
         except EdgemedError as error:
             raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
-        target = corrected(weight, hessian.aim(), root, params.correction) if exact else weight
+        target = hessian.corrected(root, params.correction) if exact else weight
         solution, dense = rounding(name, target, root)
         del root, target
     layer[name] = (dense, bias)

@@ -12,7 +12,7 @@ from edgemed.checkpoint import open_checkpoint
 from edgemed.data import calibration_windows
 from edgemed.decoder import block, load_layer, logits
 from edgemed.errors import EdgemedError
-from edgemed.gptq import Hessian, Solution, corrected, output_error, root_of, solve
+from edgemed.gptq import Hessian, Solution, output_error, root_of, solve
 from edgemed.grid import LEAST, TRIES, clipped_scale, rtn, scale_of, widened
 from edgemed.random_weights import make_random
 from edgemed.sensitivity import sensitivities
@@ -82,7 +82,7 @@ def test_the_corrected_weights_are_the_least_squares_answer(outputs, known, act_
         hessian = Hessian(16, weight)
         for x, e in zip(inputs.split(150), exact.split(150), strict=True):
             hessian.add(x, e, e @ weight.T if known else None)
-        return corrected(weight, hessian.aim(), root_of(hessian.moment, 1e-9, act_order), share)
+        return hessian.corrected(root_of(hessian.moment, 1e-9, act_order), share)
 
     expected = torch.linalg.lstsq(inputs.double(), exact.double() @ weight.double().T).solution.T
     assert torch.allclose(answer(1.0).double(), expected, atol=1e-3)
