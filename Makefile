@@ -1,9 +1,10 @@
 # Sets up edgemed without touching anything outside this folder, and runs what there is to run.
 #   make quickstart   set up, take the small trained model through every stage, say where the report is
-#   make test         set up, make the torch-free device environment too, run all tests
+#   make test         set up, make the torch-free device environment too, run all tests, WORKERS of their files at a time (each takes up to 3 GB)
 # Finished set-up steps are remembered by stamp files, so a second make does nothing. PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
+WORKERS ?= 2
 ifeq ($(origin CXX),default)
 CXX := c++
 endif
@@ -54,7 +55,7 @@ quickstart: setup
 	@echo "The report is at $(CURDIR)/runs/quickstart/report.html"
 
 test: setup .venv-device/.ready
-	.venv/bin/python -m pytest -p no:cacheprovider $(ARGS)
+	.venv/bin/python -m pytest -p no:cacheprovider --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 docs: setup
 	.venv/bin/python docs/make_cli.py

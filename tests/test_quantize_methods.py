@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edgemed import awq, plugins
+from edgemed.activations import Activations, Inputs
 from edgemed.allocate import Option, allocate, budget_bytes
 from edgemed.checkpoint import open_checkpoint
 from edgemed.data import calibration_windows
@@ -243,3 +244,17 @@ def test_the_expected_divergence_is_the_measured_one(trained, tmp_path):
     ranks = [np.argsort(np.argsort(values)) for values in (expected, measured)]
     assert np.corrcoef(*ranks)[0, 1] > 0.9
     assert 0.5 < np.median(np.array(expected) / np.array(measured)) < 2
+
+
+def test_what_a_matrix_reads_is_kept_in_a_file_without_a_name(tmp_path):
+    x = Activations(tmp_path, "hidden", (3, 5, 8), spilled=False)
+    windows = torch.arange(3 * 5 * 16, dtype=torch.float32).reshape(3, 1, 5, 16)
+    with Inputs(x, 16) as inputs:
+        for i in (2, 0):
+            inputs.write(i, windows[i])
+        assert torch.equal(inputs.read(0), windows[0]) and torch.equal(inputs.read(2), windows[2])
+        assert not list(tmp_path.iterdir()), "a killed run would leave it"
+        inputs.handle.truncate(4 * windows[0].numel())
+        with pytest.raises(EdgemedError, match="incomplete"):
+            inputs.read(2)
+    assert inputs.handle.closed
