@@ -240,8 +240,9 @@ def _run(weights: Weights, windows: Sequence[Window], wanted: Mapping[str, tuple
             layer = gptq_layer(weights, n, *streams, _rounding(encoder, n, wanted, importance), settings)
             for stream in streams:
                 stream.commit()
-            data = {key: torch.from_numpy(data) for matrix in layer.matrices.values() for key, data in matrix.solution.items()}
-            kept.save(data, {f"layers.{n}.{name}": matrix.errors for name, matrix in layer.matrices.items()})
+            errors = {f"layers.{n}.{name}": matrix.errors for name, matrix in layer.matrices.items()}
+            kept.save({key: torch.from_numpy(data) for matrix in layer.matrices.values() for key, data in matrix.solution.items()}, errors)
+            del layer  # the next one has its room
 
 
 def _rounding(encoder: Encoder, n: int, wanted: Mapping[str, tuple[Place, str]], importance: Mapping[str, np.ndarray]) -> Rounding:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgemed import store
 from edgemed.activations import Inputs
 from edgemed.awq import Seen, folds, scaled
 from edgemed.decoder import activate, attention, based, linear, load_layer, mlp, norm, routed
@@ -34,9 +35,14 @@ if TYPE_CHECKING:
     Rounding = Callable[[str, torch.Tensor, Root | None], tuple[Any, torch.Tensor]]
 
 
+# So many of a matrix' outputs, and not more than twice that, say what share of all of them rounding changed.
+OUTPUTS = 512
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """A rounded matrix, as its Rounding stores it (a Solution). errors: 'weight' |W - W'| / |W|, and where there were inputs 'output' |X (W - W')^T|^2 / |X W^T|^2."""
+    """A rounded matrix, as its Rounding stores it (a Solution). errors: 'weight' |W - W'| / |W|, and where there were inputs 'output' |X (W - W')^T|^2 / |X W^T|^2, of up
+    to 2 OUTPUTS rows of W at even distances."""
 
     solution: Any
     bias: torch.Tensor | None
@@ -101,6 +107,7 @@ def gptq_layer(weights: Weights, n: int, x: Activations, exact: Activations | No
     layer = load_layer(weights, n)
     source, found, experts, said = dict(layer), {}, None, None
     for name in d.matrices(n):
+        store.return_memory()
         if name.startswith("experts.") and experts is None:
             experts, said = reached(d, layer, (feed(d, n, layer, "router", row) for _, row in x), params)
         with Inputs(x, layer[name][0].shape[1]) if added(d, name) else contextlib.nullcontext() as inputs:
@@ -283,5 +290,7 @@ def matrix_of(weight: torch.Tensor, bias: torch.Tensor | None, solution: Any, de
     """dense: the weights the solution stands for; inputs: what the matrix reads, or its second moment [in, in]; None where it read nothing."""
     errors = {"weight": float((weight - dense).norm() / weight.norm().clamp_min(1e-30))}
     if inputs is not None:
+        some = slice(None, None, max(len(weight) // OUTPUTS, 1))
+        weight, dense = weight[some], dense[some]
         errors["output"] = inputs.output_error(weight, dense) if isinstance(inputs, Hessian) else output_error(weight, dense, inputs)
     return Matrix(solution, bias, errors)

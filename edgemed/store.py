@@ -105,6 +105,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
+def return_memory() -> None:
+    """Give what was freed back to the system. glibc keeps blocks of up to 32 MB for later; where their sizes change, as between matrices, that adds up to hundreds of MB."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
 @dataclass
 class Build:
     """A directory under construction. Put files into `path`; facts added to `notes` end up in the manifest."""

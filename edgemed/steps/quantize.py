@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,11 +121,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     with Layers(out, store.digest({"params": told, "inputs": checkpoint.hashes() | digests, "versions": store.versions()})) as kept:
         decided = kept.once("packings", lambda: _decided(weights, windows, params, kept.folder))
         packings = {name: tuple(packing) for name, packing in decided["packings"].items()}
-        layers = _layers(weights, windows, params, packings, kept, on_disk)
-        for n, rounded in track(layers, f"quantize ({params.method}, {params.budget or f'{params.bits} bit'})", total=weights.decoder.layers - kept.done):
-            errors = {f"layers.{n}.{name}": matrix.errors for name, matrix in rounded.matrices.items()}
-            ranges = {f"layers.{n}.{name}": largest for name, largest in rounded.activations.items()}
-            kept.save(_tensors(weights, n, rounded, packings), {"errors": errors, "alpha": rounded.alpha, "experts": rounded.experts, "ranges": ranges})
+        _round(weights, windows, params, packings, kept, on_disk)
         _write(weights, out, _config(weights, params, packings, {name: largest for facts in kept.facts for name, largest in facts["ranges"].items()}), kept)
         errors = {name: found for facts in kept.facts for name, found in facts["errors"].items()}
         notes = {"folded_attention_scale": weights.decoder != weights.source, "errors": errors, "spilled": on_disk}
@@ -302,29 +298,38 @@ def _config(weights: Weights, params: Params, packings: Packings, ranges: Mappin
     return config | {"dtype": "float16", "quantization_config": quantization | ({"dynamic": dynamic} if dynamic else {})}
 
 
-def _layers(weights: Weights, windows: Windows | None, params: Params, packings: Packings, kept: Layers, on_disk: bool) -> Iterator[tuple[int, Rounded]]:
-    """Layers from the first that is not finished, each calibrated on what the quantized ones before it put out."""
+def _round(weights: Weights, windows: Windows | None, params: Params, packings: Packings, kept: Layers, on_disk: bool) -> None:
+    """Every layer that is not finished, each calibrated on what the quantized ones before it put out."""
     torch = need("torch", "build")
     d, start = weights.decoder, kept.done
-    if params.method == "rtn":
-        yield from ((n, rtn_layer(weights, n, own_of(packings, n), params.clip)) for n in range(start, d.layers))
-        return
-    shape = (params.samples, params.length, d.hidden)
-    angles = [turned for _, turned in shown(weights, windows)] if d.rope_axes else None
-    x = Activations(kept.folder, "hidden", shape, on_disk, angles)
-    exact = Activations(kept.folder, "exact", shape, on_disk) if params.method in ("auto", "gptq") and params.correction else None
-    streams = [x, exact] if exact else [x]
+    streams: list[Activations] = []
     with torch.inference_mode():
-        begin(weights, windows, streams, start)
-        for n in range(start, d.layers):
-            own = own_of(packings, n)
-            if params.method == "smoothquant":
-                rounded = smooth_layer(weights, n, x, own, params.clip, params.alpha)
-            else:
-                rounded = awq_layer(weights, n, x, own, params) if params.method == "awq" else gptq_layer(weights, n, x, exact, integers(own, params), params)
-            for stream in streams:
-                stream.commit()
-            yield n, rounded
+        if params.method != "rtn":
+            shape = (params.samples, params.length, d.hidden)
+            angles = [turned for _, turned in shown(weights, windows)] if d.rope_axes else None
+            corrects = params.method in ("auto", "gptq") and params.correction
+            streams = [Activations(kept.folder, name, shape, on_disk, angles) for name in (("hidden", "exact") if corrects else ("hidden",))]
+            begin(weights, windows, streams, start)
+        for n in track(range(start, d.layers), f"quantize ({params.method}, {params.budget or f'{params.bits} bit'})"):
+            _layer(weights, n, params, packings, kept, streams)
+
+
+def _layer(weights: Weights, n: int, params: Params, packings: Packings, kept: Layers, streams: Sequence[Activations]) -> None:
+    """One layer rounded and saved; of it nothing is held while the next one is worked on."""
+    own, (x, exact) = own_of(packings, n), (*streams, None, None)[:2]
+    if params.method == "rtn":
+        rounded = rtn_layer(weights, n, own, params.clip)
+    elif params.method == "smoothquant":
+        rounded = smooth_layer(weights, n, x, own, params.clip, params.alpha)
+    elif params.method == "awq":
+        rounded = awq_layer(weights, n, x, own, params)
+    else:
+        rounded = gptq_layer(weights, n, x, exact, integers(own, params), params)
+    for stream in streams:
+        stream.commit()
+    errors = {f"layers.{n}.{name}": matrix.errors for name, matrix in rounded.matrices.items()}
+    ranges = {f"layers.{n}.{name}": largest for name, largest in rounded.activations.items()}
+    kept.save(_tensors(weights, n, rounded, packings), {"errors": errors, "alpha": rounded.alpha, "experts": rounded.experts, "ranges": ranges})
 
 
 def _tensors(weights: Weights, n: int, rounded: Rounded, packings: Packings) -> dict[str, torch.Tensor]:
