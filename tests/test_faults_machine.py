@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,9 @@ def recipe(folder: Path, model: Path, samples: int = 4) -> Path:
 
 
 def start(file: Path, work: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "edgemed", "run", str(file), "--work", str(work)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background, a shell has made them ignore SIGINT, and what they start would inherit that.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-m", "edgemed", "run", str(file), "--work", str(work)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
 
 
 def test_killed_in_the_middle_then_completed_is_identical(model: Path, tmp_path: Path) -> None:
