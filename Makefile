@@ -1,6 +1,6 @@
 # Sets up edgemed without touching anything outside this folder, and runs what there is to run.
 #   make quickstart   set up, take the small trained model through every stage, say where the report is
-#   make test         set up, make the torch-free device environment too, run all tests, WORKERS of their files at a time (each takes up to 3 GB)
+#   make test         set up, make the torch-free device environment too, run all tests, WORKERS of their files at a time (each takes up to 2 GB)
 # Finished set-up steps are remembered by stamp files, so a second make does nothing. PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
