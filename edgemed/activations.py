@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from edgemed.decoder import shown
 from edgemed.errors import EdgemedError, need
@@ -48,15 +48,10 @@ class Activations:
             yield i, self.read(i)
 
     def read(self, i: int) -> torch.Tensor:
-        torch = need("torch", "build")
         if self.held is not None:
             return self.held[i : i + 1]
-        x = torch.empty((1, *self.shape[1:]))
         with open(self.file(self.layer + (i in self.fresh)), "rb") as handle:
-            handle.seek(i * x.nbytes)
-            if handle.readinto(memoryview(x.numpy()).cast("B")) != x.nbytes:
-                raise short(self.folder)
-        return x
+            return _get(handle, i, (1, *self.shape[1:]), self.folder)
 
     def turned(self, i: int) -> torch.Tensor | None:
         """Rotary angles of window i, None for plain positions."""
@@ -72,8 +67,7 @@ class Activations:
     def _put(self, layer: int, i: int, x: torch.Tensor) -> None:
         file = self.file(layer)
         with open(file, "r+b" if file.is_file() else "wb") as handle:
-            handle.seek(i * x.nbytes)
-            handle.write(memoryview(x.contiguous().numpy()).cast("B"))
+            _put(handle, i, x)
 
     def commit(self) -> None:
         """This layer is done: what it wrote is what the next one reads, and lies on disk."""
@@ -112,15 +106,24 @@ class Inputs:
         self.handle.close()
 
     def write(self, i: int, read: torch.Tensor) -> None:
-        self.handle.seek(i * read.nbytes)
-        self.handle.write(memoryview(read.contiguous().numpy()).cast("B"))
+        _put(self.handle, i, read)
 
     def read(self, i: int) -> torch.Tensor:
-        read = need("torch", "build").empty(self.shape)
-        self.handle.seek(i * read.nbytes)
-        if self.handle.readinto(memoryview(read.numpy()).cast("B")) != read.nbytes:
-            raise short(self.folder)
-        return read
+        return _get(self.handle, i, self.shape, self.folder)
+
+
+def _put(handle: BinaryIO, i: int, x: torch.Tensor) -> None:
+    handle.seek(i * x.nbytes)
+    handle.write(memoryview(x.contiguous().numpy()).cast("B"))
+
+
+def _get(handle: BinaryIO, i: int, shape: tuple[int, int, int], folder: Path) -> torch.Tensor:
+    """The i-th window of a file. folder: named where it is cut off."""
+    x = need("torch", "build").empty(shape)
+    handle.seek(i * x.nbytes)
+    if handle.readinto(memoryview(x.numpy()).cast("B")) != x.nbytes:
+        raise short(folder)
+    return x
 
 
 def begin(weights: Weights, windows: Iterable[Window], streams: Sequence[Activations], layer: int) -> None:

@@ -52,6 +52,6 @@ def held(weights: Weights, n: int, params: Settings) -> int:
         kept = [shape[1] for name, shape in shapes.items() if params.budget or params.method == "smoothquant" or (params.method == "awq" and not name.endswith("down"))]
         moments = sum(c**2 for c in kept) + 3 * columns**2
     else:
-        # Of one matrix: a moment that holds its root too (but not in another order), and what shows how far its inputs have moved.
+        # Of one matrix: a moment that holds its root too (but not in another order), and what joins its inputs with the exact ones.
         moments = max((1 + params.act_order) * c**2 + (c * min(c, rows) if params.correction else 0) for rows, c in shapes.values())
     return loaded(weights, n) + sum(map(math.prod, shapes.values())) + moments + 4 * largest

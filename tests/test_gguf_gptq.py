@@ -204,3 +204,4 @@ def test_models_that_see_are_calibrated_on_images_too(tmp_path):
     tokens = np.random.default_rng(1).integers(0, 2048, 64).tolist()
     found = {way: divergence(checkpoint, exported(checkpoint, tmp_path / way, rounding=way, **cards), tokens) for way in ("nearest", "gptq")}
     assert found["gptq"] < 0.8 * found["nearest"]
+    assert sorted(store.read_manifest(tmp_path / "gptq")["inputs"]) == sorted(store.read_manifest(tmp_path / "nearest")["inputs"])

@@ -1,6 +1,7 @@
 """Quantization: exact answers of the algorithm, the layout on disk, and the promise that GPTQ beats rounding on a trained model."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -356,3 +357,18 @@ def test_a_budget_that_cannot_be_kept(base, tmp_path, text):
         quantized(base, tmp_path / "x", **params, budget="manybpw")
     with pytest.raises(EdgemedError, match="a budget needs calibration text"):
         quantized(base, tmp_path / "y", method="rtn", budget="4.5bpw")
+
+
+def test_no_finished_layer_is_held_while_the_next_one_is_worked_on(base, tmp_path, monkeypatch):
+    real, made = quantize.gptq_layer, []
+
+    def watched(weights, n, *rest):
+        assert len(made) == n and not any(rounded() for rounded in made)
+        rounded = real(weights, n, *rest)
+        made.append(weakref.ref(rounded))
+        return rounded
+
+    monkeypatch.setattr(quantize, "gptq_layer", watched)
+    (tmp_path / "out").mkdir()
+    quantize.run(base, tmp_path / "out", quantize.Params("gptq", group=32, calibration="pubmedqa-abstracts", samples=2, length=32))
+    assert len(made) == CONFIG["n_layer"]

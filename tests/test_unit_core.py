@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,3 +293,15 @@ def test_the_gate_judges_the_first_strategy_and_every_engine() -> None:
     assert gate["verdict"] == "fail" and [row["verdict"] for row in gate["comparisons"]] == ["pass", "fail"]
     assert part_of(gate, "same")["verdict"] == "pass" and part_of(gate, "lost")["verdict"] == "fail" and part_of(gate, "none") is None
     assert judge({"same": [base]}, 0.05, 0.05) is None
+
+
+def test_freed_memory_goes_back_to_the_system():
+    psutil = pytest.importorskip("psutil")
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("this C library has no malloc_trim")
+    # Small enough for the heap, and the last one lies above all the others: by itself the library would keep what is below it.
+    blocks = [bytearray(b"x" * 100_000) for _ in range(3000)]
+    del blocks[:-1]
+    before = psutil.Process().memory_info().rss
+    store.return_memory()
+    assert before - psutil.Process().memory_info().rss > 200_000_000
