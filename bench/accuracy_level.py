@@ -1,7 +1,8 @@
-"""MatMulNBits' accuracy_level: int8 activations (4) against float32 activations (1), in speed and in divergence from the source.
+"""MatMulNBits' accuracy_level: int8 activations (4) against float32 activations (1), in speed and
+in divergence from the source.
 
-Both levels share one data file; only an attribute of the graph differs. Run: python bench/accuracy_level.py ENGINE (made with a reference for
-divergence, of true dimensions for speed).
+Both levels share one data file; only an attribute of the graph differs. Run: python
+bench/accuracy_level.py ENGINE (made with a reference for divergence, of true dimensions for speed).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, engine.vocab, 128).tolist()
     times: dict[str, dict[int, list[float]]] = {"prefill": {1: [], 4: []}, "decode": {1: [], 4: []}}
     with tempfile.TemporaryDirectory(dir=engine.path.parent) as folder:
-        sessions = {level: at_level(engine, level, Path(folder)).open(args.threads) for level in (1, 4)}
+        sessions = {
+            level: at_level(engine, level, Path(folder)).open(args.threads) for level in (1, 4)
+        }
         for round_number in range(args.rounds + 1):
             for level, session in sessions.items():
                 time.sleep(0.3)  # threads of the other session stop spinning
@@ -63,12 +66,26 @@ def main() -> None:
                     times["decode"][level].append((marks[2] - marks[1]) / args.new)
         divergence = None
         if (engine.path / FILE).is_file():
-            divergence = {level: compare(session, Reference.load(engine.path)) for level, session in sessions.items()}
-    save("accuracy_level", {
-        "engine": engine.name, "precision": engine.precision, "random_weights": engine.random_weights, "threads": args.threads, "unit": "s (prefill of 128; decode per token)",
-        "seconds": {what: {level: spread(values) for level, values in by_level.items()} for what, by_level in times.items()},
-        "decode_speed_4_over_1": paired_ratio(times["decode"][1], times["decode"][4]), "divergence_from_source": divergence,
-    })
+            divergence = {
+                level: compare(session, Reference.load(engine.path))
+                for level, session in sessions.items()
+            }
+    save(
+        "accuracy_level",
+        {
+            "engine": engine.name,
+            "precision": engine.precision,
+            "random_weights": engine.random_weights,
+            "threads": args.threads,
+            "unit": "s (prefill of 128; decode per token)",
+            "seconds": {
+                what: {level: spread(values) for level, values in by_level.items()}
+                for what, by_level in times.items()
+            },
+            "decode_speed_4_over_1": paired_ratio(times["decode"][1], times["decode"][4]),
+            "divergence_from_source": divergence,
+        },
+    )
 
 
 if __name__ == "__main__":

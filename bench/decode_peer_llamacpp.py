@@ -1,7 +1,7 @@
 """Decoding through edgemed's Session against a bare llama_decode loop on the same loaded file.
 
-The two take turns in one process, each with a context and cache of its own; the ratio shows what the Session's bookkeeping costs.
-Run: python bench/decode_peer_llamacpp.py ENGINE
+The two take turns in one process, each with a context and cache of its own; the ratio shows what
+the Session's bookkeeping costs. Run: python bench/decode_peer_llamacpp.py ENGINE
 """
 
 from __future__ import annotations
@@ -20,25 +20,35 @@ START = 32
 
 
 class Bare:
-    """What a user would write: a batch of one token, llama_decode, the largest score, and again. start: tokens in the cache before."""
+    """What a user would write: a batch of one token, llama_decode, the largest score, and again.
+    start: tokens in the cache before.
+    """
 
     def __init__(self, session: LlamaSession, engine: Engine, threads: int, start: int = START):
-        self.lib, self.width, self.start = session.lib, engine.width, start
+        self.lib = session.lib
+        self.width = engine.width
+        self.start = start
         self.ctx = self.lib.llama_init_from_model(session.model, session._settings(engine, threads))
-        self.memory, self.batch = self.lib.llama_get_memory(self.ctx), self.lib.llama_batch_init(start, 0, 1)
+        self.memory = self.lib.llama_get_memory(self.ctx)
+        self.batch = self.lib.llama_batch_init(start, 0, 1)
         self.fill([1] * start, 0)
         self.lib.llama_decode(self.ctx, self.batch)
 
     def fill(self, tokens: list[int], start: int) -> None:
         self.batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            self.batch.token[i], self.batch.pos[i], self.batch.n_seq_id[i], self.batch.seq_id[i][0] = token, start + i, 1, 0
+            self.batch.token[i] = token
+            self.batch.pos[i] = start + i
+            self.batch.n_seq_id[i] = 1
+            self.batch.seq_id[i][0] = 0
             self.batch.logits[i] = i + 1 == len(tokens)
 
     def run(self, new: int) -> float:
         self.lib.llama_memory_seq_rm(self.memory, 0, self.start, -1)
         self.fill([1], self.start)
-        scores, batch, started = None, self.batch, time.perf_counter()
+        scores = None
+        batch = self.batch
+        started = time.perf_counter()
         for position in range(self.start, self.start + new):
             batch.pos[0] = position
             self.lib.llama_decode(self.ctx, batch)
@@ -65,17 +75,27 @@ def main() -> None:
     for round_number in range(args.rounds + 1):
         first = bare.run(args.new)
         session.rewind(START)
-        started, token = time.perf_counter(), 1
+        started = time.perf_counter()
+        token = 1
         for _ in range(args.new):
             token = int(session.step(token).argmax())
         if round_number:
             times["bare"].append(first)
             times["session"].append(time.perf_counter() - started)
-    save("decode_peer_llamacpp", {
-        "engine": engine.name, "precision": engine.precision, "random_weights": engine.random_weights, "threads": args.threads, "new": args.new, "unit": "s",
-        "spinning": os.environ.get("GOMP_SPINCOUNT"), "times": {name: spread(values) for name, values in times.items()},
-        "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
-    })
+    save(
+        "decode_peer_llamacpp",
+        {
+            "engine": engine.name,
+            "precision": engine.precision,
+            "random_weights": engine.random_weights,
+            "threads": args.threads,
+            "new": args.new,
+            "unit": "s",
+            "spinning": os.environ.get("GOMP_SPINCOUNT"),
+            "times": {name: spread(values) for name, values in times.items()},
+            "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
+        },
+    )
 
 
 if __name__ == "__main__":

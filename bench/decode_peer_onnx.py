@@ -1,6 +1,8 @@
-"""Decoding through edgemed's Session against a bare onnxruntime loop with bound inputs and outputs, on the same file.
+"""Decoding through edgemed's Session against a bare onnxruntime loop with bound inputs and outputs,
+on the same file.
 
-The two take turns in one process; the ratio shows what the Session's bookkeeping costs. Run: python bench/decode_peer_onnx.py ENGINE
+The two take turns in one process; the ratio shows what the Session's bookkeeping costs. Run: python
+bench/decode_peer_onnx.py ENGINE
 """
 
 from __future__ import annotations
@@ -20,18 +22,31 @@ START = 32
 
 
 class Bare:
-    """What a user would write: bind everything once, change four numbers per token, run. start: tokens in the cache before; session: a loaded one to share."""
+    """What a user would write: bind everything once, change four numbers per token, run. start:
+    tokens in the cache before; session: a loaded one to share.
+    """
 
-    def __init__(self, engine: Engine, threads: int, start: int = START, session: ort.InferenceSession | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        threads: int,
+        start: int = START,
+        session: ort.InferenceSession | None = None,
+    ):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self.start = start
-        self.session = session or ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        self.binding, self.buffers = self.session.io_binding(), {}
+        self.session = session or ort.InferenceSession(
+            str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        self.binding = self.session.io_binding()
+        self.buffers = {}
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
-                cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, value.shape[1], engine.context, value.shape[3]), np.float32))
+                cache = ort.OrtValue.ortvalue_from_numpy(
+                    np.zeros((1, value.shape[1], engine.context, value.shape[3]), np.float32)
+                )
                 self.binding.bind_ortvalue_input(value.name, cache)
                 self.binding.bind_ortvalue_output(value.name.replace("past", "present"), cache)
                 continue
@@ -50,13 +65,20 @@ class Bare:
             return np.zeros((1, value.shape[1]), np.float32)
         if value.name == "feature_rows":
             return np.full((1, 1), -1)
-        return np.zeros((1, 1) if value.name in ("tokens", "positions") else 1, np.int64 if "int64" in value.type else np.int32)
+        return np.zeros(
+            (1, 1) if value.name in ("tokens", "positions") else 1,
+            np.int64 if "int64" in value.type else np.int32,
+        )
 
     def run(self, new: int) -> float:
-        started, buffers, token = time.perf_counter(), self.buffers, 1
+        started = time.perf_counter()
+        buffers = self.buffers
+        token = 1
         for position in range(self.start, self.start + new):
-            buffers["tokens"][0, 0], buffers["positions"][0, 0] = token, position
-            buffers["last_index"][0], buffers["total"][0] = position, position + 1
+            buffers["tokens"][0, 0] = token
+            buffers["positions"][0, 0] = position
+            buffers["last_index"][0] = position
+            buffers["total"][0] = position + 1
             self.session.run_with_iobinding(self.binding)
             token = int(self.scores[0, 0].argmax())
         return time.perf_counter() - started
@@ -70,7 +92,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     engine = open_engine(args.engine)
-    bare, session = Bare(engine, args.threads), engine.open(args.threads)
+    bare = Bare(engine, args.threads)
+    session = engine.open(args.threads)
     session.prefill([1] * START)
     times: dict[str, list[float]] = {"bare": [], "session": []}
     for round_number in range(args.rounds + 1):
@@ -78,16 +101,26 @@ def main() -> None:
         first = bare.run(args.new)
         time.sleep(0.3)
         session.rewind(START)
-        started, token = time.perf_counter(), 1
+        started = time.perf_counter()
+        token = 1
         for _ in range(args.new):
             token = int(session.step(token).argmax())
         if round_number:
             times["bare"].append(first)
             times["session"].append(time.perf_counter() - started)
-    save("decode_peer_onnx", {
-        "engine": engine.name, "precision": engine.precision, "random_weights": engine.random_weights, "threads": args.threads, "new": args.new, "unit": "s",
-        "times": {name: spread(values) for name, values in times.items()}, "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
-    })
+    save(
+        "decode_peer_onnx",
+        {
+            "engine": engine.name,
+            "precision": engine.precision,
+            "random_weights": engine.random_weights,
+            "threads": args.threads,
+            "new": args.new,
+            "unit": "s",
+            "times": {name: spread(values) for name, values in times.items()},
+            "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
+        },
+    )
 
 
 if __name__ == "__main__":

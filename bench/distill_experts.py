@@ -1,7 +1,10 @@
-"""A mixture of experts made dense and distilled back, on pictures it was trained on: accuracy before and after, and beside it learning from the answers alone.
+"""A mixture of experts made dense and distilled back, on pictures it was trained on: accuracy
+before and after, and beside it learning from the answers alone.
 
-Teacher and start are the quickstart's mixture and the average of its experts (merge: {experts: dense}); both arms begin with the same weights, see the same
-pictures in the same order and take the same steps. Pictures and questions are the training part of bench/tiny/cells.py; the task's 234 pictures are in neither.
+Teacher and start are the quickstart's mixture and the average of its experts (merge: {experts:
+dense}); both arms begin with the same weights, see the same pictures in the same order and take the
+same steps. Pictures and questions are the training part of bench/tiny/cells.py; the task's 234
+pictures are in neither.
 
     python bench/distill_experts.py --data DATA --work DIR [--only distilled]
 """
@@ -37,14 +40,26 @@ ARMS: dict[str, dict[str, Any]] = {"distilled": {}, "answers alone": {"labels": 
 
 
 def lesson(data: Path, work: Path, count: int) -> str:
-    """`count` training pictures with their questions as rows for distill; the answer begins with the space that stands behind the prompt."""
-    folder, generator = work / "lesson", random.Random(0)
+    """`count` training pictures with their questions as rows for distill; the answer begins with
+    the space that stands behind the prompt.
+    """
+    folder = work / "lesson"
+    generator = random.Random(0)
     folder.mkdir()
     rows = []
     for n, picture in enumerate([p for p in cells.pictures(data) if p.split == "train"][:count]):
         (folder / f"{n}.png").write_bytes(picture.png)
-        rows.append({"id": picture.id, "image": f"{n}.png", "question": cells.question(picture, cells.options(picture, generator)), "answer": f" {picture.label}"})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows.append(
+            {
+                "id": picture.id,
+                "image": f"{n}.png",
+                "question": cells.question(picture, cells.options(picture, generator)),
+                "answer": f" {picture.label}",
+            }
+        )
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(folder / "rows.jsonl")
 
 
@@ -66,21 +81,65 @@ def main() -> None:
     parser.add_argument("--only", choices=ARMS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    rows, dense = lesson(args.data, args.work, args.pictures), args.work / "dense"
-    run_step(Stage("merge", merge.Params(experts="dense")), open_checkpoint(MODEL), args.work, dense)
+    rows = lesson(args.data, args.work, args.pictures)
+    dense = args.work / "dense"
+    run_step(
+        Stage("merge", merge.Params(experts="dense")), open_checkpoint(MODEL), args.work, dense
+    )
     results: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     for name in [args.only] if args.only else ARMS:
-        params = distill.Params(calibration=rows, steps=args.steps, rate=args.rate, teacher=str(MODEL), length=176, batch=args.batch, held_out=0.05, evaluate_every=max(args.steps // 4, 1), **ARMS[name])
-        out, began = args.work / name.replace(" ", "-"), time.process_time()
+        params = distill.Params(
+            calibration=rows,
+            steps=args.steps,
+            rate=args.rate,
+            teacher=str(MODEL),
+            length=176,
+            batch=args.batch,
+            held_out=0.05,
+            evaluate_every=max(args.steps // 4, 1),
+            **ARMS[name],
+        )
+        out = args.work / name.replace(" ", "-")
+        began = time.process_time()
         run_step(Stage("distill", params), open_checkpoint(dense), args.work, out)
         notes = store.read_manifest(out)["notes"]
-        facts[name] = {"cpu_seconds": time.process_time() - began, **{key: notes[key] for key in ("before", "after", "history", "tokens", "parameters", "teacher_parameters")}}
+        facts[name] = {
+            "cpu_seconds": time.process_time() - began,
+            **{
+                key: notes[key]
+                for key in (
+                    "before",
+                    "after",
+                    "history",
+                    "tokens",
+                    "parameters",
+                    "teacher_parameters",
+                )
+            },
+        }
         results[name] = answered(out)
         print(name, results[name]["accuracy"], facts[name], flush=True)
     results |= {"dense": answered(dense), "experts": answered(MODEL)}
-    rows_found = {name: {"accuracy": found["accuracy"], "interval": found["interval"], "paired": paired(results["experts"]["items"], found["items"], None, 0.05)} for name, found in results.items()}
-    save("distill_experts", {"rows": rows_found, "facts": facts, "steps": args.steps, "rate": args.rate, "pictures": args.pictures, "batch": args.batch})
+    rows_found = {
+        name: {
+            "accuracy": found["accuracy"],
+            "interval": found["interval"],
+            "paired": paired(results["experts"]["items"], found["items"], None, 0.05),
+        }
+        for name, found in results.items()
+    }
+    save(
+        "distill_experts",
+        {
+            "rows": rows_found,
+            "facts": facts,
+            "steps": args.steps,
+            "rate": args.rate,
+            "pictures": args.pictures,
+            "batch": args.batch,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""A distilled student against the same student trained on the text alone, on the same budget: half of the quickstart model's layers, several seeds.
+"""A distilled student against the same student trained on the text alone, on the same budget: half
+of the quickstart model's layers, several seeds.
 
-All arms begin with the same weights, see the same windows in the same order and take the same number of steps; text alone and distillation each have the
-learning rate that was best for them on held-back training text (seed 0). What is compared was measured on the cards' held-out texts, which neither arm nor the teacher saw.
+All arms begin with the same weights, see the same windows in the same order and take the same
+number of steps; text alone and distillation each have the learning rate that was best for them on
+held-back training text (seed 0). What is compared was measured on the cards' held-out texts, which
+neither arm nor the teacher saw.
 
     python bench/distill_quickstart.py --work /tmp/distill --model recipes/quickstart/model
 """
@@ -34,11 +37,17 @@ from records import save
 
 ROOT = Path(__file__).parent.parent
 CARDS = ("medquad-answers", "pubmedqa-abstracts")
-LENGTH, WINDOWS = 128, 48
+LENGTH = 128
+WINDOWS = 48
 COMMON = {"layers": (3,), "length": LENGTH, "batch": 4, "evaluate_every": 100, "held_out": 0.03}
-ARMS = {"labels alone": {"labels": 1.0}, "forward KL": {}, "forward KL, top 64 from disk": {"top_k": 64}}
+ARMS = {
+    "labels alone": {"labels": 1.0},
+    "forward KL": {},
+    "forward KL, top 64 from disk": {"top_k": 64},
+}
 RATES = (1e-4, 3e-4, 1e-3)
-BASE, TUNED = "labels alone", ("labels alone", "forward KL")
+BASE = "labels alone"
+TUNED = ("labels alone", "forward KL")
 
 
 def join_texts(work):
@@ -46,14 +55,21 @@ def join_texts(work):
     file = work / "text.jsonl"
     parts = [texts(card) for card in CARDS]
     rows = [text for pair in zip(*parts, strict=True) for text in pair]
-    file.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(rows)), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(rows)),
+        encoding="utf-8",
+    )
 
 
 def heldout(model, card):
     """int64 [WINDOWS, LENGTH] of a card's held-out texts."""
     weights = Weights(open_checkpoint(model))
     tokenizer = open_tokenizer(model, weights.decoder.vocab)
-    stream = [token for text in texts(card, "heldout") for token in (*encode(tokenizer, text), weights.decoder.eos)]
+    stream = [
+        token
+        for text in texts(card, "heldout")
+        for token in (*encode(tokenizer, text), weights.decoder.eos)
+    ]
     return torch.tensor(stream[: LENGTH * WINDOWS]).reshape(WINDOWS, LENGTH)
 
 
@@ -61,7 +77,10 @@ def measured(model, teacher, windows):
     """{kl to the teacher, perplexity} over windows, nats and per token, in float32."""
     total = {"kl": 0.0, "cross_entropy": 0.0}
     for part in windows.split(8):
-        ours, theirs = (torch.log_softmax(logits(Weights(open_checkpoint(path)), part)[:, :-1], -1) for path in (model, teacher))
+        ours, theirs = (
+            torch.log_softmax(logits(Weights(open_checkpoint(path)), part)[:, :-1], -1)
+            for path in (model, teacher)
+        )
         total["kl"] += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
         total["cross_entropy"] -= float(ours.gather(-1, part[:, 1:, None]).double().sum())
     count = windows.shape[0] * (windows.shape[1] - 1)
@@ -71,7 +90,16 @@ def measured(model, teacher, windows):
 def accuracy(model):
     opened = open_source(open_checkpoint(model))
     try:
-        return evaluate(opened.session, opened.tokenizer, questions("section"), "student", "", "zero-shot", Settings(), frozenset())["accuracy"]
+        return evaluate(
+            opened.session,
+            opened.tokenizer,
+            questions("section"),
+            "student",
+            "",
+            "zero-shot",
+            Settings(),
+            frozenset(),
+        )["accuracy"]
     finally:
         opened.close()
 
@@ -84,14 +112,26 @@ def interval(differences):
 
 
 def train(model, text, arm, rate, seed, steps, work):
-    params = distill.Params(calibration=text, steps=steps, rate=rate, seed=seed, **COMMON, **ARMS[arm])
+    params = distill.Params(
+        calibration=text,
+        steps=steps,
+        rate=rate,
+        seed=seed,
+        **COMMON,
+        **ARMS[arm],
+    )
     return run_step(Stage("distill", params), open_checkpoint(model), work / "store").path
 
 
 def chosen_rate(model, text, arm, steps, work):
-    """The rate whose student has the lower cross entropy on the held-back part of the training text, with seed 0."""
+    """The rate whose student has the lower cross entropy on the held-back part of the training
+    text, with seed 0.
+    """
+
     def value(rate):
-        return store.read_manifest(train(model, text, arm, rate, 0, steps, work))["notes"]["after"]["cross_entropy"]
+        return store.read_manifest(train(model, text, arm, rate, 0, steps, work))["notes"]["after"][
+            "cross_entropy"
+        ]
 
     return min(RATES, key=value)
 
@@ -103,21 +143,39 @@ def experiment(model, text, arms, rates, windows, options, task=None):
         for arm in arms:
             student = train(model, text, arm, rates[arm], seed, options.steps, options.work)
             manifest = store.read_manifest(student)
-            row = {"arm": arm, "seed": seed, "rate": rates[arm], "seconds": manifest["wall_seconds"], "parameters": manifest["notes"]["parameters"], "tokens": manifest["notes"]["tokens"],
-                   "cache_bytes": manifest["notes"]["cache_bytes"]}
-            row |= {f"{name} {card}": value for card, part in windows.items() for name, value in measured(student, model, part).items()}
+            row = {
+                "arm": arm,
+                "seed": seed,
+                "rate": rates[arm],
+                "seconds": manifest["wall_seconds"],
+                "parameters": manifest["notes"]["parameters"],
+                "tokens": manifest["notes"]["tokens"],
+                "cache_bytes": manifest["notes"]["cache_bytes"],
+            }
+            row |= {
+                f"{name} {card}": value
+                for card, part in windows.items()
+                for name, value in measured(student, model, part).items()
+            }
             rows.append(row | ({"section": accuracy(student)} if task else {}))
     names = [name for name in rows[0] if name.split()[0] in ("kl", "perplexity", "section")]
     found = {}
     for arm in arms:
         if arm != BASE:
-            pairs = [(a, b) for a in rows for b in rows if (a["arm"], b["arm"]) == (arm, BASE) and a["seed"] == b["seed"]]
+            pairs = [
+                (a, b)
+                for a in rows
+                for b in rows
+                if (a["arm"], b["arm"]) == (arm, BASE) and a["seed"] == b["seed"]
+            ]
             found[arm] = {name: interval([a[name] - b[name] for a, b in pairs]) for name in names}
     return {"rows": rows, "difference from labels alone, mean and 95 % interval over seeds": found}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=ROOT / "recipes" / "quickstart" / "model")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
@@ -129,18 +187,47 @@ def main():
     windows = {card: heldout(options.model, card) for card in CARDS}
     join_texts(options.work)
     weights = Weights(open_checkpoint(options.model))
-    cut_out = cut(weights, choose(weights, COMMON["layers"], None, None, None), options.work / "store" / "cut", []).path
-    facts = {"model": store.digest(open_checkpoint(options.model).hashes()), "steps": options.steps, "seeds": options.seeds, "settings": {**COMMON, "rates": RATES}}
-    facts["teacher"] = {f"{name} {card}": value for card, part in windows.items() for name, value in measured(options.model, options.model, part).items()}
-    facts["student before training"] = {f"{name} {card}": value for card, part in windows.items() for name, value in measured(cut_out, options.model, part).items()}
+    cut_out = cut(
+        weights,
+        choose(weights, COMMON["layers"], None, None, None),
+        options.work / "store" / "cut",
+        [],
+    ).path
+    facts = {
+        "model": store.digest(open_checkpoint(options.model).hashes()),
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "settings": {**COMMON, "rates": RATES},
+    }
+    facts["teacher"] = {
+        f"{name} {card}": value
+        for card, part in windows.items()
+        for name, value in measured(options.model, options.model, part).items()
+    }
+    facts["student before training"] = {
+        f"{name} {card}": value
+        for card, part in windows.items()
+        for name, value in measured(cut_out, options.model, part).items()
+    }
     text = str(options.work / "text.jsonl")
-    rates = {arm: chosen_rate(options.model, text, arm, options.steps, options.work) for arm in TUNED}
+    rates = {
+        arm: chosen_rate(options.model, text, arm, options.steps, options.work) for arm in TUNED
+    }
     rates |= {arm: rates["forward KL"] for arm in ARMS if arm not in TUNED}
     facts["text"] = experiment(options.model, text, list(ARMS), rates, windows, options)
-    merged = run_step(Stage("merge", merge.Params(str(options.model.parent / "adapter"))), open_checkpoint(options.model), options.work / "store").path
+    merged = run_step(
+        Stage("merge", merge.Params(str(options.model.parent / "adapter"))),
+        open_checkpoint(options.model),
+        options.work / "store",
+    ).path
     part = {"pubmedqa-sections": heldout(merged, "pubmedqa-sections")[:, :LENGTH]}
-    facts["section teacher"] = {"section": accuracy(merged), "perplexity": measured(merged, merged, part["pubmedqa-sections"])["perplexity"]}
-    facts["section"] = experiment(merged, "pubmedqa-sections", list(TUNED), rates, part, options, task="section")
+    facts["section teacher"] = {
+        "section": accuracy(merged),
+        "perplexity": measured(merged, merged, part["pubmedqa-sections"])["perplexity"],
+    }
+    facts["section"] = experiment(
+        merged, "pubmedqa-sections", list(TUNED), rates, part, options, task="section"
+    )
     save("distill_quickstart", facts | {"seconds": round(time.perf_counter() - started, 1)})
 
 

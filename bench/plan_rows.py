@@ -1,8 +1,11 @@
-"""Speeds of engines of several sizes and precisions on this CPU, for the planner's CPU part: each row holds the bandwidth of its own rounds.
+"""Speeds of engines of several sizes and precisions on this CPU, for the planner's CPU part: each
+row holds the bandwidth of its own rounds.
 
-Random weights at true dimensions (BioMedLM, GPT-2 XL, GPT-2 medium), one process per engine. The machine's own products are measured first,
-as `edgemed doctor --measure` does. With one thread the CPU time of the process is measured, which a busy machine does not lengthen by making
-the process wait; with more it is wall time, and the machine must be quiet. Run: python bench/plan_rows.py --work DIR [--checkpoint DIR]
+Random weights at true dimensions (BioMedLM, GPT-2 XL, GPT-2 medium), one process per engine. The
+machine's own products are measured first, as `edgemed doctor --measure` does. With one thread the
+CPU time of the process is measured, which a busy machine does not lengthen by making the process
+wait; with more it is wall time, and the machine must be quiet. Run: python bench/plan_rows.py
+--work DIR [--checkpoint DIR]
 """
 
 from __future__ import annotations
@@ -16,17 +19,35 @@ from typing import Any
 
 from records import save, spread
 
-GPT2 = {"model_type": "gpt2", "n_positions": 1024, "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "eos_token_id": 50256}
-MODELS: dict[str, Any] = {
-    "biomedlm": "biomedlm", "gpt2-xl": {**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25}, "gpt2-medium": {**GPT2, "n_embd": 1024, "n_layer": 24, "n_head": 16},
+GPT2 = {
+    "model_type": "gpt2",
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "eos_token_id": 50256,
 }
-ENGINES = [("onnx", {"precision": "int4"}), ("onnx", {"precision": "int8"}), ("onnx", {"precision": "fp32"}), ("llamacpp", {"type": "q4_k_m"}),
-           ("llamacpp", {"type": "q8_0"}), ("llamacpp", {"type": "f16"})]
-PROMPT, NEW = 128, 24
+MODELS: dict[str, Any] = {
+    "biomedlm": "biomedlm",
+    "gpt2-xl": {**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "gpt2-medium": {**GPT2, "n_embd": 1024, "n_layer": 24, "n_head": 16},
+}
+ENGINES = [
+    ("onnx", {"precision": "int4"}),
+    ("onnx", {"precision": "int8"}),
+    ("onnx", {"precision": "fp32"}),
+    ("llamacpp", {"type": "q4_k_m"}),
+    ("llamacpp", {"type": "q8_0"}),
+    ("llamacpp", {"type": "f16"}),
+]
+PROMPT = 128
+NEW = 24
 
 
 def read_alone() -> float:
-    """Read bandwidth of one thread in 10^9 bytes/s of its CPU time, best of 20 reads of a buffer far larger than the caches."""
+    """Read bandwidth of one thread in 10^9 bytes/s of its CPU time, best of 20 reads of a buffer
+    far larger than the caches.
+    """
     import numpy as np
 
     buffer = np.ones(1 << 26, np.int64)
@@ -39,7 +60,9 @@ def read_alone() -> float:
 
 
 def worker(pipe: Any, path: str, threads: int, rounds: int) -> None:
-    """Send {'prefill_ms', 'decode_tok_s', 'bandwidth_gb_s', 'peak_memory_bytes', 'bytes_per_token'} of one engine."""
+    """Send {'prefill_ms', 'decode_tok_s', 'bandwidth_gb_s', 'peak_memory_bytes', 'bytes_per_token'}
+    of one engine.
+    """
     import numpy as np
 
     from edgemed import store
@@ -66,14 +89,19 @@ def worker(pipe: Any, path: str, threads: int, rounds: int) -> None:
             found["prefill_ms"].append(1e3 * (marks[0] - started))
             found["decode_tok_s"].append(NEW / (marks[-1] - marks[0]))
             found["bandwidth_gb_s"].append(bandwidth)
-    pipe.send({name: spread(values) for name, values in found.items()} | {"peak_memory_bytes": peak, "bytes_per_token": engine.bytes_per_token})
+    pipe.send(
+        {name: spread(values) for name, values in found.items()}
+        | {"peak_memory_bytes": peak, "bytes_per_token": engine.bytes_per_token}
+    )
     session.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/plan-rows"))
-    parser.add_argument("--checkpoint", type=Path, help="a BioMedLM-sized random checkpoint that is there already")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a BioMedLM-sized random checkpoint that is there already"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--models", nargs="*", default=list(MODELS))
@@ -88,21 +116,42 @@ def main() -> None:
     save("plan_device", {"threads": max(args.threads), "values": values})
     for name in args.models:
         given = args.checkpoint if name == "biomedlm" else None
-        checkpoint = open_checkpoint(given) if given else make_random(MODELS[name], args.work / name)
+        checkpoint = (
+            open_checkpoint(given) if given else make_random(MODELS[name], args.work / name)
+        )
         for target, params in ENGINES:
             if name == "biomedlm" and params.get("precision") == "fp32":
                 continue  # 10 GB
-            module, out = plugins.load("targets", target), args.work / f"{name}-{target}-{next(iter(params.values()))}"
+            module = plugins.load("targets", target)
+            out = args.work / f"{name}-{target}-{next(iter(params.values()))}"
             export(checkpoint, target, module.Params(**params), out)
             for threads in args.threads:
                 context = get_context("spawn")
                 pipe, child = context.Pipe()
-                process = context.Process(target=worker, args=(child, str(out), threads, args.rounds))
+                process = context.Process(
+                    target=worker, args=(child, str(out), threads, args.rounds)
+                )
                 process.start()
                 found = pipe.recv()
                 process.join()
-                how = {"clock": "cpu" if threads == 1 else "wall", "load_average": os.getloadavg()[0], "threads": threads, "prompt": PROMPT, "new": NEW}
-                save("plan_rows", {"model": name, "target": target, "params": params, "random_weights": True, **how, **found})
+                how = {
+                    "clock": "cpu" if threads == 1 else "wall",
+                    "load_average": os.getloadavg()[0],
+                    "threads": threads,
+                    "prompt": PROMPT,
+                    "new": NEW,
+                }
+                save(
+                    "plan_rows",
+                    {
+                        "model": name,
+                        "target": target,
+                        "params": params,
+                        "random_weights": True,
+                        **how,
+                        **found,
+                    },
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What test-time training costs and gains: the quickstart model on its own task, questions answered plainly and after a LoRA step on the nearest text, paired.
+"""What test-time training costs and gains: the quickstart model on its own task, questions answered
+plainly and after a LoRA step on the nearest text, paired.
 
 All arms are shown, none was chosen by its result: nothing here may be read as a tuned rate.
 
@@ -11,7 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "quality")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent),
+    str(Path(__file__).resolve().parent / "quality"),
+]
 from compare import CARD, source_model  # noqa: E402
 from records import save  # noqa: E402
 
@@ -22,24 +26,49 @@ def main() -> None:
     from edgemed.ttt import Adapt, compare
 
     arms = {
-        "solved example, rate 1e-4": Adapt(rate=1e-4), "solved example, rate 1e-3": Adapt(), "solved example, rate 1e-2": Adapt(rate=1e-2),
-        "3 solved examples, rate 1e-3": Adapt(k=3), f"{CARD}, rate 1e-3": Adapt(text=CARD),
+        "solved example, rate 1e-4": Adapt(rate=1e-4),
+        "solved example, rate 1e-3": Adapt(),
+        "solved example, rate 1e-2": Adapt(rate=1e-2),
+        "3 solved examples, rate 1e-3": Adapt(k=3),
+        f"{CARD}, rate 1e-3": Adapt(text=CARD),
     }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--only", nargs="+", choices=list(arms), default=list(arms), metavar="ARM")
     parser.add_argument("--record", action="store_true", help="append to bench/results")
     args = parser.parse_args()
-    checkpoint, asked, rows = open_checkpoint(source_model(args.work.resolve())), questions("section", args.limit), {}
+    checkpoint = open_checkpoint(source_model(args.work.resolve()))
+    asked = questions("section", args.limit)
+    rows = {}
     for name in args.only:
         found = compare(checkpoint, asked, arms[name])
-        kept = {key: found["paired"][key] for key in ("n", "only_source", "only_engine", "changed", "difference", "mcnemar_p")}
-        rows[name] = {"plain": found["plain"]["accuracy"], "trained": found["trained"]["accuracy"], "paired": kept, "times": found["times"],
-                      "seconds_per_question": [found[part]["seconds_per_question"] for part in ("plain", "trained")]}
+        kept = {
+            key: found["paired"][key]
+            for key in ("n", "only_source", "only_engine", "changed", "difference", "mcnemar_p")
+        }
+        rows[name] = {
+            "plain": found["plain"]["accuracy"],
+            "trained": found["trained"]["accuracy"],
+            "paired": kept,
+            "times": found["times"],
+            "seconds_per_question": [
+                found[part]["seconds_per_question"] for part in ("plain", "trained")
+            ],
+        }
         print(name, rows[name], flush=True)
     if args.record:
-        save("ttt", {"model": "quickstart, adapter merged", "task": "section", "limit": args.limit, "rows": rows})
+        save(
+            "ttt",
+            {
+                "model": "quickstart, adapter merged",
+                "task": "section",
+                "limit": args.limit,
+                "rows": rows,
+            },
+        )
 
 
 if __name__ == "__main__":

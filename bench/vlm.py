@@ -1,8 +1,11 @@
-"""MedVLM-R1's true dimensions (2.2 B parameters, random weights): questions about an image, edgemed against the runtimes' own loops and transformers.
+"""MedVLM-R1's true dimensions (2.2 B parameters, random weights): questions about an image, edgemed
+against the runtimes' own loops and transformers.
 
-Every row runs in a process of its own, and the rows of a group take turns, so that drift of the machine hits all of them; ratios are medians of round-by-round
-ratios. One round asks about a new image (time to first token, in its parts), decodes, and asks a second question. Says something about latency and memory only.
-Run: python bench/vlm.py --cache DIR --build   once, then: python bench/vlm.py --cache DIR [--rows q8_0,q8_0-mtmd,stock-q8_0]
+Every row runs in a process of its own, and the rows of a group take turns, so that drift of the
+machine hits all of them; ratios are medians of round-by-round ratios. One round asks about a new
+image (time to first token, in its parts), decodes, and asks a second question. Says something about
+latency and memory only. Run: python bench/vlm.py --cache DIR --build   once, then: python
+bench/vlm.py --cache DIR [--rows q8_0,q8_0-mtmd,stock-q8_0]
 """
 
 from __future__ import annotations
@@ -18,16 +21,31 @@ from typing import Any
 import numpy as np
 from records import paired_ratio, save, spread
 
-BEFORE, QUESTION = 32, 96  # bytes of text, each a token: a system prompt, and MedVLM-R1's question template is about as long
+BEFORE = 32
+# bytes of text, each a token: a system prompt, and MedVLM-R1's question template is about as long
+QUESTION = 96
 MARKER = "<__media__>"
 CONTEXT = 2048
 # Groups of rows that are in memory together: all of them at once would not fit into 24 GB.
 GROUPS = "onnx-int4,q4_k_m,stock-q4_k_m/q8_0,stock-q8_0/onnx-int4,transformers"
 WARM_UP = (112, 4)  # image side, new tokens of the round that is not counted
-# row -> (engine it runs, its eyes); a stock row runs llama-cpp-python's bindings on the files of that engine
-ROWS = {"onnx-int4": ("onnx-int4", "onnx"), "q4_k_m": ("q4_k_m", "onnx"), "q4_k_m-mtmd": ("q4_k_m", "mtmd"), "stock-q4_k_m": ("q4_k_m", ""),
-        "q8_0": ("q8_0", "onnx"), "q8_0-mtmd": ("q8_0", "mtmd"), "stock-q8_0": ("q8_0", ""), "transformers": ("", "")}
-ENGINES = {"onnx-int4": ("onnx", {"precision": "int4", "group": 128}), "q4_k_m": ("llamacpp", {"type": "q4_k_m", "mmproj": "f16"}), "q8_0": ("llamacpp", {"type": "q8_0", "mmproj": "f16"})}
+# row -> (engine it runs, its eyes); a stock row runs llama-cpp-python's bindings on the files of
+# that engine
+ROWS = {
+    "onnx-int4": ("onnx-int4", "onnx"),
+    "q4_k_m": ("q4_k_m", "onnx"),
+    "q4_k_m-mtmd": ("q4_k_m", "mtmd"),
+    "stock-q4_k_m": ("q4_k_m", ""),
+    "q8_0": ("q8_0", "onnx"),
+    "q8_0-mtmd": ("q8_0", "mtmd"),
+    "stock-q8_0": ("q8_0", ""),
+    "transformers": ("", ""),
+}
+ENGINES = {
+    "onnx-int4": ("onnx", {"precision": "int4", "group": 128}),
+    "q4_k_m": ("llamacpp", {"type": "q4_k_m", "mmproj": "f16"}),
+    "q8_0": ("llamacpp", {"type": "q8_0", "mmproj": "f16"}),
+}
 
 
 def build(model: str, cache: Path, names: list[str], tower: str) -> dict[str, Path]:
@@ -35,22 +53,31 @@ def build(model: str, cache: Path, names: list[str], tower: str) -> dict[str, Pa
     from edgemed.run import random_engine
 
     kept = {"context": CONTEXT, "tower": tower}
-    return {name: random_engine(model, ENGINES[name][0], {**ENGINES[name][1], **kept}, cache) for name in names}
+    return {
+        name: random_engine(model, ENGINES[name][0], {**ENGINES[name][1], **kept}, cache)
+        for name in names
+    }
 
 
 def image(number: int, side: int) -> Any:
     from PIL import Image
 
-    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    )
 
 
 def question(number: int) -> str:
     """Letters without a space: the stand-in vocabulary of a random model makes each a token."""
-    return "".join(chr(ord("a") + n) for n in np.random.default_rng(number).integers(0, 26, QUESTION))
+    return "".join(
+        chr(ord("a") + n) for n in np.random.default_rng(number).integers(0, 26, QUESTION)
+    )
 
 
 def prompt(vision: Any, number: int) -> list[int]:
-    """What libmtmd makes of the same text: bytes, and the names of the tokens around an image, which the stand-in vocabulary has no others for."""
+    """What libmtmd makes of the same text: bytes, and the names of the tokens around an image,
+    which the stand-in vocabulary has no others for.
+    """
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -58,11 +85,17 @@ def prompt(vision: Any, number: int) -> list[int]:
     def ids(text: str) -> list[int]:
         return [alphabet.index(character) for character in text]
 
-    return [*ids("s" * BEFORE + "<|vision_start|>"), vision.token, *ids("<|vision_end|>" + question(number))]
+    return [
+        *ids("s" * BEFORE + "<|vision_start|>"),
+        vision.token,
+        *ids("<|vision_end|>" + question(number)),
+    ]
 
 
 def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
-    """Answers (number of the round, image side, new tokens) with the seconds of its parts and the tokens, None with peak memory."""
+    """Answers (number of the round, image side, new tokens) with the seconds of its parts and the
+    tokens, None with peak memory.
+    """
     from edgemed import store
     from edgemed.engine import open_engine
     from edgemed.scoring import Reader
@@ -71,24 +104,35 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     engine = open_engine(path)
     engine = replace(engine, params={**engine.params, "vision": eyes_on})
     started = time.perf_counter()
-    session, eyes = engine.open(threads), eyes_of(engine, threads)
+    session = engine.open(threads)
+    eyes = eyes_of(engine, threads)
     opened = time.perf_counter() - started
     bare = bare_of(engine, session, threads)
     while order := pipe.recv():
         number, side, new = order
-        picture, reader, spent = image(number, side), Reader(session), {}
+        picture = image(number, side)
+        reader = Reader(session)
+        spent = {}
         started = time.perf_counter()
         tokens, pictures = eyes.see(prompt(eyes.v, number), [picture])
         seen = time.perf_counter()
         first = int(reader.read(tokens, pictures).argmax())
-        spent |= {"ttft": time.perf_counter() - started, **eyes.seconds, "prefill": time.perf_counter() - seen}
-        held, started, token, found = session.position, time.perf_counter(), first, []
+        spent |= {
+            "ttft": time.perf_counter() - started,
+            **eyes.seconds,
+            "prefill": time.perf_counter() - seen,
+        }
+        held = session.position
+        started = time.perf_counter()
+        token = first
+        found = []
         for _ in range(new):
             token = int(session.step(token).argmax())
             found.append(token)
         spent["decode"] = time.perf_counter() - started
         session.rewind(held)
-        # A second question about this image: its features are kept, and a reader that holds the prompt reads only what is new.
+        # A second question about this image: its features are kept, and a reader that holds the
+        # prompt reads only what is new.
         second = prompt(eyes.v, number + 1000)
         started = time.perf_counter()
         reader.read(*eyes.see(second, [picture]))
@@ -100,8 +144,16 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
         spent["second, prompt read anew"] = time.perf_counter() - started
         spent["bare decode"] = bare.run(new)
         pipe.send((spent, [first, *found]))
-    pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened, "tokens": held, "bytes": store.size_of(store.read_manifest(engine.path)), "precision": engine.precision,
-               "spinning": os.environ.get("GOMP_SPINCOUNT")})
+    pipe.send(
+        {
+            "peak_memory_bytes": store.peak_memory(),
+            "open_seconds": opened,
+            "tokens": held,
+            "bytes": store.size_of(store.read_manifest(engine.path)),
+            "precision": engine.precision,
+            "spinning": os.environ.get("GOMP_SPINCOUNT"),
+        }
+    )
 
 
 def bare_of(engine: Any, session: Any, threads: int) -> Any:
@@ -133,7 +185,13 @@ def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
         pipe.send((spent, [first, *found]))
     from edgemed import store
 
-    pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened, "spinning": os.environ.get("GOMP_SPINCOUNT")})
+    pipe.send(
+        {
+            "peak_memory_bytes": store.peak_memory(),
+            "open_seconds": opened,
+            "spinning": os.environ.get("GOMP_SPINCOUNT"),
+        }
+    )
 
 
 def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
@@ -149,7 +207,9 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> Non
     v = Weights(open_checkpoint(path)).vision
     started = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16).eval()
-    opened, tower_seconds, inner = time.perf_counter() - started, [0.0], model.model.visual.forward
+    opened = time.perf_counter() - started
+    tower_seconds = [0.0]
+    inner = model.model.visual.forward
 
     def timed(*given: Any, **named: Any) -> Any:
         begun = time.perf_counter()
@@ -164,12 +224,31 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> Non
             started = time.perf_counter()
             found = patches(image(number, side), v)
             seen = time.perf_counter() - started
-            ids = torch.tensor([[i for token in prompt(v, number) for i in [token] * (feature_count(found, v) if token == v.token else 1)]])
-            given = {"pixel_values": torch.from_numpy(found.pixels), "image_grid_thw": torch.tensor([[1, found.rows, found.columns]]), "mm_token_type_ids": (ids == v.token).int()}
+            ids = torch.tensor(
+                [
+                    [
+                        i
+                        for token in prompt(v, number)
+                        for i in [token] * (feature_count(found, v) if token == v.token else 1)
+                    ]
+                ]
+            )
+            given = {
+                "pixel_values": torch.from_numpy(found.pixels),
+                "image_grid_thw": torch.tensor([[1, found.rows, found.columns]]),
+                "mm_token_type_ids": (ids == v.token).int(),
+            }
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
-            token, total = out.logits[0, -1].argmax().reshape(1, 1), time.perf_counter() - started
-            spent = {"ttft": total, "preprocess": seen, "tower": tower_seconds[0], "prefill": total - seen - tower_seconds[0]}
-            started, tokens = time.perf_counter(), [int(token)]
+            token = out.logits[0, -1].argmax().reshape(1, 1)
+            total = time.perf_counter() - started
+            spent = {
+                "ttft": total,
+                "preprocess": seen,
+                "tower": tower_seconds[0],
+                "prefill": total - seen - tower_seconds[0],
+            }
+            started = time.perf_counter()
+            tokens = [int(token)]
             for _ in range(new):
                 out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[0, -1].argmax().reshape(1, 1)
@@ -179,8 +258,12 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> Non
     pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened})
 
 
-def turns(workers: dict[str, Any], rounds: int, side: int, new: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[list[int]]]]:
-    """({row: {part: seconds of each round}}, {row: tokens of each round}); a small round goes before them."""
+def turns(
+    workers: dict[str, Any], rounds: int, side: int, new: int
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[list[int]]]]:
+    """({row: {part: seconds of each round}}, {row: tokens of each round}); a small round goes
+    before them.
+    """
     times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
     tokens: dict[str, list[list[int]]] = {name: [] for name in workers}
     for number in range(rounds + 1):
@@ -196,27 +279,47 @@ def turns(workers: dict[str, Any], rounds: int, side: int, new: int) -> tuple[di
 
 
 def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Speed of decoding over the bare runtime's, and time to first token over the stock loop's on the same files."""
-    found = {f"{name} decode speed / bare": paired_ratio(t["bare decode"], t["decode"]) for name, t in times.items() if "bare decode" in t}
+    """Speed of decoding over the bare runtime's, and time to first token over the stock loop's on
+    the same files.
+    """
+    found = {
+        f"{name} decode speed / bare": paired_ratio(t["bare decode"], t["decode"])
+        for name, t in times.items()
+        if "bare decode" in t
+    }
     for name, t in times.items():
         stock = f"stock-{ROWS[name][0]}"
         if ROWS[name][1] and stock in times:
-            found[f"{name} decode speed / {stock}"] = paired_ratio(times[stock]["decode"], t["decode"])
+            found[f"{name} decode speed / {stock}"] = paired_ratio(
+                times[stock]["decode"], t["decode"]
+            )
             found[f"{name} ttft / {stock}"] = paired_ratio(t["ttft"], times[stock]["ttft"])
         if ROWS[name][1] and "transformers" in times:
-            found[f"{name} ttft / transformers"] = paired_ratio(t["ttft"], times["transformers"]["ttft"])
-            found[f"{name} decode speed / transformers"] = paired_ratio(times["transformers"]["decode"], t["decode"])
+            found[f"{name} ttft / transformers"] = paired_ratio(
+                t["ttft"], times["transformers"]["ttft"]
+            )
+            found[f"{name} decode speed / transformers"] = paired_ratio(
+                times["transformers"]["decode"], t["decode"]
+            )
     return found
 
 
 def measure(rows: list[str], paths: dict[str, Path], args: argparse.Namespace) -> None:
     """One group: start its workers, let them take turns, save one line."""
-    context, workers, children = get_context("spawn"), {}, []
+    context = get_context("spawn")
+    workers = {}
+    children = []
     for row in rows:
         engine, eyes_on = ROWS[row]
         function = engine_worker if eyes_on else stock_worker if engine else transformers_worker
         workers[row], child = context.Pipe()
-        children.append(context.Process(target=function, args=(child, str(paths[engine]), eyes_on, args.threads), daemon=True))
+        children.append(
+            context.Process(
+                target=function,
+                args=(child, str(paths[engine]), eyes_on, args.threads),
+                daemon=True,
+            )
+        )
         children[-1].start()
     times, tokens = turns(workers, args.rounds, args.image, args.new)
     facts = {}
@@ -225,33 +328,72 @@ def measure(rows: list[str], paths: dict[str, Path], args: argparse.Namespace) -
         facts[row] = pipe.recv()
     for child in children:
         child.join()
-    same = {f"{a} = {b}": tokens[a] == tokens[b] for a, b in (("q4_k_m-mtmd", "stock-q4_k_m"), ("q8_0-mtmd", "stock-q8_0")) if a in rows and b in rows}
-    save("vlm", {
-        "model": args.model, "random_weights": True, "threads": args.threads, "image": [args.image, args.image], "tower": args.tower, "new": args.new, "unit": "s", "load_average": os.getloadavg(),
-        "ratios": ratios(times), "decode_tok_s": {row: args.new / spread(t["decode"])["median"] for row, t in times.items()}, "same_tokens": same, "facts": facts,
-        "times": {row: {part: spread(values) for part, values in t.items()} for row, t in times.items()},
-    }, args.out)
+    same = {
+        f"{a} = {b}": tokens[a] == tokens[b]
+        for a, b in (("q4_k_m-mtmd", "stock-q4_k_m"), ("q8_0-mtmd", "stock-q8_0"))
+        if a in rows and b in rows
+    }
+    save(
+        "vlm",
+        {
+            "model": args.model,
+            "random_weights": True,
+            "threads": args.threads,
+            "image": [args.image, args.image],
+            "tower": args.tower,
+            "new": args.new,
+            "unit": "s",
+            "load_average": os.getloadavg(),
+            "ratios": ratios(times),
+            "decode_tok_s": {
+                row: args.new / spread(t["decode"])["median"] for row, t in times.items()
+            },
+            "same_tokens": same,
+            "facts": facts,
+            "times": {
+                row: {part: spread(values) for part, values in t.items()}
+                for row, t in times.items()
+            },
+        },
+        args.out,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path("runs/vlm"))
     parser.add_argument("--build", action="store_true", help="only export what the rows need")
-    parser.add_argument("--rows", default=GROUPS, help=f"of {', '.join(ROWS)}; groups, one after the other, are divided by /")
+    parser.add_argument(
+        "--rows",
+        default=GROUPS,
+        help=f"of {', '.join(ROWS)}; groups, one after the other, are divided by /",
+    )
     parser.add_argument("--model", default="medvlm-r1", help="a random model of these dimensions")
-    parser.add_argument("--tower", choices=("fp32", "fp16", "int8", "w8a8"), default="w8a8", help="of the ONNX towers; mmproj.gguf is f16, as llama.cpp's users have it")
+    parser.add_argument(
+        "--tower",
+        choices=("fp32", "fp16", "int8", "w8a8"),
+        default="w8a8",
+        help="of the ONNX towers; mmproj.gguf is f16, as llama.cpp's users have it",
+    )
     parser.add_argument("--image", type=int, default=448)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="results file, default bench/results/<machine>.jsonl")
+    parser.add_argument(
+        "--out", type=Path, help="results file, default bench/results/<machine>.jsonl"
+    )
     args = parser.parse_args()
     from edgemed.run import open_model
 
     groups = [group.split(",") for group in args.rows.split("/")]
     if unknown := [row for group in groups for row in group if row not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    paths = build(args.model, args.cache, sorted({ROWS[row][0] for group in groups for row in group} - {""}), args.tower)
+    paths = build(
+        args.model,
+        args.cache,
+        sorted({ROWS[row][0] for group in groups for row in group} - {""}),
+        args.tower,
+    )
     paths[""] = open_model(f"random:{args.model}", args.cache).path
     for group in groups if not args.build else []:
         measure(group, paths, args)

@@ -1,6 +1,7 @@
 """Writes docs/cli.md from the --help of every verb: python docs/make_cli.py
 
-A reference that is written by hand is wrong after the next change; a test compares this one with what the command line says.
+A reference that is written by hand is wrong after the next change; a test compares this one with
+what the command line says.
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ PAGE = Path(__file__).parent / "cli.md"
 
 def help_of(*arguments: str) -> str:
     # Fixed width and no colour, so that the page does not depend on the terminal.
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1", "PYTHONHASHSEED": "0"}
-    done = subprocess.run([sys.executable, "-m", "edgemed", *arguments, "--help"], capture_output=True, text=True, check=True, env=environment)
+    environment = {
+        **os.environ,
+        "COLUMNS": "120",
+        "TERM": "dumb",
+        "NO_COLOR": "1",
+        "PYTHONHASHSEED": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "edgemed", *arguments, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     text = done.stdout.replace("python -m edgemed", "edgemed")
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
@@ -29,8 +42,18 @@ def verbs(*above: str) -> list[str]:
 
 
 def page() -> str:
-    parts = ["# Command line", "Written by `make docs` from `--help`; a test keeps it current. Every verb exits with 0 when all is well, and with 1 and one line", ""]
-    parts[1] += "\nstarting with `error: ` when there is something you can put right. Results go to standard output, progress to standard error."
+    parts = [
+        "# Command line",
+        (
+            "Written by `make docs` from `--help`; a test keeps it current. Every verb exits with 0"
+            " when all is well, and with 1 and one line"
+        ),
+        "",
+    ]
+    parts[1] += (
+        "\nstarting with `error: ` when there is something you can put right. Results go to"
+        " standard output, progress to standard error."
+    )
     parts += ["```text", help_of(), "```"]
     for verb in verbs():
         parts += ["", f"## edgemed {verb}", "", "```text", help_of(verb), "```"]

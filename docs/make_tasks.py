@@ -1,6 +1,8 @@
-"""Writes docs/tasks.md from the task files and the cards of their samples: python docs/make_tasks.py
+"""Writes docs/tasks.md from the task files and the cards of their samples: python
+docs/make_tasks.py
 
-A table that is written by hand is wrong after the next change; a test compares this one with the tasks themselves.
+A table that is written by hand is wrong after the next change; a test compares this one with the
+tasks themselves.
 """
 
 from __future__ import annotations
@@ -61,29 +63,81 @@ Where the data cannot be passed on, the sample is **synthetic**: drawn shapes in
 
 def row(name: str) -> str:
     task: Task = plugins.load("tasks", name).TASK
-    card = yaml.safe_load((plugins.ROOT / "tasks" / "samples" / f"{Path(task.sample).stem}.card.yaml").read_text(encoding="utf-8"))
+    card = yaml.safe_load(
+        (plugins.ROOT / "tasks" / "samples" / f"{Path(task.sample).stem}.card.yaml").read_text(
+            encoding="utf-8"
+        )
+    )
     sets = card.get("whole_set", [])
-    whole = "<br>".join(f"`{part['path']}` ({part['n']:,})" for part in (sets if isinstance(sets, list) else [sets])) or task.place
+    whole = (
+        "<br>".join(
+            f"`{part['path']}` ({part['n']:,})"
+            for part in (sets if isinstance(sets, list) else [sets])
+        )
+        or task.place
+    )
     rows = f"{card['n']}{' synthetic' if card.get('synthetic') else ''}"
     shots = f"{card['shots']['n']}" if task.shots else "none"
     asked = ", ".join((*task.languages, *(f"part {part}" for part in task.parts)))
-    cells = (f"`{name}`", asked, task.source, task.licence, task.split, task.wording, rows, shots, whole)
+    cells = (
+        f"`{name}`",
+        asked,
+        task.source,
+        task.licence,
+        task.split,
+        task.wording,
+        rows,
+        shots,
+        whole,
+    )
     return f"| {' | '.join(cells)} |"
 
 
 def prompt(name: str) -> list[str]:
     task: Task = plugins.load("tasks", name).TASK
     groups = ", ".join(questions(name, 1).examples[0].groups) or "none"
-    scored = "the letters" if task.lettered else "the options' texts" if not task.scores else "yes and no; other answers are written and matched"
-    scored += "; an image is shown" if task.images else ""
+    scored = (
+        "the letters"
+        if task.lettered
+        else (
+            "the options' texts"
+            if not task.scores
+            else "yes and no; other answers are written and matched"
+        )
+    )
+    if task.images:
+        scored += "; an image is shown"
     lines = (task.description + task.prompt).split("\n")
-    return ["", f"### {name}", "", f"Scored: {scored}. Subgroups: {groups}.", "", *(f"    {line}".rstrip() for line in lines)]
+    return [
+        "",
+        f"### {name}",
+        "",
+        f"Scored: {scored}. Subgroups: {groups}.",
+        "",
+        *(f"    {line}".rstrip() for line in lines),
+    ]
 
 
 def page() -> str:
     names = plugins.names("tasks")
-    parts = [HEAD, "| task | languages, parts | source | licence | split | wording | sample | solved examples | whole set (rows) |", "|---|---|---|---|---|---|---|---|---|", *map(row, names)]
-    parts += ["", "Paths of whole sets are relative to the folder given to `make_samples.py --data`; their sha256 and what was changed stand in the cards.", "", "## Prompts"]
+    parts = [
+        HEAD,
+        (
+            "| task | languages, parts | source | licence | split | wording | sample | solved"
+            " examples | whole set (rows) |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
+        *map(row, names),
+    ]
+    parts += [
+        "",
+        (
+            "Paths of whole sets are relative to the folder given to `make_samples.py --data`;"
+            " their sha256 and what was changed stand in the cards."
+        ),
+        "",
+        "## Prompts",
+    ]
     for name in names:
         parts += prompt(name)
     return "\n".join(parts) + "\n" + ROWS

@@ -1,9 +1,11 @@
-"""edgemed takes a medical checkpoint to small-device engines and proves that they did not get worse.
+"""edgemed takes a medical checkpoint to small-device engines and proves that they did not get
+worse.
 
-    import edgemed as em
-    em.inspect("./BioMedLM"); em.run("recipes/quickstart.yaml"); em.export("./BioMedLM", "onnx", "engine"); em.open_engine("engine")
+    import edgemed as em em.inspect("./BioMedLM"); em.run("recipes/quickstart.yaml");
+    em.export("./BioMedLM", "onnx", "engine"); em.open_engine("engine")
 
-The names are loaded when they are first used, so that importing edgemed needs no runtime and no torch.
+The names are loaded when they are first used, so that importing edgemed needs no runtime and no
+torch.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ import importlib
 from typing import Any
 
 __all__ = ["EdgemedError", "export", "inspect", "open_engine", "run"]
-_WHERE = {"inspect": "edgemed.api", "run": "edgemed.api", "export": "edgemed.api", "open_engine": "edgemed.engine", "EdgemedError": "edgemed.errors"}
+_WHERE = {
+    "inspect": "edgemed.api",
+    "run": "edgemed.api",
+    "export": "edgemed.api",
+    "open_engine": "edgemed.engine",
+    "EdgemedError": "edgemed.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

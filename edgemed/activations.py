@@ -1,7 +1,9 @@
-"""Hidden states of calibration windows, layer after layer: in memory, or on disk where memory is short, and on disk after every layer.
+"""Hidden states of calibration windows, layer after layer: in memory, or on disk where memory is
+short, and on disk after every layer.
 
-What lies on disk after a layer is what a killed run goes on from. Plain file reads and writes, not a memory map: pages of a map
-count as resident, and a bound on memory would then be one only by name.
+What lies on disk after a layer is what a killed run goes on from. Plain file reads and writes, not
+a memory map: pages of a map count as resident, and a bound on memory would then be one only by
+name.
 """
 
 from __future__ import annotations
@@ -24,22 +26,37 @@ if TYPE_CHECKING:
 
 
 class Activations:
-    """float32 [windows, tokens, hidden], one window at a time. `spilled`: nothing but the window in use is in memory.
+    """float32 [windows, tokens, hidden], one window at a time. `spilled`: nothing but the window in
+    use is in memory.
 
-    A layer reads what the layer before left and writes its own; `commit` ends it. A window written in this layer is read back as written. What layer 0 reads
-    is written before the first `commit`.
+    A layer reads what the layer before left and writes its own; `commit` ends it. A window written
+    in this layer is read back as written. What layer 0 reads is written before the first `commit`.
     """
 
-    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], spilled: bool, angles: Sequence[torch.Tensor] | None = None):
-        """angles: rotary angles [tokens, pairs] of every window's tokens where they are not those of plain positions."""
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        shape: tuple[int, int, int],
+        spilled: bool,
+        angles: Sequence[torch.Tensor] | None = None,
+    ):
+        """angles: rotary angles [tokens, pairs] of every window's tokens where they are not those
+        of plain positions.
+        """
         torch = need("torch", "build")
         self.angles = angles
-        self.folder, self.name, self.shape, self.spilled = Path(folder), name, shape, spilled
+        self.folder = Path(folder)
+        self.name = name
+        self.shape = shape
+        self.spilled = spilled
         self.held = None if spilled else torch.empty(shape)
-        self.layer, self.fresh = -1, set[int]()
+        self.layer = -1
+        self.fresh = set[int]()
 
     def file(self, layer: int) -> Path:
-        # Two files take turns: the one a layer started from stays whole until the next layer is done.
+        # Two files take turns: the one a layer started from stays whole until the next layer is
+        # done.
         return self.folder / f"{self.name}-{layer % 2}"
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -77,11 +94,13 @@ class Activations:
         descriptor = os.open(self.file(self.layer + 1), os.O_RDONLY)
         with contextlib.closing(os.fdopen(descriptor)):
             os.fsync(descriptor)
-        self.layer, self.fresh = self.layer + 1, set()
+        self.layer = self.layer + 1
+        self.fresh = set()
 
     def resume(self, layer: int) -> None:
         """Go on from what layer `layer` - 1 left on disk."""
-        self.layer, self.fresh = layer, set()
+        self.layer = layer
+        self.fresh = set()
         if self.held is not None:
             with open(self.file(layer), "rb") as handle:
                 if handle.readinto(memoryview(self.held.numpy()).cast("B")) != self.held.nbytes:
@@ -89,14 +108,16 @@ class Activations:
 
 
 class Inputs:
-    """float32 [tokens, columns] of every window: what one matrix reads, written window by window and read again in the same layer.
+    """float32 [tokens, columns] of every window: what one matrix reads, written window by window
+    and read again in the same layer.
 
-    In a file without a name, in the folder of the hidden states: the system keeps in memory what of it there is memory for, and a killed run leaves nothing. A context
-    manager.
+    In a file without a name, in the folder of the hidden states: the system keeps in memory what of
+    it there is memory for, and a killed run leaves nothing. A context manager.
     """
 
     def __init__(self, x: Activations, columns: int):
-        self.folder, self.shape = x.folder, (1, x.shape[1], columns)
+        self.folder = x.folder
+        self.shape = (1, x.shape[1], columns)
         self.handle = tempfile.TemporaryFile(dir=x.folder)
 
     def __enter__(self) -> Inputs:
@@ -126,8 +147,12 @@ def _get(handle: BinaryIO, i: int, shape: tuple[int, int, int], folder: Path) ->
     return x
 
 
-def begin(weights: Weights, windows: Iterable[Window], streams: Sequence[Activations], layer: int) -> None:
-    """What layer 0 reads of the windows, in every stream; or where layers are done, what the last of them left on disk."""
+def begin(
+    weights: Weights, windows: Iterable[Window], streams: Sequence[Activations], layer: int
+) -> None:
+    """What layer 0 reads of the windows, in every stream; or where layers are done, what the last
+    of them left on disk.
+    """
     for i, (hidden, _) in enumerate([] if layer else shown(weights, windows)):
         for stream in streams:
             stream.write(i, hidden)
@@ -136,4 +161,6 @@ def begin(weights: Weights, windows: Iterable[Window], streams: Sequence[Activat
 
 
 def short(folder: Path) -> EdgemedError:
-    return EdgemedError(f"{folder}: the hidden states kept there are incomplete", "Remove that folder and run again")
+    return EdgemedError(
+        f"{folder}: the hidden states kept there are incomplete", "Remove that folder and run again"
+    )

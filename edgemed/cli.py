@@ -1,7 +1,7 @@
 """The command line: thin verbs over the same functions the Python API offers.
 
-Everything heavy is imported inside the verb that needs it, so that --help answers at once; EdgemedError becomes one line and exit
-code 1, any other exception is a bug and keeps its traceback.
+Everything heavy is imported inside the verb that needs it, so that --help answers at once;
+EdgemedError becomes one line and exit code 1, any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,13 +14,29 @@ from typing import Annotated, Any
 import typer
 
 from edgemed import cli_calibrate, cli_experts, cli_plan, cli_proof, cli_provenance
-from edgemed.cli_options import AcceptUndecided, Adapter, EngineDir, Json, Model, Out, Sets, Threads, settings
+from edgemed.cli_options import (
+    AcceptUndecided,
+    Adapter,
+    EngineDir,
+    Json,
+    Model,
+    Out,
+    Sets,
+    Threads,
+    settings,
+)
 from edgemed.console import show
 from edgemed.errors import EdgemedError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help="Tiny medical language models on small devices: merge, quantize, compile, and prove it did not get worse.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=(
+        "Tiny medical language models on small devices: merge, quantize, compile, and prove it did"
+        " not get worse."
+    ),
 )
 
 
@@ -33,7 +49,10 @@ def main() -> None:
     except SystemExit as end:
         # typer turns Ctrl-C into exit code 130 without a word.
         if end.code == 130:
-            typer.echo("interrupted; finished steps are kept, run the same command again to go on", err=True)
+            typer.echo(
+                "interrupted; finished steps are kept, run the same command again to go on",
+                err=True,
+            )
         raise
 
 
@@ -45,7 +64,9 @@ for verb in (cli_plan.doctor, cli_plan.inspect, cli_plan.plan, cli_experts.exper
 def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.")],
     sets: Sets = None,
-    work: Annotated[Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")
+    ] = None,
     accept_undecided: AcceptUndecided = False,
     json_: Json = False,
 ) -> None:
@@ -68,55 +89,161 @@ def run(
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
     values = {record["name"]: record["value"] for record in engine["records"]}
-    row = {"engine": engine["name"], "precision": engine["precision"], "MB": round(engine["bytes"] / 1e6, 1)}
+    row = {
+        "engine": engine["name"],
+        "precision": engine["precision"],
+        "MB": round(engine["bytes"] / 1e6, 1),
+    }
     if engine["verify"]:
-        row |= {"verified": engine["verify"]["passed"], "top-1": round(engine["verify"]["top1"], 4), "mean KL": round(engine["verify"]["mean_kl"], 5)}
-    row |= {label: round(values[name], 1) for name, label in (("decode_tokens_per_second", "tok/s"),) if name in values}
-    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}  # of several strategies, the first stays
+        row |= {
+            "verified": engine["verify"]["passed"],
+            "top-1": round(engine["verify"]["top1"], 4),
+            "mean KL": round(engine["verify"]["mean_kl"], 5),
+        }
+    row |= {
+        label: round(values[name], 1)
+        for name, label in (("decode_tokens_per_second", "tok/s"),)
+        if name in values
+    }
+    # of several strategies, the first stays
+    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}
     return row | ({"not worse": engine["gate"]["verdict"]} if engine["gate"] else {})
 
 
 @app.command()
-def merge(model: Model, out: Out, adapter: Annotated[str | None, typer.Option(help="PEFT adapter directory.")] = None,
-          alpha: Annotated[float, typer.Option(help="1 merges fully, 0 leaves the base.")] = 1.0,
-          experts: Annotated[str | None, typer.Option(help="Instead of an adapter: 'dense': one MLP per mixture; 'shared_delta': and small differences (--set rank=64).")] = None,
-          calibration: Annotated[str | None, typer.Option(help="With experts: text that measures the error; card name, .jsonl or .txt file.")] = None, sets: Sets = None,
-          json_: Json = False) -> None:
-    """Merge a PEFT adapter into its base model, and check that the answers are the adapter's; or experts into one MLP each layer."""
-    step("merge", model, out, settings(sets, adapter=adapter, alpha=alpha, experts=experts, calibration=calibration), json_)
+def merge(
+    model: Model,
+    out: Out,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter directory.")] = None,
+    alpha: Annotated[float, typer.Option(help="1 merges fully, 0 leaves the base.")] = 1.0,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Instead of an adapter: 'dense': one MLP per mixture; 'shared_delta': and small"
+                " differences (--set rank=64)."
+            )
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="With experts: text that measures the error; card name, .jsonl or .txt file."
+        ),
+    ] = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Merge a PEFT adapter into its base model, and check that the answers are the adapter's; or
+    experts into one MLP each layer.
+    """
+    step(
+        "merge",
+        model,
+        out,
+        settings(sets, adapter=adapter, alpha=alpha, experts=experts, calibration=calibration),
+        json_,
+    )
 
 
 @app.command()
-def quantize(model: Model, out: Out, method: Annotated[str, typer.Option(help="gptq, awq, rtn, auto, bnb-nf4 or bnb-int8.")] = "gptq",
-             bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-             group: Annotated[int, typer.Option(help="Weights per scale: 32, 64, 128 or -1 (whole row).")] = 128,
-             calibration: Annotated[str | None, typer.Option(help="Card name, .jsonl or .txt file; all but rtn need one.")] = None,
-             budget: Annotated[str | None, typer.Option(help="Bits chosen per matrix within this: 4.5bpw, or 1.6GB.")] = None,
-             max_memory: Annotated[str | None, typer.Option(help="Resident memory at most, such as 4GB.")] = None, sets: Sets = None, json_: Json = False) -> None:
-    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ checkpoint layout, or in bitsandbytes'."""
-    step("quantize", model, out, settings(sets, method=method, bits=bits, group=group, calibration=calibration, budget=budget, max_memory=max_memory), json_)
+def quantize(
+    model: Model,
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="gptq, awq, rtn, auto, bnb-nf4 or bnb-int8.")
+    ] = "gptq",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group: Annotated[
+        int, typer.Option(help="Weights per scale: 32, 64, 128 or -1 (whole row).")
+    ] = 128,
+    calibration: Annotated[
+        str | None, typer.Option(help="Card name, .jsonl or .txt file; all but rtn need one.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Bits chosen per matrix within this: 4.5bpw, or 1.6GB.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Resident memory at most, such as 4GB.")
+    ] = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ
+    checkpoint layout, or in bitsandbytes'.
+    """
+    step(
+        "quantize",
+        model,
+        out,
+        settings(
+            sets,
+            method=method,
+            bits=bits,
+            group=group,
+            calibration=calibration,
+            budget=budget,
+            max_memory=max_memory,
+        ),
+        json_,
+    )
 
 
 @app.command()
 def distill(
-    model: Model, out: Out,
-    calibration: Annotated[str, typer.Option(help="Text to learn on: card name, .jsonl or .txt file.")],
+    model: Model,
+    out: Out,
+    calibration: Annotated[
+        str, typer.Option(help="Text to learn on: card name, .jsonl or .txt file.")
+    ],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")],
     rate: Annotated[float, typer.Option(help="Largest learning rate.")],
-    teacher: Annotated[str | None, typer.Option(help="Teacher's directory; default: MODEL, of which a part is kept.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of MODEL the student keeps: a count, or indices as 0,2,4.")] = None,
-    target_params: Annotated[str | None, typer.Option(help="Parameters of the student at most, as 30M: depth and width are chosen.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Teacher's directory; default: MODEL, of which a part is kept."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers of MODEL the student keeps: a count, or indices as 0,2,4."),
+    ] = None,
+    target_params: Annotated[
+        str | None,
+        typer.Option(help="Parameters of the student at most, as 30M: depth and width are chosen."),
+    ] = None,
     loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl or jsd.")] = "forward_kl",
-    mode: Annotated[str, typer.Option(help="logits, or sequence for different tokenizers.")] = "logits",
-    sets: Sets = None, json_: Json = False,
+    mode: Annotated[
+        str, typer.Option(help="logits, or sequence for different tokenizers.")
+    ] = "logits",
+    sets: Sets = None,
+    json_: Json = False,
 ) -> None:
-    """Distill a teacher into a smaller student; a killed run goes on when the same command is given again."""
+    """Distill a teacher into a smaller student; a killed run goes on when the same command is given
+    again.
+    """
     try:
         chosen = [int(layer) for layer in layers.split(",")] if layers else None
     except ValueError:
-        raise EdgemedError(f"--layers {layers} is neither a count nor indices", "For example --layers 3, or --layers 0,2,4") from None
+        raise EdgemedError(
+            f"--layers {layers} is neither a count nor indices",
+            "For example --layers 3, or --layers 0,2,4",
+        ) from None
     student = {"layers": chosen, "target_params": target_params}
-    step("distill", model, out, settings(sets, calibration=calibration, steps=steps, rate=rate, teacher=teacher, loss=loss, mode=mode, **student), json_)
+    step(
+        "distill",
+        model,
+        out,
+        settings(
+            sets,
+            calibration=calibration,
+            steps=steps,
+            rate=rate,
+            teacher=teacher,
+            loss=loss,
+            mode=mode,
+            **student,
+        ),
+        json_,
+    )
 
 
 def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool) -> None:
@@ -127,19 +254,51 @@ def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool
     stage = Stage(name, params.build(plugins.load("steps", name).Params, values, name))
     done = run_step(stage, open_model(model, out.parent), out.parent, out)
     manifest = store.read_manifest(done.path)
-    show({key: manifest[key] for key in ("stage", "params", "notes", "wall_seconds", "peak_memory_bytes")}, as_json)
+    show(
+        {
+            key: manifest[key]
+            for key in ("stage", "params", "notes", "wall_seconds", "peak_memory_bytes")
+        },
+        as_json,
+    )
 
 
 @app.command()
 def export(
-    model: Annotated[str | None, typer.Argument(help="Model directory, hub id or random:NAME.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model directory, hub id or random:NAME.")
+    ] = None,
     target: Annotated[str, typer.Option(help="onnx, llamacpp or tensorrt.")] = "onnx",
     out: Annotated[Path, typer.Option(help="Engine directory to make.")] = Path("engine"),
-    random_weights: Annotated[str | None, typer.Option(help="True dimensions of this model with random weights, for latency and memory only.")] = None,
-    prompts: Annotated[str, typer.Option(help="Held-out texts for the reference answers that travel along; 'none' leaves them out.")] = "pubmedqa-abstracts",
-    source: Annotated[str | None, typer.Option(help="Float checkpoint to take reference answers from; default: MODEL itself.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="PEFT LoRA that travels along unmerged, as NAME=DIRECTORY; may be repeated.")] = None,
-    sets: Sets = None, json_: Json = False,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="True dimensions of this model with random weights, for latency and memory only."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "Held-out texts for the reference answers that travel along; 'none' leaves them"
+                " out."
+            )
+        ),
+    ] = "pubmedqa-abstracts",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Float checkpoint to take reference answers from; default: MODEL itself."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PEFT LoRA that travels along unmerged, as NAME=DIRECTORY; may be repeated."
+        ),
+    ] = None,
+    sets: Sets = None,
+    json_: Json = False,
 ) -> None:
     """Compile a checkpoint to one engine directory that travels to the device."""
     from edgemed import store
@@ -147,25 +306,62 @@ def export(
     from edgemed.console import say
 
     if (model is None) == (random_weights is None):
-        raise EdgemedError("give either MODEL or --random-weights NAME", "For example: edgemed export ./BioMedLM --target onnx --out engine")
+        raise EdgemedError(
+            "give either MODEL or --random-weights NAME",
+            "For example: edgemed export ./BioMedLM --target onnx --out engine",
+        )
     named = dict(pair.split("=", 1) for pair in adapter or () if "=" in pair)
     if len(named) < len(adapter or ()):
-        raise EdgemedError(f"--adapter {', '.join(adapter)}: each must be NAME=DIRECTORY, and no name given twice", "For example --adapter sections=recipes/quickstart/adapter")
+        raise EdgemedError(
+            f"--adapter {', '.join(adapter)}: each must be NAME=DIRECTORY, and no name given twice",
+            "For example --adapter sections=recipes/quickstart/adapter",
+        )
     values = settings(sets, adapters=named or None)
-    engine = export_engine(model or f"random:{random_weights}", target, out, prompts=None if prompts == "none" else prompts, source=source, **values)
+    engine = export_engine(
+        model or f"random:{random_weights}",
+        target,
+        out,
+        prompts=None if prompts == "none" else prompts,
+        source=source,
+        **values,
+    )
     notes = store.read_manifest(engine.path)["notes"]
-    # A tensor that could not have the type asked for is said aloud: the engine is larger than its name says.
+    # A tensor that could not have the type asked for is said aloud: the engine is larger than its
+    # name says.
     for change in sorted(set(notes.get("fallbacks", {}).values())):
-        say(f"{change}: {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}")
-    shown = {"engine": str(engine.path), "target": engine.target, "precision": engine.precision, "random_weights": engine.random_weights}
-    show(shown | ({"unbuilt": f"on the device run: edgemed build {engine.path}"} if engine.stand_in else {}), json_)
+        say(
+            f"{change}:"
+            f" {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}"
+        )
+    shown = {
+        "engine": str(engine.path),
+        "target": engine.target,
+        "precision": engine.precision,
+        "random_weights": engine.random_weights,
+    }
+    show(
+        shown
+        | (
+            {"unbuilt": f"on the device run: edgemed build {engine.path}"}
+            if engine.stand_in
+            else {}
+        ),
+        json_,
+    )
 
 
 @app.command()
 def build(
     engine: EngineDir,
-    workspace_mb: Annotated[int | None, typer.Option(help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's.")] = None,
-    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")] = True,
+    workspace_mb: Annotated[
+        int | None,
+        typer.Option(
+            help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's."
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")
+    ] = True,
     json_: Json = False,
 ) -> None:
     """On the device: compile an exported engine for this GPU, then verify and measure it."""
@@ -175,9 +371,29 @@ def build(
     if json_:
         show(found, True)
     else:
-        plan, verified = found["plan"], found["verify"]
-        show({**plan["params"], **plan["notes"], "verified": None if verified is None else verified["passed"]}, False)
-        show([{"what": r["name"], "value": f"{r['value']:.4g}", "unit": r["unit"], "n": r["n"], "prompt": r["how"].get("prompt", "")} for r in found["records"]], False)
+        plan = found["plan"]
+        verified = found["verify"]
+        show(
+            {
+                **plan["params"],
+                **plan["notes"],
+                "verified": None if verified is None else verified["passed"],
+            },
+            False,
+        )
+        show(
+            [
+                {
+                    "what": r["name"],
+                    "value": f"{r['value']:.4g}",
+                    "unit": r["unit"],
+                    "n": r["n"],
+                    "prompt": r["how"].get("prompt", ""),
+                }
+                for r in found["records"]
+            ],
+            False,
+        )
     sys.exit(0 if found["verify"] is None or found["verify"]["passed"] else 1)
 
 
@@ -192,19 +408,41 @@ app.command()(cli_proof.report)
 def generate(
     engine: EngineDir,
     prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
-    image: Annotated[list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")] = None,
-    template: Annotated[str | None, typer.Option(help="chat, reasoning or none; default: chat with images, none without.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
-    adapter: Adapter = None, seed: int = 0, threads: Threads = None, json_: Json = False,
+    adapter: Adapter = None,
+    seed: int = 0,
+    threads: Threads = None,
+    json_: Json = False,
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
     from edgemed.session import Sampling
 
-    words = stream(engine, prompt, Sampling(temperature, top_k, top_p, seed, max_tokens), threads, image or (), template, adapter)
+    words = stream(
+        engine,
+        prompt,
+        Sampling(
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            max_tokens,
+        ),
+        threads,
+        image or (),
+        template,
+        adapter,
+    )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
         return
@@ -215,7 +453,13 @@ def generate(
 
 
 @app.command()
-def chat(engine: EngineDir, max_tokens: int = 256, temperature: float = 0.0, adapter: Adapter = None, threads: Threads = None) -> None:
+def chat(
+    engine: EngineDir,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    adapter: Adapter = None,
+    threads: Threads = None,
+) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
     from edgemed.session import Sampling
@@ -230,16 +474,28 @@ for verb in (cli_provenance.card, cli_provenance.keygen, cli_provenance.sign):
 
 @app.command(name="list")
 def list_(json_: Json = False) -> None:
-    """Everything edgemed knows by name: families, steps, targets, tasks, devices, text sets, recipes."""
+    """Everything edgemed knows by name: families, steps, targets, tasks, devices, text sets,
+    recipes.
+    """
     from edgemed import plugins
     from edgemed.data import card_names
 
     known = {kind: plugins.names(kind) for kind in (*plugins.CODE_KINDS, "devices")}
-    show(known | {"text sets": card_names(), "recipes": sorted(p.stem for p in plugins.shared("recipes").glob("*.yaml"))}, json_)
+    show(
+        known
+        | {
+            "text sets": card_names(),
+            "recipes": sorted(p.stem for p in plugins.shared("recipes").glob("*.yaml")),
+        },
+        json_,
+    )
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, json_: Json = False) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+    json_: Json = False,
+) -> None:
     """List the shipped recipes, or print one."""
     from edgemed import plugins
     from edgemed.recipe import find_recipe
@@ -247,5 +503,8 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
     if name:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
-    found = [{"recipe": p.stem, "what": p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")} for p in sorted(plugins.shared("recipes").glob("*.yaml"))]
+    found = [
+        {"recipe": p.stem, "what": p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")}
+        for p in sorted(plugins.shared("recipes").glob("*.yaml"))
+    ]
     show(found, json_)

@@ -1,7 +1,9 @@
-"""What a model's confidence is worth: expected calibration error, Brier score, and how many answers a confidence threshold can release.
+"""What a model's confidence is worth: expected calibration error, Brier score, and how many answers
+a confidence threshold can release.
 
-Confidence is the largest softmax probability over the option scores. Bins hold equally many answers, because language models are mostly
-sure: bins of equal width would be empty at one end and hide the error at the other.
+Confidence is the largest softmax probability over the option scores. Bins hold equally many
+answers, because language models are mostly sure: bins of equal width would be empty at one end and
+hide the error at the other.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from edgemed.errors import EdgemedError
 
 
 def summary(items: Sequence[Mapping[str, Any]], target: float = 0.95) -> dict[str, Any]:
-    """The "calibration" of a result. items: dicts with id, gold, answer (-1: none could be read, counts as wrong) and scores (log, one per option).
+    """The "calibration" of a result. items: dicts with id, gold, answer (-1: none could be read,
+    counts as wrong) and scores (log, one per option).
 
-    Returns {n, left_out, ece, brier, bins, coverage}; items without scores are left out and counted, and where none has scores ece and brier are None.
-    Raises EdgemedError for scores that are not numbers.
+    Returns {n, left_out, ece, brier, bins, coverage}; items without scores are left out and
+    counted, and where none has scores ece and brier are None. Raises EdgemedError for scores that
+    are not numbers.
     """
     kept = [item for item in items if len(item["scores"])]
     shares = [probabilities(item) for item in kept]
@@ -26,60 +30,104 @@ def summary(items: Sequence[Mapping[str, Any]], target: float = 0.95) -> dict[st
     right = np.array([item["answer"] == item["gold"] for item in kept], dtype=bool)
     bins = reliability(confidence, right)
     return {
-        "n": len(kept), "left_out": len(items) - len(kept), "ece": calibration_error(bins), "brier": brier(shares, [item["gold"] for item in kept]),
-        "bins": bins, "coverage": coverage(confidence, right, len(items), target),
+        "n": len(kept),
+        "left_out": len(items) - len(kept),
+        "ece": calibration_error(bins),
+        "brier": brier(shares, [item["gold"] for item in kept]),
+        "bins": bins,
+        "coverage": coverage(confidence, right, len(items), target),
     }
 
 
 def probabilities(item: Mapping[str, Any]) -> np.ndarray:
-    """Softmax over the option scores, float64 [options]. A score of -inf (no vote at all) is probability 0."""
+    """Softmax over the option scores, float64 [options]. A score of -inf (no vote at all) is
+    probability 0.
+    """
     scores = np.asarray(item["scores"], float)
     if not np.isfinite(scores.max()):
-        raise EdgemedError(f"item {item['id']}: the scores {item['scores']} are not log scores", "Evaluate again, and verify the engine first")
+        raise EdgemedError(
+            f"item {item['id']}: the scores {item['scores']} are not log scores",
+            "Evaluate again, and verify the engine first",
+        )
     shifted = np.exp(scores - scores.max())
     return shifted / shifted.sum()
 
 
-def reliability(confidence: np.ndarray, right: np.ndarray, most: int = 10, least: int = 20) -> list[dict[str, Any]]:
-    """Bins of equally many answers, lowest confidence first: [{confidence, accuracy, n}]. confidence: float [n]; right: bool [n].
+def reliability(
+    confidence: np.ndarray, right: np.ndarray, most: int = 10, least: int = 20
+) -> list[dict[str, Any]]:
+    """Bins of equally many answers, lowest confidence first: [{confidence, accuracy, n}].
+    confidence: float [n]; right: bool [n].
 
-    At most `most` bins, each of about `least` answers or more; answers of one confidence are never split, so bins can be fewer and unequal.
+    At most `most` bins, each of about `least` answers or more; answers of one confidence are never
+    split, so bins can be fewer and unequal.
     """
     if not len(confidence):
         return []
     order = np.argsort(confidence, kind="stable")
-    confidence, right = confidence[order], right[order]
+    confidence = confidence[order]
+    right = right[order]
     count = min(most, max(1, len(confidence) // least))
-    cuts = np.unique(np.searchsorted(confidence, confidence[np.arange(1, count) * len(confidence) // count]))
+    cuts = np.unique(
+        np.searchsorted(confidence, confidence[np.arange(1, count) * len(confidence) // count])
+    )
     pieces = zip(np.split(confidence, cuts), np.split(right, cuts), strict=True)
-    return [{"confidence": float(c.mean()), "accuracy": float(r.mean()), "n": len(c)} for c, r in pieces if len(c)]
+    return [
+        {"confidence": float(c.mean()), "accuracy": float(r.mean()), "n": len(c)}
+        for c, r in pieces
+        if len(c)
+    ]
 
 
 def calibration_error(bins: Sequence[Mapping[str, Any]]) -> float | None:
-    """Expected calibration error over adaptive bins: the mean of |accuracy - confidence|, weighted by n (Nguyen and O'Connor, EMNLP 2015)."""
+    """Expected calibration error over adaptive bins: the mean of |accuracy - confidence|, weighted
+    by n (Nguyen and O'Connor, EMNLP 2015).
+    """
     total = sum(part["n"] for part in bins)
-    return sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in bins) / total if total else None
+    return (
+        sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in bins) / total
+        if total
+        else None
+    )
 
 
 def brier(shares: Sequence[np.ndarray], golds: Sequence[int]) -> float | None:
-    """Mean of the squared distance between the option probabilities and the truth: 0 is perfect, 2 the worst (Brier, Mon. Weather Rev. 78:1, 1950)."""
+    """Mean of the squared distance between the option probabilities and the truth: 0 is perfect, 2
+    the worst (Brier, Mon. Weather Rev. 78:1, 1950).
+    """
     if not shares:
         return None
-    return float(np.mean([((p - np.eye(len(p))[gold]) ** 2).sum() for p, gold in zip(shares, golds, strict=True)]))
+    return float(
+        np.mean(
+            [((p - np.eye(len(p))[gold]) ** 2).sum() for p, gold in zip(shares, golds, strict=True)]
+        )
+    )
 
 
-def coverage(confidence: np.ndarray, right: np.ndarray, questions: int, target: float) -> dict[str, float | None]:
-    """The largest share of all `questions` that can be answered above one confidence threshold with accuracy >= target among those answered.
+def coverage(
+    confidence: np.ndarray, right: np.ndarray, questions: int, target: float
+) -> dict[str, float | None]:
+    """The largest share of all `questions` that can be answered above one confidence threshold with
+    accuracy >= target among those answered.
 
-    coverage 0, and threshold and accuracy None, where no threshold reaches the target. The threshold is chosen on the very answers it is judged on,
-    so it flatters a little; on new questions expect less.
+    coverage 0, and threshold and accuracy None, where no threshold reaches the target. The
+    threshold is chosen on the very answers it is judged on, so it flatters a little; on new
+    questions expect less.
     """
     order = np.argsort(-confidence, kind="stable")
-    sure, hits = confidence[order], np.cumsum(right[order])
+    sure = confidence[order]
+    hits = np.cumsum(right[order])
     # A threshold takes all answers of one confidence or none.
-    ends = np.flatnonzero(np.append(sure[1:] != sure[:-1], True)) if len(sure) else np.array([], int)
+    ends = (
+        np.flatnonzero(np.append(sure[1:] != sure[:-1], True)) if len(sure) else np.array([], int)
+    )
     good = [end for end in ends if hits[end] >= target * (end + 1) - 1e-9]
     if not good:
         return {"target": target, "coverage": 0.0, "threshold": None, "accuracy": None}
     last = int(good[-1])
-    return {"target": target, "coverage": (last + 1) / questions, "threshold": float(sure[last]), "accuracy": float(hits[last] / (last + 1))}
+    return {
+        "target": target,
+        "coverage": (last + 1) / questions,
+        "threshold": float(sure[last]),
+        "accuracy": float(hits[last] / (last + 1)),
+    }

@@ -1,6 +1,7 @@
 """Progress, messages and tables for people.
 
-Progress goes to standard error and only to a terminal, so that standard output stays clean for results and --json.
+Progress goes to standard error and only to a terminal, so that standard output stays clean for
+results and --json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ def track(items: Sequence[T] | Iterable[T], label: str, total: int | None = None
     from rich.progress import track as bar
 
     console = Console(stderr=True)
-    yield from bar(items, description=label, total=total, console=console, transient=True, disable=not console.is_terminal)
+    yield from bar(
+        items,
+        description=label,
+        total=total,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def say(text: str) -> None:
@@ -29,7 +37,9 @@ def say(text: str) -> None:
 
 
 def show(value: object, as_json: bool) -> None:
-    """Print a result on standard output: JSON for programs, 'key: value' lines or a table for people."""
+    """Print a result on standard output: JSON for programs, 'key: value' lines or a table for
+    people.
+    """
     if as_json:
         print(json.dumps(value, indent=1, ensure_ascii=False))
     else:
@@ -37,7 +47,9 @@ def show(value: object, as_json: bool) -> None:
 
 
 def table(value: object) -> None:
-    """Print a result for a person on standard output: a list of mappings as a table, a mapping as lines, mappings in it as tables."""
+    """Print a result for a person on standard output: a list of mappings as a table, a mapping as
+    lines, mappings in it as tables.
+    """
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -46,7 +58,11 @@ def table(value: object) -> None:
     elif isinstance(value, dict):
         width = max(len(str(key)) for key in value)
         for key, item in value.items():
-            if isinstance(item, dict) and item and all(isinstance(row, dict) for row in item.values()):
+            if (
+                isinstance(item, dict)
+                and item
+                and all(isinstance(row, dict) for row in item.values())
+            ):
                 console.print(str(key), markup=False)
                 console.print(_grid([{"": name, **row} for name, row in item.items()]))
             else:
@@ -54,11 +70,23 @@ def table(value: object) -> None:
 
 
 def wide(rows: Sequence[dict[str, object]]) -> list[str]:
-    """Rows as lines of aligned text, as wide as they need to be: for tables whose cells must not be folded. Numbers stand to the right."""
-    columns = {name: [name, *(_text(row.get(name)) for row in rows)] for name in rows[0]} if rows else {}
-    right = {name for name in columns if any(isinstance(row.get(name), (int, float)) for row in rows)}
+    """Rows as lines of aligned text, as wide as they need to be: for tables whose cells must not be
+    folded. Numbers stand to the right.
+    """
+    columns = (
+        {name: [name, *(_text(row.get(name)) for row in rows)] for name in rows[0]} if rows else {}
+    )
+    right = {
+        name for name in columns if any(isinstance(row.get(name), (int, float)) for row in rows)
+    }
     widths = {name: max(map(len, cells)) for name, cells in columns.items()}
-    return ["  ".join(cells[n].rjust(widths[name]) if name in right else cells[n].ljust(widths[name]) for name, cells in columns.items()).rstrip() for n in range(len(rows) + 1 if rows else 0)]
+    return [
+        "  ".join(
+            cells[n].rjust(widths[name]) if name in right else cells[n].ljust(widths[name])
+            for name, cells in columns.items()
+        ).rstrip()
+        for n in range(len(rows) + 1 if rows else 0)
+    ]
 
 
 def _grid(rows: list[dict[str, object]]) -> object:

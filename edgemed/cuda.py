@@ -1,7 +1,9 @@
-"""The little of CUDA an engine needs (memory, copies, a stream, graphs), by ctypes on the driver's own library.
+"""The little of CUDA an engine needs (memory, copies, a stream, graphs), by ctypes on the driver's
+own library.
 
-libcuda comes with every driver, Jetsons included, so nothing has to match a toolkit or a Python wheel, and a device needs no torch. Tests
-replace `load` by a library on host memory; no call here has run on a GPU yet.
+libcuda comes with every driver, Jetsons included, so nothing has to match a toolkit or a Python
+wheel, and a device needs no torch. Tests replace `load` by a library on host memory; no call here
+has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,17 +19,33 @@ from edgemed.errors import EdgemedError
 
 OUT_OF_MEMORY = 2
 CAPTURE_ERRORS = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_*
-INTEGRATED, MAJOR, MINOR = 18, 75, 76  # CUdevice_attribute
-DEVICE_MEMORY, THREAD_LOCAL = 2, 1  # CUmemorytype, CUstreamCaptureMode
+INTEGRATED = 18
+MAJOR = 75
+MINOR = 76  # CUdevice_attribute
+DEVICE_MEMORY = 2
+THREAD_LOCAL = 1  # CUmemorytype, CUstreamCaptureMode
 
 
 class Copy2D(ctypes.Structure):
     """CUDA_MEMCPY2D of cuda.h."""
 
     _fields_ = [
-        ("src_x", c_size_t), ("src_y", c_size_t), ("src_type", c_int), ("src_host", c_void_p), ("src_device", c_uint64), ("src_array", c_void_p), ("src_pitch", c_size_t),
-        ("dst_x", c_size_t), ("dst_y", c_size_t), ("dst_type", c_int), ("dst_host", c_void_p), ("dst_device", c_uint64), ("dst_array", c_void_p), ("dst_pitch", c_size_t),
-        ("width", c_size_t), ("height", c_size_t),
+        ("src_x", c_size_t),
+        ("src_y", c_size_t),
+        ("src_type", c_int),
+        ("src_host", c_void_p),
+        ("src_device", c_uint64),
+        ("src_array", c_void_p),
+        ("src_pitch", c_size_t),
+        ("dst_x", c_size_t),
+        ("dst_y", c_size_t),
+        ("dst_type", c_int),
+        ("dst_host", c_void_p),
+        ("dst_device", c_uint64),
+        ("dst_array", c_void_p),
+        ("dst_pitch", c_size_t),
+        ("width", c_size_t),
+        ("height", c_size_t),
     ]
 
 
@@ -40,28 +58,45 @@ def load() -> Any:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise EdgemedError("there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)", "Run this on the device, or install the NVIDIA driver") from None
+        raise EdgemedError(
+            "there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)",
+            "Run this on the device, or install the NVIDIA driver",
+        ) from None
 
 
 class Cuda:
-    """The first GPU, its primary context, and one stream. Addresses are integers; sizes are bytes."""
+    """The first GPU, its primary context, and one stream. Addresses are integers; sizes are
+    bytes.
+    """
 
     def __init__(self) -> None:
         """Raises EdgemedError where there is no driver or no GPU it can use."""
         self.lib = load()
-        for name, types in (("cuMemAlloc_v2", (POINTER(c_uint64), c_size_t)), ("cuMemFree_v2", (c_uint64,)), ("cuMemsetD8Async", (c_uint64, ctypes.c_ubyte, c_size_t, c_void_p)),
-                            ("cuMemcpyHtoDAsync_v2", (c_uint64, c_void_p, c_size_t, c_void_p)), ("cuMemcpyDtoHAsync_v2", (c_void_p, c_uint64, c_size_t, c_void_p)),
-                            ("cuMemHostAlloc", (POINTER(c_void_p), c_size_t, ctypes.c_uint)), ("cuGraphInstantiateWithFlags", (POINTER(c_void_p), c_void_p, c_uint64))):
+        for name, types in (
+            ("cuMemAlloc_v2", (POINTER(c_uint64), c_size_t)),
+            ("cuMemFree_v2", (c_uint64,)),
+            ("cuMemsetD8Async", (c_uint64, ctypes.c_ubyte, c_size_t, c_void_p)),
+            ("cuMemcpyHtoDAsync_v2", (c_uint64, c_void_p, c_size_t, c_void_p)),
+            ("cuMemcpyDtoHAsync_v2", (c_void_p, c_uint64, c_size_t, c_void_p)),
+            ("cuMemHostAlloc", (POINTER(c_void_p), c_size_t, ctypes.c_uint)),
+            ("cuGraphInstantiateWithFlags", (POINTER(c_void_p), c_void_p, c_uint64)),
+        ):
             getattr(self.lib, name).argtypes = types
         code = self.lib.cuInit(0)
         device = c_int()
         code = code or self.lib.cuDeviceGet(byref(device), 0)
         if code:
-            raise EdgemedError(f"the NVIDIA driver finds no GPU it can use ({self._error(code)})", "Check nvidia-smi; after a driver update, restart")
-        self.device, self.context, self.stream = device, c_void_p(), c_void_p()
+            raise EdgemedError(
+                f"the NVIDIA driver finds no GPU it can use ({self._error(code)})",
+                "Check nvidia-smi; after a driver update, restart",
+            )
+        self.device = device
+        self.context = c_void_p()
+        self.stream = c_void_p()
         self._call("cuDevicePrimaryCtxRetain", byref(self.context), device)
         self.enter()
-        self._call("cuStreamCreate", byref(self.stream), 1)  # 1: does not wait for the default stream
+        # 1: does not wait for the default stream
+        self._call("cuStreamCreate", byref(self.stream), 1)
         self.held: list[int] = []
         self.pinned: list[c_void_p] = []
 
@@ -75,7 +110,10 @@ class Cuda:
         if code in CAPTURE_ERRORS:
             raise CaptureError(self._error(code))
         if code == OUT_OF_MEMORY:
-            raise EdgemedError(f"the GPU has no memory left ({self.free() / 1e6:.1f} MB free)", "Close other programs, or export with a smaller context or int4")
+            raise EdgemedError(
+                f"the GPU has no memory left ({self.free() / 1e6:.1f} MB free)",
+                "Close other programs, or export with a smaller context or int4",
+            )
         if code:
             raise RuntimeError(f"{name}: {self._error(code)}")
 
@@ -110,12 +148,15 @@ class Cuda:
         return bool(self._attribute(INTEGRATED))
 
     def free(self) -> int:
-        """Bytes that can be had. Where memory is shared the driver does not count what the file cache would give back, so the system's number is taken."""
+        """Bytes that can be had. Where memory is shared the driver does not count what the file
+        cache would give back, so the system's number is taken.
+        """
         import psutil
 
         if self.shared():
             return int(psutil.virtual_memory().available)
-        free, total = c_size_t(), c_size_t()
+        free = c_size_t()
+        total = c_size_t()
         self._call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value
 
@@ -142,9 +183,26 @@ class Cuda:
     def to_host(self, array: np.ndarray, address: int) -> None:
         self._call("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, self.stream)
 
-    def rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
+    def rows(
+        self,
+        target: int,
+        target_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        height: int,
+    ) -> None:
         """Copy `height` pieces of `width` bytes within the device, their starts a pitch apart."""
-        copy = Copy2D(src_type=DEVICE_MEMORY, src_device=source, src_pitch=source_pitch, dst_type=DEVICE_MEMORY, dst_device=target, dst_pitch=target_pitch, width=width, height=height)
+        copy = Copy2D(
+            src_type=DEVICE_MEMORY,
+            src_device=source,
+            src_pitch=source_pitch,
+            dst_type=DEVICE_MEMORY,
+            dst_device=target,
+            dst_pitch=target_pitch,
+            width=width,
+            height=height,
+        )
         self._call("cuMemcpy2DAsync_v2", byref(copy), self.stream)
 
     def wait(self) -> None:
@@ -153,8 +211,11 @@ class Cuda:
     # --- graphs
 
     def capture(self, work: Callable[[], None]) -> c_void_p:
-        """Record what `work` puts on the stream, without running it. Raises CaptureError where that is impossible."""
-        graph, ready = c_void_p(), c_void_p()
+        """Record what `work` puts on the stream, without running it. Raises CaptureError where that
+        is impossible.
+        """
+        graph = c_void_p()
+        ready = c_void_p()
         self._call("cuStreamBeginCapture_v2", self.stream, THREAD_LOCAL)
         try:
             work()
@@ -174,11 +235,15 @@ class Cuda:
         self._call("cuGraphExecDestroy", ready)
 
     def bandwidth(self, size: int = 1 << 30, rounds: int = 20) -> float:
-        """Measured device memory bandwidth, 10^9 bytes/s read and written: the best of `rounds` copies within the device."""
+        """Measured device memory bandwidth, 10^9 bytes/s read and written: the best of `rounds`
+        copies within the device.
+        """
         import time
 
         size = min(size, self.free() // 8)
-        source, target, best = self.alloc(size), self.alloc(size), float("inf")
+        source = self.alloc(size)
+        target = self.alloc(size)
+        best = float("inf")
         for _ in range(rounds):
             self.wait()
             started = time.perf_counter()
@@ -195,6 +260,7 @@ class Cuda:
             self._call("cuMemFree_v2", address)
         for address in self.pinned:
             self._call("cuMemFreeHost", address)
-        self.held, self.pinned = [], []
+        self.held = []
+        self.pinned = []
         self._call("cuStreamDestroy_v2", self.stream)
         self._call("cuDevicePrimaryCtxRelease_v2", self.device)

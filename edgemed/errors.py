@@ -1,7 +1,8 @@
 """The one exception a user is meant to read, and the one way to ask for an optional package.
 
-Everything a person can put right raises EdgemedError with what, where and what to do; the command line prints it as one
-line and exits with code 1. Any other exception is a bug in edgemed and keeps its traceback.
+Everything a person can put right raises EdgemedError with what, where and what to do; the command
+line prints it as one line and exits with code 1. Any other exception is a bug in edgemed and keeps
+its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ class EdgemedError(Exception):
     """A problem a person can put right. `fix` is the sentence that says how."""
 
     def __init__(self, problem: str, fix: str = ""):
-        self.problem, self.fix = problem, fix
+        self.problem = problem
+        self.fix = fix
         super().__init__(f"{problem}. {fix}" if fix else problem)
 
 
@@ -31,7 +33,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def need(module: str, extra: str) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 
-    Raises EdgemedError where the package itself is absent; an error inside an installed package is not hidden.
+    Raises EdgemedError where the package itself is absent; an error inside an installed package is
+    not hidden.
     """
     try:
         return importlib.import_module(module)
@@ -39,5 +42,6 @@ def need(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise EdgemedError(
-            f"this needs the package '{module}', which is not installed", f"Install it with: pip install 'edgemed[{extra}]'"
+            f"this needs the package '{module}', which is not installed",
+            f"Install it with: pip install 'edgemed[{extra}]'",
         ) from None

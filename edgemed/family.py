@@ -1,7 +1,8 @@
-"""The values that describe one architecture: numbers of the decoder, and where each part lies in a checkpoint.
+"""The values that describe one architecture: numbers of the decoder, and where each part lies in a
+checkpoint.
 
-A family is a frozen value in one file under families/, not a class tree: steps and targets read these values and never
-ask which family they have, so a new architecture is one new file.
+A family is a frozen value in one file under families/, not a class tree: steps and targets read
+these values and never ask which family they have, so a new architecture is one new file.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from edgemed.errors import EdgemedError, nearest
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of some layers' MLPs. count: experts of one layer; active: how many of them a token uses; layers: which have them.
+    """A mixture of experts in place of some layers' MLPs. count: experts of one layer; active: how
+    many of them a token uses; layers: which have them.
 
-    The router's scores become gates by softmax over all experts, in float32. A token goes to the `active` experts of the largest gates, and their outputs
-    are added, each times its gate; renormalised: the chosen gates are divided by their sum first. shared: one more expert, which every token uses with
-    gate 1. router_bias: the router adds one.
+    The router's scores become gates by softmax over all experts, in float32. A token goes to the
+    `active` experts of the largest gates, and their outputs are added, each times its gate;
+    renormalised: the chosen gates are divided by their sum first. shared: one more expert, which
+    every token uses with gate 1. router_bias: the router adds one.
 
-    rank or density above 0: the experts of a layer share one matrix ('base.up', 'base.down'), and each adds its own difference: of that rank (b a), or with
-    that share of each row's weights (values at columns).
+    rank or density above 0: the experts of a layer share one matrix ('base.up', 'base.down'), and
+    each adds its own difference: of that rank (b a), or with that share of each row's weights
+    (values at columns).
     """
 
     count: int
@@ -50,12 +54,15 @@ class Experts:
 class Decoder:
     """Numbers of one decoder-only transformer; all sizes in elements.
 
-    score_scale: factor on q.k per layer. norm: 'layernorm' or 'rmsnorm'. positions: 'learned' (absolute table) or 'rope': the first
-    2 * len(rope_frequencies) elements of each head are rotated, element i with element i + len(rope_frequencies), by position * rope_frequencies[i]
-    radians (rope_theta is the base they come from); rope_axes[i]: which part of a position with several parts pair i counts (all 0: positions are
-    plain numbers). activation: 'gelu_tanh', 'gelu' or 'silu'. gated: the MLP is down(activation(gate x) * (up x)).
-    parallel: attention and MLP both read the attention norm of the same x. head: 'lm' (next token), 'choice' (one score per sequence) or
-    'classes' (head_size scores per sequence), the last two read from the last token. experts: where some MLPs are mixtures of experts, each of size ffn.
+    score_scale: factor on q.k per layer. norm: 'layernorm' or 'rmsnorm'. positions: 'learned'
+    (absolute table) or 'rope': the first 2 * len(rope_frequencies) elements of each head are
+    rotated, element i with element i + len(rope_frequencies), by position * rope_frequencies[i]
+    radians (rope_theta is the base they come from); rope_axes[i]: which part of a position with
+    several parts pair i counts (all 0: positions are plain numbers). activation: 'gelu_tanh',
+    'gelu' or 'silu'. gated: the MLP is down(activation(gate x) * (up x)). parallel: attention and
+    MLP both read the attention norm of the same x. head: 'lm' (next token), 'choice' (one score per
+    sequence) or 'classes' (head_size scores per sequence), the last two read from the last token.
+    experts: where some MLPs are mixtures of experts, each of size ffn.
     """
 
     hidden: int
@@ -99,18 +106,32 @@ class Decoder:
         return self.experts is not None and layer in self.experts.layers
 
     def mlps(self, layer: int) -> tuple[str, ...]:
-        """What stands before 'up' and 'down' in the names of this layer's MLPs: '' alone, or 'experts.J.' of each expert (of those with a shared matrix 'base.') and 'shared.'."""
+        """What stands before 'up' and 'down' in the names of this layer's MLPs: '' alone, or
+        'experts.J.' of each expert (of those with a shared matrix 'base.') and 'shared.'.
+        """
         if not self.sparse(layer):
             return ("",)
-        own = ("base.",) if self.experts.based else tuple(f"experts.{j}." for j in range(self.experts.count))
+        own = (
+            ("base.",)
+            if self.experts.based
+            else tuple(f"experts.{j}." for j in range(self.experts.count))
+        )
         return (*own, *(("shared.",) if self.experts.shared else ()))
 
     def matrices(self, layer: int) -> tuple[str, ...]:
-        """The matrices of one layer that may be quantized, in the order they are computed; parts are called 'layers.N.' and then these."""
-        return ("qkv", "o", *(f"{mlp}{part}" for mlp in self.mlps(layer) for part in ("up", "down")))
+        """The matrices of one layer that may be quantized, in the order they are computed; parts
+        are called 'layers.N.' and then these.
+        """
+        return (
+            "qkv",
+            "o",
+            *(f"{mlp}{part}" for mlp in self.mlps(layer) for part in ("up", "down")),
+        )
 
     def fold_factor(self, layer: int) -> float:
-        """What q must be multiplied with so that the plain 1/sqrt(head_dim) scale gives this layer's scores."""
+        """What q must be multiplied with so that the plain 1/sqrt(head_dim) scale gives this
+        layer's scores.
+        """
         return self.score_scale[layer] * self.head_dim**0.5
 
 
@@ -118,14 +139,19 @@ class Decoder:
 class Vision:
     """Numbers of a vision tower and of the projector behind it; sizes in elements.
 
-    layers: those that are computed; spare: stored behind them and never read. patch: pixels per side of a patch; temporal: how often an image is stacked in one (a still image as frames of a
-    film); merge: patches per side that become one feature. pixels: (least, most) of an image, which is resized to multiples of patch * merge within
-    them; size: or the one side every image gets, and fit how: 'pad' (to a square of the mean colour, then resized), 'crop' (shortest side resized, the
-    middle cut out) or 'stretch'. frequencies: rotary over row (first half of the pairs) and column (second half); empty: a learned
-    table and, in front, a class token that is dropped again. pre_norm: a norm before the first layer. projector_hidden: middle of the two-layer
-    projector; projector_norm: a norm in front of it. token: id that stands for one feature in a prompt, between `before` and `after`; it may lie outside the
-    vocabulary, for it is never looked up. marker: the text that becomes this id where the tokenizer has no token for it; start: ids in front of every
-    prompt. conversation: which of its family's conversation forms the model was trained on. mean, std: of RGB in 0..1. activation: 'quick_gelu' or 'gelu'.
+    layers: those that are computed; spare: stored behind them and never read. patch: pixels per
+    side of a patch; temporal: how often an image is stacked in one (a still image as frames of a
+    film); merge: patches per side that become one feature. pixels: (least, most) of an image, which
+    is resized to multiples of patch * merge within them; size: or the one side every image gets,
+    and fit how: 'pad' (to a square of the mean colour, then resized), 'crop' (shortest side
+    resized, the middle cut out) or 'stretch'. frequencies: rotary over row (first half of the
+    pairs) and column (second half); empty: a learned table and, in front, a class token that is
+    dropped again. pre_norm: a norm before the first layer. projector_hidden: middle of the
+    two-layer projector; projector_norm: a norm in front of it. token: id that stands for one
+    feature in a prompt, between `before` and `after`; it may lie outside the vocabulary, for it is
+    never looked up. marker: the text that becomes this id where the tokenizer has no token for it;
+    start: ids in front of every prompt. conversation: which of its family's conversation forms the
+    model was trained on. mean, std: of RGB in 0..1. activation: 'quick_gelu' or 'gelu'.
     """
 
     width: int
@@ -162,13 +188,16 @@ class Vision:
 
 @dataclass(frozen=True)
 class Part:
-    """One canonical part of a decoder and the checkpoint modules it is made of (joined along the output axis).
+    """One canonical part of a decoder and the checkpoint modules it is made of (joined along the
+    output axis).
 
-    kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'router' (a matrix that stays float32: its rows decide which experts a token uses),
-    'table' (weight [rows, width]), 'norm' (weight [width], perhaps bias), 'delta' (what an expert adds to a shared matrix) or 'index' (int32, where it adds it).
-    conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is stored. rows: output rows of each module, where there are several.
-    stored_shape: where a weight is stored with other axes than `shape` has (a convolution over patches). bare: stored under the module's own name,
-    without '.weight'.
+    kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'router' (a matrix that stays
+    float32: its rows decide which experts a token uses), 'table' (weight [rows, width]), 'norm'
+    (weight [width], perhaps bias), 'delta' (what an expert adds to a shared matrix) or 'index'
+    (int32, where it adds it). conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is
+    stored. rows: output rows of each module, where there are several. stored_shape: where a weight
+    is stored with other axes than `shape` has (a convolution over patches). bare: stored under the
+    module's own name, without '.weight'.
     """
 
     modules: tuple[str, ...]
@@ -186,33 +215,58 @@ class Part:
 
     def stored(self) -> list[tuple[str, tuple[int, ...]]]:
         """(module, shape of its weight as stored) of each module."""
-        shapes = [self.stored_shape] if self.stored_shape else [(rows, *self.shape[1:]) for rows in self.rows or self.shape[:1]]
-        return [(module.split("|")[0], shape[::-1] if self.conv1d else shape) for module, shape in zip(self.modules, shapes, strict=True)]
+        shapes = (
+            [self.stored_shape]
+            if self.stored_shape
+            else [(rows, *self.shape[1:]) for rows in self.rows or self.shape[:1]]
+        )
+        return [
+            (module.split("|")[0], shape[::-1] if self.conv1d else shape)
+            for module, shape in zip(self.modules, shapes, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class Family:
     """What is peculiar to one architecture.
 
-    decoder(config, tensor_shapes) -> Decoder. parts(decoder) -> canonical name -> Part, canonical names being 'embed', 'positions',
-    'layers.N.{attn_norm,qkv,o,mlp_norm,up,down}', 'final_norm', and 'lm_head' or 'head'. qkv holds the rows of q, k and v; up holds, where
-    the MLP is gated, the rows of gate and then of up; a parallel block has no mlp_norm. A layer with experts has router, experts.J.up and experts.J.down, and
-    perhaps shared.up and shared.down in place of up and down; where experts share a matrix, base.up, base.down and experts.J.{up,down}.{a,b} or .{values,columns}, and .bias.
-    prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers that carry no information.
-    folded(config): the config after score_scale has been folded into the q rows. gguf_arch, gguf_pre: llama.cpp's names for
-    the graph ('': it has none) and the pre-tokenizer. reference_config: published true dimensions, for --random-weights; other_references: name -> those of its other models.
-    gguf_projector: llama.cpp's name for its graph of the vision tower and projector, '' where it has none that is right.
-    auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates elements 2i and 2i+1 of a head, not i and i+half.
-    gguf_centred: that graph has RMS norms where the model has layer norms, which are the same where the residual stream has no mean: it is taken out of
+    decoder(config, tensor_shapes) -> Decoder. parts(decoder) -> canonical name -> Part, canonical
+    names being 'embed', 'positions',
+    'layers.N.{attn_norm,qkv,o,mlp_norm,up,down}', 'final_norm', and 'lm_head' or 'head'. qkv holds
+    the rows of q, k and v; up holds, where
+    the MLP is gated, the rows of gate and then of up; a parallel block has no mlp_norm. A layer
+    with experts has router, experts.J.up and experts.J.down, and
+    perhaps shared.up and shared.down in place of up and down; where experts share a matrix,
+    base.up, base.down and experts.J.{up,down}.{a,b} or .{values,columns}, and .bias.
+    prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers
+    that carry no information.
+    folded(config): the config after score_scale has been folded into the q rows. gguf_arch,
+    gguf_pre: llama.cpp's names for
+    the graph ('': it has none) and the pre-tokenizer. reference_config: published true dimensions,
+    for --random-weights; other_references: name -> those of its other models.
+    gguf_projector: llama.cpp's name for its graph of the vision tower and projector, '' where it
+    has none that is right.
+    auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates
+    elements 2i and 2i+1 of a head, not i and i+half.
+    gguf_centred: that graph has RMS norms where the model has layer norms, which are the same where
+    the residual stream has no mean: it is taken out of
     everything that is added to it.
-    vision(config, preprocessor_config, tensor_shapes) -> Vision and vision_parts(vision, decoder) -> canonical name -> Part ('vision.patch',
-    'vision.layers.N.*', 'vision.projector.*'; 'vision.spare.*' is stored and never read), of families that see.
-    variant(config) -> the family as one config has it, where its text model may be one of several other families'.
-    text_config(config) -> the config under which transformers reads the text model alone, None where it reads the whole checkpoint.
-    chat(text, images, conversation) -> prompt: one user turn in the model's own form (Vision.conversation), with one image token where each image stands. reasoning(question)
-    -> that question with the instructions a reasoning fine-tune was trained with; answer(text) -> the letter its answer names, None where it names none.
-    opening: what such an answer writes right before that letter. without_experts(config, times) -> the config of the dense model with MLPs `times` as wide;
-    shared_experts(config, rank, density) -> that of the model whose experts share a matrix (see Experts).
+    vision(config, preprocessor_config, tensor_shapes) -> Vision and vision_parts(vision, decoder)
+    -> canonical name -> Part ('vision.patch',
+    'vision.layers.N.*', 'vision.projector.*'; 'vision.spare.*' is stored and never read), of
+    families that see.
+    variant(config) -> the family as one config has it, where its text model may be one of several
+    other families'.
+    text_config(config) -> the config under which transformers reads the text model alone, None
+    where it reads the whole checkpoint.
+    chat(text, images, conversation) -> prompt: one user turn in the model's own form
+    (Vision.conversation), with one image token where each image stands. reasoning(question)
+    -> that question with the instructions a reasoning fine-tune was trained with; answer(text) ->
+      the letter its answer names, None where it names none.
+    opening: what such an answer writes right before that letter. without_experts(config, times) ->
+    the config of the dense model with MLPs `times` as wide;
+    shared_experts(config, rank, density) -> that of the model whose experts share a matrix (see
+    Experts).
     """
 
     name: str
@@ -230,7 +284,10 @@ class Family:
     gguf_interleaved: bool = False
     gguf_centred: bool = False
     gguf_projector: str = ""
-    vision: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], Vision] | None = None
+    vision: (
+        Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], Vision]
+        | None
+    ) = None
     vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
     variant: Callable[[Mapping[str, Any]], Family] | None = None
     text_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] | None = None
@@ -244,90 +301,188 @@ class Family:
 
 
 def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:
-    """All canonical parts of a checkpoint: the text decoder's, and the vision tower's where there is one."""
+    """All canonical parts of a checkpoint: the text decoder's, and the vision tower's where there
+    is one.
+    """
     return family.parts(d) | (family.vision_parts(vision, d) if vision else {})
 
 
 def relocated(parts: Mapping[str, Part], places: Mapping[str, tuple[str, ...]]) -> dict[str, Part]:
-    """A text model's parts inside a larger checkpoint. places: beginning of a module's name there -> what may stand in its stead, first match."""
+    """A text model's parts inside a larger checkpoint. places: beginning of a module's name there
+    -> what may stand in its stead, first match.
+    """
+
     def at(module: str) -> str:
         start = next((start for start in places if module.startswith(start)), None)
-        return module if start is None else "|".join(place + module.removeprefix(start) for place in places[start])
+        return (
+            module
+            if start is None
+            else "|".join(place + module.removeprefix(start) for place in places[start])
+        )
 
-    return {name: replace(part, modules=tuple(at(module) for module in part.modules)) for name, part in parts.items()}
+    return {
+        name: replace(part, modules=tuple(at(module) for module in part.modules))
+        for name, part in parts.items()
+    }
 
 
 def whole(config: Mapping[str, Any], key: str) -> int:
-    """A size in config.json. Raises EdgemedError where it is missing or not a whole number above 0."""
+    """A size in config.json. Raises EdgemedError where it is missing or not a whole number above
+    0.
+    """
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        said = f"has {key} {value!r}, which is not a whole number above 0" if key in config else f"has no {key}"
+        said = (
+            f"has {key} {value!r}, which is not a whole number above 0"
+            if key in config
+            else f"has no {key}"
+        )
         raise EdgemedError(f"config.json {said}", "Download it again")
     return value
 
 
 def rotary(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    """Decoder's rope fields from a config in transformers' layout, old (rope_theta, rope_scaling, partial_rotary_factor or rope_pct) or new (rope_parameters)."""
+    """Decoder's rope fields from a config in transformers' layout, old (rope_theta, rope_scaling,
+    partial_rotary_factor or rope_pct) or new (rope_parameters).
+    """
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
 
     def known(*names: str, default: float) -> float:
-        return float(next((place[name] for name in names for place in (scaling, config) if place.get(name) is not None), default))
+        return float(
+            next(
+                (
+                    place[name]
+                    for name in names
+                    for place in (scaling, config)
+                    if place.get(name) is not None
+                ),
+                default,
+            )
+        )
 
     theta = known("rope_theta", default=10000.0)
     width = int(head_dim * known("partial_rotary_factor", "rope_pct", default=1.0))
-    return {"positions": "rope", "rope_theta": theta, "rope_frequencies": inverse_frequencies(width, theta, scaling)}
+    return {
+        "positions": "rope",
+        "rope_theta": theta,
+        "rope_frequencies": inverse_frequencies(width, theta, scaling),
+    }
 
 
 def first_token(value: Any) -> int | None:
-    """An end-of-text id; recent configs may list several, of which the first is the base model's."""
+    """An end-of-text id; recent configs may list several, of which the first is the base
+    model's.
+    """
     return value[0] if isinstance(value, list) else value
 
 
 def head_of(shapes: Mapping[str, tuple[int, ...]], module: str = "score") -> dict[str, Any]:
-    """Decoder's head fields from the stored tensors: a classification head is there, or the model is a language model."""
+    """Decoder's head fields from the stored tensors: a classification head is there, or the model
+    is a language model.
+    """
     shape = shapes.get(f"{module}.weight")
     return {"head": "classes", "head_size": shape[0]} if shape else {}
 
 
 def checked(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise EdgemedError where a config asks for something this family's graph does not have. wanted: key -> the one supported value."""
+    """Raise EdgemedError where a config asks for something this family's graph does not have.
+    wanted: key -> the one supported value.
+    """
     for key, value in wanted.items():
         if config.get(key, value) != value:
-            raise EdgemedError(f"config.json: {key} {config[key]!r} is not supported", f"Known: {value!r}")
+            raise EdgemedError(
+                f"config.json: {key} {config[key]!r} is not supported", f"Known: {value!r}"
+            )
 
 
-def usual_parts(d: Decoder, bias: Mapping[str, bool], o: str = "self_attn.o_proj", up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"), down: str = "mlp.down_proj",
-                final_norm: str = "norm", roots: tuple[str, ...] = ("model.",)) -> dict[str, Part]:
-    """The parts of a decoder stored in transformers' usual layout (model.layers.N.self_attn.q_proj and so on).
+def usual_parts(
+    d: Decoder,
+    bias: Mapping[str, bool],
+    o: str = "self_attn.o_proj",
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"),
+    down: str = "mlp.down_proj",
+    final_norm: str = "norm",
+    roots: tuple[str, ...] = ("model.",),
+) -> dict[str, Part]:
+    """The parts of a decoder stored in transformers' usual layout (model.layers.N.self_attn.q_proj
+    and so on).
 
-    bias: which of 'norm', 'qkv', 'o', 'mlp', 'lm_head' store one. roots: what may stand before the names of everything but the output matrix.
+    bias: which of 'norm', 'qkv', 'o', 'mlp', 'lm_head' store one. roots: what may stand before the
+    names of everything but the output matrix.
     """
+
     def at(module: str) -> str:
         return "|".join(root + module for root in roots)
 
     found = {"embed": Part((at("embed_tokens"),), "table", (d.vocab, d.hidden))}
-    heads, kv = d.q_size, d.kv_size
+    heads = d.q_size
+    kv = d.kv_size
     for n in range(d.layers):
         layer = f"layers.{n}."
         qkv = tuple(at(f"{layer}self_attn.{part}_proj") for part in "qkv")
-        found[f"layers.{n}.attn_norm"] = Part((at(f"{layer}input_layernorm"),), "norm", (d.hidden,), bias=bias["norm"])
-        found[f"layers.{n}.qkv"] = Part(qkv, "matrix", (heads + 2 * kv, d.hidden), bias=bias["qkv"], rows=(heads, kv, kv))
-        found[f"layers.{n}.o"] = Part((at(layer + o),), "matrix", (d.hidden, heads), bias=bias["o"])
+        found[f"layers.{n}.attn_norm"] = Part(
+            (at(f"{layer}input_layernorm"),),
+            "norm",
+            (d.hidden,),
+            bias=bias["norm"],
+        )
+        found[f"layers.{n}.qkv"] = Part(
+            qkv,
+            "matrix",
+            (heads + 2 * kv, d.hidden),
+            bias=bias["qkv"],
+            rows=(heads, kv, kv),
+        )
+        found[f"layers.{n}.o"] = Part(
+            (at(layer + o),),
+            "matrix",
+            (d.hidden, heads),
+            bias=bias["o"],
+        )
         if not d.parallel:
-            found[f"layers.{n}.mlp_norm"] = Part((at(f"{layer}post_attention_layernorm"),), "norm", (d.hidden,), bias=bias["norm"])
+            found[f"layers.{n}.mlp_norm"] = Part(
+                (at(f"{layer}post_attention_layernorm"),),
+                "norm",
+                (d.hidden,),
+                bias=bias["norm"],
+            )
         modules = tuple(at(layer + part) for part in up)
-        found[f"layers.{n}.up"] = Part(modules, "matrix", (len(up) * d.ffn, d.hidden), bias=bias["mlp"], rows=(d.ffn,) * len(up))
-        found[f"layers.{n}.down"] = Part((at(layer + down),), "matrix", (d.hidden, d.ffn), bias=bias["mlp"])
-    found["final_norm"] = Part((at(final_norm),), "norm", (d.hidden,), bias=bias["norm"])
+        found[f"layers.{n}.up"] = Part(
+            modules,
+            "matrix",
+            (len(up) * d.ffn, d.hidden),
+            bias=bias["mlp"],
+            rows=(d.ffn,) * len(up),
+        )
+        found[f"layers.{n}.down"] = Part(
+            (at(layer + down),),
+            "matrix",
+            (d.hidden, d.ffn),
+            bias=bias["mlp"],
+        )
+    found["final_norm"] = Part(
+        (at(final_norm),),
+        "norm",
+        (d.hidden,),
+        bias=bias["norm"],
+    )
     if d.head == "lm":
-        found["lm_head"] = Part((at("embed_tokens"),) if d.tied else ("lm_head",), "matrix", (d.vocab, d.hidden), bias=bias["lm_head"] and not d.tied)
+        found["lm_head"] = Part(
+            (at("embed_tokens"),) if d.tied else ("lm_head",),
+            "matrix",
+            (d.vocab, d.hidden),
+            bias=bias["lm_head"] and not d.tied,
+        )
     else:
         found["head"] = Part(("score",), "matrix", (d.head_size, d.hidden))
     return found
 
 
-def inverse_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[float, ...]:
-    """Rotary frequencies theta^(-2i/width), i < width/2 (Su et al. 2021), rescaled as transformers' rope types 'default', 'linear' and 'llama3' do.
+def inverse_frequencies(
+    width: int, theta: float, scaling: Mapping[str, Any] | None = None
+) -> tuple[float, ...]:
+    """Rotary frequencies theta^(-2i/width), i < width/2 (Su et al. 2021), rescaled as transformers'
+    rope types 'default', 'linear' and 'llama3' do.
 
     Raises EdgemedError for another rope type.
     """
@@ -339,9 +494,13 @@ def inverse_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | N
     if kind == "linear":
         return tuple(f / scaling["factor"] for f in found)
     if kind != "llama3":
-        raise EdgemedError(f"config.json: rope type '{kind}' is not supported", "Known: default, linear, llama3")
+        raise EdgemedError(
+            f"config.json: rope type '{kind}' is not supported", "Known: default, linear, llama3"
+        )
     # Llama 3.1: long waves are slowed by `factor`, short ones kept, those between mixed.
-    low, high, old = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    old = scaling["original_max_position_embeddings"]
     mixed = []
     for f in found:
         share = min(max((old * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0)
@@ -354,11 +513,16 @@ def all_families() -> dict[str, Family]:
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json. Raises EdgemedError listing the known architectures and the nearest."""
+    """The family of a config.json. Raises EdgemedError listing the known architectures and the
+    nearest.
+    """
     model_type = str(config.get("model_type", ""))
     families = all_families()
     for family in families.values():
         if model_type in family.model_types:
             return family.variant(config) if family.variant else family
     known = [t for family in families.values() for t in family.model_types]
-    raise EdgemedError(f"{where}: unknown architecture '{model_type or '(no model_type)'}'", nearest(model_type, known))
+    raise EdgemedError(
+        f"{where}: unknown architecture '{model_type or '(no model_type)'}'",
+        nearest(model_type, known),
+    )

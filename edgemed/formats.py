@@ -1,6 +1,8 @@
-"""How numbers are written for people: three significant digits, a unit beside every one, a dash for what is not known.
+"""How numbers are written for people: three significant digits, a unit beside every one, a dash for
+what is not known.
 
-The page, its Markdown twin and the tests share these functions, so that one number looks the same wherever it stands.
+The page, its Markdown twin and the tests share these functions, so that one number looks the same
+wherever it stands.
 """
 
 from __future__ import annotations
@@ -38,7 +40,15 @@ def number(x: float | None) -> str:
     if x is None:
         return DASH
     magnitude = abs(x)
-    digits = 0 if magnitude >= 100 else 1 if magnitude >= 10 else 2 if magnitude >= 1 or magnitude == 0 else 3
+    digits = (
+        0
+        if magnitude >= 100
+        else 1
+        if magnitude >= 10
+        else 2
+        if magnitude >= 1 or magnitude == 0
+        else 3
+    )
     return f"{x:,.{digits}f}".replace(",", "\u202f").replace("-", MINUS)
 
 
@@ -52,7 +62,9 @@ def percent(x: float | None) -> str:
 
 def percent_interval(interval: Sequence[float] | None) -> str:
     """(0.7093, 0.8281) -> '70.9 to 82.8 %'."""
-    return DASH if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}\u202f%"
+    return (
+        DASH if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}\u202f%"
+    )
 
 
 def points(difference: float | None) -> str:
@@ -84,7 +96,9 @@ def fixed(x: float | None) -> str:
 
 
 def tiny(x: float | None) -> str:
-    """A divergence or an error: small numbers in powers of ten, since their size is what matters."""
+    """A divergence or an error: small numbers in powers of ten, since their size is what
+    matters.
+    """
     if x is None:
         return DASH
     if x == 0 or abs(x) >= 1e-3:

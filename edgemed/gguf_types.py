@@ -1,7 +1,9 @@
-"""Which quantization type each tensor of a GGUF file gets: llama.cpp's mixtures (Q4_K_M and the like), written as plain rules.
+"""Which quantization type each tensor of a GGUF file gets: llama.cpp's mixtures (Q4_K_M and the
+like), written as plain rules.
 
-They follow llama_tensor_get_type and tensor_type_fallback of llama.cpp's src/llama-quant.cpp (the version inside
-llama-cpp-python 0.3.36) for dense decoders, because a user who asks for Q4_K_M expects the very file llama-quantize makes.
+They follow llama_tensor_get_type and tensor_type_fallback of llama.cpp's src/llama-quant.cpp (the
+version inside llama-cpp-python 0.3.36) for dense decoders, because a user who asks for Q4_K_M
+expects the very file llama-quantize makes.
 """
 
 from __future__ import annotations
@@ -11,19 +13,62 @@ from dataclasses import dataclass
 
 # name -> (llama_ftype number, type most matrices get)
 FILE_TYPES = {
-    "f32": (0, "F32"), "f16": (1, "F16"), "bf16": (32, "BF16"), "q8_0": (7, "Q8_0"),
-    "q4_0": (2, "Q4_0"), "q4_1": (3, "Q4_1"), "q5_0": (8, "Q5_0"), "q5_1": (9, "Q5_1"),
-    "q2_k": (10, "Q2_K"), "q2_k_s": (21, "Q2_K"), "q3_k_s": (11, "Q3_K"), "q3_k_m": (12, "Q3_K"), "q3_k_l": (13, "Q3_K"),
-    "q4_k_s": (14, "Q4_K"), "q4_k_m": (15, "Q4_K"), "q5_k_s": (16, "Q5_K"), "q5_k_m": (17, "Q5_K"), "q6_k": (18, "Q6_K"),
-    "iq4_xs": (30, "IQ4_XS"), "iq4_nl": (25, "IQ4_NL"), "iq3_m": (27, "IQ3_S"), "iq3_s": (26, "IQ3_S"), "iq3_xs": (22, "IQ3_S"),
-    "iq3_xxs": (23, "IQ3_XXS"), "iq2_m": (29, "IQ2_S"), "iq2_s": (28, "IQ2_XS"), "iq2_xs": (20, "IQ2_XS"), "iq2_xxs": (19, "IQ2_XXS"),
+    "f32": (0, "F32"),
+    "f16": (1, "F16"),
+    "bf16": (32, "BF16"),
+    "q8_0": (7, "Q8_0"),
+    "q4_0": (2, "Q4_0"),
+    "q4_1": (3, "Q4_1"),
+    "q5_0": (8, "Q5_0"),
+    "q5_1": (9, "Q5_1"),
+    "q2_k": (10, "Q2_K"),
+    "q2_k_s": (21, "Q2_K"),
+    "q3_k_s": (11, "Q3_K"),
+    "q3_k_m": (12, "Q3_K"),
+    "q3_k_l": (13, "Q3_K"),
+    "q4_k_s": (14, "Q4_K"),
+    "q4_k_m": (15, "Q4_K"),
+    "q5_k_s": (16, "Q5_K"),
+    "q5_k_m": (17, "Q5_K"),
+    "q6_k": (18, "Q6_K"),
+    "iq4_xs": (30, "IQ4_XS"),
+    "iq4_nl": (25, "IQ4_NL"),
+    "iq3_m": (27, "IQ3_S"),
+    "iq3_s": (26, "IQ3_S"),
+    "iq3_xs": (22, "IQ3_S"),
+    "iq3_xxs": (23, "IQ3_XXS"),
+    "iq2_m": (29, "IQ2_S"),
+    "iq2_s": (28, "IQ2_XS"),
+    "iq2_xs": (20, "IQ2_XS"),
+    "iq2_xxs": (19, "IQ2_XXS"),
 }
 FLOATS = ("F32", "F16", "BF16")
-WIDE = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
+WIDE = (
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_XS",
+    "IQ3_S",
+    "IQ3_XXS",
+    "IQ2_S",
+    "IQ2_XS",
+    "IQ2_XXS",
+)
 # Where 256 does not divide a row, the type with blocks of 32 that stands in.
 NARROW = {
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-    "IQ4_XS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+    "IQ3_S": "IQ4_NL",
+    "IQ3_XXS": "IQ4_NL",
+    "IQ2_S": "IQ4_NL",
+    "IQ2_XS": "IQ4_NL",
+    "IQ2_XXS": "IQ4_NL",
 }
 VERY_LOW = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 BLIND = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S")
@@ -31,7 +76,9 @@ BLIND = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S")
 
 @dataclass(frozen=True)
 class Model:
-    """What the rules depend on. shapes: tensor name -> (rows, columns) or (width,). group_heads: query heads per key head."""
+    """What the rules depend on. shapes: tensor name -> (rows, columns) or (width,). group_heads:
+    query heads per key head.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     layers: int
@@ -44,10 +91,17 @@ class Model:
 
 
 def tensor_types(model: Model, file_type: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(tensor -> type, tensor -> 'wanted -> given' for those whose rows do not suit the wanted type)."""
-    types, fallbacks = {}, {}
+    """(tensor -> type, tensor -> 'wanted -> given' for those whose rows do not suit the wanted
+    type).
+    """
+    types = {}
+    fallbacks = {}
     for name, shape in model.shapes.items():
-        if len(shape) < 2 or name == "position_embd.weight" or name.endswith((".ffn_gate_inp.weight", ".bias")):
+        if (
+            len(shape) < 2
+            or name == "position_embd.weight"
+            or name.endswith((".ffn_gate_inp.weight", ".bias"))
+        ):
             types[name] = "F32"
             continue
         wanted = FILE_TYPES[file_type][1]
@@ -60,7 +114,9 @@ def tensor_types(model: Model, file_type: str) -> tuple[dict[str, str], dict[str
 
 
 def needs_imatrix(name: str, tensor_type: str, file_type: str) -> bool:
-    """True where llama.cpp refuses to quantize a tensor to this type without an importance matrix."""
+    """True where llama.cpp refuses to quantize a tensor to this type without an importance
+    matrix.
+    """
     if name in ("token_embd.weight", "output.weight"):
         return False
     return tensor_type in BLIND or (tensor_type == "Q2_K" and file_type == "q2_k_s")
@@ -87,9 +143,17 @@ def _mixture(model: Model, name: str, default: str, file_type: str) -> str:
             return "Q5_K"
         return default if default == "Q8_0" else "Q6_K"
     if name == "token_embd.weight":
-        return {"iq2_xxs": "Q2_K", "iq2_xs": "Q2_K", "iq2_s": "IQ3_S", "iq2_m": "IQ3_S", "iq3_xxs": "IQ3_S"}.get(file_type, default)
+        return {
+            "iq2_xxs": "Q2_K",
+            "iq2_xs": "Q2_K",
+            "iq2_s": "IQ3_S",
+            "iq2_m": "IQ3_S",
+            "iq3_xxs": "IQ3_S",
+        }.get(file_type, default)
     _, number, part, _ = name.split(".")
-    layer, part = int(number), part.removesuffix("_exps").removesuffix("_shexp")  # llama.cpp treats experts as it does the MLP they stand for
+    layer = int(number)
+    # llama.cpp treats experts as it does the MLP they stand for
+    part = part.removesuffix("_exps").removesuffix("_shexp")
     if part in ("attn_qkv", "attn_v"):
         return _value(model, layer, default, file_type)
     if part in ("attn_q", "attn_k"):
@@ -99,7 +163,11 @@ def _mixture(model: Model, name: str, default: str, file_type: str) -> str:
     if part == "attn_output":
         return _attention_output(default, file_type)
     middle = model.layers // 8 <= layer < 7 * model.layers // 8
-    return "IQ3_XXS" if part in ("ffn_up", "ffn_gate") and file_type == "iq3_xs" and middle else default
+    return (
+        "IQ3_XXS"
+        if part in ("ffn_up", "ffn_gate") and file_type == "iq3_xs" and middle
+        else default
+    )
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -127,7 +195,8 @@ def _value(model: Model, layer: int, default: str, file_type: str) -> str:
 
 
 def _down(model: Model, layer: int, default: str, file_type: str) -> str:
-    first, layers = layer < model.layers // 8, model.layers
+    first = layer < model.layers // 8
+    layers = model.layers
     if file_type in VERY_LOW:
         return ("IQ3_S" if file_type in ("iq2_s", "iq2_m") else "Q2_K") if first else default
     if file_type == "iq3_xxs" and not model.imatrix:
@@ -146,5 +215,13 @@ def _down(model: Model, layer: int, default: str, file_type: str) -> str:
 
 
 def _attention_output(default: str, file_type: str) -> str:
-    special = {"q2_k": "Q3_K", "iq3_xxs": "IQ3_S", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K", "iq3_m": "Q4_K", "iq2_s": "IQ3_S", "iq2_m": "IQ3_S"}
+    special = {
+        "q2_k": "Q3_K",
+        "iq3_xxs": "IQ3_S",
+        "q3_k_m": "Q4_K",
+        "q3_k_l": "Q5_K",
+        "iq3_m": "Q4_K",
+        "iq2_s": "IQ3_S",
+        "iq2_m": "IQ3_S",
+    }
     return special.get(file_type, default)

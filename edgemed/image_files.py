@@ -1,6 +1,8 @@
-"""Opens image files as a person gives them, within bounded memory: PNG, JPEG, TIFF and what else Pillow reads, and DICOM.
+"""Opens image files as a person gives them, within bounded memory: PNG, JPEG, TIFF and what else
+Pillow reads, and DICOM.
 
-Every file a hospital exports goes through here, so what is damaged, far too large or no image at all ends in one clear line.
+Every file a hospital exports goes through here, so what is damaged, far too large or no image at
+all ends in one clear line.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 def open_image(path: str | Path) -> Image.Image:
     """An RGB image from PNG, JPEG, TIFF or another format Pillow reads, or from DICOM.
 
-    Sixteen-bit grey levels are stretched to the range they use; of an animated file the first picture is taken.
-    Raises EdgemedError for a missing, empty, damaged or far too large file.
+    Sixteen-bit grey levels are stretched to the range they use; of an animated file the first
+    picture is taken. Raises EdgemedError for a missing, empty, damaged or far too large file.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,26 +47,37 @@ def decoded(handle: BinaryIO, path: str) -> Image.Image:
             warnings.simplefilter("ignore", pil.DecompressionBombWarning)
             image = pil.open(handle)
             if image.width * image.height > LARGEST:
-                raise EdgemedError(f"image {path} has {image.width} x {image.height} pixels", f"Reduce it below {LARGEST // 1_000_000} million pixels")
+                raise EdgemedError(
+                    f"image {path} has {image.width} x {image.height} pixels",
+                    f"Reduce it below {LARGEST // 1_000_000} million pixels",
+                )
             image.load()
     except pil.UnidentifiedImageError:
         what = "is empty" if handle.seek(0, io.SEEK_END) == 0 else "is not an image Pillow knows"
         raise EdgemedError(f"image {path} {what}", "Give a PNG, JPEG, TIFF or DICOM file") from None
     except pil.DecompressionBombError:
-        raise EdgemedError(f"image {path} has far too many pixels", f"Reduce it below {LARGEST // 1_000_000} million pixels") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged files
+        raise EdgemedError(
+            f"image {path} has far too many pixels",
+            f"Reduce it below {LARGEST // 1_000_000} million pixels",
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        # what Pillow's decoders raise for damaged files
         raise EdgemedError(f"image {path} is damaged: {error}", "Copy it again") from None
     return rgb(image)
 
 
 def is_dicom(path: Path) -> bool:
-    """DICOM files carry DICM behind a preamble of 128 bytes; files of old scanners without it go by their name."""
+    """DICOM files carry DICM behind a preamble of 128 bytes; files of old scanners without it go by
+    their name.
+    """
     with open(path, "rb") as handle:
         return handle.read(132)[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom")
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: 16- and 32-bit grey stretched to 8 bits, transparency on white, CMYK and palettes converted."""
+    """Any Pillow image as RGB: 16- and 32-bit grey stretched to 8 bits, transparency on white, CMYK
+    and palettes converted.
+    """
     pil = need("PIL.Image", "vision")
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         return pil.fromarray(stretched(np.asarray(image, np.float64))).convert("RGB")
@@ -75,11 +88,16 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 class Album:
-    """The images of a task by the names its rows give them: files beside the rows' file, or members of one zip file beside it."""
+    """The images of a task by the names its rows give them: files beside the rows' file, or members
+    of one zip file beside it.
+    """
 
     def __init__(self, folder: Path, archive: str = ""):
-        """archive: name of the zip file in `folder`, '' for none. Raises EdgemedError where it is damaged."""
-        self.folder, self.archive = Path(folder), Path(folder) / archive if archive else None
+        """archive: name of the zip file in `folder`, '' for none. Raises EdgemedError where it is
+        damaged.
+        """
+        self.folder = Path(folder)
+        self.archive = Path(folder) / archive if archive else None
         self.opened: zipfile.ZipFile | None = None
         self.members: set[str] = set()
         if self.archive and self.archive.is_file():
@@ -91,22 +109,40 @@ class Album:
 
     def has(self, name: str) -> bool:
         """Whether there is such an image; a name that leads out of the folder names none."""
-        return not Path(name).is_absolute() and ".." not in Path(name).parts and ((self.folder / name).is_file() or name in self.members)
+        return (
+            not Path(name).is_absolute()
+            and ".." not in Path(name).parts
+            and ((self.folder / name).is_file() or name in self.members)
+        )
 
     def read(self, name: str) -> bytes:
         """The bytes of a file. Raises EdgemedError where there is none, or it cannot be read."""
         if not self.has(name):
-            raise EdgemedError(f"image '{name}' is not in {self.folder}", "Put it beside the rows' file")
+            raise EdgemedError(
+                f"image '{name}' is not in {self.folder}", "Put it beside the rows' file"
+            )
         try:
             if (self.folder / name).is_file():
                 return (self.folder / name).read_bytes()
             if self.opened.getinfo(name).file_size > LARGEST:
-                raise EdgemedError(f"image {name} in {self.archive} has {self.opened.getinfo(name).file_size} bytes", f"Reduce it below {LARGEST // 1_000_000} million")
+                raise EdgemedError(
+                    f"image {name} in {self.archive} has {self.opened.getinfo(name).file_size}"
+                    " bytes",
+                    f"Reduce it below {LARGEST // 1_000_000} million",
+                )
             return self.opened.read(name)
         except (zipfile.BadZipFile, zlib.error, OSError) as error:
-            raise EdgemedError(f"image {name} in {self.folder} cannot be read: {error}", "Copy it again") from None
+            raise EdgemedError(
+                f"image {name} in {self.folder} cannot be read: {error}", "Copy it again"
+            ) from None
 
     def open(self, name: str) -> Image.Image:
-        """RGB, as open_image; a DICOM file must lie beside the rows' file. Raises EdgemedError for a missing or damaged image."""
+        """RGB, as open_image; a DICOM file must lie beside the rows' file. Raises EdgemedError for
+        a missing or damaged image.
+        """
         beside = self.folder / name
-        return open_image(beside) if self.has(name) and beside.is_file() else decoded(io.BytesIO(self.read(name)), name)
+        return (
+            open_image(beside)
+            if self.has(name) and beside.is_file()
+            else decoded(io.BytesIO(self.read(name)), name)
+        )

@@ -1,7 +1,8 @@
-"""Importance of every input column of every matrix, measured on calibration text: llama.cpp's importance matrix, made by our own pass.
+"""Importance of every input column of every matrix, measured on calibration text: llama.cpp's
+importance matrix, made by our own pass.
 
-Very low bit types need it and all K- and IQ-types gain from it. It runs layer by layer like every calibration here, so its
-memory is that of one layer and the activations of one window.
+Very low bit types need it and all K- and IQ-types gain from it. It runs layer by layer like every
+calibration here, so its memory is that of one layer and the activations of one window.
 """
 
 from __future__ import annotations
@@ -28,18 +29,24 @@ FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 
 def importance(weights: Weights, windows: Sequence[Window]) -> dict[str, np.ndarray]:
-    """Mean squared input per column of each layer matrix over the tokens it was computed for: canonical name -> float32 [in].
+    """Mean squared input per column of each layer matrix over the tokens it was computed for:
+    canonical name -> float32 [in].
 
-    windows: tokens and pictures, each of at most the model's context. Follows llama.cpp's tools/imatrix (sum of squares / tokens). An expert that no token
-    chose has an importance of 1 everywhere, as there.
+    windows: tokens and pictures, each of at most the model's context. Follows llama.cpp's
+    tools/imatrix (sum of squares / tokens). An expert that no token chose has an importance of 1
+    everywhere, as there.
     """
     torch = need("torch", "build")
-    d, found = weights.decoder, {}
+    d = weights.decoder
+    found = {}
     with torch.inference_mode():
         hidden, angles = map(list, zip(*shown(weights, windows), strict=True))
         for n in track(range(d.layers), "importance"):
             layer = load_layer(weights, n)
-            sums = {name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64) for name in d.matrices(n)}
+            sums = {
+                name: torch.zeros(layer[name][0].shape[1], dtype=torch.float64)
+                for name in d.matrices(n)
+            }
             counts = dict.fromkeys(sums, 0)
 
             def product(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +57,14 @@ def importance(weights: Weights, windows: Sequence[Window]) -> dict[str, np.ndar
 
             for i, x in enumerate(hidden):
                 hidden[i] = block(d, layer, n, x, product=product, angles=angles[i])
-            found |= {f"layers.{n}.{name}": (total / counts[name] if counts[name] else torch.ones_like(total)).float().numpy() for name, total in sums.items()}
+            found |= {
+                f"layers.{n}.{name}": (
+                    total / counts[name] if counts[name] else torch.ones_like(total)
+                )
+                .float()
+                .numpy()
+                for name, total in sums.items()
+            }
     return found
 
 

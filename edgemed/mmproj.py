@@ -1,7 +1,9 @@
-"""Writes a vision tower and its projector as the GGUF file that llama.cpp's programs call mmproj, so that a llama.cpp engine sees without ONNX Runtime.
+"""Writes a vision tower and its projector as the GGUF file that llama.cpp's programs call mmproj,
+so that a llama.cpp engine sees without ONNX Runtime.
 
-Names, types and metadata are those of llama.cpp's own converter (conversion/qwenvl.py and clip-impl.h of the version inside llama-cpp-python 0.3.36);
-the file is written tensor by tensor like the text model's.
+Names, types and metadata are those of llama.cpp's own converter (conversion/qwenvl.py and
+clip-impl.h of the version inside llama-cpp-python 0.3.36); the file is written tensor by tensor
+like the text model's.
 """
 
 from __future__ import annotations
@@ -22,13 +24,23 @@ if TYPE_CHECKING:
     from edgemed.family import Vision
     from edgemed.weights import Weights
 
-FILE, ARCH = "mmproj.gguf", "clip"
+FILE = "mmproj.gguf"
+ARCH = "clip"
 # canonical part -> llama.cpp's tensor
-LAYER = {"attn_norm": "ln1", "qkv": "attn_qkv", "o": "attn_out", "mlp_norm": "ln2", "up": "ffn_up", "down": "ffn_down"}
+LAYER = {
+    "attn_norm": "ln1",
+    "qkv": "attn_qkv",
+    "o": "attn_out",
+    "mlp_norm": "ln2",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
 AROUND = {"projector.norm": "v.post_ln", "projector.first": "mm.0", "projector.second": "mm.2"}
-# The convolution over patches of a still image: one tensor for each of the two frames it is stacked in.
+# The convolution over patches of a still image: one tensor for each of the two frames it is stacked
+# in.
 PATCH = ("v.patch_embd.weight", "v.patch_embd.weight.1")
-# llama.cpp asks every tower for the side of its images; of Qwen2-VL's, which takes any, its converter says this and nothing reads it.
+# llama.cpp asks every tower for the side of its images; of Qwen2-VL's, which takes any, its
+# converter says this and nothing reads it.
 SIDE = 560
 
 
@@ -38,47 +50,92 @@ def refused(weights: Weights) -> str | None:
     if not v:
         return "this model reads text only, so there is nothing to write an mmproj file from"
     if not v.frequencies:
-        return ("llama.cpp computes CLIP towers wrongly: it puts the class token behind the patches and shifts their positions "
-                "(llama.cpp issue 25814); use vision=onnx, which is exact")
+        return (
+            "llama.cpp computes CLIP towers wrongly: it puts the class token behind the patches and"
+            " shifts their positions (llama.cpp issue 25814); use vision=onnx, which is exact"
+        )
     if not weights.family.gguf_projector:
         return f"llama.cpp knows no projector of family {weights.family.name}; use vision=onnx"
     # What clip_graph_qwen2vl has built in.
     built_in = {
-        "merge 2": v.merge == 2, "temporal 2": v.temporal == 2, "activation quick_gelu": v.activation == "quick_gelu", "no norm before the first layer": not v.pre_norm,
-        "a norm before the projector": v.projector_norm, "images of any size": not v.size, "rotary theta 10000": np.allclose(v.frequencies, inverse_frequencies(v.width // v.heads // 2, 1e4)),
+        "merge 2": v.merge == 2,
+        "temporal 2": v.temporal == 2,
+        "activation quick_gelu": v.activation == "quick_gelu",
+        "no norm before the first layer": not v.pre_norm,
+        "a norm before the projector": v.projector_norm,
+        "images of any size": not v.size,
+        "rotary theta 10000": np.allclose(
+            v.frequencies, inverse_frequencies(v.width // v.heads // 2, 1e4)
+        ),
         # It takes up and down for swapped where their shapes cannot tell.
         "an MLP wider than its input": v.ffn != v.width,
     }
     if missing := [what for what, there in built_in.items() if not there]:
-        return f"llama.cpp's {weights.family.gguf_projector} graph needs {', '.join(missing)}; use vision=onnx"
+        return (
+            f"llama.cpp's {weights.family.gguf_projector} graph needs {', '.join(missing)}; use"
+            " vision=onnx"
+        )
     return None
 
 
 def write(weights: Weights, out: Path, wanted: Literal["f32", "f16", "q8_0"]) -> int:
-    """Write mmproj.gguf into `out`; returns its weight bytes. wanted: type of the matrices; norms and biases stay float32."""
+    """Write mmproj.gguf into `out`; returns its weight bytes. wanted: type of the matrices; norms
+    and biases stay float32.
+    """
     tensors = plan(weights, wanted)
     gguf_file.write(out / FILE, ARCH, lambda writer: describe(writer, weights, wanted), tensors)
     return sum(t.nbytes for t in tensors)
 
 
 def plan(weights: Weights, wanted: str) -> list[gguf_file.Tensor]:
-    """Every tensor of the file in order. The patch convolution is float16 in an f16 file, else float32; a row that Q8_0 does not divide is float16."""
-    reader, v, kind = Reader(weights), weights.vision, FILE_TYPES[wanted][1]
+    """Every tensor of the file in order. The patch convolution is float16 in an f16 file, else
+    float32; a row that Q8_0 does not divide is float16.
+    """
+    reader = Reader(weights)
+    v = weights.vision
+    kind = FILE_TYPES[wanted][1]
     shape = (v.width, 3, v.patch, v.patch)
-    found = [gguf_file.Tensor(name, shape, "F16" if kind == "F16" else "F32", partial(_frame, weights, frame)) for frame, name in enumerate(PATCH)]
+    found = [
+        gguf_file.Tensor(
+            name,
+            shape,
+            "F16" if kind == "F16" else "F32",
+            partial(_frame, weights, frame),
+        )
+        for frame, name in enumerate(PATCH)
+    ]
 
     def add(stem: str, place: Place, norm: bool) -> None:
         matrix = "F32" if norm else "F16" if kind == "Q8_0" and place.shape[-1] % 32 else kind
-        found.append(gguf_file.Tensor(f"{stem}.weight", place.shape, matrix, partial(reader.read, place, False, 0)))
-        found.append(gguf_file.Tensor(f"{stem}.bias", place.shape[:1], "F32", partial(reader.read, place, True, 0)))
+        found.append(
+            gguf_file.Tensor(
+                f"{stem}.weight",
+                place.shape,
+                matrix,
+                partial(reader.read, place, False, 0),
+            )
+        )
+        found.append(
+            gguf_file.Tensor(
+                f"{stem}.bias",
+                place.shape[:1],
+                "F32",
+                partial(reader.read, place, True, 0),
+            )
+        )
 
     for n in range(v.layers):
         for last, tensor in LAYER.items():
-            name, stem = f"vision.layers.{n}.{last}", f"v.blk.{n}.{tensor}"
+            name = f"vision.layers.{n}.{last}"
+            stem = f"v.blk.{n}.{tensor}"
             part = weights.parts[name]
             if last == "qkv":
                 for number, one in enumerate("qkv"):
-                    add(stem.replace("qkv", one), Place(name, (v.width, v.width), number * v.width), False)
+                    add(
+                        stem.replace("qkv", one),
+                        Place(name, (v.width, v.width), number * v.width),
+                        False,
+                    )
             else:
                 add(stem, Place(name, part.shape), part.kind == "norm")
     for last, stem in AROUND.items():
@@ -89,12 +146,19 @@ def plan(weights: Weights, wanted: str) -> list[gguf_file.Tensor]:
 
 def _frame(weights: Weights, frame: int) -> np.ndarray:
     v = weights.vision
-    return np.ascontiguousarray(weights.matrix("vision.patch").dense().numpy().reshape(v.width, 3, v.temporal, v.patch, v.patch)[:, :, frame])
+    return np.ascontiguousarray(
+        weights.matrix("vision.patch")
+        .dense()
+        .numpy()
+        .reshape(v.width, 3, v.temporal, v.patch, v.patch)[:, :, frame]
+    )
 
 
 def describe(writer: Any, weights: Weights, wanted: str) -> None:
     """GGUF metadata: the tower's numbers."""
-    gguf, v, checkpoint = need("gguf", "build"), weights.vision, weights.checkpoint
+    gguf = need("gguf", "build")
+    v = weights.vision
+    checkpoint = weights.checkpoint
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_name(str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
     writer.add_file_type(FILE_TYPES[wanted][0])

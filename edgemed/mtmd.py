@@ -1,7 +1,9 @@
-"""An engine's eyes on libmtmd, llama.cpp's own multimodal library (the ctypes binding inside llama-cpp-python): images in, features out.
+"""An engine's eyes on libmtmd, llama.cpp's own multimodal library (the ctypes binding inside
+llama-cpp-python): images in, features out.
 
-Images are resized here first, to the size the model's own rule gives, because libmtmd resizes in another way and the features are then another
-image's; it finds nothing left to resize. It normalises pixels, and runs tower and projector as one graph.
+Images are resized here first, to the size the model's own rule gives, because libmtmd resizes in
+another way and the features are then another image's; it finds nothing left to resize. It
+normalises pixels, and runs tower and projector as one graph.
 """
 
 from __future__ import annotations
@@ -30,14 +32,22 @@ IMAGE = 1  # mtmd_input_chunk_type
 
 
 class MtmdEyes:
-    """What VisionSession is to other engines. seconds: what the last call to `see` spent; 'tower' is tower and projector together, all 0 for images that were kept."""
+    """What VisionSession is to other engines. seconds: what the last call to `see` spent; 'tower'
+    is tower and projector together, all 0 for images that were kept.
+    """
 
     def __init__(self, engine: Engine, threads: int | None = None):
         if not engine.vision:
-            raise EdgemedError(f"{engine.path} reads text only", "Ask it without an image, or export a model that sees")
-        self.v, self.parts, self.context = vision_of(engine.vision), max(engine.rope_axes, default=0) + 1, engine.context
+            raise EdgemedError(
+                f"{engine.path} reads text only",
+                "Ask it without an image, or export a model that sees",
+            )
+        self.v = vision_of(engine.vision)
+        self.parts = max(engine.rope_axes, default=0) + 1
+        self.context = engine.context
         self.family: Family = plugins.load("families", engine.family).FAMILY
-        self.lib, self.mtmd = library(), multimodal()
+        self.lib = library()
+        self.mtmd = multimodal()
         self.vocabulary = self._vocabulary(engine)
         self.ctx = self._start(engine, threads or machine()["physical_cores"])
         self.hidden = int(self._said(f"{self._said('general.architecture')}.embedding_length"))
@@ -45,13 +55,17 @@ class MtmdEyes:
         self.seconds = dict.fromkeys(("preprocess", "tower", "projector"), 0.0)
 
     def _vocabulary(self, engine: Engine) -> Any:
-        # libmtmd writes the text around an image too, and cannot go on without a vocabulary to do so; no weight is read for it.
+        # libmtmd writes the text around an image too, and cannot go on without a vocabulary to do
+        # so; no weight is read for it.
         params = self.lib.llama_model_default_params()
         params.vocab_only = True
         ERRORS.clear()
         file = engine.path / FILE
         if not (model := self.lib.llama_model_load_from_file(str(file).encode(), params)):
-            raise EdgemedError(f"llama.cpp cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}", "Export the engine again")
+            raise EdgemedError(
+                f"llama.cpp cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}",
+                "Export the engine again",
+            )
         return model
 
     def _said(self, key: str) -> str:
@@ -61,35 +75,53 @@ class MtmdEyes:
         return text.value.decode()
 
     def _start(self, engine: Engine, threads: int) -> Any:
-        params, file = self.mtmd.mtmd_context_params_default(), engine.path / mmproj.FILE
-        params.n_threads, params.print_timings, params.warmup = threads, False, False
-        # Its own limits would make it resize again, and the model's own let a narrow image pass that has more pixels than they say.
-        params.image_min_tokens, params.image_max_tokens = 1, 1 << 20
-        # Said, because finding out takes a warm-up on a large image. It is faster, and its float16 keys and values are lost in the error of the GELU table.
+        params = self.mtmd.mtmd_context_params_default()
+        file = engine.path / mmproj.FILE
+        params.n_threads = threads
+        params.print_timings = False
+        params.warmup = False
+        # Its own limits would make it resize again, and the model's own let a narrow image pass
+        # that has more pixels than they say.
+        params.image_min_tokens = 1
+        params.image_max_tokens = 1 << 20
+        # Said, because finding out takes a warm-up on a large image. It is faster, and its float16
+        # keys and values are lost in the error of the GELU table.
         params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if not (ctx := self.mtmd.mtmd_init_from_file(str(file).encode(), self.vocabulary, params)):
             self.lib.llama_model_free(self.vocabulary)
-            raise EdgemedError(f"libmtmd cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}", "Export the engine again")
+            raise EdgemedError(
+                f"libmtmd cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}",
+                "Export the engine again",
+            )
         return ctx
 
     def features(self, image: Image.Image) -> Seen:
-        """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for the same pixels."""
+        """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for
+        the same pixels.
+        """
         return self.kept.features(image)
 
     def _computed(self, image: Image.Image) -> Seen:
         marks = [time.perf_counter()]
         image = resized(image, self.v)
-        rows, columns = (side // (self.v.patch * self.v.merge) for side in (image.height, image.width))
+        rows, columns = (
+            side // (self.v.patch * self.v.merge) for side in (image.height, image.width)
+        )
         chunks = self.mtmd.mtmd_input_chunks_init()
         try:
             chunk = self._chunk(chunks, image)
             # A count of features other than the published rule's would mean that libmtmd resized.
             if (count := self.mtmd.mtmd_input_chunk_get_n_tokens(chunk)) != rows * columns:
-                raise RuntimeError(f"libmtmd makes {count} features of {image.width} x {image.height} pixels, not {rows * columns}")
+                raise RuntimeError(
+                    f"libmtmd makes {count} features of {image.width} x {image.height} pixels, not"
+                    f" {rows * columns}"
+                )
             marks.append(time.perf_counter())
             if code := self.mtmd.mtmd_encode_chunk(self.ctx, chunk):
                 raise RuntimeError(f"mtmd_encode_chunk gave {code}: {'; '.join(ERRORS)}")
-            found = np.ctypeslib.as_array(self.mtmd.mtmd_get_output_embd(self.ctx), (count, self.hidden)).copy()
+            found = np.ctypeslib.as_array(
+                self.mtmd.mtmd_get_output_embd(self.ctx), (count, self.hidden)
+            ).copy()
             marks.append(time.perf_counter())
         finally:
             self.mtmd.mtmd_input_chunks_free(chunks)
@@ -99,24 +131,36 @@ class MtmdEyes:
 
     def _chunk(self, chunks: Any, image: Image.Image) -> Any:
         """The chunk of `chunks` that holds one image, preprocessed."""
-        mtmd, pixels = self.mtmd, image.tobytes()
-        bitmap = mtmd.mtmd_bitmap_init(image.width, image.height, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels))
+        mtmd = self.mtmd
+        pixels = image.tobytes()
+        bitmap = mtmd.mtmd_bitmap_init(
+            image.width, image.height, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
+        )
         try:
             marker = mtmd.mtmd_default_marker()
             text = mtmd.mtmd_input_text(marker, len(marker), False, True)
             ERRORS.clear()
-            if code := mtmd.mtmd_tokenize(self.ctx, chunks, ctypes.byref(text), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1):
+            if code := mtmd.mtmd_tokenize(
+                self.ctx, chunks, ctypes.byref(text), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1
+            ):
                 raise RuntimeError(f"mtmd_tokenize gave {code}: {'; '.join(ERRORS)}")
         finally:
             mtmd.mtmd_bitmap_free(bitmap)
-        every = (mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks)))
+        every = (
+            mtmd.mtmd_input_chunks_get(chunks, i)
+            for i in range(mtmd.mtmd_input_chunks_size(chunks))
+        )
         return next(chunk for chunk in every if mtmd.mtmd_input_chunk_get_type(chunk) == IMAGE)
 
-    def see(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], Pictures | None]:
+    def see(
+        self, tokens: Sequence[int], images: Sequence[Image.Image]
+    ) -> tuple[list[int], Pictures | None]:
         """As VisionSession.see."""
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         check_places(tokens, self.v.token, len(images))
-        return placed(tokens, [self.features(image) for image in images], self.v, self.parts, self.context)
+        return placed(
+            tokens, [self.features(image) for image in images], self.v, self.parts, self.context
+        )
 
     def close(self) -> None:
         if self.ctx is not None:

@@ -1,7 +1,7 @@
 """Turns a mapping (YAML, --set, command-line options) into a frozen dataclass, strictly.
 
-A mistyped key or a value of the wrong type must stop a run before it starts, with the nearest known name, because a
-silently ignored option is a silently wrong engine.
+A mistyped key or a value of the wrong type must stop a run before it starts, with the nearest known
+name, because a silently ignored option is a silently wrong engine.
 """
 
 from __future__ import annotations
@@ -30,13 +30,20 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     hints = typing.get_type_hints(cls)
     ready = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     for name, field in fields.items():
-        if name not in ready and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise EdgemedError(f"{where}: '{name}' is missing", f"Give {name}: a {_say(hints[name])}")
+        if (
+            name not in ready
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ):
+            raise EdgemedError(
+                f"{where}: '{name}' is missing", f"Give {name}: a {_say(hints[name])}"
+            )
     return cls(**ready)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -44,7 +51,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise EdgemedError(f"{where}: '{value}' is not a known value", nearest(str(value), map(str, args)))
+        raise EdgemedError(
+            f"{where}: '{value}' is not a known value", nearest(str(value), map(str, args))
+        )
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(args[0], item, where) for item in items)
@@ -54,16 +63,27 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return build(hint, value, where)
     if origin is dict:
         if isinstance(value, Mapping):
-            return {_convert(args[0], key, where): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+            return {
+                _convert(args[0], key, where): _convert(args[1], item, f"{where}.{key}")
+                for key, item in value.items()
+            }
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif hint is typing.Any or (origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+    elif hint is typing.Any or (
+        origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    ):
         return value
     raise EdgemedError(f"{where}: {value!r} is not a {_say(hint)}", "")
 
 
 def _say(hint: Any) -> str:
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", dict: "mapping"}
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        dict: "mapping",
+    }
     args = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return "value among " + ", ".join(map(str, args))
@@ -80,7 +100,9 @@ def parse_set(text: str) -> tuple[list[str], Any]:
 
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise EdgemedError(f"--set {text}: not of the form key.key=value", "For example: --set quantize.bits=8")
+        raise EdgemedError(
+            f"--set {text}: not of the form key.key=value", "For example: --set quantize.bits=8"
+        )
     try:
         return key.strip().split("."), yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -1,7 +1,8 @@
-"""The folder is the registry: a file families/gpt2.py is the family 'gpt2', and nothing else has to be edited.
+"""The folder is the registry: a file families/gpt2.py is the family 'gpt2', and nothing else has to
+be edited.
 
-Kept this small on purpose, so that adding a family, step, target, task or device is one new file and the contract tests
-find it by walking the same folders.
+Kept this small on purpose, so that adding a family, step, target, task or device is one new file
+and the contract tests find it by walking the same folders.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ CODE_KINDS = ("families", "steps", "targets", "tasks")
 
 
 def names(kind: str) -> list[str]:
-    """Names of all plug-ins of a kind: 'families', 'steps', 'targets', 'tasks' (modules) or 'devices' (YAML files)."""
+    """Names of all plug-ins of a kind: 'families', 'steps', 'targets', 'tasks' (modules) or
+    'devices' (YAML files).
+    """
     suffix = ".py" if kind in CODE_KINDS else ".yaml"
     return sorted(f.stem for f in (ROOT / kind).glob(f"*{suffix}") if not f.stem.startswith("_"))
 
@@ -31,6 +34,8 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def shared(folder: str) -> Path:
-    """A data folder ('recipes', 'calibration'): inside an installed package, or beside it in a source checkout."""
+    """A data folder ('recipes', 'calibration'): inside an installed package, or beside it in a
+    source checkout.
+    """
     inside = ROOT / folder
     return inside if inside.is_dir() else ROOT.parent / folder

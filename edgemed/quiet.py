@@ -1,6 +1,7 @@
 """transformers and peft made quiet and kept off the network while a step uses them.
 
-What they would warn about is checked by the step itself, which says it in one line; and a build must not depend on a hub.
+What they would warn about is checked by the step itself, which says it in one line; and a build
+must not depend on a hub.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from edgemed.errors import need
 
 @contextlib.contextmanager
 def quiet_and_offline() -> Iterator[None]:
-    """Neither transformers nor peft may reach a hub, print progress or warn about what is checked here anyway."""
-    hub, transformers_logging = need("huggingface_hub", "build"), need("transformers.utils.logging", "build")
-    was, bars = hub.constants.HF_HUB_OFFLINE, transformers_logging.is_progress_bar_enabled()
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("transformers", "peft", "accelerate")}
+    """Neither transformers nor peft may reach a hub, print progress or warn about what is checked
+    here anyway.
+    """
+    hub = need("huggingface_hub", "build")
+    transformers_logging = need("transformers.utils.logging", "build")
+    was = hub.constants.HF_HUB_OFFLINE
+    bars = transformers_logging.is_progress_bar_enabled()
+    loggers = {
+        logging.getLogger(name): logging.getLogger(name).level
+        for name in ("transformers", "peft", "accelerate")
+    }
     hub.constants.HF_HUB_OFFLINE = True
     transformers_logging.disable_progress_bar()
     try:

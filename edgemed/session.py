@@ -1,7 +1,8 @@
 """The protocol every running engine speaks, and decoding written once on top of it.
 
-`prefill` and `step` are the only two primitives: parity, latency and accuracy are all built on them, so every engine is
-measured by the same code. `rewind` moves the write position back, which is how the options of a question share its context.
+`prefill` and `step` are the only two primitives: parity, latency and accuracy are all built on
+them, so every engine is measured by the same code. `rewind` moves the write position back, which is
+how the options of a question share its context.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from edgemed.errors import EdgemedError
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of a prompt, as features. features float32 [n, hidden]: one for each token of the prompt whose id is `token`, in order.
+    """The images of a prompt, as features. features float32 [n, hidden]: one for each token of the
+    prompt whose id is `token`, in order.
 
-    positions int64 [parts, T]: rotary positions of all tokens of the prompt, counted from 0; what follows goes on after the largest.
+    positions int64 [parts, T]: rotary positions of all tokens of the prompt, counted from 0; what
+    follows goes on after the largest.
     """
 
     features: np.ndarray
@@ -28,13 +31,17 @@ class Pictures:
 
 
 class Positions:
-    """Rotary positions of every token a session holds, for models whose images take less room in them than they have tokens."""
+    """Rotary positions of every token a session holds, for models whose images take less room in
+    them than they have tokens.
+    """
 
     def __init__(self, parts: int, context: int):
         self.held = np.zeros((parts, context), np.int64)
 
     def add(self, start: int, count: int, given: np.ndarray | None = None) -> np.ndarray:
-        """Positions [parts, count] of `count` tokens appended at sequence index `start`; given: counted from 0."""
+        """Positions [parts, count] of `count` tokens appended at sequence index `start`; given:
+        counted from 0.
+        """
         after = int(self.held[:, :start].max()) + 1 if start else 0
         new = np.arange(count)[None] if given is None else given
         self.held[:, start : start + count] = after + new
@@ -42,10 +49,13 @@ class Positions:
 
 
 class Session(Protocol):
-    """A running engine with one sequence. Arrays returned are float32 and valid until the next call.
+    """A running engine with one sequence. Arrays returned are float32 and valid until the next
+    call.
 
-    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence otherwise. A session that runs on a GPU has device = 'cuda'; that of an
-    engine with adapters has use(name), which goes on with one of them (None: the base) and forgets what was read with the other weights.
+    head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence
+    otherwise. A session that runs on a GPU has device = 'cuda'; that of an engine with adapters has
+    use(name), which goes on with one of them (None: the base) and forgets what was read with the
+    other weights.
     """
 
     head: str
@@ -53,10 +63,14 @@ class Session(Protocol):
     context: int
     position: int
 
-    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
-        """Append tokens; scores [1, width] of the last one, or [len(tokens), width] with every=True.
+    def prefill(
+        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+    ) -> np.ndarray:
+        """Append tokens; scores [1, width] of the last one, or [len(tokens), width] with
+        every=True.
 
-        pictures: features that take the place of image tokens. Raises EdgemedError where the tokens do not fit the context, or the engine sees nothing.
+        pictures: features that take the place of image tokens. Raises EdgemedError where the tokens
+        do not fit the context, or the engine sees nothing.
         """
         ...
 
@@ -77,29 +91,43 @@ def check_room(session: Session, tokens: Sequence[int]) -> None:
         raise EdgemedError("the prompt is empty", "Give at least one token")
     if session.position + len(tokens) > session.context:
         raise EdgemedError(
-            f"the prompt is longer than the context: {session.position + len(tokens)} tokens, {session.context} fit", "Shorten the prompt"
+            f"the prompt is longer than the context: {session.position + len(tokens)} tokens,"
+            f" {session.context} fit",
+            "Shorten the prompt",
         )
 
 
 def check_pictures(tokens: Sequence[int], pictures: Pictures) -> None:
-    """Raise EdgemedError where a prompt has another number of image tokens than there are features."""
+    """Raise EdgemedError where a prompt has another number of image tokens than there are
+    features.
+    """
     places = sum(token == pictures.token for token in tokens)
     if places != len(pictures.features):
-        raise EdgemedError(f"the prompt has room for {places} image features, the images have {len(pictures.features)}", "Give as many images as the prompt has places for")
+        raise EdgemedError(
+            f"the prompt has room for {places} image features, the images have"
+            f" {len(pictures.features)}",
+            "Give as many images as the prompt has places for",
+        )
 
 
 def looked_up(tokens: Sequence[int], pictures: Pictures | None) -> np.ndarray:
-    """Ids int64 [T] to look up in the embedding: 0 in an image's places, whose own id may lie outside the vocabulary."""
+    """Ids int64 [T] to look up in the embedding: 0 in an image's places, whose own id may lie
+    outside the vocabulary.
+    """
     found = np.array(tokens, np.int64)
     return np.where(found == pictures.token, 0, found) if pictures else found
 
 
 def feature_rows(tokens: Sequence[int], pictures: Pictures | None, sees: bool) -> np.ndarray:
-    """Which row of the features stands for each token, int64 [T]; -1 for text. Raises EdgemedError where they do not fit, or the engine (sees) takes none."""
+    """Which row of the features stands for each token, int64 [T]; -1 for text. Raises EdgemedError
+    where they do not fit, or the engine (sees) takes none.
+    """
     if pictures is None:
         return np.full(len(tokens), -1)
     if not sees:
-        raise EdgemedError("this engine reads text only", "Ask it without an image, or export a model that sees")
+        raise EdgemedError(
+            "this engine reads text only", "Ask it without an image, or export a model that sees"
+        )
     check_pictures(tokens, pictures)
     seen = np.array(tokens) == pictures.token
     return np.where(seen, np.cumsum(seen) - 1, -1)
@@ -107,7 +135,9 @@ def feature_rows(tokens: Sequence[int], pictures: Pictures | None, sees: bool) -
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts off."""
+    """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts
+    off.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -116,15 +146,32 @@ class Sampling:
     max_tokens: int = 256
 
 
-def generate(session: Session, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset(), pictures: Pictures | None = None) -> Iterator[int]:
+def generate(
+    session: Session,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    stop: frozenset[int] = frozenset(),
+    pictures: Pictures | None = None,
+) -> Iterator[int]:
     """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
     if session.head != "lm":
-        raise EdgemedError(f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval")
-    yield from continued(session, (session.prefill(prompt, pictures=pictures) if pictures else session.prefill(prompt))[-1], sampling, stop)
+        raise EdgemedError(
+            f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval"
+        )
+    yield from continued(
+        session,
+        (session.prefill(prompt, pictures=pictures) if pictures else session.prefill(prompt))[-1],
+        sampling,
+        stop,
+    )
 
 
-def continued(session: Session, scores: np.ndarray, sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
-    """The same where the prompt has been read already; scores [vocab] are those after its last token."""
+def continued(
+    session: Session, scores: np.ndarray, sampling: Sampling, stop: frozenset[int] = frozenset()
+) -> Iterator[int]:
+    """The same where the prompt has been read already; scores [vocab] are those after its last
+    token.
+    """
     random = np.random.default_rng(sampling.seed)
     for count in range(sampling.max_tokens):
         token = pick(scores, sampling, random)
@@ -137,7 +184,9 @@ def continued(session: Session, scores: np.ndarray, sampling: Sampling, stop: fr
 
 
 def pick(scores: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """One token id from logits [vocab]: temperature, then top-k, then nucleus (Holtzman et al. 2020)."""
+    """One token id from logits [vocab]: temperature, then top-k, then nucleus (Holtzman et al.
+    2020).
+    """
     if sampling.temperature == 0:
         return int(scores.argmax())
     scaled = scores.astype(np.float64) / sampling.temperature
@@ -148,7 +197,8 @@ def pick(scores: np.ndarray, sampling: Sampling, random: np.random.Generator) ->
     weights /= weights.sum()
     if sampling.top_p < 1:
         kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-        order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
+        order = order[:kept]
+        weights = weights[:kept] / weights[:kept].sum()
     return int(random.choice(order, p=weights))
 
 

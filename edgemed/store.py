@@ -1,7 +1,9 @@
-"""Directories that are whole or absent, the manifest beside every artifact, and records of measured numbers.
+"""Directories that are whole or absent, the manifest beside every artifact, and records of measured
+numbers.
 
-Work happens in a hidden `.part` directory, the manifest is written last and one rename makes it visible, so a kill, a
-full disk or a second process never leaves something half-written where a finished thing should be.
+Work happens in a hidden `.part` directory, the manifest is written last and one rename makes it
+visible, so a kill, a full disk or a second process never leaves something half-written where a
+finished thing should be.
 """
 
 from __future__ import annotations
@@ -26,15 +28,46 @@ from edgemed.errors import EdgemedError
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
-ON_DEVICE = "on-device"  # what a device adds to an engine: artifacts of their own, each with its own manifest
+# what a device adds to an engine: artifacts of their own, each with its own manifest
+ON_DEVICE = "on-device"
 SIGNATURE = "signature.json"
-# Beside an artifact's files, not of them: the manifest names the files, records grow on the device, a signature covers all the others.
+# Beside an artifact's files, not of them: the manifest names the files, records grow on the device,
+# a signature covers all the others.
 BESIDE = (MANIFEST, RECORDS, SIGNATURE)
 SCHEMA = 1
 # What `building` writes into a manifest; sections attached later have other names.
-OWN = {"schema", "key", "kind", "stage", "params", "inputs", "files", "notes", "versions", "wall_seconds", "peak_memory_bytes", "created", "parent", "pending"}
+OWN = {
+    "schema",
+    "key",
+    "kind",
+    "stage",
+    "params",
+    "inputs",
+    "files",
+    "notes",
+    "versions",
+    "wall_seconds",
+    "peak_memory_bytes",
+    "created",
+    "parent",
+    "pending",
+}
 FULL = (errno.ENOSPC, errno.EDQUOT)
-PACKAGES = ("edgemed", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "gguf", "llama-cpp-python", "numpy", "tokenizers", "bitsandbytes")
+PACKAGES = (
+    "edgemed",
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "gguf",
+    "llama-cpp-python",
+    "numpy",
+    "tokenizers",
+    "bitsandbytes",
+)
 
 
 def canonical(value: Any) -> bytes:
@@ -48,13 +81,17 @@ def digest(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file; remembered within the process while size and modification time stay the same."""
+    """sha256 of a file; remembered within the process while size and modification time stay the
+    same.
+    """
     facts = os.stat(path)
     return _sha256(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
 def forget_hashes() -> None:
-    """Read every file anew from here on: a modification time can be set back, and a signature must not rest on it."""
+    """Read every file anew from here on: a modification time can be set back, and a signature must
+    not rest on it.
+    """
     _sha256.cache_clear()
 
 
@@ -66,7 +103,10 @@ def _sha256(path: str, size: int, modified: int, inode: int) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that can influence a result, and of Python and the platform."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()}-{platform.machine()}"}
+    found = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+    }
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
@@ -74,7 +114,9 @@ def versions() -> dict[str, str]:
 
 
 def files_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """name -> {sha256, bytes} of every file that belongs to an artifact (those BESIDE it and what a device added excluded)."""
+    """name -> {sha256, bytes} of every file that belongs to an artifact (those BESIDE it and what a
+    device added excluded).
+    """
     found = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -89,7 +131,9 @@ def size_of(manifest: Mapping[str, Any]) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak-memory measurement; Linux only, elsewhere the peak stays that of the whole process."""
+    """Start a new peak-memory measurement; Linux only, elsewhere the peak stays that of the whole
+    process.
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -102,11 +146,15 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if platform.system() == "Darwin" else 1024
+    )
 
 
 def return_memory() -> None:
-    """Give what was freed back to the system. glibc keeps blocks of up to 32 MB for later; where their sizes change, as between matrices, that adds up to hundreds of MB."""
+    """Give what was freed back to the system. glibc keeps blocks of up to 32 MB for later; where
+    their sizes change, as between matrices, that adds up to hundreds of MB.
+    """
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -116,26 +164,46 @@ def return_memory() -> None:
 
 @dataclass
 class Build:
-    """A directory under construction. Put files into `path`; facts added to `notes` end up in the manifest."""
+    """A directory under construction. Put files into `path`; facts added to `notes` end up in the
+    manifest.
+    """
 
     path: Path
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def building(final: Path, kind: str, stage: str, params: Mapping[str, Any], inputs: Mapping[str, Any],
-             parent: Mapping[str, Any] | None = None) -> Iterator[Build | None]:
-    """Make `final` appear whole or not at all. Yields None where an identical artifact is already there.
+def building(
+    final: Path,
+    kind: str,
+    stage: str,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    parent: Mapping[str, Any] | None = None,
+) -> Iterator[Build | None]:
+    """Make `final` appear whole or not at all. Yields None where an identical artifact is already
+    there.
 
-    kind: 'checkpoint' | 'engine' | 'plan' | 'reference' | 'result'; stage: the step or target that makes it; inputs: name -> sha256.
-    Raises EdgemedError where `final` holds something else, or the disk is full.
+    kind: 'checkpoint' | 'engine' | 'plan' | 'reference' | 'result'; stage: the step or target that
+    makes it; inputs: name -> sha256. Raises EdgemedError where `final` holds something else, or the
+    disk is full.
     """
     final = Path(final)
-    key = digest({"kind": kind, "stage": stage, "params": dict(params), "inputs": dict(inputs), "schema": SCHEMA})
+    key = digest(
+        {
+            "kind": kind,
+            "stage": stage,
+            "params": dict(params),
+            "inputs": dict(inputs),
+            "schema": SCHEMA,
+        }
+    )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EdgemedError(f"cannot make {final.parent}: {error.strerror}", "Choose another output directory") from None
+        raise EdgemedError(
+            f"cannot make {final.parent}: {error.strerror}", "Choose another output directory"
+        ) from None
     with _lock(final.with_name(f".{final.name}.lock")):
         if _is_whole(final, key):
             yield None
@@ -143,15 +211,25 @@ def building(final: Path, kind: str, stage: str, params: Mapping[str, Any], inpu
         part = final.with_name(f".{final.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        work, started = Build(part), time.perf_counter()
+        work = Build(part)
+        started = time.perf_counter()
         reset_peak_memory()
         try:
             yield work
             manifest = {
-                "schema": SCHEMA, "key": key, "kind": kind, "stage": stage, "params": dict(params), "inputs": dict(inputs),
-                "files": files_of(part), "notes": work.notes, "versions": versions(),
-                "wall_seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory(),
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parent": parent,
+                "schema": SCHEMA,
+                "key": key,
+                "kind": kind,
+                "stage": stage,
+                "params": dict(params),
+                "inputs": dict(inputs),
+                "files": files_of(part),
+                "notes": work.notes,
+                "versions": versions(),
+                "wall_seconds": round(time.perf_counter() - started, 3),
+                "peak_memory_bytes": peak_memory(),
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "parent": parent,
             }
             write_json(part / MANIFEST, manifest)
             os.replace(part, final)
@@ -164,24 +242,47 @@ def building(final: Path, kind: str, stage: str, params: Mapping[str, Any], inpu
 
 
 def attach(directory: Path, files: Mapping[str, bytes], sections: Mapping[str, Any]) -> None:
-    """Add documents and manifest sections derived from an artifact to it, or replace those added before; its key stays. Nothing is touched where all are there.
+    """Add documents and manifest sections derived from an artifact to it, or replace those added
+    before; its key stays. Nothing is touched where all are there.
 
-    Not inside `building` of the same artifact, whose lock it takes. Raises EdgemedError where the directory cannot be written.
+    Not inside `building` of the same artifact, whose lock it takes. Raises EdgemedError where the
+    directory cannot be written.
     """
     with _changing(directory) as (final, part):
         manifest = read_manifest(final)
-        before = _expected(manifest, files_of(final)) if "pending" in manifest else manifest["files"]
-        built = {name for name in files if name in BESIDE or (name in before and not before[name].get("attached"))} | (set(sections) & OWN)
+        before = (
+            _expected(manifest, files_of(final)) if "pending" in manifest else manifest["files"]
+        )
+        built = {
+            name
+            for name in files
+            if name in BESIDE or (name in before and not before[name].get("attached"))
+        } | (set(sections) & OWN)
         if built:
             raise ValueError(f"{', '.join(sorted(built))} of an artifact cannot be replaced")
-        there = all((final / name).is_file() and file_sha256(final / name) == before.get(name, {}).get("sha256") == hashlib.sha256(content).hexdigest() for name, content in files.items())
-        if there and "pending" not in manifest and all(name in manifest and canonical(manifest[name]) == canonical(value) for name, value in sections.items()):
+        there = all(
+            (final / name).is_file()
+            and file_sha256(final / name)
+            == before.get(name, {}).get("sha256")
+            == hashlib.sha256(content).hexdigest()
+            for name, content in files.items()
+        )
+        if (
+            there
+            and "pending" not in manifest
+            and all(
+                name in manifest and canonical(manifest[name]) == canonical(value)
+                for name, value in sections.items()
+            )
+        ):
             return
         _switch(final, part, {**manifest, "files": before}, files, sections)
 
 
 def put(directory: Path, name: str, value: Any) -> None:
-    """Write a JSON file beside an artifact's files. Raises EdgemedError where the directory cannot be written."""
+    """Write a JSON file beside an artifact's files. Raises EdgemedError where the directory cannot
+    be written.
+    """
     with _changing(directory) as (final, part):
         write_json(part / name, value)
         os.replace(part / name, final / name)
@@ -189,7 +290,8 @@ def put(directory: Path, name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
-    # (an artifact, a directory beside it for what is not ready yet): a kill must leave no file in the artifact that nobody knows.
+    # (an artifact, a directory beside it for what is not ready yet): a kill must leave no file in
+    # the artifact that nobody knows.
     final = Path(directory).resolve()
     part = final.with_name(f".{final.name}.part")
     try:
@@ -204,17 +306,41 @@ def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
         if error.errno in FULL:
             raise _disk_full(final) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV):
-            raise EdgemedError(f"cannot write into {final}: {error.strerror}", "Check its permissions and those of the directory it lies in") from None
+            raise EdgemedError(
+                f"cannot write into {final}: {error.strerror}",
+                "Check its permissions and those of the directory it lies in",
+            ) from None
         raise
 
 
-def _switch(final: Path, part: Path, manifest: dict[str, Any], files: Mapping[str, bytes], sections: Mapping[str, Any]) -> None:
-    # Several files cannot be replaced in one stroke. So the manifest first allows each document to be the old or the new one, and says
-    # which at the end; everything is written beside the artifact before, and after a kill at any moment the artifact is whole.
+def _switch(
+    final: Path,
+    part: Path,
+    manifest: dict[str, Any],
+    files: Mapping[str, bytes],
+    sections: Mapping[str, Any],
+) -> None:
+    # Several files cannot be replaced in one stroke. So the manifest first allows each document to
+    # be the old or the new one, and says which at the end; everything is written beside the
+    # artifact before, and after a kill at any moment the artifact is whole.
     kept = {name: entry for name, entry in manifest["files"].items() if name not in files}
-    fresh = {name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "attached": True} for name, content in files.items()}
-    pending = {name: [manifest["files"][name], entry] if name in manifest["files"] else [entry] for name, entry in fresh.items()}
-    done = {key: value for key, value in manifest.items() if key != "pending"} | {"files": kept | fresh} | dict(sections)
+    fresh = {
+        name: {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+            "attached": True,
+        }
+        for name, content in files.items()
+    }
+    pending = {
+        name: [manifest["files"][name], entry] if name in manifest["files"] else [entry]
+        for name, entry in fresh.items()
+    }
+    done = (
+        {key: value for key, value in manifest.items() if key != "pending"}
+        | {"files": kept | fresh}
+        | dict(sections)
+    )
     for number, content in enumerate(files.values()):
         (part / f"{number}").write_bytes(content)
     write_json(part / "during.json", {**manifest, "files": kept, "pending": pending})
@@ -226,10 +352,13 @@ def _switch(final: Path, part: Path, manifest: dict[str, Any], files: Mapping[st
 
 
 def _expected(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    # The files a manifest names; where an attach was cut short, a document is right as it was before or as it was to become.
+    # The files a manifest names; where an attach was cut short, a document is right as it was
+    # before or as it was to become.
     expected = dict(manifest["files"])
     for name, entries in manifest.get("pending", {}).items():
-        same = [entry for entry in entries if name in found and found[name]["sha256"] == entry["sha256"]]
+        same = [
+            entry for entry in entries if name in found and found[name]["sha256"] == entry["sha256"]
+        ]
         if same or name in found or len(entries) > 1:
             expected[name] = (same or entries)[0]
     return expected
@@ -237,7 +366,10 @@ def _expected(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str
 
 def _disk_full(final: Path) -> EdgemedError:
     free = shutil.disk_usage(final.parent).free / 1e9
-    return EdgemedError(f"the disk is full while writing {final} ({free:.1f} GB free)", "Free space or choose another --work / --out")
+    return EdgemedError(
+        f"the disk is full while writing {final} ({free:.1f} GB free)",
+        "Free space or choose another --work / --out",
+    )
 
 
 @contextlib.contextmanager
@@ -246,7 +378,8 @@ def _lock(path: Path) -> Iterator[None]:
     while True:
         with open(path, "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # The holder removes the file when it is done; whoever waited on the removed file must lock the new one.
+            # The holder removes the file when it is done; whoever waited on the removed file must
+            # lock the new one.
             if not path.exists() or os.stat(path).st_ino != os.fstat(handle.fileno()).st_ino:
                 continue
             try:
@@ -260,12 +393,20 @@ def _is_whole(final: Path, key: str) -> bool:
     if not final.exists():
         return False
     if not (final / MANIFEST).is_file():
-        raise EdgemedError(f"{final} exists and was not made by edgemed", "Choose another directory or remove it")
+        raise EdgemedError(
+            f"{final} exists and was not made by edgemed", "Choose another directory or remove it"
+        )
     if read_manifest(final)["key"] != key:
-        raise EdgemedError(f"{final} holds an artifact made from other inputs or parameters", "Choose another directory or remove it")
+        raise EdgemedError(
+            f"{final} holds an artifact made from other inputs or parameters",
+            "Choose another directory or remove it",
+        )
     changed = check_manifest(final)
     if changed:
-        raise EdgemedError(f"{final} was altered after it was made: {'; '.join(changed)}", f"Remove {final} and run again")
+        raise EdgemedError(
+            f"{final} was altered after it was made: {'; '.join(changed)}",
+            f"Remove {final} and run again",
+        )
     return True
 
 
@@ -280,40 +421,60 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of an artifact. Raises EdgemedError where there is none or it cannot be read."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise EdgemedError(f"{directory} has no {MANIFEST}", "Give a directory made by edgemed export or edgemed run")
+        raise EdgemedError(
+            f"{directory} has no {MANIFEST}",
+            "Give a directory made by edgemed export or edgemed run",
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise EdgemedError(f"{path} cannot be read: {error}", "Make the artifact again") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise EdgemedError(f"{path} is not a manifest of schema {SCHEMA}", "Make the artifact again with this version of edgemed")
+        raise EdgemedError(
+            f"{path} is not a manifest of schema {SCHEMA}",
+            "Make the artifact again with this version of edgemed",
+        )
     return manifest
 
 
 def check_manifest(directory: Path) -> list[str]:
-    """What differs from the manifest, one sentence each; empty when every byte is as it was made."""
-    manifest, found = read_manifest(directory), files_of(Path(directory))
+    """What differs from the manifest, one sentence each; empty when every byte is as it was
+    made.
+    """
+    manifest = read_manifest(directory)
+    found = files_of(Path(directory))
     expected = _expected(manifest, found)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} was added" for name in found if name not in expected]
     problems += [
-        f"{name} was altered" for name, entry in expected.items() if name in found and found[name]["sha256"] != entry["sha256"]
+        f"{name} was altered"
+        for name, entry in expected.items()
+        if name in found and found[name]["sha256"] != entry["sha256"]
     ]
     return problems
 
 
 def append_records(directory: Path, records: list[dict[str, Any]]) -> None:
-    """Add measured numbers beside an engine. One record is one number: name, value, unit, n, spread, how, versions."""
+    """Add measured numbers beside an engine. One record is one number: name, value, unit, n,
+    spread, how, versions.
+    """
     with open(Path(directory) / RECORDS, "a", encoding="utf-8") as handle:
         handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """All records beside an engine. Raises EdgemedError naming a line that is not one, such as the last before a power cut."""
-    path, found = Path(directory) / RECORDS, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+    """All records beside an engine. Raises EdgemedError naming a line that is not one, such as the
+    last before a power cut.
+    """
+    path = Path(directory) / RECORDS
+    found = []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1
+    ):
         try:
             found.append(json.loads(line))
         except ValueError as error:
-            raise EdgemedError(f"{path} line {number} is not JSON ({error})", "Remove that line") from None
+            raise EdgemedError(
+                f"{path} line {number} is not JSON ({error})", "Remove that line"
+            ) from None
     return found

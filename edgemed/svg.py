@@ -1,7 +1,8 @@
 """The few shapes charts are made of, as SVG text, and the scales that place them.
 
-Written by hand rather than drawn by matplotlib: a report is also made on a device that has only the core packages, and shapes that
-carry class names instead of colours follow the page into dark mode and onto paper. Lengths are in CSS pixels.
+Written by hand rather than drawn by matplotlib: a report is also made on a device that has only the
+core packages, and shapes that carry class names instead of colours follow the page into dark mode
+and onto paper. Lengths are in CSS pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from html import escape
 
 @dataclass(frozen=True)
 class Scale:
-    """Places a value between two pixels, linearly or by its logarithm; what lies outside [low, high] ends at the border."""
+    """Places a value between two pixels, linearly or by its logarithm; what lies outside [low,
+    high] ends at the border.
+    """
 
     low: float
     high: float
@@ -23,8 +26,13 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high = self._turn(self.low), self._turn(self.high)
-        share = (self._turn(min(max(value, self.low), self.high)) - low) / (high - low) if high > low else 0.5
+        low = self._turn(self.low)
+        high = self._turn(self.high)
+        share = (
+            (self._turn(min(max(value, self.low), self.high)) - low) / (high - low)
+            if high > low
+            else 0.5
+        )
         return self.left + share * (self.right - self.left)
 
     def _turn(self, value: float) -> float:
@@ -42,7 +50,8 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     power = 10 ** math.floor(math.log10(rough))
     for factor in (1, 2, 5, 10):
         step = factor * power
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        first = math.ceil(low / step - 1e-9)
+        last = math.floor(high / step + 1e-9)
         if last - first + 1 <= most:
             break
     # From whole multiples, so that no rounding error of a running sum shows in a label.
@@ -50,10 +59,17 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """1, 2 and 5 times powers of ten within [low, high]; only powers of ten where that would be too many."""
+    """1, 2 and 5 times powers of ten within [low, high]; only powers of ten where that would be too
+    many.
+    """
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{f}e{e}") for e in exponents for f in factors if low <= float(f"{f}e{e}") <= high]
+        found = [
+            float(f"{f}e{e}")
+            for e in exponents
+            for f in factors
+            if low <= float(f"{f}e{e}") <= high
+        ]
         if len(found) <= most:
             return found
     return found[:: math.ceil(len(found) / most)]
@@ -75,12 +91,18 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def rect(x: float, y: float, width: float, height: float, kind: str, corner: float = 0) -> str:
     round_ = f' rx="{n(corner)}"' if corner else ""
-    return f'<rect x="{n(x)}" y="{n(y)}" width="{n(max(width, 0))}" height="{n(max(height, 0))}"{round_}{_kind(kind)}/>'
+    return (
+        f'<rect x="{n(x)}" y="{n(y)}" width="{n(max(width, 0))}"'
+        f' height="{n(max(height, 0))}"{round_}{_kind(kind)}/>'
+    )
 
 
 def circle(x: float, y: float, radius: float, kind: str, title: str = "") -> str:
     if title:
-        return f'<circle cx="{n(x)}" cy="{n(y)}" r="{n(radius)}"{_kind(kind)}><title>{escape(title)}</title></circle>'
+        return (
+            f'<circle cx="{n(x)}" cy="{n(y)}"'
+            f' r="{n(radius)}"{_kind(kind)}><title>{escape(title)}</title></circle>'
+        )
     return f'<circle cx="{n(x)}" cy="{n(y)}" r="{n(radius)}"{_kind(kind)}/>'
 
 
@@ -90,18 +112,27 @@ def polyline(points: Iterable[tuple[float, float]], kind: str) -> str:
 
 def polygon(points: Iterable[tuple[float, float]], kind: str, title: str = "") -> str:
     inside = f"<title>{escape(title)}</title>" if title else ""
-    return f'<polygon points="{" ".join(f"{n(x)},{n(y)}" for x, y in points)}"{_kind(kind)}>{inside}</polygon>'
+    return (
+        "<polygon"
+        f' points="{" ".join(f"{n(x)},{n(y)}" for x, y in points)}"{_kind(kind)}>{inside}</polygon>'
+    )
 
 
 def cross(x: float, y: float, reach: float, kind: str) -> str:
-    return line(x - reach, y - reach, x + reach, y + reach, kind) + line(x - reach, y + reach, x + reach, y - reach, kind)
+    return line(x - reach, y - reach, x + reach, y + reach, kind) + line(
+        x - reach, y + reach, x + reach, y - reach, kind
+    )
 
 
 def figure(width: float, height: float, title: str, description: str, parts: Sequence[str]) -> str:
     """A whole drawing. title and description are what a screen reader says of it."""
-    # Drawn at its own size where there is room, so that its letters are as large as those around it; narrower only on a narrow page.
-    return (f'<svg viewBox="0 0 {n(width)} {n(height)}" style="--w: {n(width)}px" role="img"><title>{escape(title)}</title><desc>{escape(description)}</desc>'
-            f"{''.join(parts)}</svg>")
+    # Drawn at its own size where there is room, so that its letters are as large as those around
+    # it; narrower only on a narrow page.
+    return (
+        f'<svg viewBox="0 0 {n(width)} {n(height)}" style="--w: {n(width)}px"'
+        f' role="img"><title>{escape(title)}</title><desc>{escape(description)}</desc>'
+        f"{''.join(parts)}</svg>"
+    )
 
 
 def shorten(label: str, most: int) -> str:
@@ -109,7 +140,7 @@ def shorten(label: str, most: int) -> str:
     if len(label) <= most:
         return label
     head = (most - 1) // 3
-    return f"{label[:head]}…{label[-(most - 1 - head):]}"
+    return f"{label[:head]}…{label[-(most - 1 - head) :]}"
 
 
 def _kind(kind: str) -> str:

@@ -1,7 +1,9 @@
-"""What a student learns from: a teacher's scores, computed as they are needed or kept on disk as its k likeliest tokens, and texts a teacher writes.
+"""What a student learns from: a teacher's scores, computed as they are needed or kept on disk as
+its k likeliest tokens, and texts a teacher writes.
 
-The teacher runs through our own decoder, so every family and every quantized checkpoint edgemed reads can teach. What is kept on disk is written in
-whole chunks, so that a killed run goes on where it stopped.
+The teacher runs through our own decoder, so every family and every quantized checkpoint edgemed
+reads can teach. What is kept on disk is written in whole chunks, so that a killed run goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K": 10**3, "M": 1
 
 
 def number(text: Any, what: str) -> int:
-    """'2GB', '30M' or a plain number as a whole number. Raises EdgemedError where it is none above 0."""
+    """'2GB', '30M' or a plain number as a whole number. Raises EdgemedError where it is none above
+    0.
+    """
     said = str(text).strip().upper().replace(" ", "")
     unit = next((unit for unit in UNITS if said.endswith(unit)), "")
     try:
@@ -47,84 +51,173 @@ def number(text: Any, what: str) -> int:
     except (ValueError, OverflowError):
         found = 0
     if found < 1:
-        raise EdgemedError(f"distill: {what} '{text}' is not a number", f"For example {what}: {'2GB' if 'cache' in what else '30M'}")
+        raise EdgemedError(
+            f"distill: {what} '{text}' is not a number",
+            f"For example {what}: {'2GB' if 'cache' in what else '30M'}",
+        )
     return found
 
 
 class Teacher:
-    """A checkpoint's scores for whole windows, float32, with or without the hidden states after chosen layers."""
+    """A checkpoint's scores for whole windows, float32, with or without the hidden states after
+    chosen layers.
+    """
 
     def __init__(self, weights: Weights, device: str = "cpu"):
-        """All layers stay in memory where they fit in 60 % of what is free; else each window reads them again."""
+        """All layers stay in memory where they fit in 60 % of what is free; else each window reads
+        them again.
+        """
         import psutil
 
-        self.weights, self.d, self.device = weights, weights.decoder, device
+        self.weights = weights
+        self.d = weights.decoder
+        self.device = device
         needed = 4 * sum(loaded(weights, n) for n in range(self.d.layers))
         fits = device != "cpu" or needed < 0.6 * psutil.virtual_memory().available
         self.layers = [self._layer(n) for n in range(self.d.layers)] if fits else None
-        self.embedding = {name: weights.table(name).to(device) for name in ("embed", "positions") if name in weights.parts}
+        self.embedding = {
+            name: weights.table(name).to(device)
+            for name in ("embed", "positions")
+            if name in weights.parts
+        }
         final, self.matrix, self.bias = top(weights)
-        self.final = {name: tuple(None if t is None else t.to(device) for t in pair) for name, pair in final.items()}
-        self.matrix, self.bias = self.matrix.to(device), None if self.bias is None else self.bias.to(device)
+        self.final = {
+            name: tuple(None if t is None else t.to(device) for t in pair)
+            for name, pair in final.items()
+        }
+        self.matrix = self.matrix.to(device)
+        self.bias = None if self.bias is None else self.bias.to(device)
 
     def _layer(self, n: int) -> dict[str, Any]:
-        return {name: tuple(None if t is None else t.to(self.device) for t in pair) for name, pair in load_layer(self.weights, n).items()}
+        return {
+            name: tuple(None if t is None else t.to(self.device) for t in pair)
+            for name, pair in load_layer(self.weights, n).items()
+        }
 
-    def __call__(self, tokens: torch.Tensor, hidden: Collection[int] = (), pictures: tuple[Any, Any, int] | None = None) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """tokens int64 [batch, tokens] -> scores [batch, tokens, vocab], and {layer: hidden states after it, [batch, tokens, hidden]}.
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        hidden: Collection[int] = (),
+        pictures: tuple[Any, Any, int] | None = None,
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """tokens int64 [batch, tokens] -> scores [batch, tokens, vocab], and {layer: hidden states
+        after it, [batch, tokens, hidden]}.
 
         pictures: (features, positions, token), as Sights.of gives them, of windows with images.
         """
         torch = need("torch", "build")
         with torch.no_grad(), torch.device(self.device):
-            tokens, seen = tokens.to(self.device), {}
-            x = self.embedding["embed"][tokens.masked_fill(tokens == pictures[2], 0) if pictures else tokens]  # an image token may lie outside the vocabulary
-            x = x + self.embedding["positions"][: tokens.shape[1]] if self.d.positions == "learned" else x
+            tokens = tokens.to(self.device)
+            seen = {}
+            # an image token may lie outside the vocabulary
+            x = self.embedding["embed"][
+                tokens.masked_fill(tokens == pictures[2], 0) if pictures else tokens
+            ]
+            x = (
+                x + self.embedding["positions"][: tokens.shape[1]]
+                if self.d.positions == "learned"
+                else x
+            )
             angles = [None] * len(x)
             if pictures:
                 x[tokens == pictures[2]] = pictures[0].to(self.device)
-                angles = [rope_angles(self.d, row) for row in pictures[1].to(self.device).transpose(0, 1)]
+                angles = [
+                    rope_angles(self.d, row) for row in pictures[1].to(self.device).transpose(0, 1)
+                ]
             for n in range(self.d.layers):
                 layer = self.layers[n] if self.layers else self._layer(n)
-                x = torch.cat([block(self.d, layer, n, row, angles=turned) for row, turned in zip(x.split(1), angles, strict=True)]) if pictures else block(self.d, layer, n, x)
+                x = (
+                    torch.cat(
+                        [
+                            block(self.d, layer, n, row, angles=turned)
+                            for row, turned in zip(x.split(1), angles, strict=True)
+                        ]
+                    )
+                    if pictures
+                    else block(self.d, layer, n, x)
+                )
                 if n in hidden:
                     seen[n] = x
-            return torch.nn.functional.linear(norm(self.d, self.final, "final_norm", x), self.matrix, self.bias), seen
+            return (
+                torch.nn.functional.linear(
+                    norm(self.d, self.final, "final_norm", x), self.matrix, self.bias
+                ),
+                seen,
+            )
 
 
 class Cache:
-    """A teacher's k likeliest next tokens at the positions of a set of windows, on disk, one file per CHUNK windows."""
+    """A teacher's k likeliest next tokens at the positions of a set of windows, on disk, one file
+    per CHUNK windows.
+    """
 
-    def __init__(self, folder: Path, windows: np.ndarray, vocab: int, k: int, temperature: float, counted: np.ndarray | None = None, sights: Sights | None = None):
-        """windows int [windows, tokens]. vocab: tokens teacher and student share; later rows of the teacher's output matrix are not read.
+    def __init__(
+        self,
+        folder: Path,
+        windows: np.ndarray,
+        vocab: int,
+        k: int,
+        temperature: float,
+        counted: np.ndarray | None = None,
+        sights: Sights | None = None,
+    ):
+        """windows int [windows, tokens]. vocab: tokens teacher and student share; later rows of the
+        teacher's output matrix are not read.
 
-        counted: bool [windows, tokens], the positions whose next token counts and that are kept alone; None: all. sights: what the teacher sees in the windows.
+        counted: bool [windows, tokens], the positions whose next token counts and that are kept
+        alone; None: all. sights: what the teacher sees in the windows.
         """
-        self.folder, self.windows, self.vocab, self.k, self.temperature, self.sights = Path(folder), windows, vocab, k, temperature, sights
+        self.folder = Path(folder)
+        self.windows = windows
+        self.vocab = vocab
+        self.k = k
+        self.temperature = temperature
+        self.sights = sights
         self.counted = np.ones(windows.shape, bool) if counted is None else counted
-        self.entry = np.dtype([("ids", "<u2" if vocab <= 1 << 16 else "<u4", (k,)), ("values", "<f2", (k,)), ("tails", "<f4", (2,))])
+        self.entry = np.dtype(
+            [
+                ("ids", "<u2" if vocab <= 1 << 16 else "<u4", (k,)),
+                ("values", "<f2", (k,)),
+                ("tails", "<f4", (2,)),
+            ]
+        )
         self.open: dict[int, np.ndarray] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole cache: positions * (k * (2 + 2 or 4) + 8), known before anything is computed."""
+        """Bytes of the whole cache: positions * (k * (2 + 2 or 4) + 8), known before anything is
+        computed.
+        """
         return int(self.counted.sum()) * self.entry.itemsize
 
     def fill(self, weights: Weights, limit: int, device: str = "cpu") -> int:
-        """Compute the chunks that are not there yet; returns at how many positions. limit: bytes the cache may take.
+        """Compute the chunks that are not there yet; returns at how many positions. limit: bytes
+        the cache may take.
 
-        Raises EdgemedError, before anything is computed, where the cache would be larger than `limit` or the disk has no room for it.
+        Raises EdgemedError, before anything is computed, where the cache would be larger than
+        `limit` or the disk has no room for it.
         """
         torch = need("torch", "build")
-        size, chunks = self.nbytes, range(-(-len(self.windows) // CHUNK))
+        size = self.nbytes
+        chunks = range(-(-len(self.windows) // CHUNK))
         missing = [n for n in chunks if not self._file(n).is_file()]
-        said = f"the teacher's top {self.k} at {self.counted.sum():,} positions take {size / 1e6:.1f} MB ({self.entry.itemsize} bytes each)"
+        said = (
+            f"the teacher's top {self.k} at {self.counted.sum():,} positions take {size / 1e6:.1f}"
+            f" MB ({self.entry.itemsize} bytes each)"
+        )
         if size > limit:
-            raise EdgemedError(f"distill: {said}, cache_limit is {limit / 1e6:.1f} MB", "Raise cache_limit, or lower top_k or the amount of text")
+            raise EdgemedError(
+                f"distill: {said}, cache_limit is {limit / 1e6:.1f} MB",
+                "Raise cache_limit, or lower top_k or the amount of text",
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        room, missed = shutil.disk_usage(self.folder).free, len(missing) / max(len(chunks), 1) * size
+        room = shutil.disk_usage(self.folder).free
+        missed = len(missing) / max(len(chunks), 1) * size
         if missed > room:
-            raise EdgemedError(f"distill: {said}, and {self.folder.parent} has {room / 1e6:.1f} MB free", "Free space, choose another --work / --out, or lower top_k")
+            raise EdgemedError(
+                f"distill: {said}, and {self.folder.parent} has {room / 1e6:.1f} MB free",
+                "Free space, choose another --work / --out, or lower top_k",
+            )
         if not missing:
             return 0
         say(f"{said}; {len(missing)} of {len(chunks)} chunks are to be computed")
@@ -133,10 +226,18 @@ class Cache:
             found = []
             for row in range(n * CHUNK, min((n + 1) * CHUNK, len(self.windows))):
                 seen = self.sights.of([row], device) if self.sights else None
-                scores = teacher(torch.from_numpy(self.windows[[row]].astype(np.int64)), (), seen)[0][0, :, : self.vocab]
-                ids, values, tails = likeliest(scores[torch.from_numpy(self.counted[row]).to(scores.device)], self.k, self.temperature)
+                scores = teacher(torch.from_numpy(self.windows[[row]].astype(np.int64)), (), seen)[
+                    0
+                ][0, :, : self.vocab]
+                ids, values, tails = likeliest(
+                    scores[torch.from_numpy(self.counted[row]).to(scores.device)],
+                    self.k,
+                    self.temperature,
+                )
                 entries = np.zeros(len(ids), self.entry)
-                entries["ids"], entries["values"], entries["tails"] = ids.cpu().numpy(), values.cpu().numpy(), tails.cpu().numpy()
+                entries["ids"] = ids.cpu().numpy()
+                entries["values"] = values.cpu().numpy()
+                entries["tails"] = tails.cpu().numpy()
                 found.append(entries)
             part = self._file(n).with_suffix(".tmp")
             with open(part, "wb") as handle:
@@ -148,7 +249,9 @@ class Cache:
         return self.folder / f"chunk-{n:05d}.npy"
 
     def read(self, rows: Sequence[int], at_one: bool = False) -> Target:
-        """(ids [rows, tokens, k], log-probabilities [rows, tokens, k + 1]) at the cache's temperature, or at 1; without meaning where nothing is counted."""
+        """(ids [rows, tokens, k], log-probabilities [rows, tokens, k + 1]) at the cache's
+        temperature, or at 1; without meaning where nothing is counted.
+        """
         torch = need("torch", "build")
         entries = np.zeros((len(rows), self.windows.shape[1]), self.entry)
         for found, row in zip(entries, map(int, rows), strict=True):
@@ -156,37 +259,68 @@ class Cache:
             if n not in self.open:
                 self.open[n] = np.load(self._file(n), mmap_mode="r")
             start = int(self.counted[n * CHUNK : row].sum())
-            found[self.counted[row]] = self.open[n].reshape(-1)[start : start + int(self.counted[row].sum())]
-        values, tails = torch.from_numpy(entries["values"].copy()), torch.from_numpy(entries["tails"].copy())
-        return torch.from_numpy(entries["ids"].astype(np.int64)), softened(values, tails, self.temperature, at_one)
+            found[self.counted[row]] = self.open[n].reshape(-1)[
+                start : start + int(self.counted[row].sum())
+            ]
+        values = torch.from_numpy(entries["values"].copy())
+        tails = torch.from_numpy(entries["tails"].copy())
+        return torch.from_numpy(entries["ids"].astype(np.int64)), softened(
+            values, tails, self.temperature, at_one
+        )
 
 
-def written(weights: Weights, texts: Sequence[str], prompt: int, new: int, sampling: Sampling, file: Path) -> list[dict[str, Any]]:
-    """What the teacher writes after the first `prompt` tokens of each text: rows {"prompt", "text", "ended"}, kept in `file` line by line.
+def written(
+    weights: Weights, texts: Sequence[str], prompt: int, new: int, sampling: Sampling, file: Path
+) -> list[dict[str, Any]]:
+    """What the teacher writes after the first `prompt` tokens of each text: rows {"prompt", "text",
+    "ended"}, kept in `file` line by line.
 
-    new: tokens at most; ended: the teacher ended its text itself. The seed of row i is sampling.seed + i, so a resumed run writes the same.
+    new: tokens at most; ended: the teacher ended its text itself. The seed of row i is
+    sampling.seed + i, so a resumed run writes the same.
     """
 
     def more(start: int) -> Iterator[dict[str, Any]]:
-        tokenizer, session = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), TorchSession(weights)
+        tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
+        session = TorchSession(weights)
         for n in track(range(start, len(texts)), "teacher writes"):
             begin = encode(tokenizer, texts[n])[:prompt]
-            yield {"prompt": tokenizer.decode(begin)} | continuation(session, tokenizer, begin, replace(sampling, seed=sampling.seed + n, max_tokens=new))
+            yield {"prompt": tokenizer.decode(begin)} | continuation(
+                session, tokenizer, begin, replace(sampling, seed=sampling.seed + n, max_tokens=new)
+            )
         session.close()
 
     return kept(file, len(texts), more)
 
 
-def continuation(session: TorchSession, tokenizer: Any, begin: list[int], sampling: Sampling, pictures: Pictures | None = None) -> dict[str, Any]:
-    """{"text", "ended"}: what the teacher says after the tokens `begin`, in which it sees `pictures`, and whether it ended that itself."""
+def continuation(
+    session: TorchSession,
+    tokenizer: Any,
+    begin: list[int],
+    sampling: Sampling,
+    pictures: Pictures | None = None,
+) -> dict[str, Any]:
+    """{"text", "ended"}: what the teacher says after the tokens `begin`, in which it sees
+    `pictures`, and whether it ended that itself.
+    """
     session.rewind(0)
     eos = session.weights.decoder.eos
-    found = list(generate(session, begin, sampling, frozenset() if eos is None else frozenset({eos}), pictures))
-    return {"text": tokenizer.decode(found), "ended": len(found) < sampling.max_tokens and len(begin) + len(found) < session.context}
+    found = list(
+        generate(
+            session, begin, sampling, frozenset() if eos is None else frozenset({eos}), pictures
+        )
+    )
+    return {
+        "text": tokenizer.decode(found),
+        "ended": len(found) < sampling.max_tokens and len(begin) + len(found) < session.context,
+    }
 
 
-def kept(file: Path, count: int, more: Callable[[int], Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """`count` rows of a .jsonl file; those it lacks come from more(how many it has) and are written as they come, so a kill costs one."""
+def kept(
+    file: Path, count: int, more: Callable[[int], Iterator[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """`count` rows of a .jsonl file; those it lacks come from more(how many it has) and are written
+    as they come, so a kill costs one.
+    """
     rows = _lines(file)
     if len(rows) < count:
         with open(file, "a", encoding="utf-8") as handle:

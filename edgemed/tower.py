@@ -1,4 +1,5 @@
-"""A vision tower and its projector in torch, float32: what every engine's image features are compared with.
+"""A vision tower and its projector in torch, float32: what every engine's image features are
+compared with.
 
 Built from a family's Vision values, one layer in memory at a time, like the text decoder beside it.
 """
@@ -37,7 +38,9 @@ def _embedded(weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
     v = weights.vision
     x = _linear(weights, "vision.patch", pixels)
     if not v.frequencies:
-        x = torch.cat([weights.table("vision.class").reshape(1, -1), x]) + weights.table("vision.positions")
+        x = torch.cat([weights.table("vision.class").reshape(1, -1), x]) + weights.table(
+            "vision.positions"
+        )
     return _norm(weights, "vision.pre_norm", x) if v.pre_norm else x
 
 
@@ -55,18 +58,35 @@ def _linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 
 def _activated(v: Vision, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
-    return x * torch.sigmoid(1.702 * x) if v.activation == "quick_gelu" else torch.nn.functional.gelu(x)
+    return (
+        x * torch.sigmoid(1.702 * x)
+        if v.activation == "quick_gelu"
+        else torch.nn.functional.gelu(x)
+    )
 
 
-def _layer(weights: Weights, v: Vision, name: str, x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+def _layer(
+    weights: Weights, v: Vision, name: str, x: torch.Tensor, angles: torch.Tensor | None
+) -> torch.Tensor:
     torch = need("torch", "build")
-    n, head = len(x), v.width // v.heads
-    q, k, value = (part.reshape(n, v.heads, head).transpose(0, 1) for part in _linear(weights, f"{name}.qkv", _norm(weights, f"{name}.attn_norm", x)).chunk(3, -1))
+    n = len(x)
+    head = v.width // v.heads
+    q, k, value = (
+        part.reshape(n, v.heads, head).transpose(0, 1)
+        for part in _linear(weights, f"{name}.qkv", _norm(weights, f"{name}.attn_norm", x)).chunk(
+            3, -1
+        )
+    )
     if angles is not None:
-        q, k = _rotated(q, angles), _rotated(k, angles)
+        q = _rotated(q, angles)
+        k = _rotated(k, angles)
     out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], value[None])[0]
     x = x + _linear(weights, f"{name}.o", out.transpose(0, 1).reshape(n, v.width))
-    return x + _linear(weights, f"{name}.down", _activated(v, _linear(weights, f"{name}.up", _norm(weights, f"{name}.mlp_norm", x))))
+    return x + _linear(
+        weights,
+        f"{name}.down",
+        _activated(v, _linear(weights, f"{name}.up", _norm(weights, f"{name}.mlp_norm", x))),
+    )
 
 
 def _rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -78,32 +98,51 @@ def _rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 def _projected(weights: Weights, v: Vision, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     x = _norm(weights, "vision.projector.norm", x) if v.projector_norm else x
-    x = torch.nn.functional.gelu(_linear(weights, "vision.projector.first", x.reshape(len(x) // v.merge**2, -1)))
+    x = torch.nn.functional.gelu(
+        _linear(weights, "vision.projector.first", x.reshape(len(x) // v.merge**2, -1))
+    )
     return _linear(weights, "vision.projector.second", x)
 
 
 class TorchEyes:
-    """The eyes of a checkpoint, in float32: what VisionSession is to an engine. family: whose prompts and answers its model knows."""
+    """The eyes of a checkpoint, in float32: what VisionSession is to an engine. family: whose
+    prompts and answers its model knows.
+    """
 
     def __init__(self, weights: Weights):
         if not weights.vision:
-            raise EdgemedError(f"{weights.checkpoint.path} reads text only", "Ask it without an image, or give a model that sees")
-        self.weights, self.v, self.family = weights, weights.vision, weights.family
-        self.parts, self.context = max(weights.decoder.rope_axes, default=0) + 1, weights.decoder.context
+            raise EdgemedError(
+                f"{weights.checkpoint.path} reads text only",
+                "Ask it without an image, or give a model that sees",
+            )
+        self.weights = weights
+        self.v = weights.vision
+        self.family = weights.family
+        self.parts = max(weights.decoder.rope_axes, default=0) + 1
+        self.context = weights.decoder.context
         self.kept = Kept(self._computed)
 
     def features(self, image: Image.Image) -> Seen:
-        """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for the same pixels."""
+        """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for
+        the same pixels.
+        """
         return self.kept.features(image)
 
     def _computed(self, image: Image.Image) -> Seen:
         found = patches(image, self.v)
-        return features(self.weights, found)["features"].numpy(), (found.rows // self.v.merge, found.columns // self.v.merge)
+        return features(self.weights, found)["features"].numpy(), (
+            found.rows // self.v.merge,
+            found.columns // self.v.merge,
+        )
 
-    def see(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], Pictures | None]:
+    def see(
+        self, tokens: Sequence[int], images: Sequence[Image.Image]
+    ) -> tuple[list[int], Pictures | None]:
         """As VisionSession.see."""
         check_places(tokens, self.v.token, len(images))
-        return placed(tokens, [self.features(image) for image in images], self.v, self.parts, self.context)
+        return placed(
+            tokens, [self.features(image) for image in images], self.v, self.parts, self.context
+        )
 
     def close(self) -> None:
         self.kept.found.clear()

@@ -1,7 +1,9 @@
-"""Runs a plan on TensorRT: the cache stays on the GPU and is never copied, and decoding replays a captured CUDA graph.
+"""Runs a plan on TensorRT: the cache stays on the GPU and is never copied, and decoding replays a
+captured CUDA graph.
 
-The engine reads the first rows of each cache buffer and writes only the new rows into a staging buffer; one strided copy per run puts those of
-all layers behind the old ones. TensorRT before 10.15 has no in-place update, and input and output at one address gives wrong results there.
+The engine reads the first rows of each cache buffer and writes only the new rows into a staging
+buffer; one strided copy per run puts those of all layers behind the old ones. TensorRT before 10.15
+has no in-place update, and input and output at one address gives wrong results there.
 """
 
 from __future__ import annotations
@@ -31,75 +33,119 @@ def aligned(size: int) -> int:
 
 
 class TrtSession:
-    """A Session on TensorRT with one sequence; scores come back as float32 in page-locked host memory."""
+    """A Session on TensorRT with one sequence; scores come back as float32 in page-locked host
+    memory.
+    """
 
     device = "cuda"  # whose energy counts
 
     def __init__(self, engine: Engine):
-        """Raises EdgemedError where TensorRT, driver or GPU is missing or not the plan's, or memory is too small."""
+        """Raises EdgemedError where TensorRT, driver or GPU is missing or not the plan's, or memory
+        is too small.
+        """
         self.trt = tensorrt(engine.params["runtime"])
         check_plan(engine)
-        self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
+        self.head = engine.head
+        self.width = engine.width
+        self.context = engine.context
+        self.position = 0
         self.part = min(engine.params["prefill"], engine.context)
         self.cuda = Cuda()
         self.engine = load_plan(self.trt, self.cuda, engine, "model")
         self._buffers()
-        strategy = self.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE  # each context holds only its own profile's memory
+        # each context holds only its own profile's memory
+        strategy = self.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         self.contexts = [self._context(number, strategy) for number in range(2)]
         self.shapes: list[Sizes | None] = [None, None]
         self.graph: tuple[int, Any] | None = None
         self.graphs = True
 
     def _buffers(self) -> None:
-        """Device memory of everything that enters and leaves; each tensor keeps its address for good."""
-        engine, trt = self.engine, self.trt
+        """Device memory of everything that enters and leaves; each tensor keeps its address for
+        good.
+        """
+        engine = self.engine
+        trt = self.trt
         names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
         self.past = [name for name in names if name.startswith("past.")]
-        self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.inputs = [
+            name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        ]
         self.declared = {name: tuple(engine.get_tensor_shape(name)) for name in names}
-        rows, item = rows_offered(self.context), 4 if engine.get_tensor_dtype(self.past[0]) == trt.float32 else 2
+        rows = rows_offered(self.context)
+        item = 4 if engine.get_tensor_dtype(self.past[0]) == trt.float32 else 2
         _, _, heads, head_dim = self.declared[self.past[0]]
         self.row = heads * head_dim * item
-        self.cache_pitch, self.fresh_pitch = rows * self.row, aligned(self.part * self.row)
+        self.cache_pitch = rows * self.row
+        self.fresh_pitch = aligned(self.part * self.row)
         parts = self.declared["rope_positions"][0] if "rope_positions" in self.declared else 0
         self.counted = Positions(parts, self.context) if parts else None
         self.hidden = self.declared["features"][1] if "features" in self.declared else 0
         sizes = {"tokens": 8 * self.part, "positions": 8 * self.part, "select": 8 * EVERY}
-        sizes |= ({"rope_positions": 8 * parts * self.part} if parts else {}) | ({"feature_rows": 8 * self.part} if self.hidden else {})
+        sizes |= ({"rope_positions": 8 * parts * self.part} if parts else {}) | (
+            {"feature_rows": 8 * self.part} if self.hidden else {}
+        )
         sizes["slots"] = 8 * rows  # last, because only the rows in use are sent
-        self.offsets = dict(zip(sizes, np.cumsum([0, *map(aligned, sizes.values())]).tolist(), strict=False))
-        total, scores, features = sum(map(aligned, sizes.values())), 4 * EVERY * self.width, 4 * self.part * self.hidden
-        need_memory(self.cuda, len(self.past) * (self.cache_pitch + self.fresh_pitch) + total + scores + features + engine.device_memory_size_v2, "cache and activations")
+        self.offsets = dict(
+            zip(sizes, np.cumsum([0, *map(aligned, sizes.values())]).tolist(), strict=False)
+        )
+        total = sum(map(aligned, sizes.values()))
+        scores = 4 * EVERY * self.width
+        features = 4 * self.part * self.hidden
+        need_memory(
+            self.cuda,
+            len(self.past) * (self.cache_pitch + self.fresh_pitch)
+            + total
+            + scores
+            + features
+            + engine.device_memory_size_v2,
+            "cache and activations",
+        )
         self.cache = self.cuda.alloc(len(self.past) * self.cache_pitch)
         self.fresh = self.cuda.alloc(len(self.past) * self.fresh_pitch)
-        self.inbox, self.outbox = self.cuda.alloc(total), self.cuda.alloc(scores)
+        self.inbox = self.cuda.alloc(total)
+        self.outbox = self.cuda.alloc(scores)
         self.features = self.cuda.alloc(features) if features else 0
         self.host = self.cuda.host(total)
         self.scores = self.cuda.host(scores).view(np.float32).reshape(EVERY, self.width)
-        self.fields = {name: self.host[offset : offset + aligned(sizes[name])].view(np.int64) for name, offset in self.offsets.items()}
+        self.fields = {
+            name: self.host[offset : offset + aligned(sizes[name])].view(np.int64)
+            for name, offset in self.offsets.items()
+        }
 
     def _context(self, profile: int, strategy: Any) -> Any:
         context = self.engine.create_execution_context(strategy)
-        if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream.value):
-            raise EdgemedError("TensorRT cannot make an execution context; its messages stand above", "If the GPU is out of memory, close other programs")
+        if context is None or not context.set_optimization_profile_async(
+            profile, self.cuda.stream.value
+        ):
+            raise EdgemedError(
+                "TensorRT cannot make an execution context; its messages stand above",
+                "If the GPU is out of memory, close other programs",
+            )
         self.cuda.wait()
         for name, offset in self.offsets.items():
             context.set_tensor_address(name, self.inbox + offset)
         for number, name in enumerate(self.past):
             context.set_tensor_address(name, self.cache + number * self.cache_pitch)
-            context.set_tensor_address(name.replace("past", "present"), self.fresh + number * self.fresh_pitch)
+            context.set_tensor_address(
+                name.replace("past", "present"), self.fresh + number * self.fresh_pitch
+            )
         context.set_tensor_address("scores", self.outbox)
         if self.features:
             context.set_tensor_address("features", self.features)
         return context
 
-    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
+    def prefill(
+        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+    ) -> np.ndarray:
         check_room(self, tokens)
         seen = feature_rows(tokens, pictures, bool(self.hidden))
         if self.counted:
             self.counted.add(self.position, len(tokens), pictures.positions if pictures else None)
-        ids = np.where(seen < 0, tokens, 0)  # an image token is never looked up and may lie outside the vocabulary
-        size, found = min(EVERY, self.part) if every else self.part, []
+        # an image token is never looked up and may lie outside the vocabulary
+        ids = np.where(seen < 0, tokens, 0)
+        size = min(EVERY, self.part) if every else self.part
+        found = []
         for start in range(0, len(tokens), size):
             part = ids[start : start + size]
             if self.hidden:
@@ -110,11 +156,14 @@ class TrtSession:
         return np.concatenate(found) if every else rows
 
     def _show(self, seen: np.ndarray, pictures: Pictures | None) -> None:
-        """Put the features of one part of a prompt on the GPU, and their rows among the inputs: an image may begin in one part and end in another."""
+        """Put the features of one part of a prompt on the GPU, and their rows among the inputs: an
+        image may begin in one part and end in another.
+        """
         here = seen >= 0
         self.fields["feature_rows"][: len(seen)] = np.where(here, np.cumsum(here) - 1, -1)
         if pictures and here.any():
-            self.shown = np.ascontiguousarray(pictures.features[seen[here]], np.float32)  # kept until it has been copied
+            # kept until it has been copied
+            self.shown = np.ascontiguousarray(pictures.features[seen[here]], np.float32)
             self.cuda.to_device(self.features, self.shown)
 
     def step(self, token: int) -> np.ndarray:
@@ -126,22 +175,37 @@ class TrtSession:
         return self._run([token], 1)[0]
 
     def _run(self, tokens: Sequence[int], selected: int) -> np.ndarray:
-        """Append at most `part` tokens; scores [selected, width] of the last ones, valid until the next call."""
-        new, past, which = len(tokens), rows_offered(self.position), int(len(tokens) == 1)
+        """Append at most `part` tokens; scores [selected, width] of the last ones, valid until the
+        next call.
+        """
+        new = len(tokens)
+        past = rows_offered(self.position)
+        which = int(len(tokens) == 1)
         fields = self.fields
-        fields["tokens"][:new], fields["positions"][:new] = tokens, np.arange(self.position, self.position + new)
+        fields["tokens"][:new] = tokens
+        fields["positions"][:new] = np.arange(self.position, self.position + new)
         fields["select"][:selected] = np.arange(new - selected, new)
         if self.counted:
             placed = self.counted.held[:, self.position : self.position + new]
             fields["rope_positions"][: placed.size] = placed.reshape(-1)
         fields["slots"][:past] = np.where(np.arange(past) < self.position, np.arange(past), NOWHERE)
         self.cuda.to_device(self.inbox, self.host[: self.offsets["slots"] + 8 * past])
-        self._shape(which, {"new": new, "past": past, "selected": selected, "features": 1 if which else self.part})
+        self._shape(
+            which,
+            {"new": new, "past": past, "selected": selected, "features": 1 if which else self.part},
+        )
         if which and self.graphs:
             self._decode(past)
         else:
             self._enqueue(which)
-        self.cuda.rows(self.cache + self.position * self.row, self.cache_pitch, self.fresh, self.fresh_pitch, new * self.row, len(self.past))
+        self.cuda.rows(
+            self.cache + self.position * self.row,
+            self.cache_pitch,
+            self.fresh,
+            self.fresh_pitch,
+            new * self.row,
+            len(self.past),
+        )
         self.cuda.to_host(self.scores[:selected], self.outbox)
         self.cuda.wait()
         self.position += new
@@ -153,7 +217,9 @@ class TrtSession:
         if which:
             self._forget()  # a graph is valid only while its context stays as it was
         for name in self.inputs:
-            if not self.contexts[which].set_input_shape(name, shape_of(name, self.declared[name], sizes)):
+            if not self.contexts[which].set_input_shape(
+                name, shape_of(name, self.declared[name], sizes)
+            ):
                 raise RuntimeError(f"TensorRT refuses {sizes} for {name}")
         self.shapes[which] = sizes
 
@@ -162,7 +228,9 @@ class TrtSession:
             raise RuntimeError("TensorRT failed to run; its messages stand above")
 
     def _decode(self, past: int) -> None:
-        """One token: by the captured graph of this shape, or run as it is and then captured for the next token."""
+        """One token: by the captured graph of this shape, or run as it is and then captured for the
+        next token.
+        """
         if self.graph and self.graph[0] == past:
             self.cuda.launch(self.graph[1])
             return
@@ -171,7 +239,10 @@ class TrtSession:
             self.graph = (past, self.cuda.capture(lambda: self._enqueue(1)))
         except CaptureError as error:
             self.graphs = False
-            say(f"tensorrt: this engine cannot be captured into a CUDA graph ({error}); decoding goes on without, somewhat slower")
+            say(
+                f"tensorrt: this engine cannot be captured into a CUDA graph ({error}); decoding"
+                " goes on without, somewhat slower"
+            )
 
     def _forget(self) -> None:
         if self.graph:
@@ -189,14 +260,24 @@ class TrtSession:
 
 
 def check_plan(engine: Engine) -> None:
-    """Raise EdgemedError where the plans were made by another TensorRT or for another GPU than this machine's."""
-    made, here = store.read_manifest(folder_of(engine))["params"], identity(engine.params["runtime"], None)
+    """Raise EdgemedError where the plans were made by another TensorRT or for another GPU than this
+    machine's.
+    """
+    made = store.read_manifest(folder_of(engine))["params"]
+    here = identity(engine.params["runtime"], None)
     again = f"Build it again here: edgemed build {engine.path}"
     if made["tensorrt"] != here["tensorrt"]:
-        raise EdgemedError(f"{engine.path} was built by TensorRT {made['tensorrt']}, and {here['tensorrt']} is installed", again)
+        raise EdgemedError(
+            f"{engine.path} was built by TensorRT {made['tensorrt']}, and {here['tensorrt']} is"
+            " installed",
+            again,
+        )
     if (made["gpu"], made["compute_capability"]) != (here["gpu"], here["compute_capability"]):
         raise EdgemedError(
-            f"{engine.path} was built for {made['gpu']} (compute capability {made['compute_capability']}), this is {here['gpu']} ({here['compute_capability']})", again)
+            f"{engine.path} was built for {made['gpu']} (compute capability"
+            f" {made['compute_capability']}), this is {here['gpu']} ({here['compute_capability']})",
+            again,
+        )
 
 
 def folder_of(engine: Engine) -> Path:
@@ -205,8 +286,11 @@ def folder_of(engine: Engine) -> Path:
 
 
 def load_plan(trt: Any, cuda: Cuda, engine: Engine, name: str) -> Any:
-    """TensorRT's engine of NAME.plan. Raises EdgemedError where it is missing, too large for the memory that is free, or not TensorRT's."""
-    plan, again = folder_of(engine) / f"{name}.plan", f"Remove {folder_of(engine)} and build again: edgemed build {engine.path}"
+    """TensorRT's engine of NAME.plan. Raises EdgemedError where it is missing, too large for the
+    memory that is free, or not TensorRT's.
+    """
+    plan = folder_of(engine) / f"{name}.plan"
+    again = f"Remove {folder_of(engine)} and build again: edgemed build {engine.path}"
     if not plan.is_file():
         raise EdgemedError(f"{plan} is missing", again)
     need_memory(cuda, plan.stat().st_size, f"the weights of {plan.name}")
@@ -221,6 +305,7 @@ def need_memory(cuda: Cuda, size: int, what: str) -> None:
     free = cuda.free()
     if size > free:
         raise EdgemedError(
-            f"{what} need {size / 1e6:.1f} MB of GPU memory and {free / 1e6:.1f} MB are free: {(size - free) / 1e6:.1f} MB too little",
+            f"{what} need {size / 1e6:.1f} MB of GPU memory and {free / 1e6:.1f} MB are free:"
+            f" {(size - free) / 1e6:.1f} MB too little",
             "Close other programs, or export with a smaller context or precision",
         )

@@ -1,6 +1,7 @@
 """Times and sizes as people type them: '1s', '800ms', '6GB', '6GiB'.
 
-A plan for 6 MB instead of 6 GB would be wrong without anyone noticing, so a number without its unit is refused.
+A plan for 6 MB instead of 6 GB would be wrong without anyone noticing, so a number without its unit
+is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB":
 
 
 def seconds(text: str, option: str) -> float:
-    """'800ms' -> 0.8. Raises EdgemedError for another unit or no number above 0, naming the option."""
+    """'800ms' -> 0.8. Raises EdgemedError for another unit or no number above 0, naming the
+    option.
+    """
     return _quantity(text, option, SECONDS, "800ms")
 
 
@@ -27,11 +30,16 @@ def _quantity(text: str, option: str, units: dict[str, float], example: str) -> 
     known = ", ".join(units)
     found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
     if not found or not re.fullmatch(r"\d+\.?\d*|\.\d+", found[1]):
-        raise EdgemedError(f"{option} {text}: not a number with a unit", f"For example: {option} {example} (units: {known})")
+        raise EdgemedError(
+            f"{option} {text}: not a number with a unit",
+            f"For example: {option} {example} (units: {known})",
+        )
     unit = next((name for name in units if name.lower() == found[2].lower()), None)
     if unit is None:
         said = f"'{found[2]}' is not a unit known here" if found[2] else "the unit is missing"
-        raise EdgemedError(f"{option} {text}: {said}", f"Units: {known}. For example: {option} {example}")
+        raise EdgemedError(
+            f"{option} {text}: {said}", f"Units: {known}. For example: {option} {example}"
+        )
     value = float(found[1]) * units[unit]
     if value <= 0:
         raise EdgemedError(f"{option} {text}: must be above 0", f"For example: {option} {example}")

@@ -1,7 +1,9 @@
-"""What several test files share: a tiny model with a tokenizer, its engines, and a way to call the command line.
+"""What several test files share: a tiny model with a tokenizer, its engines, and a way to call the
+command line.
 
-The model has BioMedLM's architecture with random weights large enough that a wrong scale or a forgotten bias shows. torch is
-imported inside the fixtures, so that tests which need none run without it.
+The model has BioMedLM's architecture with random weights large enough that a wrong scale or a
+forgotten bias shows. torch is imported inside the fixtures, so that tests which need none run
+without it.
 """
 
 from __future__ import annotations
@@ -16,13 +18,46 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCAB, EOS, CONTEXT = 288, 256, 192
+VOCAB = 288
+EOS = 256
+CONTEXT = 192
 IMAGE = 260  # the image token of the tiny model that sees
-# Not copied from the family's own numbers: head sizes, context and layers small enough for a second per test.
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128, "max_position_embeddings": CONTEXT,
-        "partial_rotary_factor": 0.5, "image_token_id": IMAGE, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.2, "seq_length": CONTEXT, "kv_channels": 32}
+# Not copied from the family's own numbers: head sizes, context and layers small enough for a second
+# per test.
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "max_position_embeddings": CONTEXT,
+    "partial_rotary_factor": 0.5,
+    "image_token_id": IMAGE,
+    "video_token_id": 261,
+    "vision_start_token_id": 262,
+    "vision_end_token_id": 263,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": CONTEXT,
+    "vocab_size": VOCAB,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "initializer_range": 0.2,
+    "seq_length": CONTEXT,
+    "kv_channels": 32,
+}
 
-TINY_CLIP = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96, "patch_size": 14, "image_size": 56, "projection_dim": 16}
+TINY_CLIP = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "patch_size": 14,
+    "image_size": 56,
+    "projection_dim": 16,
+}
 
 
 def pytest_configure() -> None:
@@ -41,7 +76,9 @@ def _one_thread() -> None:
 
 
 def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
-    """The published config of a family, or of one of its other models, shrunk to the tiny model's numbers."""
+    """The published config of a family, or of one of its other models, shrunk to the tiny model's
+    numbers.
+    """
     from edgemed.random_weights import reference_config
 
     published = reference_config(family)
@@ -49,18 +86,35 @@ def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
     if "mrope_section" in (published.get("rope_scaling") or {}):
         tiny["rope_scaling"] = {**published["rope_scaling"], "mrope_section": [4, 6, 6]}
     if "text_config" in published:
-        tiny["text_config"] = {**published["text_config"], **{key: value for key, value in TINY.items() if key in published["text_config"]}}
-        tiny |= {"image_token_index": 260, "vision_config": {**published["vision_config"], **TINY_CLIP}}
+        tiny["text_config"] = {
+            **published["text_config"],
+            **{key: value for key, value in TINY.items() if key in published["text_config"]},
+        }
+        tiny |= {
+            "image_token_index": 260,
+            "vision_config": {**published["vision_config"], **TINY_CLIP},
+        }
     elif "vision_config" in published:
-        tiny["vision_config"] = {**published["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64}
+        tiny["vision_config"] = {
+            **published["vision_config"],
+            "depth": 2,
+            "embed_dim": 64,
+            "num_heads": 2,
+            "hidden_size": 64,
+        }
     if "moe" in published:
         layers = changes.get("num_hidden_layers", tiny["num_hidden_layers"])
-        tiny |= {"moe": {**published["moe"], "moe_layers_idx": list(range(0, layers, 2))}, "vision_config": dict(TINY_CLIP)}
+        tiny |= {
+            "moe": {**published["moe"], "moe_layers_idx": list(range(0, layers, 2))},
+            "vision_config": dict(TINY_CLIP),
+        }
     return {**published, **tiny, **changes}
 
 
 def write_tokenizer(path: Path) -> None:
-    """Byte-level BPE whose only merge never happens (llama.cpp wants one): every byte is one token, and one end-of-text token. 258 entries."""
+    """Byte-level BPE whose only merge never happens (llama.cpp wants one): every byte is one token,
+    and one end-of-text token. 258 entries.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -70,11 +124,17 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"})
+    )
 
 
-def write_model(path: Path, dtype: str = "float32", seed: int = 0, family: str = "gpt2", **changes: object) -> Path:
-    """A checkpoint with random weights, biases and norms (make_random's are 0 and 1), and the tokenizer."""
+def write_model(
+    path: Path, dtype: str = "float32", seed: int = 0, family: str = "gpt2", **changes: object
+) -> Path:
+    """A checkpoint with random weights, biases and norms (make_random's are 0 and 1), and the
+    tokenizer.
+    """
     import torch
     from edgemed.checkpoint import Writer
     from edgemed.family import every_part, family_of
@@ -82,20 +142,29 @@ def write_model(path: Path, dtype: str = "float32", seed: int = 0, family: str =
     path.mkdir(parents=True)
     config = tiny_config(family, **changes)
     family = family_of(config, "test model")
-    generator, writer, written = torch.Generator().manual_seed(seed), Writer(path, config), set()
+    generator = torch.Generator().manual_seed(seed)
+    writer = Writer(path, config)
+    written = set()
 
     def random(*shape: int) -> torch.Tensor:
         return torch.empty(shape).normal_(0, 0.15, generator=generator)
 
-    for part in every_part(family, family.decoder(config, {}), family.vision(config, {}, {}) if family.vision else None).values():
+    for part in every_part(
+        family, family.decoder(config, {}), family.vision(config, {}, {}) if family.vision else None
+    ).values():
         for module, shape in part.stored():
             if module in written:
                 continue
             written.add(module)
             weight = 1 + random(*shape) if part.kind == "norm" else random(*shape)
-            writer.add(f"{family.prefixes[0]}{part.weight(module)}", weight.to(getattr(torch, dtype)))
+            writer.add(
+                f"{family.prefixes[0]}{part.weight(module)}", weight.to(getattr(torch, dtype))
+            )
             if part.bias:
-                writer.add(f"{family.prefixes[0]}{module}.bias", random(shape[-1 if part.conv1d else 0]).to(getattr(torch, dtype)))
+                writer.add(
+                    f"{family.prefixes[0]}{module}.bias",
+                    random(shape[-1 if part.conv1d else 0]).to(getattr(torch, dtype)),
+                )
     writer.close()
     write_tokenizer(path)
     return path
@@ -108,7 +177,10 @@ def rewrite(model: Path, out: Path, change) -> Path:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, out)
-    save_file({k: v.contiguous() for k, v in change(load_file(out / "model.safetensors")).items()}, out / "model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in change(load_file(out / "model.safetensors")).items()},
+        out / "model.safetensors",
+    )
     return out
 
 
@@ -119,7 +191,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_q8_grid(weight):
-    """A float matrix [out, in] on the grid of Q8_0, as engines with small tables hold their output matrix."""
+    """A float matrix [out, in] on the grid of Q8_0, as engines with small tables hold their output
+    matrix.
+    """
     import torch
     from edgemed.grid import ggml_q8
 
@@ -128,15 +202,29 @@ def on_q8_grid(weight):
 
 
 def write_pictures(folder: Path, question: str) -> str:
-    """A .jsonl file of twenty questions about four images of different shapes, one of them about two images. question: '{n}' is replaced by its number, '{more}' by 0 to 2 words."""
+    """A .jsonl file of twenty questions about four images of different shapes, one of them about
+    two images. question: '{n}' is replaced by its number, '{more}' by 0 to 2 words.
+    """
     import numpy as np
     from PIL import Image
 
     for n, size in enumerate(((60, 60), (30, 90), (90, 30), (56, 28))):
-        Image.fromarray(np.random.default_rng(n).integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{n}.png")
-    rows = [{"id": n, "image": f"{n % 4}.png", "question": question.format(n=n, more="is " * (n % 3)), "answer": f"It is {n % 3}."} for n in range(20)]
+        Image.fromarray(np.random.default_rng(n).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+            folder / f"{n}.png"
+        )
+    rows = [
+        {
+            "id": n,
+            "image": f"{n % 4}.png",
+            "question": question.format(n=n, more="is " * (n % 3)),
+            "answer": f"It is {n % 3}.",
+        }
+        for n in range(20)
+    ]
     rows[7] = {"id": 7, "images": ["0.png", "3.png"], "question": "Which?", "answer": "Both."}
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(folder / "rows.jsonl")
 
 
@@ -146,7 +234,16 @@ def write_seeing(path: Path, **config: object) -> Path:
 
     path = write_model(path, family="qwen2_vl", **config)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    tokenizer.add_special_tokens(
+        [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+        ]
+    )
     assert tokenizer.token_to_id("<|image_pad|>") == IMAGE
     tokenizer.save(str(path / "tokenizer.json"))
     return path
@@ -165,36 +262,70 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return [int(t) for t in np.random.default_rng(seed).integers(0, VOCAB, count)]
 
 
-def cli(*arguments: object, python: str | Path = sys.executable, env: dict[str, str] | None = None, cwd: Path | None = None,
-        stdin: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """The real command line in a process of its own, without the test run's own environment leaking into the package under test."""
+def cli(
+    *arguments: object,
+    python: str | Path = sys.executable,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """The real command line in a process of its own, without the test run's own environment leaking
+    into the package under test.
+    """
     command = [str(python), "-m", "edgemed", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "200", **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, input=stdin, timeout=timeout)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        input=stdin,
+        timeout=timeout,
+    )
 
 
 def distilled_whole_and_killed(arguments: list[object], folder: Path) -> tuple[Path, Path]:
-    """What `edgemed distill` writes in one go, and what it writes where it was killed after its first checkpoint and started again."""
+    """What `edgemed distill` writes in one go, and what it writes where it was killed after its
+    first checkpoint and started again.
+    """
     outs = [folder / name / "out" for name in ("whole", "killed")]
     for out in outs:
         out.parent.mkdir()
     done = cli("distill", *arguments, "--out", outs[0])
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "edgemed", "distill", *map(str, arguments), "--out", str(outs[1])]
+    command = [
+        sys.executable,
+        "-m",
+        "edgemed",
+        "distill",
+        *map(str, arguments),
+        "--out",
+        str(outs[1]),
+    ]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until, kept = time.monotonic() + 120, outs[1].parent
-    while not list(kept.glob(".distill-*/checkpoint-*/trainer_state.json")) and time.monotonic() < until:
+    until = time.monotonic() + 120
+    kept = outs[1].parent
+    while (
+        not list(kept.glob(".distill-*/checkpoint-*/trainer_state.json"))
+        and time.monotonic() < until
+    ):
         time.sleep(0.01)
     running.kill()
     running.wait()
-    assert not outs[1].exists() and list(kept.glob(".distill-*/checkpoint-*")), "the kill came too late, or too early, to show anything"
+    assert not outs[1].exists() and list(kept.glob(".distill-*/checkpoint-*")), (
+        "the kill came too late, or too early, to show anything"
+    )
     again = cli("distill", *arguments, "--out", outs[1])
     assert again.returncode == 0 and "resumed after step" in again.stderr, again.stderr
     return outs[0], outs[1]
 
 
 def refused(done: subprocess.CompletedProcess[str], *named: object) -> str:
-    """Check that a command ended with exit code 1 and one error line that names these things; returns the line."""
+    """Check that a command ended with exit code 1 and one error line that names these things;
+    returns the line.
+    """
     assert done.returncode == 1, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and done.stderr.splitlines()[-1] == lines[0], done.stderr
@@ -206,4 +337,8 @@ def refused(done: subprocess.CompletedProcess[str], *named: object) -> str:
 
 def leftovers(folder: Path) -> list[str]:
     """Unfinished directories and locks anywhere under a folder."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.endswith((".part", ".lock", ".tmp")))
+    return sorted(
+        str(p.relative_to(folder))
+        for p in folder.rglob(".*")
+        if p.name.endswith((".part", ".lock", ".tmp"))
+    )

@@ -1,7 +1,9 @@
-"""A stand-in for TensorRT's Python module and for libcuda, on host memory: it records calls, enforces the documented rules and computes with ONNX Runtime.
+"""A stand-in for TensorRT's Python module and for libcuda, on host memory: it records calls,
+enforces the documented rules and computes with ONNX Runtime.
 
-It knows only what the documentation of TensorRT 10.3 to 11 says (profiles, addresses, shapes, capture), so a Session that passes here
-uses that interface as documented. It proves nothing about TensorRT itself.
+It knows only what the documentation of TensorRT 10.3 to 11 says (profiles, addresses, shapes,
+capture), so a Session that passes here uses that interface as documented. It proves nothing about
+TensorRT itself.
 """
 
 from __future__ import annotations
@@ -22,18 +24,29 @@ ALIGN = 256
 
 
 class Driver:
-    """libcuda on host memory: the functions edgemed.cuda calls, with their argument order and error codes."""
+    """libcuda on host memory: the functions edgemed.cuda calls, with their argument order and error
+    codes.
+    """
 
     def __init__(self, gpu: str, capability: tuple[int, int], memory: int, integrated: bool):
-        self.gpu, self.capability, self.memory, self.integrated = gpu, capability, memory, integrated
+        self.gpu = gpu
+        self.capability = capability
+        self.memory = memory
+        self.integrated = integrated
         self.blocks: dict[int, np.ndarray] = {}
         self.graphs: dict[int, list[Any]] = {}
         self.recording: list[Any] | None = None
-        self.capturable, self.calls, self.pinned = True, [], {}
+        self.capturable = True
+        self.calls = []
+        self.pinned = {}
         for name in [n for n in dir(self) if n.startswith("cu")]:
             function = getattr(self, name)
             # A plain function: ctypes lets argtypes be set on one, and so must this.
-            setattr(self, name, (lambda f, n: lambda *a: (self.calls.append(n), f(*a))[1])(function, name))
+            setattr(
+                self,
+                name,
+                (lambda f, n: lambda *a: (self.calls.append(n), f(*a))[1])(function, name),
+            )
 
     @property
     def used(self) -> int:
@@ -48,24 +61,47 @@ class Driver:
         return 0
 
     def inside(self, address: int, size: int) -> None:
-        assert any(start <= address and address + size <= start + block.nbytes - ALIGN for start, block in self.blocks.items()), "touches memory that was not allocated"
+        assert any(
+            start <= address and address + size <= start + block.nbytes - ALIGN
+            for start, block in self.blocks.items()
+        ), "touches memory that was not allocated"
 
-    def cuInit(self, flags): return 0
-    def cuDeviceGet(self, out, ordinal): return 0
-    def cuDevicePrimaryCtxRetain(self, out, device): return 0
-    def cuDevicePrimaryCtxRelease_v2(self, device): return 0
-    def cuCtxSetCurrent(self, context): return 0
-    def cuStreamDestroy_v2(self, stream): return 0
-    def cuStreamSynchronize(self, stream): return 0
-    def cuMemFreeHost(self, address): return 0
-    def cuGraphDestroy(self, graph): return 0
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGet(self, out, ordinal):
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, out, device):
+        return 0
+
+    def cuDevicePrimaryCtxRelease_v2(self, device):
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        return 0
+
+    def cuStreamDestroy_v2(self, stream):
+        return 0
+
+    def cuStreamSynchronize(self, stream):
+        return 0
+
+    def cuMemFreeHost(self, address):
+        return 0
+
+    def cuGraphDestroy(self, graph):
+        return 0
 
     def cuStreamCreate(self, out, flags):
         out._obj.value = 77
         return 0
 
     def cuGetErrorName(self, code, out):
-        out._obj.value = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 900: b"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}.get(code, b"CUDA_ERROR_UNKNOWN")
+        out._obj.value = {
+            2: b"CUDA_ERROR_OUT_OF_MEMORY",
+            900: b"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+        }.get(code, b"CUDA_ERROR_UNKNOWN")
         return 0
 
     def cuDeviceGetName(self, text, size, device):
@@ -73,7 +109,9 @@ class Driver:
         return 0
 
     def cuDeviceGetAttribute(self, out, number, device):
-        out._obj.value = {75: self.capability[0], 76: self.capability[1], 18: int(self.integrated)}[number]
+        out._obj.value = {75: self.capability[0], 76: self.capability[1], 18: int(self.integrated)}[
+            number
+        ]
         return 0
 
     def cuDriverGetVersion(self, out):
@@ -81,13 +119,15 @@ class Driver:
         return 0
 
     def cuMemGetInfo_v2(self, free, total):
-        free._obj.value, total._obj.value = self.memory - self.used, self.memory
+        free._obj.value = self.memory - self.used
+        total._obj.value = self.memory
         return 0
 
     def cuMemAlloc_v2(self, out, size):
         if size > self.memory - self.used:
             return 2
-        block = np.full(size + 2 * ALIGN, 0x7F, np.uint8)  # not zero: whoever needs zeros must set them
+        # not zero: whoever needs zeros must set them
+        block = np.full(size + 2 * ALIGN, 0x7F, np.uint8)
         start = -(-block.ctypes.data // ALIGN) * ALIGN
         self.blocks[start] = block
         out._obj.value = start
@@ -118,19 +158,25 @@ class Driver:
     def cuMemcpy2DAsync_v2(self, copy, stream):
         c = copy._obj
         assert c.width <= min(c.src_pitch, c.dst_pitch) and (c.src_type, c.dst_type) == (2, 2)
-        pieces = [(c.dst_device + n * c.dst_pitch, c.src_device + n * c.src_pitch) for n in range(c.height)]
+        pieces = [
+            (c.dst_device + n * c.dst_pitch, c.src_device + n * c.src_pitch)
+            for n in range(c.height)
+        ]
         for target, source in pieces:
             self.inside(target, c.width)
             self.inside(source, c.width)
         width = c.width
-        return self.submit(lambda: [ctypes.memmove(target, source, width) for target, source in pieces])
+        return self.submit(
+            lambda: [ctypes.memmove(target, source, width) for target, source in pieces]
+        )
 
     def cuStreamBeginCapture_v2(self, stream, mode):
         self.recording = []
         return 0
 
     def cuStreamEndCapture(self, stream, out):
-        recorded, self.recording = self.recording, None
+        recorded = self.recording
+        self.recording = None
         if not self.capturable:
             return 900
         out._obj.value = key = 1000 + len(self.calls)
@@ -152,12 +198,17 @@ class Driver:
 
 
 class TensorIOMode(enum.Enum):
-    INPUT, OUTPUT = 1, 2
+    INPUT = 1
+    OUTPUT = 2
 
 
 class Shape:
     def __init__(self, name: str, value: Any):
-        self.name, self.shape, self.type = name, tuple(d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim), value.type.tensor_type.elem_type
+        self.name = name
+        self.shape = tuple(
+            d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim
+        )
+        self.type = value.type.tensor_type.elem_type
 
 
 def network_of(file: str) -> tuple[list[Shape], list[Shape]]:
@@ -169,7 +220,10 @@ def network_of(file: str) -> tuple[list[Shape], list[Shape]]:
 
 class Context:
     def __init__(self, engine: Engine):
-        self.engine, self.profile, self.shapes, self.addresses = engine, None, {}, {}
+        self.engine = engine
+        self.profile = None
+        self.shapes = {}
+        self.addresses = {}
 
     def set_optimization_profile_async(self, number: int, stream: int) -> bool:
         assert stream == 77
@@ -179,7 +233,9 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.profile[name]
         assert self.engine.driver.recording is None, "shapes must not change during a capture"
-        if len(shape) != len(low) or not all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+        if len(shape) != len(low) or not all(
+            a <= n <= b for a, n, b in zip(low, shape, high, strict=True)
+        ):
             return False
         self.shapes[name] = tuple(shape)
         self.engine.log.append(("shape", name, tuple(shape)))
@@ -191,11 +247,20 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == 77 and set(self.addresses) == set(self.engine.names), "an address is missing"
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        assert stream == 77 and set(self.addresses) == set(self.engine.names), (
+            "an address is missing"
+        )
+        shapes = dict(self.shapes)
+        addresses = dict(self.addresses)
         assert set(shapes) == {i.name for i in self.engine.inputs}, "a shape is missing"
-        which = (shapes["slots"][0], shapes["tokens"][1]) if "slots" in shapes else (self.engine.name, next(iter(shapes.values()))[0])
-        self.engine.log.append(("execute", "captured" if self.engine.driver.recording is not None else "run", *which))
+        which = (
+            (shapes["slots"][0], shapes["tokens"][1])
+            if "slots" in shapes
+            else (self.engine.name, next(iter(shapes.values()))[0])
+        )
+        self.engine.log.append(
+            ("execute", "captured" if self.engine.driver.recording is not None else "run", *which)
+        )
         self.engine.driver.submit(lambda: self._run(shapes, addresses))
         return True
 
@@ -206,8 +271,14 @@ class Context:
             dtype = np.dtype(types_[value.type])
             size = int(np.prod(shapes[value.name])) * dtype.itemsize
             self.engine.driver.inside(addresses[value.name], size)
-            feeds[value.name] = np.frombuffer(ctypes.string_at(addresses[value.name], size), dtype).reshape(shapes[value.name])
-        for value, found in zip(self.engine.outputs, self.engine.session.run([o.name for o in self.engine.outputs], feeds), strict=True):
+            feeds[value.name] = np.frombuffer(
+                ctypes.string_at(addresses[value.name], size), dtype
+            ).reshape(shapes[value.name])
+        for value, found in zip(
+            self.engine.outputs,
+            self.engine.session.run([o.name for o in self.engine.outputs], feeds),
+            strict=True,
+        ):
             found = np.ascontiguousarray(found, types_[value.type])
             self.engine.driver.inside(addresses[value.name], found.nbytes)
             ctypes.memmove(addresses[value.name], found.ctypes.data, found.nbytes)
@@ -219,13 +290,19 @@ class Engine:
     def __init__(self, plan: dict[str, Any], driver: Driver, log: list[Any]):
         import onnxruntime as ort
 
-        self.plan, self.driver, self.log, self.name = plan, driver, log, Path(plan["onnx"]).stem
+        self.plan = plan
+        self.driver = driver
+        self.log = log
+        self.name = Path(plan["onnx"]).stem
         self.inputs, self.outputs = network_of(plan["onnx"])
         self.names = [v.name for v in (*self.inputs, *self.outputs)]
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        self.session = ort.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(
+            plan["onnx"], options, providers=["CPUExecutionProvider"]
+        )
 
     @property
     def num_io_tensors(self) -> int:
@@ -241,7 +318,9 @@ class Engine:
         return next(v.shape for v in (*self.inputs, *self.outputs) if v.name == name)
 
     def get_tensor_dtype(self, name: str) -> str:
-        return {1: "float32", 10: "float16", 7: "int64"}[next(v.type for v in (*self.inputs, *self.outputs) if v.name == name)]
+        return {1: "float32", 10: "float16", 7: "int64"}[
+            next(v.type for v in (*self.inputs, *self.outputs) if v.name == name)
+        ]
 
     def create_execution_context(self, strategy: str) -> Context:
         self.log.append(("context", strategy))
@@ -251,12 +330,18 @@ class Engine:
 def module(version: str, driver: Driver, log: list[Any]) -> types.ModuleType:
     """The fake `tensorrt`: what edgemed uses of it, by its documented names."""
     trt = types.ModuleType("tensorrt")
-    trt.__version__, trt.__spec__ = version, importlib.machinery.ModuleSpec("tensorrt", None)
-    trt.float32, trt.TensorIOMode = "float32", TensorIOMode
-    trt.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
+    trt.__version__ = version
+    trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+    trt.float32 = "float32"
+    trt.TensorIOMode = TensorIOMode
+    trt.NetworkDefinitionCreationFlag = enum.IntEnum(
+        "NetworkDefinitionCreationFlag", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}
+    )
     trt.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
     trt.BuilderFlag = enum.Enum("BuilderFlag", ["TF32"])
-    trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(ON_PROFILE_CHANGE="on profile change")
+    trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(
+        ON_PROFILE_CHANGE="on profile change"
+    )
 
     class Logger:
         WARNING = 2
@@ -265,12 +350,15 @@ def module(version: str, driver: Driver, log: list[Any]) -> types.ModuleType:
 
     class Profile(dict):
         def set_shape(self, name: str, low: tuple, best: tuple, high: tuple) -> None:
-            assert all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)), f"{name}: min <= opt <= max"
+            assert all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)), (
+                f"{name}: min <= opt <= max"
+            )
             self[name] = (tuple(low), tuple(best), tuple(high))
 
     class Config:
         def __init__(self):
-            self.profiles, self.cache = [], None
+            self.profiles = []
+            self.cache = None
 
         def set_memory_pool_limit(self, pool: Any, size: int) -> None:
             log.append(("pool", pool.name, size))
@@ -307,9 +395,15 @@ def module(version: str, driver: Driver, log: list[Any]) -> types.ModuleType:
             return Profile()
 
         def build_serialized_network(self, network: Any, config: Config) -> bytes | None:
-            assert all(set(p) == {i.name for i in network_of(network.file)[0]} for p in config.profiles), "a profile lacks an input"
+            assert all(
+                set(p) == {i.name for i in network_of(network.file)[0]} for p in config.profiles
+            ), "a profile lacks an input"
             log.append(("profiles", config.profiles))
-            return None if trt.fails else json.dumps({"onnx": network.file, "profiles": config.profiles}).encode()
+            return (
+                None
+                if trt.fails
+                else json.dumps({"onnx": network.file, "profiles": config.profiles}).encode()
+            )
 
     class OnnxParser:
         def __init__(self, network: Any, logger: Logger):
@@ -318,7 +412,8 @@ def module(version: str, driver: Driver, log: list[Any]) -> types.ModuleType:
         def parse_from_file(self, file: str) -> bool:
             self.network.file = file
             inputs, _ = network_of(file)
-            self.network.num_inputs, self.network.get_input = len(inputs), inputs.__getitem__
+            self.network.num_inputs = len(inputs)
+            self.network.get_input = inputs.__getitem__
             return not trt.refuses
 
         num_errors = 1
@@ -335,16 +430,34 @@ def module(version: str, driver: Driver, log: list[Any]) -> types.ModuleType:
             return None
 
     trt.refuses = trt.fails = False
-    trt.Logger, trt.Builder, trt.OnnxParser, trt.Runtime = Logger, Builder, OnnxParser, Runtime
+    trt.Logger = Logger
+    trt.Builder = Builder
+    trt.OnnxParser = OnnxParser
+    trt.Runtime = Runtime
     return trt
 
 
-def install(monkeypatch: Any, version: str = "10.3.0.30", gpu: str = "Orin", capability: tuple[int, int] = (8, 7), memory: int = 8 << 30, integrated: bool = False) -> types.SimpleNamespace:
-    """Put both in place for one test; returns .trt, .driver and .log (the calls that decide what is built)."""
+def install(
+    monkeypatch: Any,
+    version: str = "10.3.0.30",
+    gpu: str = "Orin",
+    capability: tuple[int, int] = (8, 7),
+    memory: int = 8 << 30,
+    integrated: bool = False,
+) -> types.SimpleNamespace:
+    """Put both in place for one test; returns .trt, .driver and .log (the calls that decide what is
+    built).
+    """
     from edgemed import cuda
 
-    driver, log = Driver(gpu, capability, memory, integrated), []
+    driver = Driver(gpu, capability, memory, integrated)
+    log = []
     trt = module(version, driver, log)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(cuda, "load", lambda: driver)
-    return types.SimpleNamespace(trt=trt, driver=driver, log=log, folder=Path(__file__).parent)
+    return types.SimpleNamespace(
+        trt=trt,
+        driver=driver,
+        log=log,
+        folder=Path(__file__).parent,
+    )

@@ -1,6 +1,8 @@
-"""Engines that carry LoRA adapters unmerged: each must answer as peft and as the merged engine do, the base as if there were none, and the wrong adapter be refused.
+"""Engines that carry LoRA adapters unmerged: each must answer as peft and as the merged engine do,
+the base as if there were none, and the wrong adapter be refused.
 
-The oracle is peft's own model; the merged engine, made by the merge step from the same adapter, must besides say the same tokens.
+The oracle is peft's own model; the merged engine, made by the merge step from the same adapter,
+must besides say the same tokens.
 """
 
 import json
@@ -23,8 +25,11 @@ from edgemed.session import Sampling, generate
 from edgemed.steps import merge, quantize
 from edgemed.weights import Weights
 
-peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-onnx, llamacpp, tensorrt = (plugins.load("targets", name) for name in ("onnx", "llamacpp", "tensorrt"))
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+onnx, llamacpp, tensorrt = (
+    plugins.load("targets", name) for name in ("onnx", "llamacpp", "tensorrt")
+)
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning")]
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -38,7 +43,9 @@ QUICKSTART = ROOT / "recipes" / "quickstart"
 
 def save(model, out, config, seed=0):
     """A PEFT adapter with factors far from zero; returns peft's scores float32 [60, vocab]."""
-    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config).eval()
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config
+    ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -51,42 +58,76 @@ def save(model, out, config, seed=0):
 
 @pytest.fixture(scope="module", params=TARGETS)
 def case(request, tmp_path_factory):
-    """(model, {adapter: directory}, {adapter: peft's scores}) of one family: two adapters of different rank, scale and targets."""
-    folder, family = tmp_path_factory.mktemp(request.param), request.param
-    # For BioMedLM's architecture a later layer's q is folded into the weights of some runtimes, and the factors must be, too.
+    """(model, {adapter: directory}, {adapter: peft's scores}) of one family: two adapters of
+    different rank, scale and targets.
+    """
+    folder = tmp_path_factory.mktemp(request.param)
+    family = request.param
+    # For BioMedLM's architecture a later layer's q is folded into the weights of some runtimes, and
+    # the factors must be, too.
     model = write_model(folder / "model", family=family)
     plain = {"target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2"}
-    configs = {"first": peft.LoraConfig(r=4, lora_alpha=12, **plain),
-               "second": peft.LoraConfig(r=8, lora_alpha=6, use_rslora=True, **(plain | {"target_modules": TARGETS[family][:2]}), alpha_pattern={TARGETS[family][0]: 20}, rank_pattern={TARGETS[family][1]: 2})}
-    scores = {name: save(model, folder / name, config, seed) for seed, (name, config) in enumerate(configs.items())}
+    configs = {
+        "first": peft.LoraConfig(r=4, lora_alpha=12, **plain),
+        "second": peft.LoraConfig(
+            r=8,
+            lora_alpha=6,
+            use_rslora=True,
+            **(plain | {"target_modules": TARGETS[family][:2]}),
+            alpha_pattern={TARGETS[family][0]: 20},
+            rank_pattern={TARGETS[family][1]: 2},
+        ),
+    }
+    scores = {
+        name: save(model, folder / name, config, seed)
+        for seed, (name, config) in enumerate(configs.items())
+    }
     return model, {name: str(folder / name) for name in configs}, scores
 
 
 @pytest.mark.parametrize("target", EXACT)
 def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path):
     model, adapters, scores = case
-    module, checkpoint = plugins.load("targets", target), open_checkpoint(model)
+    module = plugins.load("targets", target)
+    checkpoint = open_checkpoint(model)
     plain = export(checkpoint, target, module.Params(**EXACT[target]), tmp_path / "plain").open(1)
-    engine = export(checkpoint, target, module.Params(**EXACT[target], adapters=adapters), tmp_path / "engine")
-    assert tuple(engine.adapters) == ("first", "second") and open_engine(tmp_path / "engine", check=True) == engine
-    session, base = engine.open(1), plain.prefill(IDS, every=True).copy()
-    assert np.array_equal(session.prefill(IDS, every=True), base), "no adapter must be exactly the engine without any"
+    engine = export(
+        checkpoint, target, module.Params(**EXACT[target], adapters=adapters), tmp_path / "engine"
+    )
+    assert (
+        tuple(engine.adapters) == ("first", "second")
+        and open_engine(tmp_path / "engine", check=True) == engine
+    )
+    session = engine.open(1)
+    base = plain.prefill(IDS, every=True).copy()
+    assert np.array_equal(session.prefill(IDS, every=True), base), (
+        "no adapter must be exactly the engine without any"
+    )
     # llama.cpp's GELU comes from a float16 table.
     bound = 5e-3 if (target, model.parent.name[:4]) == ("llamacpp", "gpt2") else 1e-5
     for name, right in scores.items():
         session.use(name)
         assert session.position == 0
         found = session.prefill(IDS, every=True)
-        assert np.abs(right - base).max() > 0.5, "the adapter changes little, so little would be tested"
+        assert np.abs(right - base).max() > 0.5, (
+            "the adapter changes little, so little would be tested"
+        )
         assert np.abs(found - right).max() < bound * np.abs(right).max()
         merged_folder = tmp_path / f"merged-{name}"
         merged_folder.mkdir()
         merge.run(checkpoint, merged_folder, merge.Params(adapters[name]))
-        merged = export(open_checkpoint(merged_folder), target, module.Params(**EXACT[target]), tmp_path / f"engine-{name}").open(1)
+        merged = export(
+            open_checkpoint(merged_folder),
+            target,
+            module.Params(**EXACT[target]),
+            tmp_path / f"engine-{name}",
+        ).open(1)
         assert np.abs(merged.prefill(IDS, every=True) - found).max() < bound * np.abs(right).max()
         session.rewind(0)
         merged.rewind(0)
-        assert list(generate(session, IDS[:20], Sampling(max_tokens=40))) == list(generate(merged, IDS[:20], Sampling(max_tokens=40)))
+        assert list(generate(session, IDS[:20], Sampling(max_tokens=40))) == list(
+            generate(merged, IDS[:20], Sampling(max_tokens=40))
+        )
         merged.close()
     session.use(None)
     assert np.array_equal(session.prefill(IDS, every=True), base)
@@ -97,8 +138,14 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
 @pytest.mark.parametrize("target", EXACT)
 def test_a_switch_forgets_the_cache_and_staying_keeps_it(case, target, tmp_path):
     model, adapters, scores = case
-    engine = export(open_checkpoint(model), target, plugins.load("targets", target).Params(**EXACT[target], adapters=adapters), tmp_path / "engine")
-    session, right = engine.open(1, "first"), scores["first"]
+    engine = export(
+        open_checkpoint(model),
+        target,
+        plugins.load("targets", target).Params(**EXACT[target], adapters=adapters),
+        tmp_path / "engine",
+    )
+    session = engine.open(1, "first")
+    right = scores["first"]
     session.prefill(IDS[:30])
     session.use("first")
     assert session.position == 30
@@ -113,26 +160,42 @@ def test_a_switch_forgets_the_cache_and_staying_keeps_it(case, target, tmp_path)
     session.close()
 
 
-@pytest.mark.parametrize(("target", "params"), [("onnx", {"precision": "int4", "group": 32, "accuracy_level": 1}), ("onnx", {"precision": "fp16"}), ("llamacpp", {"type": "q8_0"})])
+@pytest.mark.parametrize(
+    ("target", "params"),
+    [
+        ("onnx", {"precision": "int4", "group": 32, "accuracy_level": 1}),
+        ("onnx", {"precision": "fp16"}),
+        ("llamacpp", {"type": "q8_0"}),
+    ],
+)
 def test_a_rounded_base_with_an_adapter(case, target, params, tmp_path):
-    """Against what the rounded base, read back as floats, gives with the adapter; the base itself must be the plain engine's to the last digit."""
+    """Against what the rounded base, read back as floats, gives with the adapter; the base itself
+    must be the plain engine's to the last digit.
+    """
     model, adapters, scores = case
-    module, checkpoint = plugins.load("targets", target), open_checkpoint(model)
+    module = plugins.load("targets", target)
+    checkpoint = open_checkpoint(model)
     plain = export(checkpoint, target, module.Params(**params), tmp_path / "plain").open(1)
-    session = export(checkpoint, target, module.Params(**params, adapters=adapters), tmp_path / "engine").open(1)
+    session = export(
+        checkpoint, target, module.Params(**params, adapters=adapters), tmp_path / "engine"
+    ).open(1)
     base = plain.prefill(IDS, every=True).copy()
     assert np.array_equal(session.prefill(IDS, every=True), base)
     session.use("first")
     found = session.prefill(IDS, every=True)
     if params.get("precision") == "int4":
-        right = logits(Rounded(checkpoint, "first", adapters["first"]), torch.tensor([IDS]))[0].numpy()
+        right = logits(Rounded(checkpoint, "first", adapters["first"]), torch.tensor([IDS]))[
+            0
+        ].numpy()
         assert np.abs(found - right).max() < 1e-3 * np.abs(right).max()
     else:
         assert np.abs(found - scores["first"]).max() < 0.2 * np.abs(base - scores["first"]).max()
 
 
 class Rounded(Adapted):
-    """The adapted source with its layers' matrices, tables and output matrix rounded as an int4 engine holds them."""
+    """The adapted source with its layers' matrices, tables and output matrix rounded as an int4
+    engine holds them.
+    """
 
     def matrix(self, name):
         from conftest import on_q8_grid
@@ -145,7 +208,9 @@ class Rounded(Adapted):
             return Dense(on_q8_grid(exact.dense()), exact.bias)
         q, scales = rtn(exact.dense(), 4, 32)
         weight = (q.float() - 8) * scales.repeat_interleave(32, 1)
-        a, b = self.factors.get(name, (torch.zeros(0, weight.shape[1]), torch.zeros(weight.shape[0], 0)))
+        a, b = self.factors.get(
+            name, (torch.zeros(0, weight.shape[1]), torch.zeros(weight.shape[0], 0))
+        )
         return Dense(weight + b @ a, exact.bias)
 
     def table(self, name):
@@ -153,28 +218,69 @@ class Rounded(Adapted):
 
 
 def test_factors_follow_what_a_quantize_step_folds(tmp_path):
-    """GPT-2 with scores divided by the layer's number: gptq and rtn checkpoints have that in their q rows, and so must an adapter's."""
+    """GPT-2 with scores divided by the layer's number: gptq and rtn checkpoints have that in their
+    q rows, and so must an adapter's.
+    """
     model = write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=True)
-    save(model, tmp_path / "adapter", peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS["gpt2"], fan_in_fan_out=True))
+    save(
+        model,
+        tmp_path / "adapter",
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=12,
+            target_modules=TARGETS["gpt2"],
+            fan_in_fan_out=True,
+        ),
+    )
     (tmp_path / "packed").mkdir()
     quantize.run(open_checkpoint(model), tmp_path / "packed", quantize.Params("rtn", 8, 32))
-    packed, source = open_checkpoint(tmp_path / "packed"), Adapted(open_checkpoint(model), "a", str(tmp_path / "adapter"))
+    packed = open_checkpoint(tmp_path / "packed")
+    source = Adapted(open_checkpoint(model), "a", str(tmp_path / "adapter"))
     right = logits(source, torch.tensor([IDS]))[0]
     found = logits(Adapted(packed, "a", str(tmp_path / "adapter")), torch.tensor([IDS]))[0]
-    base = logits(Weights(packed), torch.tensor([IDS]))[0] - logits(Weights(open_checkpoint(model)), torch.tensor([IDS]))[0]
-    assert (found - right).abs().max() < 3 * base.abs().max(), "with the factor forgotten it is many times the rounding"
-    plain, folded = source.factors["layers.1.qkv"], read_lora(Weights(packed), "a", str(tmp_path / "adapter")).factors["layers.1.qkv"]
-    assert torch.allclose(plain[1][:64] / 2, folded[1][:64]) and torch.equal(plain[1][64:], folded[1][64:])
+    base = (
+        logits(Weights(packed), torch.tensor([IDS]))[0]
+        - logits(Weights(open_checkpoint(model)), torch.tensor([IDS]))[0]
+    )
+    assert (found - right).abs().max() < 3 * base.abs().max(), (
+        "with the factor forgotten it is many times the rounding"
+    )
+    plain = source.factors["layers.1.qkv"]
+    folded = read_lora(Weights(packed), "a", str(tmp_path / "adapter")).factors["layers.1.qkv"]
+    assert torch.allclose(plain[1][:64] / 2, folded[1][:64]) and torch.equal(
+        plain[1][64:], folded[1][64:]
+    )
 
 
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
     model = write_model(tmp_path / "model")
-    save(model, tmp_path / "adapter", peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS["gpt2"], fan_in_fan_out=True))
+    save(
+        model,
+        tmp_path / "adapter",
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=12,
+            target_modules=TARGETS["gpt2"],
+            fan_in_fan_out=True,
+        ),
+    )
     (tmp_path / "packed").mkdir()
     shape = {"bits": 8, "group": -1} if method == "smoothquant" else {"group": 32}
-    quantize.run(open_checkpoint(model), tmp_path / "packed", quantize.Params(method, **shape, calibration="medquad-answers", samples=4, length=32))
-    with pytest.raises(EdgemedError, match="inputs were rescaled when it was quantized.*gptq or rtn"):
+    quantize.run(
+        open_checkpoint(model),
+        tmp_path / "packed",
+        quantize.Params(
+            method,
+            **shape,
+            calibration="medquad-answers",
+            samples=4,
+            length=32,
+        ),
+    )
+    with pytest.raises(
+        EdgemedError, match="inputs were rescaled when it was quantized.*gptq or rtn"
+    ):
         read_lora(Weights(open_checkpoint(tmp_path / "packed")), "a", str(tmp_path / "adapter"))
 
 
@@ -182,9 +288,29 @@ def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
 def test_a_base_that_an_older_step_quantized_is_refused(tmp_path, method):
     """Its config.json does not say what was folded; its manifest does."""
     model = write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=method == "rtn")
-    save(model, tmp_path / "adapter", peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS["gpt2"], fan_in_fan_out=True))
-    params = quantize.Params(method, 8, 32, **({} if method == "rtn" else {"calibration": "medquad-answers", "samples": 4, "length": 32}))
-    packed = run_step(Stage("quantize", params), open_checkpoint(model), tmp_path, tmp_path / "packed").path
+    save(
+        model,
+        tmp_path / "adapter",
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=12,
+            target_modules=TARGETS["gpt2"],
+            fan_in_fan_out=True,
+        ),
+    )
+    params = quantize.Params(
+        method,
+        8,
+        32,
+        **(
+            {}
+            if method == "rtn"
+            else {"calibration": "medquad-answers", "samples": 4, "length": 32}
+        ),
+    )
+    packed = run_step(
+        Stage("quantize", params), open_checkpoint(model), tmp_path, tmp_path / "packed"
+    ).path
     config = json.loads((packed / "config.json").read_text())
     assert config.pop(FOLDED)
     (packed / "config.json").write_text(json.dumps(config))
@@ -193,7 +319,8 @@ def test_a_base_that_an_older_step_quantized_is_refused(tmp_path, method):
 
 
 def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
-    checkpoint, adapter = open_checkpoint(QUICKSTART / "model"), str(QUICKSTART / "adapter")
+    checkpoint = open_checkpoint(QUICKSTART / "model")
+    adapter = str(QUICKSTART / "adapter")
     (tmp_path / "merged").mkdir()
     merge.run(checkpoint, tmp_path / "merged", merge.Params(adapter))
     from edgemed.data import texts
@@ -201,9 +328,17 @@ def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
 
     for target, params in EXACT.items():
         module = plugins.load("targets", target)
-        session = export(checkpoint, target, module.Params(**params, adapters={"sections": adapter}), tmp_path / f"{target}-adapter").open(1, "sections")
-        merged = export(open_checkpoint(tmp_path / "merged"), target, module.Params(**params), tmp_path / target)
-        tokenizer, other = merged.tokenizer(), merged.open(1)
+        session = export(
+            checkpoint,
+            target,
+            module.Params(**params, adapters={"sections": adapter}),
+            tmp_path / f"{target}-adapter",
+        ).open(1, "sections")
+        merged = export(
+            open_checkpoint(tmp_path / "merged"), target, module.Params(**params), tmp_path / target
+        )
+        tokenizer = merged.tokenizer()
+        other = merged.open(1)
         for text in list(texts("pubmedqa-abstracts", "heldout"))[:4]:
             prompt = encode(tokenizer, text)[:64]
             answers = []
@@ -217,11 +352,31 @@ def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A tiny GPT-2, its adapter, and the ONNX engine with both, made by the command line with reference answers."""
+    """A tiny GPT-2, its adapter, and the ONNX engine with both, made by the command line with
+    reference answers.
+    """
     folder = tmp_path_factory.mktemp("cli")
     model = write_model(folder / "model")
-    save(model, folder / "adapter", peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS["gpt2"], fan_in_fan_out=True))
-    done = cli("export", model, "--adapter", f"notes={folder / 'adapter'}", "--set", "precision=fp32", "--out", folder / "engine")
+    save(
+        model,
+        folder / "adapter",
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=12,
+            target_modules=TARGETS["gpt2"],
+            fan_in_fan_out=True,
+        ),
+    )
+    done = cli(
+        "export",
+        model,
+        "--adapter",
+        f"notes={folder / 'adapter'}",
+        "--set",
+        "precision=fp32",
+        "--out",
+        folder / "engine",
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -229,37 +384,107 @@ def tiny(tmp_path_factory):
 def test_verbs_take_an_adapter(tiny):
     engine = tiny / "engine"
     manifest = store.read_manifest(engine)
-    assert {name for name in manifest["inputs"] if name.startswith("adapter/")} == {"adapter/notes/adapter_config.json", "adapter/notes/adapter_model.safetensors"}
-    assert {"adapters/notes/adapter.onnx_adapter", "adapters/notes/reference.npz"} <= set(manifest["files"])
+    assert {name for name in manifest["inputs"] if name.startswith("adapter/")} == {
+        "adapter/notes/adapter_config.json",
+        "adapter/notes/adapter_model.safetensors",
+    }
+    assert {"adapters/notes/adapter.onnx_adapter", "adapters/notes/reference.npz"} <= set(
+        manifest["files"]
+    )
     both = json.loads(cli("verify", engine, "--json").stdout)
-    assert both["passed"] and both["adapters"]["notes"]["passed"] and both["adapters"]["notes"]["greedy_same"] == both["greedy_tokens"]
+    assert (
+        both["passed"]
+        and both["adapters"]["notes"]["passed"]
+        and both["adapters"]["notes"]["greedy_same"] == both["greedy_tokens"]
+    )
     own = json.loads(cli("verify", engine, "--adapter", "notes", "--json").stdout)
-    assert own["adapter"] == "notes" and own["reference"] != both["reference"] and own["max_logit_error"] < 1e-3
-    text, adapted = (cli("generate", engine, "--prompt", "The patient was", "--max-tokens", "20", *more, "--json") for more in ((), ("--adapter", "notes")))
+    assert (
+        own["adapter"] == "notes"
+        and own["reference"] != both["reference"]
+        and own["max_logit_error"] < 1e-3
+    )
+    text, adapted = (
+        cli(
+            "generate", engine, "--prompt", "The patient was", "--max-tokens", "20", *more, "--json"
+        )
+        for more in ((), ("--adapter", "notes"))
+    )
     assert json.loads(text.stdout)["text"] != json.loads(adapted.stdout)["text"]
-    refused(cli("generate", engine, "--prompt", "x", "--adapter", "note"), engine, "no adapter 'note'", "Did you mean 'notes'")
-    refused(cli("eval", engine, "--task", "pubmedqa", "--adapter", "notes", "--record"), "base only")
+    refused(
+        cli("generate", engine, "--prompt", "x", "--adapter", "note"),
+        engine,
+        "no adapter 'note'",
+        "Did you mean 'notes'",
+    )
+    refused(
+        cli("eval", engine, "--task", "pubmedqa", "--adapter", "notes", "--record"), "base only"
+    )
 
 
 def test_an_adapter_is_evaluated_against_the_source_with_it(tiny):
-    engine, out = tiny / "engine", tiny / "found.json"
-    done = cli("eval", engine, "--task", "section", "--limit", "6", "--adapter", "notes", "--source", tiny / "model", "--margin", "0.5", "--accept-undecided", "--out", out)
+    engine = tiny / "engine"
+    out = tiny / "found.json"
+    done = cli(
+        "eval",
+        engine,
+        "--task",
+        "section",
+        "--limit",
+        "6",
+        "--adapter",
+        "notes",
+        "--source",
+        tiny / "model",
+        "--margin",
+        "0.5",
+        "--accept-undecided",
+        "--out",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert found["engine"][0]["model"] == "engine+notes" and found["engine"][0]["paired"]["changed"] == 0
-    again = cli("eval", engine, "--task", "section", "--limit", "6", "--adapter", "notes", "--against", out, "--margin", "0.5", "--accept-undecided")
+    assert (
+        found["engine"][0]["model"] == "engine+notes"
+        and found["engine"][0]["paired"]["changed"] == 0
+    )
+    again = cli(
+        "eval",
+        engine,
+        "--task",
+        "section",
+        "--limit",
+        "6",
+        "--adapter",
+        "notes",
+        "--against",
+        out,
+        "--margin",
+        "0.5",
+        "--accept-undecided",
+    )
     assert again.returncode == 0, again.stderr
-    refused(cli("eval", engine, "--task", "section", "--limit", "6", "--against", out, "--margin", "0.5"), "not that of a source of this engine")
+    refused(
+        cli(
+            "eval", engine, "--task", "section", "--limit", "6", "--against", out, "--margin", "0.5"
+        ),
+        "not that of a source of this engine",
+    )
 
 
 def test_the_key_is_that_of_the_adapter(tiny, tmp_path):
-    params = onnx.Params(precision="fp32", adapters={"notes": str(shutil.copytree(tiny / "adapter", tmp_path / "adapter"))})
+    params = onnx.Params(
+        precision="fp32",
+        adapters={"notes": str(shutil.copytree(tiny / "adapter", tmp_path / "adapter"))},
+    )
     first = export(open_checkpoint(tiny / "model"), "onnx", params, tmp_path / "first")
     from safetensors.torch import load_file, save_file
 
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
-    assert export(open_checkpoint(tiny / "model"), "onnx", params, tmp_path / "second").key != first.key
+    assert (
+        export(open_checkpoint(tiny / "model"), "onnx", params, tmp_path / "second").key
+        != first.key
+    )
     (first.path / "adapters" / "notes" / "adapter.onnx_adapter").write_bytes(b"x" * 100)
     with pytest.raises(EdgemedError, match="was altered"):
         open_engine(first.path)
@@ -268,22 +493,73 @@ def test_the_key_is_that_of_the_adapter(tiny, tmp_path):
 def test_a_recipe_verifies_its_adapters(tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     shutil.copytree(tiny / "adapter", tmp_path / "lora")
-    recipe.write_text(f"model: {tiny / 'model'}\nengines:\n  - onnx: {{name: o, precision: fp32, adapters: {{notes: lora}}}}\n"
-                      "verify: {prompts: pubmedqa-abstracts, count: 2, width: 48, prompt: 16, new: 8}\n")
+    recipe.write_text(
+        f"model: {tiny / 'model'}\nengines:\n  - onnx: {{name: o, precision: fp32, adapters:"
+        " {notes: lora}}\nverify: {prompts: pubmedqa-abstracts, count: 2, width: 48, prompt:"
+        " 16, new: 8}\n"
+    )
     done = cli("run", recipe, "--work", tmp_path / "work", "--json")
     assert done.returncode == 0, done.stderr
     (engine,) = json.loads(done.stdout)["engines"]
-    assert engine["verify"]["passed"] and engine["verify"]["adapters"]["notes"]["max_logit_error"] < 1e-3
+    assert (
+        engine["verify"]["passed"]
+        and engine["verify"]["adapters"]["notes"]["max_logit_error"] < 1e-3
+    )
 
 
 BAD = {
-    "dora": (peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True), "use_dora true.*Merge it instead"),
-    "saved modules": (peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["ln_f"]), "modules_to_save.*Merge it instead"),
-    "biases": (peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"), 'bias "all".*Merge it instead'),
-    "pissa": (peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="pissa"), "pissa.*changes the base's own weights"),
-    "ia3": (peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True), "a IA3 adapter.*Merge it instead"),
-    "embedding": (peft.LoraConfig(r=4, target_modules=["wte"]), "cannot be switched.*Merge it instead"),
-    "output": (peft.LoraConfig(r=4, target_modules=["lm_head"]), "only attention and dense MLP matrices.*Merge it instead"),
+    "dora": (
+        peft.LoraConfig(
+            r=4,
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+            use_dora=True,
+        ),
+        "use_dora true.*Merge it instead",
+    ),
+    "saved modules": (
+        peft.LoraConfig(
+            r=4,
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+            modules_to_save=["ln_f"],
+        ),
+        "modules_to_save.*Merge it instead",
+    ),
+    "biases": (
+        peft.LoraConfig(
+            r=4,
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+            bias="all",
+        ),
+        'bias "all".*Merge it instead',
+    ),
+    "pissa": (
+        peft.LoraConfig(
+            r=4,
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+            init_lora_weights="pissa",
+        ),
+        "pissa.*changes the base's own weights",
+    ),
+    "ia3": (
+        peft.IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"],
+            feedforward_modules=["mlp.c_proj"],
+            fan_in_fan_out=True,
+        ),
+        "a IA3 adapter.*Merge it instead",
+    ),
+    "embedding": (
+        peft.LoraConfig(r=4, target_modules=["wte"]),
+        "cannot be switched.*Merge it instead",
+    ),
+    "output": (
+        peft.LoraConfig(r=4, target_modules=["lm_head"]),
+        "only attention and dense MLP matrices.*Merge it instead",
+    ),
 }
 
 
@@ -293,7 +569,12 @@ def test_what_is_not_two_factors_is_refused(tiny, tmp_path, kind, target):
     config, match = BAD[kind]
     save(tiny / "model", tmp_path / "adapter", config)
     with pytest.raises(EdgemedError, match=match):
-        export(open_checkpoint(tiny / "model"), target, plugins.load("targets", target).Params(adapters={"a": str(tmp_path / "adapter")}), tmp_path / "engine")
+        export(
+            open_checkpoint(tiny / "model"),
+            target,
+            plugins.load("targets", target).Params(adapters={"a": str(tmp_path / "adapter")}),
+            tmp_path / "engine",
+        )
     assert not (tmp_path / "engine").exists()
 
 
@@ -304,10 +585,24 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
 
     def reason(path, match, name="a"):
         with pytest.raises(EdgemedError, match=match):
-            export(checkpoint, "onnx", onnx.Params(precision="fp32", adapters={name: str(path)}), tmp_path / "engine")
+            export(
+                checkpoint,
+                "onnx",
+                onnx.Params(precision="fp32", adapters={name: str(path)}),
+                tmp_path / "engine",
+            )
 
-    for model, family, match in ((wide, "gpt2", "does not belong to.*its matrix is \\[192, 64\\]"), (llama, "llama", "does not belong to.*there is no '.*q_proj'")):
-        save(model, tmp_path / f"adapter-{family}", peft.LoraConfig(r=4, target_modules=TARGETS[family][:1], fan_in_fan_out=family == "gpt2"))
+    for model, family, match in (
+        (wide, "gpt2", "does not belong to.*its matrix is \\[192, 64\\]"),
+        (llama, "llama", "does not belong to.*there is no '.*q_proj'"),
+    ):
+        save(
+            model,
+            tmp_path / f"adapter-{family}",
+            peft.LoraConfig(
+                r=4, target_modules=TARGETS[family][:1], fan_in_fan_out=family == "gpt2"
+            ),
+        )
         reason(tmp_path / f"adapter-{family}", match)
     reason(tmp_path / "nowhere", "does not exist")
     reason(tiny / "adapter", "cannot be the name of an adapter", "../up")
@@ -315,16 +610,35 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
     from safetensors.torch import load_file, save_file
 
     whole = load_file(half / "adapter_model.safetensors")
-    save_file({name: tensor for name, tensor in whole.items() if not name.endswith("h.0.attn.c_attn.lora_B.weight")}, half / "adapter_model.safetensors")
+    save_file(
+        {
+            name: tensor
+            for name, tensor in whole.items()
+            if not name.endswith("h.0.attn.c_attn.lora_B.weight")
+        },
+        half / "adapter_model.safetensors",
+    )
     reason(half, "without its other factor")
-    save_file({name: tensor * ("lora_A" in name) for name, tensor in whole.items()}, half / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * ("lora_A" in name) for name, tensor in whole.items()},
+        half / "adapter_model.safetensors",
+    )
     reason(half, "changes nothing")
     with pytest.raises(EdgemedError, match="TensorRT engines cannot switch adapters; merge"):
-        export(checkpoint, "tensorrt", tensorrt.Params(adapters={"a": str(tiny / "adapter")}), tmp_path / "engine")
-
+        export(
+            checkpoint,
+            "tensorrt",
+            tensorrt.Params(adapters={"a": str(tiny / "adapter")}),
+            tmp_path / "engine",
+        )
 
 
 def test_models_whose_gguf_is_rewritten_refuse_adapters(tmp_path):
     model = write_model(tmp_path / "model", family="moe-tinymed")
     with pytest.raises(EdgemedError, match="the mean is taken out.*merge the adapter first"):
-        export(open_checkpoint(model), "llamacpp", llamacpp.Params(adapters={"a": str(tmp_path)}), tmp_path / "engine")
+        export(
+            open_checkpoint(model),
+            "llamacpp",
+            llamacpp.Params(adapters={"a": str(tmp_path)}),
+            tmp_path / "engine",
+        )

@@ -1,6 +1,8 @@
-"""bitsandbytes' layouts: what quantize writes must be what transformers would make of the same model, load there, and be read here to the last digit.
+"""bitsandbytes' layouts: what quantize writes must be what transformers would make of the same
+model, load there, and be read here to the last digit.
 
-The oracle is bitsandbytes' own rounding and expansion inside transformers; reading itself uses neither.
+The oracle is bitsandbytes' own rounding and expansion inside transformers; reading itself uses
+neither.
 """
 
 import json
@@ -26,13 +28,18 @@ IDS = torch.tensor([tokens(60)])
 FAMILIES = ("llama", "qwen2", "gpt2")
 KINDS = {
     "nf4": ({"method": "bnb-nf4"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    "nf4 double": ({"method": "bnb-nf4", "double_quant": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
+    "nf4 double": (
+        {"method": "bnb-nf4", "double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    ),
     "int8": ({"method": "bnb-int8"}, {"load_in_8bit": True}),
 }
 
 
 def load(path, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu", **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, device_map="cpu", **options
+    ).eval()
 
 
 def made(model, out, **params):
@@ -40,7 +47,11 @@ def made(model, out, **params):
     return quantize.run(open_checkpoint(model), out, quantize.Params(**params))
 
 
-@pytest.fixture(scope="module", params=[(f, k) for f in FAMILIES for k in KINDS], ids=lambda pair: "-".join(pair))
+@pytest.fixture(
+    scope="module",
+    params=[(f, k) for f in FAMILIES for k in KINDS],
+    ids=lambda pair: "-".join(pair),
+)
 def case(request, tmp_path_factory):
     """(float model, our checkpoint, its notes, transformers' arguments for the same)."""
     family, kind = request.param
@@ -53,35 +64,59 @@ def case(request, tmp_path_factory):
 def test_transformers_loads_it_and_would_have_made_the_same(case, tmp_path):
     model, ours, notes, options = case
     loaded = load(ours)
-    theirs = load(model, quantization_config=transformers.BitsAndBytesConfig(**options, **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in options else {})))
-    # Saved before anything is computed: on some CPUs the first product puts 4-bit weights and scales into a kernel's own order and format.
+    theirs = load(
+        model,
+        quantization_config=transformers.BitsAndBytesConfig(
+            **options,
+            **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in options else {}),
+        ),
+    )
+    # Saved before anything is computed: on some CPUs the first product puts 4-bit weights and
+    # scales into a kernel's own order and format.
     theirs.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, theirs(IDS).logits)
-    made, right = open_checkpoint(ours), open_checkpoint(tmp_path / "theirs")
-    matrices = [name for name, entry in right.tensors.items() if entry.dtype in ("uint8", "int8") or name.endswith((".absmax", ".quant_map", ".SCB"))]
+    made = open_checkpoint(ours)
+    right = open_checkpoint(tmp_path / "theirs")
+    matrices = [
+        name
+        for name, entry in right.tensors.items()
+        if entry.dtype in ("uint8", "int8") or name.endswith((".absmax", ".quant_map", ".SCB"))
+    ]
     assert len(matrices) > 20 and set(matrices) <= set(made.tensors)
     for name in matrices:
         assert torch.equal(made.read(name), right.read(name)), name
-    assert notes["bits_per_weight"] == pytest.approx(8 if "load_in_8bit" in options else 4, abs=4) and not notes["folded_attention_scale"]
+    assert (
+        notes["bits_per_weight"] == pytest.approx(8 if "load_in_8bit" in options else 4, abs=4)
+        and not notes["folded_attention_scale"]
+    )
 
 
 def test_it_is_read_as_transformers_computes_it(case):
     model, ours, notes, options = case
-    weights, loaded = Weights(open_checkpoint(ours)), load(ours)
+    weights = Weights(open_checkpoint(ours))
+    loaded = load(ours)
     found = logits(weights, IDS)
     with torch.no_grad():
-        rounded, right = loaded(IDS).logits, load(ours).dequantize()(IDS).logits
+        rounded = loaded(IDS).logits
+        right = load(ours).dequantize()(IDS).logits
     assert (found - right).abs().max() < 1e-5 * right.abs().max()
-    # Its products round more than weights: LLM.int8() the activations to 8 bits, 4-bit kernels of some CPUs activations and scales to bfloat16.
+    # Its products round more than weights: LLM.int8() the activations to 8 bits, 4-bit kernels of
+    # some CPUs activations and scales to bfloat16.
     assert (found - rounded).abs().max() < 0.08 * right.abs().max()
     source = Weights(open_checkpoint(model))
     for name, part in weights.parts.items():
         if name.startswith("layers.") and part.kind == "matrix":
-            error = float((weights.matrix(name).weight - source.matrix(name).weight).norm() / source.matrix(name).weight.norm())
+            error = float(
+                (weights.matrix(name).weight - source.matrix(name).weight).norm()
+                / source.matrix(name).weight.norm()
+            )
             assert 1e-4 < error < (0.02 if "load_in_8bit" in options else 0.12)
     assert all(entry["weight"] < 0.12 for entry in notes["errors"].values())
-    assert inspect(str(ours))["quantization"] == {"quant_method": "bitsandbytes", "type": "int8" if "load_in_8bit" in options else "nf4"}
+    assert inspect(str(ours))["quantization"] == {
+        "quant_method": "bitsandbytes",
+        "type": "int8" if "load_in_8bit" in options else "nf4",
+    }
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (7, 64), (130, 128), (195 * 2, 96)])
@@ -89,26 +124,55 @@ def test_it_is_read_as_transformers_computes_it(case):
 def test_expansion_is_bitsandbytes_own(shape, double):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for kind in ("nf4", "fp4"):
-        # Blocks run on over the ends of rows. bitsandbytes 0.50.2 expands rows that are no multiple of a block wrongly on a CPU (by the whole weight), so there it gets the same weights as rows of 64.
+        # Blocks run on over the ends of rows. bitsandbytes 0.50.2 expands rows that are no multiple
+        # of a block wrongly on a CPU (by the whole weight), so there it gets the same weights as
+        # rows of 64.
         rows = weight.view(-1, 64) if weight.shape[1] > 64 else weight
-        q, state = functional.quantize_4bit(rows, blocksize=64, compress_statistics=double, quant_type=kind)
-        tensors = {"weight": q} | {f"weight.{ending}": tensor for ending, tensor in state.as_dict(packed=True).items()}
-        right, state.shape = functional.dequantize_4bit(q, state), weight.shape
-        tensors |= {f"weight.{ending}": tensor for ending, tensor in state.as_dict(packed=True).items()}
+        q, state = functional.quantize_4bit(
+            rows, blocksize=64, compress_statistics=double, quant_type=kind
+        )
+        tensors = {"weight": q} | {
+            f"weight.{ending}": tensor for ending, tensor in state.as_dict(packed=True).items()
+        }
+        right = functional.dequantize_4bit(q, state)
+        state.shape = weight.shape
+        tensors |= {
+            f"weight.{ending}": tensor for ending, tensor in state.as_dict(packed=True).items()
+        }
         assert torch.allclose(bnb.expand(tensors), right.view(shape), rtol=0, atol=1e-7)
     q, scales, _ = functional.int8_vectorwise_quant(weight.half())
-    assert torch.allclose(bnb.expand(bnb.int8("w", weight)), functional.int8_vectorwise_dequant(q, scales), rtol=1e-6, atol=0)
+    assert torch.allclose(
+        bnb.expand(bnb.int8("w", weight)),
+        functional.int8_vectorwise_dequant(q, scales),
+        rtol=1e-6,
+        atol=0,
+    )
 
 
-@pytest.mark.parametrize(("target", "params", "precision"), [("onnx", {}, "fp32"), ("onnx", {"precision": "int4", "group": 32}, "int4 g32"), ("llamacpp", {"type": "f32"}, "F32")])
+@pytest.mark.parametrize(
+    ("target", "params", "precision"),
+    [
+        ("onnx", {}, "fp32"),
+        ("onnx", {"precision": "int4", "group": 32}, "int4 g32"),
+        ("llamacpp", {"type": "f32"}, "F32"),
+    ],
+)
 def test_engines_take_it_expanded_and_say_so(tmp_path, capsys, target, params, precision):
     model = write_model(tmp_path / "model", family="qwen2")
     made(model, tmp_path / "nf4", method="bnb-nf4")
     checkpoint = open_checkpoint(tmp_path / "nf4")
-    engine = export(checkpoint, target, plugins.load("targets", target).Params(**params), tmp_path / "engine")
-    assert engine.precision == precision and store.read_manifest(engine.path)["notes"]["expanded"] == "bitsandbytes nf4"
+    engine = export(
+        checkpoint, target, plugins.load("targets", target).Params(**params), tmp_path / "engine"
+    )
+    assert (
+        engine.precision == precision
+        and store.read_manifest(engine.path)["notes"]["expanded"] == "bitsandbytes nf4"
+    )
     said = " ".join(capsys.readouterr().err.split())
-    assert f"its bitsandbytes nf4 weights were expanded to floats, and are written as {precision}" in said
+    assert (
+        f"its bitsandbytes nf4 weights were expanded to floats, and are written as {precision}"
+        in said
+    )
     if precision != "int4 g32":
         right = logits(Weights(checkpoint), IDS)[0].numpy()
         session = engine.open(1)
@@ -118,13 +182,26 @@ def test_engines_take_it_expanded_and_say_so(tmp_path, capsys, target, params, p
 
 def test_streams_tensor_by_tensor_and_copies_the_rest(tmp_path, monkeypatch):
     model = write_model(tmp_path / "model", "bfloat16", family="llama")
-    read, held = type(open_checkpoint(model)).read, []
-    monkeypatch.setattr(type(open_checkpoint(model)), "read", lambda self, name: held.append(name) or read(self, name))
+    read = type(open_checkpoint(model)).read
+    held = []
+    monkeypatch.setattr(
+        type(open_checkpoint(model)),
+        "read",
+        lambda self, name: held.append(name) or read(self, name),
+    )
     made(model, tmp_path / "out", method="bnb-nf4")
     assert sorted(held) == sorted(open_checkpoint(model).tensors), "each tensor is read once"
-    source, out = open_checkpoint(model), open_checkpoint(tmp_path / "out")
-    assert out.config["dtype"] == "bfloat16" and out.config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
-    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"):
+    source = open_checkpoint(model)
+    out = open_checkpoint(tmp_path / "out")
+    assert (
+        out.config["dtype"] == "bfloat16"
+        and out.config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    )
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+    ):
         assert torch.equal(out.read(name), source.read(name))
 
 
@@ -137,27 +214,75 @@ def test_wrong_requests_are_refused(tmp_path):
 
     reason("bnb-nf4 has 4 bits and blocks of 64", method="bnb-nf4", bits=8)
     reason("bnb-int8 has 8 bits and one scale per row", method="bnb-int8", group=32)
-    reason("calibration has no effect with bnb-nf4", method="bnb-nf4", calibration="pubmedqa-abstracts")
+    reason(
+        "calibration has no effect with bnb-nf4", method="bnb-nf4", calibration="pubmedqa-abstracts"
+    )
     reason("double_quant has no effect with bnb-int8", method="bnb-int8", double_quant=True)
-    reason("has a vision tower.*gptq, awq or rtn", write_seeing(tmp_path / "sees"), method="bnb-nf4")
-    reason("rows of 96 weights are no multiple of 64.*bnb-int8", write_model(tmp_path / "odd", n_embd=96), method="bnb-nf4")
+    reason(
+        "has a vision tower.*gptq, awq or rtn", write_seeing(tmp_path / "sees"), method="bnb-nf4"
+    )
+    reason(
+        "rows of 96 weights are no multiple of 64.*bnb-int8",
+        write_model(tmp_path / "odd", n_embd=96),
+        method="bnb-nf4",
+    )
     made(model, tmp_path / "nf4", method="bnb-nf4")
     reason("is quantized already", tmp_path / "nf4", method="rtn")
     reason("is quantized already", tmp_path / "nf4", method="bnb-int8")
     with pytest.raises(EdgemedError, match="is quantized, and rounding would undo a merge"):
         merge.run(open_checkpoint(tmp_path / "nf4"), tmp_path / "out", merge.Params(str(tmp_path)))
-    refused(cli("export", tmp_path / "nf4", "--target", "llamacpp", "--set", "from_checkpoint=true", "--out", tmp_path / "e"), "needs a GPTQ checkpoint")
+    refused(
+        cli(
+            "export",
+            tmp_path / "nf4",
+            "--target",
+            "llamacpp",
+            "--set",
+            "from_checkpoint=true",
+            "--out",
+            tmp_path / "e",
+        ),
+        "needs a GPTQ checkpoint",
+    )
 
 
 def test_damaged_layouts_are_refused(tmp_path):
     made(write_model(tmp_path / "model", family="llama"), tmp_path / "nf4", method="bnb-nf4")
     key = "model.layers.0.mlp.down_proj"
     damages = {
-        "absmax": (lambda t: t | {f"{key}.weight.absmax": t[f"{key}.weight.absmax"][:5]}, "do not belong together.*5 scales"),
-        "state": (lambda t: t | {f"{key}.weight.quant_state.bitsandbytes__nf4": torch.tensor([123, 34], dtype=torch.uint8)}, "do not belong together"),
-        "table": (lambda t: {name: tensor for name, tensor in t.items() if name != f"{key}.weight.quant_map"}, "do not belong together"),
-        "bytes": (lambda t: t | {f"{key}.weight": t[f"{key}.weight"][:-1]}, "has shape.*Config and weights"),
-        "no state": (lambda t: {name: tensor for name, tensor in t.items() if "down_proj.weight.quant_state" not in name}, "has shape.*Config and weights"),
+        "absmax": (
+            lambda t: t | {f"{key}.weight.absmax": t[f"{key}.weight.absmax"][:5]},
+            "do not belong together.*5 scales",
+        ),
+        "state": (
+            lambda t: (
+                t
+                | {
+                    f"{key}.weight.quant_state.bitsandbytes__nf4": torch.tensor(
+                        [123, 34], dtype=torch.uint8
+                    )
+                }
+            ),
+            "do not belong together",
+        ),
+        "table": (
+            lambda t: {
+                name: tensor for name, tensor in t.items() if name != f"{key}.weight.quant_map"
+            },
+            "do not belong together",
+        ),
+        "bytes": (
+            lambda t: t | {f"{key}.weight": t[f"{key}.weight"][:-1]},
+            "has shape.*Config and weights",
+        ),
+        "no state": (
+            lambda t: {
+                name: tensor
+                for name, tensor in t.items()
+                if "down_proj.weight.quant_state" not in name
+            },
+            "has shape.*Config and weights",
+        ),
     }
     for name, (change, match) in damages.items():
         damaged = rewrite(tmp_path / "nf4", tmp_path / name, change)
@@ -166,5 +291,7 @@ def test_damaged_layouts_are_refused(tmp_path):
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "hqq"
     (tmp_path / "nf4" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EdgemedError, match="'hqq', which edgemed does not read. Known: gptq, bitsandbytes"):
+    with pytest.raises(
+        EdgemedError, match="'hqq', which edgemed does not read. Known: gptq, bitsandbytes"
+    ):
         Weights(open_checkpoint(tmp_path / "nf4"))

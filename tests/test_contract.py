@@ -1,4 +1,5 @@
-"""What every plug-in must be, checked by walking the folders: a new family, step, target, task, device, text set or recipe is tested by being there.
+"""What every plug-in must be, checked by walking the folders: a new family, step, target, task,
+device, text set or recipe is tested by being there.
 
 Nothing here names one of them; what is expected comes from the values they export.
 """
@@ -34,18 +35,24 @@ from edgemed.session import Sampling  # noqa: E402
 from edgemed.task import Task, describe, questions  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
-FAMILIES, STEPS, TARGETS, TASKS = (plugins.names(kind) for kind in ("families", "steps", "targets", "tasks"))
-# Families transformers has no model of are compared with references of their own, in files of their own.
+FAMILIES, STEPS, TARGETS, TASKS = (
+    plugins.names(kind) for kind in ("families", "steps", "targets", "tasks")
+)
+# Families transformers has no model of are compared with references of their own, in files of their
+# own.
 KNOWN = [name for name in FAMILIES if plugins.load("families", name).FAMILY.auto_classes]
 IDS = tokens(40)
 
 
 def filled(value: object) -> None:
     for field in dataclasses.fields(value):
-        assert field.default is None or getattr(value, field.name) is not None, f"{field.name} is missing"
+        assert field.default is None or getattr(value, field.name) is not None, (
+            f"{field.name} is missing"
+        )
 
 
 # --- families
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_value(name: str) -> None:
@@ -55,9 +62,15 @@ def test_family_value(name: str) -> None:
     d = family.decoder(family.reference_config, {})
     assert isinstance(d, Decoder) and len(d.score_scale) == d.layers and d.heads % d.kv_heads == 0
     parts = family.parts(d)
-    expected = {"embed", "final_norm", "lm_head"} | {f"layers.{n}.{part}" for n in range(d.layers) for part in ("attn_norm", *d.matrices(n))}
-    assert expected <= set(parts) and all(part.kind in ("matrix", "router", "table", "norm") for part in parts.values())
-    assert parts["layers.0.qkv"].shape == (d.q_size + 2 * d.kv_size, d.hidden) and parts[f"layers.0.{d.matrices(0)[-1]}"].shape == (d.hidden, d.ffn)
+    expected = {"embed", "final_norm", "lm_head"} | {
+        f"layers.{n}.{part}" for n in range(d.layers) for part in ("attn_norm", *d.matrices(n))
+    }
+    assert expected <= set(parts) and all(
+        part.kind in ("matrix", "router", "table", "norm") for part in parts.values()
+    )
+    assert parts["layers.0.qkv"].shape == (d.q_size + 2 * d.kv_size, d.hidden) and parts[
+        f"layers.0.{d.matrices(0)[-1]}"
+    ].shape == (d.hidden, d.ffn)
     folded = family.decoder(family.folded(family.reference_config), {})
     assert folded.score_scale == (d.head_dim**-0.5,) * d.layers
 
@@ -69,7 +82,9 @@ def test_no_two_families_claim_one_architecture(name: str) -> None:
 
 
 def transformers_model(name: str, auto: str, path: Path, dtype: str = "float32", **changes: object):
-    """A tiny random model of the family, made and saved by transformers itself; weights far enough from zero to tell errors."""
+    """A tiny random model of the family, made and saved by transformers itself; weights far enough
+    from zero to tell errors.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(**tiny_config(name, **changes))
     config.pad_token_id = None
@@ -89,8 +104,17 @@ def compare(path: Path, model, head: bool = False) -> None:
     found = logits(weights, torch.tensor([IDS]))[0]
     found = found[-1] if head else found
     assert (found - right.reshape(found.shape)).abs().max() < 1e-4
-    used = {tensor for name, keys in weights.keys.items() for key in keys for tensor in (weights.parts[name].weight(key), f"{key}.bias")}
-    unused = [key for key in weights.checkpoint.tensors if key not in used and not key.endswith(weights.family.ignored) and key != "lm_head.weight"]
+    used = {
+        tensor
+        for name, keys in weights.keys.items()
+        for key in keys
+        for tensor in (weights.parts[name].weight(key), f"{key}.bias")
+    }
+    unused = [
+        key
+        for key in weights.checkpoint.tensors
+        if key not in used and not key.endswith(weights.family.ignored) and key != "lm_head.weight"
+    ]
     assert not unused, f"stored and never read: {unused}"
 
 
@@ -101,9 +125,14 @@ def test_family_logits_equal_transformers(name: str, tmp_path: Path, dtype: str)
     compare(tmp_path, model)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "classes" in plugins.load("families", name).FAMILY.auto_classes])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in FAMILIES if "classes" in plugins.load("families", name).FAMILY.auto_classes],
+)
 def test_family_classes_head_equals_transformers(name: str, tmp_path: Path) -> None:
-    model = transformers_model(name, all_families()[name].auto_classes["classes"], tmp_path, num_labels=3)
+    model = transformers_model(
+        name, all_families()[name].auto_classes["classes"], tmp_path, num_labels=3
+    )
     weights = Weights(open_checkpoint(tmp_path))
     assert (weights.decoder.head, weights.decoder.head_size) == ("classes", 3)
     compare(tmp_path, model, head=True)
@@ -113,10 +142,14 @@ def test_family_classes_head_equals_transformers(name: str, tmp_path: Path) -> N
 def test_family_key_prefixes_and_file_kinds(name: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    family, plain = all_families()[name], tmp_path / "plain"
+    family = all_families()[name]
+    plain = tmp_path / "plain"
     model = transformers_model(name, family.auto_classes["lm"], plain)
     stored = load_file(plain / "model.safetensors")
-    bare = {key.removeprefix(next(p for p in family.prefixes if key.startswith(p))): tensor for key, tensor in stored.items()}
+    bare = {
+        key.removeprefix(next(p for p in family.prefixes if key.startswith(p))): tensor
+        for key, tensor in stored.items()
+    }
     config = (plain / "config.json").read_text()
     for number, prefix in enumerate(family.prefixes):
         tensors = {f"{prefix}{key}": tensor.contiguous() for key, tensor in bare.items()}
@@ -126,8 +159,16 @@ def test_family_key_prefixes_and_file_kinds(name: str, tmp_path: Path) -> None:
             (out / "config.json").write_text(config)
             half = len(tensors) // 2
             halves = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
-            suffix, stem, save = ("bin", "pytorch_model", torch.save) if "pickle" in kind else ("safetensors", "model", save_file)
-            files = {f"{stem}.{suffix}": tensors} if not kind.startswith("sharded") else {f"{stem}-{i}-of-2.{suffix}": part for i, part in enumerate(halves, 1)}
+            suffix, stem, save = (
+                ("bin", "pytorch_model", torch.save)
+                if "pickle" in kind
+                else ("safetensors", "model", save_file)
+            )
+            files = (
+                {f"{stem}.{suffix}": tensors}
+                if not kind.startswith("sharded")
+                else {f"{stem}-{i}-of-2.{suffix}": part for i, part in enumerate(halves, 1)}
+            )
             for file, part in files.items():
                 save(part, out / file)
             if kind.startswith("sharded"):
@@ -139,13 +180,17 @@ def test_family_key_prefixes_and_file_kinds(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folding_changes_no_score(name: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", family=name)
-    plain, folded = (logits(Weights(open_checkpoint(path), fold=fold), torch.tensor([IDS])) for fold in (False, True))
+    plain, folded = (
+        logits(Weights(open_checkpoint(path), fold=fold), torch.tensor([IDS]))
+        for fold in (False, True)
+    )
     assert (plain - folded).abs().max() < 1e-4
     d = Weights(open_checkpoint(path), fold=True).decoder
     assert set(d.score_scale) == {d.head_dim**-0.5}
 
 
 # --- steps
+
 
 @pytest.mark.parametrize("name", STEPS)
 def test_step_module(name: str) -> None:
@@ -157,77 +202,131 @@ def test_step_module(name: str) -> None:
 
 def check_params(module: ModuleType) -> None:
     assert dataclasses.is_dataclass(module.Params) and module.Params.__dataclass_params__.frozen
-    assert module.Params.__doc__ and not module.Params.__doc__.startswith("Params("), "Params says what its fields mean"
+    assert module.Params.__doc__ and not module.Params.__doc__.startswith("Params("), (
+        "Params says what its fields mean"
+    )
     for field in dataclasses.fields(module.Params):
-        assert field.name in module.Params.__doc__ or field.name in (module.__doc__ or "") or field.name in ("method", "bits"), f"{field.name} is not explained"
+        assert (
+            field.name in module.Params.__doc__
+            or field.name in (module.__doc__ or "")
+            or field.name in ("method", "bits")
+        ), f"{field.name} is not explained"
     with pytest.raises(EdgemedError, match="unknown key 'nonsense'"):
         strict.build(module.Params, {"nonsense": 1}, "here")
 
 
 # --- targets
 
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_target_module(name: str) -> None:
     module = plugins.load("targets", name)
     check_params(module)
-    assert isinstance(module.EXACT, dict) and module.EXACT and all(0 < error < 0.1 for error in module.EXACT.values())
+    assert (
+        isinstance(module.EXACT, dict)
+        and module.EXACT
+        and all(0 < error < 0.1 for error in module.EXACT.values())
+    )
     assert isinstance(module.label(module.Params()), str) and isinstance(module.self_check(), str)
     runtime, extra = module.RUNTIME
     assert runtime and extra in (ROOT / "pyproject.toml").read_text()
-    for function, parameters in (("inputs", ["params"]), ("supports", ["weights", "params"]), ("build", ["weights", "out", "params"]), ("open", ["engine", "threads"])):
+    for function, parameters in (
+        ("inputs", ["params"]),
+        ("supports", ["weights", "params"]),
+        ("build", ["weights", "out", "params"]),
+        ("open", ["engine", "threads"]),
+    ):
         assert list(inspect.signature(getattr(module, function)).parameters) == parameters
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_target_inputs_are_the_files_its_params_name(name: str, tmp_path: Path) -> None:
-    module, file = plugins.load("targets", name), tmp_path / "text.jsonl"
+    module = plugins.load("targets", name)
+    file = tmp_path / "text.jsonl"
     plain = module.inputs(module.Params())
     assert isinstance(plain, dict)
     for field in {field.name for field in dataclasses.fields(module.Params)} & set(PATH_KEYS):
-        named, found = dataclasses.replace(module.Params(), **{field: str(file)}), []
+        named = dataclasses.replace(module.Params(), **{field: str(file)})
+        found = []
         file.unlink(missing_ok=True)
         with pytest.raises(EdgemedError, match="does not exist"):
             module.inputs(named)
         for text in ("one", "another"):
             file.write_text(json.dumps({"id": 1, "text": text}))
             found.append(module.inputs(named))
-        assert found[0] != found[1] and hashlib.sha256(file.read_bytes()).hexdigest() in found[1].values() and found[1].keys() > plain.keys()
+        assert (
+            found[0] != found[1]
+            and hashlib.sha256(file.read_bytes()).hexdigest() in found[1].values()
+            and found[1].keys() > plain.keys()
+        )
 
 
 def exact_params(name: str, model: Path, folder: Path):
-    """The target's Params whose engine's precision is one it calls exact: found by trying the values of its fields."""
+    """The target's Params whose engine's precision is one it calls exact: found by trying the
+    values of its fields.
+    """
     import typing
 
     module = plugins.load("targets", name)
     for field, hint in typing.get_type_hints(module.Params).items():
-        for choice in (c for arg in (hint, *typing.get_args(hint)) if typing.get_origin(arg) is typing.Literal for c in typing.get_args(arg)):
+        for choice in (
+            c
+            for arg in (hint, *typing.get_args(hint))
+            if typing.get_origin(arg) is typing.Literal
+            for c in typing.get_args(arg)
+        ):
             if str(choice).upper() in {precision.upper() for precision in module.EXACT}:
                 return module.Params(**{field: choice})
     raise AssertionError(f"{name}: no parameter gives one of {list(module.EXACT)}")
 
 
-@pytest.fixture(scope="module", params=[(f, t) for f in FAMILIES for t in TARGETS], ids=lambda pair: "-".join(pair))
-def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, np.ndarray, list[int]]:
+@pytest.fixture(
+    scope="module",
+    params=[(f, t) for f in FAMILIES for t in TARGETS],
+    ids=lambda pair: "-".join(pair),
+)
+def exact(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Engine, np.ndarray, list[int]]:
     family, target = request.param
     folder = tmp_path_factory.mktemp("exact")
     path = write_model(folder / "model", family=family)
-    if reason := plugins.load("targets", target).supports(Weights(open_checkpoint(path)), exact_params(target, path, folder)):
+    if reason := plugins.load("targets", target).supports(
+        Weights(open_checkpoint(path)), exact_params(target, path, folder)
+    ):
         pytest.skip(f"{target} does not take {family}: {reason}")
-    engine = export(open_checkpoint(path), target, exact_params(target, path, folder), folder / "engine")
+    engine = export(
+        open_checkpoint(path), target, exact_params(target, path, folder), folder / "engine"
+    )
     ids = tokens(CONTEXT, seed=2)
     return engine, logits(Weights(open_checkpoint(path)), torch.tensor([ids]))[0].numpy(), ids
 
 
-def test_exact_engine_speaks_the_session_protocol(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
+def test_exact_engine_speaks_the_session_protocol(
+    exact: tuple[Engine, np.ndarray, list[int]],
+) -> None:
     engine, right, ids = exact
     bound = plugins.load("targets", engine.target).EXACT[engine.precision]
     session = engine.open(1)
     try:
-        assert (session.head, session.width, session.context, session.position) == ("lm", TINY["vocab_size"], CONTEXT, 0)
+        assert (session.head, session.width, session.context, session.position) == (
+            "lm",
+            TINY["vocab_size"],
+            CONTEXT,
+            0,
+        )
         every = session.prefill(ids[:50], every=True)
-        assert every.dtype == np.float32 and every.shape == (50, TINY["vocab_size"]) and np.abs(every - right[:50]).max() < bound
+        assert (
+            every.dtype == np.float32
+            and every.shape == (50, TINY["vocab_size"])
+            and np.abs(every - right[:50]).max() < bound
+        )
         one = session.step(ids[50])
-        assert one.shape == (TINY["vocab_size"],) and np.abs(one - right[50]).max() < bound and session.position == 51
+        assert (
+            one.shape == (TINY["vocab_size"],)
+            and np.abs(one - right[50]).max() < bound
+            and session.position == 51
+        )
         last = session.prefill(ids[51:60])
         assert last.shape == (1, TINY["vocab_size"]) and np.abs(last[0] - right[59]).max() < bound
         session.rewind(20)
@@ -245,13 +344,17 @@ def test_exact_engine_speaks_the_session_protocol(exact: tuple[Engine, np.ndarra
 
 def test_exact_engine_gives_every_greedy_token(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
     engine, _, ids = exact
-    source, session = TorchSession(Weights(open_checkpoint(engine.path.parent / "model"))), engine.open(1)
+    source = TorchSession(Weights(open_checkpoint(engine.path.parent / "model")))
+    session = engine.open(1)
     try:
         for start in range(0, 60, 20):
             source.rewind(0)
             session.rewind(0)
-            prompt, sampling = ids[start : start + 20], Sampling(max_tokens=32)
-            assert list(generate(session, prompt, sampling)) == list(generate(source, prompt, sampling))
+            prompt = ids[start : start + 20]
+            sampling = Sampling(max_tokens=32)
+            assert list(generate(session, prompt, sampling)) == list(
+                generate(source, prompt, sampling)
+            )
     finally:
         session.close()
 
@@ -259,67 +362,137 @@ def test_exact_engine_gives_every_greedy_token(exact: tuple[Engine, np.ndarray, 
 def test_engine_directory_is_self_contained(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
     engine, _, _ = exact
     facts = json.loads((engine.path / "engine.json").read_text())
-    assert facts["bytes_per_token"] > 0 and facts["vocab"] == TINY["vocab_size"] and facts["random_weights"] is False
+    assert (
+        facts["bytes_per_token"] > 0
+        and facts["vocab"] == TINY["vocab_size"]
+        and facts["random_weights"] is False
+    )
     assert engine.tokenizer().decode(engine.tokenizer().encode("50 mg é").ids) == "50 mg é"
     said = (engine.path / "engine.json").read_text() + (engine.path / "manifest.json").read_text()
-    assert str(engine.path.parent) not in said, "an engine travels: it must not remember where it was made"
+    assert str(engine.path.parent) not in said, (
+        "an engine travels: it must not remember where it was made"
+    )
 
 
 # --- tasks, devices, text sets, recipes
+
 
 @pytest.mark.parametrize("name", TASKS)
 def test_task(name: str) -> None:
     task = plugins.load("tasks", name).TASK
     assert isinstance(task, Task) and task.name == name
     filled(task)
-    assert all((task.source, task.licence, task.split, task.metric, task.prompt, task.wording, task.languages))
+    assert all(
+        (
+            task.source,
+            task.licence,
+            task.split,
+            task.metric,
+            task.prompt,
+            task.wording,
+            task.languages,
+        )
+    )
     asked = questions(name)
-    assert len(questions(name, 3).examples) == 3 and asked.examples[:3] == questions(name, 3).examples
+    assert (
+        len(questions(name, 3).examples) == 3 and asked.examples[:3] == questions(name, 3).examples
+    )
     assert len({example.gold for example in asked.examples}) > 1
     for example in (*asked.examples, *asked.shots):
-        prompt, before = task.render(example), describe(task, example)
-        assert len(prompt.options) == len(example.options) and all(option.startswith(" ") and option.strip() for option in prompt.options)
-        assert not prompt.context.endswith((" ", "\n")) and "{" not in before and before == before.lstrip()
-        listed = [f"\n{letter}{')' if task.images else '.'} {option}" in prompt.context for letter, option in zip("ABCDEFGH", example.options, strict=False)]
+        prompt = task.render(example)
+        before = describe(task, example)
+        assert len(prompt.options) == len(example.options) and all(
+            option.startswith(" ") and option.strip() for option in prompt.options
+        )
+        assert (
+            not prompt.context.endswith((" ", "\n"))
+            and "{" not in before
+            and before == before.lstrip()
+        )
+        listed = [
+            f"\n{letter}{')' if task.images else '.'} {option}" in prompt.context
+            for letter, option in zip("ABCDEFGH", example.options, strict=False)
+        ]
         assert all(listed) if task.lettered else not any(listed)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_task_sample_and_card(name: str) -> None:
-    task, folder = plugins.load("tasks", name).TASK, plugins.ROOT / "tasks" / "samples"
-    card = yaml.safe_load((folder / f"{Path(task.sample).stem}.card.yaml").read_text(encoding="utf-8"))
+    task = plugins.load("tasks", name).TASK
+    folder = plugins.ROOT / "tasks" / "samples"
+    card = yaml.safe_load(
+        (folder / f"{Path(task.sample).stem}.card.yaml").read_text(encoding="utf-8")
+    )
     asked = questions(name)
-    described = [(card, task.sample)] + [(card[kind], file) for kind, file in (("shots", task.shots), ("images", task.images)) if file]
+    described = [(card, task.sample)] + [
+        (card[kind], file)
+        for kind, file in (("shots", task.shots), ("images", task.images))
+        if file
+    ]
     for entry, file in described:
-        assert entry["sha256"] == hashlib.sha256((folder / file).read_bytes()).hexdigest() and entry.get("file", file) == file
-    assert card["n"] == (len(asked.examples) if not task.parts else len((folder / task.sample).read_text(encoding="utf-8").splitlines()))
-    assert not task.shots or (card["shots"]["n"], bool(card["shots"]["from"])) == (len(asked.shots), True)
+        assert (
+            entry["sha256"] == hashlib.sha256((folder / file).read_bytes()).hexdigest()
+            and entry.get("file", file) == file
+        )
+    assert card["n"] == (
+        len(asked.examples)
+        if not task.parts
+        else len((folder / task.sample).read_text(encoding="utf-8").splitlines())
+    )
+    assert not task.shots or (card["shots"]["n"], bool(card["shots"]["from"])) == (
+        len(asked.shots),
+        True,
+    )
     assert card["licence"] == task.licence and card["contains_phi"] is False and card["source"]
-    assert any(name in line for line in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text(encoding="utf-8").splitlines())
+    assert any(
+        name in line
+        for line in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text(encoding="utf-8").splitlines()
+    )
     if card.get("synthetic"):
-        assert task.place and "synthetic" in task.split and "whole_set" not in card and {language for language in task.languages if questions(f"{name}/{language}").examples} == set(task.languages)
+        assert (
+            task.place
+            and "synthetic" in task.split
+            and "whole_set" not in card
+            and {
+                language for language in task.languages if questions(f"{name}/{language}").examples
+            }
+            == set(task.languages)
+        )
         return
     for part in card["whole_set"] if isinstance(card["whole_set"], list) else [card["whole_set"]]:
         assert part["path"] and len(part["sha256"]) == 64 and part["n"] > 0
     for language in task.languages if len(task.languages) > 1 else ():
         spoken = questions(f"{name}/{language}")
-        assert len(spoken.examples) >= 30 and len(spoken.shots) >= 5 and {e.groups["language"] for e in (*spoken.examples, *spoken.shots)} == {language}
+        assert (
+            len(spoken.examples) >= 30
+            and len(spoken.shots) >= 5
+            and {e.groups["language"] for e in (*spoken.examples, *spoken.shots)} == {language}
+        )
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if plugins.load("tasks", name).TASK.images])
+@pytest.mark.parametrize(
+    "name", [name for name in TASKS if plugins.load("tasks", name).TASK.images]
+)
 def test_images_of_a_task_open(name: str) -> None:
     pytest.importorskip("PIL")
     for spec in (name, *(f"{name}/{part}" for part in plugins.load("tasks", name).TASK.parts)):
         asked = questions(spec)
         assert asked.sees and all(example.images for example in asked.examples)
         for example in (asked.examples[0], asked.examples[-1]):
-            assert all(picture.mode == "RGB" and max(picture.size) <= 224 for picture in asked.pictures(example))
+            assert all(
+                picture.mode == "RGB" and max(picture.size) <= 224
+                for picture in asked.pictures(example)
+            )
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if plugins.load("tasks", name).TASK.shots])
 def test_no_solved_example_is_asked(name: str) -> None:
-    task, folder = plugins.load("tasks", name).TASK, plugins.ROOT / "tasks" / "samples"
-    rows, solved = ([json.loads(line) for line in (folder / file).read_text(encoding="utf-8").splitlines()] for file in (task.sample, task.shots))
+    task = plugins.load("tasks", name).TASK
+    folder = plugins.ROOT / "tasks" / "samples"
+    rows, solved = (
+        [json.loads(line) for line in (folder / file).read_text(encoding="utf-8").splitlines()]
+        for file in (task.sample, task.shots)
+    )
 
     def document(identifier: str) -> str:
         """One document asked in parts (id#2) or languages (id/es) counts as one."""
@@ -328,7 +501,15 @@ def test_no_solved_example_is_asked(name: str) -> None:
 
     one, other = ({document(row["id"]) for row in part} for part in (rows, solved))
     assert one and other and not one & other
-    words = [{" ".join(task.example({"language": task.languages[0], **row}).question.split()).casefold() for row in part} for part in (rows, solved)]
+    words = [
+        {
+            " ".join(
+                task.example({"language": task.languages[0], **row}).question.split()
+            ).casefold()
+            for row in part
+        }
+        for part in (rows, solved)
+    ]
     assert not words[0] & words[1]
 
 
@@ -339,20 +520,35 @@ def test_device(name: str) -> None:
     device = read_device(name)
     assert device.name == name and device.title
     for field, part in SOURCE_OF.items():
-        assert not getattr(device, field) or device.source.get(part), f"{name}: {field} names no source ({part})"
+        assert not getattr(device, field) or device.source.get(part), (
+            f"{name}: {field} names no source ({part})"
+        )
     assert set(device.source) <= set(SOURCE_OF.values())
 
 
 @pytest.mark.parametrize("name", card_names())
 def test_text_set(name: str) -> None:
     card = read_card(name)
-    assert card.name == name and card.facts["contains_phi"] is False and card.facts["licence"] and card.facts["source"]
+    assert (
+        card.name == name
+        and card.facts["contains_phi"] is False
+        and card.facts["licence"]
+        and card.facts["source"]
+    )
     licences = "\n".join(file.name for file in (ROOT / "LICENSES").iterdir())
-    assert card.facts["licence"].split()[0] in licences or card.facts["licence"] in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text()
+    assert (
+        card.facts["licence"].split()[0] in licences
+        or card.facts["licence"] in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text()
+    )
     for split, file in card.files.items():
         assert len(card.digest(split)) == 64
-        assert len(zipfile.ZipFile(file).namelist() if file.suffix == ".zip" else texts(name, split)) == card.facts["files"][split]["n"]
-    assert not set(texts(name, "calibration")) & set(texts(name, "heldout")), "held-out texts must not be calibrated on"
+        assert (
+            len(zipfile.ZipFile(file).namelist() if file.suffix == ".zip" else texts(name, split))
+            == card.facts["files"][split]["n"]
+        )
+    assert not set(texts(name, "calibration")) & set(texts(name, "heldout")), (
+        "held-out texts must not be calibrated on"
+    )
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
@@ -360,5 +556,9 @@ def test_recipe(file: Path) -> None:
     recipe = read_recipe(file)
     assert recipe.engines and recipe.title
     lines = file.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 20 and lines[0].startswith("# ") and f"edgemed run recipes/{file.name}" in lines[0]
+    assert (
+        len(lines) <= 20
+        and lines[0].startswith("# ")
+        and f"edgemed run recipes/{file.name}" in lines[0]
+    )
     assert read_recipe(file.stem) == recipe, "a shipped recipe is found by its name alone"

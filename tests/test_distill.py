@@ -1,6 +1,8 @@
-"""Distillation: losses against their formulas, students cut exactly, the cache's bound, resuming to the same weights, and one line for bad input.
+"""Distillation: losses against their formulas, students cut exactly, the cache's bound, resuming to
+the same weights, and one line for bad input.
 
-Everything runs on random models of a few thousand weights; scores come from transformers and from our own decoder, so each checks the other.
+Everything runs on random models of a few thousand weights; scores come from transformers and from
+our own decoder, so each checks the other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB, cli, distilled_whole_and_killed, refused, tokens, write_model, write_pictures, write_seeing
+from conftest import (
+    VOCAB,
+    cli,
+    distilled_whole_and_killed,
+    refused,
+    tokens,
+    write_model,
+    write_pictures,
+    write_seeing,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -36,7 +47,14 @@ from edgemed.student import load  # noqa: E402
 from edgemed.teacher import CHUNK, Cache, Teacher, number, written  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
-SMALL = {"calibration": "pubmedqa-sections", "steps": 6, "rate": 1e-3, "length": 48, "batch": 4, "evaluate_every": 3}
+SMALL = {
+    "calibration": "pubmedqa-sections",
+    "steps": 6,
+    "rate": 1e-3,
+    "length": 48,
+    "batch": 4,
+    "evaluate_every": 3,
+}
 IDS = torch.tensor([tokens(40), tokens(40, seed=1)])
 
 
@@ -49,7 +67,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A few short texts, so that a run takes a second."""
     file = tmp_path_factory.mktemp("distill") / "text.jsonl"
-    file.write_text("".join(json.dumps({"id": n, "text": found[:300]}) + "\n" for n, found in enumerate(texts("pubmedqa-sections")[:40])), encoding="utf-8")
+    file.write_text(
+        "".join(
+            json.dumps({"id": n, "text": found[:300]}) + "\n"
+            for n, found in enumerate(texts("pubmedqa-sections")[:40])
+        ),
+        encoding="utf-8",
+    )
     return str(file)
 
 
@@ -71,96 +95,174 @@ def loss_of(kind: str, z_p: torch.Tensor, z_q: torch.Tensor, t: float, beta: flo
     if kind == "reverse_kl":
         return kl_div(p.log(), q, reduction="none").sum(-1)
     m = (beta * p + (1 - beta) * q).log()
-    return beta * kl_div(m, p, reduction="none").sum(-1) + (1 - beta) * kl_div(m, q, reduction="none").sum(-1)
+    return beta * kl_div(m, p, reduction="none").sum(-1) + (1 - beta) * kl_div(
+        m, q, reduction="none"
+    ).sum(-1)
 
 
 # --- losses
 
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)])
+@pytest.mark.parametrize(
+    ("kind", "beta"),
+    [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)],
+)
 def test_divergences_are_their_formulas(kind: str, beta: float, temperature: float) -> None:
-    z_p, z_q = (3 * torch.randn(2, 5, 50, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    found = divergence(kind, torch.log_softmax(z_p / temperature, -1), torch.log_softmax(z_q / temperature, -1), beta)
+    z_p, z_q = (
+        3 * torch.randn(2, 5, 50, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    found = divergence(
+        kind,
+        torch.log_softmax(z_p / temperature, -1),
+        torch.log_softmax(z_q / temperature, -1),
+        beta,
+    )
     right = loss_of(kind, z_p, z_q, temperature, beta)
     assert right.min() > 0.01 and torch.allclose(found.double(), right, rtol=1e-4)
-    assert divergence(kind, torch.log_softmax(z_p, -1), torch.log_softmax(z_p, -1), beta).abs().max() < 1e-6
+    assert (
+        divergence(kind, torch.log_softmax(z_p, -1), torch.log_softmax(z_p, -1), beta).abs().max()
+        < 1e-6
+    )
 
 
 def test_jsd_goes_to_both_kls_at_its_ends() -> None:
-    # Agarwal et al. 2024: JSD(beta) / beta -> KL(p || q) for beta -> 0, and / (1 - beta) -> KL(q || p) for beta -> 1.
-    log_p, log_q = (torch.log_softmax(torch.randn(4, 30, generator=torch.Generator().manual_seed(seed)).double(), -1) for seed in (0, 1))
+    # Agarwal et al. 2024: JSD(beta) / beta -> KL(p || q) for beta -> 0, and / (1 - beta) -> KL(q ||
+    # p) for beta -> 1.
+    log_p, log_q = (
+        torch.log_softmax(
+            torch.randn(4, 30, generator=torch.Generator().manual_seed(seed)).double(), -1
+        )
+        for seed in (0, 1)
+    )
     assert torch.allclose(divergence("jsd", log_p, log_q, 1e-5) / 1e-5, kl(log_p, log_q), rtol=1e-3)
-    assert torch.allclose(divergence("jsd", log_p, log_q, 1 - 1e-5) / 1e-5, kl(log_q, log_p), rtol=1e-3)
+    assert torch.allclose(
+        divergence("jsd", log_p, log_q, 1 - 1e-5) / 1e-5, kl(log_q, log_p), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_top_k_bounds_every_divergence_from_below_and_reaches_it(kind: str) -> None:
-    z_p, z_q, temperature = *(2 * torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)), 1.7
+    z_p, z_q, temperature = (
+        *(2 * torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)),
+        1.7,
+    )
     full = divergence(kind, *(torch.log_softmax(z / temperature, -1) for z in (z_p, z_q)))
     before = torch.zeros(6)
     for k in (1, 4, 16, 48, 63):
         ids, values, tails = top(z_p, k, temperature)
-        log_p, log_q = softened(values, tails, temperature), coarse(torch.log_softmax(z_q / temperature, -1), ids)
-        assert torch.allclose(log_p.exp().sum(-1), torch.ones(6)) and torch.allclose(log_q.exp().sum(-1), torch.ones(6), atol=1e-5)
+        log_p = softened(values, tails, temperature)
+        log_q = coarse(torch.log_softmax(z_q / temperature, -1), ids)
+        assert torch.allclose(log_p.exp().sum(-1), torch.ones(6)) and torch.allclose(
+            log_q.exp().sum(-1), torch.ones(6), atol=1e-5
+        )
         found = divergence(kind, log_p, log_q)
         assert (found <= full + 1e-5).all() and (found >= before - 1e-5).all()
         before = found
-    assert torch.allclose(found, full, rtol=1e-3) and torch.allclose(softened(values, tails, temperature, at_one=True)[:, 0], torch.log_softmax(z_p, -1).max(-1).values, atol=1e-5)
+    assert torch.allclose(found, full, rtol=1e-3) and torch.allclose(
+        softened(values, tails, temperature, at_one=True)[:, 0],
+        torch.log_softmax(z_p, -1).max(-1).values,
+        atol=1e-5,
+    )
 
 
 def test_the_tail_is_punished() -> None:
-    # A student that gives the same odds among the kept tokens and much mass to the others must not look right.
+    # A student that gives the same odds among the kept tokens and much mass to the others must not
+    # look right.
     z_p = torch.tensor([[4.0, 3.0, 0.0, -1.0, -2.0]], requires_grad=False)
     z_q = (z_p + torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0])).requires_grad_()
     ids, values, tails = top(z_p, 2, 1.0)
-    loss = divergence("forward_kl", softened(values, tails, 1.0), coarse(torch.log_softmax(z_q, -1), ids)).sum()
+    loss = divergence(
+        "forward_kl", softened(values, tails, 1.0), coarse(torch.log_softmax(z_q, -1), ids)
+    ).sum()
     loss.backward()
     assert loss > 1 and (z_q.grad[0, 2:] > 0).all() and (z_q.grad[0, :2] < 0).all()
 
 
 def objective(**changes: object) -> Objective:
-    return dataclasses.replace(Objective("forward_kl", 0.5, 1.0, 0.0, 0.0, (), 0.0, 8, VOCAB, 0), **changes)
+    return dataclasses.replace(
+        Objective("forward_kl", 0.5, 1.0, 0.0, 0.0, (), 0.0, 8, VOCAB, 0), **changes
+    )
 
 
 def lesson(teacher: Path, **changes: object) -> Lesson:
     rows = IDS.numpy()
-    return Lesson(objective(**changes), np.concatenate([rows, rows]), np.concatenate([rows, rows]), 2, Teacher(Weights(open_checkpoint(teacher))))
+    return Lesson(
+        objective(**changes),
+        np.concatenate([rows, rows]),
+        np.concatenate([rows, rows]),
+        2,
+        Teacher(Weights(open_checkpoint(teacher))),
+    )
 
 
 def student_of(path: Path, pairs: tuple[tuple[int, int], ...] = ()) -> torch.nn.Module:
     weights = Weights(open_checkpoint(path))
-    return pupil(load(weights), weights.decoder.layers, pairs, (weights.decoder.hidden, weights.decoder.hidden))
+    return pupil(
+        load(weights),
+        weights.decoder.layers,
+        pairs,
+        (weights.decoder.hidden, weights.decoder.hidden),
+    )
 
 
-def test_the_batch_loss_mixes_temperature_labels_and_hidden_states(teacher: Path, model: Path) -> None:
-    right = [transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_hidden_states=True)(input_ids=IDS) for path in (teacher, model)]
+def test_the_batch_loss_mixes_temperature_labels_and_hidden_states(
+    teacher: Path, model: Path
+) -> None:
+    right = [
+        transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_hidden_states=True
+        )(input_ids=IDS)
+        for path in (teacher, model)
+    ]
     z_p, z_q = (out.logits.detach()[:, :-1] for out in right)
     soft = 4.0 * loss_of("jsd", z_p, z_q, 2.0, 0.3).mean()
     hard = torch.nn.functional.cross_entropy(z_q.flatten(0, 1), IDS[:, 1:].flatten())
-    # hidden_states[1] is what the first layer put out; the last one transformers gives is normed, ours is not.
-    ours, theirs = right[1].hidden_states[1].detach(), right[0].hidden_states[2].detach()
+    # hidden_states[1] is what the first layer put out; the last one transformers gives is normed,
+    # ours is not.
+    ours = right[1].hidden_states[1].detach()
+    theirs = right[0].hidden_states[2].detach()
     near = (ours - theirs).square().mean() / theirs.square().mean()
     pairs = ((0, 1),)
-    found = batch_loss(lesson(teacher, kind="jsd", beta=0.3, temperature=2.0, labels=0.25, hidden=0.5, pairs=pairs), student_of(model, pairs), [0, 1], 0, "cpu")
+    found = batch_loss(
+        lesson(
+            teacher, kind="jsd", beta=0.3, temperature=2.0, labels=0.25, hidden=0.5, pairs=pairs
+        ),
+        student_of(model, pairs),
+        [0, 1],
+        0,
+        "cpu",
+    )
     assert found.item() == pytest.approx(float(0.75 * soft + 0.25 * hard + 0.5 * near), rel=1e-4)
 
 
 def test_held_out_values_are_kl_and_cross_entropy(teacher: Path, model: Path) -> None:
     z_p, z_q = (logits(Weights(open_checkpoint(path)), IDS)[:, :-1] for path in (teacher, model))
     found = measure(lesson(teacher), student_of(model), 1, "cpu")
-    assert found["kl"] == pytest.approx(float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-5)
-    assert found["cross_entropy"] == pytest.approx(float(torch.nn.functional.cross_entropy(z_q.flatten(0, 1), IDS[:, 1:].flatten())), rel=1e-5)
+    assert found["kl"] == pytest.approx(
+        float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-5
+    )
+    assert found["cross_entropy"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(z_q.flatten(0, 1), IDS[:, 1:].flatten())), rel=1e-5
+    )
     assert found["top1"] == pytest.approx(float((z_p.argmax(-1) == z_q.argmax(-1)).float().mean()))
 
 
 def test_a_teacher_gives_transformers_scores_and_hidden_states(teacher: Path) -> None:
     with torch.no_grad():
-        right = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)(input_ids=IDS, output_hidden_states=True)
+        right = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)(
+            input_ids=IDS, output_hidden_states=True
+        )
     weights = Weights(open_checkpoint(teacher))
-    resident, streamed = Teacher(weights), Teacher(weights)
+    resident = Teacher(weights)
+    streamed = Teacher(weights)
     streamed.layers = None
     scores, hidden = resident(IDS, [0, 2])
-    assert (scores - right.logits).abs().max() < 1e-4 and set(hidden) == {0, 2} and (hidden[2] - right.hidden_states[3]).abs().max() < 1e-4
+    assert (
+        (scores - right.logits).abs().max() < 1e-4
+        and set(hidden) == {0, 2}
+        and (hidden[2] - right.hidden_states[3]).abs().max() < 1e-4
+    )
     assert torch.equal(streamed(IDS)[0], scores)
 
 
@@ -170,25 +272,41 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
     ours = student_of(model)
     drawn = [sample(ours, IDS, 8, VOCAB, seed) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert drawn[0].shape == IDS.shape and torch.equal(drawn[0][:, :8], IDS[:, :8]) and not torch.equal(drawn[0], IDS)
-    # At temperature 1 from the whole vocabulary: over many draws the first token has the student's own probabilities.
+    assert (
+        drawn[0].shape == IDS.shape
+        and torch.equal(drawn[0][:, :8], IDS[:, :8])
+        and not torch.equal(drawn[0], IDS)
+    )
+    # At temperature 1 from the whole vocabulary: over many draws the first token has the student's
+    # own probabilities.
     begin = IDS[:1, :9].expand(512, 9)
     counts = torch.bincount(sample(ours, begin, 8, VOCAB, 0)[:, 8], minlength=VOCAB) / 512
     p = torch.softmax(logits(Weights(open_checkpoint(model)), IDS[:1, :8])[0, -1], -1)
     assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / 512)
-    assert int(sample(ours, begin, 8, 5, 0)[:, 8:].max()) < 5, "a token that the teacher does not have"
+    assert int(sample(ours, begin, 8, 5, 0)[:, 8:].max()) < 5, (
+        "a token that the teacher does not have"
+    )
     # Lambda 1: every batch is sampled, and its loss is the divergence of the sampled tokens alone.
     place = 3
     found = batch_loss(lesson(teacher, on_policy=1.0, labels=0.5), ours, [0, 1], place, "cpu")
     rows = sample(ours, IDS, 8, VOCAB, place)
     z_p, z_q = (logits(Weights(open_checkpoint(path)), rows)[:, 7:-1] for path in (teacher, model))
-    assert found.item() == pytest.approx(float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-4)
+    assert found.item() == pytest.approx(
+        float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-4
+    )
 
 
 # --- the student
 
+
 def shape_of(path: Path, **asked: object) -> cutting.Shape:
-    return cutting.choose(Weights(open_checkpoint(path)), asked.get("layers", ()), asked.get("ffn"), asked.get("heads"), asked.get("target"))
+    return cutting.choose(
+        Weights(open_checkpoint(path)),
+        asked.get("layers", ()),
+        asked.get("ffn"),
+        asked.get("heads"),
+        asked.get("target"),
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "phi", "stablelm"])
@@ -201,14 +319,18 @@ def test_nothing_cut_is_the_same_model(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "phi", "stablelm"])
 def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
-    """Cutting layers must give what the teacher gives when the others are left out; the scale of the scores depends on the layer in GPT-2."""
+    """Cutting layers must give what the teacher gives when the others are left out; the scale of
+    the scores depends on the layer in GPT-2.
+    """
     from edgemed.decoder import block, embed, load_layer, norm
     from edgemed.decoder import top as head
 
     sizes = {"n_layer": 5} if family == "gpt2" else {"num_hidden_layers": 5}
     path = write_model(tmp_path / "model", family=family, **sizes)
     weights = Weights(open_checkpoint(path))
-    student = Weights(cutting.cut(weights, shape_of(path, layers=(0, 3, 4)), tmp_path / "student", []))
+    student = Weights(
+        cutting.cut(weights, shape_of(path, layers=(0, 3, 4)), tmp_path / "student", [])
+    )
     assert student.decoder.layers == 3
     x = embed(weights, IDS)
     for n in (0, 3, 4):
@@ -217,7 +339,9 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
     right = torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)
     assert (logits(student, IDS) - right).abs().max() < 1e-4
     with torch.no_grad():
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(student.checkpoint.path, dtype=torch.float32)(input_ids=IDS).logits
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            student.checkpoint.path, dtype=torch.float32
+        )(input_ids=IDS).logits
     assert (loaded - right).abs().max() < 1e-4
 
 
@@ -234,20 +358,31 @@ def dead(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_what_adds_nothing_is_cut_first(tmp_path: Path) -> None:
     from conftest import rewrite
 
-    full = write_model(tmp_path / "full", family="llama", num_attention_heads=4, num_key_value_heads=2)
+    full = write_model(
+        tmp_path / "full", family="llama", num_attention_heads=4, num_key_value_heads=2
+    )
     path = rewrite(full, tmp_path / "model", dead)
     weights = Weights(open_checkpoint(path))
     shape = shape_of(path, ffn=128 - len(range(1, 128, 3)), heads=2)
     student = Weights(cutting.cut(weights, shape, tmp_path / "student", [tokens(32, seed=4)]))
-    assert (student.decoder.heads, student.decoder.kv_heads, student.decoder.ffn, student.decoder.head_dim) == (2, 1, 85, 32)
+    assert (
+        student.decoder.heads,
+        student.decoder.kv_heads,
+        student.decoder.ffn,
+        student.decoder.head_dim,
+    ) == (2, 1, 85, 32)
     assert (logits(student, IDS) - logits(weights, IDS)).abs().max() < 1e-4
 
 
 def test_importance_is_the_rule_in_the_docs(teacher: Path) -> None:
-    weights, windows = Weights(open_checkpoint(teacher)), [tokens(32, seed=5)]
+    weights = Weights(open_checkpoint(teacher))
+    windows = [tokens(32, seed=5)]
     kept = cutting.kept(weights, shape_of(teacher, ffn=100), windows)
     squares = importance(weights, windows)
-    score = weights.matrix("layers.2.down").dense().norm(dim=0) * torch.from_numpy(squares["layers.2.down"]).sqrt()
+    score = (
+        weights.matrix("layers.2.down").dense().norm(dim=0)
+        * torch.from_numpy(squares["layers.2.down"]).sqrt()
+    )
     assert set(kept[2][0].tolist()) == set(score.argsort(descending=True)[:100].tolist())
 
 
@@ -257,23 +392,36 @@ def test_target_params_is_kept_and_nearly_reached(family: str) -> None:
     from edgemed.family import all_families
 
     weights = Weights(described(all_families()[family].reference_name))
-    d, whole = weights.source, cutting.parameters(weights.family, weights.source)
+    d = weights.source
+    whole = cutting.parameters(weights.family, weights.source)
     for share in (0.9, 0.5, 0.3):
         target = int(share * whole)
         shape = cutting.solve(weights.family, d, target)
         found = cutting.parameters(weights.family, cutting.smaller(d, shape))
         assert 0.95 * target <= found <= target and shape.ffn % 64 == 0 and shape.layers[0] == 0
-        assert abs(shape.ffn / d.ffn - len(shape.layers) / d.layers) < 0.1, "depth and width shrink alike"
+        assert abs(shape.ffn / d.ffn - len(shape.layers) / d.layers) < 0.1, (
+            "depth and width shrink alike"
+        )
     with pytest.raises(EdgemedError, match="no student has 1,000 parameters"):
         cutting.solve(weights.family, d, 1000)
 
 
 def test_evenly_spaced_layers() -> None:
-    assert (cutting.evenly(3, 6), cutting.evenly(1, 6), cutting.evenly(6, 6), cutting.evenly(2, 32)) == ((0, 2, 5), (0,), (0, 1, 2, 3, 4, 5), (0, 31))
+    assert (
+        cutting.evenly(3, 6),
+        cutting.evenly(1, 6),
+        cutting.evenly(6, 6),
+        cutting.evenly(2, 32),
+    ) == ((0, 2, 5), (0,), (0, 1, 2, 3, 4, 5), (0, 31))
 
 
 def test_numbers_with_units() -> None:
-    assert [number(text, "x") for text in ("30M", "1.5 GB", 7, "2B")] == [30_000_000, 1_500_000_000, 7, 2_000_000_000]
+    assert [number(text, "x") for text in ("30M", "1.5 GB", 7, "2B")] == [
+        30_000_000,
+        1_500_000_000,
+        7,
+        2_000_000_000,
+    ]
     for wrong in ("many", "", -3, "0", None):
         with pytest.raises(EdgemedError, match="is not a number"):
             number(wrong, "target_params")
@@ -281,26 +429,41 @@ def test_numbers_with_units() -> None:
 
 # --- the cache and the teacher's text
 
+
 def test_the_cache_gives_what_the_teacher_says(teacher: Path, tmp_path: Path) -> None:
-    weights, windows = Weights(open_checkpoint(teacher)), np.array([tokens(24, seed=n) for n in range(CHUNK + 3)], np.int32)
+    weights = Weights(open_checkpoint(teacher))
+    windows = np.array([tokens(24, seed=n) for n in range(CHUNK + 3)], np.int32)
     cache = Cache(tmp_path / "cache", windows, VOCAB, 20, 2.0)
-    assert cache.nbytes == windows.size * (20 * (2 + 2) + 8) and cache.fill(weights, 10**9) == windows.size
+    assert (
+        cache.nbytes == windows.size * (20 * (2 + 2) + 8)
+        and cache.fill(weights, 10**9) == windows.size
+    )
     held = sum(file.stat().st_size for file in cache.folder.iterdir())
-    assert cache.nbytes <= held <= cache.nbytes + 2 * 256, "what was stated beforehand, and a header per file"
+    assert cache.nbytes <= held <= cache.nbytes + 2 * 256, (
+        "what was stated beforehand, and a header per file"
+    )
     scores = Teacher(weights)(torch.from_numpy(windows.astype(np.int64))[[1, CHUNK + 2]])[0]
     for temperature, at_one in ((2.0, False), (1.0, True)):
         ids, log_p = cache.read([1, CHUNK + 2], at_one)
         right = torch.softmax(scores / temperature, -1)
         assert (log_p[..., :-1].exp() - right.gather(-1, ids)).abs().max() < 2e-3
         assert (log_p[..., -1].exp() - (1 - right.gather(-1, ids).sum(-1))).abs().max() < 2e-3
-        other = torch.log_softmax(logits(weights, torch.from_numpy(windows.astype(np.int64))[[0, 2]]) / temperature, -1)
+        other = torch.log_softmax(
+            logits(weights, torch.from_numpy(windows.astype(np.int64))[[0, 2]]) / temperature, -1
+        )
         assert (kl(log_p, coarse(other, ids)) <= kl(right.log(), other) * 1.01 + 1e-3).all()
 
 
-def test_the_cache_goes_on_after_a_kill_and_is_bounded(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, windows = Weights(open_checkpoint(teacher)), np.array([tokens(16, seed=n) for n in range(2 * CHUNK)], np.int32)
+def test_the_cache_goes_on_after_a_kill_and_is_bounded(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Weights(open_checkpoint(teacher))
+    windows = np.array([tokens(16, seed=n) for n in range(2 * CHUNK)], np.int32)
     cache = Cache(tmp_path / "cache", windows, VOCAB, 8, 1.0)
-    with pytest.raises(EdgemedError, match=r"top 8 at 512 positions take 0.0 MB \(40 bytes each\), cache_limit is 0.0 MB"):
+    with pytest.raises(
+        EdgemedError,
+        match=r"top 8 at 512 positions take 0.0 MB \(40 bytes each\), cache_limit is 0.0 MB",
+    ):
         cache.fill(weights, 20479)
     assert not cache.folder.exists(), "refused before anything was written"
     cache.fill(weights, 20480)
@@ -309,7 +472,11 @@ def test_the_cache_goes_on_after_a_kill_and_is_bounded(teacher: Path, tmp_path: 
     second.unlink()
     second.with_suffix(".tmp").write_bytes(whole[:100])
     stamp = first.stat().st_mtime_ns
-    assert cache.fill(weights, 20480) == windows.size // 2 and second.read_bytes() == whole and first.stat().st_mtime_ns == stamp
+    assert (
+        cache.fill(weights, 20480) == windows.size // 2
+        and second.read_bytes() == whole
+        and first.stat().st_mtime_ns == stamp
+    )
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5})())
     second.unlink()
     with pytest.raises(EdgemedError, match="has 0.0 MB free. Free space"):
@@ -317,9 +484,12 @@ def test_the_cache_goes_on_after_a_kill_and_is_bounded(teacher: Path, tmp_path: 
 
 
 def test_what_a_teacher_writes_is_kept_line_by_line(teacher: Path, tmp_path: Path) -> None:
-    weights, some = Weights(open_checkpoint(teacher)), ["one text of many", "another one", "and a third text"]
+    weights = Weights(open_checkpoint(teacher))
+    some = ["one text of many", "another one", "and a third text"]
     rows = written(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "a.jsonl")
-    assert [row["prompt"] for row in rows] == ["one ", "anot", "and "] and all(row["text"] for row in rows)
+    assert [row["prompt"] for row in rows] == ["one ", "anot", "and "] and all(
+        row["text"] for row in rows
+    )
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_bytes(lines[0] + lines[1][:10])
     assert written(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "b.jsonl") == rows
@@ -329,27 +499,52 @@ def test_what_a_teacher_writes_is_kept_line_by_line(teacher: Path, tmp_path: Pat
 # --- whole runs
 
 RUNS = {
-    "forward": {}, "reverse": {"loss": "reverse_kl", "temperature": 2.0}, "jsd": {"loss": "jsd", "beta": 0.3}, "top-k": {"top_k": 16, "temperature": 2.0},
-    "hidden": {"hidden": 1.0}, "on-policy": {"on_policy": 0.5}, "lora": {"lora": 4, "rate": 5e-3}, "width": {"layers": (), "ffn": 8}, "bfloat16": {"precision": "bfloat16", "accumulate": 2},
+    "forward": {},
+    "reverse": {"loss": "reverse_kl", "temperature": 2.0},
+    "jsd": {"loss": "jsd", "beta": 0.3},
+    "top-k": {"top_k": 16, "temperature": 2.0},
+    "hidden": {"hidden": 1.0},
+    "on-policy": {"on_policy": 0.5},
+    "lora": {"lora": 4, "rate": 5e-3},
+    "width": {"layers": (), "ffn": 8},
+    "bfloat16": {"precision": "bfloat16", "accumulate": 2},
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_kind_of_run_comes_nearer_to_the_teacher(name: str, teacher: Path, text: str, tmp_path: Path) -> None:
-    params = small(text, **{"layers": (2,), "steps": 12, "rate": 2e-3, "evaluate_every": 6, **RUNS[name]})
+def test_every_kind_of_run_comes_nearer_to_the_teacher(
+    name: str, teacher: Path, text: str, tmp_path: Path
+) -> None:
+    params = small(
+        text, **{"layers": (2,), "steps": 12, "rate": 2e-3, "evaluate_every": 6, **RUNS[name]}
+    )
     path, notes = run(teacher, tmp_path / "student", params)
-    assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"], "random models, so much of the distance is easily gained"
-    assert notes["parameters"] < notes["teacher_parameters"] and notes["best_step"] in [entry["step"] for entry in notes["history"]]
-    assert notes["after"]["kl"] == pytest.approx(min(entry["kl"] for entry in notes["history"]), rel=1e-5), "the best checkpoint is what was kept"
-    assert (notes["bound"] is None) == (name != "top-k") and notes["tokens"] == 12 * 4 * 48 * params.accumulate
+    assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"], (
+        "random models, so much of the distance is easily gained"
+    )
+    assert notes["parameters"] < notes["teacher_parameters"] and notes["best_step"] in [
+        entry["step"] for entry in notes["history"]
+    ]
+    assert notes["after"]["kl"] == pytest.approx(
+        min(entry["kl"] for entry in notes["history"]), rel=1e-5
+    ), "the best checkpoint is what was kept"
+    assert (notes["bound"] is None) == (name != "top-k") and notes[
+        "tokens"
+    ] == 12 * 4 * 48 * params.accumulate
     weights = Weights(open_checkpoint(path))
     with torch.no_grad():
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=IDS).logits
-    assert (logits(weights, IDS) - loaded).abs().max() < 1e-4 and (path / "tokenizer.json").is_file()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(
+            input_ids=IDS
+        ).logits
+    assert (logits(weights, IDS) - loaded).abs().max() < 1e-4 and (
+        path / "tokenizer.json"
+    ).is_file()
     assert not list(tmp_path.glob(".distill-*")), "working state is gone when a run is finished"
 
 
-def test_another_tokenizer_learns_from_the_teachers_text(teacher: Path, text: str, tmp_path: Path) -> None:
+def test_another_tokenizer_learns_from_the_teachers_text(
+    teacher: Path, text: str, tmp_path: Path
+) -> None:
     from tokenizers import Tokenizer
 
     student = write_model(tmp_path / "student", seed=3)
@@ -360,8 +555,15 @@ def test_another_tokenizer_learns_from_the_teachers_text(teacher: Path, text: st
     (student / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(EdgemedError, match="different tokenizers.*mode: sequence"):
         run(student, tmp_path / "out", small(text, teacher=str(teacher)))
-    _, notes = run(student, tmp_path / "out", small(text, teacher=str(teacher), mode="sequence", prompt=8, steps=12))
-    assert set(notes["after"]) == {"cross_entropy"} and notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"]
+    _, notes = run(
+        student,
+        tmp_path / "out",
+        small(text, teacher=str(teacher), mode="sequence", prompt=8, steps=12),
+    )
+    assert (
+        set(notes["after"]) == {"cross_entropy"}
+        and notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"]
+    )
     assert notes["windows"]["held_out"] > 0 and notes["kept"] is None
 
 
@@ -370,28 +572,59 @@ def test_a_teacher_of_another_size_and_a_quantized_one(text: str, tmp_path: Path
 
     wide = write_model(tmp_path / "wide", n_embd=128, n_head=4)
     student = write_model(tmp_path / "student", seed=3)
-    _, notes = run(student, tmp_path / "out", small(text, teacher=str(wide), hidden=1.0, layer_map=((0, 0), (1, 1))))
+    _, notes = run(
+        student,
+        tmp_path / "out",
+        small(text, teacher=str(wide), hidden=1.0, layer_map=((0, 0), (1, 1))),
+    )
     assert notes["layer_map"] == [[0, 0], [1, 1]] and notes["after"]["kl"] < notes["before"]["kl"]
-    run_step(Stage("quantize", quantize.Params("rtn", 8, 32)), open_checkpoint(wide), tmp_path, tmp_path / "int8")
+    run_step(
+        Stage("quantize", quantize.Params("rtn", 8, 32)),
+        open_checkpoint(wide),
+        tmp_path,
+        tmp_path / "int8",
+    )
     _, notes = run(student, tmp_path / "out8", small(text, teacher=str(tmp_path / "int8")))
     assert notes["after"]["kl"] < notes["before"]["kl"]
 
 
 def test_early_stopping_keeps_the_best(teacher: Path, text: str, tmp_path: Path) -> None:
     # A rate far too high makes every later measurement worse than the first one.
-    _, notes = run(teacher, tmp_path / "out", small(text, layers=(2,), steps=60, rate=0.3, evaluate_every=2, patience=2))
-    assert notes["steps"] < 60 and notes["after"]["kl"] == pytest.approx(min(entry["kl"] for entry in notes["history"]), rel=1e-5)
+    _, notes = run(
+        teacher,
+        tmp_path / "out",
+        small(text, layers=(2,), steps=60, rate=0.3, evaluate_every=2, patience=2),
+    )
+    assert notes["steps"] < 60 and notes["after"]["kl"] == pytest.approx(
+        min(entry["kl"] for entry in notes["history"]), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("extra", [["on_policy=0.5", "hidden=0.5"], ["top_k=16", "lora=4"]], ids=["on-policy", "top-k-and-lora"])
-def test_a_killed_run_ends_with_the_same_weights(extra: list[str], teacher: Path, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "extra",
+    [["on_policy=0.5", "hidden=0.5"], ["top_k=16", "lora=4"]],
+    ids=["on-policy", "top-k-and-lora"],
+)
+def test_a_killed_run_ends_with_the_same_weights(
+    extra: list[str], teacher: Path, text: str, tmp_path: Path
+) -> None:
     asked = [teacher, "--layers", 2, "--calibration", text, "--steps", 40, "--rate", 1e-3]
-    asked += [part for value in ("length=48", "batch=4", "evaluate_every=4", *extra) for part in ("--set", value)]
+    asked += [
+        part
+        for value in ("length=48", "batch=4", "evaluate_every=4", *extra)
+        for part in ("--set", value)
+    ]
     one, other = (store.read_manifest(out) for out in distilled_whole_and_killed(asked, tmp_path))
-    assert one["files"] == other["files"] and one["notes"]["history"] == other["notes"]["history"] and one["key"] == other["key"]
+    assert (
+        one["files"] == other["files"]
+        and one["notes"]["history"] == other["notes"]["history"]
+        and one["key"] == other["key"]
+    )
 
 
-def test_a_recipe_with_distill_end_to_end(teacher: Path, model: Path, text: str, tmp_path: Path) -> None:
+def test_a_recipe_with_distill_end_to_end(
+    teacher: Path, model: Path, text: str, tmp_path: Path
+) -> None:
     large = shutil.copytree(teacher, tmp_path / "large")
     (large / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     (tmp_path / "recipe.yaml").write_text(f"""model: {model}
@@ -405,20 +638,31 @@ verify: {{prompts: pubmedqa-sections, count: 2, width: 48, prompt: 8, new: 8}}
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     (step,) = report["steps"]
-    assert step["stage"] == "distill" and step["notes"]["after"]["kl"] < step["notes"]["before"]["kl"] and report["engines"][0]["verify"]["passed"]
-    assert step["inputs"]["calibration"] == store.file_sha256(Path(text)) and step["inputs"]["teacher/model.safetensors"] == store.file_sha256(large / "model.safetensors")
-    assert "| teacher | large, licence cc-by-4.0 |" in (Path(report["engines"][0]["path"]) / "README.md").read_text(encoding="utf-8")
+    assert (
+        step["stage"] == "distill"
+        and step["notes"]["after"]["kl"] < step["notes"]["before"]["kl"]
+        and report["engines"][0]["verify"]["passed"]
+    )
+    assert step["inputs"]["calibration"] == store.file_sha256(Path(text)) and step["inputs"][
+        "teacher/model.safetensors"
+    ] == store.file_sha256(large / "model.safetensors")
+    assert "| teacher | large, licence cc-by-4.0 |" in (
+        Path(report["engines"][0]["path"]) / "README.md"
+    ).read_text(encoding="utf-8")
     again = cli("run", tmp_path / "recipe.yaml", "--work", tmp_path / "work", "--json")
     assert "distill: reused" in again.stderr
 
 
 # --- models that see
 
+
 @pytest.fixture(scope="module")
 def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("PIL")
     path = write_seeing(tmp_path_factory.mktemp("sees") / "model", num_hidden_layers=4)
-    (path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 28 * 28, "max_pixels": 56 * 56}))
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"min_pixels": 28 * 28, "max_pixels": 56 * 56})
+    )
     return path
 
 
@@ -432,35 +676,74 @@ SEEN = {"length": 192, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 
 
 
 def test_student_and_teacher_see_what_the_reference_sees(sees: Path, pictures: str) -> None:
-    """The training graphs of both, on windows with one or two images, against TorchSession, which is held against transformers."""
+    """The training graphs of both, on windows with one or two images, against TorchSession, which
+    is held against transformers.
+    """
     from edgemed.decoder import TorchSession
     from edgemed.session import Pictures
     from edgemed.sights import look, pictured
 
-    weights, rows = Weights(open_checkpoint(sees)), pictured(pictures)[5:8]
+    weights = Weights(open_checkpoint(sees))
+    rows = pictured(pictures)[5:8]
     tokens, labels, sights = look(weights, pictures, rows, 192, 10**9)
-    teacher, ours = Teacher(weights), student_of(sees)
+    teacher = Teacher(weights)
+    ours = student_of(sees)
     with torch.no_grad():
-        found = [run for run in (teacher(torch.from_numpy(tokens), (), sights.of([0, 1, 2], "cpu"))[0], ours(torch.from_numpy(tokens), sights.of([0, 1, 2], "cpu"))["logits"])]
+        found = [
+            run
+            for run in (
+                teacher(torch.from_numpy(tokens), (), sights.of([0, 1, 2], "cpu"))[0],
+                ours(torch.from_numpy(tokens), sights.of([0, 1, 2], "cpu"))["logits"],
+            )
+        ]
     for n, row in enumerate(rows):
         counted = np.flatnonzero(labels[n] != -100)
         end = counted[-1] + 1
-        assert bytes(tokens[n, counted[0] : end - 1].tolist()) != b"" and len(counted) == len(row["answer"]) + 1 and tokens[n, end - 1] == weights.decoder.eos
+        assert (
+            bytes(tokens[n, counted[0] : end - 1].tolist()) != b""
+            and len(counted) == len(row["answer"]) + 1
+            and tokens[n, end - 1] == weights.decoder.eos
+        )
         session = TorchSession(weights)
-        right = session.prefill(tokens[n, :end].tolist(), every=True, pictures=Pictures(sights.features[n], sights.positions[n, :, :end], sights.token))
+        right = session.prefill(
+            tokens[n, :end].tolist(),
+            every=True,
+            pictures=Pictures(sights.features[n], sights.positions[n, :, :end], sights.token),
+        )
         assert all(np.abs(scores[n, :end].numpy() - right).max() < 1e-4 for scores in found)
-    swapped = ours(torch.from_numpy(tokens[[0]]), sights.of([1], "cpu"))["logits"] if len(sights.features[0]) == len(sights.features[1]) else None
-    assert swapped is None or (swapped - found[1][[0]]).abs().max() > 1e-2, "another image is another answer"
+    swapped = (
+        ours(torch.from_numpy(tokens[[0]]), sights.of([1], "cpu"))["logits"]
+        if len(sights.features[0]) == len(sights.features[1])
+        else None
+    )
+    assert swapped is None or (swapped - found[1][[0]]).abs().max() > 1e-2, (
+        "another image is another answer"
+    )
 
 
-@pytest.mark.parametrize("changes", [{"layers": (2,)}, {"layers": (0, 3), "hidden": 0.5}, {"layers": (2,), "lora": 4, "rate": 5e-3}], ids=["layers", "hidden", "lora"])
-def test_a_model_that_sees_is_distilled_on_images(changes: dict, sees: Path, pictures: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": (2,)},
+        {"layers": (0, 3), "hidden": 0.5},
+        {"layers": (2,), "lora": 4, "rate": 5e-3},
+    ],
+    ids=["layers", "hidden", "lora"],
+)
+def test_a_model_that_sees_is_distilled_on_images(
+    changes: dict, sees: Path, pictures: str, tmp_path: Path
+) -> None:
     path, notes = run(sees, tmp_path / "out", small(pictures, **{**SEEN, **changes}))
     assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"] and notes["windows"]["held_out"] == 2
-    before, after = Weights(open_checkpoint(sees)), Weights(open_checkpoint(path))
-    assert after.decoder.layers == 2 and after.vision == before.vision, "the images are resized as before"
+    before = Weights(open_checkpoint(sees))
+    after = Weights(open_checkpoint(path))
+    assert after.decoder.layers == 2 and after.vision == before.vision, (
+        "the images are resized as before"
+    )
     name = "vision.layers.1.up"
-    assert torch.equal(after.matrix(name).weight, before.matrix(name).weight), "the eyes are the teacher's"
+    assert torch.equal(after.matrix(name).weight, before.matrix(name).weight), (
+        "the eyes are the teacher's"
+    )
     manifest = store.read_manifest(path)
     assert len(manifest["inputs"]["images"]) == 64
 
@@ -473,13 +756,32 @@ def test_another_model_that_sees_can_teach(sees: Path, pictures: str, tmp_path: 
     assert notes["after"]["kl"] < notes["before"]["kl"]
 
 
-def test_bad_input_with_images(sees: Path, teacher: Path, pictures: str, text: str, tmp_path: Path) -> None:
-    wrong(teacher, tmp_path, "the student reads text only, the teacher reads text only, and .* has images", small(pictures, layers=(2,)))
-    wrong(sees, tmp_path, "row '0' is .* tokens long, length is 40", small(pictures, **{**SEEN, "length": 40}, layers=(2,)))
+def test_bad_input_with_images(
+    sees: Path, teacher: Path, pictures: str, text: str, tmp_path: Path
+) -> None:
+    wrong(
+        teacher,
+        tmp_path,
+        "the student reads text only, the teacher reads text only, and .* has images",
+        small(pictures, layers=(2,)),
+    )
+    wrong(
+        sees,
+        tmp_path,
+        "row '0' is .* tokens long, length is 40",
+        small(pictures, **{**SEEN, "length": 40}, layers=(2,)),
+    )
     wrong(sees, tmp_path, "only layers can be left out", small(pictures, **SEEN, ffn=64))
-    wrong(sees, tmp_path, "the image features of 1 rows take", small(pictures, **SEEN, layers=(2,), cache_limit="1KB"))
+    wrong(
+        sees,
+        tmp_path,
+        "the image features of 1 rows take",
+        small(pictures, **SEEN, layers=(2,), cache_limit="1KB"),
+    )
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"id": 1, "image": "gone.png", "question": "?", "answer": "!"}) + "\n")
+    rows.write_text(
+        json.dumps({"id": 1, "image": "gone.png", "question": "?", "answer": "!"}) + "\n"
+    )
     wrong(sees, tmp_path, "image 'gone.png' is not in", small(str(rows), layers=(2,)))
     rows.write_text(json.dumps({"id": 1, "image": "gone.png", "question": "?"}) + "\n")
     wrong(sees, tmp_path, "row 1 is no question about an image", small(str(rows), layers=(2,)))
@@ -487,11 +789,37 @@ def test_bad_input_with_images(sees: Path, teacher: Path, pictures: str, text: s
 
 # --- bad input, one line each
 
-def test_bad_input_on_the_command_line(teacher: Path, text: str, model: Path, tmp_path: Path) -> None:
+
+def test_bad_input_on_the_command_line(
+    teacher: Path, text: str, model: Path, tmp_path: Path
+) -> None:
     asked = ("distill", teacher, "--steps", 2, "--rate", 1e-3, "--out", tmp_path / "out")
-    refused(cli(*asked, "--layers", 2, "--calibration", "pubmedqa-abstract"), "unknown text set", "Did you mean 'pubmedqa-abstracts'")
+    refused(
+        cli(*asked, "--layers", 2, "--calibration", "pubmedqa-abstract"),
+        "unknown text set",
+        "Did you mean 'pubmedqa-abstracts'",
+    )
     refused(cli(*asked, "--layers", "two", "--calibration", text), "--layers two")
-    refused(cli("distill", teacher, "--teacher", model, "--steps", 2, "--rate", 1e-3, "--out", tmp_path / "out", "--calibration", text, "--set", "length=48"), "more than its teacher's", "larger: true")
+    refused(
+        cli(
+            "distill",
+            teacher,
+            "--teacher",
+            model,
+            "--steps",
+            2,
+            "--rate",
+            1e-3,
+            "--out",
+            tmp_path / "out",
+            "--calibration",
+            text,
+            "--set",
+            "length=48",
+        ),
+        "more than its teacher's",
+        "larger: true",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -503,32 +831,92 @@ def wrong(model: Path, tmp_path: Path, match: str, params: distill.Params) -> No
 
 def test_bad_input(teacher: Path, text: str, model: Path, tmp_path: Path) -> None:
     wrong(teacher, tmp_path, "the student is its teacher", small(text))
-    wrong(teacher, tmp_path, r"layers \[9\] cannot be taken from 4 layers", small(text, layers=(9,)))
+    wrong(
+        teacher, tmp_path, r"layers \[9\] cannot be taken from 4 layers", small(text, layers=(9,))
+    )
     wrong(teacher, tmp_path, "ffn 9999 is not between", small(text, ffn=9999))
     wrong(teacher, tmp_path, "its head size follows from its number of heads", small(text, heads=2))
-    wrong(teacher, tmp_path, "target_params chooses depth and width itself", small(text, layers=(2,), target_params="20K"))
-    wrong(teacher, tmp_path, "target_params 'few' is not a number", small(text, target_params="few"))
-    wrong(teacher, tmp_path, "labels 1.5 is not between 0 and 1", small(text, layers=(2,), labels=1.5))
+    wrong(
+        teacher,
+        tmp_path,
+        "target_params chooses depth and width itself",
+        small(text, layers=(2,), target_params="20K"),
+    )
+    wrong(
+        teacher, tmp_path, "target_params 'few' is not a number", small(text, target_params="few")
+    )
+    wrong(
+        teacher, tmp_path, "labels 1.5 is not between 0 and 1", small(text, layers=(2,), labels=1.5)
+    )
     wrong(teacher, tmp_path, "beta 1.0 is not between", small(text, layers=(2,), beta=1.0))
-    wrong(teacher, tmp_path, "length 500 exceeds the student's context of 192", small(text, layers=(2,), length=500))
-    wrong(teacher, tmp_path, "top_k keeps scores of the given text only", small(text, layers=(2,), top_k=4, on_policy=0.5))
-    wrong(teacher, tmp_path, "top_k 288 is not below the vocabulary", small(text, layers=(2,), top_k=288))
-    wrong(teacher, tmp_path, "take 0.9 MB .* cache_limit is 0.1 MB", small(text, layers=(2,), top_k=20, cache_limit="100KB"))
-    wrong(teacher, tmp_path, "there only the teacher's text is learned", small(text, layers=(2,), mode="sequence", hidden=1.0))
-    wrong(teacher, tmp_path, "layer_map .* needs hidden above 0", small(text, layers=(2,), layer_map=((0, 1),)))
-    wrong(teacher, tmp_path, r"layer_map \[5, 0\] names no layers", small(text, layers=(2,), hidden=1.0, layer_map=((5, 0),)))
+    wrong(
+        teacher,
+        tmp_path,
+        "length 500 exceeds the student's context of 192",
+        small(text, layers=(2,), length=500),
+    )
+    wrong(
+        teacher,
+        tmp_path,
+        "top_k keeps scores of the given text only",
+        small(text, layers=(2,), top_k=4, on_policy=0.5),
+    )
+    wrong(
+        teacher,
+        tmp_path,
+        "top_k 288 is not below the vocabulary",
+        small(text, layers=(2,), top_k=288),
+    )
+    wrong(
+        teacher,
+        tmp_path,
+        "take 0.9 MB .* cache_limit is 0.1 MB",
+        small(text, layers=(2,), top_k=20, cache_limit="100KB"),
+    )
+    wrong(
+        teacher,
+        tmp_path,
+        "there only the teacher's text is learned",
+        small(text, layers=(2,), mode="sequence", hidden=1.0),
+    )
+    wrong(
+        teacher,
+        tmp_path,
+        "layer_map .* needs hidden above 0",
+        small(text, layers=(2,), layer_map=((0, 1),)),
+    )
+    wrong(
+        teacher,
+        tmp_path,
+        r"layer_map \[5, 0\] names no layers",
+        small(text, layers=(2,), hidden=1.0, layer_map=((5, 0),)),
+    )
     wrong(model, tmp_path, "does not exist", small(text, teacher=str(tmp_path / "nowhere")))
     one = tmp_path / "one.jsonl"
     one.write_text('{"id": 1, "text": "short"}\n')
     wrong(teacher, tmp_path, "has 1 texts, too few", small(str(one), layers=(2,)))
     one.write_text('{"id": 1, "text": "short"}\n' * 20)
     wrong(teacher, tmp_path, "2 training and 0 held-out windows", small(str(one), layers=(2,)))
-    assert not list(tmp_path.glob(".distill-*")), "nothing is left behind that no run could go on from"
-    wrong(write_model(tmp_path / "sees", family="qwen2_vl"), tmp_path, "the student sees, the teacher sees, and .* has no images", small(text, layers=(1,)))
+    assert not list(tmp_path.glob(".distill-*")), (
+        "nothing is left behind that no run could go on from"
+    )
+    wrong(
+        write_model(tmp_path / "sees", family="qwen2_vl"),
+        tmp_path,
+        "the student sees, the teacher sees, and .* has no images",
+        small(text, layers=(1,)),
+    )
 
 
-def test_larger_is_allowed_where_it_is_meant(teacher: Path, text: str, model: Path, tmp_path: Path) -> None:
-    wrong(teacher, tmp_path, "the student has 230,784 parameters, more than its teacher's 130,816", small(text, teacher=str(model)))
+def test_larger_is_allowed_where_it_is_meant(
+    teacher: Path, text: str, model: Path, tmp_path: Path
+) -> None:
+    wrong(
+        teacher,
+        tmp_path,
+        "the student has 230,784 parameters, more than its teacher's 130,816",
+        small(text, teacher=str(model)),
+    )
     _, notes = run(teacher, tmp_path / "out", small(text, teacher=str(model), larger=True))
     assert notes["parameters"] > notes["teacher_parameters"]
 
@@ -536,21 +924,40 @@ def test_larger_is_allowed_where_it_is_meant(teacher: Path, text: str, model: Pa
 def test_a_quantized_student_is_refused(text: str, model: Path, tmp_path: Path) -> None:
     from edgemed.steps import quantize
 
-    run_step(Stage("quantize", quantize.Params("rtn", 8, 32)), open_checkpoint(model), tmp_path, tmp_path / "int8")
-    wrong(tmp_path / "int8", tmp_path, "is quantized, and integers cannot be trained", small(text, layers=(1,)))
+    run_step(
+        Stage("quantize", quantize.Params("rtn", 8, 32)),
+        open_checkpoint(model),
+        tmp_path,
+        tmp_path / "int8",
+    )
+    wrong(
+        tmp_path / "int8",
+        tmp_path,
+        "is quantized, and integers cannot be trained",
+        small(text, layers=(1,)),
+    )
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
+    teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgemed import lesson as course
 
-    real, calls = course.divergence, []
+    real = course.divergence
+    calls = []
 
     def broken(*arguments: object) -> torch.Tensor:
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 8 else 1.0)
 
     monkeypatch.setattr(course, "divergence", broken)
-    with pytest.raises(EdgemedError, match=r"the loss is nan at step 8, training windows \[\d+, \d+, \d+, \d+\]. The last good state is kept in \S+checkpoint-6") as error:
+    with pytest.raises(
+        EdgemedError,
+        match=(
+            r"the loss is nan at step 8, training windows \[\d+, \d+, \d+, \d+\]. The last good"
+            r" state is kept in \S+checkpoint-6"
+        ),
+    ) as error:
         run(teacher, tmp_path / "out", small(text, layers=(2,), steps=20))
     kept = Path(str(error.value).split("kept in ")[1].split(". Try")[0])
     assert (kept / "model.safetensors").is_file() and not (tmp_path / "out").exists()
@@ -559,22 +966,38 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(teacher: P
     assert notes["steps"] == 20, "and goes on from there"
 
 
-def test_a_broken_gradient_is_never_taken(teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_gradient_is_never_taken(
+    teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgemed import lesson as course
 
     real = course.batch_loss
 
-    def broken(found: Lesson, model: torch.nn.Module, rows: list[int], place: int, device: str) -> torch.Tensor:
+    def broken(
+        found: Lesson, model: torch.nn.Module, rows: list[int], place: int, device: str
+    ) -> torch.Tensor:
         weight = next(model.parameters())
         # Finite itself, its derivative is not: the square root at 0.
-        return real(found, model, rows, place, device) + ((weight - weight.detach()).abs().sum().sqrt() if place == 4 * 4 else 0.0)
+        return real(found, model, rows, place, device) + (
+            (weight - weight.detach()).abs().sum().sqrt() if place == 4 * 4 else 0.0
+        )
 
     monkeypatch.setattr(course, "batch_loss", broken)
-    wrong(teacher, tmp_path, "the gradient is not finite at step 5, training windows", small(text, layers=(2,), steps=20))
+    wrong(
+        teacher,
+        tmp_path,
+        "the gradient is not finite at step 5, training windows",
+        small(text, layers=(2,), steps=20),
+    )
 
 
-def test_a_full_disk_is_said_beforehand(teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_beforehand(
+    teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**6})())
-    wrong(teacher, tmp_path, r"training checkpoints take up to 5 MB, .* has 1 MB free", small(text, layers=(2,)))
-
-
+    wrong(
+        teacher,
+        tmp_path,
+        r"training checkpoints take up to 5 MB, .* has 1 MB free",
+        small(text, layers=(2,)),
+    )

@@ -1,4 +1,6 @@
-"""Experts counted by task and language against a routing written in numpy, and the authors' noise: its distribution, its seed, and that scale 0 is none."""
+"""Experts counted by task and language against a routing written in numpy, and the authors' noise:
+its distribution, its seed, and that scale 0 is none.
+"""
 
 from __future__ import annotations
 
@@ -39,51 +41,89 @@ def medmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def choices(model: Path, base: str, windows: list[list[int]], active: int) -> dict[int, list[int]]:
-    """Tokens per expert of layers 0 and 2, from what transformers' layers hand the router and numpy's sorting."""
-    config, stored = json.loads((model / "config.json").read_text()), load_file(model / "model.safetensors")
-    whole, read = reference(model, config, base), {0: [], 2: []}
+    """Tokens per expert of layers 0 and 2, from what transformers' layers hand the router and
+    numpy's sorting.
+    """
+    config = json.loads((model / "config.json").read_text())
+    stored = load_file(model / "model.safetensors")
+    whole = reference(model, config, base)
+    read = {0: [], 2: []}
     for n, seen in read.items():
-        whole.model.layers[n].mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].reshape(-1, 64).numpy()))
+        whole.model.layers[n].mlp.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].reshape(-1, 64).numpy())
+        )
     with torch.inference_mode():
         for window in windows:
             whole(input_ids=torch.tensor([window]))
     found = {}
     for n, rows in read.items():
         at = f"model.layers.{n}.mlp.{ROUTER}"
-        scores = np.concatenate(rows) @ stored[f"{at}.weight"].numpy().T + (stored[f"{at}.bias"].numpy() if f"{at}.bias" in stored else 0)
-        found[n] = np.bincount(np.argsort(-scores, axis=1)[:, :active].ravel(), minlength=4).tolist()
+        scores = np.concatenate(rows) @ stored[f"{at}.weight"].numpy().T + (
+            stored[f"{at}.bias"].numpy() if f"{at}.bias" in stored else 0
+        )
+        found[n] = np.bincount(
+            np.argsort(-scores, axis=1)[:, :active].ravel(), minlength=4
+        ).tolist()
     return found
 
 
 @pytest.mark.parametrize(("name", "active"), [("moe-tinymed", 2), ("med-moe", 1)])
-def test_a_text_sets_tokens_are_counted_as_numpy_counts_them(name: str, active: int, tmp_path: Path) -> None:
+def test_a_text_sets_tokens_are_counted_as_numpy_counts_them(
+    name: str, active: int, tmp_path: Path
+) -> None:
     model = write(tmp_path / "model", name)
     windows = calibration_windows("medquad-answers", open_tokenizer(model, 288), 3, 40)
     right = choices(model, "StableLm", windows, active)
     rows = load(open_checkpoint(model), cards=["medquad-answers"], samples=3, length=40)
-    assert [(row["of"], row["language"], row["layer"]) for row in rows] == [("medquad-answers", "en", 0), ("medquad-answers", "en", 2)]
+    assert [(row["of"], row["language"], row["layer"]) for row in rows] == [
+        ("medquad-answers", "en", 0),
+        ("medquad-answers", "en", 2),
+    ]
     for row in rows:
         assert row["experts"] == right[row["layer"]] and row["tokens"] == 3 * 40
         shares = np.array(row["experts"]) / (3 * 40 * active)
         assert np.allclose(row["shares"], shares)
         entropy = -sum(p * math.log(p) for p in shares if p)
-        assert row["entropy"] == pytest.approx(entropy) and row["effective"] == pytest.approx(math.exp(entropy)) and 1 <= row["effective"] <= 4
+        assert (
+            row["entropy"] == pytest.approx(entropy)
+            and row["effective"] == pytest.approx(math.exp(entropy))
+            and 1 <= row["effective"] <= 4
+        )
 
 
 def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> None:
-    """One question in each of two languages: its prompt once, and of each option all but the last token, which is scored and never read."""
+    """One question in each of two languages: its prompt once, and of each option all but the last
+    token, which is scored and never read.
+    """
     from edgemed.task import questions
     from edgemed.tokenizer import encode
 
     file = tmp_path / "own.jsonl"
-    rows = [{"id": code, "question": f"{word}?", "options": {"A": "a", "B": "b"}, "answer": "A", "language": code} for code, word in (("es", "Cuanto al dia"), ("en", "How much a day"))]
+    rows = [
+        {
+            "id": code,
+            "question": f"{word}?",
+            "options": {"A": "a", "B": "b"},
+            "answer": "A",
+            "language": code,
+        }
+        for code, word in (("es", "Cuanto al dia"), ("en", "How much a day"))
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, tokenizer = load(open_checkpoint(model), [f"headqa:{file}"]), open_tokenizer(model, 288)
-    assert [(row["language"], row["layer"]) for row in found] == [("es", 0), ("es", 2), ("en", 0), ("en", 2)]
+    found = load(open_checkpoint(model), [f"headqa:{file}"])
+    tokenizer = open_tokenizer(model, 288)
+    assert [(row["language"], row["layer"]) for row in found] == [
+        ("es", 0),
+        ("es", 2),
+        ("en", 0),
+        ("en", 2),
+    ]
     for example in questions(f"headqa:{file}").examples:
         prompt = questions(f"headqa:{file}").task.render(example)
-        context, options = encode(tokenizer, prompt.context), [encode(tokenizer, option) for option in prompt.options]
-        alone, right = choices(model, "StableLm", [context], 2), {}
+        context = encode(tokenizer, prompt.context)
+        options = [encode(tokenizer, option) for option in prompt.options]
+        alone = choices(model, "StableLm", [context], 2)
+        right = {}
         for n in (0, 2):
             right[n] = np.array(alone[n])
         for option in options:
@@ -91,27 +131,50 @@ def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> 
             right = {n: right[n] + np.array(longer[n]) - np.array(alone[n]) for n in right}
         for row in found:
             if row["language"] == example.groups["language"]:
-                assert row["tokens"] == len(context) + sum(len(option) - 1 for option in options) and row["experts"] == right[row["layer"]].tolist()
+                assert (
+                    row["tokens"] == len(context) + sum(len(option) - 1 for option in options)
+                    and row["experts"] == right[row["layer"]].tolist()
+                )
 
 
 def test_counting_changes_no_score(model: Path) -> None:
-    weights, counted = Weights(open_checkpoint(model)), Load(("x",))
-    assert np.array_equal(TorchSession(weights, route=counted).prefill(IDS, every=True), TorchSession(weights).prefill(IDS, every=True))
+    weights = Weights(open_checkpoint(model))
+    counted = Load(("x",))
+    assert np.array_equal(
+        TorchSession(weights, route=counted).prefill(IDS, every=True),
+        TorchSession(weights).prefill(IDS, every=True),
+    )
     assert {n: int(c.sum()) for n, c in counted.tokens[("x",)].items()} == {0: 80, 2: 80}
 
 
 def test_noise_of_scale_zero_is_the_deterministic_choice(model: Path) -> None:
     weights = Weights(open_checkpoint(model))
     plain = TorchSession(weights).prefill(IDS, every=True)
-    assert np.abs(TorchSession(weights, route=Noisy(weights.decoder, 5, 0.0)).prefill(IDS, every=True) - plain).max() < 1e-5
-    again = [TorchSession(weights, route=Noisy(weights.decoder, seed)).prefill(IDS, every=True) for seed in (0, 0, 1)]
-    assert np.array_equal(again[0], again[1]) and not np.array_equal(again[0], again[2]) and np.abs(again[0] - plain).max() > 1e-2
+    assert (
+        np.abs(
+            TorchSession(weights, route=Noisy(weights.decoder, 5, 0.0)).prefill(IDS, every=True)
+            - plain
+        ).max()
+        < 1e-5
+    )
+    again = [
+        TorchSession(weights, route=Noisy(weights.decoder, seed)).prefill(IDS, every=True)
+        for seed in (0, 0, 1)
+    ]
+    assert (
+        np.array_equal(again[0], again[1])
+        and not np.array_equal(again[0], again[2])
+        and np.abs(again[0] - plain).max() > 1e-2
+    )
 
 
 def test_the_second_expert_is_drawn_as_gumbel_noise_draws(model: Path) -> None:
-    """The argmax of scores + Gumbel noise among three is a draw from the softmax of their scores (Gumbel 1954): frequencies of 20,000 draws, and gates from the scores alone."""
+    """The argmax of scores + Gumbel noise among three is a draw from the softmax of their scores
+    (Gumbel 1954): frequencies of 20,000 draws, and gates from the scores alone.
+    """
     weights = Weights(open_checkpoint(model))
-    layer, x = load_layer(weights, 0), torch.randn(1, 64, generator=torch.Generator().manual_seed(3))
+    layer = load_layer(weights, 0)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(3))
     scores = (x @ layer["router"][0].T)[0]
     gates, chosen = Noisy(weights.decoder, 0)(0, weights.decoder, layer, x.expand(20000, -1))
     first = int(scores.argmax())
@@ -130,27 +193,52 @@ def test_the_second_expert_is_drawn_as_gumbel_noise_draws(model: Path) -> None:
 
 def own_questions(folder: Path) -> str:
     file = folder / "own.jsonl"
-    file.write_text("".join(json.dumps({"id": str(i), "question": f"Dose {i}?", "options": {"A": f"{i} mg", "B": f"{i} g"}, "answer": "A"}) + "\n" for i in range(12)))
+    file.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": str(i),
+                    "question": f"Dose {i}?",
+                    "options": {"A": f"{i} mg", "B": f"{i} g"},
+                    "answer": "A",
+                }
+            )
+            + "\n"
+            for i in range(12)
+        )
+    )
     return f"medqa:{file}"
 
 
 def test_the_spread_over_seeds(model: Path, tmp_path: Path) -> None:
     task = own_questions(tmp_path)
     found = spread(open_checkpoint(model), task, 3)
-    assert found["n"] == 12 and len(found["noisy"]) == len(found["changed"]) == 3 and found["mean"] == pytest.approx(sum(found["noisy"]) / 3)
+    assert (
+        found["n"] == 12
+        and len(found["noisy"]) == len(found["changed"]) == 3
+        and found["mean"] == pytest.approx(sum(found["noisy"]) / 3)
+    )
     assert found == spread(open_checkpoint(model), task, 3), "a seed reproduces"
     quiet = spread(open_checkpoint(model), task, 1, scale=0.0)
-    assert quiet["changed"] == [0] and quiet["noisy"] == [quiet["accuracy"]] and quiet["deviation"] is None
+    assert (
+        quiet["changed"] == [0]
+        and quiet["noisy"] == [quiet["accuracy"]]
+        and quiet["deviation"] is None
+    )
 
 
 def test_what_is_refused(model: Path, medmoe: Path, tmp_path: Path) -> None:
     dense = write(tmp_path / "dense", "moe-tinymed", model_type="llava_stablelm")
     task = own_questions(tmp_path)
     for call, words in (
-        (lambda: load(open_checkpoint(dense), ["medqa"]), "has no mixtures of experts"), (lambda: load(open_checkpoint(model)), "neither a task nor a text set"),
-        (lambda: load(open_checkpoint(model), ["medqaa"]), "Did you mean 'medqa'"), (lambda: load(open_checkpoint(model), cards=["nothing"]), "unknown text set 'nothing'"),
-        (lambda: spread(open_checkpoint(medmoe), task, 2), "this model has one that chooses 1"), (lambda: spread(open_checkpoint(dense), task, 2), "this model has no experts"),
-        (lambda: spread(open_checkpoint(model), task, 0), "0 seeds"), (lambda: spread(open_checkpoint(model), task, 2, -1.0), "noise of scale -1.0"),
+        (lambda: load(open_checkpoint(dense), ["medqa"]), "has no mixtures of experts"),
+        (lambda: load(open_checkpoint(model)), "neither a task nor a text set"),
+        (lambda: load(open_checkpoint(model), ["medqaa"]), "Did you mean 'medqa'"),
+        (lambda: load(open_checkpoint(model), cards=["nothing"]), "unknown text set 'nothing'"),
+        (lambda: spread(open_checkpoint(medmoe), task, 2), "this model has one that chooses 1"),
+        (lambda: spread(open_checkpoint(dense), task, 2), "this model has no experts"),
+        (lambda: spread(open_checkpoint(model), task, 0), "0 seeds"),
+        (lambda: spread(open_checkpoint(model), task, 2, -1.0), "noise of scale -1.0"),
         (lambda: spread(open_checkpoint(model), task, 2, float("nan")), "noise of scale nan"),
     ):
         with pytest.raises(EdgemedError, match=words) as error:
@@ -160,10 +248,26 @@ def test_what_is_refused(model: Path, medmoe: Path, tmp_path: Path) -> None:
 
 def test_the_command_line(model: Path, tmp_path: Path) -> None:
     task = own_questions(tmp_path)
-    done = cli("experts", model, "--task", task, "--calibration", "medquad-answers", "--samples", "2", "--length", "32", "--json")
+    done = cli(
+        "experts",
+        model,
+        "--task",
+        task,
+        "--calibration",
+        "medquad-answers",
+        "--samples",
+        "2",
+        "--length",
+        "32",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
-    assert {(row["of"], row["layer"]) for row in json.loads(done.stdout)} == {(name, n) for name in (task, "medquad-answers") for n in (0, 2)}
+    assert {(row["of"], row["layer"]) for row in json.loads(done.stdout)} == {
+        (name, n) for name in (task, "medquad-answers") for n in (0, 2)
+    }
     done = cli("experts", model, "--task", task, "--noise", "2")
     assert done.returncode == 0 and "without noise" in done.stdout, done.stderr
     done = cli("experts", model, "--noise", "2")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: --noise changes answers")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
+        "error: --noise changes answers"
+    )

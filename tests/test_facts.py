@@ -1,4 +1,6 @@
-"""What inspect says about a checkpoint must be what the files hold and what engines then weigh, without loading a tensor."""
+"""What inspect says about a checkpoint must be what the files hold and what engines then weigh,
+without loading a tensor.
+"""
 
 import json
 import subprocess
@@ -17,8 +19,16 @@ from edgemed.random_weights import make_random
 from edgemed.weights import Weights
 
 CONFIG = {
-    "model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 128, "vocab_size": 512, "eos_token_id": 0,
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_by_inverse_layer_idx": True,
+    "model_type": "gpt2",
+    "n_embd": 256,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": 512,
+    "eos_token_id": 0,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_by_inverse_layer_idx": True,
 }
 
 
@@ -46,12 +56,20 @@ def test_parameters_are_counted_exactly(small):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small.path))
     found = inspect(str(small.path))
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert found["stored"] == {"mb": found["parameters"] * 2 / 1e6, "dtypes": {"float16": found["parameters"] * 2 / 1e6}}
+    assert found["stored"] == {
+        "mb": found["parameters"] * 2 / 1e6,
+        "dtypes": {"float16": found["parameters"] * 2 / 1e6},
+    }
 
 
-@pytest.mark.parametrize(("target", "params", "precision"), [
-    ("onnx", {"precision": "int4"}, "int4 g128"), ("onnx", {"precision": "int8"}, "int8 g128"), ("llamacpp", {"type": "q4_k_m"}, "Q4_K_M"),
-])
+@pytest.mark.parametrize(
+    ("target", "params", "precision"),
+    [
+        ("onnx", {"precision": "int4"}, "int4 g128"),
+        ("onnx", {"precision": "int8"}, "int8 g128"),
+        ("llamacpp", {"type": "q4_k_m"}, "Q4_K_M"),
+    ],
+)
 def test_predicted_weights_are_the_engine_files(small, tmp_path, target, params, precision):
     pytest.importorskip(load("targets", target).RUNTIME[0])
     engine = export(small, target, load("targets", target).Params(**params), tmp_path / "engine")
@@ -66,9 +84,14 @@ def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
     from edgemed.run import run_step
 
     quantize = load("steps", "quantize")
-    packed = run_step(Stage("quantize", quantize.Params(method="rtn", bits=4, group=64)), small, tmp_path)
-    found, base = inspect(str(packed.path)), inspect(str(small.path))
-    assert found["parameters"] == base["parameters"] and found["architecture"] == base["architecture"]
+    packed = run_step(
+        Stage("quantize", quantize.Params(method="rtn", bits=4, group=64)), small, tmp_path
+    )
+    found = inspect(str(packed.path))
+    base = inspect(str(small.path))
+    assert (
+        found["parameters"] == base["parameters"] and found["architecture"] == base["architecture"]
+    )
     assert found["quantization"]["bits"] == 4 and found["quantization"]["group_size"] == 64
     assert found["stored"]["mb"] < 0.6 * base["stored"]["mb"]
     assert facts.parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
@@ -83,31 +106,37 @@ def test_impossible_targets_say_why(tmp_path):
 def test_a_missing_runtime_names_the_command(small, monkeypatch):
     monkeypatch.setattr(load("targets", "onnx"), "RUNTIME", ("edgemed_no_such_module", "onnx"))
     found = inspect(str(small.path))["targets"]["onnx"]
-    assert found["possible"] and not found["runtime_installed"] and found["fix"] == "pip install 'edgemed[onnx]'"
+    assert (
+        found["possible"]
+        and not found["runtime_installed"]
+        and found["fix"] == "pip install 'edgemed[onnx]'"
+    )
 
 
 def test_fits_leaves_the_device_its_reserve():
-    shared, own = read_device("jetson-orin-nano-8gb"), read_device("rtx-4060-8gb")
+    shared = read_device("jetson-orin-nano-8gb")
+    own = read_device("rtx-4060-8gb")
     assert fits(6 * GIB, shared) and not fits(7 * GIB, shared) and fits(7 * GIB, own)
     assert fits(1, Device("cpu", "cpu", True, {"memory": "here"})) is None
 
 
 def test_inspect_needs_no_torch(small):
     code = (
-        "import sys, json\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'transformers'): raise ModuleNotFoundError(name, name=name)\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "from edgemed import inspect\n"
-        "print(json.dumps(inspect(sys.argv[1])))\n"
+        "import sys, json\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n  "
+        "      if name.split('.')[0] in ('torch', 'transformers'): raise ModuleNotFoundError(name,"
+        " name=name)\nsys.meta_path.insert(0, Block())\nfrom edgemed import"
+        " inspect\nprint(json.dumps(inspect(sys.argv[1])))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(small.path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(small.path)], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == json.loads(json.dumps(inspect(str(small.path))))
 
 
 def test_bad_models_are_refused_in_one_line(tmp_path, small):
     with pytest.raises(EdgemedError, match="does not exist"):
         inspect(str(tmp_path / "none"))
-    with pytest.raises(EdgemedError, match="no true dimensions are known for 'biomedml'.*'biomedlm'"):
+    with pytest.raises(
+        EdgemedError, match="no true dimensions are known for 'biomedml'.*'biomedlm'"
+    ):
         inspect("random:biomedml")

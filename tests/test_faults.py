@@ -1,7 +1,8 @@
-"""Bad input: every mistake a person can make ends with one clear line, exit code 1 and nothing left behind.
+"""Bad input: every mistake a person can make ends with one clear line, exit code 1 and nothing left
+behind.
 
-Through the real command line, in a process of its own, because exit code, standard error and what lies on disk afterwards
-are what a person sees.
+Through the real command line, in a process of its own, because exit code, standard error and what
+lies on disk afterwards are what a person sees.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ torch = pytest.importorskip("torch")
 
 
 def export(model: Path | str, out: Path, *more: object, target: str = "onnx", **options: object):
-    return cli("export", model, "--target", target, "--out", out, "--prompts", "none", *more, **options)
+    return cli(
+        "export", model, "--target", target, "--out", out, "--prompts", "none", *more, **options
+    )
 
 
 def absent(out: Path) -> bool:
@@ -34,7 +37,16 @@ def copy(model: Path, tmp_path: Path) -> Path:
 
 # --- the model directory
 
-@pytest.mark.parametrize("verb", [["inspect"], ["export", "--prompts", "none", "--out", "out"], ["quantize", "--method", "rtn", "--out", "out"], ["merge", "--adapter", "nowhere", "--out", "out"]])
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["inspect"],
+        ["export", "--prompts", "none", "--out", "out"],
+        ["quantize", "--method", "rtn", "--out", "out"],
+        ["merge", "--adapter", "nowhere", "--out", "out"],
+    ],
+)
 def test_model_directory_missing(tmp_path: Path, verb: list[str]) -> None:
     refused(cli(verb[0], "nowhere", *verb[1:], cwd=tmp_path), "nowhere", "does not exist")
     assert not list(tmp_path.iterdir())
@@ -88,7 +100,12 @@ def test_config_number_missing_or_of_a_wrong_kind(model: Path, tmp_path: Path, f
 def test_truncated_safetensors(model: Path, tmp_path: Path) -> None:
     broken = copy(model, tmp_path)
     whole = (broken / "model.safetensors").read_bytes()
-    for size, said in ((len(whole) - 1000, "truncated"), (40, "damaged"), (3, "damaged"), (0, "damaged")):
+    for size, said in (
+        (len(whole) - 1000, "truncated"),
+        (40, "damaged"),
+        (3, "damaged"),
+        (0, "damaged"),
+    ):
         (broken / "model.safetensors").write_bytes(whole[:size])
         refused(export(broken, tmp_path / "out"), broken / "model.safetensors", said)
     assert absent(tmp_path / "out")
@@ -133,7 +150,12 @@ def test_shard_missing(model: Path, tmp_path: Path) -> None:
     broken = copy(model, tmp_path)
     shard = "model-00001-of-00002.safetensors"
     (broken / "model.safetensors").rename(broken / shard)
-    index = {"weight_map": {"transformer.wte.weight": shard, "transformer.wpe.weight": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "transformer.wte.weight": shard,
+            "transformer.wpe.weight": "model-00002-of-00002.safetensors",
+        }
+    }
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(export(broken, tmp_path / "out"), "model-00002-of-00002.safetensors", broken)
     assert absent(tmp_path / "out")
@@ -151,15 +173,27 @@ def test_index_names_a_tensor_its_shard_does_not_hold(model: Path, tmp_path: Pat
 
 def test_tensor_missing(model: Path, tmp_path: Path) -> None:
     name = "transformer.h.1.mlp.c_fc.weight"
-    broken = rewrite(model, tmp_path / "copy", lambda tensors: {k: v for k, v in tensors.items() if k != name})
+    broken = rewrite(
+        model, tmp_path / "copy", lambda tensors: {k: v for k, v in tensors.items() if k != name}
+    )
     refused(export(broken, tmp_path / "out"), name, "missing")
     name = "transformer.h.1.ln_2.weight"
-    broken = rewrite(model, tmp_path / "copy2", lambda tensors: {k: v for k, v in tensors.items() if k != name})
+    broken = rewrite(
+        model, tmp_path / "copy2", lambda tensors: {k: v for k, v in tensors.items() if k != name}
+    )
     refused(export(broken, tmp_path / "out"), name, "missing")
     assert absent(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc.weight", "transformer.h.0.attn.c_attn.bias", "transformer.ln_f.bias", "transformer.wpe.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.h.1.mlp.c_fc.weight",
+        "transformer.h.0.attn.c_attn.bias",
+        "transformer.ln_f.bias",
+        "transformer.wpe.weight",
+    ],
+)
 def test_wrong_shape_names_both(model: Path, tmp_path: Path, name: str) -> None:
     shapes = {}
 
@@ -185,18 +219,27 @@ def test_nan_and_inf_name_the_tensor(model: Path, tmp_path: Path, verb: str, val
 
     broken = rewrite(model, tmp_path / "copy", poison)
     out = tmp_path / "out"
-    done = cli("quantize", broken, "--method", "rtn", "--group", 32, "--out", out) if verb == "quantize" else export(broken, out, target=verb)
+    done = (
+        cli("quantize", broken, "--method", "rtn", "--group", 32, "--out", out)
+        if verb == "quantize"
+        else export(broken, out, target=verb)
+    )
     refused(done, name, "NaN or Inf")
     assert absent(out)
 
 
 def test_all_nan_in_float16(tmp_path: Path) -> None:
-    broken = rewrite(write_model(tmp_path / "half", "float16"), tmp_path / "copy", lambda t: t | {"transformer.wte.weight": t["transformer.wte.weight"] * float("nan")})
+    broken = rewrite(
+        write_model(tmp_path / "half", "float16"),
+        tmp_path / "copy",
+        lambda t: t | {"transformer.wte.weight": t["transformer.wte.weight"] * float("nan")},
+    )
     refused(export(broken, tmp_path / "out"), "transformer.wte.weight", "NaN")
     assert absent(tmp_path / "out")
 
 
 # --- tokenizer and texts
+
 
 @pytest.mark.parametrize("target", ["onnx", "llamacpp"])
 def test_tokenizer_missing(model: Path, tmp_path: Path, target: str) -> None:
@@ -225,37 +268,81 @@ def test_tokenizer_larger_than_the_embedding(model: Path, tmp_path: Path) -> Non
 
 
 def test_calibration_sets(model: Path, tmp_path: Path) -> None:
-    out, empty, short, wrong = tmp_path / "out", tmp_path / "empty.jsonl", tmp_path / "short.jsonl", tmp_path / "wrong.jsonl"
+    out = tmp_path / "out"
+    empty = tmp_path / "empty.jsonl"
+    short = tmp_path / "short.jsonl"
+    wrong = tmp_path / "wrong.jsonl"
     empty.write_text("")
     short.write_text('{"id": 1, "text": "far too little"}\n')
     wrong.write_text('{"id": 1, "txt": "no text here"}\n')
-    common = ("quantize", model, "--group", 32, "--out", out, "--set", "samples=8", "--set", "length=32", "--calibration")
+    common = (
+        "quantize",
+        model,
+        "--group",
+        32,
+        "--out",
+        out,
+        "--set",
+        "samples=8",
+        "--set",
+        "length=32",
+        "--calibration",
+    )
     refused(cli(*common, empty), empty, "no texts")
     refused(cli(*common, short), short, "15 tokens", "8 x 32 = 256")
     refused(cli(*common, wrong), wrong, "row 1", "'text'")
     short.write_text("not json\n")
     refused(cli(*common, short), short, "line 1")
     refused(cli(*common, tmp_path / "none.jsonl"), "none.jsonl", "does not exist")
-    refused(cli(*common, "pubmedqa-abstract"), "pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'")
+    refused(
+        cli(*common, "pubmedqa-abstract"), "pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"
+    )
     refused(cli("quantize", model, "--group", 32, "--out", out), "needs calibration text")
     assert absent(out)
 
 
 # --- steps and targets
 
+
 def test_adapter_of_another_base(model: Path, tmp_path: Path) -> None:
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=288, n_positions=64))
-    peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    other = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_embd=128,
+            n_layer=2,
+            n_head=4,
+            vocab_size=288,
+            n_positions=64,
+        )
+    )
+    peft.get_peft_model(
+        other,
+        peft.LoraConfig(
+            r=2,
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+            task_type="CAUSAL_LM",
+        ),
+    ).save_pretrained(tmp_path / "adapter")
     done = cli("merge", model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     refused(done, "does not belong to", "[2, 128]", "[2, 64]")
-    refused(cli("merge", model, "--adapter", tmp_path / "none", "--out", tmp_path / "out"), tmp_path / "none", "does not exist")
+    refused(
+        cli("merge", model, "--adapter", tmp_path / "none", "--out", tmp_path / "out"),
+        tmp_path / "none",
+        "does not exist",
+    )
     assert absent(tmp_path / "out")
 
 
 def test_group_that_does_not_divide(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused(cli("quantize", model, "--method", "rtn", "--group", 128, "--out", out), "128", "64", "Choose group 32, 64, -1")
+    refused(
+        cli("quantize", model, "--method", "rtn", "--group", 128, "--out", out),
+        "128",
+        "64",
+        "Choose group 32, 64, -1",
+    )
     refused(export(model, out, "--set", "precision=int4", "--set", "group=128"), "128", "64")
     refused(cli("quantize", model, "--method", "rtn", "--group", 48, "--out", out), "48", "128")
     assert absent(out)
@@ -267,7 +354,9 @@ def test_k_quant_says_which_tensors_fall_back(model: Path, tmp_path: Path) -> No
     fallbacks = json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"]["fallbacks"]
     # Rows of 64 cannot hold blocks of 256; the down matrix has rows of 256 and can.
     assert "blk.0.attn_qkv.weight" in fallbacks and "blk.0.ffn_down.weight" not in fallbacks
-    assert "blk.0.attn_qkv.weight" in done.stderr and fallbacks["blk.0.attn_qkv.weight"] in done.stderr
+    assert (
+        "blk.0.attn_qkv.weight" in done.stderr and fallbacks["blk.0.attn_qkv.weight"] in done.stderr
+    )
 
 
 def test_unknown_names_and_values(model: Path, tmp_path: Path) -> None:
@@ -292,35 +381,58 @@ def test_output_directory_that_holds_something_else(model: Path, tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine.txt"]
     first = export(model, tmp_path / "out")
     assert first.returncode == 0, first.stderr
-    refused(export(model, tmp_path / "out", "--set", "precision=fp16"), tmp_path / "out", "other inputs or parameters")
+    refused(
+        export(model, tmp_path / "out", "--set", "precision=fp16"),
+        tmp_path / "out",
+        "other inputs or parameters",
+    )
 
 
 # --- recipes
 
-RECIPE = "model: {model}\nsteps:\n  - quantize: {{method: rtn, group: 32}}\nengines:\n  - onnx: {{}}\n"
+RECIPE = (
+    "model: {model}\nsteps:\n  - quantize: {{method: rtn, group: 32}}\nengines:\n  - onnx: {{}}\n"
+)
 
 
-@pytest.mark.parametrize(("old", "new", "named"), [
-    ("steps:", "stpes:", ["stpes", "Did you mean 'steps'"]),
-    ("quantize", "quantise", ["quantise", "Did you mean 'quantize'"]),
-    ("- onnx", "- onxn", ["onxn", "Did you mean 'onnx'"]),
-    ("group", "gruop", ["gruop", "Did you mean 'group'"]),
-    ("rtn", "rtm", ["rtm", "Did you mean 'rtn'"]),
-    ("group: 32", "group: 33", ["33", "Known: -1, 128, 32, 64"]),
-    ("group: 32", "act_order: maybe", ["act_order", "true or false"]),
-    ("onnx: {}", "onnx: {from: merg}", ["merg", "no step"]),
-    ("onnx: {}", "onnx: {precision: int5}", ["int5", "Did you mean"]),
-    ("model:", "# model:", ["'model' is missing"]),
-    ("engines:", "verify: {promts: x}\nengines:", ["promts", "Did you mean 'prompts'"]),
-    ("engines:", "eval: {tasks: [pubmedq]}\nengines:", ["pubmedq", "Did you mean 'pubmedqa'"]),
-    ("engines:", "verify: {prompts: pubmedqa-abstract}\nengines:", ["pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"]),
-    ("engines:", "device: jetson-orin-nano\nengines:", ["jetson-orin-nano", "Did you mean 'jetson-orin-n"]),
-    ("onnx: {}", "llamacpp: {imatrix: nowhere.npz}", ["nowhere.npz", "does not exist"]),
-    ("onnx: {}", "llamacpp: {imatrix: pubmedqa-abstract}", ["pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"]),
-    ("  - onnx: {}", "  onnx: {}", ["'engines' is not a list"]),
-    ("  - onnx: {}", "  - [", ["not valid YAML"]),
-])
-def test_recipe_mistakes_stop_before_any_work(model: Path, tmp_path: Path, old: str, new: str, named: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("steps:", "stpes:", ["stpes", "Did you mean 'steps'"]),
+        ("quantize", "quantise", ["quantise", "Did you mean 'quantize'"]),
+        ("- onnx", "- onxn", ["onxn", "Did you mean 'onnx'"]),
+        ("group", "gruop", ["gruop", "Did you mean 'group'"]),
+        ("rtn", "rtm", ["rtm", "Did you mean 'rtn'"]),
+        ("group: 32", "group: 33", ["33", "Known: -1, 128, 32, 64"]),
+        ("group: 32", "act_order: maybe", ["act_order", "true or false"]),
+        ("onnx: {}", "onnx: {from: merg}", ["merg", "no step"]),
+        ("onnx: {}", "onnx: {precision: int5}", ["int5", "Did you mean"]),
+        ("model:", "# model:", ["'model' is missing"]),
+        ("engines:", "verify: {promts: x}\nengines:", ["promts", "Did you mean 'prompts'"]),
+        ("engines:", "eval: {tasks: [pubmedq]}\nengines:", ["pubmedq", "Did you mean 'pubmedqa'"]),
+        (
+            "engines:",
+            "verify: {prompts: pubmedqa-abstract}\nengines:",
+            ["pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"],
+        ),
+        (
+            "engines:",
+            "device: jetson-orin-nano\nengines:",
+            ["jetson-orin-nano", "Did you mean 'jetson-orin-n"],
+        ),
+        ("onnx: {}", "llamacpp: {imatrix: nowhere.npz}", ["nowhere.npz", "does not exist"]),
+        (
+            "onnx: {}",
+            "llamacpp: {imatrix: pubmedqa-abstract}",
+            ["pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"],
+        ),
+        ("  - onnx: {}", "  onnx: {}", ["'engines' is not a list"]),
+        ("  - onnx: {}", "  - [", ["not valid YAML"]),
+    ],
+)
+def test_recipe_mistakes_stop_before_any_work(
+    model: Path, tmp_path: Path, old: str, new: str, named: list[str]
+) -> None:
     text = RECIPE.format(model=model)
     assert old in text
     (tmp_path / "r.yaml").write_text(text.replace(old, new, 1))
@@ -339,9 +451,15 @@ def test_recipe_set_mistakes(model: Path, tmp_path: Path) -> None:
 
 
 def test_recipe_inputs_are_looked_for_before_any_work(model: Path, tmp_path: Path) -> None:
-    text = RECIPE.format(model=model).replace("quantize: {method: rtn, group: 32}", "merge: {adapter: nowhere}")
+    text = RECIPE.format(model=model).replace(
+        "quantize: {method: rtn, group: 32}", "merge: {adapter: nowhere}"
+    )
     (tmp_path / "r.yaml").write_text(text)
-    refused(cli("run", tmp_path / "r.yaml", "--work", tmp_path / "work"), "nowhere", "does not exist")
+    refused(
+        cli("run", tmp_path / "r.yaml", "--work", tmp_path / "work"), "nowhere", "does not exist"
+    )
     (tmp_path / "r.yaml").write_text(RECIPE.format(model="nomodel"))
-    refused(cli("run", tmp_path / "r.yaml", "--work", tmp_path / "work"), "nomodel", "does not exist")
+    refused(
+        cli("run", tmp_path / "r.yaml", "--work", tmp_path / "work"), "nomodel", "does not exist"
+    )
     assert not (tmp_path / "work").exists()

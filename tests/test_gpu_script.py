@@ -1,4 +1,6 @@
-"""bench/gpu.py and gpu.sh without a GPU: every step on the CPU, and what is written down where a stage fails or does not fit."""
+"""bench/gpu.py and gpu.sh without a GPU: every step on the CPU, and what is written down where a
+stage fails or does not fit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ SCRIPT = ROOT / "bench" / "gpu.py"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 def lines(file: Path) -> dict[str, dict]:
@@ -24,28 +31,65 @@ def lines(file: Path) -> dict[str, dict]:
 
 
 def test_dry_run_takes_every_step(tmp_path: Path) -> None:
-    done = run("--dry-run", "--work", tmp_path / "work", "--out", tmp_path / "out.jsonl", "--only", "onnx-int4", "--only", "tensorrt")
+    done = run(
+        "--dry-run",
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "out.jsonl",
+        "--only",
+        "onnx-int4",
+        "--only",
+        "tensorrt",
+    )
     assert done.returncode == 0, done.stderr
     found = lines(tmp_path / "out.jsonl")
-    assert set(found) == {"machine", "quickstart-onnx-int4-cpu-64", "quickstart-tensorrt-fp16"} and found["machine"]["bandwidth_gb_s"] > 0
+    assert (
+        set(found) == {"machine", "quickstart-onnx-int4-cpu-64", "quickstart-tensorrt-fp16"}
+        and found["machine"]["bandwidth_gb_s"] > 0
+    )
     line = found["quickstart-onnx-int4-cpu-64"]
-    assert line["ok"] and line["parity"]["passed"] and line["dry_run"] and line["random_weights"] is False
+    assert (
+        line["ok"]
+        and line["parity"]["passed"]
+        and line["dry_run"]
+        and line["random_weights"] is False
+    )
     (numbers,) = line["by_prompt"].values()
-    assert numbers["new"] == 4 and len(numbers["decode_tokens_per_second"]["rounds"]) == 2 and numbers["decode_joules_per_token"] is None
+    assert (
+        numbers["new"] == 4
+        and len(numbers["decode_tokens_per_second"]["rounds"]) == 2
+        and numbers["decode_joules_per_token"] is None
+    )
     assert 0 < line["share_of_bandwidth"]["16"] and line["gpu_memory_bytes"] is None
     refused = found["quickstart-tensorrt-fp16"]
     assert not refused["ok"] and "TensorRT is not installed" in refused["error"]
 
 
 def test_a_used_up_budget_is_written_down(tmp_path: Path) -> None:
-    done = run("--dry-run", "--work", tmp_path / "work", "--out", tmp_path / "out.jsonl", "--only", "onnx-int4", "--budget", 1)
+    done = run(
+        "--dry-run",
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "out.jsonl",
+        "--only",
+        "onnx-int4",
+        "--budget",
+        1,
+    )
     line = lines(tmp_path / "out.jsonl")["quickstart-onnx-int4-cpu-64"]
     assert done.returncode == 0 and not line["ok"] and "budget is used up" in line["error"]
 
 
 def test_without_a_gpu_both_say_so(tmp_path: Path) -> None:
     path = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    shell = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh")], capture_output=True, text=True, env=path | {"WORK": str(tmp_path / "work")})
+    shell = subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh")],
+        capture_output=True,
+        text=True,
+        env=path | {"WORK": str(tmp_path / "work")},
+    )
     if "nvidia-smi" not in shell.stderr:
         pytest.skip("there is an NVIDIA GPU here")
     assert shell.returncode == 1 and "no nvidia-smi" in shell.stderr
@@ -61,12 +105,27 @@ def test_an_engine_that_sees_is_timed_seeing(tmp_path: Path) -> None:
     from edgemed.engine import export
     from edgemed.targets.onnx import Params
 
-    path = export(open_checkpoint(write_model(tmp_path / "model", family="qwen2_vl", max_position_embeddings=512)), "onnx", Params("fp32"), tmp_path / "engine").path
-    code = f"import gpu, json; from pathlib import Path; print(json.dumps(gpu.worker('onnx', Path({str(path)!r}), 'precision=fp32', gpu.DRY)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, timeout=100)
+    path = export(
+        open_checkpoint(
+            write_model(tmp_path / "model", family="qwen2_vl", max_position_embeddings=512)
+        ),
+        "onnx",
+        Params("fp32"),
+        tmp_path / "engine",
+    ).path
+    code = (
+        "import gpu, json; from pathlib import Path; print(json.dumps(gpu.worker('onnx',"
+        f" Path({str(path)!r}), 'precision=fp32', gpu.DRY)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])["by_image"]
-    assert seen["features"] == 256 and all(len(seen[f"{part}_seconds"]["rounds"]) == 2 and seen[f"{part}_seconds"]["median"] > 0 for part in ("preprocess", "tower", "projector"))
+    assert seen["features"] == 256 and all(
+        len(seen[f"{part}_seconds"]["rounds"]) == 2 and seen[f"{part}_seconds"]["median"] > 0
+        for part in ("preprocess", "tower", "projector")
+    )
 
 
 def test_the_script_is_valid_and_bounded() -> None:

@@ -1,6 +1,8 @@
-"""The house rules, checked on the source itself: which module may import which, sizes, names, and what is said at the top.
+"""The house rules, checked on the source itself: which module may import which, sizes, names, and
+what is said at the top.
 
-They are what keeps the package readable in an afternoon; a rule that nobody checks is forgotten in a month.
+They are what keeps the package readable in an afternoon; a rule that nobody checks is forgotten in
+a month.
 """
 
 from __future__ import annotations
@@ -17,24 +19,60 @@ from conftest import ROOT
 PACKAGE = ROOT / "edgemed"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 PLUGINS = ("families", "steps", "targets", "tasks")
-# From left to right: a module imports only from groups to its left, or from its own group where that is marked with '='.
+# From left to right: a module imports only from groups to its left, or from its own group where
+# that is marked with '='.
 ORDER = [
     "errors",
     "plugins",
     "params store console units confidence exact formats svg cuda sysfs quiet divergence",
-    "= device checkpoint family clip task data tokenizer session reference grid siblings weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors thermal image_reference bnb",
-    "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher answers lesson student ggml_api ggml_session activations awq layerwise routing experts deltas allocate resume sensitivity gguf_gptq gguf_budget lora qlora ort_adapter gguf_adapter kv_scales refit smooth step_memory",
+    (
+        "= device checkpoint family clip task data tokenizer session reference grid siblings"
+        " weights scoring strategy free_text images dicom image_files jetson jetpack nvml sensors"
+        " thermal image_reference bnb"
+    ),
+    (
+        "= decoder graph gptq engine gguf_types gguf_file gguf_layout importance llama"
+        " random_weights recipe stats tower vision_graph vision ort_dialect trt_dialect trt_parser"
+        " trt_stand_in trt_session trt_build trt_eyes mmproj mtmd cut sights teacher answers lesson"
+        " student ggml_api ggml_session activations awq layerwise routing experts deltas allocate"
+        " resume sensitivity gguf_gptq gguf_budget lora qlora ort_adapter gguf_adapter kv_scales"
+        " refit smooth step_memory"
+    ),
     "families steps targets tasks",
-    "= plan verify stages bench conditions sweep evaluate ttt lineage summary views plots accuracy report compare doctor lm_eval evidence card bom provenance signature facts published roofline measure calibrate",
+    (
+        "= plan verify stages bench conditions sweep evaluate ttt lineage summary views plots"
+        " accuracy report compare doctor lm_eval evidence card bom provenance signature facts"
+        " published roofline measure calibrate"
+    ),
     "run",
     "expert_load api",
-    "cli_options", "= cli_calibrate cli_provenance cli_plan cli_proof cli_experts",
+    "cli_options",
+    "= cli_calibrate cli_provenance cli_plan cli_proof cli_experts",
     "cli",
     "__init__ __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split() if name != "="}
-HEAVY = {"torch", "transformers", "peft", "onnx", "onnxruntime", "gguf", "llama_cpp", "safetensors", "PIL", "pydicom", "huggingface_hub", "matplotlib", "tensorrt", "accelerate", "cyclonedx", "packageurl",
-         "cryptography", "pynvml", "bitsandbytes"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxruntime",
+    "gguf",
+    "llama_cpp",
+    "safetensors",
+    "PIL",
+    "pydicom",
+    "huggingface_hub",
+    "matplotlib",
+    "tensorrt",
+    "accelerate",
+    "cyclonedx",
+    "packageurl",
+    "cryptography",
+    "pynvml",
+    "bitsandbytes",
+}
 
 
 def name_of(file: Path) -> str:
@@ -47,14 +85,20 @@ def tree(file: Path) -> ast.Module:
 
 
 def imports(node: ast.AST) -> list[str]:
-    """Modules imported anywhere below a node, imports inside functions and for type checkers included."""
+    """Modules imported anywhere below a node, imports inside functions and for type checkers
+    included.
+    """
     found = []
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
             found += [alias.name for alias in child.names]
         elif isinstance(child, ast.ImportFrom):
             # `from edgemed import plugins` imports edgemed.plugins.
-            found += [f"{child.module}.{alias.name}" for alias in child.names] if child.module == "edgemed" else [child.module or ""]
+            found += (
+                [f"{child.module}.{alias.name}" for alias in child.names]
+                if child.module == "edgemed"
+                else [child.module or ""]
+            )
     return found
 
 
@@ -68,7 +112,9 @@ def test_imports_go_one_way(file: Path) -> None:
     assert own in LEVEL, f"{own}.py has no place in ORDER: decide where it belongs"
     for other in core_imports(file) - {own}:
         same = LEVEL[other] == LEVEL[own] and ORDER[LEVEL[own]].startswith("=")
-        assert LEVEL[other] < LEVEL[own] or same, f"{own} imports {other}, which stands to its right"
+        assert LEVEL[other] < LEVEL[own] or same, (
+            f"{own} imports {other}, which stands to its right"
+        )
 
 
 def test_no_circles() -> None:
@@ -88,7 +134,9 @@ def test_no_circles() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if name_of(f) in PLUGINS], ids=lambda f: str(f.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if name_of(f) in PLUGINS], ids=lambda f: str(f.relative_to(PACKAGE))
+)
 def test_plugins_never_import_each_other(file: Path) -> None:
     assert not core_imports(file) & set(PLUGINS)
     if name_of(file) == "families":
@@ -100,43 +148,86 @@ def test_size_and_first_words(file: Path) -> None:
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
     for node in ast.walk(tree(file)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+            assert node.end_lineno - node.lineno < 60, (
+                f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+            )
     words = ast.get_docstring(tree(file)) or ""
     if file.name != "__main__.py":
-        assert len(re.findall(r"[.:!?](?:\s|$)", words)) >= 2 and len(words) > 80, "open with two or three sentences: what for, and why so"
+        assert len(re.findall(r"[.:!?](?:\s|$)", words)) >= 2 and len(words) > 80, (
+            "open with two or three sentences: what for, and why so"
+        )
     assert max(map(len, file.read_text(encoding="utf-8").splitlines()), default=0) <= 200
 
 
 def test_no_utils() -> None:
-    assert not [str(p) for p in (*FILES, *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")) if p.stem in ("utils", "helpers", "common", "misc")]
+    assert not [
+        str(p)
+        for p in (*FILES, *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py"))
+        if p.stem in ("utils", "helpers", "common", "misc")
+    ]
 
 
-# A card's own word for data of patients. llama.cpp calls every byte-level BPE tokenizer by one of these names and every SentencePiece one by the other,
-# whatever the architecture; a rope type of configs of any architecture.
-FORMAT_NAMES = {("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("family.py", "llama3"), ("family.py", "Known: default, linear, llama3"), ("calibrate.py", "contains_phi")}
+# A card's own word for data of patients. llama.cpp calls every byte-level BPE tokenizer by one of
+# these names and every SentencePiece one by the other, whatever the architecture; a rope type of
+# configs of any architecture.
+FORMAT_NAMES = {
+    ("gguf_file.py", "gpt2"),
+    ("gguf_file.py", "llama"),
+    ("family.py", "llama3"),
+    ("family.py", "Known: default, linear, llama3"),
+    ("calibrate.py", "contains_phi"),
+}
 
 
 def family_words() -> set[str]:
     from edgemed.family import all_families
 
     families = all_families().values()
-    return {f.name for f in families} | {f.reference_name for f in families} | {t for f in families for t in f.model_types}
+    return (
+        {f.name for f in families}
+        | {f.reference_name for f in families}
+        | {t for f in families for t in f.model_types}
+    )
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if name_of(f) != "families"], ids=lambda f: str(f.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file",
+    [f for f in FILES if name_of(f) != "families"],
+    ids=lambda f: str(f.relative_to(PACKAGE)),
+)
 def test_only_families_name_a_family(file: Path) -> None:
     root = tree(file)
-    prose = {id(node.value) for node in ast.walk(root) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    prose = {
+        id(node.value)
+        for node in ast.walk(root)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
     for node in ast.walk(root):
-        said = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+        said = (
+            node.id
+            if isinstance(node, ast.Name)
+            else node.attr
+            if isinstance(node, ast.Attribute)
+            else None
+        )
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             said = node.value
         for word in family_words():
             # The runtime's name holds a family's.
-            text = re.sub(r"llama[._-]?cpp|libllama|LlamaSession|llama_\w+", "", said or "", flags=re.IGNORECASE)
-            if (file.name, said) not in FORMAT_NAMES and re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", text.lower()):
-                # Help and error texts may give an example of what to type; nothing may be decided by it.
-                assert "For example" in said or "--random-weights" in said, f"line {node.lineno}: '{said}' names the family {word}"
+            text = re.sub(
+                r"llama[._-]?cpp|libllama|LlamaSession|llama_\w+",
+                "",
+                said or "",
+                flags=re.IGNORECASE,
+            )
+            if (file.name, said) not in FORMAT_NAMES and re.search(
+                rf"(?<![a-z]){re.escape(word)}(?![a-z])", text.lower()
+            ):
+                # Help and error texts may give an example of what to type; nothing may be decided
+                # by it.
+                assert "For example" in said or "--random-weights" in said, (
+                    f"line {node.lineno}: '{said}' names the family {word}"
+                )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
@@ -146,21 +237,34 @@ def test_no_swallowed_exceptions(file: Path) -> None:
             assert node.type is not None, f"line {node.lineno}: a bare except"
             caught = ast.unparse(node.type)
             # `continue` after a narrow exception tries the next candidate; `pass` only hides.
-            kinds = (ast.Pass, ast.Continue) if caught in ("Exception", "BaseException", "OSError") else (ast.Pass,)
-            assert not all(isinstance(line, kinds) for line in node.body), f"line {node.lineno}: {caught} is swallowed"
+            kinds = (
+                (ast.Pass, ast.Continue)
+                if caught in ("Exception", "BaseException", "OSError")
+                else (ast.Pass,)
+            )
+            assert not all(isinstance(line, kinds) for line in node.body), (
+                f"line {node.lineno}: {caught} is swallowed"
+            )
             if caught in ("Exception", "BaseException"):
-                assert any(isinstance(n, ast.Raise) for n in ast.walk(node)), f"line {node.lineno}: {caught} is caught and nothing raised"
+                assert any(isinstance(n, ast.Raise) for n in ast.walk(node)), (
+                    f"line {node.lineno}: {caught} is caught and nothing raised"
+                )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_heavy_packages_only_where_they_are_needed(file: Path) -> None:
     for node in tree(file).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            assert not {name.split(".")[0] for name in imports(node)} & HEAVY, f"line {node.lineno}: import it inside the function, through need(...)"
+            assert not {name.split(".")[0] for name in imports(node)} & HEAVY, (
+                f"line {node.lineno}: import it inside the function, through need(...)"
+            )
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys\nfrom edgemed.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys\nfrom edgemed.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n  "
+        "  print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.rsplit("LOADED", 1)[1].split())
     assert "typer" in loaded and not loaded & (HEAVY | {"numpy", "yaml", "tokenizers", "psutil"})
@@ -171,10 +275,20 @@ def test_nothing_names_this_machine() -> None:
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    patterns = re.compile(r"(?<![\w./])/(?:work|home|root|Users)/\w|pypi\.org/simple|--(?:extra-)?index-url\s+http")
+    patterns = re.compile(
+        r"(?<![\w./])/(?:work|home|root|Users)/\w|pypi\.org/simple|--(?:extra-)?index-url\s+http"
+    )
     wrong = []
     for name in listed.stdout.split():
         file = ROOT / name
-        if file.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".csv", "") and file.is_file() and file != Path(__file__) and file.stat().st_size < 1 << 20:
-            wrong += [f"{name}: {match[0]}" for match in patterns.finditer(file.read_text(encoding="utf-8", errors="replace"))]
+        if (
+            file.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".csv", "")
+            and file.is_file()
+            and file != Path(__file__)
+            and file.stat().st_size < 1 << 20
+        ):
+            wrong += [
+                f"{name}: {match[0]}"
+                for match in patterns.finditer(file.read_text(encoding="utf-8", errors="replace"))
+            ]
     assert not wrong

@@ -1,4 +1,6 @@
-"""Calibration on questions about images: windows as the model reads them, and every pass over them with the positions its images give."""
+"""Calibration on questions about images: windows as the model reads them, and every pass over them
+with the positions its images give.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from edgemed.images import prompt_tokens  # noqa: E402
 from edgemed.tower import TorchEyes  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
-CARD, SAMPLES, LENGTH = "vqa-rad-questions", 3, 400
+CARD = "vqa-rad-questions"
+SAMPLES = 3
+LENGTH = 400
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +47,51 @@ def windows(weights: Weights) -> list:
 
 def scored(weights: Weights, x: torch.Tensor) -> np.ndarray:
     final, matrix, bias = top(weights)
-    return torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)[0].numpy()
+    return torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)[
+        0
+    ].numpy()
 
 
 def test_a_window_is_the_beginning_of_its_turns(weights: Weights, windows: list) -> None:
     """Turn after turn, as if the whole conversation were one prompt."""
-    eyes, tokenizer, album = TorchEyes(weights), open_tokenizer(weights.checkpoint.path, weights.decoder.vocab), album_of(CARD)
-    rows, ids, images = iter(pictured(CARD)), [], []
+    eyes = TorchEyes(weights)
+    tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
+    album = album_of(CARD)
+    rows = iter(pictured(CARD))
+    ids = []
+    images = []
     tokens, seen = windows[0]
-    assert len(windows) == SAMPLES and all(len(t) == LENGTH == p.positions.shape[1] and len(p.features) == t.count(p.token) for t, p in windows)
+    assert len(windows) == SAMPLES and all(
+        len(t) == LENGTH == p.positions.shape[1] and len(p.features) == t.count(p.token)
+        for t, p in windows
+    )
     while not images or len(eyes.see(ids, images)[0]) < LENGTH:
         row = next(rows)
-        ids += prompt_tokens(tokenizer, eyes.family.chat(row["question"], 1, eyes.v.conversation), eyes.v) + encode(tokenizer, row["answer"]) + [weights.decoder.eos]
+        ids += (
+            prompt_tokens(
+                tokenizer, eyes.family.chat(row["question"], 1, eyes.v.conversation), eyes.v
+            )
+            + encode(tokenizer, row["answer"])
+            + [weights.decoder.eos]
+        )
         images.append(album.open(row["image"]))
     whole, pictures = eyes.see(ids, images)
     assert len(images) > 1, "a window that holds one turn would not show how they are joined"
-    assert tokens == whole[:LENGTH] and np.array_equal(seen.positions, pictures.positions[:, :LENGTH]) and np.array_equal(seen.features, pictures.features[: len(seen.features)])
-    assert (seen.positions[0] != np.arange(LENGTH)).any(), "an image takes less room in positions than it has tokens"
+    assert (
+        tokens == whole[:LENGTH]
+        and np.array_equal(seen.positions, pictures.positions[:, :LENGTH])
+        and np.array_equal(seen.features, pictures.features[: len(seen.features)])
+    )
+    assert (seen.positions[0] != np.arange(LENGTH)).any(), (
+        "an image takes less room in positions than it has tokens"
+    )
 
 
 def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> None:
-    d, session = weights.decoder, TorchSession(weights)
-    squares, columns = torch.zeros(d.hidden), importance(weights, windows)
+    d = weights.decoder
+    session = TorchSession(weights)
+    squares = torch.zeros(d.hidden)
+    columns = importance(weights, windows)
     for window in windows:
         session.rewind(0)
         right = session.prefill(window[0], every=True, pictures=window[1]).copy()
@@ -80,14 +107,33 @@ def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> Non
 
 
 @pytest.mark.parametrize("method", [gptq_layer, awq_layer, smooth_layer])
-def test_rounded_layers_see_the_same_positions(weights: Weights, windows: list, tmp_path: Path, method) -> None:
-    d, session, errors = weights.decoder, TorchSession(weights), {}
-    own, params = dict.fromkeys(d.matrices(0), (8, 32)), quantize.Params("gptq", bits=8, group=32, clip=True)
-    rounds = {gptq_layer: lambda n, x: gptq_layer(weights, n, x, None, integers(own, params), params), awq_layer: lambda n, x: awq_layer(weights, n, x, own, params),
-              smooth_layer: lambda n, x: smooth_layer(weights, n, x, own, True, 0.5)}
+def test_rounded_layers_see_the_same_positions(
+    weights: Weights, windows: list, tmp_path: Path, method
+) -> None:
+    d = weights.decoder
+    session = TorchSession(weights)
+    errors = {}
+    own = dict.fromkeys(d.matrices(0), (8, 32))
+    params = quantize.Params(
+        "gptq",
+        bits=8,
+        group=32,
+        clip=True,
+    )
+    rounds = {
+        gptq_layer: lambda n, x: gptq_layer(weights, n, x, None, integers(own, params), params),
+        awq_layer: lambda n, x: awq_layer(weights, n, x, own, params),
+        smooth_layer: lambda n, x: smooth_layer(weights, n, x, own, True, 0.5),
+    }
     for turned in (True, False):
         angles = [turned for _, turned in shown(weights, windows)]
-        x = Activations(tmp_path, f"{method.__name__}-{turned}", (SAMPLES, LENGTH, d.hidden), False, angles if turned else None)
+        x = Activations(
+            tmp_path,
+            f"{method.__name__}-{turned}",
+            (SAMPLES, LENGTH, d.hidden),
+            False,
+            angles if turned else None,
+        )
         with torch.inference_mode():
             for i, window in enumerate(windows):
                 x.write(i, next(shown(weights, [window]))[0])
@@ -105,30 +151,53 @@ def test_sensitivity_reads_the_same_inputs(weights: Weights, windows: list, tmp_
     columns = importance(weights, windows)
     for n, found in sensitivities(weights, windows, tmp_path):
         for name, sensitivity in found.items():
-            assert np.allclose(sensitivity.moment.diagonal().numpy() / 2, columns[f"layers.{n}.{name}"], rtol=1e-3), (n, name)
+            assert np.allclose(
+                sensitivity.moment.diagonal().numpy() / 2, columns[f"layers.{n}.{name}"], rtol=1e-3
+            ), (n, name)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "budget"])
 def test_a_model_that_sees_is_quantized_on_images(sees: Path, tmp_path: Path, method: str) -> None:
-    text = {"method": "auto", "budget": "5bpw"} if method == "budget" else {"method": method, "group": 32}
-    params = quantize.Params(**text, calibration=CARD, samples=SAMPLES, length=LENGTH)
+    text = (
+        {"method": "auto", "budget": "5bpw"}
+        if method == "budget"
+        else {"method": method, "group": 32}
+    )
+    params = quantize.Params(
+        **text,
+        calibration=CARD,
+        samples=SAMPLES,
+        length=LENGTH,
+    )
     (tmp_path / "packed").mkdir()
     notes = quantize.run(open_checkpoint(sees), tmp_path / "packed", params)
-    assert set(quantize.inputs(params)) == {"calibration", "images"} and Weights(open_checkpoint(tmp_path / "packed")).vision
+    assert (
+        set(quantize.inputs(params)) == {"calibration", "images"}
+        and Weights(open_checkpoint(tmp_path / "packed")).vision
+    )
     assert all(0 < found["output"] < 0.2 for found in notes["errors"].values())
 
 
 def test_several_sets_take_turns(weights: Weights, windows: list) -> None:
     mixed = calibration(weights, f"{CARD},medquad-answers", 5, LENGTH)
     assert [pictures is not None for _, pictures in mixed] == [True, False, True, False, True]
-    assert mixed[2][0] == windows[1][0] and mixed[3] == calibration(weights, "medquad-answers", 2, LENGTH)[1]
-    assert set(calibration_digests(f"medquad-answers,{CARD}")) == {"calibration", "calibration 2", "images 2"}
+    assert (
+        mixed[2][0] == windows[1][0]
+        and mixed[3] == calibration(weights, "medquad-answers", 2, LENGTH)[1]
+    )
+    assert set(calibration_digests(f"medquad-answers,{CARD}")) == {
+        "calibration",
+        "calibration 2",
+        "images 2",
+    }
 
 
 def test_a_file_with_a_comma_in_its_name_is_one_set(weights: Weights, tmp_path: Path) -> None:
     file = tmp_path / "notes, 2026.jsonl"
     file.write_text(json.dumps({"text": "a" * 64}) + "\n")
-    assert len(calibration(weights, str(file), 1, 32)) == 1 and set(calibration_digests(str(file))) == {"calibration"}
+    assert len(calibration(weights, str(file), 1, 32)) == 1 and set(
+        calibration_digests(str(file))
+    ) == {"calibration"}
 
 
 def test_bad_input(weights: Weights, tmp_path: Path) -> None:

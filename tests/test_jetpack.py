@@ -7,26 +7,48 @@ from types import SimpleNamespace
 import pytest
 from edgemed import doctor, jetpack
 
-R36 = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025\n# KERNEL_VARIANT: oot\nTARGET_USERSPACE_LIB_DIR=nvidia\n"
+R36 = (
+    "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan "
+    " 8 01:49:37 UTC 2025\n# KERNEL_VARIANT: oot\nTARGET_USERSPACE_LIB_DIR=nvidia\n"
+)
 
 
 def machine(monkeypatch, tmp_path, release: str, package: str | None) -> None:
     (tmp_path / "etc").mkdir(exist_ok=True)
     (tmp_path / "etc" / "nv_tegra_release").write_text(release)
     monkeypatch.setattr(jetpack.shutil, "which", lambda name: f"/usr/bin/{name}")
-    done = SimpleNamespace(returncode=0 if package else 1, stdout=package or "", stderr="no packages found")
+    done = SimpleNamespace(
+        returncode=0 if package else 1, stdout=package or "", stderr="no packages found"
+    )
     monkeypatch.setattr(jetpack.subprocess, "run", lambda *a, **k: done)
 
 
-@pytest.mark.parametrize(("release", "package", "expected"), [
-    (R36, "6.2+b77", ("36.4.3", "6.2", True, "10.3", "jetpack6")),
-    (R36.replace("4.3", "4.4"), "6.2.1+b38", ("36.4.4", "6.2.1", True, "10.3", "jetpack6")),
-    (R36, None, ("36.4.3", "6.2", False, "10.3", "jetpack6")),
-    (R36.replace("R36", "R38").replace("4.3", "2.0"), "7.2-b10", ("38.2.0", "7.2", True, "10.16", "jetpack7")),
-    (R36.replace("R36", "R38").replace("4.3", "2.0"), "7.2.2+b1", ("38.2.0", "7.2.2", True, "11.4", "trt11")),
-    (R36.replace("R36", "R35").replace("4.3", "6.1"), "5.1.5-b1", ("35.6.1", "5.1.5", True, "", "")),
-])
-def test_releases(monkeypatch, tmp_path, release: str, package: str | None, expected: tuple) -> None:
+@pytest.mark.parametrize(
+    ("release", "package", "expected"),
+    [
+        (R36, "6.2+b77", ("36.4.3", "6.2", True, "10.3", "jetpack6")),
+        (R36.replace("4.3", "4.4"), "6.2.1+b38", ("36.4.4", "6.2.1", True, "10.3", "jetpack6")),
+        (R36, None, ("36.4.3", "6.2", False, "10.3", "jetpack6")),
+        (
+            R36.replace("R36", "R38").replace("4.3", "2.0"),
+            "7.2-b10",
+            ("38.2.0", "7.2", True, "10.16", "jetpack7"),
+        ),
+        (
+            R36.replace("R36", "R38").replace("4.3", "2.0"),
+            "7.2.2+b1",
+            ("38.2.0", "7.2.2", True, "11.4", "trt11"),
+        ),
+        (
+            R36.replace("R36", "R35").replace("4.3", "6.1"),
+            "5.1.5-b1",
+            ("35.6.1", "5.1.5", True, "", ""),
+        ),
+    ],
+)
+def test_releases(
+    monkeypatch, tmp_path, release: str, package: str | None, expected: tuple
+) -> None:
     machine(monkeypatch, tmp_path, release, package)
     found = jetpack.read_jetson(tmp_path)
     assert (found.l4t, found.jetpack, found.package, found.tensorrt, found.profile) == expected
@@ -35,11 +57,18 @@ def test_releases(monkeypatch, tmp_path, release: str, package: str | None, expe
 def test_doctor_says_what_is_missing(monkeypatch, tmp_path) -> None:
     machine(monkeypatch, tmp_path, R36, None)
     (finding,) = doctor.jetpack(tmp_path)
-    assert finding.state == "missing" and "profile=jetpack6" in finding.detail and finding.fix == "sudo apt install nvidia-jetpack"
+    assert (
+        finding.state == "missing"
+        and "profile=jetpack6" in finding.detail
+        and finding.fix == "sudo apt install nvidia-jetpack"
+    )
     machine(monkeypatch, tmp_path, R36, "6.2+b77")
     assert "--system-site-packages" in doctor.jetpack(tmp_path)[0].fix
     monkeypatch.setattr(jetpack.util, "find_spec", lambda name: object())
-    assert doctor.jetpack(tmp_path)[0].state == "ok" and "JetPack 6.2, L4T 36.4.3 with TensorRT 10.3" in doctor.jetpack(tmp_path)[0].detail
+    assert (
+        doctor.jetpack(tmp_path)[0].state == "ok"
+        and "JetPack 6.2, L4T 36.4.3 with TensorRT 10.3" in doctor.jetpack(tmp_path)[0].detail
+    )
     machine(monkeypatch, tmp_path, R36.replace("R36", "R35"), "5.1.2-b104")
     assert "too old" in doctor.jetpack(tmp_path)[0].detail
 

@@ -1,7 +1,9 @@
-"""lm-evaluation-harness on our engines: the adapter against scores computed the plain way, and the lm_eval command itself.
+"""lm-evaluation-harness on our engines: the adapter against scores computed the plain way, and the
+lm_eval command itself.
 
-lm_eval is no dependency of the tests. Where it is not installed, but its peer environment was made (bench/lm_eval_parity.py says how), the tests
-run there; how lm_eval learns of the model is checked in any case.
+lm_eval is no dependency of the tests. Where it is not installed, but its peer environment was made
+(bench/lm_eval_parity.py says how), the tests run there; how lm_eval learns of the model is checked
+in any case.
 """
 
 from __future__ import annotations
@@ -25,40 +27,74 @@ from edgemed.errors import EdgemedError
 
 HERE = importlib.util.find_spec("lm_eval") is not None
 PEER = ROOT / "bench" / "peers" / "lm-eval" / ".venv" / "bin" / "python"
-real = pytest.mark.skipif(not HERE, reason="lm_eval is not installed; bench/lm_eval_parity.py says how to make its environment")
+real = pytest.mark.skipif(
+    not HERE,
+    reason="lm_eval is not installed; bench/lm_eval_parity.py says how to make its environment",
+)
 
 
-@pytest.mark.skipif(HERE or not PEER.exists(), reason="lm_eval is installed here, or its peer environment was not made")
+@pytest.mark.skipif(
+    HERE or not PEER.exists(),
+    reason="lm_eval is installed here, or its peer environment was not made",
+)
 def test_everything_else_in_the_peer_environment() -> None:
     command = [PEER, "-m", "pytest", "-p", "no:cacheprovider", "-q", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0 and "2 skipped" in done.stdout, done.stdout[-3000:]
 
 
 # --- how lm_eval learns of the model
 
+
 def test_package_announces_the_model() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["project"]["entry-points"]["lm_eval.models"] == {"edgemed": "edgemed.lm_eval:EngineLM"}
+    assert project["project"]["entry-points"]["lm_eval.models"] == {
+        "edgemed": "edgemed.lm_eval:EngineLM"
+    }
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert {"edgemed_lm_eval.pth", "edgemed_lm_eval_hook.py"} <= set(included.values()) and all((ROOT / file).exists() for file in included)
+    assert {"edgemed_lm_eval.pth", "edgemed_lm_eval_hook.py"} <= set(included.values()) and all(
+        (ROOT / file).exists() for file in included
+    )
     assert (ROOT / "startup" / "edgemed_lm_eval.pth").read_text() == "import edgemed_lm_eval_hook\n"
 
 
 def test_hook_registers_once_and_loads_nothing(tmp_path: Path) -> None:
     package = tmp_path / "lm_eval"
-    for file, code in (("__init__.py", ""), ("api/__init__.py", ""), ("models/__init__.py", "BUILTIN = 1"), ("api/registry.py", (
-        "class Registry(dict):\n    def register(self, name, target):\n        assert name not in self\n        self[name] = target\nmodel_registry = Registry()"
-    ))):
+    for file, code in (
+        ("__init__.py", ""),
+        ("api/__init__.py", ""),
+        ("models/__init__.py", "BUILTIN = 1"),
+        (
+            "api/registry.py",
+            (
+                "class Registry(dict):\n    def register(self, name, target):\n        assert name"
+                " not in self\n        self[name] = target\nmodel_registry = Registry()"
+            ),
+        ),
+    ):
         (package / file).parent.mkdir(parents=True, exist_ok=True)
         (package / file).write_text(code + "\n")
     code = (
-        "import sys; before = set(sys.modules); hooks = len(sys.meta_path)\nimport edgemed_lm_eval_hook\nassert set(sys.modules) - before == {'edgemed_lm_eval_hook'}\n"
-        "import lm_eval.api.registry as r; assert not r.model_registry\nimport lm_eval.models; assert lm_eval.models.BUILTIN\n"
-        "print(dict(r.model_registry), len(sys.meta_path) == hooks, 'edgemed' in sys.modules)"
+        "import sys; before = set(sys.modules); hooks = len(sys.meta_path)\nimport"
+        " edgemed_lm_eval_hook\nassert set(sys.modules) - before =="
+        " {'edgemed_lm_eval_hook'}\nimport lm_eval.api.registry as r; assert not"
+        " r.model_registry\nimport lm_eval.models; assert"
+        " lm_eval.models.BUILTIN\nprint(dict(r.model_registry), len(sys.meta_path) == hooks,"
+        " 'edgemed' in sys.modules)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT / "startup")))}
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT / "startup"))),
+    }
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.stdout == "{'edgemed': 'edgemed.lm_eval:EngineLM'} True False\n", done.stderr
 
 
@@ -70,8 +106,15 @@ def test_without_lm_eval_the_extra_is_named() -> None:
 
 # --- the adapter against the plain way
 
-@pytest.fixture(scope="module", params=[("onnx", "precision", "fp32"), ("llamacpp", "type", "f16")], ids=lambda p: p[0])
-def engine(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture(
+    scope="module",
+    params=[("onnx", "precision", "fp32"), ("llamacpp", "type", "f16")],
+    ids=lambda p: p[0],
+)
+def engine(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     from edgemed.checkpoint import open_checkpoint
     from edgemed.engine import export
     from edgemed.plugins import load
@@ -104,7 +147,15 @@ def plain(engine: Path) -> Iterator[Any]:
 def ask(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
-    return [Instance(request_type=kind, doc={}, arguments=a, idx=n) for n, a in enumerate(arguments)]
+    return [
+        Instance(
+            request_type=kind,
+            doc={},
+            arguments=a,
+            idx=n,
+        )
+        for n, a in enumerate(arguments)
+    ]
 
 
 def rows_of(session: Any, tokens: list[int]) -> np.ndarray:
@@ -117,13 +168,27 @@ def rows_of(session: Any, tokens: list[int]) -> np.ndarray:
 def expected(session: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     tokens = (context + continuation)[-(CONTEXT + 1) :]
     rows = rows_of(session, tokens[:-1])[-len(continuation) :]
-    return float(rows[np.arange(len(continuation)), continuation].sum()), rows.argmax(-1).tolist() == continuation
+    return (
+        float(rows[np.arange(len(continuation)), continuation].sum()),
+        rows.argmax(-1).tolist() == continuation,
+    )
 
 
 LONG = "A man of 60 has chest pain. " * 9
 PAIRS = [
-    (LONG[:150], " yes"), (LONG[:150], " no"), (LONG[:150], " maybe it is"), ("Fever", " A"), ("Fever", " B"), ("", "word"), (LONG, " A"), (LONG, " an answer of many letters"), (LONG[:150], " yes"),
-    ("Space ", "moves"), ("x", LONG[:170]), ("Fever", " A"), (LONG[:151], " yes"),
+    (LONG[:150], " yes"),
+    (LONG[:150], " no"),
+    (LONG[:150], " maybe it is"),
+    ("Fever", " A"),
+    ("Fever", " B"),
+    ("", "word"),
+    (LONG, " A"),
+    (LONG, " an answer of many letters"),
+    (LONG[:150], " yes"),
+    ("Space ", "moves"),
+    ("x", LONG[:170]),
+    ("Fever", " A"),
+    (LONG[:151], " yes"),
 ]
 
 
@@ -139,26 +204,42 @@ def test_loglikelihood(lm: Any, plain: Any) -> None:
         assert abs(score - right[0]) < 2e-3 and greedy is right[1], (context[:20], continuation)
     assert found[0] == found[8] and found[3] == found[11]
     again = lm.loglikelihood(ask("loglikelihood", *PAIRS[::-1]), disable_tqdm=True)
-    assert all(abs(a[0] - b[0]) < 2e-3 for a, b in zip(again[::-1], found, strict=True)), "the order of requests must not matter"
+    assert all(abs(a[0] - b[0]) < 2e-3 for a, b in zip(again[::-1], found, strict=True)), (
+        "the order of requests must not matter"
+    )
 
 
 @real
 def test_greedy_continuation_is_recognised(lm: Any) -> None:
-    (text,) = lm.generate_until(ask("generate_until", ("Fever and", {"max_gen_toks": 3, "until": []})), disable_tqdm=True)
+    (text,) = lm.generate_until(
+        ask("generate_until", ("Fever and", {"max_gen_toks": 3, "until": []})), disable_tqdm=True
+    )
     if "\ufffd" not in text:
-        assert [greedy for _, greedy in lm.loglikelihood(ask("loglikelihood", ("Fever and", text), ("Fever and", text[:-1] + "~~")), disable_tqdm=True)] == [True, False]
+        assert [
+            greedy
+            for _, greedy in lm.loglikelihood(
+                ask("loglikelihood", ("Fever and", text), ("Fever and", text[:-1] + "~~")),
+                disable_tqdm=True,
+            )
+        ] == [True, False]
 
 
 @real
 def test_rolling(lm: Any, plain: Any) -> None:
     text = "".join(chr(97 + (n * n) % 26) for n in range(2 * CONTEXT + 50))
-    tokens, right = [EOS, *lm.tok_encode(text)], 0.0
+    tokens = [EOS, *lm.tok_encode(text)]
+    right = 0.0
     for start in range(0, len(tokens) - 1, CONTEXT):
         end = min(start + CONTEXT, len(tokens) - 1)  # predicts tokens start+1 .. end
         rows = rows_of(plain, tokens[max(0, end - CONTEXT) : end])[-(end - start) :]
         right += float(rows[np.arange(end - start), tokens[start + 1 : end + 1]].sum())
-    found = lm.loglikelihood_rolling(ask("loglikelihood_rolling", (text,), ("Hi",)), disable_tqdm=True)
-    assert abs(found[0] - right) < 2e-2 and abs(found[1] - expected(plain, [EOS], lm.tok_encode("Hi"))[0]) < 2e-3
+    found = lm.loglikelihood_rolling(
+        ask("loglikelihood_rolling", (text,), ("Hi",)), disable_tqdm=True
+    )
+    assert (
+        abs(found[0] - right) < 2e-2
+        and abs(found[1] - expected(plain, [EOS], lm.tok_encode("Hi"))[0]) < 2e-3
+    )
 
 
 @real
@@ -167,21 +248,55 @@ def test_generation(lm: Any, plain: Any) -> None:
 
     def greedy(text: str, most: int) -> str:
         plain.rewind(0)
-        return lm.tokenizer.decode(list(generate(plain, lm.tok_encode(text)[-(CONTEXT - most) :], Sampling(max_tokens=most), frozenset({EOS}))))
+        return lm.tokenizer.decode(
+            list(
+                generate(
+                    plain,
+                    lm.tok_encode(text)[-(CONTEXT - most) :],
+                    Sampling(max_tokens=most),
+                    frozenset({EOS}),
+                )
+            )
+        )
 
     contexts = ["The patient has", LONG, "The patient had"]
-    found = lm.generate_until(ask("generate_until", *((c, {"max_gen_toks": 12, "until": []}) for c in contexts)), disable_tqdm=True)
+    found = lm.generate_until(
+        ask("generate_until", *((c, {"max_gen_toks": 12, "until": []}) for c in contexts)),
+        disable_tqdm=True,
+    )
     assert found == [greedy(c, 12) for c in contexts]
     whole = found[0]
-    (cut,) = lm.generate_until(ask("generate_until", (contexts[0], {"max_gen_toks": 12, "until": [whole[4]]})), disable_tqdm=True)
+    (cut,) = lm.generate_until(
+        ask("generate_until", (contexts[0], {"max_gen_toks": 12, "until": [whole[4]]})),
+        disable_tqdm=True,
+    )
     assert cut == whole.split(whole[4])[0] and lm.session.position < CONTEXT
-    assert abs(lm.loglikelihood(ask("loglikelihood", PAIRS[0]), disable_tqdm=True)[0][0] - expected(plain, lm.tok_encode(PAIRS[0][0]), lm.tok_encode(PAIRS[0][1]))[0]) < 2e-3
-    sampled = [lm.generate_until(ask("generate_until", *[(contexts[0], {"max_gen_toks": 12, "do_sample": True, "temperature": 2.0})] * 2), disable_tqdm=True) for _ in range(2)]
-    assert sampled[0] == sampled[1] and sampled[0][0] != sampled[0][1], "repeats differ, and a second run says the same"
+    assert (
+        abs(
+            lm.loglikelihood(ask("loglikelihood", PAIRS[0]), disable_tqdm=True)[0][0]
+            - expected(plain, lm.tok_encode(PAIRS[0][0]), lm.tok_encode(PAIRS[0][1]))[0]
+        )
+        < 2e-3
+    )
+    sampled = [
+        lm.generate_until(
+            ask(
+                "generate_until",
+                *[(contexts[0], {"max_gen_toks": 12, "do_sample": True, "temperature": 2.0})] * 2,
+            ),
+            disable_tqdm=True,
+        )
+        for _ in range(2)
+    ]
+    assert sampled[0] == sampled[1] and sampled[0][0] != sampled[0][1], (
+        "repeats differ, and a second run says the same"
+    )
     with pytest.raises(EdgemedError, match="'num_beams' is not supported"):
         lm.generate_until(ask("generate_until", (contexts[0], {"num_beams": 4})), disable_tqdm=True)
     with pytest.raises(EdgemedError, match="leave no room"):
-        lm.generate_until(ask("generate_until", (contexts[0], {"max_gen_toks": CONTEXT})), disable_tqdm=True)
+        lm.generate_until(
+            ask("generate_until", (contexts[0], {"max_gen_toks": CONTEXT})), disable_tqdm=True
+        )
     with pytest.raises(EdgemedError, match="no chat template"):
         lm.apply_chat_template([{"role": "user", "content": "Hello"}])
 
@@ -197,22 +312,34 @@ def test_refused(engine: Path, tmp_path: Path) -> None:
         handle.write(b" ")
     with pytest.raises(EdgemedError, match="tokenizer.json was altered"):
         EngineLM(engine=str(tmp_path / "altered"))
-    # What the engine says of itself is all that counts here: a changed settings file with a manifest that agrees.
+    # What the engine says of itself is all that counts here: a changed settings file with a
+    # manifest that agrees.
     shutil.copytree(engine, tmp_path / "head")
     facts = json.loads((tmp_path / "head" / "engine.json").read_text())
-    for changes, said in (({"head": "classes"}, "has a 'classes' head"), ({"random_weights": True}, "has random weights and no tokenizer")):
+    for changes, said in (
+        ({"head": "classes"}, "has a 'classes' head"),
+        ({"random_weights": True}, "has random weights and no tokenizer"),
+    ):
         store.write_json(tmp_path / "head" / "engine.json", {**facts, **changes})
         manifest = store.read_manifest(tmp_path / "head")
-        store.write_json(tmp_path / "head" / "manifest.json", {**manifest, "files": store.files_of(tmp_path / "head")})
+        store.write_json(
+            tmp_path / "head" / "manifest.json",
+            {**manifest, "files": store.files_of(tmp_path / "head")},
+        )
         with pytest.raises(EdgemedError, match=said):
             EngineLM(engine=str(tmp_path / "head"))
 
 
 # --- words and command
 
+
 @real
-def test_every_prompt_is_worded_as_lm_evals_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm_eval's definitions over the rows of all our samples; no model is needed to compare words."""
+def test_every_prompt_is_worded_as_lm_evals_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm_eval's definitions over the rows of all our samples; no model is needed to compare
+    words.
+    """
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from edgemed.task import describe, questions
@@ -225,12 +352,18 @@ def test_every_prompt_is_worded_as_lm_evals_own(tmp_path: Path, monkeypatch: pyt
     for name, task in get_task_dict(list(names), TaskManager(include_path=str(tmp_path))).items():
         task.build_all_requests(limit=None, rank=0, world_size=1)
         for instance in task.instances:
-            theirs.setdefault((names[name], instance.doc["edgemed_id"]), ([], task.doc_to_target(instance.doc)))[0].append(instance.args)
+            theirs.setdefault(
+                (names[name], instance.doc["edgemed_id"]), ([], task.doc_to_target(instance.doc))
+            )[0].append(instance.args)
     compared = 0
     for ours, these in asked.items():
         for example in these.examples:
-            prompt, (requests, target) = these.task.render(example), theirs[ours, example.id]
-            assert requests == [(describe(these.task, example) + prompt.context, option) for option in prompt.options], (ours, example.id)
+            prompt = these.task.render(example)
+            requests, target = theirs[ours, example.id]
+            assert requests == [
+                (describe(these.task, example) + prompt.context, option)
+                for option in prompt.options
+            ], (ours, example.id)
             assert target in (example.gold, example.options[example.gold])
             compared += 1
     assert compared == sum(len(these.examples) for these in asked.values()) > 1500
@@ -243,20 +376,61 @@ def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
     from edgemed.task import questions
 
     asked = questions("headqa/en", 6)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": e.question, "options": list(e.options), "gold": e.gold}) + "\n" for e in asked.examples), encoding="utf-8")
-    (tmp_path / "toy.yaml").write_text(
-        f"task: toy\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\ntest_split: test\noutput_type: multiple_choice\n"
-        'doc_to_text: "Question: {{q}}\\nAnswer:"\ndoc_to_choice: "{{options}}"\ndoc_to_target: "{{gold}}"\nmetric_list: [{metric: acc}]\n'
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"q": e.question, "options": list(e.options), "gold": e.gold}) + "\n"
+            for e in asked.examples
+        ),
+        encoding="utf-8",
     )
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'startup')!r}); import edgemed_lm_eval_hook; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    command = [sys.executable, "-c", code, "--model", "edgemed", "--model_args", f"engine={engine},threads=1", "--tasks", "toy", "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"})
+    (tmp_path / "toy.yaml").write_text(
+        "task: toy\ndataset_path: json\ndataset_kwargs: {data_files: {test:"
+        f" {tmp_path}/rows.jsonl}}}}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text:"
+        ' "Question: {{q}}\\nAnswer:"\ndoc_to_choice: "{{options}}"\ndoc_to_target:'
+        ' "{{gold}}"\nmetric_list: [{metric: acc}]\n'
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'startup')!r}); import edgemed_lm_eval_hook;"
+        " from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--model",
+        "edgemed",
+        "--model_args",
+        f"engine={engine},threads=1",
+        "--tasks",
+        "toy",
+        "--include_path",
+        tmp_path,
+        "--output_path",
+        tmp_path / "out",
+        "--log_samples",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        },
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("results_*.json")
-    results, opened = json.loads(file.read_text()), open_engine(engine)
+    results = json.loads(file.read_text())
+    opened = open_engine(engine)
     assert results["config"]["engine_key"] == opened.key and "acc,none" in results["results"]["toy"]
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    found = {row["doc"]["q"]: [float(answer[0][0]) for answer in row["resps"]] for row in map(json.loads, samples.read_text(encoding="utf-8").splitlines())}
+    found = {
+        row["doc"]["q"]: [float(answer[0][0]) for answer in row["resps"]]
+        for row in map(json.loads, samples.read_text(encoding="utf-8").splitlines())
+    }
     answerer = Answerer(opened.open(1), opened.tokenizer(), asked, Settings())
     compared = 0
     for example in asked.examples:

@@ -1,4 +1,6 @@
-"""What doctor --measure writes is a device a plan can use, within physics, and what it cannot measure it says."""
+"""What doctor --measure writes is a device a plan can use, within physics, and what it cannot
+measure it says.
+"""
 
 import json
 import subprocess
@@ -19,15 +21,39 @@ from edgemed.errors import EdgemedError
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("measure") / "here.yaml"
-    done = subprocess.run([sys.executable, "-m", "edgemed", "doctor", "--measure", "--quick", "--out", str(out), "--json"], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "edgemed",
+            "doctor",
+            "--measure",
+            "--quick",
+            "--out",
+            str(out),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     return out, json.loads(done.stdout)
 
 
 def test_a_measured_machine_is_a_device(quick):
     out, said = quick
     device = read_device(str(out))
-    assert device.name == "here" and said["file"] == str(out) and any("GPU" in reason for reason in said["skipped"])
-    assert 1 < device.achievable_gb_s < 5000 and 0.001 < device.achieved["fp32"] < 500 and 0 < device.launch_us < 1000
+    assert (
+        device.name == "here"
+        and said["file"] == str(out)
+        and any("GPU" in reason for reason in said["skipped"])
+    )
+    assert (
+        1 < device.achievable_gb_s < 5000
+        and 0.001 < device.achieved["fp32"] < 500
+        and 0 < device.launch_us < 1000
+    )
     assert 0 < device.usable_gb <= device.memory_gb and "1: " in device.bandwidth_note
     for field, part in SOURCE_OF.items():
         assert not getattr(device, field) or "measured on the machine itself" in device.source[part]
@@ -36,7 +62,11 @@ def test_a_measured_machine_is_a_device(quick):
 
 def test_a_plan_rests_on_the_measured_machine(quick):
     found = plan.plan("random:biomedlm", str(quick[0]), plan.Wishes(context=1024, precision="int4"))
-    assert found["device"] == "here" and found["recommended"]["target"] == "onnx" and not any("data sheet" in note for note in found["notes"])
+    assert (
+        found["device"] == "here"
+        and found["recommended"]["target"] == "onnx"
+        and not any("data sheet" in note for note in found["notes"])
+    )
     device = read_device(str(quick[0]))
     bound = device.achievable_gb_s * 1e9 / (found["recommended"]["weights_mb"] * 0.85e6)
     assert found["recommended"]["tokens_per_s"] < bound
@@ -45,13 +75,22 @@ def test_a_plan_rests_on_the_measured_machine(quick):
 def test_out_is_checked_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", lambda quick: pytest.fail("measured first"))
     (tmp_path / "there.yaml").write_text("")
-    for out, message in ((tmp_path / "x.txt", "does not end in .yaml"), (tmp_path / "there.yaml", "is there already"), (tmp_path / "no" / "x.yaml", "is no directory")):
+    for out, message in (
+        (tmp_path / "x.txt", "does not end in .yaml"),
+        (tmp_path / "there.yaml", "is there already"),
+        (tmp_path / "no" / "x.yaml", "is no directory"),
+    ):
         with pytest.raises(EdgemedError, match=message):
             measure.measured(out, True)
 
 
 def test_options_of_measure_want_measure():
-    done = subprocess.run([sys.executable, "-m", "edgemed", "doctor", "--quick"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgemed", "doctor", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 1 and "belong to --measure" in done.stderr
 
 
@@ -59,14 +98,29 @@ def test_without_onnxruntime_float32_is_measured_by_numpy(monkeypatch):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     skipped: list[str] = []
     [(name, run)] = list(measure._products(2, skipped))
-    assert name == "fp32" and sum(block.shape[1] for block in run()) == measure.SIZE and "edgemed[onnx]" in skipped[0]
+    assert (
+        name == "fp32"
+        and sum(block.shape[1] for block in run()) == measure.SIZE
+        and "edgemed[onnx]" in skipped[0]
+    )
     assert measure.best(measure._call(), 0.01) < 0.01
 
 
-@pytest.mark.parametrize(("op", "x", "constants"), [
-    ("MatMul", np.ones((3, 4), np.float32), {"b": np.arange(8, dtype=np.float32).reshape(4, 2)}),
-    ("MatMulInteger", np.ones((3, 4), np.uint8), {"b": np.arange(8, dtype=np.int8).reshape(4, 2)}),
-])
+@pytest.mark.parametrize(
+    ("op", "x", "constants"),
+    [
+        (
+            "MatMul",
+            np.ones((3, 4), np.float32),
+            {"b": np.arange(8, dtype=np.float32).reshape(4, 2)},
+        ),
+        (
+            "MatMulInteger",
+            np.ones((3, 4), np.uint8),
+            {"b": np.arange(8, dtype=np.int8).reshape(4, 2)},
+        ),
+    ],
+)
 def test_hand_written_models_are_what_onnxruntime_computes(op, x, constants):
     ort = pytest.importorskip("onnxruntime")
     model = measure.one_operator(op, x, constants, {})
@@ -104,19 +158,45 @@ class Tensor:
 
 
 def fake_torch(major):
-    properties = SimpleNamespace(name="NVIDIA Test", major=major, minor=7, is_integrated=1, clock_rate=1300000)
-    cuda = SimpleNamespace(is_available=lambda: True, get_device_properties=lambda n: properties, mem_get_info=lambda: (5 << 30, 8 << 30), synchronize=lambda: None)
+    properties = SimpleNamespace(
+        name="NVIDIA Test",
+        major=major,
+        minor=7,
+        is_integrated=1,
+        clock_rate=1300000,
+    )
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        get_device_properties=lambda n: properties,
+        mem_get_info=lambda: (5 << 30, 8 << 30),
+        synchronize=lambda: None,
+    )
     made = {name: lambda *a, **k: Tensor() for name in ("ones", "randn", "randint", "_int_mm")}
-    return SimpleNamespace(cuda=cuda, float32=1, float16=2, bfloat16=3, int8=4, **made)
+    return SimpleNamespace(
+        cuda=cuda,
+        float32=1,
+        float16=2,
+        bfloat16=3,
+        int8=4,
+        **made,
+    )
 
 
 def test_a_gpu_is_measured_through_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "need", lambda name, extra: fake_torch(8))
     values = measure.gpu_values(0.0, [])
-    assert values["compute_capability"] == "8.7" and values["shared_memory"] and values["gpu_mhz"] == 1300 and set(values["achieved"]) == {"fp32", "fp16", "bf16", "int8"}
+    assert (
+        values["compute_capability"] == "8.7"
+        and values["shared_memory"]
+        and values["gpu_mhz"] == 1300
+        and set(values["achieved"]) == {"fp32", "fp16", "bf16", "int8"}
+    )
     file = tmp_path / "gpu.yaml"
     measure.write_device({"source": {"memory": "m"}, **values}, file)
-    assert yaml.safe_load(file.read_text())["usable_gb"] == 5.0 and read_device(str(file)).gpu == "NVIDIA Test"
+    assert (
+        yaml.safe_load(file.read_text())["usable_gb"] == 5.0
+        and read_device(str(file)).gpu == "NVIDIA Test"
+    )
     monkeypatch.setattr(measure, "need", lambda name, extra: fake_torch(7))
     assert "int8" not in measure.gpu_values(0.0, [])["achieved"]
 
@@ -127,4 +207,8 @@ def test_a_real_gpu_is_within_physics():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
     values = measure.gpu_values(0.5, [])
-    assert 10 < values["achievable_gb_s"] < 20000 and values["achieved"]["fp16"] > 0.5 * values["achieved"]["fp32"] and 0 < values["launch_us"] < 1000
+    assert (
+        10 < values["achievable_gb_s"] < 20000
+        and values["achieved"]["fp16"] > 0.5 * values["achieved"]["fp32"]
+        and 0 < values["launch_us"] < 1000
+    )

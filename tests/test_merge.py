@@ -1,7 +1,8 @@
-"""Merging adapters: the merged checkpoint must give the adapter model's scores for every kind of adapter, or be refused.
+"""Merging adapters: the merged checkpoint must give the adapter model's scores for every kind of
+adapter, or be refused.
 
-The adapter's scores come from peft itself, the merged ones from edgemed's own decoder on what was written, so both the
-merge and the writing are checked.
+The adapter's scores come from peft itself, the merged ones from edgemed's own decoder on what was
+written, so both the merge and the writing are checked.
 """
 
 import json
@@ -22,9 +23,20 @@ transformers = pytest.importorskip("transformers")
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 CONFIG = {
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 101,
-    "bos_token_id": 0, "eos_token_id": 0, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_by_inverse_layer_idx": True,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 101,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_by_inverse_layer_idx": True,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
 }
 LORA = {"r": 4, "target_modules": TARGETS, "fan_in_fan_out": True}
 KINDS = {
@@ -37,8 +49,14 @@ KINDS = {
     "lora-and-saved-embedding": lambda: peft.LoraConfig(**LORA, modules_to_save=["wte"]),
     "lora-on-tied-embedding": lambda: peft.LoraConfig(r=4, target_modules=["wte"]),
     "lora-on-tied-output": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"]),
-    "ia3": lambda: peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
-    "adalora": lambda: peft.AdaLoraConfig(target_modules=TARGETS, fan_in_fan_out=True, total_step=10),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["c_attn", "mlp.c_proj"],
+        feedforward_modules=["mlp.c_proj"],
+        fan_in_fan_out=True,
+    ),
+    "adalora": lambda: peft.AdaLoraConfig(
+        target_modules=TARGETS, fan_in_fan_out=True, total_step=10
+    ),
     "vera": lambda: peft.VeraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
     "norms": lambda: peft.LNTuningConfig(target_modules=["ln_1", "ln_2"]),
 }
@@ -81,7 +99,9 @@ def base_scores(base):
 def test_merged_scores_are_the_adapters(base, tmp_path, kind):
     path, expected = adapter(base, KINDS[kind](), tmp_path / "adapter")
     checkpoint, notes = merged(base, tmp_path / "out", path)
-    assert (base_scores(base) - expected).abs().max() > 0.01, "the adapter changes nothing, so nothing would be tested"
+    assert (base_scores(base) - expected).abs().max() > 0.01, (
+        "the adapter changes nothing, so nothing would be tested"
+    )
     assert (logits(Weights(checkpoint), TOKENS) - expected).abs().max() < 1e-4
     assert notes["check_merge"]["max_abs_error"] <= notes["check_merge"]["bound"]
     assert all(entry.dtype == "float32" for entry in checkpoint.tensors.values())
@@ -90,7 +110,9 @@ def test_merged_scores_are_the_adapters(base, tmp_path, kind):
 def test_the_written_checkpoint_loads_in_transformers(base, tmp_path):
     path, expected = adapter(base, KINDS["lora"](), tmp_path / "adapter")
     checkpoint, _ = merged(base, tmp_path / "out", path)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert "lm_head.weight" not in checkpoint.tensors
     with torch.no_grad():
@@ -108,7 +130,9 @@ def test_alpha_half_is_half_the_lora(base, tmp_path):
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     half = shutil.copytree(path, tmp_path / "half")
-    (half / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2}))
+    (half / "adapter_config.json").write_text(
+        json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2})
+    )
     interpolated, _ = merged(base, tmp_path / "a", path, alpha=0.5)
     scaled, _ = merged(base, tmp_path / "b", str(half))
     for name in scaled.tensors:
@@ -124,7 +148,14 @@ def test_float16_is_written_and_its_error_reported(base, tmp_path):
 
 def test_an_adapter_brings_its_classification_head(base, tmp_path):
     config = peft.LoraConfig(**LORA, modules_to_save=["score"])
-    path, expected = adapter(base, config, tmp_path / "adapter", "SEQ_CLS", "AutoModelForSequenceClassification", num_labels=3)
+    path, expected = adapter(
+        base,
+        config,
+        tmp_path / "adapter",
+        "SEQ_CLS",
+        "AutoModelForSequenceClassification",
+        num_labels=3,
+    )
     checkpoint, _ = merged(base, tmp_path / "out", path)
     weights = Weights(checkpoint)
     assert (weights.decoder.head, weights.decoder.head_size) == ("classes", 3)
@@ -163,9 +194,14 @@ def test_a_missing_adapter(base, tmp_path):
 
 def test_damaged_adapter_files(base, tmp_path):
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
-    assert set(merge.inputs(merge.Params(path))) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    config, weights = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
-    text, whole = config.read_text(), weights.read_bytes()
+    assert set(merge.inputs(merge.Params(path))) == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
+    config = tmp_path / "adapter" / "adapter_config.json"
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    text = config.read_text()
+    whole = weights.read_bytes()
     config.write_text(text[:40])
     refused(base, tmp_path, path, "adapter_config.json is damaged")
     shutil.rmtree(tmp_path / "out")
@@ -183,7 +219,13 @@ def test_damaged_adapter_files(base, tmp_path):
 def test_an_adapter_for_another_base(base, tmp_path):
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
     wide = make_random(CONFIG | {"n_embd": 32}, tmp_path / "wide", "float32")
-    refused(wide, tmp_path, path, r"'base_model.model.transformer.h.0.attn.c_attn.lora_A.weight' is \[4, 64\], the base needs \[4, 32\]")
+    refused(
+        wide,
+        tmp_path,
+        path,
+        r"'base_model.model.transformer.h.0.attn.c_attn.lora_A.weight' is \[4, 64\], the base needs"
+        r" \[4, 32\]",
+    )
     shutil.rmtree(tmp_path / "out")
     shallow = make_random(CONFIG | {"n_layer": 1}, tmp_path / "shallow", "float32")
     refused(shallow, tmp_path, path, "no place for 'base_model.model.transformer.h.1")
@@ -215,7 +257,11 @@ def test_adapters_of_the_input_cannot_be_merged(base, tmp_path, kind):
 
 def test_an_unfaithful_merge_is_refused(base, tmp_path, monkeypatch):
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
-    monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", lambda self, name: torch.zeros_like(self.get_base_layer().weight))
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear,
+        "get_delta_weight",
+        lambda self, name: torch.zeros_like(self.get_base_layer().weight),
+    )
     refused(base, tmp_path, path, "does not give the adapter model's scores")
 
 
@@ -224,7 +270,14 @@ def test_a_quantized_base_and_a_wrong_alpha_are_refused(base, tmp_path):
     refused(base, tmp_path, path, "not between 0 and 1", alpha=1.5)
     shutil.rmtree(tmp_path / "out")
     quantized = shutil.copytree(base.path, tmp_path / "quantized")
-    (quantized / "config.json").write_text(json.dumps({**base.config, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}))
+    (quantized / "config.json").write_text(
+        json.dumps(
+            {
+                **base.config,
+                "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32},
+            }
+        )
+    )
     refused(open_checkpoint(quantized), tmp_path, path, "is quantized")
 
 
@@ -233,7 +286,9 @@ def test_no_socket_opens(base, tmp_path, monkeypatch):
 
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "someone/some-model"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "someone/some-model"})
+    )
 
     def denied(*args, **options):
         raise AssertionError("a socket was opened")

@@ -1,4 +1,6 @@
-"""A vision tower as llama.cpp's mmproj file: what is in it, what libmtmd computes from it against the torch tower, and which towers are refused."""
+"""A vision tower as llama.cpp's mmproj file: what is in it, what libmtmd computes from it against
+the torch tower, and which towers are refused.
+"""
 
 from __future__ import annotations
 
@@ -26,24 +28,40 @@ from edgemed.session import generate  # noqa: E402
 from edgemed.session import Sampling  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
-TOKEN, BEFORE, AFTER = 260, 262, 263  # image, vision start and end in the tiny config
-# A plain one, one that the model's rule makes larger and llama.cpp's own would make larger still, a wide one, one too narrow for max_pixels.
+TOKEN = 260
+BEFORE = 262
+AFTER = 263  # image, vision start and end in the tiny config
+# A plain one, one that the model's rule makes larger and llama.cpp's own would make larger still, a
+# wide one, one too narrow for max_pixels.
 SIZES = [(140, 84), (20, 30), (333, 100), (1000, 10)]
 
 
 def noise(width: int, height: int) -> Any:
-    return Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return open_checkpoint(write_model(tmp_path_factory.mktemp("sees") / "model", family="qwen2_vl", max_position_embeddings=1024))
+    return open_checkpoint(
+        write_model(
+            tmp_path_factory.mktemp("sees") / "model",
+            family="qwen2_vl",
+            max_position_embeddings=1024,
+        )
+    )
 
 
 def made(source: Checkpoint, out: Path, **params: object) -> Engine:
     pytest.importorskip("llama_cpp")
     module = plugins.load("targets", "llamacpp")
-    return export(source, "llamacpp", module.Params(**{"type": "f32", "max_pixels": 28 * 28 * 64, **params}), out)
+    return export(
+        source,
+        "llamacpp",
+        module.Params(**{"type": "f32", "max_pixels": 28 * 28 * 64, **params}),
+        out,
+    )
 
 
 def right(source: Checkpoint, eyes: Any, image: Any) -> np.ndarray:
@@ -56,7 +74,9 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("f32", 1e-3), ("f16", 2e-3), ("q8_0", 3e-2)])
-def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind: str, limit: float) -> None:
+def test_features_equal_the_torch_tower(
+    source: Checkpoint, tmp_path: Path, kind: str, limit: float
+) -> None:
     from edgemed.vision import eyes_of
 
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj=kind)
@@ -66,22 +86,39 @@ def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind
         for size in SIZES:
             expected = right(source, eyes, noise(*size))
             found, (rows, columns) = eyes.features(noise(*size))
-            assert found.shape == expected.shape and rows * columns == len(found) and error(found, expected) < limit, size
+            assert (
+                found.shape == expected.shape
+                and rows * columns == len(found)
+                and error(found, expected) < limit
+            ), size
     finally:
         eyes.close()
 
 
-def test_an_engine_with_these_eyes_answers_as_its_source(source: Checkpoint, tmp_path: Path) -> None:
+def test_an_engine_with_these_eyes_answers_as_its_source(
+    source: Checkpoint, tmp_path: Path
+) -> None:
     from edgemed.vision import eyes_of
 
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj="f32")
-    prompt, images = [5, 9, BEFORE, TOKEN, AFTER, 30, BEFORE, TOKEN, AFTER, 77], [noise(140, 84), noise(60, 60)]
+    prompt = [5, 9, BEFORE, TOKEN, AFTER, 30, BEFORE, TOKEN, AFTER, 77]
+    images = [noise(140, 84), noise(60, 60)]
     answers = []
-    for eyes, session in ((eyes_of(engine, 1), engine.open(1)), (tower.TorchEyes(Weights(source)), TorchSession(Weights(source)))):
+    for eyes, session in (
+        (eyes_of(engine, 1), engine.open(1)),
+        (tower.TorchEyes(Weights(source)), TorchSession(Weights(source))),
+    ):
         tokens, pictures = eyes.see(prompt, images)
-        answers.append((tokens, list(generate(session, tokens, Sampling(max_tokens=24), frozenset(), pictures))))
+        answers.append(
+            (
+                tokens,
+                list(generate(session, tokens, Sampling(max_tokens=24), frozenset(), pictures)),
+            )
+        )
         spent = getattr(eyes, "seconds", {"preprocess": 1.0, "tower": 1.0, "projector": 0.0})
-        assert spent["preprocess"] > 0 and spent["tower"] > 0 and spent["projector"] == 0.0, "tower and projector are one graph"
+        assert spent["preprocess"] > 0 and spent["tower"] > 0 and spent["projector"] == 0.0, (
+            "tower and projector are one graph"
+        )
         eyes.see(prompt, images)
         session.close()
         if hasattr(eyes, "seconds"):
@@ -92,29 +129,79 @@ def test_an_engine_with_these_eyes_answers_as_its_source(source: Checkpoint, tmp
 
 def test_which_files_are_written(source: Checkpoint, tmp_path: Path) -> None:
     def files(engine: Engine) -> set[str]:
-        return {path.name for path in engine.path.iterdir()} & {"mmproj.gguf", "tower.onnx", "projector.onnx"}
+        return {path.name for path in engine.path.iterdir()} & {
+            "mmproj.gguf",
+            "tower.onnx",
+            "projector.onnx",
+        }
 
-    plain, both, alone = (made(source, tmp_path / str(n), **params) for n, params in enumerate(({}, {"mmproj": "f16"}, {"vision": "mtmd"})))
-    assert (files(plain), files(both), files(alone)) == ({"tower.onnx", "projector.onnx"}, {"mmproj.gguf", "tower.onnx", "projector.onnx"}, {"mmproj.gguf"})
+    plain, both, alone = (
+        made(source, tmp_path / str(n), **params)
+        for n, params in enumerate(({}, {"mmproj": "f16"}, {"vision": "mtmd"}))
+    )
+    assert (files(plain), files(both), files(alone)) == (
+        {"tower.onnx", "projector.onnx"},
+        {"mmproj.gguf", "tower.onnx", "projector.onnx"},
+        {"mmproj.gguf"},
+    )
     notes = [store.read_manifest(engine.path)["notes"] for engine in (plain, both, alone)]
     size = sum(t.n_bytes for t in gguf.GGUFReader(both.path / "mmproj.gguf").tensors)
-    assert "mmproj_bytes" not in notes[0] and (notes[1]["tower_bytes"], notes[1]["mmproj_bytes"]) == (notes[0]["tower_bytes"], size) and notes[2]["tower_bytes"] == size
+    assert (
+        "mmproj_bytes" not in notes[0]
+        and (notes[1]["tower_bytes"], notes[1]["mmproj_bytes"]) == (notes[0]["tower_bytes"], size)
+        and notes[2]["tower_bytes"] == size
+    )
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
-def test_the_file_is_what_llamacpps_converter_writes(source: Checkpoint, tmp_path: Path, kind: str) -> None:
+def test_the_file_is_what_llamacpps_converter_writes(
+    source: Checkpoint, tmp_path: Path, kind: str
+) -> None:
     weights = Weights(source)
     mmproj.write(weights, tmp_path, kind)
-    reader, v = gguf.GGUFReader(tmp_path / "mmproj.gguf"), weights.vision
-    said = {name: reader.get_field(name).contents() for name in ("general.architecture", "general.type", "clip.projector_type", "clip.vision.embedding_length", "clip.vision.projection_dim")}
-    assert list(said.values()) == ["clip", "mmproj", "qwen2vl_merger", v.width, weights.decoder.hidden] and reader.get_field("clip.has_vision_encoder").contents() is True
+    reader = gguf.GGUFReader(tmp_path / "mmproj.gguf")
+    v = weights.vision
+    said = {
+        name: reader.get_field(name).contents()
+        for name in (
+            "general.architecture",
+            "general.type",
+            "clip.projector_type",
+            "clip.vision.embedding_length",
+            "clip.vision.projection_dim",
+        )
+    }
+    assert (
+        list(said.values()) == ["clip", "mmproj", "qwen2vl_merger", v.width, weights.decoder.hidden]
+        and reader.get_field("clip.has_vision_encoder").contents() is True
+    )
     found = {t.name: t for t in reader.tensors}
-    types = {name: found[name].tensor_type.name for name in ("v.patch_embd.weight", "v.blk.0.attn_q.weight", "v.blk.1.ln2.bias", "mm.2.weight")}
-    assert list(types.values()) == {"f32": ["F32"] * 4, "f16": ["F16", "F16", "F32", "F16"], "q8_0": ["F32", "Q8_0", "F32", "Q8_0"]}[kind]
+    types = {
+        name: found[name].tensor_type.name
+        for name in (
+            "v.patch_embd.weight",
+            "v.blk.0.attn_q.weight",
+            "v.blk.1.ln2.bias",
+            "mm.2.weight",
+        )
+    }
+    assert (
+        list(types.values())
+        == {
+            "f32": ["F32"] * 4,
+            "f16": ["F16", "F16", "F32", "F16"],
+            "q8_0": ["F32", "Q8_0", "F32", "Q8_0"],
+        }[kind]
+    )
     if kind == "f32":
-        qkv, patch = weights.matrix("vision.layers.1.qkv"), weights.matrix("vision.patch").dense().numpy().reshape(v.width, 3, 2, 14, 14)
-        assert np.array_equal(found["v.blk.1.attn_k.weight"].data, qkv.dense().numpy()[v.width : 2 * v.width]) and np.array_equal(found["v.blk.1.attn_v.bias"].data, qkv.bias.numpy()[2 * v.width :])
-        assert np.array_equal(found["v.patch_embd.weight.1"].data, patch[:, :, 1]) and np.array_equal(found["v.patch_embd.weight"].data, patch[:, :, 0])
+        qkv = weights.matrix("vision.layers.1.qkv")
+        patch = weights.matrix("vision.patch").dense().numpy().reshape(v.width, 3, 2, 14, 14)
+        assert np.array_equal(
+            found["v.blk.1.attn_k.weight"].data, qkv.dense().numpy()[v.width : 2 * v.width]
+        ) and np.array_equal(found["v.blk.1.attn_v.bias"].data, qkv.bias.numpy()[2 * v.width :])
+        assert np.array_equal(
+            found["v.patch_embd.weight.1"].data, patch[:, :, 1]
+        ) and np.array_equal(found["v.patch_embd.weight"].data, patch[:, :, 0])
         # 5 outside the layers, 8 with weight and bias in each.
         assert len(found) == 2 + 2 * 3 + 16 * v.layers
 
@@ -131,15 +218,28 @@ def test_random_weights_see_too(tmp_path: Path) -> None:
     eyes.close()
 
 
-@pytest.mark.parametrize(("changes", "family", "said"), [
-    ({"frequencies": ()}, {}, "llama.cpp computes CLIP towers wrongly.*25814"),
-    ({}, {"gguf_projector": ""}, "knows no projector of family qwen2_vl"),
-    ({"merge": 1}, {}, "graph needs merge 2; use vision=onnx"),
-    ({"activation": "gelu", "ffn": 64}, {}, "needs activation quick_gelu, an MLP wider than its input"),
-])
-def test_towers_that_llamacpp_would_compute_wrongly(source: Checkpoint, changes: dict[str, object], family: dict[str, object], said: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "family", "said"),
+    [
+        ({"frequencies": ()}, {}, "llama.cpp computes CLIP towers wrongly.*25814"),
+        ({}, {"gguf_projector": ""}, "knows no projector of family qwen2_vl"),
+        ({"merge": 1}, {}, "graph needs merge 2; use vision=onnx"),
+        (
+            {"activation": "gelu", "ffn": 64},
+            {},
+            "needs activation quick_gelu, an MLP wider than its input",
+        ),
+    ],
+)
+def test_towers_that_llamacpp_would_compute_wrongly(
+    source: Checkpoint, changes: dict[str, object], family: dict[str, object], said: str
+) -> None:
     weights = Weights(source)
-    odd = SimpleNamespace(vision=replace(weights.vision, **changes), family=replace(weights.family, **family), decoder=weights.decoder)
+    odd = SimpleNamespace(
+        vision=replace(weights.vision, **changes),
+        family=replace(weights.family, **family),
+        decoder=weights.decoder,
+    )
     import re
 
     assert mmproj.refused(weights) is None and re.search(said, mmproj.refused(odd))

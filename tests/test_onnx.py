@@ -1,7 +1,8 @@
-"""The ONNX Runtime target against the torch decoder: every precision, both heads, GPTQ checkpoints bit for bit, and a cache that is never copied.
+"""The ONNX Runtime target against the torch decoder: every precision, both heads, GPTQ checkpoints
+bit for bit, and a cache that is never copied.
 
-The expected scores of a quantized engine are those of its own integers expanded to float32, so a wrong scale, zero or order of
-groups shows at once, while rounding itself does not.
+The expected scores of a quantized engine are those of its own integers expanded to float32, so a
+wrong scale, zero or order of groups shows at once, while rounding itself does not.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def scores(engine: Engine, ids: list[int] = TOKENS) -> np.ndarray:
 
 
 class Rounded(Weights):
-    """A checkpoint as an int8/int4 engine sees it: matrices rounded to nearest, float16 tables, output matrix on the Q8_0 grid."""
+    """A checkpoint as an int8/int4 engine sees it: matrices rounded to nearest, float16 tables,
+    output matrix on the Q8_0 grid.
+    """
 
-    bits, group = 4, 32
+    bits = 4
+    group = 32
 
     def table(self, name: str) -> torch.Tensor:
         return super().table(name).half().float()
@@ -69,30 +73,62 @@ class Rounded(Weights):
 
 def initializers(engine: Engine) -> dict[str, np.ndarray]:
     model = onnx.load(engine.path / "model.onnx")
-    return {tensor.name: onnx.numpy_helper.to_array(tensor, str(engine.path)) for tensor in model.graph.initializer}
+    return {
+        tensor.name: onnx.numpy_helper.to_array(tensor, str(engine.path))
+        for tensor in model.graph.initializer
+    }
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("fp16", 0.1)])
 def test_float_parity(tmp_path: Path, precision: str, bound: float, scaled: bool) -> None:
-    checkpoint = open_checkpoint(write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=scaled))
+    checkpoint = open_checkpoint(
+        write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=scaled)
+    )
     right = expected(Weights(checkpoint))
-    assert np.abs(scores(export(checkpoint, "onnx", Params(precision), tmp_path / "engine")) - right).max() < bound
-    other = replace(checkpoint, config={**checkpoint.config, "scale_attn_by_inverse_layer_idx": not scaled})
-    assert np.abs(expected(Weights(other)) - right).max() > 0.2, "the scale by layer makes no difference here, so nothing was tested"
+    assert (
+        np.abs(
+            scores(export(checkpoint, "onnx", Params(precision), tmp_path / "engine")) - right
+        ).max()
+        < bound
+    )
+    other = replace(
+        checkpoint, config={**checkpoint.config, "scale_attn_by_inverse_layer_idx": not scaled}
+    )
+    assert np.abs(expected(Weights(other)) - right).max() > 0.2, (
+        "the scale by layer makes no difference here, so nothing was tested"
+    )
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
 @pytest.mark.parametrize("group", [32, 64])
 def test_rounded_parity(model: Path, tmp_path: Path, precision: str, bits: int, group: int) -> None:
     weights = Rounded(open_checkpoint(model))
-    weights.bits, weights.group = bits, group
+    weights.bits = bits
+    weights.group = group
     right = expected(weights)
-    found = scores(export(weights.checkpoint, "onnx", Params(precision, group, accuracy_level=1), tmp_path / "engine"))
+    found = scores(
+        export(
+            weights.checkpoint,
+            "onnx",
+            Params(precision, group, accuracy_level=1),
+            tmp_path / "engine",
+        )
+    )
     assert np.abs(found - right).max() < 1e-3
     # With int8 activations the same integers still agree closely: a mistake of layout would not.
-    quick = scores(export(weights.checkpoint, "onnx", Params(precision, group, accuracy_level=4), tmp_path / "quick"))
-    assert np.abs(quick - right).max() < 0.1 * np.abs(right).max() and np.corrcoef(quick.ravel(), right.ravel())[0, 1] > 0.995
+    quick = scores(
+        export(
+            weights.checkpoint,
+            "onnx",
+            Params(precision, group, accuracy_level=4),
+            tmp_path / "quick",
+        )
+    )
+    assert (
+        np.abs(quick - right).max() < 0.1 * np.abs(right).max()
+        and np.corrcoef(quick.ravel(), right.ravel())[0, 1] > 0.995
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +143,8 @@ class Carried(Rounded):
 
 
 def test_packed_integers_are_carried_bit_for_bit(packed: Checkpoint, tmp_path: Path) -> None:
-    engine, weights = export(packed, "onnx", Params(accuracy_level=1), tmp_path / "engine"), Weights(packed)
+    engine = export(packed, "onnx", Params(accuracy_level=1), tmp_path / "engine")
+    weights = Weights(packed)
     stored = initializers(engine)
     for n in range(weights.decoder.layers):
         for name in weights.decoder.matrices(n):
@@ -115,7 +152,9 @@ def test_packed_integers_are_carried_bit_for_bit(packed: Checkpoint, tmp_path: P
             assert isinstance(matrix, Packed)
             nibbles = stored[f"layers.{n}.{name}.q"]
             q = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(matrix.q.shape)
-            assert (q == matrix.q.numpy()).all() and (stored[f"layers.{n}.{name}.scales"] == matrix.scales.numpy()).all()
+            assert (q == matrix.q.numpy()).all() and (
+                stored[f"layers.{n}.{name}.scales"] == matrix.scales.numpy()
+            ).all()
     assert np.abs(scores(engine) - expected(Carried(packed))).max() < 1e-3
     assert engine.precision == "int4 g32"
 
@@ -131,15 +170,33 @@ def test_eight_bits_and_whole_rows(model: Path, tmp_path: Path, group: int) -> N
         export(checkpoint, "onnx", Params("int4"), tmp_path / "other")
 
 
-def old_checkpoint(model: Path, out: Path, bits: int, asymmetric: bool, act_order: bool) -> Checkpoint:
-    """What AutoGPTQ wrote for desc_act and asymmetric quantization, made by hand: zeros of their own, groups numbered freely."""
-    source, group = Weights(open_checkpoint(model)), 32
+def old_checkpoint(
+    model: Path, out: Path, bits: int, asymmetric: bool, act_order: bool
+) -> Checkpoint:
+    """What AutoGPTQ wrote for desc_act and asymmetric quantization, made by hand: zeros of their
+    own, groups numbered freely.
+    """
+    source = Weights(open_checkpoint(model))
+    group = 32
     random = torch.Generator().manual_seed(3)
-    config = {**source.checkpoint.config, "quantization_config": {
-        "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": not asymmetric, "checkpoint_format": "gptq"}}
+    config = {
+        **source.checkpoint.config,
+        "quantization_config": {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": group,
+            "desc_act": act_order,
+            "sym": not asymmetric,
+            "checkpoint_format": "gptq",
+        },
+    }
     out.mkdir()
     writer = Writer(out, config, model)
-    matrices = {source.keys[f"layers.{n}.{name}"][0] for n in range(source.decoder.layers) for name in source.decoder.matrices(n)}
+    matrices = {
+        source.keys[f"layers.{n}.{name}"][0]
+        for n in range(source.decoder.layers)
+        for name in source.decoder.matrices(n)
+    }
     for key in source.checkpoint.tensors:
         module, _, kind = key.rpartition(".")
         tensor = source.checkpoint.read(key)
@@ -148,19 +205,35 @@ def old_checkpoint(model: Path, out: Path, bits: int, asymmetric: bool, act_orde
             continue
         columns, rows = tensor.shape
         q = torch.randint(1 << bits, (columns, rows), generator=random, dtype=torch.uint8)
-        zeros = torch.randint(1, 1 << bits, (columns // group, rows), generator=random, dtype=torch.uint8) if asymmetric else torch.full((columns // group, rows), 1 << bits - 1, dtype=torch.uint8)
+        zeros = (
+            torch.randint(
+                1, 1 << bits, (columns // group, rows), generator=random, dtype=torch.uint8
+            )
+            if asymmetric
+            else torch.full((columns // group, rows), 1 << bits - 1, dtype=torch.uint8)
+        )
         g_idx = torch.arange(columns) // group
         writer.add(f"{module}.qweight", pack(q, bits, 0))
         writer.add(f"{module}.qzeros", pack(zeros - 1, bits, 1))
-        writer.add(f"{module}.scales", (torch.rand(columns // group, rows, generator=random) * 0.4 / (1 << bits)).half())
-        writer.add(f"{module}.g_idx", (g_idx[torch.randperm(columns, generator=random)] if act_order else g_idx).to(torch.int32))
+        writer.add(
+            f"{module}.scales",
+            (torch.rand(columns // group, rows, generator=random) * 0.4 / (1 << bits)).half(),
+        )
+        writer.add(
+            f"{module}.g_idx",
+            (g_idx[torch.randperm(columns, generator=random)] if act_order else g_idx).to(
+                torch.int32
+            ),
+        )
     writer.close()
     return open_checkpoint(out)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("asymmetric", "act_order"), [(True, False), (False, True), (True, True)])
-def test_old_checkpoints(model: Path, tmp_path: Path, bits: int, asymmetric: bool, act_order: bool) -> None:
+def test_old_checkpoints(
+    model: Path, tmp_path: Path, bits: int, asymmetric: bool, act_order: bool
+) -> None:
     checkpoint = old_checkpoint(model, tmp_path / "old", bits, asymmetric, act_order)
     matrix = Weights(checkpoint).matrix("layers.0.qkv")
     assert matrix.symmetric is not asymmetric and (matrix.g_idx is not None) is act_order
@@ -174,14 +247,21 @@ def test_heads(model: Path, tmp_path: Path, classes: int, precision: str) -> Non
     from conftest import rewrite
 
     head = torch.empty(classes, 64).normal_(generator=torch.Generator().manual_seed(1))
-    checkpoint = open_checkpoint(rewrite(model, tmp_path / "head", lambda tensors: tensors | {"score.weight": head}))
-    engine = export(checkpoint, "onnx", Params(precision, 32, accuracy_level=1), tmp_path / "engine")
+    checkpoint = open_checkpoint(
+        rewrite(model, tmp_path / "head", lambda tensors: tensors | {"score.weight": head})
+    )
+    engine = export(
+        checkpoint, "onnx", Params(precision, 32, accuracy_level=1), tmp_path / "engine"
+    )
     assert (engine.head, engine.width) == (("classes", 3) if classes == 3 else ("choice", 1))
     weights = Weights(checkpoint) if precision == "fp32" else Rounded(checkpoint)
     if precision == "int4":
         plain = weights.matrix
-        weights.matrix = lambda name: Weights.matrix(weights, name) if name == "head" else plain(name)
-    session, right = engine.open(1), expected(weights)
+        weights.matrix = lambda name: (
+            Weights.matrix(weights, name) if name == "head" else plain(name)
+        )
+    session = engine.open(1)
+    right = expected(weights)
     found = session.prefill(TOKENS)
     assert found.shape == (1, classes) and np.abs(found[0] - right[-1]).max() < 1e-3
     session.close()
@@ -189,7 +269,8 @@ def test_heads(model: Path, tmp_path: Path, classes: int, precision: str) -> Non
 
 def test_session_steps_rewinds_and_ends(model: Path, tmp_path: Path) -> None:
     ids = tokens(CONTEXT, seed=5)
-    right, session = expected(model, ids), export(open_checkpoint(model), "onnx", Params(), tmp_path / "engine").open(1)
+    right = expected(model, ids)
+    session = export(open_checkpoint(model), "onnx", Params(), tmp_path / "engine").open(1)
     assert np.abs(session.prefill(ids[:60])[0] - right[59]).max() < 1e-3
     for position in range(60, 80):
         assert np.abs(session.step(ids[position]) - right[position]).max() < 1e-3
@@ -214,17 +295,26 @@ def test_the_cache_is_written_in_place(model: Path, tmp_path: Path) -> None:
 
     def outputs() -> dict[str, tuple[int, np.ndarray]]:
         values = zip(session.session.get_outputs(), session.binding.get_outputs(), strict=True)
-        return {meta.name: (value.data_ptr(), value.numpy()) for meta, value in values if meta.name.startswith("present.")}
+        return {
+            meta.name: (value.data_ptr(), value.numpy())
+            for meta, value in values
+            if meta.name.startswith("present.")
+        }
 
     session.prefill(TOKENS[:10])
     before = outputs()
     session.step(TOKENS[10])
     after = outputs()
-    assert {name: pointer for name, (pointer, _) in before.items()} == {name: pointer for name, (pointer, _) in after.items()}
+    assert {name: pointer for name, (pointer, _) in before.items()} == {
+        name: pointer for name, (pointer, _) in after.items()
+    }
     for name, (_, cache) in after.items():
         assert cache.shape == (1, 4, CONTEXT, 16)
-        assert np.abs(cache[:, :, 10]).sum() > 0 and not cache[:, :, 11:].any(), f"{name} is not the buffer that the next step reads"
-    # The output of one step is the input of the next: what is written into it from outside changes the answer.
+        assert np.abs(cache[:, :, 10]).sum() > 0 and not cache[:, :, 11:].any(), (
+            f"{name} is not the buffer that the next step reads"
+        )
+    # The output of one step is the input of the next: what is written into it from outside changes
+    # the answer.
     session.rewind(10)
     plain = session.step(TOKENS[10]).copy()
     buffer = onnxruntime_view(after["present.0.value"][0], (1, 4, CONTEXT, 16))
@@ -243,7 +333,12 @@ def onnxruntime_view(pointer: int, shape: tuple[int, ...]) -> np.ndarray:
 def test_weights_move_into_huge_pages_unchanged() -> None:
     switch = target.PAGES / "enabled"
     version = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
-    if platform.system() != "Linux" or not switch.exists() or "[never]" in switch.read_text() or version < (6, 1):
+    if (
+        platform.system() != "Linux"
+        or not switch.exists()
+        or "[never]" in switch.read_text()
+        or version < (6, 1)
+    ):
         pytest.skip("this kernel cannot move pages into huge ones on request")
     content = os.urandom(1 << 20) * 32
     buffer = mmap.mmap(-1, len(content), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -257,21 +352,32 @@ def test_weights_move_into_huge_pages_unchanged() -> None:
 
 
 def huge_bytes() -> int:
-    return int(re.search(r"AnonHugePages: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text())[1]) << 10
+    return (
+        int(re.search(r"AnonHugePages: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
+        << 10
+    )
 
 
 def test_export_is_the_same_every_time(model: Path, tmp_path: Path) -> None:
-    made = [export(open_checkpoint(model), "onnx", Params("int4", 32), tmp_path / name, name="same") for name in ("a", "b")]
+    made = [
+        export(open_checkpoint(model), "onnx", Params("int4", 32), tmp_path / name, name="same")
+        for name in ("a", "b")
+    ]
     files = [json.loads((engine.path / "manifest.json").read_text())["files"] for engine in made]
     assert files[0] == files[1] and "model.onnx.data" in files[0]
 
 
-@pytest.mark.parametrize(("changes", "params", "said"), [
-    ({"n_head": 16}, Params(), "multiple of 8"),
-    ({"n_embd": 80, "n_head": 5}, Params(), "multiple of 32"),
-    ({}, Params("int4", 128), "group 128 does not divide"),
-])
-def test_what_it_cannot_take(tmp_path: Path, changes: dict[str, int], params: Params, said: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "params", "said"),
+    [
+        ({"n_head": 16}, Params(), "multiple of 8"),
+        ({"n_embd": 80, "n_head": 5}, Params(), "multiple of 32"),
+        ({}, Params("int4", 128), "group 128 does not divide"),
+    ],
+)
+def test_what_it_cannot_take(
+    tmp_path: Path, changes: dict[str, int], params: Params, said: str
+) -> None:
     checkpoint = open_checkpoint(write_model(tmp_path / "model", **changes))
     with pytest.raises(EdgemedError, match=said):
         export(checkpoint, "onnx", params, tmp_path / "engine")
@@ -279,17 +385,36 @@ def test_what_it_cannot_take(tmp_path: Path, changes: dict[str, int], params: Pa
 
 
 def test_engines_for_cuda(model: Path, tmp_path: Path) -> None:
-    """No GPU here: the float16 graph is checked on the CPU, and an engine for CUDA says what is missing."""
+    """No GPU here: the float16 graph is checked on the CPU, and an engine for CUDA says what is
+    missing.
+    """
     import onnxruntime
 
-    engine = export(open_checkpoint(model), "onnx", Params("int4", 32, accuracy_level=1, provider="cuda"), tmp_path / "engine")
+    engine = export(
+        open_checkpoint(model),
+        "onnx",
+        Params(
+            "int4",
+            32,
+            accuracy_level=1,
+            provider="cuda",
+        ),
+        tmp_path / "engine",
+    )
     weights = Rounded(open_checkpoint(model))
     found = scores(replace(engine, params={**engine.params, "provider": "cpu"}))
     assert np.abs(found - expected(weights)).max() < 0.1
-    kinds = {value.type.tensor_type.elem_type for value in onnx.load(engine.path / "model.onnx", load_external_data=False).graph.input if value.name.startswith("past.")}
+    kinds = {
+        value.type.tensor_type.elem_type
+        for value in onnx.load(engine.path / "model.onnx", load_external_data=False).graph.input
+        if value.name.startswith("past.")
+    }
     assert kinds == {onnx.TensorProto.FLOAT16}
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        with pytest.raises(EdgemedError, match="exported for CUDA, and this onnxruntime has no CUDA provider.*onnx-gpu"):
+        with pytest.raises(
+            EdgemedError,
+            match="exported for CUDA, and this onnxruntime has no CUDA provider.*onnx-gpu",
+        ):
             engine.open(1)
     with pytest.raises(EdgemedError, match="takes float16, not float32"):
         export(open_checkpoint(model), "onnx", Params("fp32", provider="cuda"), tmp_path / "other")

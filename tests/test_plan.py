@@ -1,4 +1,6 @@
-"""A plan must follow from shapes and device numbers, refuse what cannot be, and recommend what a recipe can really make."""
+"""A plan must follow from shapes and device numbers, refuse what cannot be, and recommend what a
+recipe can really make.
+"""
 
 import json
 import subprocess
@@ -20,7 +22,16 @@ from edgemed.recipe import parse
 
 MODEL = "random:biomedlm"
 BOARD = "jetson-orin-nano-8gb"
-CONFIG = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 128, "vocab_size": 512, "eos_token_id": 0, "activation_function": "gelu_new"}
+CONFIG = {
+    "model_type": "gpt2",
+    "n_embd": 256,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": 512,
+    "eos_token_id": 0,
+    "activation_function": "gelu_new",
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +42,38 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("device", [name for name in plugins.names("devices") if name != "cpu"])
 def test_every_device_can_be_planned(device):
     found = plan.plan(MODEL, device, Wishes())
-    assert found["choices"] and found["front"] and found["recommended"] in found["choices"] and found["recommended"] in found["choices"]
+    assert (
+        found["choices"]
+        and found["front"]
+        and found["recommended"] in found["choices"]
+        and found["recommended"] in found["choices"]
+    )
     assert json.loads(json.dumps(found)) == found
     for entry in found["choices"]:
-        parts = entry["weights_mb"] + entry["kv_cache_mb"] + entry["activations_mb"] + entry["vision_mb"]
-        assert parts <= entry["run_mb"] * (1 + 1e-9) and entry["fits"] is (entry["builds"] and entry["run_mb"] * 1e6 <= usable(read_device(device)))
-        assert entry["ttft_s"] == pytest.approx(sum(entry["stages_s"].values())) and entry["tokens_per_s"] > 0
+        parts = (
+            entry["weights_mb"]
+            + entry["kv_cache_mb"]
+            + entry["activations_mb"]
+            + entry["vision_mb"]
+        )
+        assert parts <= entry["run_mb"] * (1 + 1e-9) and entry["fits"] is (
+            entry["builds"] and entry["run_mb"] * 1e6 <= usable(read_device(device))
+        )
+        assert (
+            entry["ttft_s"] == pytest.approx(sum(entry["stages_s"].values()))
+            and entry["tokens_per_s"] > 0
+        )
     # Whatever is not planned says why.
     planned = {(entry["target"], entry["precision"]) for entry in found["choices"]}
-    assert planned | {(entry["target"], entry["precision"]) for entry in found["left_out"] if entry["why"]} == {(c.target, c.precision) for c in CHOICES}
+    assert planned | {
+        (entry["target"], entry["precision"]) for entry in found["left_out"] if entry["why"]
+    } == {(c.target, c.precision) for c in CHOICES}
 
 
 @pytest.mark.parametrize("device", [BOARD, "n100-mini-pc-16gb", "rtx-4060-8gb"])
-@pytest.mark.parametrize("wishes", [Wishes(), Wishes(tps=1, prompt=64), Wishes(context=1024, precision="q8_0")])
+@pytest.mark.parametrize(
+    "wishes", [Wishes(), Wishes(tps=1, prompt=64), Wishes(context=1024, precision="q8_0")]
+)
 def test_the_recipe_is_one_that_runs(device, wishes, small, tmp_path):
     for model in (MODEL, str(small.path)):
         if model != MODEL:
@@ -51,18 +81,33 @@ def test_the_recipe_is_one_that_runs(device, wishes, small, tmp_path):
         found = plan.plan(model, device, wishes)
         recipe = parse(yaml.safe_load(found["recipe"]), "recipe.yaml", tmp_path)
         [engine] = recipe.engines
-        assert engine.plugin == found["recommended"]["target"] and recipe.device == device and recipe.model == model
-        assert recipe.bench.prompt == (found["prompt"],) and (recipe.verify is None) is (model == MODEL or small.random_weights)
+        assert (
+            engine.plugin == found["recommended"]["target"]
+            and recipe.device == device
+            and recipe.model == model
+        )
+        assert recipe.bench.prompt == (found["prompt"],) and (recipe.verify is None) is (
+            model == MODEL or small.random_weights
+        )
 
 
 def test_front_is_what_nothing_beats():
-    entries = [{"run_mb": m, "ttft_s": t, "tokens_per_s": s} for m, t, s in ((1, 9, 9), (2, 5, 9), (2, 6, 9), (3, 5, 8), (1, 9, 9), (4, 9, 20))]
+    entries = [
+        {"run_mb": m, "ttft_s": t, "tokens_per_s": s}
+        for m, t, s in ((1, 9, 9), (2, 5, 9), (2, 6, 9), (3, 5, 8), (1, 9, 9), (4, 9, 20))
+    ]
     assert [e["run_mb"] for e in plan.pareto(entries)] == [1, 2, 1, 4]
 
 
 def test_a_wish_met_by_more_bits_is_met_by_more_bits():
-    fast, slow = plan.plan(MODEL, BOARD, Wishes(tps=25))["recommended"], plan.plan(MODEL, BOARD, Wishes(tps=5))["recommended"]
-    assert fast["bits"] < slow["bits"] and not fast["misses"] and not slow["misses"] and slow["tokens_per_s"] >= 5
+    fast = plan.plan(MODEL, BOARD, Wishes(tps=25))["recommended"]
+    slow = plan.plan(MODEL, BOARD, Wishes(tps=5))["recommended"]
+    assert (
+        fast["bits"] < slow["bits"]
+        and not fast["misses"]
+        and not slow["misses"]
+        and slow["tokens_per_s"] >= 5
+    )
     impossible = plan.plan(MODEL, BOARD, Wishes(tps=500))
     assert impossible["recommended"]["misses"] == ["tps"] and "misses tps" in impossible["notes"][0]
 
@@ -73,13 +118,19 @@ def test_more_context_memory_and_watts_do_what_they_must(small):
         return plan.plan(MODEL, BOARD, wishes, power)["recommended"]
 
     power = None
-    short, full = only(context=768), only()
-    assert short["kv_cache_mb"] * 4 == pytest.approx(full["kv_cache_mb"] * 3) and short["run_mb"] < full["run_mb"]
+    short = only(context=768)
+    full = only()
+    assert (
+        short["kv_cache_mb"] * 4 == pytest.approx(full["kv_cache_mb"] * 3)
+        and short["run_mb"] < full["run_mb"]
+    )
     assert full["kv_cache_mb"] == pytest.approx(2 * 32 * 2560 * 1024 * 2 / 1e6)
     longer = only(prompt=800)
     assert longer["ttft_s"] > full["ttft_s"] and longer["tokens_per_s"] < full["tokens_per_s"]
     power = "15W"
-    assert only()["tokens_per_s"] < 0.7 * full["tokens_per_s"] and only()["joules_per_token_at_most"] == pytest.approx(15 / only()["tokens_per_s"])
+    assert only()["tokens_per_s"] < 0.7 * full["tokens_per_s"] and only()[
+        "joules_per_token_at_most"
+    ] == pytest.approx(15 / only()["tokens_per_s"])
 
 
 def test_sizes_are_those_of_inspect(small):
@@ -87,14 +138,29 @@ def test_sizes_are_those_of_inspect(small):
 
     memory = inspect(MODEL)["memory"]
     weights = plan.weights_of(MODEL)
-    assert engine_bytes(weights, "llamacpp", "q4_k_m").total == pytest.approx(memory["Q4_K_M"]["weights_mb"] * 1e6, abs=1)
-    assert engine_bytes(weights, "onnx", "int4").total == pytest.approx(memory["int4 g128"]["weights_mb"] * 1e6, abs=1)
+    assert engine_bytes(weights, "llamacpp", "q4_k_m").total == pytest.approx(
+        memory["Q4_K_M"]["weights_mb"] * 1e6, abs=1
+    )
+    assert engine_bytes(weights, "onnx", "int4").total == pytest.approx(
+        memory["int4 g128"]["weights_mb"] * 1e6, abs=1
+    )
     d = dimensions(weights)
-    assert d.matrices == 12 * 2560**2 * 32 and d.head == 28896 * 2560 and d.tables == d.head + 1024 * 2560
+    assert (
+        d.matrices == 12 * 2560**2 * 32
+        and d.head == 28896 * 2560
+        and d.tables == d.head + 1024 * 2560
+    )
 
 
-@pytest.mark.parametrize(("target", "precision", "params"), [("onnx", "int8", {"precision": "int8"}), ("onnx", "fp32", {"precision": "fp32"}), ("llamacpp", "q8_0", {"type": "q8_0"}),
-                                                             ("llamacpp", "f16", {"type": "f16"})])
+@pytest.mark.parametrize(
+    ("target", "precision", "params"),
+    [
+        ("onnx", "int8", {"precision": "int8"}),
+        ("onnx", "fp32", {"precision": "fp32"}),
+        ("llamacpp", "q8_0", {"type": "q8_0"}),
+        ("llamacpp", "f16", {"type": "f16"}),
+    ],
+)
 def test_predicted_sizes_are_the_engine_files(small, tmp_path, target, precision, params):
     from edgemed.engine import export
 
@@ -103,32 +169,56 @@ def test_predicted_sizes_are_the_engine_files(small, tmp_path, target, precision
     file = next(f for f in engine.path.glob("model.*") if f.suffix in (".data", ".gguf"))
     predicted = engine_bytes(plan.weights_of(str(small.path)), target, precision)
     assert predicted.total <= file.stat().st_size + (1 << 14) <= predicted.total * 1.05 + (1 << 18)
-    read = (dimensions(plan.weights_of(str(small.path))).matrices * predicted.layer_bits + 512 * 256 * predicted.head_bits) / 8
+    read = (
+        dimensions(plan.weights_of(str(small.path))).matrices * predicted.layer_bits
+        + 512 * 256 * predicted.head_bits
+    ) / 8
     assert read == pytest.approx(engine.bytes_per_token, rel=0.03)
 
 
 def test_nothing_fits_says_by_how_much_and_what_would_help():
-    with pytest.raises(EdgemedError, match=r"nothing fits .*Orin Nano 4GB: the smallest engine .* needs \d\.\d+ GB .* are left .*such as jetson-orin-nano-8gb"):
+    with pytest.raises(
+        EdgemedError,
+        match=(
+            r"nothing fits .*Orin Nano 4GB: the smallest engine .* needs \d\.\d+ GB .* are left"
+            r" .*such as jetson-orin-nano-8gb"
+        ),
+    ):
         plan.plan(MODEL, "jetson-orin-nano-4gb", Wishes(precision="f16"))
     with pytest.raises(EdgemedError, match="1.00 GB are left for it, .*a larger --memory"):
         plan.plan(MODEL, BOARD, Wishes(memory=10**9))
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"wishes": Wishes(precision="fp8")}, "no fp8 arithmetic: it came with compute capability 8.9, this GPU has 8.7.*int4"),
-    ({"wishes": Wishes(precision="fp8"), "device_name": "rtx-4060-8gb"}, "edgemed makes no fp8 engines"),
-    ({"wishes": Wishes(precision="int8"), "device_name": "jetson-nano-4gb"}, "Jetson Nano 4GB has no int8 arithmetic"),
-    ({"wishes": Wishes(precision="q4km")}, "makes no q4km engines. Did you mean 'q4_k_m'"),
-    ({"device_name": "jetson-orin-nano8"}, "unknown device.*Did you mean 'jetson-orin-nano-8gb'"),
-    ({"device_name": "cpu"}, "its memory is not known.*doctor --measure"),
-    ({"wishes": Wishes(prompt=1024)}, "does not fit a context of 1024"),
-    ({"wishes": Wishes(prompt=300, context=256)}, "does not fit a context of 256"),
-    ({"wishes": Wishes(context=4096)}, "not between 1 and the model's 1024"),
-    ({"wishes": Wishes(images=1)}, "no vision tower"),
-    ({"wishes": Wishes(prompt=0)}, "is no request"),
-    ({"power": "35W"}, "no power mode '35W'"),
-    ({"model": "random:biomedml"}, "no true dimensions are known"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"wishes": Wishes(precision="fp8")},
+            "no fp8 arithmetic: it came with compute capability 8.9, this GPU has 8.7.*int4",
+        ),
+        (
+            {"wishes": Wishes(precision="fp8"), "device_name": "rtx-4060-8gb"},
+            "edgemed makes no fp8 engines",
+        ),
+        (
+            {"wishes": Wishes(precision="int8"), "device_name": "jetson-nano-4gb"},
+            "Jetson Nano 4GB has no int8 arithmetic",
+        ),
+        ({"wishes": Wishes(precision="q4km")}, "makes no q4km engines. Did you mean 'q4_k_m'"),
+        (
+            {"device_name": "jetson-orin-nano8"},
+            "unknown device.*Did you mean 'jetson-orin-nano-8gb'",
+        ),
+        ({"device_name": "cpu"}, "its memory is not known.*doctor --measure"),
+        ({"wishes": Wishes(prompt=1024)}, "does not fit a context of 1024"),
+        ({"wishes": Wishes(prompt=300, context=256)}, "does not fit a context of 256"),
+        ({"wishes": Wishes(context=4096)}, "not between 1 and the model's 1024"),
+        ({"wishes": Wishes(images=1)}, "no vision tower"),
+        ({"wishes": Wishes(prompt=0)}, "is no request"),
+        ({"power": "35W"}, "no power mode '35W'"),
+        ({"model": "random:biomedml"}, "no true dimensions are known"),
+    ],
+)
 def test_bad_input_is_refused_in_one_line(given, message):
     with pytest.raises(EdgemedError, match=message):
         plan.plan(**{"model": MODEL, "device_name": BOARD, "wishes": Wishes(), **given})
@@ -139,10 +229,16 @@ def test_a_device_file_too_short_to_plan_says_what_is_missing(tmp_path):
     file.write_text("title: Board\nshared_memory: true\nmemory_gb: 8\nsource: {memory: here}\n")
     with pytest.raises(EdgemedError, match="speed in float32 is not known.*doctor --measure"):
         plan.plan(MODEL, str(file), Wishes())
-    file.write_text("title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nsource: {memory: here}\n")
+    file.write_text(
+        "title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nsource: {memory:"
+        " here}\n"
+    )
     with pytest.raises(EdgemedError, match="memory bandwidth is not known"):
         plan.plan(MODEL, str(file), Wishes())
-    file.write_text("title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nachievable_gb_s: 20\nsource: {memory: here}\n")
+    file.write_text(
+        "title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nachievable_gb_s:"
+        " 20\nsource: {memory: here}\n"
+    )
     found = plan.plan(MODEL, str(file), Wishes())
     assert found["device"] == "board" and f"device: {file}" in found["recipe"]
 
@@ -152,29 +248,49 @@ def test_a_recipe_brings_model_and_device(tmp_path, small):
     file.write_text(f"model: {small.path}\ndevice: {BOARD}\nengines: [onnx]\n")
     found = plan.plan_for(str(file), None, Wishes())
     assert found["model"] == str(small.path) and found["device"] == BOARD
-    assert plan.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"] == "raspberry-pi-5-8gb"
+    assert (
+        plan.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"] == "raspberry-pi-5-8gb"
+    )
     with pytest.raises(EdgemedError, match="no device is said.*jetson-thor"):
         plan.plan_for(str(small.path), None, Wishes())
 
 
 def test_profiles_follow_the_newest_tensorrt_edgemed_knows():
-    assert [plan.profile(read_device(name)) for name in ("jetson-orin-nano-8gb", "jetson-thor", "rtx-4060-8gb", "jetson-nano-4gb")] == ["jetpack6", "jetpack7", "trt11", None]
+    assert [
+        plan.profile(read_device(name))
+        for name in ("jetson-orin-nano-8gb", "jetson-thor", "rtx-4060-8gb", "jetson-nano-4gb")
+    ] == ["jetpack6", "jetpack7", "trt11", None]
 
 
-@pytest.mark.parametrize(("text", "value"), [("1s", 1.0), ("800ms", 0.8), ("0.5 S", 0.5), ("2min", 120.0)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1s", 1.0), ("800ms", 0.8), ("0.5 S", 0.5), ("2min", 120.0)]
+)
 def test_times_are_read(text, value):
     assert units.seconds(text, "--ttft") == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("text", "value"), [("6GB", 6 * 10**9), ("6GiB", 6 * GIB), ("512mb", 512 * 10**6), (".5GiB", GIB // 2)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("6GB", 6 * 10**9), ("6GiB", 6 * GIB), ("512mb", 512 * 10**6), (".5GiB", GIB // 2)],
+)
 def test_sizes_are_read(text, value):
     assert units.size(text, "--memory") == value
 
 
-@pytest.mark.parametrize(("read", "text", "message"), [
-    (units.seconds, "1", "the unit is missing"), (units.seconds, "1h", "'h' is not a unit known here"), (units.seconds, "1GB", "'GB' is not"), (units.seconds, "fast", "not a number with a unit"),
-    (units.seconds, "0s", "must be above 0"), (units.size, "6", "the unit is missing.*GiB"), (units.size, "6s", "'s' is not"), (units.size, "1.2.3GB", "not a number"), (units.size, "-1GB", "not a number"),
-])
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (units.seconds, "1", "the unit is missing"),
+        (units.seconds, "1h", "'h' is not a unit known here"),
+        (units.seconds, "1GB", "'GB' is not"),
+        (units.seconds, "fast", "not a number with a unit"),
+        (units.seconds, "0s", "must be above 0"),
+        (units.size, "6", "the unit is missing.*GiB"),
+        (units.size, "6s", "'s' is not"),
+        (units.size, "1.2.3GB", "not a number"),
+        (units.size, "-1GB", "not a number"),
+    ],
+)
 def test_wrong_units_are_refused(read, text, message):
     with pytest.raises(EdgemedError, match=f"--option {text}: .*{message}|{message}"):
         read(text, "--option")
@@ -182,55 +298,114 @@ def test_wrong_units_are_refused(read, text, message):
 
 def test_plan_needs_no_torch_and_prints_both_ways(small):
     code = (
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'transformers', 'scipy', 'onnx'): raise ModuleNotFoundError(name, name=name)\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "from edgemed.cli import main\n"
-        "sys.argv[0] = 'edgemed'\n"
-        "main()\n"
+        "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n       "
+        " if name.split('.')[0] in ('torch', 'transformers', 'scipy', 'onnx'): raise"
+        " ModuleNotFoundError(name, name=name)\nsys.meta_path.insert(0, Block())\nfrom edgemed.cli"
+        " import main\nsys.argv[0] = 'edgemed'\nmain()\n"
     )
-    command = [sys.executable, "-c", code, "plan", str(small.path), "--device", BOARD, "--prompt", "32"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "plan",
+        str(small.path),
+        "--device",
+        BOARD,
+        "--prompt",
+        "32",
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert "best" in said and "engines:" in said and max(map(len, said.splitlines())) < 200
-    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    found = json.loads(
+        subprocess.run(
+            [*command, "--json"], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout
+    )
     assert found["recommended"]["target"] in said
     bad = subprocess.run([*command, "--ttft", "1"], capture_output=True, text=True, cwd=ROOT)
-    assert bad.returncode == 1 and bad.stderr.startswith("error: --ttft 1: the unit is missing") and bad.stderr.count("\n") == 1
+    assert (
+        bad.returncode == 1
+        and bad.stderr.startswith("error: --ttft 1: the unit is missing")
+        and bad.stderr.count("\n") == 1
+    )
 
 
 def test_clocks_that_are_not_known_are_said():
-    assert any("clocks of the mode 10W are not known" in note for note in plan.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W")["notes"])
-    assert power_mode_of(read_device(BOARD), None).watts is None and plan.plan(MODEL, BOARD, Wishes())["recommended"]["joules_per_token_at_most"] is None
+    assert any(
+        "clocks of the mode 10W are not known" in note
+        for note in plan.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W")["notes"]
+    )
+    assert (
+        power_mode_of(read_device(BOARD), None).watts is None
+        and plan.plan(MODEL, BOARD, Wishes())["recommended"]["joules_per_token_at_most"] is None
+    )
 
 
 @pytest.mark.skipif("tensorrt" not in plugins.names("targets"), reason="no tensorrt target here")
 def test_an_engine_the_device_cannot_compile_is_not_recommended():
     found = plan.plan(MODEL, BOARD, Wishes(precision="int4"))
-    assert found["recommended"]["target"] == "tensorrt" and found["recommended"]["builds"] and "profile: jetpack6" in found["recipe"]
-    with pytest.raises(EdgemedError, match="nothing can be built on .*Orin Nano 8GB.*TensorRT compiles it there"):
+    assert (
+        found["recommended"]["target"] == "tensorrt"
+        and found["recommended"]["builds"]
+        and "profile: jetpack6" in found["recipe"]
+    )
+    with pytest.raises(
+        EdgemedError, match="nothing can be built on .*Orin Nano 8GB.*TensorRT compiles it there"
+    ):
         plan.plan(MODEL, BOARD, Wishes(precision="fp16"))
     assert plan.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16"))["recommended"]["builds"]
 
 
 def seeing():
-    """A model that sees, of published dimensions: its text model has one norm and one MLP per layer, and no tensor of its tower goes unread."""
+    """A model that sees, of published dimensions: its text model has one norm and one MLP per
+    layer, and no tensor of its tower goes unread.
+    """
     return "random:medvlm-r1"
 
 
 def test_images_cost_tower_tokens_and_time():
-    blind, one, two = (plan.plan(seeing(), "n100-mini-pc-16gb", Wishes(images=n, prompt=64, precision="int4", context=2048))["recommended"] for n in range(3))
+    blind, one, two = (
+        plan.plan(
+            seeing(),
+            "n100-mini-pc-16gb",
+            Wishes(
+                images=n,
+                prompt=64,
+                precision="int4",
+                context=2048,
+            ),
+        )["recommended"]
+        for n in range(3)
+    )
     assert blind["vision_mb"] == one["vision_mb"] > 1000 and blind["stages_s"].keys() == {"prefill"}
-    assert two["stages_s"]["vision"] == pytest.approx(2 * one["stages_s"]["vision"]) and two["stages_s"]["prefill"] > one["stages_s"]["prefill"] > blind["stages_s"]["prefill"]
-    found, onboard = (plan.plan(seeing(), BOARD, Wishes(images=1, prompt=64, precision=precision)) for precision in ("q4_k_m", "int4"))
-    assert "vision" not in found["recommended"]["stages_s"] and any("vision tower is missing from every first token" in note for note in found["notes"])
-    assert onboard["recommended"]["target"] == "tensorrt" and onboard["recommended"]["stages_s"]["vision"] > 0 and not any("is missing" in note for note in onboard["notes"])
+    assert (
+        two["stages_s"]["vision"] == pytest.approx(2 * one["stages_s"]["vision"])
+        and two["stages_s"]["prefill"] > one["stages_s"]["prefill"] > blind["stages_s"]["prefill"]
+    )
+    found, onboard = (
+        plan.plan(seeing(), BOARD, Wishes(images=1, prompt=64, precision=precision))
+        for precision in ("q4_k_m", "int4")
+    )
+    assert "vision" not in found["recommended"]["stages_s"] and any(
+        "vision tower is missing from every first token" in note for note in found["notes"]
+    )
+    assert (
+        onboard["recommended"]["target"] == "tensorrt"
+        and onboard["recommended"]["stages_s"]["vision"] > 0
+        and not any("is missing" in note for note in onboard["notes"])
+    )
 
 
 def test_a_vision_tower_is_counted_once():
     weights = plan.weights_of("random:qwen2_vl")
-    size, d = engine_bytes(weights, "onnx", "int4"), dimensions(weights)
-    tower = sum(n for name, (_, n, _) in sizes(weights).items() if name.startswith("vision.") and ".spare." not in name)
-    assert size.tower == pytest.approx(4 * tower, rel=0.01) and d.vision.weights == pytest.approx(tower, rel=0.01)
+    size = engine_bytes(weights, "onnx", "int4")
+    d = dimensions(weights)
+    tower = sum(
+        n
+        for name, (_, n, _) in sizes(weights).items()
+        if name.startswith("vision.") and ".spare." not in name
+    )
+    assert size.tower == pytest.approx(4 * tower, rel=0.01) and d.vision.weights == pytest.approx(
+        tower, rel=0.01
+    )
     assert d.matrices + d.head == pytest.approx(1.544e9, rel=0.01), "Qwen2-1.5B's decoder"

@@ -1,4 +1,6 @@
-"""Quantization: exact answers of the algorithm, the layout on disk, and the promise that GPTQ beats rounding on a trained model."""
+"""Quantization: exact answers of the algorithm, the layout on disk, and the promise that GPTQ beats
+rounding on a trained model.
+"""
 
 import json
 import weakref
@@ -19,9 +21,20 @@ from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.weights import Packed, Weights
 
 CONFIG = {
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 256,
-    "bos_token_id": 0, "eos_token_id": 0, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_by_inverse_layer_idx": True,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 128,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_by_inverse_layer_idx": True,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
 }
 TRAINED = plugins.shared("recipes") / "quickstart" / "model"
 TOKENS = torch.arange(40).reshape(2, 20) * 5 % 256
@@ -33,7 +46,9 @@ def base(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     checkpoint = make_random(CONFIG, tmp_path_factory.mktemp("base") / "base", "float32")
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(checkpoint.path / "tokenizer.json"))
     return open_checkpoint(checkpoint.path)
@@ -42,7 +57,10 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = [f"patient {i} was given {i * 37 % 101} mg and improved after {i % 9} days" for i in range(60)]
+    words = [
+        f"patient {i} was given {i * 37 % 101} mg and improved after {i % 9} days"
+        for i in range(60)
+    ]
     file.write_text("".join(json.dumps({"id": i, "text": w}) + "\n" for i, w in enumerate(words)))
     return str(file)
 
@@ -56,7 +74,11 @@ def quantized(base, out, **params):
 def correlated(rows=512, columns=128, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator)
-    inputs = torch.randn(rows, columns, generator=generator) @ mix * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    inputs = (
+        torch.randn(rows, columns, generator=generator)
+        @ mix
+        * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    )
     hessian = Hessian(columns)
     for batch in inputs.split(100):
         hessian.add(batch)
@@ -66,7 +88,9 @@ def correlated(rows=512, columns=128, seed=0):
 def test_the_hessian_is_the_second_moment():
     _, hessian, inputs = correlated()
     exact = 2 * inputs.double().T @ inputs.double() / len(inputs)
-    assert torch.allclose(hessian.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.diagonal().mean()))
+    assert torch.allclose(
+        hessian.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.diagonal().mean())
+    )
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
@@ -98,13 +122,15 @@ def test_blocks_do_not_change_the_answer():
     found = solve(weight, hessian, 4, 256, 0.01)
     h = hessian.double() + 0.01 * float(hessian.diagonal().mean()) * torch.eye(256)
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    work, scale = weight.double().clone(), rtn(weight, 4, 256)[1][:, 0].double()
+    work = weight.double().clone()
+    scale = rtn(weight, 4, 256)[1][:, 0].double()
     q = torch.empty_like(work)
     for i in range(256):
         q[:, i] = ((work[:, i] / scale).round() + 8).clamp(0, 15)
         error = (work[:, i] - (q[:, i] - 8) * scale) / upper[i, i]
         work[:, i:] -= error[:, None] * upper[i, i:]
-    # A value halfway between two integers may fall on either side in float32, and changes what follows it in its row.
+    # A value halfway between two integers may fall on either side in float32, and changes what
+    # follows it in its row.
     assert (found.q == q).double().mean() > 0.98
 
 
@@ -122,17 +148,32 @@ def test_a_moment_that_cannot_be_inverted_is_reported():
         solve(torch.ones(8, 32), -torch.eye(32), 4, 32, 0.01)
 
 
-@pytest.mark.parametrize(("bits", "clip"), [(2, True), (3, False), (4, False), (4, True), (8, True)])
+@pytest.mark.parametrize(
+    ("bits", "clip"), [(2, True), (3, False), (4, False), (4, True), (8, True)]
+)
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 def test_what_is_written_is_what_is_read(base, tmp_path, bits, clip, group):
-    checkpoint, notes = quantized(base, tmp_path / "q", method="rtn", bits=bits, group=group, clip=clip)
-    weights, source = Weights(checkpoint), Weights(base, fold=True)
-    assert weights.decoder == source.decoder, "the attention scale must be folded before the integers are chosen"
+    checkpoint, notes = quantized(
+        base, tmp_path / "q", method="rtn", bits=bits, group=group, clip=clip
+    )
+    weights = Weights(checkpoint)
+    source = Weights(base, fold=True)
+    assert weights.decoder == source.decoder, (
+        "the attention scale must be folded before the integers are chosen"
+    )
     for n in range(2):
         for name in ("qkv", "o", "up", "down"):
-            packed, dense = weights.matrix(f"layers.{n}.{name}"), source.matrix(f"layers.{n}.{name}")
-            assert isinstance(packed, Packed) and packed.symmetric and packed.g_idx is None and packed.bits == bits
-            q, scales = rtn(dense.weight, bits, dense.weight.shape[1] if group == -1 else group, clip)
+            packed = weights.matrix(f"layers.{n}.{name}")
+            dense = source.matrix(f"layers.{n}.{name}")
+            assert (
+                isinstance(packed, Packed)
+                and packed.symmetric
+                and packed.g_idx is None
+                and packed.bits == bits
+            )
+            q, scales = rtn(
+                dense.weight, bits, dense.weight.shape[1] if group == -1 else group, clip
+            )
             assert torch.equal(packed.q, q) and torch.equal(packed.scales, scales)
             assert torch.equal(packed.bias, dense.bias.half().float())
             error = float((packed.dense() - dense.weight).norm() / dense.weight.norm())
@@ -143,29 +184,65 @@ def test_what_is_written_is_what_is_read(base, tmp_path, bits, clip, group):
 
 
 def test_gptq_writes_the_layout_transformers_expects(base, tmp_path, text):
-    checkpoint, notes = quantized(base, tmp_path / "q", method="gptq", group=64, calibration=text, samples=8, length=32, act_order=True)
+    checkpoint, notes = quantized(
+        base,
+        tmp_path / "q",
+        method="gptq",
+        group=64,
+        calibration=text,
+        samples=8,
+        length=32,
+        act_order=True,
+    )
     key = "transformer.h.1.mlp.c_proj"
-    entries = {name.removeprefix(f"{key}."): entry for name, entry in checkpoint.tensors.items() if name.startswith(key)}
+    entries = {
+        name.removeprefix(f"{key}."): entry
+        for name, entry in checkpoint.tensors.items()
+        if name.startswith(key)
+    }
     assert {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == {
-        "qweight": ("int32", (64, 128)), "qzeros": ("int32", (8, 16)), "scales": ("float16", (8, 128)),
-        "g_idx": ("int32", (512,)), "bias": ("float16", (128,)),
+        "qweight": ("int32", (64, 128)),
+        "qzeros": ("int32", (8, 16)),
+        "scales": ("float16", (8, 128)),
+        "g_idx": ("int32", (512,)),
+        "bias": ("float16", (128,)),
     }
     assert set(checkpoint.read(f"{key}.qzeros").unique().tolist()) == {0x77777777}
     assert torch.equal(checkpoint.read(f"{key}.g_idx"), (torch.arange(512) // 64).int())
     assert 0 < notes["errors"]["layers.1.down"]["output"] < 0.1
-    assert notes["calibration_sha256"] == quantize.inputs(quantize.Params("gptq", calibration=text))["calibration"]
-    again, _ = quantized(base, tmp_path / "again", method="gptq", group=64, calibration=text, samples=8, length=32, act_order=True)
+    assert (
+        notes["calibration_sha256"]
+        == quantize.inputs(quantize.Params("gptq", calibration=text))["calibration"]
+    )
+    again, _ = quantized(
+        base,
+        tmp_path / "again",
+        method="gptq",
+        group=64,
+        calibration=text,
+        samples=8,
+        length=32,
+        act_order=True,
+    )
     assert again.hashes() == checkpoint.hashes()
 
 
 def test_the_dense_weights_are_what_transformers_computes_with(base, tmp_path, text):
-    """Expanded weights in a plain GPT-2 of transformers give the scores edgemed computes from the packed checkpoint."""
+    """Expanded weights in a plain GPT-2 of transformers give the scores edgemed computes from the
+    packed checkpoint.
+    """
     transformers = pytest.importorskip("transformers")
-    checkpoint, _ = quantized(base, tmp_path / "q", method="gptq", group=32, calibration=text, samples=8, length=32)
+    checkpoint, _ = quantized(
+        base, tmp_path / "q", method="gptq", group=32, calibration=text, samples=8, length=32
+    )
     weights = Weights(checkpoint)
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).float().eval()
-    state = {name: checkpoint.read(name).float() for name in checkpoint.tensors if name.endswith((".weight", ".bias"))}
+    state = {
+        name: checkpoint.read(name).float()
+        for name in checkpoint.tensors
+        if name.endswith((".weight", ".bias"))
+    }
     for part, (key, *_) in weights.keys.items():
         if f"{key}.qweight" in checkpoint.tensors:
             state[f"{key}.weight"] = weights.matrix(part).dense().T.contiguous()
@@ -182,10 +259,21 @@ def test_heads_are_kept(base, tmp_path, text, classes):
     writer = Writer(folder, base.config, base.path)
     for name in base.tensors:
         writer.add(name, base.read(name))
-    writer.add("score.weight", torch.randn(classes, 128, generator=torch.Generator().manual_seed(0)))
+    writer.add(
+        "score.weight", torch.randn(classes, 128, generator=torch.Generator().manual_seed(0))
+    )
     writer.close()
     source = open_checkpoint(folder)
-    checkpoint, _ = quantized(source, tmp_path / "q", method="gptq", bits=8, group=32, calibration=text, samples=8, length=32)
+    checkpoint, _ = quantized(
+        source,
+        tmp_path / "q",
+        method="gptq",
+        bits=8,
+        group=32,
+        calibration=text,
+        samples=8,
+        length=32,
+    )
     weights = Weights(checkpoint)
     assert weights.decoder.head == ("choice" if classes == 1 else "classes")
     expected = logits(Weights(source), TOKENS)
@@ -198,16 +286,29 @@ def test_bad_input(base, tmp_path, text):
         out.mkdir(exist_ok=True)
         with pytest.raises(EdgemedError, match=match):
             quantize.run(source, out, quantize.Params(**params))
-        assert not list(out.iterdir()), "nothing may be written before the input is known to be good"
+        assert not list(out.iterdir()), (
+            "nothing may be written before the input is known to be good"
+        )
 
     narrow = make_random(CONFIG | {"n_embd": 96}, tmp_path / "narrow", "float32")
-    named = r"'transformer.h.0.attn.c_attn.weight': a group of 64 does not divide a row of 96 weights. Choose group 32, -1"
+    named = (
+        r"'transformer.h.0.attn.c_attn.weight': a group of 64 does not divide a row of 96 weights."
+        r" Choose group 32, -1"
+    )
     refused(named, narrow, method="rtn", group=64)
     refused("gptq needs calibration text", method="gptq", length=32)
     refused("unknown text set", method="gptq", calibration="nothing-of-that-name", length=32)
-    refused(r"1000 x 32 = 32000 are asked for", method="gptq", calibration=text, samples=1000, length=32)
+    refused(
+        r"1000 x 32 = 32000 are asked for", method="gptq", calibration=text, samples=1000, length=32
+    )
     refused("exceeds the model's context of 64", method="gptq", calibration=text, length=65)
-    refused("samples, length and expert_tokens must be", method="gptq", calibration=text, samples=0, length=32)
+    refused(
+        "samples, length and expert_tokens must be",
+        method="gptq",
+        calibration=text,
+        samples=0,
+        length=32,
+    )
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     refused("holds no texts", method="gptq", calibration=str(empty), length=32)
@@ -222,7 +323,9 @@ def test_values_beyond_float16_are_refused(base, tmp_path):
     for name in base.tensors:
         writer.add(name, base.read(name) * (1e6 if name == "transformer.ln_f.weight" else 1))
     writer.close()
-    with pytest.raises(EdgemedError, match="'transformer.ln_f.weight': 1e.06 does not fit into float16"):
+    with pytest.raises(
+        EdgemedError, match="'transformer.ln_f.weight': 1e.06 does not fit into float16"
+    ):
         quantized(open_checkpoint(folder), tmp_path / "q", method="rtn", group=32)
 
 
@@ -234,7 +337,9 @@ def trained():
     source = open_checkpoint(TRAINED)
     weights = Weights(source)
     tokenizer = open_tokenizer(TRAINED, weights.decoder.vocab)
-    stream = [t for text in texts("pubmedqa-abstracts", "heldout") for t in encode(tokenizer, text + "\n")]
+    stream = [
+        t for text in texts("pubmedqa-abstracts", "heldout") for t in encode(tokenizer, text + "\n")
+    ]
     windows = torch.tensor([stream[i * 128 : (i + 1) * 128] for i in range(16)])
     return source, windows, logits(weights, windows).log_softmax(-1)
 
@@ -248,7 +353,15 @@ def divergence(trained, checkpoint):
 @pytest.mark.parametrize("group", [32, 128, -1])
 def test_gptq_beats_rounding_on_the_trained_model(trained, tmp_path, group):
     rounded, _ = quantized(trained[0], tmp_path / "rtn", method="rtn", group=group)
-    solved, _ = quantized(trained[0], tmp_path / "gptq", method="gptq", group=group, calibration="pubmedqa-abstracts", samples=24, length=256)
+    solved, _ = quantized(
+        trained[0],
+        tmp_path / "gptq",
+        method="gptq",
+        group=group,
+        calibration="pubmedqa-abstracts",
+        samples=24,
+        length=256,
+    )
     assert divergence(trained, solved) < 0.8 * divergence(trained, rounded)
 
 
@@ -259,38 +372,61 @@ def test_eight_bits_are_nearly_lossless_on_the_trained_model(trained, tmp_path):
 
 def test_weights_are_as_readable_as_the_config(base, tmp_path):
     checkpoint, _ = quantized(base, tmp_path / "q", method="rtn", group=32)
-    config, weights = checkpoint.path / "config.json", checkpoint.path / "model.safetensors"
+    config = checkpoint.path / "config.json"
+    weights = checkpoint.path / "model.safetensors"
     assert weights.stat().st_mode == config.stat().st_mode
 
 
 def test_a_tiny_memory_limit_spills_and_gives_the_same_weights(base, tmp_path, text):
     import psutil
 
-    kept = quantized(base, tmp_path / "kept", method="gptq", group=32, calibration=text, samples=8, length=32)
+    kept = quantized(
+        base, tmp_path / "kept", method="gptq", group=32, calibration=text, samples=8, length=32
+    )
     # Room for the work on one layer, and for few or not for many hidden states besides.
     limit = f"{(psutil.Process().memory_info().rss + 2 * 10**8) // 1000}KB"
     asked = {"method": "gptq", "group": 32, "calibration": text, "samples": 8, "length": 32}
     for windows, expected in ((8, False), (10**5, True)):
-        assert quantize.spilled(Weights(base, fold=True), True, quantize.Params(**asked | {"samples": windows, "length": 64}, max_memory=limit)) is expected
+        assert (
+            quantize.spilled(
+                Weights(base, fold=True),
+                True,
+                quantize.Params(**asked | {"samples": windows, "length": 64}, max_memory=limit),
+            )
+            is expected
+        )
     for method in ("gptq", "awq"):
         plain, notes = quantized(base, tmp_path / f"{method}-plain", **asked | {"method": method})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(quantize, "spilled", lambda *_: True)
-            spilled, told = quantized(base, tmp_path / f"{method}-spilled", **asked | {"method": method})
+            spilled, told = quantized(
+                base, tmp_path / f"{method}-spilled", **asked | {"method": method}
+            )
         assert (notes["spilled"], told["spilled"]) == (False, True)
         assert spilled.hashes() == plain.hashes()
     assert kept[0].hashes() == open_checkpoint(tmp_path / "gptq-plain").hashes()
-    with pytest.raises(EdgemedError, match=r"max_memory 1MB is too small: work on one layer of this model takes .* Give at least"):
+    with pytest.raises(
+        EdgemedError,
+        match=(
+            r"max_memory 1MB is too small: work on one layer of this model takes .* Give at least"
+        ),
+    ):
         quantized(base, tmp_path / "none", **asked, max_memory="1MB")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
 @pytest.mark.parametrize("spilled", [False, True])
-def test_a_killed_run_goes_on_from_its_last_layer(base, tmp_path, text, monkeypatch, method, spilled):
-    params = {"method": method, "group": 32} | ({} if method == "rtn" else {"calibration": text, "samples": 8, "length": 32})
+def test_a_killed_run_goes_on_from_its_last_layer(
+    base, tmp_path, text, monkeypatch, method, spilled
+):
+    params = {"method": method, "group": 32} | (
+        {} if method == "rtn" else {"calibration": text, "samples": 8, "length": 32}
+    )
     monkeypatch.setattr(quantize, "spilled", lambda *_: spilled)
     whole, notes = quantized(base, tmp_path / "whole", **params)
-    work, computed, killed_at = getattr(quantize, f"{method}_layer"), [], [1]
+    work = getattr(quantize, f"{method}_layer")
+    computed = []
+    killed_at = [1]
 
     def counted(weights, n, *rest):
         if n in killed_at:
@@ -305,7 +441,10 @@ def test_a_killed_run_goes_on_from_its_last_layer(base, tmp_path, text, monkeypa
     killed_at.clear()
     told = quantize.run(base, tmp_path / "q", quantize.Params(**params))
     assert computed == [0, 1], "layer 0 was finished and must not be computed again"
-    assert open_checkpoint(tmp_path / "q").hashes() == whole.hashes() and told["errors"] == notes["errors"]
+    assert (
+        open_checkpoint(tmp_path / "q").hashes() == whole.hashes()
+        and told["errors"] == notes["errors"]
+    )
     assert not (tmp_path / "q-layers").exists()
 
 
@@ -332,11 +471,20 @@ def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text
     checkpoint, notes = quantized(base, tmp_path / "q", **params, budget="5.2bpw")
     weights = Weights(checkpoint)
     found = {name: weights.packing(weights.keys[name][0]) for name in notes["packings"]}
-    assert found == {name: tuple(packing) for name, packing in notes["packings"].items()} and len(set(found.values())) > 1
+    assert (
+        found == {name: tuple(packing) for name, packing in notes["packings"].items()}
+        and len(set(found.values())) > 1
+    )
     assert set(found.values()) <= set(quantize.CHOICES[target]) and notes["bits_per_weight"] <= 5.2
-    held = sum(e.nbytes for name, e in checkpoint.tensors.items() if name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx"))
+    held = sum(
+        e.nbytes
+        for name, e in checkpoint.tensors.items()
+        if name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx")
+    )
     count = sum(weights.parts[name].shape[0] * weights.parts[name].shape[1] for name in found)
-    assert notes["bits_per_weight"] == pytest.approx(8 * held / count) and notes["bytes"] == sum(e.nbytes for e in checkpoint.tensors.values())
+    assert notes["bits_per_weight"] == pytest.approx(8 * held / count) and notes["bytes"] == sum(
+        e.nbytes for e in checkpoint.tensors.values()
+    )
     for name, (bits, group) in found.items():
         matrix = weights.matrix(name)
         assert (matrix.bits, matrix.group) == (bits, matrix.q.shape[1] if group == -1 else group)
@@ -350,7 +498,13 @@ def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text
 def test_a_budget_that_cannot_be_kept(base, tmp_path, text):
     params = {"method": "auto", "calibration": text, "samples": 8, "length": 32}
     for budget in ("2bpw", "50KB"):
-        with pytest.raises(EdgemedError, match=rf"budget {budget} is below the smallest this model can be quantized to for onnx: 2\.\d+bpw, \d+"):
+        with pytest.raises(
+            EdgemedError,
+            match=(
+                rf"budget {budget} is below the smallest this model can be quantized to for onnx:"
+                r" 2\.\d+bpw, \d+"
+            ),
+        ):
             quantized(base, tmp_path / budget, **params, budget=budget)
         assert not (tmp_path / f"{budget}-layers").exists()
     with pytest.raises(EdgemedError, match="not a number of bits per weight"):
@@ -360,7 +514,8 @@ def test_a_budget_that_cannot_be_kept(base, tmp_path, text):
 
 
 def test_no_finished_layer_is_held_while_the_next_one_is_worked_on(base, tmp_path, monkeypatch):
-    real, made = quantize.gptq_layer, []
+    real = quantize.gptq_layer
+    made = []
 
     def watched(weights, n, *rest):
         assert len(made) == n and not any(rounded() for rounded in made)
@@ -370,5 +525,15 @@ def test_no_finished_layer_is_held_while_the_next_one_is_worked_on(base, tmp_pat
 
     monkeypatch.setattr(quantize, "gptq_layer", watched)
     (tmp_path / "out").mkdir()
-    quantize.run(base, tmp_path / "out", quantize.Params("gptq", group=32, calibration="pubmedqa-abstracts", samples=2, length=32))
+    quantize.run(
+        base,
+        tmp_path / "out",
+        quantize.Params(
+            "gptq",
+            group=32,
+            calibration="pubmedqa-abstracts",
+            samples=2,
+            length=32,
+        ),
+    )
     assert len(made) == CONFIG["n_layer"]

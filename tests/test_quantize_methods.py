@@ -1,4 +1,6 @@
-"""Quantization methods against plain computation: clipping, AWQ's folds, input-error correction, packing of odd widths, allocation under a budget, sensitivity."""
+"""Quantization methods against plain computation: clipping, AWQ's folds, input-error correction,
+packing of odd widths, allocation under a budget, sensitivity.
+"""
 
 import itertools
 
@@ -21,12 +23,42 @@ from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Packed, Weights, pack, unpack
 
 TRAINED = plugins.shared("recipes") / "quickstart" / "model"
-TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "initializer_range": 0.2}
-KINDS = {"llama": TINY | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-         "phi": TINY | {"model_type": "phi", "architectures": ["PhiForCausalLM"], "num_key_value_heads": 4, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
-         "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 256,
-                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.2}}
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+KINDS = {
+    "llama": TINY | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    "phi": TINY
+    | {
+        "model_type": "phi",
+        "architectures": ["PhiForCausalLM"],
+        "num_key_value_heads": 4,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu_new",
+        "partial_rotary_factor": 0.5,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": 256,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.2,
+    },
+}
 
 
 def normal(*shape, seed=0):
@@ -35,12 +67,18 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_clipped_scale_is_the_best_of_those_tried(bits):
-    weight, importance = normal(6, 32) ** 3, normal(32, seed=1).square()
-    found, zero = clipped_scale(weight, bits, importance), 1 << bits - 1
+    weight = normal(6, 32) ** 3
+    importance = normal(32, seed=1).square()
+    found = clipped_scale(weight, bits, importance)
+    zero = 1 << bits - 1
     for row in range(6):
-        w, errors = weight[row].double().numpy(), []
+        w = weight[row].double().numpy()
+        errors = []
         full = float(np.float16(np.abs(weight[row].numpy()).max() * 2 / (2**bits - 1)))
-        tried = [float(np.float16(np.float32(full) * np.float32(share))) for share in torch.linspace(1, LEAST[bits], TRIES).tolist()]
+        tried = [
+            float(np.float16(np.float32(full) * np.float32(share)))
+            for share in torch.linspace(1, LEAST[bits], TRIES).tolist()
+        ]
         for scale in tried:
             rounded = np.clip(np.round(w / scale), -zero, zero - 1) * scale
             errors.append((importance.double().numpy() * (rounded - w) ** 2).sum())
@@ -55,7 +93,9 @@ def test_the_clipped_scale_is_the_best_of_those_tried(bits):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_packed_words_are_a_stream_of_bits(bits, axis):
-    values = torch.randint(0, 1 << bits, (64, 96), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    values = torch.randint(
+        0, 1 << bits, (64, 96), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8
+    )
     words = pack(values, bits, axis)
     assert torch.equal(unpack(words, bits, axis), values)
     # numpy's own bit packing, lowest bit first, along the same axis
@@ -65,10 +105,23 @@ def test_packed_words_are_a_stream_of_bits(bits, axis):
     assert (words.numpy() if axis == 1 else words.numpy().T).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize(("bits", "known", "given"), [(2, (4, 8), 4), (3, (2, 4, 8), 4), (2, (2, 4, 8), 2), (8, (4, 8), 8)])
+@pytest.mark.parametrize(
+    ("bits", "known", "given"),
+    [(2, (4, 8), 4), (3, (2, 4, 8), 4), (2, (2, 4, 8), 2), (8, (4, 8), 8)],
+)
 def test_widened_integers_stand_for_the_same_weights(bits, known, given):
-    q = torch.randint(0, 1 << bits, (8, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    narrow = Packed(q, normal(8, 2).abs(), torch.full((8, 2), 1 << bits - 1, dtype=torch.uint8), None, bits, 32, None)
+    q = torch.randint(
+        0, 1 << bits, (8, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    narrow = Packed(
+        q,
+        normal(8, 2).abs(),
+        torch.full((8, 2), 1 << bits - 1, dtype=torch.uint8),
+        None,
+        bits,
+        32,
+        None,
+    )
     wide = widened(narrow, known)
     assert wide.bits == given and wide.symmetric and torch.equal(wide.dense(), narrow.dense())
 
@@ -76,7 +129,8 @@ def test_widened_integers_stand_for_the_same_weights(bits, known, given):
 @pytest.mark.parametrize(("outputs", "known"), [(5, False), (5, True), (40, True)])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_corrected_weights_are_the_least_squares_answer(outputs, known, act_order):
-    weight, exact = normal(outputs, 16), normal(400, 16, seed=1) * torch.linspace(0.5, 2, 16)
+    weight = normal(outputs, 16)
+    exact = normal(400, 16, seed=1) * torch.linspace(0.5, 2, 16)
     inputs = exact + 0.3 * normal(400, 16, seed=2) + 0.1 * exact.roll(1, 1)
 
     def answer(share):
@@ -95,49 +149,93 @@ def test_the_corrected_weights_are_the_least_squares_answer(outputs, known, act_
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_root_is_the_cholesky_factor_of_the_inverse(columns, act_order):
     """More columns than one panel, and a last panel that is not full; against LAPACK in float64."""
-    inputs = normal(3 * columns, columns) * torch.linspace(0.5, 2, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(1))]
+    inputs = (
+        normal(3 * columns, columns)
+        * torch.linspace(0.5, 2, columns)[
+            torch.randperm(columns, generator=torch.Generator().manual_seed(1))
+        ]
+    )
     inputs[:, 7] = 0
     hessian = Hessian(columns)
     for batch in inputs.split(700):
         hessian.add(batch)
     moment = hessian.moment.double()
-    assert torch.allclose(moment, 2 * inputs.double().T @ inputs.double() / len(inputs), atol=1e-4) and torch.allclose(moment, moment.T, atol=1e-4)
-    root, kept = root_of(hessian.moment, 0.01, act_order), hessian.moment.clone()
+    assert torch.allclose(
+        moment, 2 * inputs.double().T @ inputs.double() / len(inputs), atol=1e-4
+    ) and torch.allclose(moment, moment.T, atol=1e-4)
+    root = root_of(hessian.moment, 0.01, act_order)
+    kept = hessian.moment.clone()
     dead = moment.diagonal() == 0
     moment.diagonal()[dead] = 1
     moment += 0.01 * moment.diagonal().mean() * torch.eye(columns)
-    assert int(dead.sum()) == 1 and (not act_order or torch.equal(root.order, hessian.moment.diagonal().argsort(descending=True)))
-    expected = torch.linalg.cholesky(torch.linalg.inv(moment[root.order[:, None], root.order]), upper=True)
+    assert int(dead.sum()) == 1 and (
+        not act_order or torch.equal(root.order, hessian.moment.diagonal().argsort(descending=True))
+    )
+    expected = torch.linalg.cholesky(
+        torch.linalg.inv(moment[root.order[:, None], root.order]), upper=True
+    )
     assert torch.allclose(root.upper.triu().double(), expected, rtol=1e-3, atol=1e-5)
     right = normal(columns, 9, seed=2)
-    assert torch.allclose(root.inverse_times(right.clone()).double(), torch.linalg.solve(moment, right.double()), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(
+        root.inverse_times(right.clone()).double(),
+        torch.linalg.solve(moment, right.double()),
+        rtol=1e-3,
+        atol=1e-4,
+    )
     weight = normal(12, columns, seed=3)
-    direct = (inputs.double() @ (0.1 * weight).double().T).square().sum() / (inputs.double() @ weight.double().T).square().sum()
-    assert output_error(weight, 0.9 * weight, hessian.moment) == pytest.approx(float(direct), rel=1e-3)
+    direct = (inputs.double() @ (0.1 * weight).double().T).square().sum() / (
+        inputs.double() @ weight.double().T
+    ).square().sum()
+    assert output_error(weight, 0.9 * weight, hessian.moment) == pytest.approx(
+        float(direct), rel=1e-3
+    )
     assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept)
     own = hessian.root(0.01, act_order)
     assert torch.equal(own.upper.triu(), root.upper.triu()) and torch.equal(own.order, root.order)
-    assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept), "the inputs are forgotten once their root is taken"
+    assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept), (
+        "the inputs are forgotten once their root is taken"
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_clipping_lowers_what_gptq_leaves(bits):
-    inputs = normal(512, 128) @ normal(128, 128, seed=1) * torch.logspace(-1, 1, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(0))]
+    inputs = (
+        normal(512, 128)
+        @ normal(128, 128, seed=1)
+        * torch.logspace(-1, 1, 128)[
+            torch.randperm(128, generator=torch.Generator().manual_seed(0))
+        ]
+    )
     hessian = Hessian(128)
     hessian.add(inputs)
     weight = normal(64, 128, seed=2) ** 3
-    errors = [output_error(weight, solve(weight, hessian.moment, bits, 32, 0.01, clip=clip).dense(bits), hessian.moment) for clip in (False, True)]
+    errors = [
+        output_error(
+            weight,
+            solve(weight, hessian.moment, bits, 32, 0.01, clip=clip).dense(bits),
+            hessian.moment,
+        )
+        for clip in (False, True)
+    ]
     assert errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folded_scales_change_nothing_but_the_weights(tmp_path, kind):
     weights = Weights(make_random(KINDS[kind], tmp_path / "m", "float32"), fold=True)
-    d, x = weights.decoder, normal(2, 12, 64)
+    d = weights.decoder
+    x = normal(2, 12, 64)
     layer = load_layer(weights, 0)
     before = block(d, layer, 0, x)
     names = [fold.source for fold in awq.folds(d, 0)]
-    assert names == {"llama": ["attn_norm", "mlp_norm", "qkv", "up"], "phi": ["attn_norm", "qkv"], "gpt2": ["attn_norm", "mlp_norm", "qkv"]}[kind]
+    assert (
+        names
+        == {
+            "llama": ["attn_norm", "mlp_norm", "qkv", "up"],
+            "phi": ["attn_norm", "qkv"],
+            "gpt2": ["attn_norm", "mlp_norm", "qkv"],
+        }[kind]
+    )
     for number, fold in enumerate(awq.folds(d, 0)):
         columns = layer[fold.fed[0]][0].shape[1]
         scale = awq.per_source(d, fold, normal(columns, seed=number).exp())
@@ -150,7 +248,8 @@ def test_folded_scales_change_nothing_but_the_weights(tmp_path, kind):
 
 def test_awq_scales_are_the_best_of_its_exponents():
     inputs = normal(300, 64) * torch.logspace(-1.5, 1.5, 64)
-    hessian, weight = Hessian(64), normal(32, 64, seed=1)
+    hessian = Hessian(64)
+    weight = normal(32, 64, seed=1)
     hessian.add(inputs)
 
     def rounded(name, scaled, importance):
@@ -166,14 +265,27 @@ def test_awq_scales_are_the_best_of_its_exponents():
         errors.append(float((inputs.double() @ (found - weight).double().T).square().sum()))
     assert alpha == int(np.argmin(errors)) / awq.STEPS > 0
     assert min(errors) < 0.8 * errors[0]
-    assert torch.allclose(scale / scale[0], (inputs.abs().mean(0) / inputs.abs().mean(0)[0]) ** alpha)
+    assert torch.allclose(
+        scale / scale[0], (inputs.abs().mean(0) / inputs.abs().mean(0)[0]) ** alpha
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_allocation_is_the_best_there_is(seed):
     random = np.random.default_rng(seed)
-    options = {f"m{i}": [Option(str(j), float(loss), int(size)) for j, (loss, size) in enumerate(zip(random.exponential(1, 3), random.integers(1, 30, 3), strict=True))] for i in range(6)}
-    every = [(sum(o.loss for o in chosen), sum(o.nbytes for o in chosen)) for chosen in itertools.product(*options.values())]
+    options = {
+        f"m{i}": [
+            Option(str(j), float(loss), int(size))
+            for j, (loss, size) in enumerate(
+                zip(random.exponential(1, 3), random.integers(1, 30, 3), strict=True)
+            )
+        ]
+        for i in range(6)
+    }
+    every = [
+        (sum(o.loss for o in chosen), sum(o.nbytes for o in chosen))
+        for chosen in itertools.product(*options.values())
+    ]
     for budget in (min(size for _, size in every), 60, 90, 1000):
         best = min((loss for loss, size in every if size <= budget), default=None)
         if best is None:
@@ -197,7 +309,11 @@ def trained():
     if not (TRAINED / "config.json").is_file():
         pytest.skip("recipes/quickstart/model is not there")
     weights = Weights(open_checkpoint(TRAINED), fold=True)
-    return weights, torch.tensor(calibration_windows("pubmedqa-abstracts", open_tokenizer(TRAINED, weights.decoder.vocab), 8, 64))
+    return weights, torch.tensor(
+        calibration_windows(
+            "pubmedqa-abstracts", open_tokenizer(TRAINED, weights.decoder.vocab), 8, 64
+        )
+    )
 
 
 def test_the_sensitivity_is_the_gradient_torch_finds(tmp_path):
@@ -206,10 +322,13 @@ def test_the_sensitivity_is_the_gradient_torch_finds(tmp_path):
     windows = torch.randint(256, (3, 10), generator=torch.Generator().manual_seed(1))
     found = dict(sensitivities(weights, windows, tmp_path))
     assert list(found) == [1, 0] and not list(tmp_path.glob("hidden-*"))
-    d, generator, squares = weights.decoder, torch.Generator().manual_seed(0), torch.zeros(weights.parts["layers.0.up"].shape[0])
+    d = weights.decoder
+    generator = torch.Generator().manual_seed(0)
+    squares = torch.zeros(weights.parts["layers.0.up"].shape[0])
     layers = [load_layer(weights, n) for n in range(2)]
     for window in windows:
-        x, kept = weights.table("embed")[window][None], []
+        x = weights.table("embed")[window][None]
+        kept = []
 
         def product(layer, name, x, kept=kept):
             y = torch.nn.functional.linear(x, *layer[name])
@@ -221,24 +340,40 @@ def test_the_sensitivity_is_the_gradient_torch_finds(tmp_path):
         for n in range(2):
             x = block(d, layers[n], n, x, product=product)
         weight = weights.norm("final_norm")[0]
-        logs = (x * (x.square().mean(-1, keepdim=True) + d.norm_eps).rsqrt() * weight @ weights.matrix("lm_head").weight.T)[0].log_softmax(-1)
+        logs = (
+            x
+            * (x.square().mean(-1, keepdim=True) + d.norm_eps).rsqrt()
+            * weight
+            @ weights.matrix("lm_head").weight.T
+        )[0].log_softmax(-1)
         drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
         squares += torch.autograd.grad(logs.gather(1, drawn).sum(), kept[0])[0].square().sum((0, 1))
-    assert torch.allclose(found[0]["up"].gradient, squares / windows.numel(), rtol=1e-3, atol=1e-7 * float(squares.max()))
+    assert torch.allclose(
+        found[0]["up"].gradient,
+        squares / windows.numel(),
+        rtol=1e-3,
+        atol=1e-7 * float(squares.max()),
+    )
 
 
 def test_the_expected_divergence_is_the_measured_one(trained, tmp_path):
-    """Second order against KL measured one matrix at a time: same order of matrices, and the same size within a small factor."""
+    """Second order against KL measured one matrix at a time: same order of matrices, and the same
+    size within a small factor.
+    """
     weights, windows = trained
     source = logits(weights, windows).log_softmax(-1)
-    expected, measured = [], []
+    expected = []
+    measured = []
     for n, found in sensitivities(weights, windows, tmp_path):
         for name, sensitivity in found.items():
             rounded = Solution(*rtn(sensitivity.weight, 3, 64)).dense(3)
             expected.append(sensitivity.loss(rounded))
             held = Weights(weights.checkpoint, fold=True)
-            whole, part = held.matrix, f"layers.{n}.{name}"
-            held.matrix = lambda asked, whole=whole, part=part, rounded=rounded: type(whole(asked))(rounded, whole(asked).bias) if asked == part else whole(asked)
+            whole = held.matrix
+            part = f"layers.{n}.{name}"
+            held.matrix = lambda asked, whole=whole, part=part, rounded=rounded: (
+                type(whole(asked))(rounded, whole(asked).bias) if asked == part else whole(asked)
+            )
             other = logits(held, windows).log_softmax(-1)
             measured.append(float((source.exp() * (source - other)).sum(-1).mean()))
     ranks = [np.argsort(np.argsort(values)) for values in (expected, measured)]

@@ -1,7 +1,8 @@
-"""The main path on real input: the shipped trained model and its adapter through every stage of the shipped recipe, with sockets denied.
+"""The main path on real input: the shipped trained model and its adapter through every stage of the
+shipped recipe, with sockets denied.
 
-It takes minutes, runs once, and the other tests look at what it left: a test that ran only half of the recipe would not show
-that the command in the README works.
+It takes minutes, runs once, and the other tests look at what it left: a test that ran only half of
+the recipe would not show that the command in the README works.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ for package in ("onnx", "onnxruntime", "gguf", "llama_cpp", "peft"):
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / "recipes" / "quickstart" / "adapter").is_dir(), reason="recipes/quickstart holds no trained model and adapter yet"),
+    pytest.mark.skipif(
+        not (ROOT / "recipes" / "quickstart" / "adapter").is_dir(),
+        reason="recipes/quickstart holds no trained model and adapter yet",
+    ),
 ]
-# Every Python process started with this folder on its path records and refuses network sockets; processes inherit it.
+# Every Python process started with this folder on its path records and refuses network sockets;
+# processes inherit it.
 DENY = """
 import os, sys
 def deny(event, arguments):
@@ -45,7 +50,12 @@ def denied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("denied")
     (folder / "sitecustomize.py").write_text(DENY)
     # Nothing is told to be offline: being offline must not depend on a setting of this test run.
-    return {"PYTHONPATH": str(folder), "DENIED_LOG": str(folder / "denied.log"), "STARTED_LOG": str(folder / "started.log"), "HF_HUB_OFFLINE": "0"}
+    return {
+        "PYTHONPATH": str(folder),
+        "DENIED_LOG": str(folder / "denied.log"),
+        "STARTED_LOG": str(folder / "started.log"),
+        "HF_HUB_OFFLINE": "0",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +77,13 @@ def engine_of(report: dict, name: str) -> dict:
 
 def test_the_denial_works(denied: dict[str, str], tmp_path: Path) -> None:
     environment = {**denied, "DENIED_LOG": str(tmp_path / "log"), "PATH": "/usr/bin:/bin"}
-    for code in ("import socket; socket.create_connection(('127.0.0.1', 9))", "import urllib.request as u; u.urlopen('http://localhost:9')"):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    for code in (
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "import urllib.request as u; u.urlopen('http://localhost:9')",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
         assert done.returncode == 1 and "denied in this test" in done.stderr
     assert len((tmp_path / "log").read_text().splitlines()) >= 2
 
@@ -84,30 +99,49 @@ def test_no_socket_was_opened(work: Path, denied: dict[str, str]) -> None:
 
 def test_report_is_there_and_whole(work: Path, report: dict) -> None:
     page = (work / "report.html").read_text(encoding="utf-8")
-    assert len(report["engines"]) == len(yaml.safe_load(RECIPE.read_text())["engines"]) and report["not_measured"]
-    assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page and '<link rel="stylesheet"' not in page
+    assert (
+        len(report["engines"]) == len(yaml.safe_load(RECIPE.read_text())["engines"])
+        and report["not_measured"]
+    )
+    assert (
+        "http://" not in page.replace("http://www.w3.org", "")
+        and "<script src" not in page
+        and '<link rel="stylesheet"' not in page
+    )
     for engine in report["engines"]:
-        assert engine["name"] in page and (work / "engines" / engine["name"] / "manifest.json").is_file()
+        assert (
+            engine["name"] in page
+            and (work / "engines" / engine["name"] / "manifest.json").is_file()
+        )
 
 
 def test_every_engine_passed_and_was_measured(report: dict) -> None:
     for engine in report["engines"]:
         assert engine["verify"]["passed"], engine["verify"]["problems"]
         names = {record["name"] for record in engine["records"]}
-        assert {"decode_tokens_per_second", "step_milliseconds"} <= names and all(r["value"] > 0 for r in engine["records"])
-        assert [(result["task"], result["strategy"]) for result in engine["evals"]] == [("section", "zero-shot")]
+        assert {"decode_tokens_per_second", "step_milliseconds"} <= names and all(
+            r["value"] > 0 for r in engine["records"]
+        )
+        assert [(result["task"], result["strategy"]) for result in engine["evals"]] == [
+            ("section", "zero-shot")
+        ]
         assert engine["gate"]["verdict"] == "pass" and engine["manifest"]["key"]
 
 
 def test_fp32_engine_gives_every_greedy_token(report: dict) -> None:
     result = engine_of(report, "onnx-fp32")["verify"]
     assert result["prompts"] >= 20 and result["greedy_new"] >= 64
-    assert result["greedy_same"] == result["greedy_tokens"] == result["prompts"] * result["greedy_new"]
+    assert (
+        result["greedy_same"] == result["greedy_tokens"] == result["prompts"] * result["greedy_new"]
+    )
     assert result["max_logit_error"] < 1e-3 and result["top1"] == 1.0
 
 
 def test_the_task_is_really_solved(report: dict) -> None:
-    for result in [*report["source_evals"], *(r for engine in report["engines"] for r in engine["evals"])]:
+    for result in [
+        *report["source_evals"],
+        *(r for engine in report["engines"] for r in engine["evals"]),
+    ]:
         if result["strategy"] == "zero-shot":
             assert result["accuracy"] >= 0.75 > result["majority"] + 0.2, result["model"]
 
@@ -121,39 +155,76 @@ def test_int4_engines_carry_the_same_integers(work: Path, report: dict) -> None:
     (packed,) = (work / "store").glob("quantize-*")
     weights = Weights(open_checkpoint(packed))
     graph = onnx.load(work / "engines" / "onnx-int4" / "model.onnx")
-    stored = {t.name: onnx.numpy_helper.to_array(t, str(work / "engines" / "onnx-int4")) for t in graph.graph.initializer}
-    blocks = {t.name: t.data for t in GGUFReader(work / "engines" / "gguf-q4_0" / "model.gguf").tensors}
+    stored = {
+        t.name: onnx.numpy_helper.to_array(t, str(work / "engines" / "onnx-int4"))
+        for t in graph.graph.initializer
+    }
+    blocks = {
+        t.name: t.data for t in GGUFReader(work / "engines" / "gguf-q4_0" / "model.gguf").tensors
+    }
     names = {"qkv": "attn_qkv", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
     for n in range(weights.decoder.layers):
         for name in weights.decoder.matrices(n):
             q = weights.matrix(f"layers.{n}.{name}").q.numpy()
             nibbles = stored[f"layers.{n}.{name}.q"]
             assert (np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(q.shape) == q).all()
-            # Q4_0: per 32 weights two bytes of scale, then the first 16 in the low nibbles and the last 16 in the high ones.
+            # Q4_0: per 32 weights two bytes of scale, then the first 16 in the low nibbles and the
+            # last 16 in the high ones.
             raw = blocks[f"blk.{n}.{names[name]}.weight"].reshape(q.shape[0], -1, 18)[..., 2:]
             assert (np.concatenate([raw & 15, raw >> 4], axis=-1).reshape(q.shape) == q).all()
 
 
 def test_second_run_reuses_every_step(work: Path, denied: dict[str, str]) -> None:
     def times() -> dict[Path, int]:
-        # Records are the measurements of each run and grow, and an engine's documents show the newest; everything else must stay as it is.
+        # Records are the measurements of each run and grow, and an engine's documents show the
+        # newest; everything else must stay as it is.
         grows = ("records.jsonl", "README.md", "bom.cdx.json", "manifest.json")
-        return {p: p.stat().st_mtime_ns for p in (work / "store").rglob("*") if p.is_file() and p.name not in grows}
+        return {
+            p: p.stat().st_mtime_ns
+            for p in (work / "store").rglob("*")
+            if p.is_file() and p.name not in grows
+        }
 
     before = times()
-    done = cli("run", RECIPE, "--work", work, "--set", "bench.runs=1", "--set", "bench.generate=8", env=denied, timeout=600)
+    done = cli(
+        "run",
+        RECIPE,
+        "--work",
+        work,
+        "--set",
+        "bench.runs=1",
+        "--set",
+        "bench.generate=8",
+        env=denied,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     assert times() == before and "running" not in done.stderr
 
 
 def test_set_reaches_a_step(work: Path, tmp_path: Path) -> None:
-    """--set quantize.bits=8 on a shortened recipe: the merge is reused, the engine is another one."""
+    """--set quantize.bits=8 on a shortened recipe: the merge is reused, the engine is another
+    one.
+    """
     recipe = yaml.safe_load(RECIPE.read_text())
-    short = {key: recipe[key] for key in ("model", "steps")} | {"engines": [{"onnx": {}}], "verify": {"prompts": "pubmedqa-abstracts", "count": 4, "width": 64, "new": 16}}
+    short = {key: recipe[key] for key in ("model", "steps")} | {
+        "engines": [{"onnx": {}}],
+        "verify": {"prompts": "pubmedqa-abstracts", "count": 4, "width": 64, "new": 16},
+    }
     file = RECIPE.parent / ".short.yaml"
     file.write_text(yaml.safe_dump(short))
     try:
-        done = cli("run", file, "--work", work, "--set", "quantize.bits=8", "--set", "quantize.samples=8", timeout=600)
+        done = cli(
+            "run",
+            file,
+            "--work",
+            work,
+            "--set",
+            "quantize.bits=8",
+            "--set",
+            "quantize.samples=8",
+            timeout=600,
+        )
     finally:
         file.unlink()
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""The shipped models that see, really trained, through their shipped recipes: what the README's second and third commands leave behind."""
+"""The shipped models that see, really trained, through their shipped recipes: what the README's
+second and third commands leave behind.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,56 @@ def test_every_stage_of_every_engine_keeps_to_its_source(report: dict) -> None:
     for engine in report["engines"]:
         found = engine["verify"]
         assert found["passed"], found["problems"]
-        assert [row["stage"] for row in found["stages"]] == ["pixels", "tower", "projector", "decoder", "end to end"]
+        assert [row["stage"] for row in found["stages"]] == [
+            "pixels",
+            "tower",
+            "projector",
+            "decoder",
+            "end to end",
+        ]
     exact = {row["stage"]: row for row in report["engines"][0]["verify"]["stages"]}
-    assert report["engines"][0]["precision"] == "fp32" and exact["tower"]["error"] < 1e-4 and exact["projector"]["error"] < 1e-4
+    assert (
+        report["engines"][0]["precision"] == "fp32"
+        and exact["tower"]["error"] < 1e-4
+        and exact["projector"]["error"] < 1e-4
+    )
     # Ten images, 48 tokens each.
     assert exact["end to end"]["error"] == 0 and "480 of 480" in exact["end to end"]["how"]
 
 
 def test_the_models_really_see(report: dict) -> None:
-    for found in [*report["source_evals"], *(result for engine in report["engines"] for result in engine["evals"])]:
-        # Guessing among three or four options gives 0.29, the most frequent place of the right one 0.35.
-        assert found["task"] == "cells" and found["n"] == 234 and found["accuracy"] > 0.7, found["model"]
+    for found in [
+        *report["source_evals"],
+        *(result for engine in report["engines"] for result in engine["evals"]),
+    ]:
+        # Guessing among three or four options gives 0.29, the most frequent place of the right one
+        # 0.35.
+        assert found["task"] == "cells" and found["n"] == 234 and found["accuracy"] > 0.7, found[
+            "model"
+        ]
     assert all(engine["gate"]["verdict"] == "pass" for engine in report["engines"])
 
 
 def test_a_question_about_an_image_was_timed(report: dict) -> None:
     for engine in report["engines"]:
         names = {record["name"] for record in engine["records"]}
-        assert {f"image_{what}_seconds" for what in ("preprocess", "tower", "projector", "prefill", "first_token", "second_question")} <= names
+        assert {
+            f"image_{what}_seconds"
+            for what in (
+                "preprocess",
+                "tower",
+                "projector",
+                "prefill",
+                "first_token",
+                "second_question",
+            )
+        } <= names
 
 
 def test_the_shipped_models_stay_small() -> None:
     for name in ("quickstart-vlm", "quickstart-moe"):
         folder: Path = ROOT / "recipes" / name / "model"
-        assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6, "at most 20 MB in 16 bits"
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6, (
+            "at most 20 MB in 16 bits"
+        )
         assert "not for clinical use" in (folder / "README.md").read_text(encoding="utf-8")

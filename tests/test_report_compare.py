@@ -13,7 +13,13 @@ from test_report import read
 from edgemed import compare, store
 from edgemed.errors import EdgemedError
 
-FACTS = {"name": "onnx-int4", "target": "onnx", "precision": "int4 g64", "family": "gpt2", "random_weights": False}
+FACTS = {
+    "name": "onnx-int4",
+    "target": "onnx",
+    "precision": "int4 g64",
+    "family": "gpt2",
+    "random_weights": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,9 @@ def save(folder, document):
 
 
 def save_engine(folder, engine, found, **sections):
-    """An engine directory as it comes back from a device: what edgemed writes, without the weights."""
+    """An engine directory as it comes back from a device: what edgemed writes, without the
+    weights.
+    """
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({**engine["manifest"], **sections}))
     (folder / "engine.json").write_text(json.dumps(FACTS))
@@ -50,17 +58,34 @@ def test_one_run_is_rendered_again_in_place(drawn, tmp_path):
 
 
 def test_several_become_one_page(drawn, engine, tmp_path):
-    desk, orin = save(tmp_path / "desk", drawn), save_engine(tmp_path / "orin", engine, records(30.0, engine["bytes"], engine["manifest"]["key"], ORIN))
+    desk = save(tmp_path / "desk", drawn)
+    orin = save_engine(
+        tmp_path / "orin", engine, records(30.0, engine["bytes"], engine["manifest"]["key"], ORIN)
+    )
     done = cli("report", desk, orin, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == "compare.html", done.stderr
     text = read((tmp_path / "compare.html").read_text())
-    assert "Comparison: desk, orin" in text and "desk: gguf-q4_k_m" in text and "orin: onnx-int4" in text
-    assert "2 different machines" in text and "jetson-orin-nano-8gb (25W)" in text and "other machine" in text and "different sources" not in text
+    assert (
+        "Comparison: desk, orin" in text
+        and "desk: gguf-q4_k_m" in text
+        and "orin: onnx-int4" in text
+    )
+    assert (
+        "2 different machines" in text
+        and "jetson-orin-nano-8gb (25W)" in text
+        and "other machine" in text
+        and "different sources" not in text
+    )
     assert (tmp_path / "compare.md").read_text().startswith("# Comparison: desk, orin")
     held = json.loads((tmp_path / "compare.json").read_text())
-    assert [entry["label"] for entry in held["comparison"]] == ["desk", "orin"] and held["comparison"][0]["document"] == json.loads(json.dumps(drawn))
+    assert [entry["label"] for entry in held["comparison"]] == ["desk", "orin"] and held[
+        "comparison"
+    ][0]["document"] == json.loads(json.dumps(drawn))
     assert json.loads(cli("report", desk, orin, "--json").stdout) == held
-    assert cli("report", desk, orin, "--out", tmp_path / "both.html").returncode == 0 and (tmp_path / "both.md").is_file()
+    assert (
+        cli("report", desk, orin, "--out", tmp_path / "both.html").returncode == 0
+        and (tmp_path / "both.md").is_file()
+    )
 
 
 def test_comparisons_follow_the_schema(drawn, engine, tmp_path):
@@ -68,49 +93,106 @@ def test_comparisons_follow_the_schema(drawn, engine, tmp_path):
     from conftest import ROOT
 
     small = {**drawn, "source_evals": [], "engines": [{**e, "evals": []} for e in drawn["engines"]]}
-    runs = compare.read_runs([save(tmp_path / "a", small), save_engine(tmp_path / "b", engine, records(30.0, 10**8, engine["manifest"]["key"]))])
-    validator = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "report.schema.json").read_text()))
-    assert not [error.message[:300] for error in validator.iter_errors(json.loads(json.dumps(compare.comparison(runs))))]
+    runs = compare.read_runs(
+        [
+            save(tmp_path / "a", small),
+            save_engine(tmp_path / "b", engine, records(30.0, 10**8, engine["manifest"]["key"])),
+        ]
+    )
+    validator = jsonschema.Draft202012Validator(
+        json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    )
+    assert not [
+        error.message[:300]
+        for error in validator.iter_errors(json.loads(json.dumps(compare.comparison(runs))))
+    ]
 
 
 def test_other_sources_are_never_ranked(drawn, tmp_path):
     other = document(tasks=TASKS[:1], strategies=("zero-shot",), model="OtherLM")
     runs = compare.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", other)])
     text = read(compare.write_comparison(runs, tmp_path / "x.html").read_text())
-    assert "2 different sources" in text and "none is called better or worse" in text and "source A" in text and "source B" in text
+    assert (
+        "2 different sources" in text
+        and "none is called better or worse" in text
+        and "source A" in text
+        and "source B" in text
+    )
     assert "Fastest engine" not in text and "Smallest engine" not in text
     # No front joins them: medqa was asked of both, and has a panel for each.
-    assert text.count(" medqa, source A accuracy") == 1 + 1 and text.count(" medqa, source B accuracy") == 1 + 1  # seconds and joules
+    # seconds and joules
+    assert (
+        text.count(" medqa, source A accuracy") == 1 + 1
+        and text.count(" medqa, source B accuracy") == 1 + 1
+    )
 
 
 def test_accuracy_stands_together_only_on_the_same_questions(drawn, tmp_path):
     fewer = document(tasks=(("medqa", 120, 4, 0.5, ()),), strategies=("zero-shot",))
     runs = compare.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", fewer)])
-    headings = re.findall(r"<h3>(medqa[^<]*)</h3>", compare.write_comparison(runs, tmp_path / "x.html").read_text())
-    assert [re.sub(r", \w{6}\)", ")", h) for h in headings] == ["medqa (400 items)", "medqa (120 items)"]
+    headings = re.findall(
+        r"<h3>(medqa[^<]*)</h3>", compare.write_comparison(runs, tmp_path / "x.html").read_text()
+    )
+    assert [re.sub(r", \w{6}\)", ")", h) for h in headings] == [
+        "medqa (400 items)",
+        "medqa (120 items)",
+    ]
 
 
 def test_an_engine_directory_is_read(engine, drawn, tmp_path):
-    key, size = engine["manifest"]["key"], engine["bytes"]
-    found = records(20.0, size, key, ORIN) + records(30.0, size, key, ORIN, seed=1) + records(99.0, size, "ff" * 32, ORIN)
-    evals = [{k: v for k, v in r.items() if k != "items"} | {"calibration": {k: v for k, v in r["calibration"].items() if k != "bins"}} for r in engine["evals"]]
-    folder = save_engine(tmp_path / "e", engine, found, evals=evals, gate=engine["gate"], verify=engine["verify"], source={"name": "BioMedLM"})
+    key = engine["manifest"]["key"]
+    size = engine["bytes"]
+    found = (
+        records(20.0, size, key, ORIN)
+        + records(30.0, size, key, ORIN, seed=1)
+        + records(99.0, size, "ff" * 32, ORIN)
+    )
+    evals = [
+        {k: v for k, v in r.items() if k != "items"}
+        | {"calibration": {k: v for k, v in r["calibration"].items() if k != "bins"}}
+        for r in engine["evals"]
+    ]
+    folder = save_engine(
+        tmp_path / "e",
+        engine,
+        found,
+        evals=evals,
+        gate=engine["gate"],
+        verify=engine["verify"],
+        source={"name": "BioMedLM"},
+    )
     [made] = compare.read_runs([folder])
     d = made.document
-    assert [s["stage"] for s in d["steps"]] == ["merge", "quantize"] and d["source"]["files"] == drawn["source"]["files"] and d["source"]["path"] == "BioMedLM"
+    assert (
+        [s["stage"] for s in d["steps"]] == ["merge", "quantize"]
+        and d["source"]["files"] == drawn["source"]["files"]
+        and d["source"]["path"] == "BioMedLM"
+    )
     [only] = d["engines"]
     speeds = [r for r in only["records"] if r["name"] == "decode_tokens_per_second"]
     assert len(speeds) == 1 and 27 < speeds[0]["value"] < 32, "the newest record of each number"
-    assert d["machine"]["label"] == "jetson-orin-nano-8gb" and any("records in its records.jsonl belong to another engine" in s for s in d["not_measured"])
+    assert d["machine"]["label"] == "jetson-orin-nano-8gb" and any(
+        "records in its records.jsonl belong to another engine" in s for s in d["not_measured"]
+    )
     done = cli("report", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = read((tmp_path / "compare.html").read_text())
-    assert "undecided" in text and "medqa" in text and "ECE" in text and not (folder / "report.html").exists(), "an engine directory holds only what its manifest names"
+    assert (
+        "undecided" in text
+        and "medqa" in text
+        and "ECE" in text
+        and not (folder / "report.html").exists()
+    ), "an engine directory holds only what its manifest names"
 
 
 def test_two_machines_are_two_rows(engine, tmp_path):
     key = engine["manifest"]["key"]
-    folder = save_engine(tmp_path / "e", engine, records(20.0, 10**8, key, MACHINE) + records(9.0, 10**8, key, ORIN), evals=engine["evals"])
+    folder = save_engine(
+        tmp_path / "e",
+        engine,
+        records(20.0, 10**8, key, MACHINE) + records(9.0, 10**8, key, ORIN),
+        evals=engine["evals"],
+    )
     [made] = compare.read_runs([folder])
     names = [e["name"] for e in made.document["engines"]]
     assert names == ["onnx-int4 on test-cpu-2c", "onnx-int4 on jetson-orin-nano-8gb (25W)"]
@@ -121,11 +203,16 @@ def test_records_of_another_thread_count_do_not_mix(engine, tmp_path):
     key = engine["manifest"]["key"]
     four = [{**r, "how": {**r["how"], "threads": 4}} for r in records(40.0, 10**8, key)]
     folder = save_engine(tmp_path / "e", engine, [*four, *records(20.0, 10**8, key)[:4]])
-    assert {r["how"]["threads"] for r in compare.read_runs([folder])[0].document["engines"][0]["records"]} == {2}
+    assert {
+        r["how"]["threads"]
+        for r in compare.read_runs([folder])[0].document["engines"][0]["records"]
+    } == {2}
 
 
 def test_an_engine_nobody_measured(engine, tmp_path):
-    folder = save_engine(tmp_path / "e", {**engine, "manifest": {**engine["manifest"], "parent": None}}, [])
+    folder = save_engine(
+        tmp_path / "e", {**engine, "manifest": {**engine["manifest"], "parent": None}}, []
+    )
     [made] = compare.read_runs([folder])
     assert made.document["machine"] is None and len(made.document["not_measured"]) == 3
     text = read(compare.write_comparison([made], tmp_path / "x.html").read_text())
@@ -135,11 +222,25 @@ def test_an_engine_nobody_measured(engine, tmp_path):
 def test_labels_are_short_and_differ(drawn, tmp_path):
     other = {**drawn, "title": "other"}
     third = {**drawn, "title": "third"}
-    folders = [save(tmp_path / "monday" / "run", drawn), save(tmp_path / "tuesday" / "run", other), save(tmp_path / "run2", third)]
-    assert [r.label for r in compare.read_runs(folders)] == ["monday/run", "tuesday/run", f"{tmp_path.name}/run2"]
+    folders = [
+        save(tmp_path / "monday" / "run", drawn),
+        save(tmp_path / "tuesday" / "run", other),
+        save(tmp_path / "run2", third),
+    ]
+    assert [r.label for r in compare.read_runs(folders)] == [
+        "monday/run",
+        "tuesday/run",
+        f"{tmp_path.name}/run2",
+    ]
     (tmp_path / "today").symlink_to(folders[0])
-    assert [r.label for r in compare.read_runs([tmp_path / "today", folders[2]])] == ["today", "run2"], "as it was named, not where a link leads"
-    assert [r.label for r in compare.read_runs(folders[1:])] == ["run", "run2"] and compare.read_runs(folders[:1])[0].label == ""
+    assert [r.label for r in compare.read_runs([tmp_path / "today", folders[2]])] == [
+        "today",
+        "run2",
+    ], "as it was named, not where a link leads"
+    assert [r.label for r in compare.read_runs(folders[1:])] == [
+        "run",
+        "run2",
+    ] and compare.read_runs(folders[:1])[0].label == ""
 
 
 def test_wrong_input_is_refused(drawn, engine, tmp_path):
@@ -157,10 +258,19 @@ def test_wrong_input_is_refused(drawn, engine, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     (tmp_path / "link").symlink_to(run)
     for arguments, named in [
-        ([tmp_path / "nowhere"], ["nowhere is not a directory"]), ([tmp_path / "file"], ["file is not a directory"]), ([tmp_path / "empty"], ["empty has no report.json"]),
-        ([old], ["old has schema 1", "reads 2"]), ([run, old], ["old has schema 1"]), ([broken], ["broken/report.json cannot be read"]), ([listed], ["listed is no report"]),
-        ([lacking], ["lacking lacks gate"]), ([checkpoint], ["checkpoint is a checkpoint"]), ([run, run], ["hold the same run"]), ([run, tmp_path / "link"], ["hold the same run"]),
-        ([run, tmp_path / "copy"], ["run and", "copy hold the same run"]), ([run, "--out", tmp_path / "page.pdf"], ["page.pdf is no name for a page"]),
+        ([tmp_path / "nowhere"], ["nowhere is not a directory"]),
+        ([tmp_path / "file"], ["file is not a directory"]),
+        ([tmp_path / "empty"], ["empty has no report.json"]),
+        ([old], ["old has schema 1", "reads 2"]),
+        ([run, old], ["old has schema 1"]),
+        ([broken], ["broken/report.json cannot be read"]),
+        ([listed], ["listed is no report"]),
+        ([lacking], ["lacking lacks gate"]),
+        ([checkpoint], ["checkpoint is a checkpoint"]),
+        ([run, run], ["hold the same run"]),
+        ([run, tmp_path / "link"], ["hold the same run"]),
+        ([run, tmp_path / "copy"], ["run and", "copy hold the same run"]),
+        ([run, "--out", tmp_path / "page.pdf"], ["page.pdf is no name for a page"]),
         ([run, "--out", tmp_path / "no" / "page.html"], ["does not exist"]),
     ]:
         refused(cli("report", *arguments, cwd=tmp_path), *named)
@@ -170,9 +280,14 @@ def test_wrong_input_is_refused(drawn, engine, tmp_path):
 def test_a_failed_write_leaves_the_old_page(drawn, tmp_path, monkeypatch):
     run = save(tmp_path / "run", drawn)
     (run / "report.html").write_text("old")
-    monkeypatch.setattr("edgemed.report.markdown", lambda _: (_ for _ in ()).throw(EdgemedError("no")))
+    monkeypatch.setattr(
+        "edgemed.report.markdown", lambda _: (_ for _ in ()).throw(EdgemedError("no"))
+    )
     with pytest.raises(EdgemedError):
         from edgemed.report import write
 
         write(drawn, run)
-    assert (run / "report.html").read_text() == "old" and sorted(p.name for p in run.iterdir()) == ["report.html", "report.json"]
+    assert (run / "report.html").read_text() == "old" and sorted(p.name for p in run.iterdir()) == [
+        "report.html",
+        "report.json",
+    ]

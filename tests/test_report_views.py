@@ -1,4 +1,6 @@
-"""What the report decides before it is laid out: the three answers, what is best, the Pareto front, the tree, scales and charts."""
+"""What the report decides before it is laid out: the three answers, what is best, the Pareto front,
+the tree, scales and charts.
+"""
 
 import copy
 import re
@@ -32,11 +34,19 @@ def test_fits_by_measured_peak(run):
     assert answers(run)["fits"].kind == "yes"
     [peak] = [r for r in run["engines"][0]["records"] if r["name"] == "peak_memory_bytes"]
     peak["value"] = 7.5e9
-    assert answers(run)["fits"].kind == "no" and "7.50\u00a0GB of 6.98\u00a0GB" in answers(run)["fits"].why
+    assert (
+        answers(run)["fits"].kind == "no"
+        and "7.50\u00a0GB of 6.98\u00a0GB" in answers(run)["fits"].why
+    )
     run["device"] = None
-    assert answers(run)["fits"].kind == "yes" and "23.7\u00a0GB" in answers(run)["fits"].why, "without a device: the machine it ran on, less its reserve"
+    assert answers(run)["fits"].kind == "yes" and "23.7\u00a0GB" in answers(run)["fits"].why, (
+        "without a device: the machine it ran on, less its reserve"
+    )
     run["engines"][0]["records"].remove(peak)
-    assert (answers(run)["fits"].kind, answers(run)["fits"].why) == ("none", "peak memory was not measured")
+    assert (answers(run)["fits"].kind, answers(run)["fits"].why) == (
+        "none",
+        "peak memory was not measured",
+    )
 
 
 def test_a_device_of_unknown_memory_is_not_guessed(run):
@@ -49,11 +59,22 @@ def test_fields_of_a_later_device_are_ignored(run):
     assert answers(run)["fits"].kind == "yes"
 
 
-@pytest.mark.parametrize(("bench", "machine", "kind", "said"), [
-    ({"max_first_token": 4.0, "min_tokens_per_second": 10}, ORIN, "yes", "asked: at most 4.00\u00a0s, at least 10.0\u00a0tok/s"),
-    ({"max_first_token": 0.5}, ORIN, "no", "first token 2."), ({"min_tokens_per_second": 11.3}, ORIN, "undecided", "rounds disagree"),
-    ({"max_first_token": 4.0, "min_tokens_per_second": 60}, ORIN, "no", "tok/s"), ({}, ORIN, "none", "11."), ({"max_first_token": 3.0}, MACHINE, "none", "only on test-cpu-2c"),
-])
+@pytest.mark.parametrize(
+    ("bench", "machine", "kind", "said"),
+    [
+        (
+            {"max_first_token": 4.0, "min_tokens_per_second": 10},
+            ORIN,
+            "yes",
+            "asked: at most 4.00\u00a0s, at least 10.0\u00a0tok/s",
+        ),
+        ({"max_first_token": 0.5}, ORIN, "no", "first token 2."),
+        ({"min_tokens_per_second": 11.3}, ORIN, "undecided", "rounds disagree"),
+        ({"max_first_token": 4.0, "min_tokens_per_second": 60}, ORIN, "no", "tok/s"),
+        ({}, ORIN, "none", "11."),
+        ({"max_first_token": 3.0}, MACHINE, "none", "only on test-cpu-2c"),
+    ],
+)
 def test_fast_enough(run, bench, machine, kind, said):
     run["recipe"]["bench"] = bench
     engine = run["engines"][0]
@@ -69,9 +90,17 @@ def test_fast_enough_on_any_machine_where_no_device_was_asked_for(run):
     assert answers(run)["fast"].kind == "yes"
 
 
-@pytest.mark.parametrize(("spread", "limit", "below", "kind"), [
-    ((1, 2), 2, True, "yes"), ((1, 2), 1.5, True, "undecided"), ((1, 2), 0.9, True, "no"), ((10, 20), 10, False, "yes"), ((10, 20), 15, False, "undecided"), ((10, 20), 21, False, "no"),
-])
+@pytest.mark.parametrize(
+    ("spread", "limit", "below", "kind"),
+    [
+        ((1, 2), 2, True, "yes"),
+        ((1, 2), 1.5, True, "undecided"),
+        ((1, 2), 0.9, True, "no"),
+        ((10, 20), 10, False, "yes"),
+        ((10, 20), 15, False, "undecided"),
+        ((10, 20), 21, False, "no"),
+    ],
+)
 def test_met(spread, limit, below, kind):
     assert summary.met({"min": spread[0], "max": spread[1]}, limit, below) == kind
 
@@ -79,15 +108,30 @@ def test_met(spread, limit, below, kind):
 def test_not_worse_is_the_gates_verdict(run):
     found = [row["answers"]["not_worse"] for row in view([Run(run)])["summary"]]
     verdicts = [engine["gate"]["verdict"] for engine in run["engines"]]
-    assert [a.kind for a in found] == [{"pass": "yes", "fail": "no", "undecided": "undecided"}[v] for v in verdicts] and len(set(verdicts)) == 3
-    assert "items would decide" in found[verdicts.index("undecided")].why and "margin −3.0\u00a0pt" in found[verdicts.index("pass")].why
+    assert [a.kind for a in found] == [
+        {"pass": "yes", "fail": "no", "undecided": "undecided"}[v] for v in verdicts
+    ] and len(set(verdicts)) == 3
+    assert (
+        "items would decide" in found[verdicts.index("undecided")].why
+        and "margin −3.0\u00a0pt" in found[verdicts.index("pass")].why
+    )
 
 
-@pytest.mark.parametrize(("change", "why"), [
-    (lambda d, e: e.update(gate=None), "no margin given"), (lambda d, e: e.update(gate=None, evals=[]), "accuracy was not measured"),
-    (lambda d, e: e.update(gate=None, evals=[{**r, "paired": None} for r in e["evals"]]), "not compared with its source"),
-    (lambda d, e: (e.update(gate=None), d["source"].update(random_weights=True)), "random weights"),
-])
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda d, e: e.update(gate=None), "no margin given"),
+        (lambda d, e: e.update(gate=None, evals=[]), "accuracy was not measured"),
+        (
+            lambda d, e: e.update(gate=None, evals=[{**r, "paired": None} for r in e["evals"]]),
+            "not compared with its source",
+        ),
+        (
+            lambda d, e: (e.update(gate=None), d["source"].update(random_weights=True)),
+            "random weights",
+        ),
+    ],
+)
 def test_not_judged_says_why(run, change, why):
     change(run, run["engines"][0])
     assert answers(run)["not_worse"].kind == "none" and why in answers(run)["not_worse"].why
@@ -100,36 +144,57 @@ def test_an_engine_that_failed_parity_is_never_the_one_to_take(run):
     assert "gguf-q2_k" not in view([Run(run)])["conclusion"]
     engine["verify"]["passed"] = True
     assert view([Run(run)])["conclusion"].endswith("All three: gguf-q2_k.")
-    assert not view([Run({**run, "engines": [run["engines"][0]]})])["engines"][0]["best"], "the only one is not the best of anything"
+    assert not view([Run({**run, "engines": [run["engines"][0]]})])["engines"][0]["best"], (
+        "the only one is not the best of anything"
+    )
 
 
 def test_best_is_marked_within_machine_and_source(run):
     marks = {e["name"]: e["best"] for e in view([Run(run)])["engines"]}
-    assert marks["gguf-q4_k_m"] == {"bytes", "peak_memory_bytes", "decode_tokens_per_second"} and not marks["gguf-q2_k"]
+    assert (
+        marks["gguf-q4_k_m"] == {"bytes", "peak_memory_bytes", "decode_tokens_per_second"}
+        and not marks["gguf-q2_k"]
+    )
     other = document(tasks=(), strategies=("zero-shot",), machine=ORIN, model="Other")
     both = view([Run(run, "a"), Run(other, "b")])
-    assert [e["label"] for e in both["engines"] if "decode_tokens_per_second" in e["best"]] == ["a: gguf-q4_k_m", "b: gguf-q4_k_m"]
-    assert {e["source"] for e in both["engines"]} == {"A", "B"} and [m["name"] for m in both["machines"]] == ["test-cpu-2c", "jetson-orin-nano-8gb (25W)"]
+    assert [e["label"] for e in both["engines"] if "decode_tokens_per_second" in e["best"]] == [
+        "a: gguf-q4_k_m",
+        "b: gguf-q4_k_m",
+    ]
+    assert {e["source"] for e in both["engines"]} == {"A", "B"} and [
+        m["name"] for m in both["machines"]
+    ] == ["test-cpu-2c", "jetson-orin-nano-8gb (25W)"]
 
 
 def test_power_mode_makes_another_machine(run):
-    run["engines"][0]["records"] = [{**r, "machine": {**MACHINE, "power_mode": "15W"}} for r in run["engines"][0]["records"]]
+    run["engines"][0]["records"] = [
+        {**r, "machine": {**MACHINE, "power_mode": "15W"}} for r in run["engines"][0]["records"]
+    ]
     assert [m["name"] for m in view([Run(run)])["machines"]] == ["test-cpu-2c (15W)", "test-cpu-2c"]
 
 
 def test_pareto_front():
     found = [(1.0, 0.5), (2.0, 0.7), (2.0, 0.6), (3.0, 0.7), (4.0, 0.9), (0.5, 0.4), (2.0, 0.7)]
-    assert accuracy.front(found) == [True, True, False, False, True, True, True], "of two that are equal, both stay"
+    assert accuracy.front(found) == [True, True, False, False, True, True, True], (
+        "of two that are equal, both stay"
+    )
     assert accuracy.front([]) == []
 
 
 def test_costs_keep_machines_and_failed_engines_apart(run):
-    run["engines"][1]["evals"] = [{**r, "machine": "elsewhere", "joules_per_question": None} for r in run["engines"][1]["evals"]]
+    run["engines"][1]["evals"] = [
+        {**r, "machine": "elsewhere", "joules_per_question": None}
+        for r in run["engines"][1]["evals"]
+    ]
     shown = view([Run(run)])
     costs = accuracy.costs(accuracy.tasks([Run(run)], shown["engines"]))
-    assert costs["machines"] == ["elsewhere", "test-cpu-2c"] and not any("gguf-q2_k" in label for _, label in costs["engines"])
+    assert costs["machines"] == ["elsewhere", "test-cpu-2c"] and not any(
+        "gguf-q2_k" in label for _, label in costs["engines"]
+    )
     elsewhere = [p for p in costs["panels"] if "elsewhere" in p["title"]]
-    assert {p["axis"] for p in elsewhere} == {"seconds per question"} and all(step["label"] == "onnx-int4" for p in elsewhere for step in p["front"])
+    assert {p["axis"] for p in elsewhere} == {"seconds per question"} and all(
+        step["label"] == "onnx-int4" for p in elsewhere for step in p["front"]
+    )
     assert len(costs["panels"]) == 2 * 3  # tasks x (two machines' seconds, one machine's joules)
 
 
@@ -137,26 +202,42 @@ def test_tasks_join_only_on_the_same_key(run):
     other = document(tasks=(("medqa", 100, 4, 0.4, ()), TASKS[1]), strategies=("zero-shot",))
     runs = [Run(run, "a"), Run(other, "b")]
     found = accuracy.tasks(runs, view(runs)["engines"])
-    assert [re.sub(r"[0-9a-f]{6}\)", "KEY)", t["title"]) for t in found] == ["medqa (400 items, KEY)", "pubmedqa", "medqa (100 items, KEY)"]
+    assert [re.sub(r"[0-9a-f]{6}\)", "KEY)", t["title"]) for t in found] == [
+        "medqa (400 items, KEY)",
+        "pubmedqa",
+        "medqa (100 items, KEY)",
+    ]
     labels = [[row["label"] for row in t["blocks"][0]["rows"]] for t in found]
-    assert all(label.startswith("a:") for label in labels[0]) and all(label.startswith("b:") for label in labels[2])
+    assert all(label.startswith("a:") for label in labels[0]) and all(
+        label.startswith("b:") for label in labels[2]
+    )
     # The same source with the same answers stands there once.
-    assert [label for label in labels[1] if label.endswith("source")] == ["a: source"] and len(labels[1]) == 1 + 5 + 5
+    assert [label for label in labels[1] if label.endswith("source")] == ["a: source"] and len(
+        labels[1]
+    ) == 1 + 5 + 5
 
 
 def test_the_gates_verdict_reaches_its_row(run):
     shown = view([Run(run)])
     medqa = accuracy.tasks([Run(run)], shown["engines"])[0]
     for block, judged in zip(medqa["blocks"], (True, False), strict=True):
-        assert all((row["verdict"] is not None) == judged for row in block["rows"] if not row["source"])
+        assert all(
+            (row["verdict"] is not None) == judged for row in block["rows"] if not row["source"]
+        )
     rows = {row["label"]: row for row in medqa["blocks"][0]["rows"]}
-    [comparison] = [c for c in run["gate"]["comparisons"] if (c["engine"], c["task"]) == ("gguf-q2_k", "medqa")]
-    assert rows["gguf-q2_k"]["judged"] == comparison and rows["gguf-q2_k"]["base"]["model"] == "source (float32)"
+    [comparison] = [
+        c for c in run["gate"]["comparisons"] if (c["engine"], c["task"]) == ("gguf-q2_k", "medqa")
+    ]
+    assert (
+        rows["gguf-q2_k"]["judged"] == comparison
+        and rows["gguf-q2_k"]["base"]["model"] == "source (float32)"
+    )
 
 
 def test_a_task_in_one_language_meets_its_comparison(run):
     engine = run["engines"][0]
-    engine["evals"][0]["language"], engine["gate"]["comparisons"][0]["task"] = "es", "medqa/es"
+    engine["evals"][0]["language"] = "es"
+    engine["gate"]["comparisons"][0]["task"] = "medqa/es"
     [row, *_] = accuracy.engine_rows(view([Run(run)])["engines"][0])
     assert row["judged"]["task"] == "medqa/es"
 
@@ -164,11 +245,18 @@ def test_a_task_in_one_language_meets_its_comparison(run):
 def test_worst_subgroup_is_named(run):
     shown = view([Run(run)])
     found = accuracy.tasks([Run(run)], shown["engines"])[0]["subgroups"]
-    assert [line["value"] for line in found["rows"]] == ["anatomy", "cardiology", "pharmacology", "surgery"]
+    assert [line["value"] for line in found["rows"]] == [
+        "anatomy",
+        "cardiology",
+        "pharmacology",
+        "surgery",
+    ]
     for column, engine in enumerate(run["engines"]):
         cells = [line["cells"][column] for line in found["rows"]]
         lowest = engine["evals"][0]["paired"]["worst"]
-        assert [c["value"] for c in cells if c["worst"]] == ([lowest["value"]] if lowest["difference"] < 0 else [])
+        assert [c["value"] for c in cells if c["worst"]] == (
+            [lowest["value"]] if lowest["difference"] < 0 else []
+        )
         assert min(c["difference"] for c in cells) == lowest["difference"]
     assert accuracy.tasks([Run(run)], shown["engines"])[1]["subgroups"] is None
 
@@ -177,17 +265,28 @@ def test_the_tree_follows_keys(run):
     root = lineage.tree(run)
     [merge] = [c for c in root["children"] if c["kind"] == "step"]
     kinds = [(c["kind"], c["name"]) for c in merge["children"]]
-    assert kinds[:4] == [("result", "medqa, zero-shot"), ("result", "medqa, nearest-3"), ("result", "pubmedqa, zero-shot"), ("result", "pubmedqa, nearest-3")], "the float32 source is the merged model"
+    assert kinds[:4] == [
+        ("result", "medqa, zero-shot"),
+        ("result", "medqa, nearest-3"),
+        ("result", "pubmedqa, zero-shot"),
+        ("result", "pubmedqa, nearest-3"),
+    ], "the float32 source is the merged model"
     [quantize] = [c for c in merge["children"] if c["kind"] == "step"]
-    assert [c["name"] for c in quantize["children"]] == ["onnx-int4"] and len(quantize["children"][0]["children"]) == 4
-    assert merge["others"] == [("adapter/adapter.safetensors", run["steps"][0]["inputs"]["adapter/adapter.safetensors"])]
+    assert [c["name"] for c in quantize["children"]] == ["onnx-int4"] and len(
+        quantize["children"][0]["children"]
+    ) == 4
+    assert merge["others"] == [
+        ("adapter/adapter.safetensors", run["steps"][0]["inputs"]["adapter/adapter.safetensors"])
+    ]
     assert root["key"] == lineage.made_from(run["steps"][0])
 
 
 def test_source_of_an_engine(run):
     manifest = run["engines"][1]["manifest"]
     merged = run["source_evals"][0]["model_key"]
-    assert lineage.source_of(manifest, {merged}) == merged and lineage.source_of(manifest, set()) == lineage.made_from(run["steps"][0])
+    assert lineage.source_of(manifest, {merged}) == merged and lineage.source_of(
+        manifest, set()
+    ) == lineage.made_from(run["steps"][0])
     # A checkpoint made of nothing begins the chain.
     random = {**run["steps"][0], "inputs": {}, "parent": None}
     assert len(list(lineage.ancestors({**manifest, "parent": random}))) == 1
@@ -195,13 +294,25 @@ def test_source_of_an_engine(run):
 
 def test_scales():
     scale = Scale(0, 10, 100, 200)
-    assert [scale(v) for v in (-5, 0, 5, 10, 99)] == [100, 100, 150, 200, 200] and not scale.holds(11)
+    assert [scale(v) for v in (-5, 0, 5, 10, 99)] == [100, 100, 150, 200, 200] and not scale.holds(
+        11
+    )
     log = Scale(1, 100, 0, 100, log=True)
     assert [log(1), log(10), log(100)] == [0, pytest.approx(50), 100]
     assert Scale(3, 3, 0, 10)(3) == 5, "one value stands in the middle"
 
 
-@pytest.mark.parametrize(("low", "high", "most"), [(0.21, 0.88, 4), (-0.043, 0.021, 5), (0, 536.2, 5), (0.999, 1.001, 4), (0, 1e-9, 5), (-3, 7e6, 6)])
+@pytest.mark.parametrize(
+    ("low", "high", "most"),
+    [
+        (0.21, 0.88, 4),
+        (-0.043, 0.021, 5),
+        (0, 536.2, 5),
+        (0.999, 1.001, 4),
+        (0, 1e-9, 5),
+        (-3, 7e6, 6),
+    ],
+)
 def test_ticks_are_few_round_and_inside(low, high, most):
     found = ticks(low, high, most)
     assert 2 <= len(found) <= most and all(low - 1e-12 <= t <= high + 1e-12 for t in found)
@@ -210,13 +321,23 @@ def test_ticks_are_few_round_and_inside(low, high, most):
 
 
 def test_log_ticks():
-    assert log_ticks(0.8, 30) == [1, 2, 5, 10, 20] and log_ticks(0.9, 2e5) == [1, 10, 100, 1000, 1e4, 1e5]
+    assert log_ticks(0.8, 30) == [1, 2, 5, 10, 20] and log_ticks(0.9, 2e5) == [
+        1,
+        10,
+        100,
+        1000,
+        1e4,
+        1e5,
+    ]
     assert len(log_ticks(1e-9, 1e9)) <= 6 and ticks(2, 2) == [2]
 
 
 def test_long_names_keep_their_ends():
     assert svg.shorten("short", 20) == "short"
-    assert svg.shorten("biomedlm-for-the-ward-onnx-int4-g128", 20).endswith("int4-g128") and len(svg.shorten("x" * 99, 20)) == 20
+    assert (
+        svg.shorten("biomedlm-for-the-ward-onnx-int4-g128", 20).endswith("int4-g128")
+        and len(svg.shorten("x" * 99, 20)) == 20
+    )
 
 
 def parse(drawing):
@@ -224,26 +345,104 @@ def parse(drawing):
 
 
 def sample(label, share=0.9, source=False, failed=False, verdict=None):
-    items = [{"id": str(i), "gold": i % 2, "answer": i % 2 if i < 50 else 1 - i % 2, "scores": [0.5, 0.1], "groups": {}} for i in range(100)]
-    other = [{**item, "answer": item["answer"] if i < 100 * share else 1 - item["answer"]} for i, item in enumerate(items)]
+    items = [
+        {
+            "id": str(i),
+            "gold": i % 2,
+            "answer": i % 2 if i < 50 else 1 - i % 2,
+            "scores": [0.5, 0.1],
+            "groups": {},
+        }
+        for i in range(100)
+    ]
+    other = [
+        {**item, "answer": item["answer"] if i < 100 * share else 1 - item["answer"]}
+        for i, item in enumerate(items)
+    ]
     found = result(("t", 100, 2, 0.5, ()), "zero-shot", other, label, "ab" * 32, 1.0)
-    return Row(label, {**found, "paired": None if source else stats.paired(items, other, 0.02, 0.05)}, source, failed, verdict)
+    return Row(
+        label,
+        {**found, "paired": None if source else stats.paired(items, other, 0.02, 0.05)},
+        source,
+        failed,
+        verdict,
+    )
 
 
 def test_charts_are_well_formed_and_stay_inside():
-    rows = [Row("zero <shot> & more"), sample("source", 1, True), sample("a", 0.97, verdict="pass"), sample("b" * 40, 0.6, failed=True, verdict="fail"), Row("cot"), sample("c", 0.9)]
-    found = [plots.accuracy(rows, 0.5, "t"), plots.accuracy(rows[1:2], None, "t"), plots.differences(rows, 0.02, "t"), plots.differences(rows, None, "t"), plots.flips(rows, "t"),
-             plots.reliability(None, rows[2].result["calibration"]["bins"], "t"), plots.reliability(rows[2].result["calibration"]["bins"], rows[3].result["calibration"]["bins"], "t"),
-             plots.spans([Range("a", 1.0, {"min": 0.5, "median": 1, "max": 90, "p25": 0.8, "p50": 1, "p75": 1.2, "p90": 1.3, "p99": 2, "values": [0.5, 1.0, 90.0]})], "t"),
-             plots.spans([Range("prompt"), Range("a", 0.01, {"min": 0.01, "median": 0.01, "max": 0.01}), Range("b", 1.0, {"min": 0.5, "median": 1, "max": 2.0})], "t"),
-             plots.memory([("a", 10**9, 2 * 10**9), ("b", 10**6, None)], {"dev": 7e9}, "t"), plots.memory([("a", 5, None)], {}, "t"),
-             plots.pareto([Point(1, i, 10.0**i, 0.5 + i / 20, (0.4, 0.9), i % 2 == 0, f"<{i}>") for i in range(6)], "seconds per question", "t"),
-             plots.pareto([Point(1, 0, 2.0, 0.5, (0.4, 0.6), True, "x")], "joules per question", "t"), plots.key("triangle")]
+    rows = [
+        Row("zero <shot> & more"),
+        sample("source", 1, True),
+        sample("a", 0.97, verdict="pass"),
+        sample("b" * 40, 0.6, failed=True, verdict="fail"),
+        Row("cot"),
+        sample("c", 0.9),
+    ]
+    found = [
+        plots.accuracy(rows, 0.5, "t"),
+        plots.accuracy(rows[1:2], None, "t"),
+        plots.differences(rows, 0.02, "t"),
+        plots.differences(rows, None, "t"),
+        plots.flips(rows, "t"),
+        plots.reliability(None, rows[2].result["calibration"]["bins"], "t"),
+        plots.reliability(
+            rows[2].result["calibration"]["bins"], rows[3].result["calibration"]["bins"], "t"
+        ),
+        plots.spans(
+            [
+                Range(
+                    "a",
+                    1.0,
+                    {
+                        "min": 0.5,
+                        "median": 1,
+                        "max": 90,
+                        "p25": 0.8,
+                        "p50": 1,
+                        "p75": 1.2,
+                        "p90": 1.3,
+                        "p99": 2,
+                        "values": [0.5, 1.0, 90.0],
+                    },
+                )
+            ],
+            "t",
+        ),
+        plots.spans(
+            [
+                Range("prompt"),
+                Range("a", 0.01, {"min": 0.01, "median": 0.01, "max": 0.01}),
+                Range("b", 1.0, {"min": 0.5, "median": 1, "max": 2.0}),
+            ],
+            "t",
+        ),
+        plots.memory([("a", 10**9, 2 * 10**9), ("b", 10**6, None)], {"dev": 7e9}, "t"),
+        plots.memory([("a", 5, None)], {}, "t"),
+        plots.pareto(
+            [
+                Point(1, i, 10.0**i, 0.5 + i / 20, (0.4, 0.9), i % 2 == 0, f"<{i}>")
+                for i in range(6)
+            ],
+            "seconds per question",
+            "t",
+        ),
+        plots.pareto([Point(1, 0, 2.0, 0.5, (0.4, 0.6), True, "x")], "joules per question", "t"),
+        plots.key("triangle"),
+    ]
     for drawing in found:
         root = parse(drawing)
         _, _, width, height = map(float, root.get("viewBox").split())
         for node in root.iter():
-            for name, limit in (("x", width), ("x1", width), ("x2", width), ("cx", width), ("y", height), ("y1", height), ("y2", height), ("cy", height)):
+            for name, limit in (
+                ("x", width),
+                ("x1", width),
+                ("x2", width),
+                ("cx", width),
+                ("y", height),
+                ("y1", height),
+                ("y2", height),
+                ("cy", height),
+            ):
                 if node.get(name) is not None:
                     assert -0.1 <= float(node.get(name)) <= limit + 0.1, ElementTree.tostring(node)
     assert "◂" in found[2] and 'class="cross"' in found[0] and "not worse" in found[2]
@@ -255,13 +454,17 @@ def test_a_mark_stands_where_its_number_is():
     [dot] = [node for node in drawing.iter() if node.get("class") == "dot"]
     whisker = next(node for node in drawing.iter() if node.get("class") == "whisker")
     low, high = row.result["interval"]
-    share = (float(dot.get("cx")) - float(whisker.get("x1"))) / (float(whisker.get("x2")) - float(whisker.get("x1")))
+    share = (float(dot.get("cx")) - float(whisker.get("x1"))) / (
+        float(whisker.get("x2")) - float(whisker.get("x1"))
+    )
     assert share == pytest.approx((row.result["accuracy"] - low) / (high - low), abs=0.01)
 
 
 def test_flips_have_lengths_in_proportion():
     drawing = parse(plots.flips([sample("a", 0.8), sample("b", 0.9)], "t"))
-    widths = [float(node.get("width")) for node in drawing.iter() if node.get("class") == "bar gained"]
+    widths = [
+        float(node.get("width")) for node in drawing.iter() if node.get("class") == "bar gained"
+    ]
     assert widths[0] == pytest.approx(2 * widths[1], rel=0.05) and widths[1] > 0
 
 
@@ -270,12 +473,17 @@ def test_a_gain_is_not_called_a_loss(run):
         worst = engine["evals"][0]["paired"]["worst"]
         worst["difference"] = max(0.0, worst["difference"])
     found = accuracy.tasks([Run(run)], view([Run(run)])["engines"])[0]["subgroups"]
-    assert found["worst"] == [] and not any(c["worst"] for line in found["rows"] for c in line["cells"])
+    assert found["worst"] == [] and not any(
+        c["worst"] for line in found["rows"] for c in line["cells"]
+    )
 
 
 def test_a_cards_own_memory_is_not_the_processs(run):
     run["device"].update(shared_memory=False, name="rtx-4060-8gb")
-    assert answers(run)["fits"].kind == "none" and "memory on the card was not measured" in answers(run)["fits"].why
+    assert (
+        answers(run)["fits"].kind == "none"
+        and "memory on the card was not measured" in answers(run)["fits"].why
+    )
     assert view([Run(run)])["engines"][0]["room"] is None
     [peak] = [r for r in run["engines"][0]["records"] if r["name"] == "peak_memory_bytes"]
     run["engines"][0]["records"].append({**peak, "name": "peak_gpu_memory_bytes", "value": 8.3e9})

@@ -1,4 +1,6 @@
-"""The roofline model obeys physics, knows its models' sizes, and its stated error is the error it has."""
+"""The roofline model obeys physics, knows its models' sizes, and its stated error is the error it
+has.
+"""
 
 import subprocess
 import sys
@@ -9,21 +11,50 @@ from conftest import ROOT
 
 from edgemed import params, published
 from edgemed.device import power_mode_of, read_device
-from edgemed.roofline import Constants, Storage, Vision, constants, decode_seconds, fitted, place, prefill_seconds, published_models, vision_seconds
+from edgemed.roofline import (
+    Constants,
+    Storage,
+    Vision,
+    constants,
+    decode_seconds,
+    fitted,
+    place,
+    prefill_seconds,
+    published_models,
+    vision_seconds,
+)
 
 INT4 = Storage(4.125, 16, "weight_only")
 ORIN = read_device("jetson-agx-orin-64gb")
 
 
 def here(device=ORIN, mode=None, runtime="tensorrt", precision="", **changed):
-    return place(device, power_mode_of(device, mode), runtime, replace(constants(), **changed), precision)
+    return place(
+        device, power_mode_of(device, mode), runtime, replace(constants(), **changed), precision
+    )
 
 
 # Parameters in 10^9 as the models' own cards give them, without vision tower.
-@pytest.mark.parametrize(("model", "billions"), [
-    ("Qwen3-0.6B", 0.6), ("Qwen3-1.7B", 1.7), ("Qwen3-4B", 4.0), ("Qwen3-8B", 8.2), ("Qwen3-30B-A3B", 30.5), ("Qwen3.5-4B-LLM", 4.2), ("Qwen3.5-9B-LLM", 9.0), ("Llama-3.2-3B", 3.21),
-    ("Llama-3.1-8B", 8.03), ("Gemma-2-2B", 2.6), ("Phi-3.5-mini-3.8B", 3.8), ("Qwen2.5-7B", 7.6), ("biomedlm", 2.594), ("gpt2-xl", 1.557), ("gpt2-medium", 0.354),
-])
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [
+        ("Qwen3-0.6B", 0.6),
+        ("Qwen3-1.7B", 1.7),
+        ("Qwen3-4B", 4.0),
+        ("Qwen3-8B", 8.2),
+        ("Qwen3-30B-A3B", 30.5),
+        ("Qwen3.5-4B-LLM", 4.2),
+        ("Qwen3.5-9B-LLM", 9.0),
+        ("Llama-3.2-3B", 3.21),
+        ("Llama-3.1-8B", 8.03),
+        ("Gemma-2-2B", 2.6),
+        ("Phi-3.5-mini-3.8B", 3.8),
+        ("Qwen2.5-7B", 7.6),
+        ("biomedlm", 2.594),
+        ("gpt2-xl", 1.557),
+        ("gpt2-medium", 0.354),
+    ],
+)
 def test_dimensions_add_up_to_the_published_size(model, billions):
     d = published_models()[model]
     total = d.matrices + d.expert_layers * d.experts * d.expert + d.head + d.tables
@@ -33,8 +64,12 @@ def test_dimensions_add_up_to_the_published_size(model, billions):
 def test_mixture_of_experts_reads_what_is_chosen():
     d = published_models()["Qwen3-30B-A3B"]
     everything = d.matrices + 48 * 128 * d.expert
-    assert d.read(1) == pytest.approx(d.per_token) and d.per_token + 2 * d.head == pytest.approx(3.3e9, rel=0.05)
-    assert d.read(1) < d.read(8) < d.read(64) < everything and d.read(1000) == pytest.approx(everything, rel=1e-3)
+    assert d.read(1) == pytest.approx(d.per_token) and d.per_token + 2 * d.head == pytest.approx(
+        3.3e9, rel=0.05
+    )
+    assert d.read(1) < d.read(8) < d.read(64) < everything and d.read(1000) == pytest.approx(
+        everything, rel=1e-3
+    )
 
 
 def test_decoding_never_beats_the_bandwidth():
@@ -46,23 +81,44 @@ def test_decoding_never_beats_the_bandwidth():
 
 
 def test_times_grow_with_what_costs_and_shrink_with_what_helps():
-    d, slow, fast = published_models()["Qwen3-4B"], here(mode="30W"), here()
-    assert decode_seconds(d, INT4, fast, 100) < decode_seconds(d, INT4, fast, 4000) and prefill_seconds(d, INT4, fast, 64) < prefill_seconds(d, INT4, fast, 65)
-    assert prefill_seconds(d, INT4, slow, 256) > prefill_seconds(d, INT4, fast, 256) and decode_seconds(d, INT4, slow, 9) > decode_seconds(d, INT4, fast, 9)
-    assert decode_seconds(d, replace(INT4, layer_bits=8.25), fast, 9) > decode_seconds(d, INT4, fast, 9)
-    assert decode_seconds(d, replace(INT4, kv_bytes=1), fast, 4000) < decode_seconds(d, INT4, fast, 4000)
-    assert decode_seconds(published_models()["Qwen3-8B"], INT4, fast, 9) > decode_seconds(d, INT4, fast, 9)
+    d = published_models()["Qwen3-4B"]
+    slow = here(mode="30W")
+    fast = here()
+    assert decode_seconds(d, INT4, fast, 100) < decode_seconds(
+        d, INT4, fast, 4000
+    ) and prefill_seconds(d, INT4, fast, 64) < prefill_seconds(d, INT4, fast, 65)
+    assert prefill_seconds(d, INT4, slow, 256) > prefill_seconds(
+        d, INT4, fast, 256
+    ) and decode_seconds(d, INT4, slow, 9) > decode_seconds(d, INT4, fast, 9)
+    assert decode_seconds(d, replace(INT4, layer_bits=8.25), fast, 9) > decode_seconds(
+        d, INT4, fast, 9
+    )
+    assert decode_seconds(d, replace(INT4, kv_bytes=1), fast, 4000) < decode_seconds(
+        d, INT4, fast, 4000
+    )
+    assert decode_seconds(published_models()["Qwen3-8B"], INT4, fast, 9) > decode_seconds(
+        d, INT4, fast, 9
+    )
     vision = Vision(24, 1024, 4096)
-    assert vision_seconds(vision, fast, 256) < vision_seconds(vision, fast, 512) / 2 + vision_seconds(vision, fast, 1)
+    assert vision_seconds(vision, fast, 256) < vision_seconds(
+        vision, fast, 512
+    ) / 2 + vision_seconds(vision, fast, 1)
 
 
 def test_limits():
     d = published_models()["Qwen3-1.7B"]
     free = replace(here(), step=0.0, prefill=0.0, rates={"weight_only": 1e30, "fp16": 1e30})
     reading = (d.matrices * 4.125 + d.head * 16) / 8 / free.bandwidth
-    assert decode_seconds(d, replace(INT4, kv_bytes=0), free, 1000) == pytest.approx(reading) == prefill_seconds(d, INT4, free, 1000)
+    assert (
+        decode_seconds(d, replace(INT4, kv_bytes=0), free, 1000)
+        == pytest.approx(reading)
+        == prefill_seconds(d, INT4, free, 1000)
+    )
     busy = replace(here(), bandwidth=1e30, step=0.0, prefill=0.0)
-    assert prefill_seconds(d, INT4, busy, 200) == pytest.approx(2 * d.matrices * 200 / busy.rates["weight_only"] + 2 * 200**2 * d.q_size * 28 / busy.rates["fp16"])
+    assert prefill_seconds(d, INT4, busy, 200) == pytest.approx(
+        2 * d.matrices * 200 / busy.rates["weight_only"]
+        + 2 * 200**2 * d.q_size * 28 / busy.rates["fp16"]
+    )
 
 
 def test_a_weight_only_kernel_is_never_faster_than_the_tensor_cores():
@@ -77,29 +133,49 @@ def test_measured_numbers_come_before_the_sheet(tmp_path):
     assert here(measured, "15W").bandwidth == pytest.approx(150e9 * 136.5 / 204.8)
     cpu = read_device("raspberry-pi-5-8gb")
     guess = here(cpu, runtime="onnx", precision="int4")
-    assert here(replace(cpu, achievable_gb_s=17.0), runtime="onnx", precision="int4").bandwidth == pytest.approx(guess.bandwidth * 17.0 / (17.1 * constants().cpu_sheet))
+    assert here(
+        replace(cpu, achievable_gb_s=17.0), runtime="onnx", precision="int4"
+    ).bandwidth == pytest.approx(guess.bandwidth * 17.0 / (17.1 * constants().cpu_sheet))
 
 
 def test_every_published_row_is_used_or_listed():
     found, left = published.cases()
     rows = published.rows("published_latency")
-    assert len(rows) == 69 and len(found) + len(left) == sum(bool(row[c]) for row in rows for c in ("decode_tok_s", "prefill_ms", "vit_ms"))
-    assert [why for *_, why in left] == ["Jetson Orin Nano, Cosmos-Reason2-2B, TensorRT-Edge-LLM: image tokens not published"]
+    assert len(rows) == 69 and len(found) + len(left) == sum(
+        bool(row[c]) for row in rows for c in ("decode_tok_s", "prefill_ms", "vit_ms")
+    )
+    assert [why for *_, why in left] == [
+        "Jetson Orin Nano, Cosmos-Reason2-2B, TensorRT-Edge-LLM: image tokens not published"
+    ]
     for file in published.FILES:
-        assert all(row["source"] for row in published.rows(file)) if file != "own_latency" else all(row["when"] for row in published.rows(file))
+        assert (
+            all(row["source"] for row in published.rows(file))
+            if file != "own_latency"
+            else all(row["when"] for row in published.rows(file))
+        )
 
 
 def test_left_out_means_left_out():
-    assert {"Jetson AGX Thor", "Jetson AGX Orin", "Jetson Orin Nano"} <= set(fitted()["held_out"]["device"])
+    assert {"Jetson AGX Thor", "Jetson AGX Orin", "Jetson Orin Nano"} <= set(
+        fitted()["held_out"]["device"]
+    )
     bases = {case.base for case in published.cases()[0]}
-    assert bases <= set(fitted()["held_out"]["model"]) and "Qwen3-VL-2B-Instruct" not in bases, "a model with the same matrices is the same model"
+    assert bases <= set(fitted()["held_out"]["model"]) and "Qwen3-VL-2B-Instruct" not in bases, (
+        "a model with the same matrices is the same model"
+    )
     thor = params.build(Constants, fitted()["held_out"]["device"]["Jetson AGX Thor"], "held out")
     assert thor != constants()
 
 
-@pytest.mark.parametrize("rows", [row for row in published.summary() if row["prediction"] != "fitted to all"], ids=lambda row: "-".join(map(str, list(row.values())[:3])))
+@pytest.mark.parametrize(
+    "rows",
+    [row for row in published.summary() if row["prediction"] != "fitted to all"],
+    ids=lambda row: "-".join(map(str, list(row.values())[:3])),
+)
 def test_stated_error(rows):
-    """The target of the planner: 20 % in the median, 45 % for nine rows in ten, on rows no constant has seen."""
+    """The target of the planner: 20 % in the median, 45 % for nine rows in ten, on rows no constant
+    has seen.
+    """
     if rows["rows"] == "published":
         assert rows["median error %"] <= 20 and rows["within 45 %"] >= 90
     else:
@@ -109,22 +185,41 @@ def test_stated_error(rows):
 def test_constants_are_those_the_script_fits():
     pytest.importorskip("scipy")
     code = "import json, fit_roofline; print(json.dumps(fit_roofline.all_fits()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "bench", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT / "bench",
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
+    )
     import json
 
-    again, stored = json.loads(done.stdout), fitted()
+    again = json.loads(done.stdout)
+    stored = fitted()
     assert flat(again) == pytest.approx(flat(stored), rel=0.02)
 
 
 def flat(values, prefix=""):
     if not isinstance(values, dict):
         return {prefix: values}
-    return {key: value for name, item in values.items() for key, value in flat(item, f"{prefix}/{name}").items()}
+    return {
+        key: value
+        for name, item in values.items()
+        for key, value in flat(item, f"{prefix}/{name}").items()
+    }
 
 
 def test_own_rows_are_those_of_the_records():
     code = "import json, fit_roofline; print(json.dumps(fit_roofline.own_rows()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "bench", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT / "bench",
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
+    )
     import json
 
     found = [{name: str(value) for name, value in row.items()} for row in json.loads(done.stdout)]
@@ -137,4 +232,6 @@ def test_page_shows_what_the_code_computes():
         import make_planning
     finally:
         sys.path.pop(0)
-    assert (ROOT / "docs" / "planning.md").read_text(encoding="utf-8") == make_planning.page(), "run python docs/make_planning.py"
+    assert (ROOT / "docs" / "planning.md").read_text(encoding="utf-8") == make_planning.page(), (
+        "run python docs/make_planning.py"
+    )

@@ -1,4 +1,6 @@
-"""Sensors are read right from the files real machines have, energy adds up, and what cannot be read is a reason with a way out."""
+"""Sensors are read right from the files real machines have, energy adds up, and what cannot be read
+is a reason with a way out.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ DATA = Path(__file__).parent / "data" / "sensors"
 
 @pytest.fixture
 def machine(tmp_path):
-    """machine(name) -> a root with the files of tests/data/sensors/NAME.tsv; a directory stands where reading fails."""
+    """machine(name) -> a root with the files of tests/data/sensors/NAME.tsv; a directory stands
+    where reading fails.
+    """
+
     def make(name: str) -> Path:
         root = tmp_path / name
         for line in (DATA / f"{name}.tsv").read_text(encoding="utf-8").splitlines():
@@ -42,17 +47,26 @@ def set_to(root: Path, path: str, value: object) -> None:
     (root / path).write_text(f"{value}\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize(("name", "rails", "watts"), [
-    # Only VDD_IN: the other two rails are parts of it.
-    ("jetson-orin-nano-super", ["VDD_IN"], 5.016 * 2.085),
-    # No rail holds everything, NC channels fail, and VDDQ is a part of VIN_SYS_5V0.
-    ("jetson-agx-orin", ["VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"], 19.856 * 0.240 + 19.856 * 0.040 + 5.040 * 0.768),
-    ("jetson-nano", ["POM_5V_IN"], 1.750),
-    ("jetson-agx-thor", ["VIN"], 40.95),
-])
+@pytest.mark.parametrize(
+    ("name", "rails", "watts"),
+    [
+        # Only VDD_IN: the other two rails are parts of it.
+        ("jetson-orin-nano-super", ["VDD_IN"], 5.016 * 2.085),
+        # No rail holds everything, NC channels fail, and VDDQ is a part of VIN_SYS_5V0.
+        (
+            "jetson-agx-orin",
+            ["VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"],
+            19.856 * 0.240 + 19.856 * 0.040 + 5.040 * 0.768,
+        ),
+        ("jetson-nano", ["POM_5V_IN"], 1.750),
+        ("jetson-agx-thor", ["VIN"], 40.95),
+    ],
+)
 def test_jetson_power_counts_every_part_once(machine, name, rails, watts):
     found = sensors.find(machine(name))
-    assert [(s.name, s.part, s.kind, s.problem) for s in found] == [(rail, "board", "power", "") for rail in rails]
+    assert [(s.name, s.part, s.kind, s.problem) for s in found] == [
+        (rail, "board", "power", "") for rail in rails
+    ]
     assert sum(s.read() for s in found) == pytest.approx(watts, rel=1e-9)
 
 
@@ -70,17 +84,39 @@ def test_the_same_chip_on_another_board_is_not_taken_for_its_module(machine):
     assert sensors.find(root) == []
 
 
-@pytest.mark.parametrize(("line", "rails"), [
-    ("RAM 5246/7771MB (lfb 7x4MB) SWAP 983/20269MB (cached 280MB) CPU [47%@1420,23%@1420,32%@1420,22%@1420,31%@1420,96%@1420] EMC_FREQ 2%@1600 GR3D_FREQ 0%@1109 "
-     "APE 150 MTS fg 1% bg 9% AO@29C GPU@31.5C PMIC@100C AUX@30C CPU@33.5C thermal@31.35C VDD_IN 6140/5510 VDD_CPU_GPU_CV 2706/2119 VDD_SOC 1074/1051",
-     {"VDD_IN": 6.14, "VDD_CPU_GPU_CV": 2.706, "VDD_SOC": 1.074}),
-    ("07-09-2024 13:31:31 RAM 3168/6851MB (lfb 2x4MB) SWAP 161/3426MB (cached 0MB) CPU [23%@1397,17%@1192,16%@1190,13%@1190,23%@1190,10%@1190] EMC_FREQ 2%@204 "
-     "GR3D_FREQ 0%@[114] VIC_FREQ 115 APE 150 AUX@45C CPU@46.5C thermal@45.6C AO@45C GPU@45.5C PMIC@50C VDD_IN 2763mW/2846mW VDD_CPU_GPU_CV 650mW/670mW VDD_SOC 650mW/711mW",
-     {"VDD_IN": 2.763, "VDD_CPU_GPU_CV": 0.65, "VDD_SOC": 0.65}),
-    ("RAM 1923/3964MB (lfb 2x2MB) SWAP 191/1982MB (cached 6MB) IRAM 0/252kB(lfb 252kB) CPU [5%@1224,4%@1224,3%@1224,6%@1224] EMC_FREQ 0%@1600 GR3D_FREQ 0%@76 APE 25 "
-     "PLL@37C CPU@40C PMIC@50C GPU@40C AO@45C thermal@40C POM_5V_IN 1750/1628 POM_5V_GPU 0/0 POM_5V_CPU 366/406",
-     {"POM_5V_IN": 1.75, "POM_5V_GPU": 0.0, "POM_5V_CPU": 0.366}),
-])
+@pytest.mark.parametrize(
+    ("line", "rails"),
+    [
+        (
+            (
+                "RAM 5246/7771MB (lfb 7x4MB) SWAP 983/20269MB (cached 280MB) CPU"
+                " [47%@1420,23%@1420,32%@1420,22%@1420,31%@1420,96%@1420] EMC_FREQ 2%@1600"
+                " GR3D_FREQ 0%@1109 APE 150 MTS fg 1% bg 9% AO@29C GPU@31.5C PMIC@100C AUX@30C"
+                " CPU@33.5C thermal@31.35C VDD_IN 6140/5510 VDD_CPU_GPU_CV 2706/2119 VDD_SOC"
+                " 1074/1051"
+            ),
+            {"VDD_IN": 6.14, "VDD_CPU_GPU_CV": 2.706, "VDD_SOC": 1.074},
+        ),
+        (
+            (
+                "07-09-2024 13:31:31 RAM 3168/6851MB (lfb 2x4MB) SWAP 161/3426MB (cached 0MB) CPU"
+                " [23%@1397,17%@1192,16%@1190,13%@1190,23%@1190,10%@1190] EMC_FREQ 2%@204 GR3D_FREQ"
+                " 0%@[114] VIC_FREQ 115 APE 150 AUX@45C CPU@46.5C thermal@45.6C AO@45C GPU@45.5C"
+                " PMIC@50C VDD_IN 2763mW/2846mW VDD_CPU_GPU_CV 650mW/670mW VDD_SOC 650mW/711mW"
+            ),
+            {"VDD_IN": 2.763, "VDD_CPU_GPU_CV": 0.65, "VDD_SOC": 0.65},
+        ),
+        (
+            (
+                "RAM 1923/3964MB (lfb 2x2MB) SWAP 191/1982MB (cached 6MB) IRAM 0/252kB(lfb 252kB)"
+                " CPU [5%@1224,4%@1224,3%@1224,6%@1224] EMC_FREQ 0%@1600 GR3D_FREQ 0%@76 APE 25"
+                " PLL@37C CPU@40C PMIC@50C GPU@40C AO@45C thermal@40C POM_5V_IN 1750/1628"
+                " POM_5V_GPU 0/0 POM_5V_CPU 366/406"
+            ),
+            {"POM_5V_IN": 1.75, "POM_5V_GPU": 0.0, "POM_5V_CPU": 0.366},
+        ),
+    ],
+)
 def test_tegrastats_lines(line, rails):
     assert jetson.parse_tegrastats(line) == pytest.approx(rails)
     program = jetson.Tegrastats([sys.executable, "-c", f"print({line!r}, flush=True); input()"])
@@ -100,9 +136,16 @@ def test_tegrastats_that_ends_is_an_error():
 
 def test_rapl_counts_packages_and_their_memory_once(machine):
     one = sensors.find(machine("intel-i5-13500"))
-    assert [(s.name, s.kind, s.read(), s.wrap) for s in one] == [("package-0", "energy", pytest.approx(65997.277274), pytest.approx(262143.328850))]
+    assert [(s.name, s.kind, s.read(), s.wrap) for s in one] == [
+        ("package-0", "energy", pytest.approx(65997.277274), pytest.approx(262143.328850))
+    ]
     two = sensors.find(machine("intel-xeon-2s"))
-    assert {s.name: s.read() for s in two} == {"package-0": 100.0, "dram of package 0": 50.0, "package-1": 200.0, "dram of package 1": 60.0}
+    assert {s.name: s.read() for s in two} == {
+        "package-0": 100.0,
+        "dram of package 0": 50.0,
+        "package-1": 200.0,
+        "dram of package 1": 60.0,
+    }
 
 
 def test_a_counter_that_wraps_while_measured(machine):
@@ -114,7 +157,11 @@ def test_a_counter_that_wraps_while_measured(machine):
         set_to(root, counter, 1_000_000)
     # From 64930.873566 J up to the end of the range 65532.610987, and 1 J more.
     assert meter.joules == pytest.approx(65532.610987 - 64930.873566 + 1)
-    assert meter.watts_mean == pytest.approx(meter.joules / meter.seconds) and meter.reason == "" and "package-0" in meter.how
+    assert (
+        meter.watts_mean == pytest.approx(meter.joules / meter.seconds)
+        and meter.reason == ""
+        and "package-0" in meter.how
+    )
 
 
 def test_counter_arithmetic():
@@ -131,8 +178,11 @@ def test_power_is_integrated_over_time():
         level[0] = 30.0
         time.sleep(0.35)
     assert meter.seconds >= 0.7 and meter.settle == 0.5
-    # Half the time at 10 W, half at 30 W, with one reading interval between them; a busy machine stretches either half.
-    assert 14 < meter.watts_mean < 26 and meter.joules == pytest.approx(meter.watts_mean * meter.seconds)
+    # Half the time at 10 W, half at 30 W, with one reading interval between them; a busy machine
+    # stretches either half.
+    assert 14 < meter.watts_mean < 26 and meter.joules == pytest.approx(
+        meter.watts_mean * meter.seconds
+    )
 
 
 def test_a_sensor_that_fails_gives_a_reason_and_no_number():
@@ -150,7 +200,8 @@ def test_a_sensor_that_fails_gives_a_reason_and_no_number():
 
 
 def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
-    root, read = machine("intel-i5-13500"), Path.read_bytes
+    root = machine("intel-i5-13500")
+    read = Path.read_bytes
 
     def refuse(self):
         if self.name == "energy_uj":
@@ -160,32 +211,47 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with sensors.Meter(sensors.find(root)) as meter:
         pass
-    assert meter.joules is None and meter.reason.startswith("no permission: /sys/class/powercap/intel-rapl:0/energy_uj is readable by root only")
+    assert meter.joules is None and meter.reason.startswith(
+        "no permission: /sys/class/powercap/intel-rapl:0/energy_uj is readable by root only"
+    )
     assert "sudo chmod a+r" in meter.reason and "CVE-2020-8694" in meter.reason
     [finding] = doctor.power_sensors(sensors.find(root))
-    assert finding.state == "missing" and "no permission" in finding.detail and "chmod" in finding.fix
+    assert (
+        finding.state == "missing" and "no permission" in finding.detail and "chmod" in finding.fix
+    )
 
 
 def test_a_jetson_that_hides_its_rails_is_a_reason(machine, monkeypatch):
-    root, texts, raw = machine("jetson-orin-nano-super"), Path.read_text, Path.read_bytes
+    root = machine("jetson-orin-nano-super")
+    texts = Path.read_text
+    raw = Path.read_bytes
 
     def refuse(read):
         def call(self, *arguments, **named):
             if self.name.endswith("_input") and "ina3221" in str(self):
                 raise PermissionError(13, "Permission denied", str(self))
             return read(self, *arguments, **named)
+
         return call
 
     monkeypatch.setattr(Path, "read_text", refuse(texts))
     monkeypatch.setattr(Path, "read_bytes", refuse(raw))
     chosen, reason = sensors.choose(sensors.find(root))
-    assert chosen == [] and reason.startswith("no permission: /sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in") and reason.endswith("Run with sudo")
+    assert (
+        chosen == []
+        and reason.startswith("no permission: /sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in")
+        and reason.endswith("Run with sudo")
+    )
 
 
 def test_no_sensor_is_a_reason(tmp_path):
     with sensors.Meter(sensors.find(tmp_path)) as meter:
         pass
-    assert meter.joules is None and meter.reason == sensors.NONE_FOUND and doctor.power_sensors([])[0].detail == sensors.NONE_FOUND
+    assert (
+        meter.joules is None
+        and meter.reason == sensors.NONE_FOUND
+        and doctor.power_sensors([])[0].detail == sensors.NONE_FOUND
+    )
 
 
 def fixed(name: str, part: str, joules: float, **facts: str) -> sensors.Sensor:
@@ -193,14 +259,19 @@ def fixed(name: str, part: str, joules: float, **facts: str) -> sensors.Sensor:
 
 
 def test_which_sensors_are_the_energy_of_the_work():
-    cpu, gpu, board = fixed("package-0", "cpu", 1), fixed("GPU 0", "gpu", 1), fixed("VDD_IN", "board", 1)
+    cpu = fixed("package-0", "cpu", 1)
+    gpu = fixed("GPU 0", "gpu", 1)
+    board = fixed("VDD_IN", "board", 1)
     assert sensors.choose([cpu, gpu]) == ([cpu], "")
     assert sensors.choose([cpu, gpu], on_gpu=True) == ([cpu, gpu], "")
     assert sensors.choose([cpu, gpu, board], on_gpu=True) == ([board], "")
     assert sensors.choose([gpu], on_gpu=True) == ([gpu], "")
     # A number that leaves out where the work is done would mislead.
     refused = fixed("GPU", "gpu", 1, problem="no permission: NVML", fix="Run nvidia-smi")
-    assert sensors.choose([cpu, refused], on_gpu=True) == ([], "no permission: NVML. Run nvidia-smi")
+    assert sensors.choose([cpu, refused], on_gpu=True) == (
+        [],
+        "no permission: NVML. Run nvidia-smi",
+    )
     assert sensors.choose([gpu])[1] == sensors.NONE_FOUND
 
 
@@ -216,12 +287,19 @@ class FakeNvml(types.ModuleType):
     class NVMLError_FunctionNotFound(NVMLError):
         pass
 
-    NVML_TEMPERATURE_GPU, NVML_CLOCK_SM = 0, 1
+    NVML_TEMPERATURE_GPU = 0
+    NVML_CLOCK_SM = 1
 
     def __init__(self, **answers):
         super().__init__("pynvml")
         self.asked = []
-        defaults = {"nvmlInit": None, "nvmlDeviceGetHandleByIndex": "handle", "nvmlDeviceGetHandleByUUID": "handle", "nvmlDeviceGetName": b"NVIDIA H100", "nvmlDeviceGetIndex": 0}
+        defaults = {
+            "nvmlInit": None,
+            "nvmlDeviceGetHandleByIndex": "handle",
+            "nvmlDeviceGetHandleByUUID": "handle",
+            "nvmlDeviceGetName": b"NVIDIA H100",
+            "nvmlDeviceGetIndex": 0,
+        }
         for name, value in {**defaults, **answers}.items():
             setattr(self, name, self.answer(name, value))
 
@@ -231,31 +309,52 @@ class FakeNvml(types.ModuleType):
             if isinstance(value, type) and issubclass(value, Exception):
                 raise value("Not Supported")
             return value
+
         return call
 
 
 def with_nvml(monkeypatch, **answers) -> FakeNvml:
     fake = FakeNvml(**answers)
     monkeypatch.setattr(nvml, "need", lambda module, extra: fake)
-    monkeypatch.setattr(sensors.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "nvidia-smi" else None)
+    monkeypatch.setattr(
+        sensors.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "nvidia-smi" else None
+    )
     return fake
 
 
 def test_nvml_counter_power_and_clocks(monkeypatch):
-    fake = with_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=123456, nvmlDeviceGetPowerUsage=70250, nvmlDeviceGetTemperature=41, nvmlDeviceGetClockInfo=1980,
-                     nvmlDeviceGetCurrentClocksThrottleReasons=0x1 | 0x4 | 0x40)
+    fake = with_nvml(
+        monkeypatch,
+        nvmlDeviceGetTotalEnergyConsumption=123456,
+        nvmlDeviceGetPowerUsage=70250,
+        nvmlDeviceGetTemperature=41,
+        nvmlDeviceGetClockInfo=1980,
+        nvmlDeviceGetCurrentClocksThrottleReasons=0x1 | 0x4 | 0x40,
+    )
     [sensor] = sensors.gpu()
-    assert (sensor.kind, sensor.part, sensor.name, sensor.read()) == ("energy", "gpu", "GPU 0 (NVIDIA H100)", 123.456)
+    assert (sensor.kind, sensor.part, sensor.name, sensor.read()) == (
+        "energy",
+        "gpu",
+        "GPU 0 (NVIDIA H100)",
+        123.456,
+    )
     state = thermal.look(Path("/nowhere"), nvml.card())
     assert state.celsius == {"gpu 0": 41.0} and state.gpu_mhz == 1980
-    assert state.flags == ("GPU held down by its power limit", "GPU slowed by its hardware because of heat")
+    assert state.flags == (
+        "GPU held down by its power limit",
+        "GPU slowed by its hardware because of heat",
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234,0")
     nvml.card()
     assert ("nvmlDeviceGetHandleByUUID", ("GPU-1234",)) in fake.asked
 
 
 def test_nvml_without_a_counter_samples_power(monkeypatch):
-    with_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported, nvmlDeviceGetPowerUsage=70250)
+    with_nvml(
+        monkeypatch,
+        nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported,
+        nvmlDeviceGetPowerUsage=70250,
+    )
     [sensor] = sensors.gpu()
     assert (sensor.kind, sensor.settle, sensor.read()) == ("power", 1.0, 70.25)
 
@@ -263,11 +362,24 @@ def test_nvml_without_a_counter_samples_power(monkeypatch):
 def test_nvml_that_fails_is_a_reason(monkeypatch):
     with_nvml(monkeypatch, nvmlInit=FakeNvml.NVMLError)
     assert "NVML does not answer: Not Supported" in sensors.gpu()[0].problem
-    with_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported, nvmlDeviceGetPowerUsage=FakeNvml.NVMLError)
+    with_nvml(
+        monkeypatch,
+        nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported,
+        nvmlDeviceGetPowerUsage=FakeNvml.NVMLError,
+    )
     [sensor] = sensors.gpu()
     assert "nvmlDeviceGetPowerUsage" in sensor.problem and sensor.fix
-    monkeypatch.setattr(nvml, "need", lambda module, extra: (_ for _ in ()).throw(EdgemedError("package missing", "pip install 'edgemed[nvml]'")))
-    assert sensors.choose(sensors.gpu(), on_gpu=True) == ([], "package missing. pip install 'edgemed[nvml]'")
+    monkeypatch.setattr(
+        nvml,
+        "need",
+        lambda module, extra: (_ for _ in ()).throw(
+            EdgemedError("package missing", "pip install 'edgemed[nvml]'")
+        ),
+    )
+    assert sensors.choose(sensors.gpu(), on_gpu=True) == (
+        [],
+        "package missing. pip install 'edgemed[nvml]'",
+    )
     monkeypatch.setattr(sensors.shutil, "which", lambda name: None)
     assert sensors.gpu() == []
 
@@ -277,27 +389,45 @@ def test_state_of_a_jetson(machine):
     # cv0-thermal cannot be read while its part of the chip sleeps: it is left out, not taken for 0.
     assert state.celsius == {"cpu-thermal": 50.5, "gpu-thermal": 49.812, "tj-thermal": 50.5}
     assert (state.cpu_mhz, state.gpu_mhz, state.flags) == (1728.0, 1020.0, ())
-    assert state.events == {"under-voltage (oc1)": 0, "average over-current (oc2)": 0, "instantaneous over-current (oc3)": 27390}
+    assert state.events == {
+        "under-voltage (oc1)": 0,
+        "average over-current (oc2)": 0,
+        "instantaneous over-current (oc3)": 27390,
+    }
     assert thermal.limits(machine("jetson-agx-orin")) == {"CPU-therm": 99.0}
 
 
-@pytest.mark.parametrize(("name", "gpu", "celsius"), [
-    ("jetson-agx-orin", 306.0, "CPU-therm"), ("jetson-nano", 76.8, "AO-therm"), ("jetson-agx-thor", 1575.0, None), ("amd-ryzen", None, "k10temp Tctl"),
-    ("intel-i5-13500", None, "coretemp Package id 0"), ("raspberry-pi-5", None, "cpu-thermal"),
-])
+@pytest.mark.parametrize(
+    ("name", "gpu", "celsius"),
+    [
+        ("jetson-agx-orin", 306.0, "CPU-therm"),
+        ("jetson-nano", 76.8, "AO-therm"),
+        ("jetson-agx-thor", 1575.0, None),
+        ("amd-ryzen", None, "k10temp Tctl"),
+        ("intel-i5-13500", None, "coretemp Package id 0"),
+        ("raspberry-pi-5", None, "cpu-thermal"),
+    ],
+)
 def test_clocks_and_temperatures_elsewhere(machine, name, gpu, celsius):
     state = thermal.look(machine(name))
-    assert state.gpu_mhz == (None if gpu is None else pytest.approx(gpu)) and (celsius in state.celsius if celsius else not state.celsius)
+    assert state.gpu_mhz == (None if gpu is None else pytest.approx(gpu)) and (
+        celsius in state.celsius if celsius else not state.celsius
+    )
 
 
 def test_trip_points_nobody_set_are_no_limit(machine):
-    assert thermal.limits(machine("intel-i5-13500")) == {} and thermal.limits(machine("rk3588")) == {"package-thermal": 75.0}
+    assert thermal.limits(machine("intel-i5-13500")) == {} and thermal.limits(
+        machine("rk3588")
+    ) == {"package-thermal": 75.0}
 
 
 def test_unlike_cores_are_told_apart_and_favoured_ones_are_not(machine, tmp_path):
     assert thermal.clusters(machine("rk3588")) == [[4, 5, 6, 7], [0, 1, 2, 3]]
     assert thermal.clusters(machine("intel-i5-13500")) == [list(range(12)), list(range(12, 20))]
-    assert thermal.clusters(machine("raspberry-pi-5")) == [[0, 1, 2, 3]] and thermal.clusters(tmp_path) == []
+    assert (
+        thermal.clusters(machine("raspberry-pi-5")) == [[0, 1, 2, 3]]
+        and thermal.clusters(tmp_path) == []
+    )
 
 
 def test_throttling_is_seen_by_events_heat_flags_and_clocks(machine):
@@ -310,41 +440,78 @@ def test_throttling_is_seen_by_events_heat_flags_and_clocks(machine):
         set_to(root, f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", 1113600)
     after = thermal.look(root)
     told = thermal.told(before, [before], [after], after, root)
-    assert told["throttled"] is True and told["hottest"] == "cpu-thermal" and told["celsius"] == {"before": 50.5, "early": 50.5, "late": 99.5, "after": 99.5}
-    assert told["throttling"] == ["instantaneous over-current (oc3): 12 events", "cpu-thermal reached 100 °C, clocks are lowered from 99 °C",
-                                  "CPU clock fell from 1728 to 1114 MHz under load"]
+    assert (
+        told["throttled"] is True
+        and told["hottest"] == "cpu-thermal"
+        and told["celsius"] == {"before": 50.5, "early": 50.5, "late": 99.5, "after": 99.5}
+    )
+    assert told["throttling"] == [
+        "instantaneous over-current (oc3): 12 events",
+        "cpu-thermal reached 100 °C, clocks are lowered from 99 °C",
+        "CPU clock fell from 1728 to 1114 MHz under load",
+    ]
     assert json.loads(json.dumps(told)) == told
 
 
 def test_throttling_elsewhere(machine, tmp_path):
     pi = machine("raspberry-pi-5")
-    assert thermal.look(pi).flags == ("Raspberry Pi firmware: under-voltage", "Raspberry Pi firmware: throttled")
+    assert thermal.look(pi).flags == (
+        "Raspberry Pi firmware: under-voltage",
+        "Raspberry Pi firmware: throttled",
+    )
     set_to(pi, "sys/devices/platform/soc/soc:firmware/get_throttled", "50000")
     assert thermal.look(pi).flags == (), "bits of the past say nothing about now"
     intel = machine("intel-i5-13500")
     before = thermal.look(intel)
     set_to(intel, "sys/devices/system/cpu/cpu1/thermal_throttle/package_throttle_count", 45)
-    assert thermal.told(before, [], [], thermal.look(intel), intel)["throttling"] == ["CPU package slowed because of heat: 3 events"]
+    assert thermal.told(before, [], [], thermal.look(intel), intel)["throttling"] == [
+        "CPU package slowed because of heat: 3 events"
+    ]
     nothing = thermal.look(tmp_path)
-    assert nothing.empty and thermal.told(nothing, [], [], nothing, tmp_path)["throttled"] is None, "a machine that tells nothing is not known to run freely"
+    assert (
+        nothing.empty and thermal.told(nothing, [], [], nothing, tmp_path)["throttled"] is None
+    ), "a machine that tells nothing is not known to run freely"
 
 
-@pytest.mark.parametrize(("name", "said", "mode", "clocks"), [
-    ("jetson-orin-nano-super", "JetPack 6.2.1 (L4T 36.4.4)", "MAXN_SUPER", "CPU 1728 MHz, GPU 1020 MHz: held by jetson_clocks"),
-    ("jetson-agx-orin", "JetPack 5.1.2 (L4T 35.4.1)", "MAXN", "CPU 730 to 2202 MHz, GPU 306 to 1300 MHz: free to change"),
-    ("jetson-nano", "JetPack 4.6.1 (L4T 32.7.1)", None, "GPU 77 to 922 MHz: free to change"),
-    ("jetson-agx-thor", "JetPack 7.0 (L4T 38.2.0)", None, "GPU 315 to 1575 MHz: free to change"),
-])
+@pytest.mark.parametrize(
+    ("name", "said", "mode", "clocks"),
+    [
+        (
+            "jetson-orin-nano-super",
+            "JetPack 6.2.1 (L4T 36.4.4)",
+            "MAXN_SUPER",
+            "CPU 1728 MHz, GPU 1020 MHz: held by jetson_clocks",
+        ),
+        (
+            "jetson-agx-orin",
+            "JetPack 5.1.2 (L4T 35.4.1)",
+            "MAXN",
+            "CPU 730 to 2202 MHz, GPU 306 to 1300 MHz: free to change",
+        ),
+        ("jetson-nano", "JetPack 4.6.1 (L4T 32.7.1)", None, "GPU 77 to 922 MHz: free to change"),
+        (
+            "jetson-agx-thor",
+            "JetPack 7.0 (L4T 38.2.0)",
+            None,
+            "GPU 315 to 1575 MHz: free to change",
+        ),
+    ],
+)
 def test_doctor_knows_a_jetson(machine, name, said, mode, clocks):
     root = machine(name)
     board, power, speed = doctor.jetson_board(root)
     assert board.detail == said and speed.detail.startswith(clocks)
-    assert (power.state, power.detail) == (("ok", mode) if mode else ("missing", "nvpmodel's mode cannot be read"))
+    assert (power.state, power.detail) == (
+        ("ok", mode) if mode else ("missing", "nvpmodel's mode cannot be read")
+    )
     assert jetson.power_mode(root) == mode
 
 
 def test_releases_that_are_not_in_the_table_are_not_guessed():
-    assert jetson.jetpack("36.9.1") == "JetPack 6, which release is not known (L4T 36.9.1)" and jetson.jetpack("41.0.0") == "JetPack not known (L4T 41.0.0)"
+    assert (
+        jetson.jetpack("36.9.1") == "JetPack 6, which release is not known (L4T 36.9.1)"
+        and jetson.jetpack("41.0.0") == "JetPack not known (L4T 41.0.0)"
+    )
 
 
 def test_a_mode_without_a_name_is_its_number(machine):
@@ -360,17 +527,29 @@ def test_doctor_elsewhere_says_nothing_about_jetsons(machine):
 def test_doctor_tells_no_driver_from_a_driver_without_cuda(machine, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "gpus", lambda: ([], None))
     [finding] = doctor.graphics(machine("amd-ryzen"))
-    assert finding.state == "broken" and "on the PCI bus" in finding.detail and "driver" in finding.fix
+    assert (
+        finding.state == "broken" and "on the PCI bus" in finding.detail and "driver" in finding.fix
+    )
     assert doctor.graphics(tmp_path)[0].state == "missing"
 
     def absent(name):
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(doctor.ctypes, "CDLL", absent)
-    card = {"name": "NVIDIA L4", "memory_bytes": 24 << 30, "driver": "570.1", "compute_capability": "8.9"}
+    card = {
+        "name": "NVIDIA L4",
+        "memory_bytes": 24 << 30,
+        "driver": "570.1",
+        "compute_capability": "8.9",
+    }
     monkeypatch.setattr(doctor, "gpus", lambda: ([card], None))
     gpu, cuda = doctor.graphics(tmp_path)
-    assert gpu.state == "ok" and cuda.state == "broken" and "driver without CUDA" in cuda.detail and "compute" in cuda.fix
+    assert (
+        gpu.state == "ok"
+        and cuda.state == "broken"
+        and "driver without CUDA" in cuda.detail
+        and "compute" in cuda.fix
+    )
     monkeypatch.setattr(doctor, "gpus", lambda: ([], None))
     assert doctor.graphics(machine("jetson-nano"))[0].detail.startswith("the Jetson's own GPU")
     monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: object())
@@ -380,7 +559,10 @@ def test_doctor_tells_no_driver_from_a_driver_without_cuda(machine, tmp_path, mo
 class Busy:
     """A session that takes a millisecond per token and counts."""
 
-    head, width, context, position = "lm", 4, 64, 0
+    head = "lm"
+    width = 4
+    context = 64
+    position = 0
 
     def __init__(self):
         self.prefilled = self.stepped = 0
@@ -413,56 +595,118 @@ def quick(monkeypatch):
 
 def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
     root = machine("jetson-orin-nano-super")
-    monkeypatch.setattr(sensors, "find", lambda: [sensors.Sensor("VDD_IN", "board", "power", "INA power monitor", lambda: 10.0, settle=0.1)])
+    monkeypatch.setattr(
+        sensors,
+        "find",
+        lambda: [
+            sensors.Sensor(
+                "VDD_IN", "board", "power", "INA power monitor", lambda: 10.0, settle=0.1
+            )
+        ],
+    )
     monkeypatch.setattr(conditions.thermal, "look", lambda card=None, look=thermal.look: look(root))
-    session, watch = Busy(), conditions.Conditions()
+    session = Busy()
+    watch = conditions.Conditions()
     watch.begin(session, [1] * 8)
     assert session.prefilled >= 8 and watch.early
-    rows = {name: (unit, values, how) for name, unit, values, how in [*watch.end(session, [1] * 8, [1] * 4, 16), *watch.rest()]}
-    assert set(rows) == {"prefill_joules_per_token", "prefill_watts", "decode_joules_per_token", "decode_watts", "rest_watts"}
+    rows = {
+        name: (unit, values, how)
+        for name, unit, values, how in [*watch.end(session, [1] * 8, [1] * 4, 16), *watch.rest()]
+    }
+    assert set(rows) == {
+        "prefill_joules_per_token",
+        "prefill_watts",
+        "decode_joules_per_token",
+        "decode_watts",
+        "rest_watts",
+    }
     for phase in ("prefill", "decode"):
         unit, [joules], how = rows[f"{phase}_joules_per_token"]
         # 10 W over at least 1 ms per token.
-        assert unit == "J/tok" and joules == pytest.approx(10 * how["seconds"] / how["tokens"], rel=0.02) and 0.01 <= joules < 0.05
-        assert how["parts_joules"] == {"VDD_IN": pytest.approx(10 * how["seconds"], rel=0.02)} and "VDD_IN (INA power monitor, read every 0.1 s)" in how["what"]
+        assert (
+            unit == "J/tok"
+            and joules == pytest.approx(10 * how["seconds"] / how["tokens"], rel=0.02)
+            and 0.01 <= joules < 0.05
+        )
+        assert (
+            how["parts_joules"] == {"VDD_IN": pytest.approx(10 * how["seconds"], rel=0.02)}
+            and "VDD_IN (INA power monitor, read every 0.1 s)" in how["what"]
+        )
         assert rows[f"{phase}_watts"][1] == [pytest.approx(10, rel=0.02)]
-    assert rows["prefill_watts"][2]["prompt"] == 8 and (rows["decode_watts"][2]["prompt"], rows["decode_watts"][2]["generate"]) == (4, 16)
+    assert rows["prefill_watts"][2]["prompt"] == 8 and (
+        rows["decode_watts"][2]["prompt"],
+        rows["decode_watts"][2]["generate"],
+    ) == (4, 16)
     state = watch.state()
-    assert state["energy_reason"] is None and "VDD_IN" in state["energy"] and state["cpu_mhz"]["late"] == 1728.0
+    assert (
+        state["energy_reason"] is None
+        and "VDD_IN" in state["energy"]
+        and state["cpu_mhz"]["late"] == 1728.0
+    )
     assert json.loads(json.dumps(state)) == state
 
 
 def test_conditions_cost_nothing_where_nothing_is_told(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(sensors, "find", list)
-    monkeypatch.setattr(conditions.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path))
-    session, watch = Busy(), conditions.Conditions()
+    monkeypatch.setattr(
+        conditions.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
+    )
+    session = Busy()
+    watch = conditions.Conditions()
     watch.begin(session, [1])
-    assert watch.end(session, [1], [1], 4) == [] and watch.rest() == [] and session.prefilled == session.stepped == 0
+    assert (
+        watch.end(session, [1], [1], 4) == []
+        and watch.rest() == []
+        and session.prefilled == session.stepped == 0
+    )
     state = watch.state()
-    assert state["energy"] is None and state["energy_reason"] == sensors.NONE_FOUND and state["throttled"] is None
+    assert (
+        state["energy"] is None
+        and state["energy_reason"] == sensors.NONE_FOUND
+        and state["throttled"] is None
+    )
 
 
 def test_a_sensor_failing_in_the_middle_leaves_the_bench_standing(tmp_path, monkeypatch, quick):
     def broken():
         raise OSError("I/O error")
 
-    monkeypatch.setattr(sensors, "find", lambda: [sensors.Sensor("VDD_IN", "board", "power", "INA power monitor", broken)])
-    monkeypatch.setattr(conditions.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path))
+    monkeypatch.setattr(
+        sensors,
+        "find",
+        lambda: [sensors.Sensor("VDD_IN", "board", "power", "INA power monitor", broken)],
+    )
+    monkeypatch.setattr(
+        conditions.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
+    )
     watch = conditions.Conditions()
     assert watch.end(Busy(), [1], [1], 4) == [] and watch.rest() == []
     assert watch.state()["energy_reason"] == "VDD_IN failed while it was read: I/O error"
 
 
 def test_every_reader_works_on_this_machine():
-    assert isinstance(thermal.look(), thermal.State) and all(isinstance(s, sensors.Sensor) for s in sensors.find())
+    assert isinstance(thermal.look(), thermal.State) and all(
+        isinstance(s, sensors.Sensor) for s in sensors.find()
+    )
     found = number(Path("/proc/self/stat"))
     assert found and found > 0
 
 
 def test_points_of_a_thread_sweep():
-    assert [p.threads for p in sweep.points(4, 2, [[0, 1, 2, 3]])] == [1, 2, 3, 4], "one kind of core needs no pinning"
+    assert [p.threads for p in sweep.points(4, 2, [[0, 1, 2, 3]])] == [
+        1,
+        2,
+        3,
+        4,
+    ], "one kind of core needs no pinning"
     unlike = sweep.points(4, 4, [[2, 3], [0, 1]])
-    assert [(p.threads, p.label) for p in unlike] == [*((n, "all") for n in range(1, 5)), (1, "2-3"), (2, "2-3"), (1, "0-1"), (2, "0-1")]
+    assert [(p.threads, p.label) for p in unlike] == [
+        *((n, "all") for n in range(1, 5)),
+        (1, "2-3"),
+        (2, "2-3"),
+        (1, "0-1"),
+        (2, "0-1"),
+    ]
     many = [p.threads for p in sweep.points(128, 64, [])]
     assert many == [*range(1, 17), 32, 48, 64, 80, 96, 112, 128]
     assert sweep.Point(1, (0, 2)).label == "0,2" and sweep.Point(1, (5,)).label == "5"
@@ -482,7 +726,10 @@ def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
 
     def one(path, point, plan, variables):
         order.append(point.threads)
-        return {"decode_tokens_per_second": 10.0 * point.threads, "prefill_tokens_per_second": 100.0 / point.threads + len(order)}
+        return {
+            "decode_tokens_per_second": 10.0 * point.threads,
+            "prefill_tokens_per_second": 100.0 / point.threads + len(order),
+        }
 
     monkeypatch.setattr(sweep, "one", one)
     monkeypatch.setattr(sweep, "open_engine", lambda path, check: types.SimpleNamespace(context=64))
@@ -490,15 +737,27 @@ def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.thermal, "clusters", list)
     rows = sweep.sweep("threads", tmp_path, BenchSpec((8,), 4, 2))
     assert order == [1, 2, 3, 3, 2, 1]
-    assert [(row["threads"], row["best"]) for row in rows] == [(1, "prefill"), (2, ""), (3, "decode")]
-    assert rows[0]["prefill_tokens_per_second"] == 103.5 and (rows[0]["prefill_tokens_per_second_min"], rows[0]["prefill_tokens_per_second_max"]) == (101, 106)
+    assert [(row["threads"], row["best"]) for row in rows] == [
+        (1, "prefill"),
+        (2, ""),
+        (3, "decode"),
+    ]
+    assert rows[0]["prefill_tokens_per_second"] == 103.5 and (
+        rows[0]["prefill_tokens_per_second_min"],
+        rows[0]["prefill_tokens_per_second_max"],
+    ) == (101, 106)
     with pytest.raises(EdgemedError, match="does not fit"):
         sweep.sweep("threads", tmp_path, BenchSpec((64,), 4, 1))
 
 
 def test_a_point_that_fails_is_named(tmp_path):
     with pytest.raises(EdgemedError, match=r"2 threads on cores 0-1 failed: .*does not exist"):
-        sweep.one(tmp_path / "none", sweep.Point(2, (0, 1)), BenchSpec((8,), 4, 1), sweep.environment("auto"))
+        sweep.one(
+            tmp_path / "none",
+            sweep.Point(2, (0, 1)),
+            BenchSpec((8,), 4, 1),
+            sweep.environment("auto"),
+        )
 
 
 def test_a_report_says_why_there_is_no_energy_and_what_held_the_clocks_down():
@@ -506,11 +765,25 @@ def test_a_report_says_why_there_is_no_energy_and_what_held_the_clocks_down():
         return [{"state": {"energy_reason": reason, "throttling": throttling}}]
 
     recipe = Recipe("model", (), (), bench=BenchSpec())
-    engines = [types.SimpleNamespace(name=name, random_weights=False, stand_in="") for name in ("a", "b", "c")]
-    said = not_measured(recipe, engines, [None] * 3, [benched("no permission", []), benched("no permission", ["GPU slowed"]), []])
-    assert [line for line in said if "Energy" in line] == ["Energy was not measured: no permission."]
+    engines = [
+        types.SimpleNamespace(name=name, random_weights=False, stand_in="")
+        for name in ("a", "b", "c")
+    ]
+    said = not_measured(
+        recipe,
+        engines,
+        [None] * 3,
+        [benched("no permission", []), benched("no permission", ["GPU slowed"]), []],
+    )
+    assert [line for line in said if "Energy" in line] == [
+        "Energy was not measured: no permission."
+    ]
     assert "b: not measured at full clocks: GPU slowed." in said
-    assert not [line for line in not_measured(recipe, engines[:1], [None], [benched(None, [])]) if "Energy" in line]
+    assert not [
+        line
+        for line in not_measured(recipe, engines[:1], [None], [benched(None, [])])
+        if "Energy" in line
+    ]
     assert "Energy was not measured." in not_measured(recipe, engines[:1], [None], [[]])
 
 
@@ -524,12 +797,30 @@ def test_power_mode_of_a_jetson_without_nvpmodel(monkeypatch):
 
 def test_the_real_package_has_what_is_asked_of_it():
     real = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
-    asked = ["nvmlInit", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetName", "nvmlDeviceGetIndex", "nvmlDeviceGetTotalEnergyConsumption",
-             "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTemperature", "nvmlDeviceGetClockInfo", "nvmlDeviceGetCurrentClocksThrottleReasons", "NVML_TEMPERATURE_GPU",
-             "NVML_CLOCK_SM", "NVMLError_NotSupported", "NVMLError_FunctionNotFound"]
+    asked = [
+        "nvmlInit",
+        "nvmlDeviceGetHandleByIndex",
+        "nvmlDeviceGetHandleByUUID",
+        "nvmlDeviceGetName",
+        "nvmlDeviceGetIndex",
+        "nvmlDeviceGetTotalEnergyConsumption",
+        "nvmlDeviceGetPowerUsage",
+        "nvmlDeviceGetTemperature",
+        "nvmlDeviceGetClockInfo",
+        "nvmlDeviceGetCurrentClocksThrottleReasons",
+        "NVML_TEMPERATURE_GPU",
+        "NVML_CLOCK_SM",
+        "NVMLError_NotSupported",
+        "NVMLError_FunctionNotFound",
+    ]
     assert not [name for name in asked if not hasattr(real, name)]
-    assert set(nvml.HELD_DOWN) == {real.nvmlClocksThrottleReasonSwPowerCap, real.nvmlClocksThrottleReasonHwSlowdown, real.nvmlClocksThrottleReasonSwThermalSlowdown,
-                                   real.nvmlClocksThrottleReasonHwThermalSlowdown, real.nvmlClocksThrottleReasonHwPowerBrakeSlowdown}
+    assert set(nvml.HELD_DOWN) == {
+        real.nvmlClocksThrottleReasonSwPowerCap,
+        real.nvmlClocksThrottleReasonHwSlowdown,
+        real.nvmlClocksThrottleReasonSwThermalSlowdown,
+        real.nvmlClocksThrottleReasonHwThermalSlowdown,
+        real.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+    }
     if not device.shutil.which("nvidia-smi"):
         with pytest.raises(EdgemedError, match="NVML does not answer"):
             nvml.card()

@@ -1,7 +1,9 @@
-"""SmoothQuant and engines of precision w8a8: the smoothing is the paper's and changes nothing in floats, and engines compute what integers of these scales give.
+"""SmoothQuant and engines of precision w8a8: the smoothing is the paper's and changes nothing in
+floats, and engines compute what integers of these scales give.
 
-Engines are compared with the torch decoder whose inputs are rounded in the very same way, so a wrong scale or zero shows at once; that smoothing is worth it
-is shown on a model that was given outlier channels.
+Engines are compared with the torch decoder whose inputs are rounded in the very same way, so a
+wrong scale or zero shows at once; that smoothing is worth it is shown on a model that was given
+outlier channels.
 """
 
 from __future__ import annotations
@@ -27,11 +29,22 @@ from edgemed.targets import onnx, tensorrt  # noqa: E402
 from edgemed.weights import Weights  # noqa: E402
 
 IDS = tokens(80)
-FAMILIES = {"gpt2": {}, "llama": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}}
+FAMILIES = {
+    "gpt2": {},
+    "llama": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+}
 
 
 def outliers(model: Path, out: Path) -> Path:
-    """Two channels of every attention and MLP input forty times as large as the others, and what reads them forty times smaller: the same function."""
+    """Two channels of every attention and MLP input forty times as large as the others, and what
+    reads them forty times smaller: the same function.
+    """
+
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, value in tensors.items():
             if "ln_1." in name or "ln_2." in name:
@@ -44,7 +57,9 @@ def outliers(model: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, Checkpoint, Path]:
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Weights, Checkpoint, Path]:
     """(source, its smoothquant checkpoint, the calibration text)."""
     folder = tmp_path_factory.mktemp(f"smooth-{request.param}")
     text = folder / "text.txt"
@@ -52,31 +67,60 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     source = write_model(folder / "model", family=request.param, **FAMILIES[request.param])
     source = outliers(source, folder / "outliers") if request.param == "gpt2" else source
     (folder / "out").mkdir()
-    quantize.run(open_checkpoint(source), folder / "out", quantize.Params("smoothquant", 8, -1, str(text), samples=6, length=64))
+    quantize.run(
+        open_checkpoint(source),
+        folder / "out",
+        quantize.Params(
+            "smoothquant",
+            8,
+            -1,
+            str(text),
+            samples=6,
+            length=64,
+        ),
+    )
     return Weights(open_checkpoint(source), fold=True), open_checkpoint(folder / "out"), text
 
 
-def by_hand(weights: Weights, rounded: Callable[[str, torch.Tensor], torch.Tensor], grid: bool) -> np.ndarray:
-    """Scores of IDS where what each matrix reads is first put through rounded(canonical name, x)."""
-    d, x = weights.decoder, embed(weights, torch.tensor([IDS])) if not grid else None
+def by_hand(
+    weights: Weights, rounded: Callable[[str, torch.Tensor], torch.Tensor], grid: bool
+) -> np.ndarray:
+    """Scores of IDS where what each matrix reads is first put through rounded(canonical name,
+    x).
+    """
+    d = weights.decoder
+    x = embed(weights, torch.tensor([IDS])) if not grid else None
     if grid:
         table = weights.table
         weights.table = lambda name: table(name).half().float()
         x = embed(weights, torch.tensor([IDS]))
         weights.table = table
     for n in range(d.layers):
-        x = block(d, load_layer(weights, n), n, x, product=lambda layer, name, x, n=n: linear(layer, name, rounded(f"layers.{n}.{name}", x)))
+        x = block(
+            d,
+            load_layer(weights, n),
+            n,
+            x,
+            product=lambda layer, name, x, n=n: linear(
+                layer, name, rounded(f"layers.{n}.{name}", x)
+            ),
+        )
     final, matrix, bias = top(weights)
-    return torch.nn.functional.linear(norm(d, final, "final_norm", x), on_q8_grid(matrix) if grid else matrix, bias)[0].numpy()
+    return torch.nn.functional.linear(
+        norm(d, final, "final_norm", x), on_q8_grid(matrix) if grid else matrix, bias
+    )[0].numpy()
 
 
 def per_token(name: str, x: torch.Tensor) -> torch.Tensor:
-    step = torch.maximum(x.amax(-1, keepdim=True) / 127, -x.amin(-1, keepdim=True) / 128).clamp_min(1e-12)
+    step = torch.maximum(x.amax(-1, keepdim=True) / 127, -x.amin(-1, keepdim=True) / 128).clamp_min(
+        1e-12
+    )
     return (x / step).round().clamp(-128, 127) * step
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
-    p, q = log_softmax(p), log_softmax(q)
+    p = log_softmax(p)
+    q = log_softmax(q)
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
@@ -88,9 +132,14 @@ def scores(checkpoint: Checkpoint, target: str, params: object, out: Path) -> np
 
 
 def test_the_scale_is_equation_4() -> None:
-    x, weight = torch.rand(5) * 9, torch.randn(7, 5)
+    x = torch.rand(5) * 9
+    weight = torch.randn(7, 5)
     found = scale(x, weight, 0.3)
-    np.testing.assert_allclose(found, [float(x[j]) ** 0.3 / np.abs(weight[:, j].numpy()).max() ** 0.7 for j in range(5)], rtol=1e-5)
+    np.testing.assert_allclose(
+        found,
+        [float(x[j]) ** 0.3 / np.abs(weight[:, j].numpy()).max() ** 0.7 for j in range(5)],
+        rtol=1e-5,
+    )
 
 
 def test_norms_take_what_weights_give_back(made: tuple[Weights, Checkpoint, Path]) -> None:
@@ -99,9 +148,16 @@ def test_norms_take_what_weights_give_back(made: tuple[Weights, Checkpoint, Path
     for n in range(source.decoder.layers):
         for of, read in (("attn_norm", "qkv"), ("mlp_norm", "up")):
             s = source.norm(f"layers.{n}.{of}")[0] / smoothed.norm(f"layers.{n}.{of}")[0]
-            before, after = source.matrix(f"layers.{n}.{read}").dense() * s, smoothed.matrix(f"layers.{n}.{read}").dense()
-            # Not the rows that made room for the next fold: v's for `o`, those of a gated `up` for `down`.
-            rows = slice(0, source.decoder.q_size + source.decoder.kv_size if read == "qkv" else source.decoder.ffn)
+            before = source.matrix(f"layers.{n}.{read}").dense() * s
+            after = smoothed.matrix(f"layers.{n}.{read}").dense()
+            # Not the rows that made room for the next fold: v's for `o`, those of a gated `up` for
+            # `down`.
+            rows = slice(
+                0,
+                source.decoder.q_size + source.decoder.kv_size
+                if read == "qkv"
+                else source.decoder.ffn,
+            )
             assert float((before - after)[rows].norm() / before[rows].norm()) < 0.02, (n, of)
             assert float(s.max() / s.min()) > 1.5
 
@@ -110,7 +166,11 @@ def test_ranges_are_what_the_smoothed_matrices_read(made: tuple[Weights, Checkpo
     """On the calibration text itself, computed by the source with the norms of the result."""
     source, checkpoint, _ = made
     smoothed = Weights(checkpoint)
-    assert set(smoothed.activation_ranges) == {f"layers.{n}.{name}" for n in range(source.decoder.layers) for name in ("qkv", "o", "up", "down")}
+    assert set(smoothed.activation_ranges) == {
+        f"layers.{n}.{name}"
+        for n in range(source.decoder.layers)
+        for name in ("qkv", "o", "up", "down")
+    }
     largest: dict[str, float] = {}
 
     def keep(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -119,57 +179,109 @@ def test_ranges_are_what_the_smoothed_matrices_read(made: tuple[Weights, Checkpo
 
     by_hand(smoothed, keep, grid=False)
     # Random tokens are other text than that of the calibration: of one size all the same.
-    assert all(0.3 < largest[name] / found < 3 for name, found in smoothed.activation_ranges.items()), (largest, smoothed.activation_ranges)
+    assert all(
+        0.3 < largest[name] / found < 3 for name, found in smoothed.activation_ranges.items()
+    ), (largest, smoothed.activation_ranges)
 
 
 def test_onnx_rounds_token_by_token(made: tuple[Weights, Checkpoint, Path], tmp_path: Path) -> None:
     _, checkpoint, _ = made
     found = scores(checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "engine")
-    right, exact = by_hand(Weights(checkpoint), per_token, grid=True), by_hand(Weights(checkpoint), lambda name, x: x, grid=True)
-    # A value on the border between two integers may fall to either side; what is left out would show ten times as much.
+    right = by_hand(Weights(checkpoint), per_token, grid=True)
+    exact = by_hand(Weights(checkpoint), lambda name, x: x, grid=True)
+    # A value on the border between two integers may fall to either side; what is left out would
+    # show ten times as much.
     assert kl(right, found) < 0.05 * kl(right, exact)
 
 
-def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(made: tuple[Weights, Checkpoint, Path], tmp_path: Path) -> None:
+def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(
+    made: tuple[Weights, Checkpoint, Path], tmp_path: Path
+) -> None:
     _, checkpoint, _ = made
     ranges = Weights(checkpoint).activation_ranges
 
     def static(name: str, x: torch.Tensor) -> torch.Tensor:
         return (x / (ranges[name] / 127)).round().clamp(-128, 127) * (ranges[name] / 127)
 
-    found = scores(checkpoint, "tensorrt", tensorrt.Params(precision="w8a8", activations="fp32"), tmp_path / "engine")
-    right, exact = by_hand(Weights(checkpoint), static, grid=False), by_hand(Weights(checkpoint), lambda name, x: x, grid=False)
+    found = scores(
+        checkpoint,
+        "tensorrt",
+        tensorrt.Params(precision="w8a8", activations="fp32"),
+        tmp_path / "engine",
+    )
+    right = by_hand(Weights(checkpoint), static, grid=False)
+    exact = by_hand(Weights(checkpoint), lambda name, x: x, grid=False)
     assert kl(right, found) < 0.05 * kl(right, exact)
     text = (tmp_path / "engine" / "manifest.json").read_text()
     assert '"precision"' in text and "QuantizeLinear" in text
 
 
-def test_smoothing_pays_where_channels_stand_out(made: tuple[Weights, Checkpoint, Path], tmp_path: Path) -> None:
+def test_smoothing_pays_where_channels_stand_out(
+    made: tuple[Weights, Checkpoint, Path], tmp_path: Path
+) -> None:
     source, checkpoint, _ = made
     if source.decoder.gated:
         pytest.skip("only the other model has outlier channels")
     right = logits(source, torch.tensor([IDS]))[0].numpy()
-    rounded = scores(source.checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "rounded")
-    smoothed = scores(checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "smoothed")
+    rounded = scores(
+        source.checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "rounded"
+    )
+    smoothed = scores(
+        checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "smoothed"
+    )
     assert kl(right, smoothed) < 0.3 * kl(right, rounded)
 
 
 def test_what_is_refused(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The patient was given aspirin. " * 200)
-    refused(cli("quantize", model, "--out", tmp_path / "out", "--method", "smoothquant", "--set", "bits=8", "--set", "group=-1"), "smoothquant needs calibration text")
+    refused(
+        cli(
+            "quantize",
+            model,
+            "--out",
+            tmp_path / "out",
+            "--method",
+            "smoothquant",
+            "--set",
+            "bits=8",
+            "--set",
+            "group=-1",
+        ),
+        "smoothquant needs calibration text",
+    )
     checkpoint = open_checkpoint(model)
     for wrong in ({"bits": 4}, {"group": 32}, {"alpha": 1.5}, {"budget": "8bpw"}):
         with pytest.raises(EdgemedError, match="int8 with one scale per output"):
-            quantize.run(checkpoint, tmp_path / "out", quantize.Params("smoothquant", **{"bits": 8, "group": -1, "calibration": str(text), **wrong}))
+            quantize.run(
+                checkpoint,
+                tmp_path / "out",
+                quantize.Params(
+                    "smoothquant", **{"bits": 8, "group": -1, "calibration": str(text), **wrong}
+                ),
+            )
     experts = open_checkpoint(write_model(tmp_path / "experts", family="moe_llava"))
     with pytest.raises(EdgemedError, match="not written for mixtures of experts"):
-        quantize.run(experts, tmp_path / "out", quantize.Params("smoothquant", 8, -1, str(text), samples=2, length=32))
+        quantize.run(
+            experts,
+            tmp_path / "out",
+            quantize.Params(
+                "smoothquant",
+                8,
+                -1,
+                str(text),
+                samples=2,
+                length=32,
+            ),
+        )
     with pytest.raises(EdgemedError, match="w8a8 is not written for mixtures of experts"):
         export(experts, "onnx", onnx.Params("w8a8"), tmp_path / "engine")
     with pytest.raises(EdgemedError, match="scales of the activations from calibration"):
         export(checkpoint, "tensorrt", tensorrt.Params(precision="w8a8"), tmp_path / "engine")
     (tmp_path / "int8").mkdir()
     quantize.run(checkpoint, tmp_path / "int8", quantize.Params("rtn", 8, 32))
-    with pytest.raises(EdgemedError, match="w8a8 takes symmetric int8 with one scale per output, the checkpoint holds int8 g32"):
+    with pytest.raises(
+        EdgemedError,
+        match="w8a8 takes symmetric int8 with one scale per output, the checkpoint holds int8 g32",
+    ):
         export(open_checkpoint(tmp_path / "int8"), "onnx", onnx.Params("w8a8"), tmp_path / "engine")

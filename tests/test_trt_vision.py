@@ -1,5 +1,6 @@
-"""Models that see as TensorRT engines, without TensorRT: tower, projector and decoder of the plain dialect on ONNX Runtime against transformers and the torch source,
-every node against the parser tables, and three plans built and run by the fake interface.
+"""Models that see as TensorRT engines, without TensorRT: tower, projector and decoder of the plain
+dialect on ONNX Runtime against transformers and the torch source, every node against the parser
+tables, and three plans built and run by the fake interface.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from edgemed.vision import eyes_of  # noqa: E402
 from edgemed.vision_graph import build_vision  # noqa: E402
 from edgemed.weights import Dense, Weights  # noqa: E402
 
-TOKEN, BEFORE, AFTER = 260, 262, 263  # image, vision start and end in the tiny config
+TOKEN = 260
+BEFORE = 262
+AFTER = 263  # image, vision start and end in the tiny config
 CONTEXT = 640
 LIMITS = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 64, "context": CONTEXT}
 SIZES = [(140, 84), (60, 60), (333, 200), (20, 90)]
@@ -46,7 +49,9 @@ TEXT = [5, 9, 77, 30]
 
 
 def noise(width: int, height: int) -> Any:
-    return Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def prompt(images: int, start: int = 5) -> list[int]:
@@ -64,14 +69,18 @@ def sees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A tiny random Qwen2-VL saved by transformers, and the model itself."""
     transformers = pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("sees") / "model"
-    config = transformers.AutoConfig.for_model(**tiny_config("qwen2_vl", max_position_embeddings=2048))
+    config = transformers.AutoConfig.for_model(
+        **tiny_config("qwen2_vl", max_position_embeddings=2048)
+    )
     config.pad_token_id = None
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(path)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.float32
+    ).eval()
     write_tokenizer(path)
     return path, model
 
@@ -79,42 +88,94 @@ def sees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @pytest.fixture(scope="module")
 def engines(sees: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Unbuilt engines."""
-    folder, checkpoint = tmp_path_factory.mktemp("engines"), open_checkpoint(sees[0])
-    kinds = {"fp32": Params(precision="fp32", tower="fp32", prefill=40, **LIMITS), "fp16": Params(precision="fp16", **LIMITS), "bf16": Params(precision="bf16", tower="bf16", **LIMITS),
-             "int4": Params(precision="int4", group=32, activations="fp32", tower="int8", **LIMITS)}
-    return {name: export(checkpoint, "tensorrt", params, folder / name).path for name, params in kinds.items()}
+    folder = tmp_path_factory.mktemp("engines")
+    checkpoint = open_checkpoint(sees[0])
+    kinds = {
+        "fp32": Params(
+            precision="fp32",
+            tower="fp32",
+            prefill=40,
+            **LIMITS,
+        ),
+        "fp16": Params(precision="fp16", **LIMITS),
+        "bf16": Params(precision="bf16", tower="bf16", **LIMITS),
+        "int4": Params(
+            precision="int4",
+            group=32,
+            activations="fp32",
+            tower="int8",
+            **LIMITS,
+        ),
+    }
+    return {
+        name: export(checkpoint, "tensorrt", params, folder / name).path
+        for name, params in kinds.items()
+    }
 
 
-def theirs(model: Any, images: list[Any], ids: list[int], v: Vision, new: int = 0) -> tuple[np.ndarray, list[int]]:
-    """transformers' logits [T, vocab] of a prompt whose image tokens stand once for each feature, and its greedy continuation."""
+def theirs(
+    model: Any, images: list[Any], ids: list[int], v: Vision, new: int = 0
+) -> tuple[np.ndarray, list[int]]:
+    """transformers' logits [T, vocab] of a prompt whose image tokens stand once for each feature,
+    and its greedy continuation.
+    """
     found = [patches(image, v) for image in images]
-    feeds = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long), "mm_token_type_ids": (torch.tensor([ids]) == TOKEN).long()}
+    feeds = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "mm_token_type_ids": (torch.tensor([ids]) == TOKEN).long(),
+    }
     if images:
-        feeds |= {"pixel_values": torch.from_numpy(np.concatenate([f.pixels for f in found])), "image_grid_thw": torch.tensor([[1, f.rows, f.columns] for f in found])}
+        feeds |= {
+            "pixel_values": torch.from_numpy(np.concatenate([f.pixels for f in found])),
+            "image_grid_thw": torch.tensor([[1, f.rows, f.columns] for f in found]),
+        }
     with torch.inference_mode():
         logits = model(**feeds).logits[0].numpy()
-        greedy = model.generate(**feeds, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(ids) :].tolist() if new else []
+        greedy = (
+            model.generate(
+                **feeds, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, len(ids) :].tolist()
+            if new
+            else []
+        )
     return logits, greedy
 
 
 # --- tower and projector
 
+
 @pytest.mark.parametrize(("kind", "bound"), [("fp32", 1e-4), ("fp16", 2e-3), ("bf16", 1e-2)])
-def test_tower_and_projector_equal_transformers(engines: dict[str, Path], sees: tuple[Path, Any], kind: str, bound: float) -> None:
-    eyes, visual = eyes_of(open_engine(engines[kind]), 1), sees[1].model.visual
+def test_tower_and_projector_equal_transformers(
+    engines: dict[str, Path], sees: tuple[Path, Any], kind: str, bound: float
+) -> None:
+    eyes = eyes_of(open_engine(engines[kind]), 1)
+    visual = sees[1].model.visual
     for size in SIZES:
         found = patches(noise(*size), eyes.v)
         with torch.inference_mode():
-            right = visual(torch.from_numpy(found.pixels), grid_thw=torch.tensor([[1, found.rows, found.columns]]))
+            right = visual(
+                torch.from_numpy(found.pixels),
+                grid_thw=torch.tensor([[1, found.rows, found.columns]]),
+            )
         ours = eyes.run_tower(found)
-        assert ours.shape == (len(found.pixels), 64) and error(ours, right.last_hidden_state.numpy()) < bound, size
+        assert (
+            ours.shape == (len(found.pixels), 64)
+            and error(ours, right.last_hidden_state.numpy()) < bound
+        ), size
         features, grid = eyes.features(noise(*size))
-        assert features.dtype == np.float32 and grid == (found.rows // 2, found.columns // 2) and error(features, right.pooler_output.numpy()) < bound, size
+        assert (
+            features.dtype == np.float32
+            and grid == (found.rows // 2, found.columns // 2)
+            and error(features, right.pooler_output.numpy()) < bound
+        ), size
     eyes.close()
 
 
 class Rounded(Weights):
-    """What a decoder in int4 of 32 and a tower in int8, one scale per output, hold; tables, patches and output matrix stay float."""
+    """What a decoder in int4 of 32 and a tower in int8, one scale per output, hold; tables, patches
+    and output matrix stay float.
+    """
 
     def matrix(self, name: str) -> Dense:
         matrix = super().matrix(name)
@@ -126,30 +187,63 @@ class Rounded(Weights):
 
 
 def test_int8_tower_carries_its_integers(engines: dict[str, Path], sees: tuple[Path, Any]) -> None:
-    eyes, weights = eyes_of(open_engine(engines["int4"]), 1), Rounded(open_checkpoint(sees[0]))
+    eyes = eyes_of(open_engine(engines["int4"]), 1)
+    weights = Rounded(open_checkpoint(sees[0]))
     for size in SIZES[:2]:
         right = tower.features(weights, patches(noise(*size), eyes.v))["features"].numpy()
-        plain = tower.features(Weights(weights.checkpoint), patches(noise(*size), eyes.v))["features"].numpy()
+        plain = tower.features(Weights(weights.checkpoint), patches(noise(*size), eyes.v))[
+            "features"
+        ].numpy()
         found = eyes.features(noise(*size))[0]
         assert error(found, right) < 5e-3 < error(plain, right) and error(found, plain) < 0.1
     eyes.close()
 
 
 def clip_weights(layers: int = 3) -> tuple[Any, Any, Vision]:
-    """(a source of tensors under our names, transformers' tiny random CLIP tower, its Vision): learned positions, a class token, one size."""
+    """(a source of tensors under our names, transformers' tiny random CLIP tower, its Vision):
+    learned positions, a class token, one size.
+    """
     transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPVisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=3, image_size=56, patch_size=14, hidden_act="quick_gelu")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        image_size=56,
+        patch_size=14,
+        hidden_act="quick_gelu",
+    )
     torch.manual_seed(0)
     model = transformers.CLIPVisionModel(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     projector = [torch.nn.Linear(48, 64), torch.nn.Linear(64, 64)]
     # LLaVA reads the layer before the last.
-    v = Vision(width=48, layers=layers - 1, heads=3, ffn=96, norm_eps=1e-5, activation="quick_gelu", patch=14, projector_hidden=64, token=9, mean=(0.5,) * 3, std=(0.5,) * 3, size=56, pre_norm=True)
-    inside = {name.removeprefix("vision_model."): tensor.detach() for name, tensor in model.state_dict().items()}
+    v = Vision(
+        width=48,
+        layers=layers - 1,
+        heads=3,
+        ffn=96,
+        norm_eps=1e-5,
+        activation="quick_gelu",
+        patch=14,
+        projector_hidden=64,
+        token=9,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        size=56,
+        pre_norm=True,
+    )
+    inside = {
+        name.removeprefix("vision_model."): tensor.detach()
+        for name, tensor in model.state_dict().items()
+    }
 
     def dense(*names: str) -> Dense:
-        return Dense(torch.cat([inside[f"{name}.weight"] for name in names]), torch.cat([inside[f"{name}.bias"] for name in names]))
+        return Dense(
+            torch.cat([inside[f"{name}.weight"] for name in names]),
+            torch.cat([inside[f"{name}.bias"] for name in names]),
+        )
 
     def matrix(name: str) -> Dense:
         if name == "vision.patch":
@@ -159,32 +253,72 @@ def clip_weights(layers: int = 3) -> tuple[Any, Any, Vision]:
             return Dense(linear.weight.detach(), linear.bias.detach())
         _, _, n, part = name.split(".")
         at = f"encoder.layers.{n}."
-        return dense(*{"qkv": [f"{at}self_attn.{p}_proj" for p in "qkv"], "o": [f"{at}self_attn.out_proj"], "up": [f"{at}mlp.fc1"], "down": [f"{at}mlp.fc2"]}[part])
+        return dense(
+            *{
+                "qkv": [f"{at}self_attn.{p}_proj" for p in "qkv"],
+                "o": [f"{at}self_attn.out_proj"],
+                "up": [f"{at}mlp.fc1"],
+                "down": [f"{at}mlp.fc2"],
+            }[part]
+        )
 
     def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        module = "pre_layrnorm" if name == "vision.pre_norm" else f"encoder.layers.{name.split('.')[2]}.layer_norm{1 if 'attn' in name else 2}"
+        module = (
+            "pre_layrnorm"
+            if name == "vision.pre_norm"
+            else f"encoder.layers.{name.split('.')[2]}.layer_norm{1 if 'attn' in name else 2}"
+        )
         return inside[f"{module}.weight"], inside[f"{module}.bias"]
 
     def table(name: str) -> torch.Tensor:
-        return inside["embeddings.class_embedding" if name == "vision.class" else "embeddings.position_embedding.weight"]
+        return inside[
+            (
+                "embeddings.class_embedding"
+                if name == "vision.class"
+                else "embeddings.position_embedding.weight"
+            )
+        ]
 
-    weights = SimpleNamespace(vision=v, decoder=SimpleNamespace(hidden=64), matrix=matrix, norm=norm, table=table)
-    return weights, SimpleNamespace(clip=model, projector=torch.nn.Sequential(projector[0], torch.nn.GELU(), projector[1])), v
+    weights = SimpleNamespace(
+        vision=v,
+        decoder=SimpleNamespace(hidden=64),
+        matrix=matrix,
+        norm=norm,
+        table=table,
+    )
+    return (
+        weights,
+        SimpleNamespace(
+            clip=model, projector=torch.nn.Sequential(projector[0], torch.nn.GELU(), projector[1])
+        ),
+        v,
+    )
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize(("floats", "stream", "bound"), [("float32", "float32", 1e-4), ("float16", "float32", 5e-3)])
-def test_a_clip_tower_equals_transformers(tmp_path: Path, profile: str, floats: Any, stream: str, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("floats", "stream", "bound"), [("float32", "float32", 1e-4), ("float16", "float32", 5e-3)]
+)
+def test_a_clip_tower_equals_transformers(
+    tmp_path: Path, profile: str, floats: Any, stream: str, bound: float
+) -> None:
     weights, model, v = clip_weights()
     build_vision(weights, tmp_path, PlainDialect(None), floats, None, group=-1, stream=stream)
     found = patches(noise(80, 50), v)
     with torch.inference_mode():
-        pixels = torch.from_numpy(found.pixels).reshape(4, 4, 3, 14, 14).permute(2, 0, 3, 1, 4).reshape(1, 3, 56, 56)
+        pixels = (
+            torch.from_numpy(found.pixels)
+            .reshape(4, 4, 3, 14, 14)
+            .permute(2, 0, 3, 1, 4)
+            .reshape(1, 3, 56, 56)
+        )
         right = model.clip(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
         right = {"tower": right.numpy(), "projector": model.projector(right).numpy()}
     feeds = {"pixels": found.pixels}
     for name in ("tower", "projector"):
-        ours = ort.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        ours = ort.InferenceSession(
+            str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"]
+        ).run(None, feeds)[0]
         assert ours.shape == right[name].shape and error(ours, right[name]) < bound
         assert not check(tmp_path / f"{name}.onnx", read_table(PROFILES[profile]))["problems"]
         feeds = {"tower": ours}
@@ -193,8 +327,13 @@ def test_a_clip_tower_equals_transformers(tmp_path: Path, profile: str, floats: 
 
 # --- the decoder: features and positions of three parts
 
-def answers(session: Session, eyes: Any, ids: list[int], images: list[Any], new: int) -> tuple[list[int], np.ndarray, list[int]]:
-    """(tokens, scores of all of them, greedy continuation) of a prompt with images, from the start."""
+
+def answers(
+    session: Session, eyes: Any, ids: list[int], images: list[Any], new: int
+) -> tuple[list[int], np.ndarray, list[int]]:
+    """(tokens, scores of all of them, greedy continuation) of a prompt with images, from the
+    start.
+    """
     seen, pictures = eyes.see(ids, images)
     session.rewind(0)
     scores = session.prefill(seen, every=True, pictures=pictures).copy()
@@ -202,10 +341,18 @@ def answers(session: Session, eyes: Any, ids: list[int], images: list[Any], new:
     return seen, scores, list(generate(session, seen, Sampling(max_tokens=new), pictures=pictures))
 
 
-def test_unbuilt_engine_answers_as_transformers(engines: dict[str, Path], sees: tuple[Path, Any]) -> None:
+def test_unbuilt_engine_answers_as_transformers(
+    engines: dict[str, Path], sees: tuple[Path, Any]
+) -> None:
     engine = open_engine(engines["fp32"])
-    eyes, session = eyes_of(engine, 1), engine.open(1)
-    for images in ([noise(*SIZES[0])], [noise(*SIZES[2])], [noise(*SIZES[3]), noise(*SIZES[1])], []):
+    eyes = eyes_of(engine, 1)
+    session = engine.open(1)
+    for images in (
+        [noise(*SIZES[0])],
+        [noise(*SIZES[2])],
+        [noise(*SIZES[3]), noise(*SIZES[1])],
+        [],
+    ):
         seen, scores, greedy = answers(session, eyes, prompt(len(images)), images, 24)
         right, continued = theirs(sees[1], images, seen, eyes.v, 24)
         assert np.abs(scores - right).max() < 1e-3 and greedy == continued, len(images)
@@ -213,11 +360,25 @@ def test_unbuilt_engine_answers_as_transformers(engines: dict[str, Path], sees: 
 
 
 def asked_twice(session: Session, eyes: Any) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """A question behind two images, and another after going back to the end of the second image; scores of the last tokens."""
+    """A question behind two images, and another after going back to the end of the second image;
+    scores of the last tokens.
+    """
     images = [noise(*SIZES[0]), noise(*SIZES[1])]
     seen, pictures = eyes.see(prompt(2), images)
     session.rewind(0)
-    first = session.prefill([*seen, *TEXT], pictures=Pictures(pictures.features, np.hstack([pictures.positions, pictures.positions.max() + 1 + np.arange(4) + np.zeros((3, 1), int)]), TOKEN))
+    first = session.prefill(
+        [*seen, *TEXT],
+        pictures=Pictures(
+            pictures.features,
+            np.hstack(
+                [
+                    pictures.positions,
+                    pictures.positions.max() + 1 + np.arange(4) + np.zeros((3, 1), int),
+                ]
+            ),
+            TOKEN,
+        ),
+    )
     first = first[-1].copy()
     session.rewind(len(seen))
     second = [session.prefill(TEXT[::-1])[-1].copy(), session.step(3).copy()]
@@ -226,11 +387,15 @@ def asked_twice(session: Session, eyes: Any) -> tuple[list[int], np.ndarray, np.
 
 def test_second_question_after_going_back(engines: dict[str, Path], sees: tuple[Path, Any]) -> None:
     engine = open_engine(engines["fp32"])
-    eyes, session = eyes_of(engine, 1), engine.open(1)
+    eyes = eyes_of(engine, 1)
+    session = engine.open(1)
     seen, first, second = asked_twice(session, eyes)
     images = [noise(*SIZES[0]), noise(*SIZES[1])]
     assert np.abs(first - theirs(sees[1], images, [*seen, *TEXT], eyes.v)[0][-1]).max() < 1e-3
-    assert np.abs(second - theirs(sees[1], images, [*seen, *TEXT[::-1], 3], eyes.v)[0][-2:]).max() < 1e-3
+    assert (
+        np.abs(second - theirs(sees[1], images, [*seen, *TEXT[::-1], 3], eyes.v)[0][-2:]).max()
+        < 1e-3
+    )
     session.close()
 
 
@@ -239,143 +404,275 @@ def test_lower_precisions_stay_near(engines: dict[str, Path], sees: tuple[Path, 
     weights = Rounded(open_checkpoint(sees[0]))
     for kind, bound in (("fp16", 0.06), ("bf16", 0.4)):
         engine = open_engine(engines[kind])
-        eyes, session = eyes_of(engine, 1), engine.open(1)
+        eyes = eyes_of(engine, 1)
+        session = engine.open(1)
         seen, scores, _ = answers(session, eyes, prompt(2), images, 1)
         right, _ = theirs(sees[1], images, seen, eyes.v)
         assert np.abs(scores - right).max() < bound, kind
         session.close()
     engine = open_engine(engines["int4"])
-    eyes, session = eyes_of(engine, 1), engine.open(1)
+    eyes = eyes_of(engine, 1)
+    session = engine.open(1)
     seen, scores, _ = answers(session, eyes, prompt(2), images, 1)
     rounded = tower.TorchEyes(weights)
     rounded.v = eyes.v
     source = TorchSession(weights)
     tokens_, pictures = rounded.see(prompt(2), images)
     right = source.prefill(tokens_, every=True, pictures=pictures)
-    assert seen == tokens_ and np.abs(scores - right).max() < 0.1 < np.abs(scores - theirs(sees[1], images, seen, eyes.v)[0]).max()
+    assert (
+        seen == tokens_
+        and np.abs(scores - right).max()
+        < 0.1
+        < np.abs(scores - theirs(sees[1], images, seen, eyes.v)[0]).max()
+    )
     session.close()
 
 
 # --- the parser tables
 
+
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize(("precision", "kind"), [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("int4", "int8")])
-def test_three_graphs_pass_every_table(sees: tuple[Path, Any], tmp_path: Path, profile: Any, precision: Any, kind: Any) -> None:
-    engine = export(open_checkpoint(sees[0]), "tensorrt", Params(profile, precision, 32, tower=kind, **LIMITS), tmp_path / "engine")
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("int4", "int8")]
+)
+def test_three_graphs_pass_every_table(
+    sees: tuple[Path, Any], tmp_path: Path, profile: Any, precision: Any, kind: Any
+) -> None:
+    engine = export(
+        open_checkpoint(sees[0]),
+        "tensorrt",
+        Params(profile, precision, 32, tower=kind, **LIMITS),
+        tmp_path / "engine",
+    )
     notes = store.read_manifest(engine.path)["notes"]
-    assert notes["parser"]["dynamic_axes"] == ["features", "new", "past", "selected"] and not notes["parser"]["problems"]
+    assert (
+        notes["parser"]["dynamic_axes"] == ["features", "new", "past", "selected"]
+        and not notes["parser"]["problems"]
+    )
     for name in ("tower", "projector"):
-        report, graph = notes["vision_parser"][name], onnx.load(engine.path / f"{name}.onnx", load_external_data=False)
-        assert report["tensorrt"] == PROFILES[profile] and report["opset"] == 20 and report["dynamic_axes"] == ["patches"] and not report["problems"]
+        report = notes["vision_parser"][name]
+        graph = onnx.load(engine.path / f"{name}.onnx", load_external_data=False)
+        assert (
+            report["tensorrt"] == PROFILES[profile]
+            and report["opset"] == 20
+            and report["dynamic_axes"] == ["patches"]
+            and not report["problems"]
+        )
         assert {entry.domain for entry in graph.opset_import} == {""}
-    inputs = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in onnx.load(engine.path / "model.onnx", load_external_data=False).graph.input}
-    assert inputs["rope_positions"] == [3, "new"] and inputs["features"] == ["features", 64] and inputs["feature_rows"] == [1, "new"]
-    sizes, weights = notes["expected_bytes"], {name: sum(f.stat().st_size for f in engine.path.glob(f"{name}.onnx*")) for name in ("model", "tower", "projector")}
-    assert sum(weights.values()) <= sizes["plan"] < 1.1 * sum(weights.values()) and sizes["build_memory"] == 3 * max(weights.values()) + 1024 * 10**6
-    # 64 features at most in a square, 113 in the narrowest image; 4 patches each, 2 heads, 8 bytes a score.
+    inputs = {
+        v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]
+        for v in onnx.load(engine.path / "model.onnx", load_external_data=False).graph.input
+    }
+    assert (
+        inputs["rope_positions"] == [3, "new"]
+        and inputs["features"] == ["features", 64]
+        and inputs["feature_rows"] == [1, "new"]
+    )
+    sizes = notes["expected_bytes"]
+    weights = {
+        name: sum(f.stat().st_size for f in engine.path.glob(f"{name}.onnx*"))
+        for name in ("model", "tower", "projector")
+    }
+    assert (
+        sum(weights.values()) <= sizes["plan"] < 1.1 * sum(weights.values())
+        and sizes["build_memory"] == 3 * max(weights.values()) + 1024 * 10**6
+    )
+    # 64 features at most in a square, 113 in the narrowest image; 4 patches each, 2 heads, 8 bytes
+    # a score.
     assert sizes["tower_attention"] == 8 * 2 * (4 * 113) ** 2 and notes["tower_bytes"] > 0
 
 
 def test_norms_and_softmax_are_float32(engines: dict[str, Path]) -> None:
-    model = onnx.shape_inference.infer_shapes(onnx.load(engines["fp16"] / "tower.onnx", load_external_data=False), strict_mode=True)
-    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)}
+    model = onnx.shape_inference.infer_shapes(
+        onnx.load(engines["fp16"] / "tower.onnx", load_external_data=False), strict_mode=True
+    )
+    types = {
+        v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)
+    }
     for op, kind in (("LayerNormalization", 1), ("Softmax", 1), ("MatMul", 10)):
         kinds = {types[node.input[0]] for node in model.graph.node if node.op_type == op}
         assert kinds == {kind}, op
 
 
-def test_a_problem_names_its_graph(sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_problem_names_its_graph(
+    sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgemed import trt_parser
 
     table = read_table("10.3")
-    # Each of these operators is in one graph alone: the decoder has RMS norms, and only the projector an exact Gelu.
+    # Each of these operators is in one graph alone: the decoder has RMS norms, and only the
+    # projector an exact Gelu.
     for op, graph in (("Where", "model"), ("LayerNormalization", "tower"), ("Gelu", "projector")):
-        lacking = replace(table, operators={**table.operators, op: {**table.operators[op], "types": []}})
+        lacking = replace(
+            table, operators={**table.operators, op: {**table.operators[op], "types": []}}
+        )
         monkeypatch.setattr(trt_parser, "read_table", lambda version, lacking=lacking: lacking)
-        with pytest.raises(EdgemedError, match=rf"TensorRT 10.3 would not parse {graph}.onnx: .*operator {op} is not parsed"):
+        with pytest.raises(
+            EdgemedError,
+            match=rf"TensorRT 10.3 would not parse {graph}.onnx: .*operator {op} is not parsed",
+        ):
             export(open_checkpoint(sees[0]), "tensorrt", Params(**LIMITS), tmp_path / "engine")
         assert not (tmp_path / "engine").exists()
 
 
 # --- three plans
 
-def built(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **machine: Any) -> tuple[Any, Engine]:
-    here, engine = fake_tensorrt.install(monkeypatch, **machine), open_engine(shutil.copytree(engines["fp32"], tmp_path / "engine"))
+
+def built(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **machine: Any
+) -> tuple[Any, Engine]:
+    here = fake_tensorrt.install(monkeypatch, **machine)
+    engine = open_engine(shutil.copytree(engines["fp32"], tmp_path / "engine"))
     finish(engine, 300)
     return here, open_engine(engine.path, check=True)
 
 
-def test_three_plans_are_built(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_plans_are_built(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, engine = built(engines, tmp_path, monkeypatch)
     plan = store.read_manifest(engine.path / "on-device" / "plan")
-    assert sorted(plan["files"]) == ["model.plan", "projector.plan", "tower.plan"] and set(plan["notes"]["seconds_by_graph"]) == {"model", "tower", "projector"}
-    assert [entry for entry in here.log if entry[0] == "network"] == [("network", 2)] * 3, "strongly typed"
+    assert sorted(plan["files"]) == ["model.plan", "projector.plan", "tower.plan"] and set(
+        plan["notes"]["seconds_by_graph"]
+    ) == {"model", "tower", "projector"}
+    assert [entry for entry in here.log if entry[0] == "network"] == [("network", 2)] * 3, (
+        "strongly typed"
+    )
     # One timing cache: what the first network's kernels took is there for the others.
-    assert [entry[1] for entry in here.log if entry[0] == "timing cache"] == [b"", b"timings", b"timings"]
+    assert [entry[1] for entry in here.log if entry[0] == "timing cache"] == [
+        b"",
+        b"timings",
+        b"timings",
+    ]
     decoder, eyes, projector = (entry[1] for entry in here.log if entry[0] == "profiles")
     assert decoder[0]["features"] == ((40, 64),) * 3 and decoder[1]["features"] == ((1, 64),) * 3
-    assert decoder[0]["rope_positions"] == ((3, 1), (3, 40), (3, 40)) and decoder[1]["feature_rows"] == ((1, 1),) * 3
-    assert eyes == [{"pixels": ((4, 1176), (256, 1176), (452, 1176)), **{name: ((4, 16), (256, 16), (452, 16)) for name in ("cos", "sin")}}]
+    assert (
+        decoder[0]["rope_positions"] == ((3, 1), (3, 40), (3, 40))
+        and decoder[1]["feature_rows"] == ((1, 1),) * 3
+    )
+    assert eyes == [
+        {
+            "pixels": ((4, 1176), (256, 1176), (452, 1176)),
+            **{name: ((4, 16), (256, 16), (452, 16)) for name in ("cos", "sin")},
+        }
+    ]
     assert projector == [{"tower": ((4, 64), (256, 64), (452, 64))}]
-    assert not engine.stand_in and [f.name for f in (engine.path / "on-device").iterdir() if f.is_file() and "timing" not in f.name] == []
+    assert (
+        not engine.stand_in
+        and [
+            f.name
+            for f in (engine.path / "on-device").iterdir()
+            if f.is_file() and "timing" not in f.name
+        ]
+        == []
+    )
 
 
-def test_built_engine_sees_and_answers_as_transformers(engines: dict[str, Path], sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_engine_sees_and_answers_as_transformers(
+    engines: dict[str, Path],
+    sees: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     here, engine = built(engines, tmp_path, monkeypatch)
-    eyes, session = eyes_of(engine), engine.open()
+    eyes = eyes_of(engine)
+    session = engine.open()
     assert type(eyes.graphs).__name__ == "TrtGraphs"
-    images = [noise(*SIZES[2]), noise(*SIZES[0])]  # 60 and 15 features: both run across parts of 40 tokens
+    # 60 and 15 features: both run across parts of 40 tokens
+    images = [noise(*SIZES[2]), noise(*SIZES[0])]
     for shown in (images, images[1:], []):
         seen, scores, greedy = answers(session, eyes, prompt(len(shown)), shown, 30)
         right, continued = theirs(sees[1], shown, seen, eyes.v, 30)
         assert np.abs(scores - right).max() < 1e-3 and greedy == continued
-    assert {entry[2] for entry in here.log if entry[0] == "execute" and entry[2] in ("tower", "projector")} == {"tower", "projector"}
+    assert {
+        entry[2]
+        for entry in here.log
+        if entry[0] == "execute" and entry[2] in ("tower", "projector")
+    } == {"tower", "projector"}
     seen, first, second = asked_twice(session, eyes)
     shown = [noise(*SIZES[0]), noise(*SIZES[1])]
     assert np.abs(first - theirs(sees[1], shown, [*seen, *TEXT], eyes.v)[0][-1]).max() < 1e-3
-    assert np.abs(second - theirs(sees[1], shown, [*seen, *TEXT[::-1], 3], eyes.v)[0][-2:]).max() < 1e-3
+    assert (
+        np.abs(second - theirs(sees[1], shown, [*seen, *TEXT[::-1], 3], eyes.v)[0][-2:]).max()
+        < 1e-3
+    )
     # An image whose last feature is the only token of its part is read by the decode profile.
     seen, pictures = eyes.see([5, BEFORE, TOKEN], [noise(*SIZES[0])])
     session.rewind(0)
     alone = Pictures(pictures.features[:-1], pictures.positions[:, :-1], TOKEN)
     session.prefill(seen[:-1], pictures=alone)
-    last = Pictures(pictures.features[-1:], pictures.positions[:, -1:] - pictures.positions[:, :-1].max() - 1, TOKEN)
+    last = Pictures(
+        pictures.features[-1:],
+        pictures.positions[:, -1:] - pictures.positions[:, :-1].max() - 1,
+        TOKEN,
+    )
     source = TorchSession(Weights(open_checkpoint(sees[0])))
     source.prefill(seen[:-1], pictures=alone)
-    assert np.abs(session.prefill(seen[-1:], pictures=last)[0] - source.prefill(seen[-1:], pictures=last)[0]).max() < 1e-3
+    assert (
+        np.abs(
+            session.prefill(seen[-1:], pictures=last)[0]
+            - source.prefill(seen[-1:], pictures=last)[0]
+        ).max()
+        < 1e-3
+    )
     session.close()
     eyes.close()
     assert not here.driver.blocks, "everything is given back"
 
 
-def test_build_verb_finishes_and_verifies_what_it_sees(sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_verb_finishes_and_verifies_what_it_sees(
+    sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgemed import api
     from edgemed.image_reference import make_image_reference
     from edgemed.reference import make_reference
 
     fake_tensorrt.install(monkeypatch)
-    weights, params = Weights(open_checkpoint(sees[0])), Params(precision="fp32", tower="fp32", **LIMITS)
+    weights = Weights(open_checkpoint(sees[0]))
+    params = Params(precision="fp32", tower="fp32", **LIMITS)
     v = target.vision_seen(weights, params)
 
     def look(image: Any) -> tuple[Any, np.ndarray, np.ndarray]:
         found = patches(image, v)
-        return found, *(tower.features(weights, found)[part].numpy() for part in ("tower", "features"))
+        return found, *(
+            tower.features(weights, found)[part].numpy() for part in ("tower", "features")
+        )
 
-    images = make_image_reference(TorchSession(weights), look, [(prompt(1), np.asarray(noise(*size))) for size in SIZES[:2]], 4, v, 3)
-    reference = replace(make_reference(TorchSession(weights), np.array([tokens(32, seed=3)]), 8, 4), images=images)
+    images = make_image_reference(
+        TorchSession(weights),
+        look,
+        [(prompt(1), np.asarray(noise(*size))) for size in SIZES[:2]],
+        4,
+        v,
+        3,
+    )
+    reference = replace(
+        make_reference(TorchSession(weights), np.array([tokens(32, seed=3)]), 8, 4), images=images
+    )
     engine = export(weights.checkpoint, "tensorrt", params, tmp_path / "engine", reference)
     found = api.build(engine.path, measure=False)
-    assert found["verify"]["passed"] and found["verify"]["ran_on"] == "tensorrt" and len(found["plan"]["files"]) == 3
+    assert (
+        found["verify"]["passed"]
+        and found["verify"]["ran_on"] == "tensorrt"
+        and len(found["plan"]["files"]) == 3
+    )
     stages = {stage["stage"]: stage for stage in found["verify"]["stages"]}
-    assert {"pixels", "tower", "projector"} < set(stages) and all(stage["passed"] for stage in stages.values()) and 0 < stages["tower"]["error"] < 1e-4
+    assert (
+        {"pixels", "tower", "projector"} < set(stages)
+        and all(stage["passed"] for stage in stages.values())
+        and 0 < stages["tower"]["error"] < 1e-4
+    )
 
 
 @pytest.mark.parametrize("at", ["tower", "projector"])
-def test_an_interrupted_build_leaves_nothing(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+def test_an_interrupted_build_leaves_nothing(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
     from edgemed import trt_build
 
     fake_tensorrt.install(monkeypatch)
-    engine, whole = open_engine(shutil.copytree(engines["fp32"], tmp_path / "engine")), trt_build.serialized
+    engine = open_engine(shutil.copytree(engines["fp32"], tmp_path / "engine"))
+    whole = trt_build.serialized
 
     def stopped(trt: Any, engine: Engine, name: str, *rest: Any) -> Any:
         if name == at:
@@ -385,14 +682,20 @@ def test_an_interrupted_build_leaves_nothing(engines: dict[str, Path], tmp_path:
     monkeypatch.setattr(trt_build, "serialized", stopped)
     with pytest.raises(KeyboardInterrupt):
         finish(engine, 300)
-    left = sorted(f.name for f in (engine.path / "on-device").iterdir() if not f.name.endswith(".lock"))
-    assert left == ["timing-10.3.0.30-8.7.cache"] and engine.stand_in, "kernel timings are kept, and whole"
+    left = sorted(
+        f.name for f in (engine.path / "on-device").iterdir() if not f.name.endswith(".lock")
+    )
+    assert left == ["timing-10.3.0.30-8.7.cache"] and engine.stand_in, (
+        "kernel timings are kept, and whole"
+    )
     monkeypatch.setattr(trt_build, "serialized", whole)
     finish(engine, 300)
     assert not engine.stand_in
 
 
-def test_a_missing_or_foreign_plan(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_foreign_plan(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, engine = built(engines, tmp_path, monkeypatch)
     (engine.path / "on-device" / "plan" / "tower.plan").unlink()
     with pytest.raises(EdgemedError, match="tower.plan is missing"):
@@ -404,19 +707,28 @@ def test_a_missing_or_foreign_plan(engines: dict[str, Path], tmp_path: Path, mon
         eyes_of(engine)
 
 
-def test_memory_of_the_tower_is_said(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_the_tower_is_said(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, engine = built(engines, tmp_path, monkeypatch)
     here.driver.memory = here.driver.used + 1_500_000
-    with pytest.raises(EdgemedError, match=r"images and activations of the tower need \d.\d MB of GPU memory"):
+    with pytest.raises(
+        EdgemedError, match=r"images and activations of the tower need \d.\d MB of GPU memory"
+    ):
         eyes_of(engine)
     here.driver.memory = 1 << 30
     shutil.rmtree(engine.path / "on-device" / "plan")
     monkeypatch.setattr("edgemed.trt_build.score_bytes", lambda v, context: 2 << 30)
-    with pytest.raises(EdgemedError, match=r"building tower.onnx needs about 28\d\d MB of GPU memory.*fewer max_pixels"):
+    with pytest.raises(
+        EdgemedError,
+        match=r"building tower.onnx needs about 28\d\d MB of GPU memory.*fewer max_pixels",
+    ):
         finish(engine, 300)
 
 
-def test_a_bf16_tower_before_ampere(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bf16_tower_before_ampere(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_tensorrt.install(monkeypatch, gpu="Tesla T4", capability=(7, 5))
     path = shutil.copytree(engines["fp16"], tmp_path / "engine")
     with pytest.raises(EdgemedError, match="has no bfloat16"):
@@ -425,11 +737,32 @@ def test_a_bf16_tower_before_ampere(engines: dict[str, Path], tmp_path: Path, mo
 
 # --- sizes of images
 
+
 def test_no_image_becomes_more_features_than_expected() -> None:
-    v = Vision(width=32, layers=1, heads=2, ffn=64, norm_eps=1e-6, activation="gelu", patch=14, projector_hidden=128, token=9, mean=(0.5,) * 3, std=(0.5,) * 3, temporal=2, merge=2,
-               frequencies=(1.0,))
+    v = Vision(
+        width=32,
+        layers=1,
+        heads=2,
+        ffn=64,
+        norm_eps=1e-6,
+        activation="gelu",
+        patch=14,
+        projector_hidden=128,
+        token=9,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        temporal=2,
+        merge=2,
+        frequencies=(1.0,),
+    )
     random = np.random.default_rng(0)
-    for least, most in ((0, 3136), (3136, 3136), (3136, 12544), (50176, 1003520), (784 * 300, 784 * 320)):
+    for least, most in (
+        (0, 3136),
+        (3136, 3136),
+        (3136, 12544),
+        (50176, 1003520),
+        (784 * 300, 784 * 320),
+    ):
         v = replace(v, pixels=(least, most))
         low, usual, high = patch_range(v, 10**6)
         assert low <= usual <= high == 4 * most_features(v)
@@ -447,9 +780,14 @@ def test_no_image_becomes_more_features_than_expected() -> None:
 
 # --- bad input
 
-def test_images_meet_an_engine_that_reads_text(model: Path, sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_images_meet_an_engine_that_reads_text(
+    model: Path, sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_tensorrt.install(monkeypatch)
-    engine = export(open_checkpoint(model), "tensorrt", Params(precision="fp32"), tmp_path / "engine")
+    engine = export(
+        open_checkpoint(model), "tensorrt", Params(precision="fp32"), tmp_path / "engine"
+    )
     with pytest.raises(EdgemedError, match="reads text only"):
         eyes_of(engine)
     pictures = Pictures(np.zeros((1, 64), np.float32), np.arange(3)[None], 7)
@@ -462,9 +800,16 @@ def test_images_meet_an_engine_that_reads_text(model: Path, sees: tuple[Path, An
 
 
 @pytest.mark.parametrize("kind", ["stand-in", "plan"])
-def test_images_that_do_not_fit(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    _, engine = built(engines, tmp_path, monkeypatch) if kind == "plan" else (None, open_engine(engines["fp32"]))
-    eyes, session = eyes_of(engine, 1), engine.open(1)
+def test_images_that_do_not_fit(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    _, engine = (
+        built(engines, tmp_path, monkeypatch)
+        if kind == "plan"
+        else (None, open_engine(engines["fp32"]))
+    )
+    eyes = eyes_of(engine, 1)
+    session = engine.open(1)
     with pytest.raises(EdgemedError, match="places for 1 images, 2 were given"):
         eyes.see(prompt(1), [noise(60, 60)] * 2)
     seen, pictures = eyes.see(prompt(1), [noise(60, 60)])
@@ -476,30 +821,59 @@ def test_images_that_do_not_fit(engines: dict[str, Path], tmp_path: Path, monkey
     if kind == "plan":
         v = vision_of(engine.vision)
         eyes.v = replace(v, pixels=(v.pixels[0], 10**7))
-        with pytest.raises(EdgemedError, match=r"this image becomes \d+ tokens, and this engine's plan takes 113. Export with fewer max_pixels"):
+        with pytest.raises(
+            EdgemedError,
+            match=(
+                r"this image becomes \d+ tokens, and this engine's plan takes 113. Export with"
+                r" fewer max_pixels"
+            ),
+        ):
             eyes.see(prompt(1), [noise(1000, 1000)])
     session.close()
 
 
-def test_an_image_token_may_lie_outside_the_vocabulary(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_token_may_lie_outside_the_vocabulary(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, engine = built(engines, tmp_path, monkeypatch)
     stand_in = open_engine(engines["fp32"])
-    eyes, found = eyes_of(stand_in, 1), []
+    eyes = eyes_of(stand_in, 1)
+    found = []
     seen, pictures = eyes.see(prompt(1), [noise(60, 60)])
     for session in (stand_in.open(1), engine.open()):
         for token in (TOKEN, -200):
             session.rewind(0)
-            found.append(session.prefill([token if t == TOKEN else t for t in seen], pictures=replace(pictures, token=token))[-1].copy())
+            found.append(
+                session.prefill(
+                    [token if t == TOKEN else t for t in seen],
+                    pictures=replace(pictures, token=token),
+                )[-1].copy()
+            )
         session.close()
     assert np.abs(np.array(found) - found[0]).max() < 1e-5
 
 
-@pytest.mark.parametrize(("params", "said"), [
-    ({"max_pixels": 100, "min_pixels": 4000}, "min_pixels 4000 is above max_pixels 100"),
-    ({"context": 100, "min_pixels": 784 * 200, "max_pixels": 784 * 300}, "an image becomes at least 200 tokens, context 100 holds none; choose a longer context or fewer min_pixels"),
-    ({"max_pixels": 20_000_000}, r"images of 20000000 pixels make 8192 patches"),
-])
-def test_limits_it_cannot_keep(sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: dict[str, int], said: str) -> None:
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"max_pixels": 100, "min_pixels": 4000}, "min_pixels 4000 is above max_pixels 100"),
+        (
+            {"context": 100, "min_pixels": 784 * 200, "max_pixels": 784 * 300},
+            (
+                "an image becomes at least 200 tokens, context 100 holds none; choose a longer"
+                " context or fewer min_pixels"
+            ),
+        ),
+        ({"max_pixels": 20_000_000}, r"images of 20000000 pixels make 8192 patches"),
+    ],
+)
+def test_limits_it_cannot_keep(
+    sees: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    params: dict[str, int],
+    said: str,
+) -> None:
     monkeypatch.setattr(target, "SCORES", 10**9)
     with pytest.raises(EdgemedError, match=said):
         export(open_checkpoint(sees[0]), "tensorrt", Params(**params), tmp_path / "engine")
@@ -508,15 +882,24 @@ def test_limits_it_cannot_keep(sees: tuple[Path, Any], tmp_path: Path, monkeypat
 
 def test_generate_with_an_image_names_the_build(engines: dict[str, Path], tmp_path: Path) -> None:
     noise(60, 60).save(tmp_path / "a.png")
-    refused(cli("generate", engines["fp32"], "--prompt", "a", "--image", tmp_path / "a.png"), "is unbuilt", f"edgemed build {engines['fp32']}")
+    refused(
+        cli("generate", engines["fp32"], "--prompt", "a", "--image", tmp_path / "a.png"),
+        "is unbuilt",
+        f"edgemed build {engines['fp32']}",
+    )
 
 
-def test_text_alone_costs_no_features(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_alone_costs_no_features(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, engine = built(engines, tmp_path, monkeypatch)
     session = engine.open()
     session.prefill(tokens(30, seed=1))
     here.driver.calls.clear()
     for _ in range(5):
         session.step(5)
-    assert here.driver.calls.count("cuMemcpyHtoDAsync_v2") == 5 and here.driver.calls.count("cuMemcpy2DAsync_v2") == 5
+    assert (
+        here.driver.calls.count("cuMemcpyHtoDAsync_v2") == 5
+        and here.driver.calls.count("cuMemcpy2DAsync_v2") == 5
+    )
     session.close()

@@ -1,6 +1,8 @@
-"""Test-time training: one step is AdamW's on the LoRA alone, putting it back is exact to the bit, and what is learned from is the nearest text.
+"""Test-time training: one step is AdamW's on the LoRA alone, putting it back is exact to the bit,
+and what is learned from is the nearest text.
 
-The learner's scores are held against our own decoder, so that its plain answers are those of every other evaluation.
+The learner's scores are held against our own decoder, so that its plain answers are those of every
+other evaluation.
 """
 
 from __future__ import annotations
@@ -37,8 +39,13 @@ def learner(model: Path) -> Learner:
 
 @pytest.fixture
 def asked(tmp_path: Path):
-    """Four short questions; the texts to learn from are the task's own solved examples or a file."""
-    rows = [{"id": n, "passage": f"aspirin {n} was given to {n + 3} patients", "answer": answer} for n, answer in enumerate(("methods", "results", "methods", "background"))]
+    """Four short questions; the texts to learn from are the task's own solved examples or a
+    file.
+    """
+    rows = [
+        {"id": n, "passage": f"aspirin {n} was given to {n + 3} patients", "answer": answer}
+        for n, answer in enumerate(("methods", "results", "methods", "background"))
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return questions(f"section:{file}")
@@ -54,61 +61,120 @@ def test_plain_answers_are_the_decoders(model: Path, learner: Learner) -> None:
 
 
 def test_putting_back_is_exact(learner: Learner) -> None:
-    before, weights = learner.prefill(IDS, every=True).copy(), {name: value.clone() for name, value in learner.model.state_dict().items()}
+    before = learner.prefill(IDS, every=True).copy()
+    weights = {name: value.clone() for name, value in learner.model.state_dict().items()}
     for rate in (1e-3, 0.5):
         losses = learner.learn([(IDS, IDS), (IDS[::-1], IDS[::-1])], 2, rate)
         assert len(losses) == 4 and learner.position == 0
         assert np.abs(learner.prefill(IDS, every=True) - before).max() > 1e-3
         learner.restore()
-        assert all(torch.equal(value, weights[name]) for name, value in learner.model.state_dict().items())
+        assert all(
+            torch.equal(value, weights[name]) for name, value in learner.model.state_dict().items()
+        )
         assert np.array_equal(learner.prefill(IDS, every=True), before)
         learner.rewind(0)
 
 
 def test_one_step_is_adamws(learner: Learner) -> None:
-    """The first AdamW step is rate * g / (|g| + eps); of a fresh LoRA only B has a gradient. Labels count where they are given."""
+    """The first AdamW step is rate * g / (|g| + eps); of a fresh LoRA only B has a gradient. Labels
+    count where they are given.
+    """
     labels = [IGNORED] * 30 + IDS[30:]
-    loss = torch.nn.functional.cross_entropy(learner.model(input_ids=torch.tensor([IDS])).logits[0, 29:-1], torch.tensor(IDS[30:]))
+    loss = torch.nn.functional.cross_entropy(
+        learner.model(input_ids=torch.tensor([IDS])).logits[0, 29:-1], torch.tensor(IDS[30:])
+    )
     gradients = torch.autograd.grad(loss, learner.learned)
     [found] = learner.learn([(IDS, labels)], 1, 1e-2)
     assert found == pytest.approx(float(loss.detach()), rel=1e-5)
     moved = 0
     for parameter, start, gradient in zip(learner.learned, learner.start, gradients, strict=True):
-        torch.testing.assert_close(parameter.detach(), start - 1e-2 * gradient / (gradient.abs() + 1e-8), rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(
+            parameter.detach(),
+            start - 1e-2 * gradient / (gradient.abs() + 1e-8),
+            rtol=1e-3,
+            atol=2e-5,
+        )
         moved += int(not torch.equal(parameter.detach(), start))
-    assert moved == len(learner.learned) / 2 and not any(p.requires_grad for name, p in learner.model.named_parameters() if "lora" not in name)
+    assert moved == len(learner.learned) / 2 and not any(
+        p.requires_grad for name, p in learner.model.named_parameters() if "lora" not in name
+    )
 
 
 def test_what_is_learned_from(model: Path, asked, tmp_path: Path) -> None:
     tokenizer = open_tokenizer(model, 288)
     file = tmp_path / "own.jsonl"
-    file.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(("Fractures of the wrist.", "Aspirin was given to patients.", "A cough in winter."))))
-    [far, near] = Library(asked, Adapt(k=2, text=str(file), length=12), tokenizer).nearest("aspirin was given to 4 patients")
+    file.write_text(
+        "".join(
+            json.dumps({"id": n, "text": text}) + "\n"
+            for n, text in enumerate(
+                ("Fractures of the wrist.", "Aspirin was given to patients.", "A cough in winter.")
+            )
+        )
+    )
+    [far, near] = Library(asked, Adapt(k=2, text=str(file), length=12), tokenizer).nearest(
+        "aspirin was given to 4 patients"
+    )
     assert tokenizer.decode(near[0]) == "Aspirin was " and near[0] == near[1] and far[0] != near[0]
     [(ids, labels)] = Library(asked, Adapt(length=64), tokenizer).nearest(asked.shots[5].question)
     assert asked.shots[5].question[-20:] in tokenizer.decode(ids)
-    assert tokenizer.decode([t for t in labels if t != IGNORED]) == f" {asked.shots[5].options[asked.shots[5].gold]}"
-    assert labels[: labels.index(next(t for t in labels if t != IGNORED))] == [IGNORED] * sum(t == IGNORED for t in labels)
+    assert (
+        tokenizer.decode([t for t in labels if t != IGNORED])
+        == f" {asked.shots[5].options[asked.shots[5].gold]}"
+    )
+    assert labels[: labels.index(next(t for t in labels if t != IGNORED))] == [IGNORED] * sum(
+        t == IGNORED for t in labels
+    )
 
 
 def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, asked) -> None:
     checkpoint = open_checkpoint(model)
     found = compare(checkpoint, asked, Adapt(rate=0.05, rank=4, length=32), margin=0.5)
-    usual = evaluate_opened(open_source(checkpoint), asked, "source", found["plain"]["model_key"], "zero-shot", Settings())
-    np.testing.assert_allclose([i["scores"] for i in usual["items"]], [i["scores"] for i in found["plain"]["items"]], atol=2e-3)
-    assert found["plain"]["strategy"] == "zero-shot" and found["trained"]["strategy"] == "ttt-1" and found["paired"]["n"] == 4 and found["times"] > 0
-    changed = np.abs(np.array([a["scores"] for a in found["trained"]["items"]]) - [b["scores"] for b in found["plain"]["items"]]).max(1)
+    usual = evaluate_opened(
+        open_source(checkpoint),
+        asked,
+        "source",
+        found["plain"]["model_key"],
+        "zero-shot",
+        Settings(),
+    )
+    np.testing.assert_allclose(
+        [i["scores"] for i in usual["items"]],
+        [i["scores"] for i in found["plain"]["items"]],
+        atol=2e-3,
+    )
+    assert (
+        found["plain"]["strategy"] == "zero-shot"
+        and found["trained"]["strategy"] == "ttt-1"
+        and found["paired"]["n"] == 4
+        and found["times"] > 0
+    )
+    changed = np.abs(
+        np.array([a["scores"] for a in found["trained"]["items"]])
+        - [b["scores"] for b in found["plain"]["items"]]
+    ).max(1)
     assert (changed > 1e-3).all()
-    # Asked alone, or after others, a question gets the same answer: nothing is left of what was learned before it.
+    # Asked alone, or after others, a question gets the same answer: nothing is left of what was
+    # learned before it.
     from dataclasses import replace
 
-    last = compare(checkpoint, replace(asked, examples=asked.examples[-1:]), Adapt(rate=0.05, rank=4, length=32))
+    last = compare(
+        checkpoint,
+        replace(asked, examples=asked.examples[-1:]),
+        Adapt(rate=0.05, rank=4, length=32),
+    )
     assert last["trained"]["items"][0]["scores"] == found["trained"]["items"][-1]["scores"]
 
 
 def test_what_is_refused(model: Path, sees: Path, asked, tmp_path: Path) -> None:
-    refused(cli("ttt", model, "--task", "section", "--limit", 1, "--set", "steps=0"), "k, steps and rank must be at least 1")
-    refused(cli("ttt", model, "--task", "section", "--limit", 1, "--text", tmp_path / "none.jsonl"), "none.jsonl", "does not exist")
+    refused(
+        cli("ttt", model, "--task", "section", "--limit", 1, "--set", "steps=0"),
+        "k, steps and rank must be at least 1",
+    )
+    refused(
+        cli("ttt", model, "--task", "section", "--limit", 1, "--text", tmp_path / "none.jsonl"),
+        "none.jsonl",
+        "does not exist",
+    )
     refused(cli("ttt", model, "--task", "section", "--limit", 1, "--set", "stpes=2"), "stpes")
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"id": 0, "text": "one"}) + "\n")
@@ -122,7 +188,25 @@ def test_what_is_refused(model: Path, sees: Path, asked, tmp_path: Path) -> None
 
 
 def test_the_command_says_what_it_cost(model: Path, tmp_path: Path) -> None:
-    done = cli("ttt", model, "--task", "section", "--limit", 3, "--set", "length=32", "--set", "rank=2", "--out", tmp_path / "found.json")
+    done = cli(
+        "ttt",
+        model,
+        "--task",
+        "section",
+        "--limit",
+        3,
+        "--set",
+        "length=32",
+        "--set",
+        "rank=2",
+        "--out",
+        tmp_path / "found.json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert "ttt-1" in done.stdout and f"{found['times']:.1f} times the seconds of a plain answer" in done.stdout and found["adapt"]["rank"] == 2 and len(found["trained"]["items"]) == 3
+    assert (
+        "ttt-1" in done.stdout
+        and f"{found['times']:.1f} times the seconds of a plain answer" in done.stdout
+        and found["adapt"]["rank"] == 2
+        and len(found["trained"]["items"]) == 3
+    )

@@ -1,4 +1,6 @@
-"""The core's small parts, each against values worked out by hand: parameters, store, recipe, texts, tasks, verification arithmetic."""
+"""The core's small parts, each against values worked out by hand: parameters, store, recipe, texts,
+tasks, verification arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_nearest() -> None:
     assert nearest("zzz", []) == "Known: none"
 
 
-def test_need_hides_no_error_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_need_hides_no_error_inside_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "halfbroken.py").write_text("import surely_not_there")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
@@ -50,23 +54,36 @@ def test_params_convert_and_refuse() -> None:
     assert made == Sample(3, 1, 1.0, ("x", "y")) and isinstance(made.share, float)
     assert params.build(Sample, {"kind": "a", "share": None, "names": "x"}, "here").names == ("x",)
     for values, said in (
-        ({}, "'kind' is missing"), ({"kind": "c"}, "'c' is not a known value"), ({"kind": "a", "size": "4"}, "'4' is not a whole number"),
-        ({"kind": "a", "size": True}, "True is not a whole number"), ({"kind": "a", "share": "much"}, "not a number"), ({"kind": "a", "on": 1}, "1 is not a true or false"),
-        ({"kind": "a", "sise": 4}, "unknown key 'sise'.*Did you mean 'size'"), ({"kind": "a", "names": [1]}, "1 is not a text"), ({"kind": "a", "size": None}, "None is not a whole"),
+        ({}, "'kind' is missing"),
+        ({"kind": "c"}, "'c' is not a known value"),
+        ({"kind": "a", "size": "4"}, "'4' is not a whole number"),
+        ({"kind": "a", "size": True}, "True is not a whole number"),
+        ({"kind": "a", "share": "much"}, "not a number"),
+        ({"kind": "a", "on": 1}, "1 is not a true or false"),
+        ({"kind": "a", "sise": 4}, "unknown key 'sise'.*Did you mean 'size'"),
+        ({"kind": "a", "names": [1]}, "1 is not a text"),
+        ({"kind": "a", "size": None}, "None is not a whole"),
     ):
         with pytest.raises(EdgemedError, match=f"here.*{said}"):
             params.build(Sample, values, "here")
 
 
 def test_parse_set() -> None:
-    assert params.parse_set("a.b=8") == (["a", "b"], 8) and params.parse_set("x=true") == (["x"], True)
-    assert params.parse_set("x=[1, 2]") == (["x"], [1, 2]) and params.parse_set("x=a=b") == (["x"], "a=b")
+    assert params.parse_set("a.b=8") == (["a", "b"], 8) and params.parse_set("x=true") == (
+        ["x"],
+        True,
+    )
+    assert params.parse_set("x=[1, 2]") == (["x"], [1, 2]) and params.parse_set("x=a=b") == (
+        ["x"],
+        "a=b",
+    )
     for wrong in ("x", "=3", "x=[1"):
         with pytest.raises(EdgemedError, match="--set"):
             params.parse_set(wrong)
 
 
 # --- store
+
 
 def build(final: Path, text: str = "hello", **params_: object) -> bool:
     with store.building(final, "result", "test", params_, {"in": "0"}) as work:
@@ -80,8 +97,15 @@ def test_store_makes_once_and_reuses(tmp_path: Path) -> None:
     assert build(final, size=1) and not build(final, "another text", size=1)
     assert (final / "file.txt").read_text() == "hello"
     manifest = store.read_manifest(final)
-    assert manifest["files"]["file.txt"]["bytes"] == 5 and manifest["peak_memory_bytes"] > 1 << 20 and manifest["versions"]["python"]
-    assert manifest["files"]["file.txt"]["sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    assert (
+        manifest["files"]["file.txt"]["bytes"] == 5
+        and manifest["peak_memory_bytes"] > 1 << 20
+        and manifest["versions"]["python"]
+    )
+    assert (
+        manifest["files"]["file.txt"]["sha256"]
+        == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    )
     with pytest.raises(EdgemedError, match="other inputs or parameters"):
         build(final, size=2)
     assert sorted(p.name for p in final.parent.iterdir()) == ["out"]
@@ -96,7 +120,11 @@ def test_store_leaves_nothing_after_an_error_or_a_stale_part(tmp_path: Path) -> 
     stale = tmp_path / ".out.part"
     stale.mkdir()
     (stale / "old").write_text("from a killed run")
-    assert build(final) and [p.name for p in tmp_path.iterdir()] == ["out"] and not (final / "old").exists()
+    assert (
+        build(final)
+        and [p.name for p in tmp_path.iterdir()] == ["out"]
+        and not (final / "old").exists()
+    )
 
 
 def test_store_sees_every_change(tmp_path: Path) -> None:
@@ -112,7 +140,11 @@ def test_store_sees_every_change(tmp_path: Path) -> None:
 
 
 def test_digest_ignores_order_only() -> None:
-    assert store.digest({"a": 1, "b": [1, 2]}) == store.digest({"b": [1, 2], "a": 1}) != store.digest({"a": 1, "b": [2, 1]})
+    assert (
+        store.digest({"a": 1, "b": [1, 2]})
+        == store.digest({"b": [1, 2], "a": 1})
+        != store.digest({"a": 1, "b": [2, 1]})
+    )
 
 
 def test_records_are_appended(tmp_path: Path) -> None:
@@ -124,22 +156,35 @@ def test_records_are_appended(tmp_path: Path) -> None:
 
 # --- recipes
 
+
 def test_override() -> None:
-    document = {"model": "m", "steps": [{"quantize": {"bits": 4}}], "engines": [{"onnx": {}}, {"onnx": None}, "llamacpp"]}
+    document = {
+        "model": "m",
+        "steps": [{"quantize": {"bits": 4}}],
+        "engines": [{"onnx": {}}, {"onnx": None}, "llamacpp"],
+    }
     override(document, ["quantize", "bits"], 8)
     override(document, ["onnx", "precision"], "fp16")
     override(document, ["bench", "runs"], 2)
-    assert document["steps"] == [{"quantize": {"bits": 8}}] and document["engines"][:2] == [{"onnx": {"precision": "fp16"}}] * 2 and document["bench"] == {"runs": 2}
+    assert (
+        document["steps"] == [{"quantize": {"bits": 8}}]
+        and document["engines"][:2] == [{"onnx": {"precision": "fp16"}}] * 2
+        and document["bench"] == {"runs": 2}
+    )
     with pytest.raises(EdgemedError, match="'steps' is a list"):
         override(document, ["steps", "0"], 1)
 
 
-def test_paths_beside_the_recipe_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_beside_the_recipe_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
     (tmp_path / "here" / "r.yaml").write_text("model: model\nengines: [onnx]\n")
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe("here/r.yaml", ["title=Mine"])
-    assert recipe.model == "here/model" and recipe.title == "Mine" and recipe.engines[0].name == "onnx"
+    assert (
+        recipe.model == "here/model" and recipe.title == "Mine" and recipe.engines[0].name == "onnx"
+    )
 
 
 def test_engine_names_must_differ(tmp_path: Path) -> None:
@@ -149,6 +194,7 @@ def test_engine_names_must_differ(tmp_path: Path) -> None:
 
 
 # --- texts and tasks
+
 
 def test_texts_of_a_users_own_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first\nparagraph\n\nsecond\n\n\n")
@@ -163,16 +209,35 @@ def test_conversations_take_the_models_chat_template(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     rows = tmp_path / "talk.jsonl"
     rows.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"text": "plain"}) + "\n")
-    assert texts(str(rows)) == ["Question: Why?\nAnswer: So.", "plain"] == texts(str(rows), model=tmp_path)
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    assert (
+        texts(str(rows))
+        == ["Question: Why?\nAnswer: So.", "plain"]
+        == texts(str(rows), model=tmp_path)
+    )
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if"
+        " add_generation_prompt %}<assistant>{% endif %}"
+    )
     for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
-        (tmp_path / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
-        assert texts(str(rows), model=tmp_path) == ["<user>Why?</s><assistant>So.</s>", "plain"], name
+        (tmp_path / name).write_text(
+            template if name.endswith("jinja") else json.dumps({"chat_template": template})
+        )
+        assert texts(str(rows), model=tmp_path) == [
+            "<user>Why?</s><assistant>So.</s>",
+            "plain",
+        ], name
         (tmp_path / name).unlink()
-    (tmp_path / "chat_template.jinja").write_text("{% if messages[0].role == 'user' %}{{ raise_exception('no users') }}{% endif %}")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'user' %}{{ raise_exception('no users') }}{% endif %}"
+    )
     with pytest.raises(EdgemedError, match="refuses this conversation: no users"):
         texts(str(rows), model=tmp_path)
-    for wrong in ({"messages": []}, {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "user"}]}, {"messages": "x"}):
+    for wrong in (
+        {"messages": []},
+        {"messages": [{"role": "robot", "content": "x"}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": "x"},
+    ):
         rows.write_text(json.dumps(wrong) + "\n")
         with pytest.raises(EdgemedError, match="row 1 has no 'text'"):
             texts(str(rows))
@@ -181,7 +246,12 @@ def test_conversations_take_the_models_chat_template(tmp_path: Path) -> None:
 def test_task_rows_are_checked(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = {"id": "1", "passage": "p", "answer": "methods"}
-    for rows, said in (([row, row], "row 2: id '1' occurs twice"), ([{**row, "answer": "x"}], "row 1: not a section row"), ([{"id": "1"}], "row 1: not a section row"), ([], "is empty")):
+    for rows, said in (
+        ([row, row], "row 2: id '1' occurs twice"),
+        ([{**row, "answer": "x"}], "row 1: not a section row"),
+        ([{"id": "1"}], "row 1: not a section row"),
+        ([], "is empty"),
+    ):
         file.write_text("".join(json.dumps(r) + "\n" for r in rows))
         with pytest.raises(EdgemedError, match=said):
             questions(f"section:{file}")
@@ -190,35 +260,59 @@ def test_task_rows_are_checked(tmp_path: Path) -> None:
 
 
 def test_windows() -> None:
-    assert windows_of([[1, 2, 3], [4], [5, 6, 7, 8]], 2, 3, "here").tolist() == [[1, 2, 3], [5, 6, 7]]
+    assert windows_of([[1, 2, 3], [4], [5, 6, 7, 8]], 2, 3, "here").tolist() == [
+        [1, 2, 3],
+        [5, 6, 7],
+    ]
     with pytest.raises(EdgemedError, match="here: 1 texts have at least 4 tokens, 2 are asked for"):
         windows_of([[1, 2, 3], [5, 6, 7, 8]], 2, 4, "here")
 
 
 def test_reference_survives_storage(tmp_path: Path) -> None:
-    made = Reference(np.arange(6, dtype=np.int32).reshape(2, 3), 2, np.zeros((2, 4), np.int32), np.ones((2, 3, 5), np.float32))
+    made = Reference(
+        np.arange(6, dtype=np.int32).reshape(2, 3),
+        2,
+        np.zeros((2, 4), np.int32),
+        np.ones((2, 3, 5), np.float32),
+    )
     made.save(tmp_path)
-    assert Reference.load(tmp_path).digest() == made.digest() != made.trim(1).digest() and made.trim(1).logits.shape == (1, 3, 5)
+    assert Reference.load(tmp_path).digest() == made.digest() != made.trim(
+        1
+    ).digest() and made.trim(1).logits.shape == (1, 3, 5)
     with pytest.raises(EdgemedError, match="carries no reference"):
         Reference.load(tmp_path / "nowhere")
 
 
 def test_chat_text_with_and_without_a_template(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why"}]
-    assert chat_text(tmp_path, turns, "</s>") == "Question: Hi\nAnswer: Yes?\nQuestion: Why\nAnswer:"
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Why"},
+    ]
+    assert (
+        chat_text(tmp_path, turns, "</s>") == "Question: Hi\nAnswer: Yes?\nQuestion: Why\nAnswer:"
+    )
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if"
+        " add_generation_prompt %}<assistant>{% endif %}"
+    )
     assert chat_text(tmp_path, turns[:1], "</s>") == "<user>Hi</s><assistant>"
 
 
 # --- evaluation
 
+
 class Oracle:
     """Scores that always prefer the token of a question's gold option, or the first one."""
 
-    head, width, context = "lm", 300, 40
+    head = "lm"
+    width = 300
+    context = 40
 
     def __init__(self, right: bool):
-        self.right, self.position, self.seen = right, 0, []
+        self.right = right
+        self.position = 0
+        self.seen = []
 
     def prefill(self, tokens, every=False):
         self.position += len(tokens)
@@ -243,23 +337,53 @@ class Letters:
     def encode(self, text, add_special_tokens=True):
         class Encoding:
             ids = [ord(c) for c in text]
+
         return Encoding
 
 
 def asked(contexts: list[str], key: str = "key") -> Questions:
-    task = Task("toy", "", "", "", "", "", "", lambda row: row, lambda example: Prompt(example.question, example.options))
-    return Questions(task, "sha", tuple(Example(str(i), text, ("a", "b"), 1) for i, text in enumerate(contexts)), None, key)
+    task = Task(
+        "toy",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "",
+        lambda row: row,
+        lambda example: Prompt(example.question, example.options),
+    )
+    return Questions(
+        task,
+        "sha",
+        tuple(Example(str(i), text, ("a", "b"), 1) for i, text in enumerate(contexts)),
+        None,
+        key,
+    )
 
 
-MADE_FROM = {"inputs": {"checkpoint/model.safetensors": "1"}, "parent": {"inputs": {"checkpoint/model.safetensors": "0"}, "parent": None}}
+MADE_FROM = {
+    "inputs": {"checkpoint/model.safetensors": "1"},
+    "parent": {"inputs": {"checkpoint/model.safetensors": "0"}, "parent": None},
+}
 
 
 def test_evaluate_counts_and_cuts_long_contexts_from_the_left() -> None:
-    good, session = asked(["short", "x" * 50 + "end"]), Oracle(True)
+    good = asked(["short", "x" * 50 + "end"])
+    session = Oracle(True)
     result = evaluate(session, Letters(), good, "m", "engine")
-    assert (result["accuracy"], result["n"], result["truncated"], result["majority"]) == (1.0, 2, 1, 1.0)
+    assert (result["accuracy"], result["n"], result["truncated"], result["majority"]) == (
+        1.0,
+        2,
+        1,
+        1.0,
+    )
     assert "".join(map(chr, session.seen[:40])).endswith("xend")
-    assert result["tokens_read"] == 5 + 40 and result["interval"][1] == pytest.approx(1) and result["seconds_per_question"] > 0
+    assert (
+        result["tokens_read"] == 5 + 40
+        and result["interval"][1] == pytest.approx(1)
+        and result["seconds_per_question"] > 0
+    )
     wrong = evaluate(Oracle(False), Letters(), good, "m", "engine")
     assert wrong["accuracy"] == 0.0 and [item["answer"] for item in wrong["items"]] == [0, 0]
     assert majority(good) == 1.0
@@ -268,9 +392,19 @@ def test_evaluate_counts_and_cuts_long_contexts_from_the_left() -> None:
 def test_an_engine_is_paired_with_a_checkpoint_it_was_made_from() -> None:
     good = asked(["a", "b", "c"])
     for source in ("0", "1"):
-        right = evaluate(Oracle(True), Letters(), good, "source", source_key({"model.safetensors": source}))
-        found = pair(evaluate(Oracle(False), Letters(), good, "m", "engine"), right, MADE_FROM, None, 0.05)["paired"]
-        assert (found["only_source"], found["only_engine"], found["changed"], found["verdict"], found["source_model"]) == (3, 0, 3, None, "source")
+        right = evaluate(
+            Oracle(True), Letters(), good, "source", source_key({"model.safetensors": source})
+        )
+        found = pair(
+            evaluate(Oracle(False), Letters(), good, "m", "engine"), right, MADE_FROM, None, 0.05
+        )["paired"]
+        assert (
+            found["only_source"],
+            found["only_engine"],
+            found["changed"],
+            found["verdict"],
+            found["source_model"],
+        ) == (3, 0, 3, None, "source")
     stranger = {**right, "model_key": "another engine"}
     with pytest.raises(EdgemedError, match="not that of a source of this engine"):
         pair(right, stranger, MADE_FROM, 0.02, 0.05)
@@ -278,7 +412,8 @@ def test_an_engine_is_paired_with_a_checkpoint_it_was_made_from() -> None:
 
 def test_results_on_other_items_are_never_paired() -> None:
     key = source_key({"model.safetensors": "1"})
-    one, two = evaluate(Oracle(True), Letters(), asked(["a"]), "m", key), evaluate(Oracle(True), Letters(), asked(["a", "b"], "other"), "m", key)
+    one = evaluate(Oracle(True), Letters(), asked(["a"]), "m", key)
+    two = evaluate(Oracle(True), Letters(), asked(["a", "b"], "other"), "m", key)
     with pytest.raises(EdgemedError, match="another version, part or file of the task"):
         pair(one, two, MADE_FROM, 0.02, 0.05)
     with pytest.raises(EdgemedError, match="other settings"):
@@ -286,12 +421,23 @@ def test_results_on_other_items_are_never_paired() -> None:
 
 
 def test_the_gate_judges_the_first_strategy_and_every_engine() -> None:
-    good, key = asked([str(i) for i in range(300)]), source_key({"model.safetensors": "1"})
+    good = asked([str(i) for i in range(300)])
+    key = source_key({"model.safetensors": "1"})
     base = evaluate(Oracle(True), Letters(), good, "source", key)
-    same, lost = (pair(evaluate(Oracle(right), Letters(), good, name, "e"), base, MADE_FROM, 0.05, 0.05) for right, name in ((True, "same"), (False, "lost")))
+    same, lost = (
+        pair(evaluate(Oracle(right), Letters(), good, name, "e"), base, MADE_FROM, 0.05, 0.05)
+        for right, name in ((True, "same"), (False, "lost"))
+    )
     gate = judge({"same": [same, {**lost, "strategy": "cot"}], "lost": [lost]}, 0.05, 0.05)
-    assert gate["verdict"] == "fail" and [row["verdict"] for row in gate["comparisons"]] == ["pass", "fail"]
-    assert part_of(gate, "same")["verdict"] == "pass" and part_of(gate, "lost")["verdict"] == "fail" and part_of(gate, "none") is None
+    assert gate["verdict"] == "fail" and [row["verdict"] for row in gate["comparisons"]] == [
+        "pass",
+        "fail",
+    ]
+    assert (
+        part_of(gate, "same")["verdict"] == "pass"
+        and part_of(gate, "lost")["verdict"] == "fail"
+        and part_of(gate, "none") is None
+    )
     assert judge({"same": [base]}, 0.05, 0.05) is None
 
 
@@ -299,7 +445,8 @@ def test_freed_memory_goes_back_to_the_system():
     psutil = pytest.importorskip("psutil")
     if not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("this C library has no malloc_trim")
-    # Small enough for the heap, and the last one lies above all the others: by itself the library would keep what is below it.
+    # Small enough for the heap, and the last one lies above all the others: by itself the library
+    # would keep what is below it.
     blocks = [bytearray(b"x" * 100_000) for _ in range(3000)]
     del blocks[:-1]
     before = psutil.Process().memory_info().rss

@@ -11,10 +11,13 @@ from edgemed.session import Sampling, check_room, generate, log_softmax, pick
 class Toy:
     """After token t the scores are row t of a fixed table, whatever came before."""
 
-    head, width, context = "lm", 5, 12
+    head = "lm"
+    width = 5
+    context = 12
 
     def __init__(self) -> None:
-        self.table, self.position = np.random.default_rng(1).normal(size=(5, 5)).astype(np.float32), 0
+        self.table = np.random.default_rng(1).normal(size=(5, 5)).astype(np.float32)
+        self.position = 0
 
     def prefill(self, tokens, every=False):
         check_room(self, tokens)
@@ -35,7 +38,8 @@ class Toy:
 def test_greedy_follows_the_table_and_ends_with_the_context() -> None:
     toy = Toy()
     found = list(generate(toy, [0, 1], Sampling(max_tokens=100)))
-    expected, token = [], 1
+    expected = []
+    token = 1
     for _ in found:
         token = int(toy.table[token].argmax())
         expected.append(token)
@@ -48,7 +52,10 @@ def test_stop_token_ends_and_is_not_given() -> None:
     toy = Toy()
     free = list(generate(toy, [0], Sampling(max_tokens=8)))
     toy.rewind(0)
-    assert list(generate(toy, [0], Sampling(max_tokens=8), frozenset({free[2]}))) == free[: free.index(free[2])]
+    assert (
+        list(generate(toy, [0], Sampling(max_tokens=8), frozenset({free[2]})))
+        == free[: free.index(free[2])]
+    )
 
 
 def test_a_head_cannot_generate() -> None:
@@ -67,13 +74,27 @@ def test_empty_prompt_is_refused() -> None:
 def test_sampling_frequencies(extra: dict[str, float]) -> None:
     scores = np.log(np.array([0.5, 0.05, 0.3, 0.15], np.float32))
     random = np.random.default_rng(0)
-    counts = np.bincount([pick(scores, Sampling(temperature=1.0, **extra), random) for _ in range(4000)], minlength=4) / 4000
-    allowed = {(): [0, 1, 2, 3], ("top_k",): [0, 2], ("top_p",): [0, 2], ("top_k", "top_p"): [0, 2]}[tuple(extra)]
+    counts = (
+        np.bincount(
+            [pick(scores, Sampling(temperature=1.0, **extra), random) for _ in range(4000)],
+            minlength=4,
+        )
+        / 4000
+    )
+    allowed = {
+        (): [0, 1, 2, 3],
+        ("top_k",): [0, 2],
+        ("top_p",): [0, 2],
+        ("top_k", "top_p"): [0, 2],
+    }[tuple(extra)]
     p = np.array([0.5, 0.05, 0.3, 0.15])
     expected = np.where(np.isin(range(4), allowed), p, 0) / p[allowed].sum()
     assert np.abs(counts - expected).max() < 0.03
 
 
 def test_same_seed_same_text() -> None:
-    runs = [list(generate(Toy(), [0], Sampling(temperature=1.0, seed=s, max_tokens=9))) for s in (4, 4, 5)]
+    runs = [
+        list(generate(Toy(), [0], Sampling(temperature=1.0, seed=s, max_tokens=9)))
+        for s in (4, 4, 5)
+    ]
     assert runs[0] == runs[1] != runs[2]

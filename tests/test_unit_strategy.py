@@ -1,4 +1,6 @@
-"""Scoring and prompt strategies on a session whose scores depend on everything it has read, so that a wrong prefix cannot go unseen."""
+"""Scoring and prompt strategies on a session whose scores depend on everything it has read, so that
+a wrong prefix cannot go unseen.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,17 @@ WIDTH = 300
 
 
 class Memory:
-    """After tokens t1..tn the scores are random numbers seeded by all of them; counts what it computes."""
+    """After tokens t1..tn the scores are random numbers seeded by all of them; counts what it
+    computes.
+    """
 
-    head, width = "lm", WIDTH
+    head = "lm"
+    width = WIDTH
 
     def __init__(self, context: int = 400):
-        self.context, self.tokens, self.computed = context, [], 0
+        self.context = context
+        self.tokens = []
+        self.computed = 0
 
     @property
     def position(self) -> int:
@@ -33,7 +40,11 @@ class Memory:
         rows = []
         for token in tokens:
             self.tokens.append(int(token))
-            rows.append(np.random.default_rng(zlib.crc32(np.array(self.tokens, np.int64).tobytes())).normal(size=WIDTH).astype(np.float32))
+            rows.append(
+                np.random.default_rng(zlib.crc32(np.array(self.tokens, np.int64).tobytes()))
+                .normal(size=WIDTH)
+                .astype(np.float32)
+            )
         self.computed += len(tokens)
         return np.array(rows if every else rows[-1:])
 
@@ -53,6 +64,7 @@ class Characters:
     def encode(self, text, add_special_tokens=True):
         class Encoding:
             ids = [ord(c) % WIDTH for c in text]
+
         return Encoding
 
     def decode(self, ids):
@@ -61,17 +73,29 @@ class Characters:
 
 def letters(example: Example) -> Prompt:
     listed = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(example.options))
-    return Prompt(f"Q: {example.question}{listed}\nAnswer:", tuple(f" {chr(65 + i)}" for i in range(len(example.options))))
+    return Prompt(
+        f"Q: {example.question}{listed}\nAnswer:",
+        tuple(f" {chr(65 + i)}" for i in range(len(example.options))),
+    )
 
 
 def asked(lettered: bool = True, shots: tuple[Example, ...] = (), n: int = 3) -> Questions:
-    render = letters if lettered else lambda e: Prompt(f"Q: {e.question}\nAnswer:", tuple(f" {o}" for o in e.options))
+    render = (
+        letters
+        if lettered
+        else lambda e: Prompt(f"Q: {e.question}\nAnswer:", tuple(f" {o}" for o in e.options))
+    )
     task = Task("toy", "", "", "", "", "", "", lambda row: row, render, lettered=lettered)
-    examples = tuple(Example(str(i), f"what is number {i}", ("red", "green", "blue"), i % 3) for i in range(n))
+    examples = tuple(
+        Example(str(i), f"what is number {i}", ("red", "green", "blue"), i % 3) for i in range(n)
+    )
     return Questions(task, "sha", examples, None, "key", shots)
 
 
-SHOTS = tuple(Example(f"s{i}", text, ("red", "green", "blue"), i % 3) for i, text in enumerate(["a cough", "a broken leg", "what number is it", "fever at night"]))
+SHOTS = tuple(
+    Example(f"s{i}", text, ("red", "green", "blue"), i % 3)
+    for i, text in enumerate(["a cough", "a broken leg", "what number is it", "fever at night"])
+)
 
 
 def alone(context: list[int], option: list[int]) -> float:
@@ -81,7 +105,9 @@ def alone(context: list[int], option: list[int]) -> float:
 
 
 def test_options_share_their_context_and_score_as_if_alone() -> None:
-    session, context, options = Memory(), list(range(50)), [[7], [7, 8, 9], [3, 4]]
+    session = Memory()
+    context = list(range(50))
+    options = [[7], [7, 8, 9], [3, 4]]
     reader = Reader(session)
     found = reader.options(context, options)
     assert found == pytest.approx([alone(context, option) for option in options])
@@ -93,12 +119,16 @@ def test_options_share_their_context_and_score_as_if_alone() -> None:
 def test_a_shared_beginning_is_read_once_and_a_short_one_again() -> None:
     session = Memory()
     reader = Reader(session)
-    first, second = [*range(100), 5], [*range(100), 6, 7]
+    first = [*range(100), 5]
+    second = [*range(100), 6, 7]
     assert np.array_equal(reader.read(first), Memory().prefill(first)[-1])
     assert np.array_equal(reader.read(second), Memory().prefill(second)[-1])
     assert reader.tokens_read == session.computed == 101 + 2
     # The very same prompt: its last token is read again, because its scores are wanted.
-    assert np.array_equal(reader.read(second), Memory().prefill(second)[-1]) and session.computed == 104
+    assert (
+        np.array_equal(reader.read(second), Memory().prefill(second)[-1])
+        and session.computed == 104
+    )
     reader.read([*range(20), 9])
     assert session.computed == 104 + 21
 
@@ -109,7 +139,9 @@ def test_reading_goes_on_after_what_was_written() -> None:
     context = list(range(40))
     written = reader.write(context, Sampling(max_tokens=6), frozenset())
     assert len(written) == reader.tokens_generated == 6 and session.computed == 45
-    assert np.array_equal(reader.read([*context, *written, 1]), Memory().prefill([*context, *written, 1])[-1])
+    assert np.array_equal(
+        reader.read([*context, *written, 1]), Memory().prefill([*context, *written, 1])[-1]
+    )
     assert session.computed == 47
 
 
@@ -130,15 +162,38 @@ def test_options_that_tokenize_to_nothing_and_contexts_without_room() -> None:
         fitted([1], 0, "q")
 
 
-@pytest.mark.parametrize(("text", "lettered", "expected"), [
-    (" B", True, 1), ("The answer is (C).", True, 2), ("Because. A", True, 0), ("D", True, -1), ("I'm not sure", True, -1), ("", True, -1),
-    (" maybe, or yes", False, 2), ("Yes.", False, 0), ("know", False, -1), ("no", False, 1),
-])
+@pytest.mark.parametrize(
+    ("text", "lettered", "expected"),
+    [
+        (" B", True, 1),
+        ("The answer is (C).", True, 2),
+        ("Because. A", True, 0),
+        ("D", True, -1),
+        ("I'm not sure", True, -1),
+        ("", True, -1),
+        (" maybe, or yes", False, 2),
+        ("Yes.", False, 0),
+        ("know", False, -1),
+        ("no", False, 1),
+    ],
+)
 def test_which_option_a_text_names(text: str, lettered: bool, expected: int) -> None:
     assert chosen(text, (" yes", " no", " maybe"), lettered) == expected
 
 
-@pytest.mark.parametrize("text", ["zero-shot", "random-3", "nearest-12", "cot", "vote-3", "self-consistency-5", "nearest-3/cot/vote-5", "zero-shot+cot+random-2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zero-shot",
+        "random-3",
+        "nearest-12",
+        "cot",
+        "vote-3",
+        "self-consistency-5",
+        "nearest-3/cot/vote-5",
+        "zero-shot+cot+random-2",
+    ],
+)
 def test_strategies_by_name(text: str) -> None:
     assert parse(text).name == text
 
@@ -148,7 +203,23 @@ def test_self_consistency_is_cot_with_votes() -> None:
     assert parse("zero-shot").plain and not parse("cot").plain and not parse("zero-shot+cot").plain
 
 
-@pytest.mark.parametrize("text", ["", "zero", "random", "random-0", "nearest-x", "vote-1", "cot/cot", "random-2/nearest-2", "zero-shot/cot", "cot+cot", "cot+", "cot/self-consistency-3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "zero",
+        "random",
+        "random-0",
+        "nearest-x",
+        "vote-1",
+        "cot/cot",
+        "random-2/nearest-2",
+        "zero-shot/cot",
+        "cot+cot",
+        "cot+",
+        "cot/self-consistency-3",
+    ],
+)
 def test_unknown_strategies(text: str) -> None:
     with pytest.raises(EdgemedError, match="strategy"):
         parse(text)
@@ -173,17 +244,23 @@ def answers(strategy: str, settings: Settings = Settings(), **kwargs):
     session = Memory(2000)
     answerer = Answerer(session, Characters(), asked(shots=SHOTS, **kwargs), settings)
     answerer.check(parse(strategy))
-    return [answerer.answer(example, parse(strategy)) for example in answerer.questions.examples], answerer
+    return [
+        answerer.answer(example, parse(strategy)) for example in answerer.questions.examples
+    ], answerer
 
 
 def test_zero_shot_equals_scoring_each_option_alone() -> None:
     found, answerer = answers("zero-shot")
     prompt = letters(answerer.questions.examples[1])
     context = [ord(c) for c in prompt.context]
-    assert found[1].scores == pytest.approx([alone(context, [ord(c) for c in option]) for option in prompt.options])
+    assert found[1].scores == pytest.approx(
+        [alone(context, [ord(c) for c in option]) for option in prompt.options]
+    )
     normalised, _ = answers("zero-shot", Settings("normalised"), lettered=False)
     plain, _ = answers("zero-shot", lettered=False)
-    assert normalised[0].scores == pytest.approx([s / len(o) for s, o in zip(plain[0].scores, ("red", "green", "blue"), strict=True)])
+    assert normalised[0].scores == pytest.approx(
+        [s / len(o) for s, o in zip(plain[0].scores, ("red", "green", "blue"), strict=True)]
+    )
 
 
 def test_examples_stand_before_the_question_and_their_answers_are_shown() -> None:
@@ -201,7 +278,8 @@ def test_examples_stand_before_the_question_and_their_answers_are_shown() -> Non
 def test_reasoning_is_generated_and_the_answer_comes_after_it() -> None:
     found, answerer = answers("cot", Settings(rationale=9), n=1)
     context = [ord(c) for c in letters(answerer.questions.examples[0]).context + THINK]
-    fresh, written = Memory(2000), []
+    fresh = Memory(2000)
+    written = []
     scores = fresh.prefill(context)[-1]
     for _ in range(9):
         written.append(int(scores.argmax()))
@@ -214,7 +292,9 @@ def test_reasoning_is_generated_and_the_answer_comes_after_it() -> None:
 def test_votes_are_over_shuffled_options_and_seeded() -> None:
     runs = [answers("vote-5", Settings(seed=seed))[0] for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
-    sampled = [answers("self-consistency-3", Settings(rationale=4, seed=seed))[0] for seed in (0, 0, 1)]
+    sampled = [
+        answers("self-consistency-3", Settings(rationale=4, seed=seed))[0] for seed in (0, 0, 1)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -234,7 +314,9 @@ def test_long_contexts_lose_their_beginning_and_say_so() -> None:
     answerer = Answerer(Memory(40), Characters(), asked(), Settings())
     answer = answerer.answer(answerer.questions.examples[0], parse("zero-shot"))
     text = letters(answerer.questions.examples[0]).context[-39:]
-    assert answer.cut and answer.scores[0] == pytest.approx(alone([ord(c) for c in text], [ord(" "), ord("A")]))
+    assert answer.cut and answer.scores[0] == pytest.approx(
+        alone([ord(c) for c in text], [ord(" "), ord("A")])
+    )
 
 
 def test_what_cannot_be_followed_is_said() -> None:
@@ -242,7 +324,9 @@ def test_what_cannot_be_followed_is_said() -> None:
     with pytest.raises(EdgemedError, match="no solved examples"):
         Answerer(session, Characters(), asked(), Settings()).check(parse("random-2"))
     with pytest.raises(EdgemedError, match="does not list its options"):
-        Answerer(session, Characters(), asked(lettered=False), Settings()).check(parse("zero-shot+vote-3"))
+        Answerer(session, Characters(), asked(lettered=False), Settings()).check(
+            parse("zero-shot+vote-3")
+        )
     with pytest.raises(EdgemedError, match="needs 9 solved examples, task toy has 4"):
         answers("random-9")
     session.head = "classes"

@@ -1,4 +1,6 @@
-"""Integers and their layouts: packing as AutoGPTQ does, rounding, GGUF's Q8_0, and how packed matrices are regrouped for engines."""
+"""Integers and their layouts: packing as AutoGPTQ does, rounding, GGUF's Q8_0, and how packed
+matrices are regrouped for engines.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_packing_puts_the_first_value_in_the_lowest_bits() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_unpack_is_the_inverse(bits: int, axis: int) -> None:
-    values = torch.randint(1 << bits, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    values = torch.randint(
+        1 << bits, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
+    )
     packed = pack(values, bits, axis)
     assert packed.dtype == torch.int32 and packed.shape[axis] == values.shape[axis] * bits // 32
     assert (unpack(packed, bits, axis) == values).all()
@@ -40,7 +44,9 @@ def test_rounding_error_is_half_a_step_at_most_inside_the_grid() -> None:
         dense = (q.float() - (1 << bits - 1)) * scales.repeat_interleave(32, 1)
         step = scales.repeat_interleave(32, 1)
         inside = weight <= step * ((1 << bits - 1) - 1)
-        assert ((weight - dense).abs()[inside] <= step[inside] / 2 * 1.001).all() and inside.float().mean() > 0.9
+        assert (
+            (weight - dense).abs()[inside] <= step[inside] / 2 * 1.001
+        ).all() and inside.float().mean() > 0.9
         assert (scales == scales.half().float()).all()
     with pytest.raises(EdgemedError, match="group of 48 does not divide a row of 128"):
         rtn(weight, 4, 48)
@@ -48,7 +54,9 @@ def test_rounding_error_is_half_a_step_at_most_inside_the_grid() -> None:
 
 def test_a_group_of_zeros_keeps_a_scale() -> None:
     q, scales = rtn(torch.zeros(2, 64), 4, 32)
-    assert (scales > 0).all() and (q == 8).all() and scale_of(torch.full((1, 4), 1e-12), 4).item() > 0
+    assert (
+        (scales > 0).all() and (q == 8).all() and scale_of(torch.full((1, 4), 1e-12), 4).item() > 0
+    )
 
 
 def test_ggml_q8_equals_the_gguf_packages() -> None:
@@ -61,14 +69,18 @@ def test_ggml_q8_equals_the_gguf_packages() -> None:
     assert (raw[..., 2:].view(np.int8).astype(np.int16) + 128 == q.reshape(7, 3, 32)).all()
 
 
-@pytest.mark.parametrize(("group", "block"), [(256, 128), (128, 128), (64, 64), (96, 32), (768, 128)])
+@pytest.mark.parametrize(
+    ("group", "block"), [(256, 128), (128, 128), (64, 64), (96, 32), (768, 128)]
+)
 def test_blocks_are_powers_of_two_that_fit_the_group(group: int, block: int) -> None:
     q = torch.randint(16, (4, 768), dtype=torch.uint8)
     scales = torch.rand(4, 768 // group) + 0.1
     packed = Packed(q, scales, torch.full(scales.shape, 8, dtype=torch.uint8), None, 4, group, None)
     ints = block_ints(packed)
     assert ints.block == block and ints.zeros is None
-    assert np.allclose((ints.q.astype(np.float32) - 8) * ints.scales.repeat(block, 1), packed.dense().numpy())
+    assert np.allclose(
+        (ints.q.astype(np.float32) - 8) * ints.scales.repeat(block, 1), packed.dense().numpy()
+    )
 
 
 def test_narrowing_refuses_what_becomes_infinite() -> None:
@@ -83,9 +95,13 @@ def test_writer_splits_into_shards_that_transformers_layout_expects(tmp_path: Pa
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.close()
-    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
+        f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)
+    ]
     found = open_checkpoint(tmp_path)
-    assert set(found.tensors) == set(tensors) and all((found.read(name) == tensor).all() for name, tensor in tensors.items())
+    assert set(found.tensors) == set(tensors) and all(
+        (found.read(name) == tensor).all() for name, tensor in tensors.items()
+    )
 
 
 def test_sum_that_overflows_is_no_infinite_weight(tmp_path: Path) -> None:
@@ -99,9 +115,17 @@ def test_weights_are_read_in_one_layout(model: Path) -> None:
     checkpoint = open_checkpoint(model)
     weights = Weights(checkpoint)
     for name, part in weights.parts.items():
-        found = weights.table(name) if part.kind == "table" else weights.norm(name)[0] if part.kind == "norm" else weights.matrix(name).dense()
+        found = (
+            weights.table(name)
+            if part.kind == "table"
+            else weights.norm(name)[0]
+            if part.kind == "norm"
+            else weights.matrix(name).dense()
+        )
         assert tuple(found.shape) == part.shape and found.dtype == torch.float32
-    assert (weights.matrix("layers.1.up").weight == checkpoint.read("transformer.h.1.mlp.c_fc.weight").T).all()
+    assert (
+        weights.matrix("layers.1.up").weight == checkpoint.read("transformer.h.1.mlp.c_fc.weight").T
+    ).all()
 
 
 def test_quantized_by_another_method_is_refused(tmp_path: Path) -> None:

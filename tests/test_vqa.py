@@ -1,4 +1,6 @@
-"""Tasks with images: what their rows may say, how written answers are scored, and a tiny model that sees, evaluated as source and as engine."""
+"""Tasks with images: what their rows may say, how written answers are scored, and a tiny model that
+sees, evaluated as source and as engine.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,33 @@ from edgemed.session import Pictures  # noqa: E402
 from edgemed.strategy import Settings  # noqa: E402
 from edgemed.task import Questions, questions  # noqa: E402
 
-ROW = {"id": "1", "image": "a.png", "question": "Which organ?", "options": ["Liver", "Heart"], "answer": 1, "kind": "organ", "modality": "drawing"}
+ROW = {
+    "id": "1",
+    "image": "a.png",
+    "question": "Which organ?",
+    "options": ["Liver", "Heart"],
+    "answer": 1,
+    "kind": "organ",
+    "modality": "drawing",
+}
 
 
 def noise(seed: int, side: int = 60) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    )
 
 
 def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
     file = folder / name
-    file.write_text(json.dumps(list(rows)) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        (
+            json.dumps(list(rows))
+            if name.endswith(".json")
+            else "".join(json.dumps(row) + "\n" for row in rows)
+        ),
+        encoding="utf-8",
+    )
     return file
 
 
@@ -43,6 +62,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 # --- rows and their images
+
 
 def test_images_lie_beside_the_rows_or_in_the_zip(folder: Path) -> None:
     beside = questions(f"micro_bench:{write(folder, ROW)}")
@@ -56,19 +76,24 @@ def test_images_lie_beside_the_rows_or_in_the_zip(folder: Path) -> None:
     assert np.array_equal(np.asarray(zipped.pictures(zipped.examples[0])[0]), np.asarray(noise(0)))
     assert zipped.key == beside.key, "the same rows and images, wherever they lie"
     noise(7).save(folder / "a.png")
-    assert questions(f"micro_bench:{folder / 'rows.jsonl'}").key != beside.key, "another image under the same name is another question"
+    assert questions(f"micro_bench:{folder / 'rows.jsonl'}").key != beside.key, (
+        "another image under the same name is another question"
+    )
     two = questions(f"micro_bench:{write(folder, {**ROW, 'images': ['a.png', 'b.png']})}")
     assert [p.size for p in two.pictures(two.examples[0])] == [(60, 60)] * 2
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    ({**ROW, "image": "c.png"}, "row 1: image 'c.png' is not there. Put it under that name in"),
-    ({**ROW, "image": "../a.png"}, "image '../a.png' is not there"),
-    ({**ROW, "image": "/etc/hostname"}, "image '/etc/hostname' is not there"),
-    ({**ROW, "image": 3}, "row 1: not a micro_bench row ('image' is not a name)"),
-    ({**ROW, "images": []}, "'images' is not a list of names"),
-    ({key: value for key, value in ROW.items() if key != "image"}, "'image' is missing"),
-])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({**ROW, "image": "c.png"}, "row 1: image 'c.png' is not there. Put it under that name in"),
+        ({**ROW, "image": "../a.png"}, "image '../a.png' is not there"),
+        ({**ROW, "image": "/etc/hostname"}, "image '/etc/hostname' is not there"),
+        ({**ROW, "image": 3}, "row 1: not a micro_bench row ('image' is not a name)"),
+        ({**ROW, "images": []}, "'images' is not a list of names"),
+        ({key: value for key, value in ROW.items() if key != "image"}, "'image' is missing"),
+    ],
+)
 def test_refused_rows(folder: Path, row: dict[str, Any], said: str) -> None:
     with pytest.raises(EdgemedError) as caught:
         questions(f"micro_bench:{write(folder, row)}")
@@ -77,7 +102,9 @@ def test_refused_rows(folder: Path, row: dict[str, Any], said: str) -> None:
 
 def test_where_real_data_goes_is_said(folder: Path) -> None:
     with pytest.raises(EdgemedError, match="put its folders xmlab0, xmlab1, ... beside test.json"):
-        questions(f"slake:{write(folder, {'qid': 1, 'img_name': 'xmlab1/source.jpg', 'question': 'q', 'answer': 'MRI', 'q_lang': 'en', 'answer_type': 'OPEN', 'modality': 'MRI', 'location': 'x'})}")
+        questions(
+            f"slake:{write(folder, {'qid': 1, 'img_name': 'xmlab1/source.jpg', 'question': 'q', 'answer': 'MRI', 'q_lang': 'en', 'answer_type': 'OPEN', 'modality': 'MRI', 'location': 'x'})}"
+        )
 
 
 def test_damaged_images_and_zip_files(folder: Path) -> None:
@@ -96,33 +123,110 @@ def test_damaged_images_and_zip_files(folder: Path) -> None:
 
 
 def test_published_layouts(folder: Path) -> None:
-    slake = [{"qid": n, "img_name": "a.png", "question": "Is it?", "answer": answer, "q_lang": lang, "answer_type": kind, "modality": "CT", "location": "Lung"}
-             for n, (answer, lang, kind) in enumerate([("Yes", "en", "CLOSED"), ("Left lung", "en", "OPEN"), ("Left", "en", "CLOSED"), ("左", "zh", "OPEN")])]
+    slake = [
+        {
+            "qid": n,
+            "img_name": "a.png",
+            "question": "Is it?",
+            "answer": answer,
+            "q_lang": lang,
+            "answer_type": kind,
+            "modality": "CT",
+            "location": "Lung",
+        }
+        for n, (answer, lang, kind) in enumerate(
+            [
+                ("Yes", "en", "CLOSED"),
+                ("Left lung", "en", "OPEN"),
+                ("Left", "en", "CLOSED"),
+                ("左", "zh", "OPEN"),
+            ]
+        )
+    ]
     found = questions(f"slake:{write(folder, *slake, name='test.json')}")
-    assert [(e.options, e.gold, e.reference, e.groups["kind"]) for e in found.examples] == [(("yes", "no"), 0, "", "closed"), ((), 0, "Left lung", "open"), ((), 0, "Left", "closed")]
+    assert [(e.options, e.gold, e.reference, e.groups["kind"]) for e in found.examples] == [
+        (("yes", "no"), 0, "", "closed"),
+        ((), 0, "Left lung", "open"),
+        ((), 0, "Left", "closed"),
+    ]
     assert [e.reference for e in questions(f"slake/zh:{folder / 'test.json'}").examples] == ["左"]
-    omni = [{"question_id": f"q{n}", "image_path": "a.png", "question": "What?", "option_A": "CT", "option_B": "MR", "option_C": "", "gt_answer": "MR", "modality_type": kind}
-            for n, kind in enumerate(("MR (Mag-netic Resonance Imaging)", "CT(Computed Tomography)", "X-Ray", "Dermoscopy"))]
+    omni = [
+        {
+            "question_id": f"q{n}",
+            "image_path": "a.png",
+            "question": "What?",
+            "option_A": "CT",
+            "option_B": "MR",
+            "option_C": "",
+            "gt_answer": "MR",
+            "modality_type": kind,
+        }
+        for n, kind in enumerate(
+            ("MR (Mag-netic Resonance Imaging)", "CT(Computed Tomography)", "X-Ray", "Dermoscopy")
+        )
+    ]
     found = questions(f"omnimedvqa:{write(folder, *omni, name='omni.json')}")
-    assert [e.groups["modality"] for e in found.examples] == ["MRI", "CT", "X-ray"] and found.examples[0].options == ("CT", "MR") and found.examples[0].gold == 1
+    assert (
+        [e.groups["modality"] for e in found.examples] == ["MRI", "CT", "X-ray"]
+        and found.examples[0].options == ("CT", "MR")
+        and found.examples[0].gold == 1
+    )
     assert len(questions(f"omnimedvqa/all:{folder / 'omni.json'}").examples) == 4
     with pytest.raises(EdgemedError, match="the answer 'PET' is none of the 2 options"):
         questions(f"omnimedvqa:{write(folder, {**omni[0], 'gt_answer': 'PET'})}")
-    rad = {"qid": 1, "phrase_type": "test_freeform", "image_name": "a.png", "image_organ": "HEAD", "question": "Is it?", "answer": "No", "answer_type": "CLOSED "}
-    (example,) = questions(f"vqa_rad:{write(folder, rad, {**rad, 'qid': 2, 'phrase_type': 'freeform'}, name='rad.json')}").examples
-    assert (example.id, example.gold, example.groups) == ("1", 1, {"kind": "closed", "region": "head"})
+    rad = {
+        "qid": 1,
+        "phrase_type": "test_freeform",
+        "image_name": "a.png",
+        "image_organ": "HEAD",
+        "question": "Is it?",
+        "answer": "No",
+        "answer_type": "CLOSED ",
+    }
+    (example,) = questions(
+        f"vqa_rad:{write(folder, rad, {**rad, 'qid': 2, 'phrase_type': 'freeform'}, name='rad.json')}"
+    ).examples
+    assert (example.id, example.gold, example.groups) == (
+        "1",
+        1,
+        {"kind": "closed", "region": "head"},
+    )
     with pytest.raises(EdgemedError, match="'image_disjoint_split' is missing"):
         questions(f"vqa_rad/image_disjoint:{folder / 'rad.json'}")
 
 
 def test_parts(folder: Path) -> None:
-    official, apart = questions("vqa_rad"), questions("vqa_rad/image_disjoint")
-    assert (official.part, apart.part) == ("official", "image_disjoint") and official.key != apart.key
-    rows = {str(row["qid"]): row for row in map(json.loads, (plugins.ROOT / "tasks" / "samples" / "vqa_rad.jsonl").read_text(encoding="utf-8").splitlines())}
-    assert {rows[e.id]["split"] for e in official.examples} == {"test"} and {rows[e.id]["image_disjoint_split"] for e in apart.examples} == {"test"}
-    with pytest.raises(EdgemedError, match="task vqa_rad has no part 'oficial'. Did you mean 'official'"):
+    official = questions("vqa_rad")
+    apart = questions("vqa_rad/image_disjoint")
+    assert (official.part, apart.part) == (
+        "official",
+        "image_disjoint",
+    ) and official.key != apart.key
+    rows = {
+        str(row["qid"]): row
+        for row in map(
+            json.loads,
+            (plugins.ROOT / "tasks" / "samples" / "vqa_rad.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines(),
+        )
+    }
+    assert {rows[e.id]["split"] for e in official.examples} == {"test"} and {
+        rows[e.id]["image_disjoint_split"] for e in apart.examples
+    } == {"test"}
+    with pytest.raises(
+        EdgemedError, match="task vqa_rad has no part 'oficial'. Did you mean 'official'"
+    ):
         questions("vqa_rad/oficial")
-    only_train = {"qid": 1, "split": "train", "image": "a.png", "organ": "HEAD", "question": "q", "answer": "no", "answer_type": "CLOSED"}
+    only_train = {
+        "qid": 1,
+        "split": "train",
+        "image": "a.png",
+        "organ": "HEAD",
+        "question": "q",
+        "answer": "no",
+        "answer_type": "CLOSED",
+    }
     with pytest.raises(EdgemedError, match="has no rows in 'official'"):
         questions(f"vqa_rad:{write(folder, only_train)}")
     assert title({"task": "vqa_rad", "language": None, "part": "official"}) == "vqa_rad/official"
@@ -130,36 +234,71 @@ def test_parts(folder: Path) -> None:
 
 # --- scores of written answers
 
+
 def test_exact_match_and_recall_by_hand() -> None:
-    assert free_text.exact("The left lung.", "Left Lung") and not free_text.exact("left lung lobe", "left lung")
-    assert free_text.recall("it is the left one", "left lung") == 0.5 and free_text.recall("left left", "left left lung lung") == 0.5 and free_text.recall("", "x") == 0.0
+    assert free_text.exact("The left lung.", "Left Lung") and not free_text.exact(
+        "left lung lobe", "left lung"
+    )
+    assert (
+        free_text.recall("it is the left one", "left lung") == 0.5
+        and free_text.recall("left left", "left left lung lung") == 0.5
+        and free_text.recall("", "x") == 0.0
+    )
 
 
 def test_legacy_scores_flatter_as_published() -> None:
-    assert free_text.legacy_closed("The chest is NORMAL", "No") and not free_text.legacy_closed("yes", "no")
+    assert free_text.legacy_closed("The chest is NORMAL", "No") and not free_text.legacy_closed(
+        "yes", "no"
+    )
     # Three hits of a repeated word against one missing: 3 / 4, where half the words are there.
-    assert free_text.legacy_open("left left left", "left lung") == 0.75 and free_text.recall("left left left", "left lung") == 0.5
-    assert free_text.legacy_open("two masses", "2 masses") == 1.0 and free_text.legacy_open("", "x") == 0.0
+    assert (
+        free_text.legacy_open("left left left", "left lung") == 0.75
+        and free_text.recall("left left left", "left lung") == 0.5
+    )
+    assert (
+        free_text.legacy_open("two masses", "2 masses") == 1.0
+        and free_text.legacy_open("", "x") == 0.0
+    )
 
 
 def test_scores_of_closed_and_open_questions(folder: Path) -> None:
-    rows = [{"id": str(n), "image": "a.png", "question": "q", "answer": answer} for n, answer in enumerate(("no", "yes", "left lung", "right lung"))]
+    rows = [
+        {"id": str(n), "image": "a.png", "question": "q", "answer": answer}
+        for n, answer in enumerate(("no", "yes", "left lung", "right lung"))
+    ]
     asked = questions(f"pathvqa:{write(folder, *rows)}")
-    items = [{"answer": 0, "gold": 1, "text": "yes, abnormal"}, {"answer": 0, "gold": 0}, {"answer": 0, "gold": 0, "text": "Left lung."}, {"answer": 1, "gold": 0, "text": "the lung"}]
+    items = [
+        {"answer": 0, "gold": 1, "text": "yes, abnormal"},
+        {"answer": 0, "gold": 0},
+        {"answer": 0, "gold": 0, "text": "Left lung."},
+        {"answer": 1, "gold": 0, "text": "the lung"},
+    ]
     found = asked.task.scores(list(zip(asked.examples, items, strict=True)))
-    assert found == {"closed_accuracy": {"value": 0.5, "n": 2}, "open_exact": {"value": 0.5, "n": 2}, "open_recall": {"value": 0.75, "n": 2}, "legacy_closed": {"value": 1.0, "n": 2},
-                     "legacy_open": {"value": 0.75, "n": 2}}, "'no' is in 'abnormal'"
+    assert found == {
+        "closed_accuracy": {"value": 0.5, "n": 2},
+        "open_exact": {"value": 0.5, "n": 2},
+        "open_recall": {"value": 0.75, "n": 2},
+        "legacy_closed": {"value": 1.0, "n": 2},
+        "legacy_open": {"value": 0.75, "n": 2},
+    }, "'no' is in 'abnormal'"
     alone = asked.task.scores([(asked.examples[0], items[0])])
     assert alone["open_exact"] == {"value": None, "n": 0}
 
 
 def test_set_accuracy_and_confusion_by_hand() -> None:
     asked = questions("mediconfusion")
-    # Pairs: both right, one answer twice, both wrong, one without an answer; the gold answers of each are A and B.
+    # Pairs: both right, one answer twice, both wrong, one without an answer; the gold answers of
+    # each are A and B.
     answers = [0, 1, 0, 0, 1, 0, 0, -1]
-    pairs = [(example, {"answer": answer, "gold": example.gold}) for example, answer in zip(asked.examples, answers, strict=True)]
+    pairs = [
+        (example, {"answer": answer, "gold": example.gold})
+        for example, answer in zip(asked.examples, answers, strict=True)
+    ]
     assert [example.gold for example in asked.examples] == [0, 1] * 4
-    assert asked.task.scores(pairs) == {"set_accuracy": {"value": 0.25, "n": 4}, "confusion": {"value": 1 / 3, "n": 3}}
+    assert asked.task.scores(pairs) == {
+        "set_accuracy": {"value": 0.25, "n": 4},
+        "confusion": {"value": 1 / 3, "n": 3},
+    }
     assert asked.task.scores(pairs[:3])["set_accuracy"] == {"value": 1.0, "n": 1}
 
 
@@ -171,41 +310,78 @@ def test_a_report_shows_a_sets_own_metrics() -> None:
     run = document(tasks=(("vqa_rad", 100, 2, 0.4, ()),), strategies=("zero-shot",))
     results = [*run["source_evals"], *(r for e in run["engines"] for r in e["evals"])]
     for result in results:
-        result.update(part="image_disjoint", scores={"legacy_closed": {"value": 0.8125, "n": 64}, "open_exact": {"value": None, "n": 0}})
+        result.update(
+            part="image_disjoint",
+            scores={
+                "legacy_closed": {"value": 0.8125, "n": 64},
+                "open_exact": {"value": None, "n": 0},
+            },
+        )
     page = render(run)
-    assert "vqa_rad/image_disjoint" in page and "legacy closed" in page and "81.2" in page and "n = 64" in page
+    assert (
+        "vqa_rad/image_disjoint" in page
+        and "legacy closed" in page
+        and "81.2" in page
+        and "n = 64" in page
+    )
     card = result_of(results[0], "lm")
-    assert card["dataset"]["config"] == "image_disjoint" and [m["type"] for m in card["metrics"]][:2] == ["accuracy", "legacy_closed"] and "open_exact" not in str(card["metrics"])
+    assert (
+        card["dataset"]["config"] == "image_disjoint"
+        and [m["type"] for m in card["metrics"]][:2] == ["accuracy", "legacy_closed"]
+        and "open_exact" not in str(card["metrics"])
+    )
 
 
 def test_two_wrong_wordings_are_a_changed_answer() -> None:
-    items = [{"id": "1", "gold": 0, "answer": 1, "said": "left"}, {"id": "2", "gold": 0, "answer": 0, "said": "lung"}]
+    items = [
+        {"id": "1", "gold": 0, "answer": 1, "said": "left"},
+        {"id": "2", "gold": 0, "answer": 0, "said": "lung"},
+    ]
     found = stats.paired(items, [{**items[0], "said": "right"}, items[1]], None, 0.05)
     assert (found["changed"], found["changed_both_wrong"], found["only_source"]) == (1, 1, 0)
 
 
 # --- what a reader may keep
 
+
 def pictures(*values: float, start: int = 3) -> Pictures:
     """Images of two features each, text of `start` tokens before and one token behind each."""
     count = start + 3 * len(values)
-    return Pictures(np.repeat(np.array(values, np.float32), 2)[:, None], np.arange(count)[None], IMAGE)
+    return Pictures(
+        np.repeat(np.array(values, np.float32), 2)[:, None], np.arange(count)[None], IMAGE
+    )
 
 
 def test_what_two_prompts_share() -> None:
-    text, one = [1, 2, 3], [1, 2, 3, IMAGE, IMAGE, 4]
+    text = [1, 2, 3]
+    one = [1, 2, 3, IMAGE, IMAGE, 4]
     assert shared(text, [1, 2, 3, 5], None, None) == 3 and shared(text, text, None, None) == 2
     assert shared(one, [*one, 5], pictures(1.0), pictures(1.0)) == 6
-    assert shared(one, [*one, 5], pictures(1.0), pictures(2.0)) == 3, "the same tokens, another image"
+    assert shared(one, [*one, 5], pictures(1.0), pictures(2.0)) == 3, (
+        "the same tokens, another image"
+    )
     two = [*one, IMAGE, IMAGE, 4]
     assert shared(two, [*two, 5], pictures(1.0, 2.0), pictures(1.0, 3.0)) == 6
-    assert shared(one, [1, 2, 3, IMAGE, IMAGE, IMAGE, IMAGE, 4], pictures(1.0), Pictures(np.ones((4, 1), np.float32), np.arange(8)[None], IMAGE)) == 3, "a larger image is read as a whole"
+    assert (
+        shared(
+            one,
+            [1, 2, 3, IMAGE, IMAGE, IMAGE, IMAGE, 4],
+            pictures(1.0),
+            Pictures(np.ones((4, 1), np.float32), np.arange(8)[None], IMAGE),
+        )
+        == 3
+    ), "a larger image is read as a whole"
     assert shared(one, [1, 2, 3, IMAGE, 9], pictures(1.0), None) == 3
     rest = behind([*two, 5], pictures(1.0, 3.0), 6)
-    assert rest.features[:, 0].tolist() == [3.0, 3.0] and rest.positions[0, 0] == 0 and behind([*one, 5], pictures(1.0), 6) is None
+    assert (
+        rest.features[:, 0].tolist() == [3.0, 3.0]
+        and rest.positions[0, 0] == 0
+        and behind([*one, 5], pictures(1.0), 6) is None
+    )
 
 
 # --- a model that sees
+
 
 @pytest.fixture(scope="module")
 def engine(sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -213,17 +389,32 @@ def engine(sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from edgemed.checkpoint import open_checkpoint
     from edgemed.engine import export
 
-    return export(open_checkpoint(sees), "onnx", plugins.load("targets", "onnx").Params(precision="fp32"), tmp_path_factory.mktemp("engines") / "fp32")
+    return export(
+        open_checkpoint(sees),
+        "onnx",
+        plugins.load("targets", "onnx").Params(precision="fp32"),
+        tmp_path_factory.mktemp("engines") / "fp32",
+    )
 
 
 def opened(model: Path | Any, asked: Questions) -> Any:
     from edgemed.checkpoint import open_checkpoint
     from edgemed.run import open_source, start_engine
 
-    return open_source(open_checkpoint(model), asked.sees) if isinstance(model, Path) else start_engine(model, asked.sees, 1)
+    return (
+        open_source(open_checkpoint(model), asked.sees)
+        if isinstance(model, Path)
+        else start_engine(model, asked.sees, 1)
+    )
 
 
-def result(model: Path | Any, asked: Questions, settings: Settings = Settings(), strategy: str = "zero-shot", key: str = "k") -> dict[str, Any]:
+def result(
+    model: Path | Any,
+    asked: Questions,
+    settings: Settings = Settings(),
+    strategy: str = "zero-shot",
+    key: str = "k",
+) -> dict[str, Any]:
     from edgemed.run import evaluate_opened
 
     model = opened(model, asked)
@@ -237,14 +428,24 @@ def test_engine_answers_as_its_source(sees: Path, engine: Any, folder: Path) -> 
     rows = [{**ROW, "id": str(n), "image": f"{'ab'[n % 2]}.png", "answer": n % 2} for n in range(4)]
     asked = questions(f"micro_bench:{write(folder, *rows)}")
     for settings in (Settings(), Settings("normalised"), Settings("generated", rationale=4)):
-        ours, theirs = result(engine, asked, settings), result(sees, asked, settings)
+        ours = result(engine, asked, settings)
+        theirs = result(sees, asked, settings)
         assert [i["answer"] for i in ours["items"]] == [i["answer"] for i in theirs["items"]]
         for one, other in zip(ours["items"], theirs["items"], strict=True):
             assert np.allclose(one["scores"], other["scores"], atol=2e-3)
-    assert ours["unparsed"] == 4 and ours["accuracy"] == 0.0 and ours["settings"] == {"rationale_tokens": 4}, "random weights write no answer tags"
+    assert (
+        ours["unparsed"] == 4
+        and ours["accuracy"] == 0.0
+        and ours["settings"] == {"rationale_tokens": 4}
+    ), "random weights write no answer tags"
     likelihood = result(sees, asked)
-    same, other = (np.array([i["scores"] for i in likelihood["items"] if int(i["id"]) % 2 == n]) for n in (0, 1))
-    assert np.allclose(same[0], same[1], atol=1e-4) and not np.allclose(same[0], other[0], atol=1e-2), "the image decides, and the same image says the same"
+    same, other = (
+        np.array([i["scores"] for i in likelihood["items"] if int(i["id"]) % 2 == n])
+        for n in (0, 1)
+    )
+    assert np.allclose(same[0], same[1], atol=1e-4) and not np.allclose(
+        same[0], other[0], atol=1e-2
+    ), "the image decides, and the same image says the same"
     assert len(result(sees, asked, strategy="vote-3")["items"][0]["scores"]) == 2
 
 
@@ -254,8 +455,17 @@ def test_open_questions_are_paired_like_others(sees: Path, engine: Any) -> None:
 
     source = result(sees, asked, key=source_key(open_checkpoint(sees).hashes()))
     found = pair(result(engine, asked), source, store.read_manifest(engine.path), None, 0.05)
-    assert found["paired"]["n"] == 4 and found["paired"]["changed"] == 0 and found["part"] == "en" and found["scores"]["open_exact"]["n"] == 2
-    assert found["scoring"] == "sum of option token log-likelihoods; open questions: exact match of a greedily generated answer"
+    assert (
+        found["paired"]["n"] == 4
+        and found["paired"]["changed"] == 0
+        and found["part"] == "en"
+        and found["scores"]["open_exact"]["n"] == 2
+    )
+    assert (
+        found["scoring"]
+        == "sum of option token log-likelihoods; open questions: exact match of a greedily"
+        " generated answer"
+    )
     assert {"text", "said"} <= set(found["items"][1]) and "text" not in found["items"][0]
 
 
@@ -263,32 +473,70 @@ class Says:
     """A tokenizer whose decoder always gives one text, around a real one."""
 
     def __init__(self, tokenizer: Any, text: str):
-        self.encode, self.text = tokenizer.encode, text
+        self.encode = tokenizer.encode
+        self.text = text
 
     def decode(self, ids: Any) -> str:
         return self.text
 
 
-@pytest.mark.parametrize(("task", "said", "answer"), [
-    ("micro_bench", "<think>It pumps.</think>\n<answer>B</answer>", 1), ("micro_bench", "<answer> A </answer>", 0), ("micro_bench", "B", -1), ("micro_bench", "<answer>C</answer>", -1), ("micro_bench", "", -1),
-    ("pathvqa", "No, it is normal.", 1), ("pathvqa", "normal", -1), ("open", "The left lung.", 0), ("open", "lung", 1), ("open", " ", -1),
-])
-def test_how_a_written_answer_is_read(sees: Path, folder: Path, task: str, said: str, answer: int) -> None:
-    row = ROW if task == "micro_bench" else {"id": "1", "image": "a.png", "question": "Is it?", "answer": "left lung" if task == "open" else "no"}
+@pytest.mark.parametrize(
+    ("task", "said", "answer"),
+    [
+        ("micro_bench", "<think>It pumps.</think>\n<answer>B</answer>", 1),
+        ("micro_bench", "<answer> A </answer>", 0),
+        ("micro_bench", "B", -1),
+        ("micro_bench", "<answer>C</answer>", -1),
+        ("micro_bench", "", -1),
+        ("pathvqa", "No, it is normal.", 1),
+        ("pathvqa", "normal", -1),
+        ("open", "The left lung.", 0),
+        ("open", "lung", 1),
+        ("open", " ", -1),
+    ],
+)
+def test_how_a_written_answer_is_read(
+    sees: Path, folder: Path, task: str, said: str, answer: int
+) -> None:
+    row = (
+        ROW
+        if task == "micro_bench"
+        else {
+            "id": "1",
+            "image": "a.png",
+            "question": "Is it?",
+            "answer": "left lung" if task == "open" else "no",
+        }
+    )
     asked = questions(f"{'pathvqa' if task == 'open' else task}:{write(folder, row)}")
     model = opened(sees, asked)
-    found = evaluate(model.session, Says(model.tokenizer, said), asked, "m", "k", settings=Settings("generated", rationale=1), eyes=model.eyes)
+    found = evaluate(
+        model.session,
+        Says(model.tokenizer, said),
+        asked,
+        "m",
+        "k",
+        settings=Settings("generated", rationale=1),
+        eyes=model.eyes,
+    )
     assert found["items"][0]["answer"] == answer and found["unparsed"] == (answer < 0)
 
 
 def test_prompt_is_the_familys(sees: Path, folder: Path) -> None:
-    asked, shown = questions(f"micro_bench:{write(folder, ROW)}"), []
+    asked = questions(f"micro_bench:{write(folder, ROW)}")
+    shown = []
     model = opened(sees, asked)
     see = model.eyes.see
-    model.eyes.see = lambda tokens, images: shown.append(model.tokenizer.decode(tokens, skip_special_tokens=False)) or see(tokens, images)
+    model.eyes.see = lambda tokens, images: (
+        shown.append(model.tokenizer.decode(tokens, skip_special_tokens=False))
+        or see(tokens, images)
+    )
     evaluate(model.session, model.tokenizer, asked, "m", "k", eyes=model.eyes)
     family = model.eyes.family
-    assert shown == [family.chat(family.reasoning("Which organ?\nA) Liver\nB) Heart"), 1)] and family.opening == "<answer>"
+    assert (
+        shown == [family.chat(family.reasoning("Which organ?\nA) Liver\nB) Heart"), 1)]
+        and family.opening == "<answer>"
+    )
 
 
 def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) -> None:
@@ -296,26 +544,43 @@ def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) ->
     model = opened(sees, asked)
 
     def scores(reader: Reader, seed: int, question: str) -> np.ndarray:
-        tokens = model.tokenizer.encode(model.eyes.family.chat(question, 1), add_special_tokens=False).ids
+        tokens = model.tokenizer.encode(
+            model.eyes.family.chat(question, 1), add_special_tokens=False
+        ).ids
         return reader.read(*model.eyes.see(tokens, [noise(seed)])).copy()
 
     kept = Reader(model.session)
-    found = [scores(kept, seed, question) for seed, question in ((0, "What?"), (1, "What?"), (1, "Where?"), (0, "Where?"))]
+    found = [
+        scores(kept, seed, question)
+        for seed, question in ((0, "What?"), (1, "What?"), (1, "Where?"), (0, "Where?"))
+    ]
     read = kept.tokens_read
-    alone = [scores(Reader(model.session), seed, question) for seed, question in ((0, "What?"), (1, "What?"), (1, "Where?"), (0, "Where?"))]
+    alone = [
+        scores(Reader(model.session), seed, question)
+        for seed, question in ((0, "What?"), (1, "What?"), (1, "Where?"), (0, "Where?"))
+    ]
     for one, other in zip(found, alone, strict=True):
         assert np.allclose(one, other, atol=1e-4)
-    assert not np.allclose(found[0], found[1], atol=1e-2) and read < 3.5 * 110, "the second question about an image reads little"
+    assert not np.allclose(found[0], found[1], atol=1e-2) and read < 3.5 * 110, (
+        "the second question about an image reads little"
+    )
 
 
-def test_text_and_images_meet_the_wrong_model(sees: Path, engine: Any, model: Path, folder: Path) -> None:
-    asked, text = questions(f"micro_bench:{write(folder, ROW)}"), questions("pubmedqa", 1)
+def test_text_and_images_meet_the_wrong_model(
+    sees: Path, engine: Any, model: Path, folder: Path
+) -> None:
+    asked = questions(f"micro_bench:{write(folder, ROW)}")
+    text = questions("pubmedqa", 1)
     text = replace(text, examples=(replace(text.examples[0], question="Is it?"),))
-    assert len(result(sees, text)["items"]) == len(result(engine, text)["items"]) == 1, "a model that sees reads text as well"
+    assert len(result(sees, text)["items"]) == len(result(engine, text)["items"]) == 1, (
+        "a model that sees reads text as well"
+    )
     with pytest.raises(EdgemedError, match="reads text only"):
         result(model, asked)
     plain = opened(model, text)
-    with pytest.raises(EdgemedError, match="task micro_bench shows images, and this model reads text only"):
+    with pytest.raises(
+        EdgemedError, match="task micro_bench shows images, and this model reads text only"
+    ):
         evaluate(plain.session, plain.tokenizer, asked, "m", "k")
     for strategy in ("random-2", "cot", "self-consistency-2"):
         with pytest.raises(EdgemedError, match="task micro_bench"):
@@ -325,21 +590,47 @@ def test_text_and_images_meet_the_wrong_model(sees: Path, engine: Any, model: Pa
 def test_an_image_is_never_cut(sees: Path, folder: Path, tmp_path: Path) -> None:
     noise(3, 900).save(folder / "a.png")
     asked = questions(f"micro_bench:{write(folder, ROW)}")
-    with pytest.raises(EdgemedError, match="prompt and images are .* tokens long, 1024 fit .*largest image alone is 1024"):
+    with pytest.raises(
+        EdgemedError,
+        match="prompt and images are .* tokens long, 1024 fit .*largest image alone is 1024",
+    ):
         result(sees, asked)
     noise(3, 60).save(folder / "a.png")
     asked = questions(f"micro_bench:{folder / 'rows.jsonl'}")
-    with pytest.raises(EdgemedError, match="question 1: prompt and images are .* tokens long, 1032 more for the answer do not fit into 1024"):
+    with pytest.raises(
+        EdgemedError,
+        match=(
+            "question 1: prompt and images are .* tokens long, 1032 more for the answer do not fit"
+            " into 1024"
+        ),
+    ):
         result(sees, asked, Settings("generated", rationale=1000))
 
 
-def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(sees: Path, folder: Path) -> None:
+def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
+    sees: Path, folder: Path
+) -> None:
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     model = opened(sees, asked)
     model.eyes.family = replace(model.eyes.family, reasoning=None, answer=None)
-    found = evaluate(model.session, Says(model.tokenizer, "B."), asked, "m", "k", settings=Settings("generated"), eyes=model.eyes)
+    found = evaluate(
+        model.session,
+        Says(model.tokenizer, "B."),
+        asked,
+        "m",
+        "k",
+        settings=Settings("generated"),
+        eyes=model.eyes,
+    )
     assert found["items"][0]["answer"] == 1
-    assert len(evaluate(model.session, model.tokenizer, asked, "m", "k", eyes=model.eyes)["items"][0]["scores"]) == 2
+    assert (
+        len(
+            evaluate(model.session, model.tokenizer, asked, "m", "k", eyes=model.eyes)["items"][0][
+                "scores"
+            ]
+        )
+        == 2
+    )
 
 
 def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: Path) -> None:
@@ -347,7 +638,9 @@ def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: P
     from edgemed.run import check_inputs
 
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model: {model}\nengines:\n- onnx: {{precision: fp32}}\neval: {{tasks: [micro_bench]}}\n")
+    recipe.write_text(
+        f"model: {model}\nengines:\n- onnx: {{precision: fp32}}\neval: {{tasks: [micro_bench]}}\n"
+    )
     with pytest.raises(EdgemedError, match="task micro_bench shows images, and .* reads text only"):
         check_inputs(read_recipe(recipe))
 
@@ -356,7 +649,23 @@ def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: P
     from edgemed.api import evaluate_tasks
     from edgemed.recipe import EvalSpec
 
-    found = evaluate_tasks(engine.path, EvalSpec((f"micro_bench:{write(folder, ROW)}", "worldmedqa_v/he", "vqa_rad/image_disjoint"), limit=1, margin=0.5), str(sees), threads=1)
-    assert [title(r) for r in found["engine"]] == ["micro_bench", "worldmedqa_v/he", "vqa_rad/image_disjoint"]
+    found = evaluate_tasks(
+        engine.path,
+        EvalSpec(
+            (f"micro_bench:{write(folder, ROW)}", "worldmedqa_v/he", "vqa_rad/image_disjoint"),
+            limit=1,
+            margin=0.5,
+        ),
+        str(sees),
+        threads=1,
+    )
+    assert [title(r) for r in found["engine"]] == [
+        "micro_bench",
+        "worldmedqa_v/he",
+        "vqa_rad/image_disjoint",
+    ]
     assert [r["synthetic"] for r in found["engine"]] == [False, True, False]
-    assert all(r["paired"] and r["paired"]["changed"] == 0 for r in found["engine"]) and len(found["gate"]["comparisons"]) == 3
+    assert (
+        all(r["paired"] and r["paired"]["changed"] == 0 for r in found["engine"])
+        and len(found["gate"]["comparisons"]) == 3
+    )

@@ -1,6 +1,8 @@
-"""How well the expected KL divergence of one rounded matrix (edgemed/sensitivity.py) agrees with the measured one, on the quickstart model.
+"""How well the expected KL divergence of one rounded matrix (edgemed/sensitivity.py) agrees with
+the measured one, on the quickstart model.
 
-Every layer matrix is rounded alone, at several widths, and the model's answers are compared with its own before: python bench/quality/sensitivity.py
+Every layer matrix is rounded alone, at several widths, and the model's answers are compared with
+its own before: python bench/quality/sensitivity.py
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 from records import save  # noqa: E402
 
-MODEL, CARD, WINDOWS, LENGTH, GROUP = ROOT / "recipes/quickstart/model", "pubmedqa-abstracts", 16, 128, 64
+MODEL = ROOT / "recipes/quickstart/model"
+CARD = "pubmedqa-abstracts"
+WINDOWS = 16
+LENGTH = 128
+GROUP = 64
 
 
 def main() -> None:
@@ -32,13 +38,18 @@ def main() -> None:
 
     weights = Weights(open_checkpoint(MODEL), fold=True)
     d = weights.decoder
-    windows = torch.tensor(calibration_windows(CARD, open_tokenizer(MODEL, d.vocab), WINDOWS, LENGTH))
-    layers, (final, matrix, bias) = [load_layer(weights, n) for n in range(d.layers)], top(weights)
+    windows = torch.tensor(
+        calibration_windows(CARD, open_tokenizer(MODEL, d.vocab), WINDOWS, LENGTH)
+    )
+    layers = [load_layer(weights, n) for n in range(d.layers)]
+    (final, matrix, bias) = top(weights)
 
     def answers(x: torch.Tensor, start: int) -> torch.Tensor:
         for n in range(start, d.layers):
             x = block(d, layers[n], n, x)
-        return torch.nn.functional.linear(norm(d, final, "final_norm", x), matrix, bias).log_softmax(-1)
+        return torch.nn.functional.linear(
+            norm(d, final, "final_norm", x), matrix, bias
+        ).log_softmax(-1)
 
     with torch.inference_mode():
         hidden = [embed(weights, windows)]
@@ -50,19 +61,46 @@ def main() -> None:
         for n, found in sensitivities(weights, windows, Path(folder)):
             for name, sensitivity in found.items():
                 for bits in (2, 3, 4):
-                    rounded, kept = Solution(*rtn(sensitivity.weight, bits, GROUP)).dense(bits), layers[n][name]
+                    rounded = Solution(*rtn(sensitivity.weight, bits, GROUP)).dense(bits)
+                    kept = layers[n][name]
                     layers[n][name] = (rounded, kept[1])
                     with torch.inference_mode():
                         other = answers(hidden[n], n)
                     layers[n][name] = kept
-                    rows.append({"matrix": f"layers.{n}.{name}", "bits": bits, "expected": sensitivity.loss(rounded), "measured": float((source.exp() * (source - other)).sum(-1).mean())})
+                    rows.append(
+                        {
+                            "matrix": f"layers.{n}.{name}",
+                            "bits": bits,
+                            "expected": sensitivity.loss(rounded),
+                            "measured": float((source.exp() * (source - other)).sum(-1).mean()),
+                        }
+                    )
     facts = {}
     for bits in (2, 3, 4):
-        expected, measured = (np.array([row[key] for row in rows if row["bits"] == bits]) for key in ("expected", "measured"))
+        expected, measured = (
+            np.array([row[key] for row in rows if row["bits"] == bits])
+            for key in ("expected", "measured")
+        )
         ranks = [np.argsort(np.argsort(values)) for values in (expected, measured)]
         ratio = expected / measured
-        facts[f"{bits} bits"] = {"rank_correlation": float(np.corrcoef(*ranks)[0, 1]), "ratio_median": float(np.median(ratio)), "ratio_min": float(ratio.min()), "ratio_max": float(ratio.max())}
-    save("quality_sensitivity", {"model": "quickstart", "card": CARD, "windows": WINDOWS, "length": LENGTH, "group": GROUP, "agreement": facts, "rows": rows})
+        facts[f"{bits} bits"] = {
+            "rank_correlation": float(np.corrcoef(*ranks)[0, 1]),
+            "ratio_median": float(np.median(ratio)),
+            "ratio_min": float(ratio.min()),
+            "ratio_max": float(ratio.max()),
+        }
+    save(
+        "quality_sensitivity",
+        {
+            "model": "quickstart",
+            "card": CARD,
+            "windows": WINDOWS,
+            "length": LENGTH,
+            "group": GROUP,
+            "agreement": facts,
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

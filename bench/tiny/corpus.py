@@ -1,6 +1,7 @@
 """Reads the two open text sets and decides which documents may be trained on.
 
-One place for that decision, so that the tokenizer, the pretraining, the task and the calibration samples cannot disagree about what is held out.
+One place for that decision, so that the tokenizer, the pretraining, the task and the calibration
+samples cannot disagree about what is held out.
 """
 
 import gzip
@@ -18,7 +19,12 @@ HELD_OUT_PERCENT = 2
 
 def data_argument(parser):
     """Every script takes the same data folder, by default the one beside the project."""
-    parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data", help="folder that holds text_qa/")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=PROJECT.parent / "shared" / "data",
+        help="folder that holds text_qa/",
+    )
 
 
 def pubmedqa(data, split):
@@ -36,12 +42,14 @@ def abstract(row):
 def medquad(data):
     """MedQuAD as (training rows, held-out rows), split by document.
 
-    Sources reuse each other's document numbers, so a document is its source and number. Some answers occur word for word in several documents:
-    a held-out row whose answer is also in a training document is left out of both.
+    Sources reuse each other's document numbers, so a document is its source and number. Some
+    answers occur word for word in several documents: a held-out row whose answer is also in a
+    training document is left out of both.
     """
     with gzip.open(data / MEDQUAD, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    train, held = [], []
+    train = []
+    held = []
     for row in rows:
         document = f"{row['source']}/{row['id'].rsplit('-', 1)[0]}"
         number = int(hashlib.sha256(document.encode()).hexdigest(), 16) % 100

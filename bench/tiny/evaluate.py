@@ -1,6 +1,7 @@
 """Measures the model and its adapter with plain transformers and torch.
 
-These are the reference numbers for the quickstart: every engine the toolkit builds from this model is compared with them, so nothing of the toolkit is used here.
+These are the reference numbers for the quickstart: every engine the toolkit builds from this model
+is compared with them, so nothing of the toolkit is used here.
 """
 
 import argparse
@@ -21,8 +22,11 @@ from section import ANSWERS, accuracy, items, predictions
 
 @torch.no_grad()
 def perplexity(model, tokens, byte_count, window=512):
-    """Held-out perplexity over windows that do not overlap; the first token of a window is not predicted."""
-    loss, predicted = 0.0, 0
+    """Held-out perplexity over windows that do not overlap; the first token of a window is not
+    predicted.
+    """
+    loss = 0.0
+    predicted = 0
     for start in range(0, len(tokens) - 1, window):
         ids = torch.from_numpy(tokens[start : start + window].astype(np.int64))[None]
         logits = model(input_ids=ids).logits[0, :-1].float()
@@ -40,8 +44,16 @@ def perplexity(model, tokens, byte_count, window=512):
 def section_numbers(model, tokenizer, questions, sample_ids):
     predicted = predictions(model, tokenizer, questions)
     answers = Counter(item["answer"] for item in questions)
-    right = Counter(item["answer"] for guess, item in zip(predicted, questions, strict=True) if guess == item["answer"])
-    sample = [(guess, item) for guess, item in zip(predicted, questions, strict=True) if item["id"] in sample_ids]
+    right = Counter(
+        item["answer"]
+        for guess, item in zip(predicted, questions, strict=True)
+        if guess == item["answer"]
+    )
+    sample = [
+        (guess, item)
+        for guess, item in zip(predicted, questions, strict=True)
+        if item["id"] in sample_ids
+    ]
     return {
         "accuracy": round(accuracy(predicted, questions), 4),
         "n": len(questions),
@@ -57,8 +69,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     data_argument(parser)
     parser.add_argument("--model", type=Path, default=PROJECT / "recipes" / "quickstart" / "model")
-    parser.add_argument("--adapter", type=Path, help="measure the section task with this adapter; without it the base model's task and perplexity numbers")
-    parser.add_argument("--name", required=True, help="file name under logs/, such as base or adapter")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help=(
+            "measure the section task with this adapter; without it the base model's task and"
+            " perplexity numbers"
+        ),
+    )
+    parser.add_argument(
+        "--name", required=True, help="file name under logs/, such as base or adapter"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.time()
@@ -73,10 +94,16 @@ def main():
         for name in ("medquad_held_out", "pubmedqa_test_contexts"):
             report[name] = perplexity(model, np.load(WORK / f"{name}.npy"), counts[name]["bytes"])
     sample = PROJECT / "edgemed" / "tasks" / "samples" / "section.jsonl"
-    sample_ids = {json.loads(line)["id"] for line in sample.read_text(encoding="utf-8").splitlines()}
-    report["section_test"] = section_numbers(model, tokenizer, items(options.data, "test"), sample_ids)
+    sample_ids = {
+        json.loads(line)["id"] for line in sample.read_text(encoding="utf-8").splitlines()
+    }
+    report["section_test"] = section_numbers(
+        model, tokenizer, items(options.data, "test"), sample_ids
+    )
     report["seconds"] = round(time.time() - started)
-    (Path(__file__).parent / "logs" / f"evaluate_{options.name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (Path(__file__).parent / "logs" / f"evaluate_{options.name}.json").write_text(
+        json.dumps(report, indent=2) + "\n"
+    )
     print(json.dumps(report))
 
 

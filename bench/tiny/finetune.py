@@ -1,6 +1,8 @@
-"""Trains the LoRA adapter for the section task and keeps the epoch that is best on held-back training abstracts.
+"""Trains the LoRA adapter for the section task and keeps the epoch that is best on held-back
+training abstracts.
 
-The loss counts the answer only, as the task scores only the answer. The official test abstracts are not read here at all.
+The loss counts the answer only, as the task scores only the answer. The official test abstracts are
+not read here at all.
 """
 
 import argparse
@@ -28,7 +30,9 @@ def is_validation(item):
 
 
 def some_sentences(item, generator):
-    """The whole passage or, every other time, a run of its sentences: 1,900 passages are few, and part of a section is still that section."""
+    """The whole passage or, every other time, a run of its sentences: 1,900 passages are few, and
+    part of a section is still that section.
+    """
     sentences = re.split(r"(?<=[.?!])\s+", item["passage"])
     if len(sentences) == 1 or generator.random() < 0.5:
         return item
@@ -39,7 +43,9 @@ def some_sentences(item, generator):
 def train_epoch(model, optimizer, schedule, sequences, size, generator):
     """One pass, passages of similar length together; gives the mean loss."""
     model.train()
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]) + generator.random() * 40)
+    order = sorted(
+        range(len(sequences)), key=lambda index: len(sequences[index][0]) + generator.random() * 40
+    )
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     generator.shuffle(chunks)
     total = 0.0
@@ -76,20 +82,33 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     lora = LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        lora_dropout=options.dropout,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        fan_in_fan_out=True,
         task_type="CAUSAL_LM",
     )
     # peft puts its layers into `base` itself, so `base` stays the language model to run.
     model = get_peft_model(base, lora)
-    # peft writes the path the base was loaded from; the adapter must name it as seen from the project's root.
+    # peft writes the path the base was loaded from; the adapter must name it as seen from the
+    # project's root.
     model.peft_config["default"].base_model_name_or_path = "recipes/quickstart/model"
     labelled = items(options.data, "train")
     training = [item for item in labelled if not is_validation(item)]
     validation = [item for item in labelled if is_validation(item)]
 
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad], weight_decay=0.01
+    )
     steps = options.epochs * -(-len(training) // options.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.peak, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        options.peak,
+        total_steps=steps + 1,
+        pct_start=0.1,
+        cycle_momentum=False,
+    )
     state = {"epoch": 0, "best": 0.0}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -101,14 +120,22 @@ def main():
 
     for epoch in range(state["epoch"], options.epochs):
         generator = random.Random(SEED + epoch)
-        sequences = [encode(tokenizer, some_sentences(item, generator), item["answer"]) for item in training]
+        sequences = [
+            encode(tokenizer, some_sentences(item, generator), item["answer"]) for item in training
+        ]
         loss = train_epoch(base, optimizer, schedule, sequences, options.batch, generator)
         score = accuracy(predictions(base, tokenizer, validation), validation)
         with open(curve, "a", newline="") as log:
-            csv.writer(log, lineterminator="\n").writerow([epoch + 1, f"{loss:.4f}", f"{score:.4f}"])
+            csv.writer(log, lineterminator="\n").writerow(
+                [epoch + 1, f"{loss:.4f}", f"{score:.4f}"]
+            )
         if score > state["best"]:
             model.save_pretrained(WORK / options.name)
-        state = {"adapter": get_peft_model_state_dict(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        state = {
+            "adapter": get_peft_model_state_dict(model),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
         state |= {"epoch": epoch + 1, "best": max(score, state.get("best", 0.0))}
         torch.save(state, checkpoint)
 

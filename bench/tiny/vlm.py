@@ -1,6 +1,8 @@
-"""The tiny Qwen2-VL: its sizes, its tokenizer, its prompt, its loss, and how a question with an image becomes tokens and pixels.
+"""The tiny Qwen2-VL: its sizes, its tokenizer, its prompt, its loss, and how a question with an
+image becomes tokens and pixels.
 
-It is MedVLM-R1's architecture, asked in Qwen2-VL's conversation form; the answer is the class in words.
+It is MedVLM-R1's architecture, asked in Qwen2-VL's conversation form; the answer is the class in
+words.
 """
 
 import json
@@ -13,9 +15,18 @@ from corpus import PROJECT
 from tokenizers import Tokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 VOCAB = 4160  # the quickstart's 4,096 and the special tokens, rounded up to a multiple of 64
-# What, steps, images a step: the tower as a classifier first, because one answer per image is little to learn seeing from.
+# What, steps, images a step: the tower as a classifier first, because one answer per image is
+# little to learn seeing from.
 STAGES = (("tower", 560, 64), ("words", 300, 32))
 PEAKS = {"tower": 1.0, "words": 0.6}  # share of the largest learning rate
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
@@ -23,7 +34,11 @@ PIXELS = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
 
 def tokenizer():
     """The quickstart's byte-level BPE with Qwen2-VL's special tokens behind it."""
-    source = json.loads((PROJECT / "recipes" / "quickstart" / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+    source = json.loads(
+        (PROJECT / "recipes" / "quickstart" / "model" / "tokenizer.json").read_text(
+            encoding="utf-8"
+        )
+    )
     source["added_tokens"] = []
     found = Tokenizer.from_str(json.dumps(source))
     found.add_special_tokens(list(SPECIAL))
@@ -38,12 +53,37 @@ def config(tok):
     known = ids(tok)
     return Qwen2VLConfig(
         text_config={
-            "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-            "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "bos_token_id": known["<|endoftext|>"], "eos_token_id": known["<|im_end|>"],
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [8, 12, 12]},
+            "vocab_size": VOCAB,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "bos_token_id": known["<|endoftext|>"],
+            "eos_token_id": known["<|im_end|>"],
+            "rope_parameters": {
+                "rope_theta": 10000.0,
+                "rope_type": "default",
+                "mrope_section": [8, 12, 12],
+            },
         },
-        vision_config={"depth": 4, "embed_dim": 192, "num_heads": 4, "hidden_size": 256, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
-        image_token_id=known["<|image_pad|>"], video_token_id=known["<|video_pad|>"], vision_start_token_id=known["<|vision_start|>"], vision_end_token_id=known["<|vision_end|>"],
+        vision_config={
+            "depth": 4,
+            "embed_dim": 192,
+            "num_heads": 4,
+            "hidden_size": 256,
+            "mlp_ratio": 4,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=known["<|image_pad|>"],
+        video_token_id=known["<|video_pad|>"],
+        vision_start_token_id=known["<|vision_start|>"],
+        vision_end_token_id=known["<|vision_end|>"],
         tie_word_embeddings=True,
     )
 
@@ -61,19 +101,28 @@ def processor():
 
 def prompt(text, image_tokens):
     pads = "<|image_pad|>" * image_tokens
-    return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+    return (
+        "<|im_start|>system\nYou are a helpful"
+        f" assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def pixels(images, process):
     """(patches float32 [all patches, 1176], grids int64 [images, 3])."""
     found = process(images=images, return_tensors="np")
-    return np.asarray(found["pixel_values"], np.float32), np.asarray(found["image_grid_thw"], np.int64)
+    return np.asarray(found["pixel_values"], np.float32), np.asarray(
+        found["image_grid_thw"], np.int64
+    )
 
 
 def batch(rows, tok, process):
-    """rows: (image, question, answer). Returns the model's inputs, padded on the right; labels count the answer only."""
+    """rows: (image, question, answer). Returns the model's inputs, padded on the right; labels
+    count the answer only.
+    """
     patches, grids = pixels([image for image, _, _ in rows], process)
-    pad, texts, labels = tok.token_to_id("<|endoftext|>"), [], []
+    pad = tok.token_to_id("<|endoftext|>")
+    texts = []
+    labels = []
     for (_, asked, answered), grid in zip(rows, grids):
         before = tok.encode(prompt(asked, int(grid.prod()) // 4), add_special_tokens=False).ids
         after = tok.encode(answered + "<|im_end|>", add_special_tokens=False).ids
@@ -83,8 +132,11 @@ def batch(rows, tok, process):
     known = ids(tok)
     tokens = torch.tensor([t + [pad] * (width - len(t)) for t in texts])
     return {
-        "input_ids": tokens, "attention_mask": torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts]),
-        "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]), "pixel_values": torch.from_numpy(patches), "image_grid_thw": torch.from_numpy(grids),
+        "input_ids": tokens,
+        "attention_mask": torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts]),
+        "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+        "pixel_values": torch.from_numpy(patches),
+        "image_grid_thw": torch.from_numpy(grids),
         "mm_token_type_ids": (tokens == known["<|image_pad|>"]).int(),
     }
 
@@ -98,7 +150,10 @@ def pooled(model, images, process):
 
 def loss_of(model, found, images, tok, process, generator):
     """The question about each image, answered with its class."""
-    rows = [(image, question(picture, options(picture, generator)), picture.label) for picture, image in zip(found, images, strict=True)]
+    rows = [
+        (image, question(picture, options(picture, generator)), picture.label)
+        for picture, image in zip(found, images, strict=True)
+    ]
     return model(**batch(rows, tok, process)).loss
 
 
@@ -108,10 +163,20 @@ def load(folder):
 
 def answers(model, asked, tok, process):
     """The option each (picture, options) gets: the one whose words are the likeliest answer."""
-    rows = [(picture.image(), question(picture, offered), option) for picture, offered in asked for option in offered]
+    rows = [
+        (picture.image(), question(picture, offered), option)
+        for picture, offered in asked
+        for option in offered
+    ]
     inputs = batch(rows, tok, process)
     labels = inputs.pop("labels")[:, 1:]
-    scores = model(**inputs).logits[:, :-1].float().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    scores = (
+        model(**inputs)
+        .logits[:, :-1]
+        .float()
+        .log_softmax(-1)
+        .gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    )
     # The token that ends the answer is not part of an option.
     counted = (labels != -100) & (labels != tok.token_to_id("<|im_end|>"))
     return best((scores * counted).sum(-1).tolist(), asked)
@@ -123,10 +188,17 @@ def facts(model, asked, tok, process):
 
 
 def save(model, tok, out: Path):
-    """A checkpoint as Qwen2-VL's are stored: 16-bit safetensors, config, tokenizer, preprocessor and generation settings."""
+    """A checkpoint as Qwen2-VL's are stored: 16-bit safetensors, config, tokenizer, preprocessor
+    and generation settings.
+    """
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tok.save(str(out / "tokenizer.json"))
-    known = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 1024}
+    known = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 1024,
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(known, indent=1) + "\n")
     processor().save_pretrained(out)

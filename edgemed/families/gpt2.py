@@ -1,7 +1,9 @@
-"""GPT-2, and with it BioMedLM: learned positions, LayerNorm, fused QKV stored as [in, out], tied embeddings.
+"""GPT-2, and with it BioMedLM: learned positions, LayerNorm, fused QKV stored as [in, out], tied
+embeddings.
 
-BioMedLM sets scale_attn_by_inverse_layer_idx, which divides the scores of layer l by l+1; here it is part of score_scale,
-so no target can forget it. Heads follow BioMedLM's published protocol (a linear layer on the last token).
+BioMedLM sets scale_attn_by_inverse_layer_idx, which divides the scores of layer l by l+1; here it
+is part of score_scale, so no target can forget it. Heads follow BioMedLM's published protocol (a
+linear layer on the last token).
 """
 
 from __future__ import annotations
@@ -17,24 +19,44 @@ HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weig
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Numbers from config.json; the head from the stored tensors, since BioMedLM's head classes are not transformers' own."""
-    hidden, layers, heads, vocab, context = (whole(config, key) for key in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"))
+    """Numbers from config.json; the head from the stored tensors, since BioMedLM's head classes are
+    not transformers' own.
+    """
+    hidden, layers, heads, vocab, context = (
+        whole(config, key) for key in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
+    )
     if hidden % heads:
-        raise EdgemedError(f"config.json: n_embd {hidden} is not a multiple of n_head {heads}", "The config is damaged")
+        raise EdgemedError(
+            f"config.json: n_embd {hidden} is not a multiple of n_head {heads}",
+            "The config is damaged",
+        )
     activation = config.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
-        raise EdgemedError(f"config.json: activation_function '{activation}' is not supported", f"Known: {', '.join(ACTIVATIONS)}")
+        raise EdgemedError(
+            f"config.json: activation_function '{activation}' is not supported",
+            f"Known: {', '.join(ACTIVATIONS)}",
+        )
     head_dim = hidden // heads
     plain = head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
     found = next((name for name in HEADS if name in shapes), None)
     outputs = shapes[found][0] if found else 0
     return Decoder(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=heads, head_dim=head_dim, ffn=whole(config, "n_inner") if config.get("n_inner") else 4 * hidden,
-        vocab=vocab, context=context, norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        ffn=whole(config, "n_inner") if config.get("n_inner") else 4 * hidden,
+        vocab=vocab,
+        context=context,
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
         score_scale=tuple(plain / (layer + 1) if by_layer else plain for layer in range(layers)),
-        activation=ACTIVATIONS[activation], tied=config.get("tie_word_embeddings", True),
-        head="lm" if not found else "choice" if outputs == 1 else "classes", head_size=outputs, eos=config.get("eos_token_id"),
+        activation=ACTIVATIONS[activation],
+        tied=config.get("tie_word_embeddings", True),
+        head="lm" if not found else "choice" if outputs == 1 else "classes",
+        head_size=outputs,
+        eos=config.get("eos_token_id"),
     )
 
 
@@ -45,18 +67,59 @@ def parts(d: Decoder) -> dict[str, Part]:
     }
     for n in range(d.layers):
         found |= {
-            f"layers.{n}.attn_norm": Part((f"h.{n}.ln_1",), "norm", (d.hidden,), bias=True),
-            f"layers.{n}.qkv": Part((f"h.{n}.attn.c_attn",), "matrix", (3 * d.hidden, d.hidden), conv1d=True, bias=True),
-            f"layers.{n}.o": Part((f"h.{n}.attn.c_proj",), "matrix", (d.hidden, d.hidden), conv1d=True, bias=True),
-            f"layers.{n}.mlp_norm": Part((f"h.{n}.ln_2",), "norm", (d.hidden,), bias=True),
-            f"layers.{n}.up": Part((f"h.{n}.mlp.c_fc",), "matrix", (d.ffn, d.hidden), conv1d=True, bias=True),
-            f"layers.{n}.down": Part((f"h.{n}.mlp.c_proj",), "matrix", (d.hidden, d.ffn), conv1d=True, bias=True),
+            f"layers.{n}.attn_norm": Part(
+                (f"h.{n}.ln_1",),
+                "norm",
+                (d.hidden,),
+                bias=True,
+            ),
+            f"layers.{n}.qkv": Part(
+                (f"h.{n}.attn.c_attn",),
+                "matrix",
+                (3 * d.hidden, d.hidden),
+                conv1d=True,
+                bias=True,
+            ),
+            f"layers.{n}.o": Part(
+                (f"h.{n}.attn.c_proj",),
+                "matrix",
+                (d.hidden, d.hidden),
+                conv1d=True,
+                bias=True,
+            ),
+            f"layers.{n}.mlp_norm": Part(
+                (f"h.{n}.ln_2",),
+                "norm",
+                (d.hidden,),
+                bias=True,
+            ),
+            f"layers.{n}.up": Part(
+                (f"h.{n}.mlp.c_fc",),
+                "matrix",
+                (d.ffn, d.hidden),
+                conv1d=True,
+                bias=True,
+            ),
+            f"layers.{n}.down": Part(
+                (f"h.{n}.mlp.c_proj",),
+                "matrix",
+                (d.hidden, d.ffn),
+                conv1d=True,
+                bias=True,
+            ),
         }
-    found["final_norm"] = Part(("ln_f",), "norm", (d.hidden,), bias=True)
+    found["final_norm"] = Part(
+        ("ln_f",),
+        "norm",
+        (d.hidden,),
+        bias=True,
+    )
     if d.head == "lm":
         found["lm_head"] = Part(("wte",) if d.tied else ("lm_head",), "matrix", (d.vocab, d.hidden))
     else:
-        found["head"] = Part(("classifier|score|multiple_choice_head.summary",), "matrix", (d.head_size, d.hidden))
+        found["head"] = Part(
+            ("classifier|score|multiple_choice_head.summary",), "matrix", (d.head_size, d.hidden)
+        )
     return found
 
 
@@ -77,10 +140,30 @@ FAMILY = Family(
     reference_name="biomedlm",
     # stanford-crfm/BioMedLM config.json
     reference_config={
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 2560, "n_layer": 32, "n_head": 20, "n_positions": 1024,
-        "n_inner": None, "vocab_size": 28896, "bos_token_id": 28895, "eos_token_id": 28895, "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": True, "reorder_and_upcast_attn": True,
-        "tie_word_embeddings": True, "initializer_range": 0.02, "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1,
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 2560,
+        "n_layer": 32,
+        "n_head": 20,
+        "n_positions": 1024,
+        "n_inner": None,
+        "vocab_size": 28896,
+        "bos_token_id": 28895,
+        "eos_token_id": 28895,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_by_inverse_layer_idx": True,
+        "scale_attn_weights": True,
+        "reorder_and_upcast_attn": True,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
     },
-    auto_classes={"lm": "AutoModelForCausalLM", "classes": "AutoModelForSequenceClassification", "choice": "AutoModelForSequenceClassification"},
+    auto_classes={
+        "lm": "AutoModelForCausalLM",
+        "classes": "AutoModelForSequenceClassification",
+        "choice": "AutoModelForSequenceClassification",
+    },
 )

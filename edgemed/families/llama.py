@@ -1,6 +1,8 @@
-"""Llama 2 and 3 (FineMedLM-o1, LLaVA-Med's text model): RMSNorm, rotary positions, grouped queries, SwiGLU, no biases as published.
+"""Llama 2 and 3 (FineMedLM-o1, LLaVA-Med's text model): RMSNorm, rotary positions, grouped queries,
+SwiGLU, no biases as published.
 
-llama.cpp's graph of this name rotates neighbouring elements of a head, so its rows of q and k are interleaved when they are written there.
+llama.cpp's graph of this name rotates neighbouring elements of a head, so its rows of q and k are
+interleaved when they are written there.
 """
 
 from __future__ import annotations
@@ -8,22 +10,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.family import Decoder, Family, Part, checked, first_token, head_of, rotary, usual_parts, whole
+from edgemed.family import (
+    Decoder,
+    Family,
+    Part,
+    checked,
+    first_token,
+    head_of,
+    rotary,
+    usual_parts,
+    whole,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
     checked(config, {"hidden_act": "silu"})
-    hidden, layers, heads, vocab = (whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+    hidden, layers, heads, vocab = (
+        whole(config, key)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    )
     head_dim = config.get("head_dim") or hidden // heads
     return Decoder(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=config.get("num_key_value_heads") or heads, head_dim=head_dim, ffn=whole(config, "intermediate_size"),
-        vocab=vocab, context=whole(config, "max_position_embeddings"), norm_eps=config.get("rms_norm_eps", 1e-6), norm="rmsnorm", score_scale=(head_dim**-0.5,) * layers,
-        activation="silu", gated=True, tied=config.get("tie_word_embeddings", False), eos=first_token(config.get("eos_token_id")), **rotary(config, head_dim), **head_of(shapes),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        ffn=whole(config, "intermediate_size"),
+        vocab=vocab,
+        context=whole(config, "max_position_embeddings"),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm="rmsnorm",
+        score_scale=(head_dim**-0.5,) * layers,
+        activation="silu",
+        gated=True,
+        tied=config.get("tie_word_embeddings", False),
+        eos=first_token(config.get("eos_token_id")),
+        **rotary(config, head_dim),
+        **head_of(shapes),
     )
 
 
 def parts(d: Decoder) -> dict[str, Part]:
-    # Biases, where a fine-tune's config asks for some, are found in the tensors and read; the published models have none.
+    # Biases, where a fine-tune's config asks for some, are found in the tensors and read; the
+    # published models have none.
     return usual_parts(d, {"norm": False, "qkv": False, "o": False, "mlp": False, "lm_head": False})
 
 
@@ -41,10 +71,32 @@ FAMILY = Family(
     reference_name="llama-3.1-8b",
     # meta-llama/Llama-3.1-8B config.json
     reference_config={
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072, "bos_token_id": 128000, "eos_token_id": 128001,
-        "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
     },
     auto_classes={"lm": "AutoModelForCausalLM", "classes": "AutoModelForSequenceClassification"},
 )

@@ -1,7 +1,9 @@
-"""LLaVA 1.5 and its medical descendants (LLaVA-Med, HuatuoGPT-Vision): CLIP, a two-layer projector, and Llama, Mistral or Qwen2 as text model.
+"""LLaVA 1.5 and its medical descendants (LLaVA-Med, HuatuoGPT-Vision): CLIP, a two-layer projector,
+and Llama, Mistral or Qwen2 as text model.
 
-Read in transformers' layouts, old and new, and in the authors' own, where config.json knows no <image> token: there an image's place has the first id
-outside the vocabulary. The text model is its own family's, found at another place.
+Read in transformers' layouts, old and new, and in the authors' own, where config.json knows no
+<image> token: there an image's place has the first id outside the vocabulary. The text model is its
+own family's, found at another place.
 """
 
 from __future__ import annotations
@@ -14,37 +16,99 @@ from edgemed.clip import MARKER, clip_parts, clip_vision, tower_numbers
 from edgemed.errors import EdgemedError
 from edgemed.family import Decoder, Family, Part, Vision, all_families, checked, relocated, whole
 
-TOWER = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower.")
+TOWER = (
+    "vision_tower.vision_model.",
+    "vision_tower.",
+    "model.vision_tower.vision_model.",
+    "model.vision_tower.",
+)
 ORIGINAL = ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower.")
-PROJECTOR = tuple(f"multi_modal_projector.linear_{n}|model.multi_modal_projector.linear_{n}|model.mm_projector.{2 * (n - 1)}" for n in (1, 2))
+PROJECTOR = tuple(
+    f"multi_modal_projector.linear_{n}|model.multi_modal_projector.linear_{n}|model.mm_projector.{2 * (n - 1)}"
+    for n in (1, 2)
+)
 # Longest match first: the authors' layout has the text model's own names.
-TEXT = {"model.": ("language_model.model.", "model.language_model.", "model."), "lm_head": ("language_model.lm_head", "lm_head")}
-# text model -> the family that computes it, and what transformers takes where config.json is silent (LlamaConfig, MistralConfig, Qwen2Config): published
-# configs of this layout hold only what differs
+TEXT = {
+    "model.": ("language_model.model.", "model.language_model.", "model."),
+    "lm_head": ("language_model.lm_head", "lm_head"),
+}
+# text model -> the family that computes it, and what transformers takes where config.json is silent
+# (LlamaConfig, MistralConfig, Qwen2Config): published configs of this layout hold only what differs
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
-                        "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}),
-    "mistral": ("llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
-                          "max_position_embeddings": 131072, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2}),
-    "qwen2": ("qwen2", {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-                        "vocab_size": 151936, "max_position_embeddings": 32768}),
+    "llama": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 32000,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "mistral": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "qwen2": (
+        "qwen2",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 22016,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+        },
+    ),
 }
 # model_type of the authors' layout -> text model; its first releases said only 'llava'
-AUTHORS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
+AUTHORS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+}
 HUATUO = "huatuo"
-# form -> (what a prompt begins with, what stands behind the user's turn): vicuna_v1 of haotian-liu/LLaVA's llava/conversation.py, mistral_instruct of microsoft/LLaVA-Med's,
-# conv_qwen of LLaVA-VL/LLaVA-NeXT's, and FreedomIntelligence/HuatuoGPT-Vision's cli.py
+# form -> (what a prompt begins with, what stands behind the user's turn): vicuna_v1 of
+# haotian-liu/LLaVA's llava/conversation.py, mistral_instruct of microsoft/LLaVA-Med's, conv_qwen of
+# LLaVA-VL/LLaVA-NeXT's, and FreedomIntelligence/HuatuoGPT-Vision's cli.py
 FORMS = {
-    "vicuna": ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
-               " ASSISTANT:"),
+    "vicuna": (
+        (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant"
+            " gives helpful, detailed, and polite answers to the user's questions. USER: "
+        ),
+        " ASSISTANT:",
+    ),
     "mistral": ("[INST] ", " [/INST]"),
-    "chatml": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    "chatml": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    ),
     HUATUO: ("<|user|>\n", "\n<|assistant|>\n"),
 }
 
 
 def authors(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of the authors' own layout: the text model's numbers stand beside the others."""
+    """Whether a config is of the authors' own layout: the text model's numbers stand beside the
+    others.
+    """
     return "text_config" not in config
 
 
@@ -55,7 +119,10 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     text = config["text_config"]
     kind = text.get("model_type", "llama")
     if kind not in MODELS:
-        raise EdgemedError(f"config.json: a text model of type '{kind}' is not supported", f"Known: {', '.join(MODELS)}")
+        raise EdgemedError(
+            f"config.json: a text model of type '{kind}' is not supported",
+            f"Known: {', '.join(MODELS)}",
+        )
     tied = text.get("tie_word_embeddings") or config.get("tie_word_embeddings", False)
     return kind, {**MODELS[kind][1], **text, "tie_word_embeddings": tied}
 
@@ -64,12 +131,15 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     kind, text = text_model(config)
     found = all_families()[MODELS[kind][0]].decoder(text, {})
     window = text.get("sliding_window") if kind == "mistral" else None
-    # Within its window a sliding one sees everything; beyond it this graph would not be the model's.
+    # Within its window a sliding one sees everything; beyond it this graph would not be the
+    # model's.
     return replace(found, context=min(found.context, window)) if window else found
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """transformers knows no model of the authors' layout, but reads its text model, whose tensors have their usual names."""
+    """transformers knows no model of the authors' layout, but reads its text model, whose tensors
+    have their usual names.
+    """
     if not authors(config):
         return None
     kind, text = text_model(config)
@@ -82,30 +152,70 @@ def variant(config: Mapping[str, Any]) -> Family:
     def parts(d: Decoder) -> dict[str, Part]:
         return relocated(text.parts(d), TEXT)
 
-    return replace(FAMILY, parts=parts, gguf_arch=text.gguf_arch, gguf_pre=text.gguf_pre, gguf_interleaved=text.gguf_interleaved)
+    return replace(
+        FAMILY,
+        parts=parts,
+        gguf_arch=text.gguf_arch,
+        gguf_pre=text.gguf_pre,
+        gguf_interleaved=text.gguf_interleaved,
+    )
 
 
 def parts(d: Decoder) -> dict[str, Part]:
     return variant(REFERENCE).parts(d)
 
 
-def vision(config: Mapping[str, Any], preprocessor: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Vision:
+def vision(
+    config: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Vision:
     kind, text = text_model(config)
     hidden = whole(text, "hidden_size")
     form = conversation(config, kind)
-    start = (text["bos_token_id"],) if form in ("vicuna", "mistral") and isinstance(text.get("bos_token_id"), int) else ()
+    start = (
+        (text["bos_token_id"],)
+        if form in ("vicuna", "mistral") and isinstance(text.get("bos_token_id"), int)
+        else ()
+    )
     rest = {"projector_hidden": hidden, "marker": MARKER, "conversation": form, "start": start}
     if authors(config):
-        checked(config, {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "tune_mm_vision_resampler": False})
+        checked(
+            config,
+            {
+                "mm_projector_type": "mlp2x_gelu",
+                "mm_vision_select_feature": "patch",
+                "mm_use_im_start_end": False,
+                "tune_mm_vision_resampler": False,
+            },
+        )
         ratio = config.get("image_aspect_ratio") or "square"
         if ratio not in ("pad", "square"):
-            raise EdgemedError(f"config.json: image_aspect_ratio '{ratio}' is not supported", "Known: pad, square")
-        tower = tower_numbers(None, shapes, (*ORIGINAL, *TOWER), config.get("mm_vision_tower") or "")
+            raise EdgemedError(
+                f"config.json: image_aspect_ratio '{ratio}' is not supported", "Known: pad, square"
+            )
+        tower = tower_numbers(
+            None, shapes, (*ORIGINAL, *TOWER), config.get("mm_vision_tower") or ""
+        )
         # HuatuoGPT-Vision's code pads whatever config.json says.
-        return clip_vision(tower, preprocessor, config.get("mm_vision_select_layer", -2), ratio == "pad" or form == HUATUO, token=whole(config, "vocab_size"), **rest)
+        return clip_vision(
+            tower,
+            preprocessor,
+            config.get("mm_vision_select_layer", -2),
+            ratio == "pad" or form == HUATUO,
+            token=whole(config, "vocab_size"),
+            **rest,
+        )
     checked(config, {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"})
     token = config.get("image_token_index", config.get("image_token_id", 32000))
-    return clip_vision(tower_numbers(config.get("vision_config") or {}, shapes, TOWER), preprocessor, config.get("vision_feature_layer", -2), False, token=token, **rest)
+    return clip_vision(
+        tower_numbers(config.get("vision_config") or {}, shapes, TOWER),
+        preprocessor,
+        config.get("vision_feature_layer", -2),
+        False,
+        token=token,
+        **rest,
+    )
 
 
 def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
@@ -113,32 +223,70 @@ def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
 
 
 def conversation(config: Mapping[str, Any], kind: str) -> str:
-    """The form a checkpoint was trained on: 'conversation' in config.json where a person put it there, else by what it says of the model's origin."""
+    """The form a checkpoint was trained on: 'conversation' in config.json where a person put it
+    there, else by what it says of the model's origin.
+    """
     asked = config.get("conversation")
     if asked is not None and asked not in FORMS:
-        raise EdgemedError(f"config.json: conversation '{asked}' is not known", f"Known: {', '.join(FORMS)}")
+        raise EdgemedError(
+            f"config.json: conversation '{asked}' is not known", f"Known: {', '.join(FORMS)}"
+        )
     names = f"{config.get('_name_or_path', '')} {config['model_type']}".lower()
-    return asked or (HUATUO if HUATUO in names or "llava_qwen2" in names else {"llama": "vicuna", "mistral": "mistral", "qwen2": "chatml"}[kind])
+    return asked or (
+        HUATUO
+        if HUATUO in names or "llava_qwen2" in names
+        else {"llama": "vicuna", "mistral": "mistral", "qwen2": "chatml"}[kind]
+    )
 
 
 def chat(text: str, images: int, conversation: str) -> str:
-    """One user turn, images first, each on a line of its own; what starts a prompt as a token (Vision.start) is not part of the text."""
+    """One user turn, images first, each on a line of its own; what starts a prompt as a token
+    (Vision.start) is not part of the text.
+    """
     before, after = FORMS[conversation]
     return before + f"{MARKER}\n" * images + text.strip() + after
 
 
-# FreedomIntelligence/HuatuoGPT-Vision-7B in transformers' layout: Qwen2-7B's and CLIP-ViT-L/14-336's published config.json
+# FreedomIntelligence/HuatuoGPT-Vision-7B in transformers' layout: Qwen2-7B's and
+# CLIP-ViT-L/14-336's published config.json
 REFERENCE: dict[str, Any] = {
-    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 151646, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-    "projector_hidden_act": "gelu", "tie_word_embeddings": False, "conversation": HUATUO,
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "image_token_index": 151646,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "conversation": HUATUO,
     "text_config": {
-        "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
-        "max_position_embeddings": 32768, "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "use_sliding_window": False, "tie_word_embeddings": False, "initializer_range": 0.02,
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
     },
     "vision_config": {
-        "model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "patch_size": 14, "image_size": 336,
-        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768,
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "patch_size": 14,
+        "image_size": 336,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 768,
     },
 }
 

@@ -1,7 +1,10 @@
-"""MoE-LLaVA and its medical descendants MoE-TinyMed and Med-MoE: a small text model some of whose MLPs are mixtures of experts, behind CLIP.
+"""MoE-LLaVA and its medical descendants MoE-TinyMed and Med-MoE: a small text model some of whose
+MLPs are mixtures of experts, behind CLIP.
 
-The medical papers use two architectures under one model_type: four experts of which the best two are mixed, or the best one beside a meta expert that every
-token uses. config.json does not tell them apart; the tensors do. Models without experts (LLaVA-StableLM, LLaVA-Phi) are read too, and Qwen as a base.
+The medical papers use two architectures under one model_type: four experts of which the best two
+are mixed, or the best one beside a meta expert that every token uses. config.json does not tell
+them apart; the tensors do. Models without experts (LLaVA-StableLM, LLaVA-Phi) are read too, and
+Qwen as a base.
 """
 
 from __future__ import annotations
@@ -13,20 +16,49 @@ from typing import Any
 
 from edgemed.clip import MARKER, clip_parts, clip_vision, tower_numbers
 from edgemed.errors import EdgemedError
-from edgemed.family import Decoder, Experts, Family, Part, Vision, all_families, checked, first_token, inverse_frequencies, whole
+from edgemed.family import (
+    Decoder,
+    Experts,
+    Family,
+    Part,
+    Vision,
+    all_families,
+    checked,
+    first_token,
+    inverse_frequencies,
+    whole,
+)
 
-# model_type -> family of its text model; '' is Qwen (1), which is described here because nothing else has it
-BASES = {"moe_llava_stablelm": "stablelm", "llava_stablelm": "stablelm", "moe_llava_phi": "phi", "llava_phi": "phi", "moe_llava_qwen": ""}
-EXPERT, ROUTER, META = "mlp.deepspeed_moe.experts.deepspeed_experts.", "mlp.deepspeed_moe.gate.wg", "mlp.meta_moe."
-STORED = re.compile(r"\.(?:layers|h)\.(\d+)\.mlp\.(?:deepspeed_moe\.(?:experts\.deepspeed_experts\.(\d+)\.|gate\.wg\.(bias))|(meta_moe)\.)")
-# Where edgemed puts what experts share, and what each adds to it ('EXPERT J.up_delta.a'); no other program knows these names.
+# model_type -> family of its text model; '' is Qwen (1), which is described here because nothing
+# else has it
+BASES = {
+    "moe_llava_stablelm": "stablelm",
+    "llava_stablelm": "stablelm",
+    "moe_llava_phi": "phi",
+    "llava_phi": "phi",
+    "moe_llava_qwen": "",
+}
+EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts."
+ROUTER = "mlp.deepspeed_moe.gate.wg"
+META = "mlp.meta_moe."
+STORED = re.compile(
+    r"\.(?:layers|h)\.(\d+)\.mlp\.(?:deepspeed_moe\.(?:experts\.deepspeed_experts\.(\d+)\.|gate\.wg\.(bias))|(meta_moe)\.)"
+)
+# Where edgemed puts what experts share, and what each adds to it ('EXPERT J.up_delta.a'); no other
+# program knows these names.
 BASE = "mlp.deepspeed_moe.experts.base."
 ROOTS = ("model.", "transformer.")
 TOWER = tuple(f"{root}image_tower.image_tower.vision_model." for root in ROOTS)
-PROJECTOR = tuple("|".join(f"{root}mm_projector.image_spatial_proj.{n}" for root in ROOTS) for n in (0, 2))
-# moellava/conversation.py of PKU-YuanGroup/MoE-LLaVA and of Med-MoE (whose eval.sh asks for phi and stablelm): conv_stablelm and conv_phi are alike, and qwen is conv_phi.
-BEFORE, AFTER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
-                 " ASSISTANT:")
+PROJECTOR = tuple(
+    "|".join(f"{root}mm_projector.image_spatial_proj.{n}" for root in ROOTS) for n in (0, 2)
+)
+# moellava/conversation.py of PKU-YuanGroup/MoE-LLaVA and of Med-MoE (whose eval.sh asks for phi and
+# stablelm): conv_stablelm and conv_phi are alike, and qwen is conv_phi.
+BEFORE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
+    " helpful, detailed, and polite answers to the user's questions. USER: "
+)
+AFTER = " ASSISTANT:"
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
@@ -39,83 +71,160 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def experts(moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth: int) -> Experts:
-    """What config.json's `moe` says, with what only the tensors tell. shapes: {} where there are none, and then `meta_expert` (not the authors') is heard.
+    """What config.json's `moe` says, with what only the tensors tell. shapes: {} where there are
+    none, and then `meta_expert` (not the authors') is heard.
 
-    With a meta expert one expert is chosen whatever top_k_experts says, and DeepSpeed, which computed these models, renormalises no single gate.
-    Raises EdgemedError where config and tensors speak of other experts.
+    With a meta expert one expert is chosen whatever top_k_experts says, and DeepSpeed, which
+    computed these models, renormalises no single gate. Raises EdgemedError where config and tensors
+    speak of other experts.
     """
     checked(moe, {"use_residual": False})
-    layers, count = sparse_layers(moe, depth), moe.get("num_experts")
+    layers = sparse_layers(moe, depth)
+    count = moe.get("num_experts")
     count = count[0] if isinstance(count, list) and count and set(count) == {count[0]} else count
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise EdgemedError(f"config.json: moe.num_experts {moe.get('num_experts')!r} is not one number of experts", "Every sparse layer must have as many")
+        raise EdgemedError(
+            f"config.json: moe.num_experts {moe.get('num_experts')!r} is not one number of experts",
+            "Every sparse layer must have as many",
+        )
     active = moe.get("top_k_experts", 2)
     if isinstance(active, bool) or not isinstance(active, int) or not 1 <= active <= count:
-        raise EdgemedError(f"config.json: moe.top_k_experts {active!r} of {count} experts", f"Between 1 and {count} can be chosen")
+        raise EdgemedError(
+            f"config.json: moe.top_k_experts {active!r} of {count} experts",
+            f"Between 1 and {count} can be chosen",
+        )
     shared = _stored(shapes, layers, count) if shapes else bool(moe.get("meta_expert"))
     rank, density = _shared_delta(moe.get("shared_delta"))
-    return Experts(count, 1 if shared else active, layers, renormalised=not shared and active > 1, shared=shared, router_bias=shared, rank=rank, density=density)
+    return Experts(
+        count,
+        1 if shared else active,
+        layers,
+        renormalised=not shared and active > 1,
+        shared=shared,
+        router_bias=shared,
+        rank=rank,
+        density=density,
+    )
 
 
 def _shared_delta(said: Any) -> tuple[int, float]:
     """(rank, density) of moe.shared_delta, one of them 0; both where there is none."""
     if said is None:
         return 0, 0.0
-    rank, density = (said.get(key, 0) for key in ("rank", "density")) if isinstance(said, Mapping) else (0, 0)
-    if not isinstance(rank, int) or not isinstance(density, (int, float)) or rank < 0 or not 0 <= density < 1 or bool(rank) == bool(density):
-        raise EdgemedError(f"config.json: moe.shared_delta {said!r} is neither a rank nor a density", "For example {\"rank\": 64}, as edgemed merge writes it")
+    rank, density = (
+        (said.get(key, 0) for key in ("rank", "density")) if isinstance(said, Mapping) else (0, 0)
+    )
+    if (
+        not isinstance(rank, int)
+        or not isinstance(density, (int, float))
+        or rank < 0
+        or not 0 <= density < 1
+        or bool(rank) == bool(density)
+    ):
+        raise EdgemedError(
+            f"config.json: moe.shared_delta {said!r} is neither a rank nor a density",
+            'For example {"rank": 64}, as edgemed merge writes it',
+        )
     return rank, float(density)
 
 
 def sparse_layers(moe: Mapping[str, Any], depth: int) -> tuple[int, ...]:
-    """Which layers have experts: moe_layers_idx, or what moe_mode means (MoE-LLaVA's own rule). Raises EdgemedError for another mode, or layers that are not there."""
-    modes = {"sparse": range(0, depth, 2), "dense": range(depth), "first_half": range(depth // 2), "second_half": range(depth // 2, depth)}
-    layers, mode = moe.get("moe_layers_idx"), moe.get("moe_mode", "sparse")
+    """Which layers have experts: moe_layers_idx, or what moe_mode means (MoE-LLaVA's own rule).
+    Raises EdgemedError for another mode, or layers that are not there.
+    """
+    modes = {
+        "sparse": range(0, depth, 2),
+        "dense": range(depth),
+        "first_half": range(depth // 2),
+        "second_half": range(depth // 2, depth),
+    }
+    layers = moe.get("moe_layers_idx")
+    mode = moe.get("moe_mode", "sparse")
     if layers is None and mode not in modes:
-        raise EdgemedError(f"config.json: moe.moe_mode '{mode}' is not supported", f"Known: {', '.join(modes)}")
+        raise EdgemedError(
+            f"config.json: moe.moe_mode '{mode}' is not supported", f"Known: {', '.join(modes)}"
+        )
     layers = tuple(modes[mode] if layers is None else sorted(layers))
     if not layers or set(layers) - set(range(depth)):
-        raise EdgemedError(f"config.json: moe.moe_layers_idx {list(layers)} of a model of {depth} layers", "Config and weights do not belong together")
+        raise EdgemedError(
+            f"config.json: moe.moe_layers_idx {list(layers)} of a model of {depth} layers",
+            "Config and weights do not belong together",
+        )
     return layers
 
 
 def _stored(shapes: Mapping[str, tuple[int, ...]], layers: tuple[int, ...], count: int) -> bool:
-    """Whether the tensors are those of the architecture with a meta expert, after checking them against the config."""
+    """Whether the tensors are those of the architecture with a meta expert, after checking them
+    against the config.
+    """
     found: dict[int, set[int]] = {}
-    biased, meta = set(), set()
+    biased = set()
+    meta = set()
     for key in shapes:
         if match := STORED.search(f".{key}"):
             layer = int(match[1])
             found.setdefault(layer, set()).update({int(match[2])} if match[2] else ())
-            biased |= {layer} if match[3] else set()
-            meta |= {layer} if match[4] else set()
-    odd = next((n for n in sorted(set(layers) | set(found)) if (n in layers) != bool(found.get(n))), None)
+            if match[3]:
+                biased |= {layer}
+            if match[4]:
+                meta |= {layer}
+    odd = next(
+        (n for n in sorted(set(layers) | set(found)) if (n in layers) != bool(found.get(n))), None
+    )
     if odd is not None:
         said = ("has none of the experts", "does") if odd in layers else ("has experts", "does not")
-        raise EdgemedError(f"layer {odd} {said[0]}, config.json says it {said[1]} (moe.moe_layers_idx {list(layers)})", "Config and weights do not belong together, or a shard is missing")
+        raise EdgemedError(
+            f"layer {odd} {said[0]}, config.json says it {said[1]} (moe.moe_layers_idx"
+            f" {list(layers)})",
+            "Config and weights do not belong together, or a shard is missing",
+        )
     for layer, numbers in sorted(found.items()):
         if numbers != set(range(count)):
             missing = sorted(set(range(count)) - numbers)
             said = f"misses expert {missing[0]}" if missing else f"has {len(numbers)} experts"
-            raise EdgemedError(f"layer {layer} {said}, config.json says {count} (moe.num_experts)", "Config and weights do not belong together, or a shard is missing")
+            raise EdgemedError(
+                f"layer {layer} {said}, config.json says {count} (moe.num_experts)",
+                "Config and weights do not belong together, or a shard is missing",
+            )
     if (meta or biased) and not meta == biased == set(layers):
         lacking = min((set(layers) - (meta & biased)) or (meta | biased) - set(layers))
         raise EdgemedError(
-            f"the checkpoint mixes two architectures: layer {min(meta | biased)} has a meta expert or a router with bias, layer {lacking} has not both",
+            f"the checkpoint mixes two architectures: layer {min(meta | biased)} has a meta expert"
+            f" or a router with bias, layer {lacking} has not both",
             "Its layers come from different models; download it again",
         )
     return bool(meta)
 
 
 def qwen(config: Mapping[str, Any]) -> Decoder:
-    """Qwen (1)'s text model: Qwen2's with q, k and v in one matrix; intermediate_size counts gate and up together."""
+    """Qwen (1)'s text model: Qwen2's with q, k and v in one matrix; intermediate_size counts gate
+    and up together.
+    """
     checked(config, {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True})
-    hidden, layers, heads, vocab = (whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
-    head_dim, theta = config.get("kv_channels", hidden // heads), float(config.get("rotary_emb_base", 10000.0))
+    hidden, layers, heads, vocab = (
+        whole(config, key)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    )
+    head_dim = config.get("kv_channels", hidden // heads)
+    theta = float(config.get("rotary_emb_base", 10000.0))
     return Decoder(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=heads, head_dim=head_dim, ffn=whole(config, "intermediate_size") // 2, vocab=vocab,
-        context=whole(config, "seq_length"), norm_eps=config.get("layer_norm_epsilon", 1e-6), norm="rmsnorm", score_scale=(head_dim**-0.5,) * layers, activation="silu", gated=True,
-        tied=config.get("tie_word_embeddings", False), eos=first_token(config.get("eos_token_id")), positions="rope", rope_theta=theta,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        ffn=whole(config, "intermediate_size") // 2,
+        vocab=vocab,
+        context=whole(config, "seq_length"),
+        norm_eps=config.get("layer_norm_epsilon", 1e-6),
+        norm="rmsnorm",
+        score_scale=(head_dim**-0.5,) * layers,
+        activation="silu",
+        gated=True,
+        tied=config.get("tie_word_embeddings", False),
+        eos=first_token(config.get("eos_token_id")),
+        positions="rope",
+        rope_theta=theta,
         rope_frequencies=inverse_frequencies(head_dim, theta),
     )
 
@@ -123,21 +232,37 @@ def qwen(config: Mapping[str, Any]) -> Decoder:
 def qwen_parts(d: Decoder) -> dict[str, Part]:
     found = {"embed": Part(("transformer.wte",), "table", (d.vocab, d.hidden))}
     for n in range(d.layers):
-        name, at = f"layers.{n}", f"transformer.h.{n}"
+        name = f"layers.{n}"
+        at = f"transformer.h.{n}"
         found |= {
             f"{name}.attn_norm": Part((f"{at}.ln_1",), "norm", (d.hidden,)),
-            f"{name}.qkv": Part((f"{at}.attn.c_attn",), "matrix", (d.q_size + 2 * d.kv_size, d.hidden), bias=True),
+            f"{name}.qkv": Part(
+                (f"{at}.attn.c_attn",),
+                "matrix",
+                (d.q_size + 2 * d.kv_size, d.hidden),
+                bias=True,
+            ),
             f"{name}.o": Part((f"{at}.attn.c_proj",), "matrix", (d.hidden, d.q_size)),
             f"{name}.mlp_norm": Part((f"{at}.ln_2",), "norm", (d.hidden,)),
             # c_proj(w1(x) * silu(w2(x))): w2 is the gate.
-            f"{name}.up": Part((f"{at}.mlp.w2", f"{at}.mlp.w1"), "matrix", (2 * d.ffn, d.hidden), rows=(d.ffn, d.ffn)),
+            f"{name}.up": Part(
+                (f"{at}.mlp.w2", f"{at}.mlp.w1"),
+                "matrix",
+                (2 * d.ffn, d.hidden),
+                rows=(d.ffn, d.ffn),
+            ),
             f"{name}.down": Part((f"{at}.mlp.c_proj",), "matrix", (d.hidden, d.ffn)),
         }
-    return found | {"final_norm": Part(("transformer.ln_f",), "norm", (d.hidden,)), "lm_head": Part(("lm_head",), "matrix", (d.vocab, d.hidden))}
+    return found | {
+        "final_norm": Part(("transformer.ln_f",), "norm", (d.hidden,)),
+        "lm_head": Part(("lm_head",), "matrix", (d.vocab, d.hidden)),
+    }
 
 
 def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
-    """A dense model's parts with those of the experts where the MLPs of sparse layers were; every expert is called as the MLP is."""
+    """A dense model's parts with those of the experts where the MLPs of sparse layers were; every
+    expert is called as the MLP is.
+    """
     found: dict[str, Part] = {}
     for name, part in parts.items():
         layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
@@ -146,36 +271,89 @@ def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
             continue
         stem, _, last = name.rpartition(".")
         if last == "up":
-            found[f"{stem}.router"] = Part((part.modules[0].partition("mlp.")[0] + ROUTER,), "router", (d.experts.count, d.hidden), bias=d.experts.router_bias)
+            found[f"{stem}.router"] = Part(
+                (part.modules[0].partition("mlp.")[0] + ROUTER,),
+                "router",
+                (d.experts.count, d.hidden),
+                bias=d.experts.router_bias,
+            )
         for mlp in d.mlps(layer):
-            place = {"shared.": META, "base.": BASE}.get(mlp) or EXPERT + mlp.removeprefix("experts.")
-            found[f"{stem}.{mlp}{last}"] = replace(part, modules=tuple(module.replace("mlp.", place) for module in part.modules), bias=part.bias and mlp != "base.")
+            place = {"shared.": META, "base.": BASE}.get(mlp) or EXPERT + mlp.removeprefix(
+                "experts."
+            )
+            found[f"{stem}.{mlp}{last}"] = replace(
+                part,
+                modules=tuple(module.replace("mlp.", place) for module in part.modules),
+                bias=part.bias and mlp != "base.",
+            )
         for j in range(d.experts.count) if d.experts.based else ():
             found |= delta_parts(d.experts, part, f"{stem}.experts.{j}.{last}", f"{EXPERT}{j}.")
     return found
 
 
 def delta_parts(e: Experts, part: Part, name: str, place: str) -> dict[str, Part]:
-    """What one expert adds to a shared matrix, `part` being that of a dense model; its bias stays its own."""
-    (rows, columns), last = part.shape, name.rpartition(".")[2]
-    at, kept = part.modules[0].partition("mlp.")[0] + f"{place}{last}_delta.", e.kept(columns)
-    forms = {"a": ("delta", (e.rank, columns)), "b": ("delta", (rows, e.rank))} if e.rank else {"values": ("delta", (rows, kept)), "columns": ("index", (rows, kept))}
-    found = {f"{name}.{form}": Part((at + form,), kind, shape, bare=True) for form, (kind, shape) in forms.items()}
+    """What one expert adds to a shared matrix, `part` being that of a dense model; its bias stays
+    its own.
+    """
+    rows, columns = part.shape
+    last = name.rpartition(".")[2]
+    at = part.modules[0].partition("mlp.")[0] + f"{place}{last}_delta."
+    kept = e.kept(columns)
+    forms = (
+        {"a": ("delta", (e.rank, columns)), "b": ("delta", (rows, e.rank))}
+        if e.rank
+        else {"values": ("delta", (rows, kept)), "columns": ("index", (rows, kept))}
+    )
+    found = {
+        f"{name}.{form}": Part(
+            (at + form,),
+            kind,
+            shape,
+            bare=True,
+        )
+        for form, (kind, shape) in forms.items()
+    }
     biases = tuple(module.replace("mlp.", place) + ".bias" for module in part.modules)
-    return found | ({f"{name}.bias": Part(biases, "delta", (rows,), bare=True, rows=part.rows)} if part.bias else {})
+    return found | (
+        {
+            f"{name}.bias": Part(
+                biases,
+                "delta",
+                (rows,),
+                bare=True,
+                rows=part.rows,
+            )
+        }
+        if part.bias
+        else {}
+    )
 
 
 def shared_experts(config: Mapping[str, Any], rank: int, density: float) -> dict[str, Any]:
-    """The config of the same model with one shared matrix per layer and differences of this rank or density."""
-    return {**config, "moe": {**config["moe"], "shared_delta": {"rank": rank} if rank else {"density": density}}}
+    """The config of the same model with one shared matrix per layer and differences of this rank or
+    density.
+    """
+    return {
+        **config,
+        "moe": {**config["moe"], "shared_delta": {"rank": rank} if rank else {"density": density}},
+    }
 
 
 def without_experts(config: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """The config of the model with a plain MLP, `times` as wide, in place of every mixture. MoE-LLaVA calls such models llava_*; of Qwen it has one under the same name."""
-    kind, classes = config["model_type"].removeprefix("moe_"), config.get("architectures")
-    found = {key: value for key, value in config.items() if key != "moe"} | {"intermediate_size": times * whole(config, "intermediate_size")}
+    """The config of the model with a plain MLP, `times` as wide, in place of every mixture.
+    MoE-LLaVA calls such models llava_*; of Qwen it has one under the same name.
+    """
+    kind = config["model_type"].removeprefix("moe_")
+    classes = config.get("architectures")
+    found = {key: value for key, value in config.items() if key != "moe"} | {
+        "intermediate_size": times * whole(config, "intermediate_size")
+    }
     found |= {"model_type": kind} if kind in BASES else {"moe": {"moe_enable": False}}
-    return found | ({"architectures": [re.sub("^(Eval)?MoELLaVA", "Llava", name) for name in classes]} if classes else {})
+    return found | (
+        {"architectures": [re.sub("^(Eval)?MoELLaVA", "Llava", name) for name in classes]}
+        if classes
+        else {}
+    )
 
 
 def variant(config: Mapping[str, Any]) -> Family:
@@ -187,20 +365,41 @@ def variant(config: Mapping[str, Any]) -> Family:
 
     arch, pre = (text.gguf_arch, text.gguf_pre) if text else ("", "qwen2")
     if config["model_type"].startswith("moe_"):
-        # The one graph of llama.cpp with attention, positions and gated experts like these; it has RMS norms.
+        # The one graph of llama.cpp with attention, positions and gated experts like these; it has
+        # RMS norms.
         arch = "phimoe" if base == "stablelm" else ""
-    found = replace(FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe")
-    return replace(found, auto_classes={"lm": "AutoModelForCausalLM"}, text_config=text_config) if config["model_type"] == "llava_stablelm" else found
+    found = replace(
+        FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe"
+    )
+    return (
+        replace(found, auto_classes={"lm": "AutoModelForCausalLM"}, text_config=text_config)
+        if config["model_type"] == "llava_stablelm"
+        else found
+    )
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """LLaVA-StableLM's text model for transformers, which knows neither the whole nor the names of old configs. (Its Phi has a bias that these models lack, and it has no Qwen 1.)"""
+    """LLaVA-StableLM's text model for transformers, which knows neither the whole nor the names of
+    old configs. (Its Phi has a bias that these models lack, and it has no Qwen 1.)
+    """
     d = all_families()["stablelm"].decoder(config, {})
     return {
-        "model_type": "stablelm", "hidden_size": d.hidden, "num_hidden_layers": d.layers, "num_attention_heads": d.heads, "num_key_value_heads": d.kv_heads, "intermediate_size": d.ffn,
-        "vocab_size": d.vocab, "max_position_embeddings": d.context, "hidden_act": "silu", "layer_norm_eps": d.norm_eps, "rope_theta": d.rope_theta,
-        "partial_rotary_factor": 2 * len(d.rope_frequencies) / d.head_dim, "use_qkv_bias": config.get("use_qkv_bias", True), "tie_word_embeddings": d.tied,
-        "bos_token_id": config.get("bos_token_id"), "eos_token_id": d.eos,
+        "model_type": "stablelm",
+        "hidden_size": d.hidden,
+        "num_hidden_layers": d.layers,
+        "num_attention_heads": d.heads,
+        "num_key_value_heads": d.kv_heads,
+        "intermediate_size": d.ffn,
+        "vocab_size": d.vocab,
+        "max_position_embeddings": d.context,
+        "hidden_act": "silu",
+        "layer_norm_eps": d.norm_eps,
+        "rope_theta": d.rope_theta,
+        "partial_rotary_factor": 2 * len(d.rope_frequencies) / d.head_dim,
+        "use_qkv_bias": config.get("use_qkv_bias", True),
+        "tie_word_embeddings": d.tied,
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": d.eos,
     }
 
 
@@ -208,13 +407,32 @@ def parts(d: Decoder) -> dict[str, Part]:
     return variant(TINYMED).parts(d)
 
 
-def vision(config: Mapping[str, Any], preprocessor: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Vision:
-    # mm_image_tower is often a path on the authors' disk; the tower lies in the checkpoint, so only an error ever speaks of it.
-    checked(config, {"image_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False})
-    tower = tower_numbers(config.get("vision_config"), shapes, TOWER, config.get("mm_image_tower") or "")
+def vision(
+    config: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Vision:
+    # mm_image_tower is often a path on the authors' disk; the tower lies in the checkpoint, so only
+    # an error ever speaks of it.
+    checked(
+        config,
+        {
+            "image_projector_type": "mlp2x_gelu",
+            "mm_vision_select_feature": "patch",
+            "mm_use_im_start_end": False,
+        },
+    )
+    tower = tower_numbers(
+        config.get("vision_config"), shapes, TOWER, config.get("mm_image_tower") or ""
+    )
     return clip_vision(
-        tower, preprocessor, config.get("mm_vision_select_layer", -2), config.get("image_aspect_ratio") == "pad", token=whole(config, "vocab_size"),
-        projector_hidden=whole(config, "hidden_size"), marker=MARKER,
+        tower,
+        preprocessor,
+        config.get("mm_vision_select_layer", -2),
+        config.get("image_aspect_ratio") == "pad",
+        token=whole(config, "vocab_size"),
+        projector_hidden=whole(config, "hidden_size"),
+        marker=MARKER,
     )
 
 
@@ -227,26 +445,83 @@ def chat(text: str, images: int, conversation: str) -> str:
     return BEFORE + f"{MARKER}\n" * images + text.strip() + AFTER
 
 
-def reference(model_type: str, base: Mapping[str, Any], depth: int, meta: bool = False) -> dict[str, Any]:
-    """Published true dimensions of one model: its base's config.json and the experts' numbers (arXiv 2404.10237, 2401.15947)."""
-    moe = {"moe_enable": True, "moe_mode": "sparse", "moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4], "top_k_experts": 1 if meta else 2, "use_residual": False}
-    seen = {"mm_image_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2, "image_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"}
-    return {**base, **seen, "model_type": model_type, "moe": moe | ({"meta_expert": True} if meta else {}), "initializer_range": 0.02}
+def reference(
+    model_type: str, base: Mapping[str, Any], depth: int, meta: bool = False
+) -> dict[str, Any]:
+    """Published true dimensions of one model: its base's config.json and the experts' numbers
+    (arXiv 2404.10237, 2401.15947).
+    """
+    moe = {
+        "moe_enable": True,
+        "moe_mode": "sparse",
+        "moe_layers_idx": list(range(0, depth, 2)),
+        "num_experts": [4],
+        "top_k_experts": 1 if meta else 2,
+        "use_residual": False,
+    }
+    seen = {
+        "mm_image_tower": "openai/clip-vit-large-patch14-336",
+        "mm_vision_select_layer": -2,
+        "image_projector_type": "mlp2x_gelu",
+        "image_aspect_ratio": "pad",
+    }
+    return {
+        **base,
+        **seen,
+        "model_type": model_type,
+        "moe": moe | ({"meta_expert": True} if meta else {}),
+        "initializer_range": 0.02,
+    }
 
 
 # stabilityai/stablelm-2-1_6b, microsoft/phi-2 and Qwen/Qwen-1_8B config.json
 STABLELM = {
-    "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 5632, "vocab_size": 100352, "max_position_embeddings": 4096,
-    "bos_token_id": 100257, "eos_token_id": 100257, "hidden_act": "silu", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "use_qkv_bias": True,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 5632,
+    "vocab_size": 100352,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 100257,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "use_qkv_bias": True,
     "tie_word_embeddings": False,
 }
 PHI = {
-    "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 10240, "vocab_size": 51200, "max_position_embeddings": 2048,
-    "bos_token_id": 50256, "eos_token_id": 50256, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.4, "tie_word_embeddings": False,
+    "hidden_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 10240,
+    "vocab_size": 51200,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "hidden_act": "gelu_new",
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.4,
+    "tie_word_embeddings": False,
 }
 QWEN = {
-    "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "kv_channels": 128, "intermediate_size": 11008, "vocab_size": 151936, "seq_length": 8192, "layer_norm_epsilon": 1e-6,
-    "rotary_emb_base": 10000.0, "rotary_pct": 1.0, "no_bias": True, "eos_token_id": 151643, "tie_word_embeddings": False,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "kv_channels": 128,
+    "intermediate_size": 11008,
+    "vocab_size": 151936,
+    "seq_length": 8192,
+    "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000.0,
+    "rotary_pct": 1.0,
+    "no_bias": True,
+    "eos_token_id": 151643,
+    "tie_word_embeddings": False,
 }
 TINYMED = reference("moe_llava_stablelm", STABLELM, 24)
 
@@ -264,8 +539,10 @@ FAMILY = Family(
     reference_name="moe-tinymed",
     reference_config=TINYMED,
     other_references={
-        "moe-tinymed-phi": reference("moe_llava_phi", PHI, 32), "med-moe": reference("moe_llava_stablelm", STABLELM, 24, meta=True),
-        "med-moe-phi": reference("moe_llava_phi", PHI, 32, meta=True), "moe-llava-qwen": reference("moe_llava_qwen", QWEN, 24),
+        "moe-tinymed-phi": reference("moe_llava_phi", PHI, 32),
+        "med-moe": reference("moe_llava_stablelm", STABLELM, 24, meta=True),
+        "med-moe-phi": reference("moe_llava_phi", PHI, 32, meta=True),
+        "moe-llava-qwen": reference("moe_llava_qwen", QWEN, 24),
     },
     auto_classes={},
     variant=variant,

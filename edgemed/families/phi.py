@@ -1,4 +1,5 @@
-"""Phi-1.5 and Phi-2 (a base of Med-MoE): one norm feeds attention and MLP in parallel, partial rotary positions, biases everywhere.
+"""Phi-1.5 and Phi-2 (a base of Med-MoE): one norm feeds attention and MLP in parallel, partial
+rotary positions, biases everywhere.
 
 The output matrix has a bias too, which other decoders do not.
 """
@@ -8,23 +9,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.family import Decoder, Family, Part, checked, first_token, head_of, rotary, usual_parts, whole
+from edgemed.family import (
+    Decoder,
+    Family,
+    Part,
+    checked,
+    first_token,
+    head_of,
+    rotary,
+    usual_parts,
+    whole,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
     checked(config, {"hidden_act": "gelu_new", "qk_layernorm": False})
-    hidden, layers, heads, vocab = (whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+    hidden, layers, heads, vocab = (
+        whole(config, key)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    )
     head_dim = hidden // heads
     return Decoder(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=config.get("num_key_value_heads") or heads, head_dim=head_dim, ffn=whole(config, "intermediate_size"),
-        vocab=vocab, context=whole(config, "max_position_embeddings"), norm_eps=config.get("layer_norm_eps", 1e-5), score_scale=(head_dim**-0.5,) * layers,
-        parallel=True, tied=config.get("tie_word_embeddings", False), eos=first_token(config.get("eos_token_id")), **rotary(config, head_dim), **head_of(shapes),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        ffn=whole(config, "intermediate_size"),
+        vocab=vocab,
+        context=whole(config, "max_position_embeddings"),
+        norm_eps=config.get("layer_norm_eps", 1e-5),
+        score_scale=(head_dim**-0.5,) * layers,
+        parallel=True,
+        tied=config.get("tie_word_embeddings", False),
+        eos=first_token(config.get("eos_token_id")),
+        **rotary(config, head_dim),
+        **head_of(shapes),
     )
 
 
 def parts(d: Decoder) -> dict[str, Part]:
     bias = dict.fromkeys(("norm", "qkv", "o", "mlp", "lm_head"), True)
-    return usual_parts(d, bias, o="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", final_norm="final_layernorm")
+    return usual_parts(
+        d, bias, o="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", final_norm="final_layernorm"
+    )
 
 
 FAMILY = Family(
@@ -40,9 +68,24 @@ FAMILY = Family(
     reference_name="phi-2",
     # microsoft/phi-2 config.json
     reference_config={
-        "model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-        "intermediate_size": 10240, "vocab_size": 51200, "max_position_embeddings": 2048, "bos_token_id": 50256, "eos_token_id": 50256, "hidden_act": "gelu_new",
-        "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.4, "qk_layernorm": False, "tie_word_embeddings": False, "initializer_range": 0.02,
+        "model_type": "phi",
+        "architectures": ["PhiForCausalLM"],
+        "hidden_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 10240,
+        "vocab_size": 51200,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.4,
+        "qk_layernorm": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
     },
     auto_classes={"lm": "AutoModelForCausalLM", "classes": "AutoModelForSequenceClassification"},
 )

@@ -1,6 +1,8 @@
-"""Qwen2 (the text model of HuatuoGPT-Vision and of Qwen2-VL): as Llama, with biases on q, k and v and, in the small sizes, tied embeddings.
+"""Qwen2 (the text model of HuatuoGPT-Vision and of Qwen2-VL): as Llama, with biases on q, k and v
+and, in the small sizes, tied embeddings.
 
-Its sliding window is never switched on in the published models, and a config that switches it on is refused.
+Its sliding window is never switched on in the published models, and a config that switches it on is
+refused.
 """
 
 from __future__ import annotations
@@ -8,17 +10,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.family import Decoder, Family, Part, checked, first_token, head_of, rotary, usual_parts, whole
+from edgemed.family import (
+    Decoder,
+    Family,
+    Part,
+    checked,
+    first_token,
+    head_of,
+    rotary,
+    usual_parts,
+    whole,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
     checked(config, {"hidden_act": "silu", "use_sliding_window": False})
-    hidden, layers, heads, vocab = (whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+    hidden, layers, heads, vocab = (
+        whole(config, key)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    )
     head_dim = config.get("head_dim") or hidden // heads
     return Decoder(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=config.get("num_key_value_heads") or heads, head_dim=head_dim, ffn=whole(config, "intermediate_size"),
-        vocab=vocab, context=whole(config, "max_position_embeddings"), norm_eps=config.get("rms_norm_eps", 1e-6), norm="rmsnorm", score_scale=(head_dim**-0.5,) * layers,
-        activation="silu", gated=True, tied=config.get("tie_word_embeddings", False), eos=first_token(config.get("eos_token_id")), **rotary(config, head_dim), **head_of(shapes),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        ffn=whole(config, "intermediate_size"),
+        vocab=vocab,
+        context=whole(config, "max_position_embeddings"),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm="rmsnorm",
+        score_scale=(head_dim**-0.5,) * layers,
+        activation="silu",
+        gated=True,
+        tied=config.get("tie_word_embeddings", False),
+        eos=first_token(config.get("eos_token_id")),
+        **rotary(config, head_dim),
+        **head_of(shapes),
     )
 
 
@@ -39,9 +68,23 @@ FAMILY = Family(
     reference_name="qwen2-1.5b",
     # Qwen/Qwen2-1.5B config.json
     reference_config={
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "intermediate_size": 8960, "vocab_size": 151936, "max_position_embeddings": 131072, "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu",
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": True, "initializer_range": 0.02,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
     },
     auto_classes={"lm": "AutoModelForCausalLM", "classes": "AutoModelForSequenceClassification"},
 )

@@ -1,4 +1,5 @@
-"""StableLM 2 (the base of MoE-TinyMed): LayerNorm with biases, SwiGLU, rotary positions on a quarter of each head, biases on q, k and v.
+"""StableLM 2 (the base of MoE-TinyMed): LayerNorm with biases, SwiGLU, rotary positions on a
+quarter of each head, biases on q, k and v.
 
 Old configs (model_type stablelm_epoch) call the same numbers rope_pct and norm_eps.
 """
@@ -8,17 +9,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.family import Decoder, Family, Part, checked, first_token, head_of, rotary, usual_parts, whole
+from edgemed.family import (
+    Decoder,
+    Family,
+    Part,
+    checked,
+    first_token,
+    head_of,
+    rotary,
+    usual_parts,
+    whole,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
     checked(config, {"hidden_act": "silu", "qk_layernorm": False, "use_parallel_residual": False})
-    hidden, layers, heads, vocab = (whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+    hidden, layers, heads, vocab = (
+        whole(config, key)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    )
     head_dim = hidden // heads
     return Decoder(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=config.get("num_key_value_heads") or heads, head_dim=head_dim, ffn=whole(config, "intermediate_size"),
-        vocab=vocab, context=whole(config, "max_position_embeddings"), norm_eps=config.get("layer_norm_eps", config.get("norm_eps", 1e-5)), score_scale=(head_dim**-0.5,) * layers,
-        activation="silu", gated=True, tied=config.get("tie_word_embeddings", False), eos=first_token(config.get("eos_token_id")), **rotary(config, head_dim), **head_of(shapes),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        ffn=whole(config, "intermediate_size"),
+        vocab=vocab,
+        context=whole(config, "max_position_embeddings"),
+        norm_eps=config.get("layer_norm_eps", config.get("norm_eps", 1e-5)),
+        score_scale=(head_dim**-0.5,) * layers,
+        activation="silu",
+        gated=True,
+        tied=config.get("tie_word_embeddings", False),
+        eos=first_token(config.get("eos_token_id")),
+        **rotary(config, head_dim),
+        **head_of(shapes),
     )
 
 
@@ -40,10 +67,26 @@ FAMILY = Family(
     reference_name="stablelm-2-1.6b",
     # stabilityai/stablelm-2-1_6b config.json
     reference_config={
-        "model_type": "stablelm", "architectures": ["StableLmForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32,
-        "intermediate_size": 5632, "vocab_size": 100352, "max_position_embeddings": 4096, "bos_token_id": 100257, "eos_token_id": 100257, "hidden_act": "silu",
-        "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "use_qkv_bias": True, "use_parallel_residual": False, "qk_layernorm": False,
-        "tie_word_embeddings": False, "initializer_range": 0.02,
+        "model_type": "stablelm",
+        "architectures": ["StableLmForCausalLM"],
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 5632,
+        "vocab_size": 100352,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 100257,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "use_qkv_bias": True,
+        "use_parallel_residual": False,
+        "qk_layernorm": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
     },
     auto_classes={"lm": "AutoModelForCausalLM", "classes": "AutoModelForSequenceClassification"},
 )

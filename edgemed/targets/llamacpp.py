@@ -1,7 +1,9 @@
-"""The llama.cpp target: a GGUF file written straight from the checkpoint, run through llama.cpp's C interface.
+"""The llama.cpp target: a GGUF file written straight from the checkpoint, run through llama.cpp's C
+interface.
 
-The file equals llama-quantize's bit for bit (from a float32 GGUF of the folded checkpoint), or carries a GPTQ checkpoint's very
-integers. llama.cpp knows only the plain attention scale, so weights are read folded.
+The file equals llama-quantize's bit for bit (from a float32 GGUF of the folded checkpoint), or
+carries a GPTQ checkpoint's very integers. llama.cpp knows only the plain attention scale, so
+weights are read folded.
 """
 
 from __future__ import annotations
@@ -26,7 +28,16 @@ from edgemed.errors import EdgemedError, need
 from edgemed.family import all_families
 from edgemed.ggml_session import ARCH, KEY, GgmlSession, refuses
 from edgemed.ggml_session import FILE as GRAPH
-from edgemed.gguf_layout import ROPE, Centred, Place, Reader, carried_bits, layout, own_graph, rescaled
+from edgemed.gguf_layout import (
+    ROPE,
+    Centred,
+    Place,
+    Reader,
+    carried_bits,
+    layout,
+    own_graph,
+    rescaled,
+)
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
 from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import CACHE_BYTES, FILE, HEAD, LlamaSession, cache_type
@@ -42,29 +53,65 @@ EXACT = {"F32": 5e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("llama_cpp", "llamacpp")
 REBUILD = (
-    "Build it without AMX: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 "
-    "-mno-amx-bf16'\" pip install --force-reinstall --no-cache-dir --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
+    "Build it without AMX: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
+    " -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" pip install --force-reinstall"
+    " --no-cache-dir --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
 )
 
 
 @dataclass(frozen=True)
 class Params:
-    """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's integers (Q4_0 or Q8_0); `type` is
-    then that of the output matrix (default q8_0) and the embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
-    `samples` windows of `length` tokens are run. budget: '4.5bpw' (bits per weight of the whole file) or '1.6GB': every layer matrix then gets its own type, the
-    others that of `type`; it is measured on the text of `imatrix`. rounding: 'nearest' is llama.cpp's own routine, weight by weight; 'gptq' moves each column's error into the
-    later ones, on the text of `imatrix`: the same types and bytes, but nearer to the source. context: tokens of the KV cache (default the model's).
-    kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a second, faster copy of the weights (edgemed's ggml graph: of those that every token reads).
-    vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or llama.cpp's own libmtmd (not CLIP towers, which it has wrong).
-    mmproj: type of mmproj.gguf, which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's own programs, which resize images in another way.
-    min_pixels, max_pixels: to which images are resized (default the model's).
-    adapters: LoRA adapters that travel along unmerged, {name: PEFT directory}; a session uses one of them or none.
+    """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's
+    integers (Q4_0 or Q8_0); `type` is then that of the output matrix (default q8_0) and the
+    embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
+    `samples` windows of `length` tokens are run. budget: '4.5bpw' (bits per weight of the whole
+    file) or '1.6GB': every layer matrix then gets its own type, the others that of `type`; it is
+    measured on the text of `imatrix`. rounding: 'nearest' is llama.cpp's own routine, weight by
+    weight; 'gptq' moves each column's error into the later ones, on the text of `imatrix`: the same
+    types and bytes, but nearer to the source. context: tokens of the KV cache (default the
+    model's). kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a
+    second, faster copy of the weights (edgemed's ggml graph: of those that every token reads).
+    vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or
+    llama.cpp's own libmtmd (not CLIP towers, which it has wrong). mmproj: type of mmproj.gguf,
+    which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's
+    own programs, which resize images in another way. min_pixels, max_pixels: to which images are
+    resized (default the model's). adapters: LoRA adapters that travel along unmerged, {name: PEFT
+    directory}; a session uses one of them or none.
     """
 
-    type: Literal[
-        "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
-        "q5_k_s", "q5_k_m", "q6_k", "iq4_xs", "iq4_nl", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs",
-    ] | None = None
+    type: (
+        Literal[
+            "f32",
+            "f16",
+            "bf16",
+            "q8_0",
+            "q4_0",
+            "q4_1",
+            "q5_0",
+            "q5_1",
+            "q2_k",
+            "q2_k_s",
+            "q3_k_s",
+            "q3_k_m",
+            "q3_k_l",
+            "q4_k_s",
+            "q4_k_m",
+            "q5_k_s",
+            "q5_k_m",
+            "q6_k",
+            "iq4_xs",
+            "iq4_nl",
+            "iq3_m",
+            "iq3_s",
+            "iq3_xs",
+            "iq3_xxs",
+            "iq2_m",
+            "iq2_s",
+            "iq2_xs",
+            "iq2_xxs",
+        ]
+        | None
+    ) = None
     from_checkpoint: bool = False
     imatrix: str | None = None
     budget: str | None = None
@@ -84,7 +131,11 @@ class Params:
 
 def label(params: Params) -> str:
     """A short engine name."""
-    return "llamacpp-checkpoint" if params.from_checkpoint else f"llamacpp-{params.budget or file_type(params)}"
+    return (
+        "llamacpp-checkpoint"
+        if params.from_checkpoint
+        else f"llamacpp-{params.budget or file_type(params)}"
+    )
 
 
 def file_type(params: Params) -> str:
@@ -92,7 +143,9 @@ def file_type(params: Params) -> str:
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of the adapters and of the importance file, or of the text it is to be measured on. Raises EdgemedError where one is missing."""
+    """sha256 of the adapters and of the importance file, or of the text it is to be measured on.
+    Raises EdgemedError where one is missing.
+    """
     found = lora.inputs(params.adapters)
     if params.imatrix is None:
         return found
@@ -102,42 +155,72 @@ def inputs(params: Params) -> dict[str, str]:
         return found | {"imatrix": importance.digest(Path(params.imatrix))}
     from edgemed.sights import calibration_digests
 
-    return found | {name.replace("calibration", "imatrix"): sha for name, sha in calibration_digests(params.imatrix).items()}
+    return found | {
+        name.replace("calibration", "imatrix"): sha
+        for name, sha in calibration_digests(params.imatrix).items()
+    }
 
 
 def supports(weights: Weights, params: Params) -> str | None:
-    """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that does not belong to it."""
+    """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
+    does not belong to it.
+    """
     d = weights.source
-    if lora.carried(weights.checkpoint, params.adapters) and (reason := gguf_adapter.refused(weights)):
+    if lora.carried(weights.checkpoint, params.adapters) and (
+        reason := gguf_adapter.refused(weights)
+    ):
         return reason
     lora.read_loras(weights, params.adapters)
     if params.from_checkpoint and d.experts and d.experts.based:
-        return "experts that share a matrix become whole ones here, whose sums have no integers of the checkpoint; leave from_checkpoint out"
+        return (
+            "experts that share a matrix become whole ones here, whose sums have no integers of the"
+            " checkpoint; leave from_checkpoint out"
+        )
     if d.activation == "gelu":
-        return f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this model the exact one"
+        return (
+            f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this"
+            " model the exact one"
+        )
     if rescaled(d) is not None and not weights.family.gguf_interleaved:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
     own = own_graph(weights.family, d)
     if own and (reason := refuses(d)):
         return reason
     if own and params.kv != "auto":
-        return "the cache of edgemed's ggml graph is f32 for an f32 file and f16 otherwise; leave kv out"
+        return (
+            "the cache of edgemed's ggml graph is f32 for an f32 file and f16 otherwise; leave"
+            " kv out"
+        )
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
         return reason
     if params.from_checkpoint and not weights.quantization:
-        return "from_checkpoint needs a GPTQ checkpoint, which this one is not; put a quantize step before it"
+        return (
+            "from_checkpoint needs a GPTQ checkpoint, which this one is not; put a quantize step"
+            " before it"
+        )
     if params.from_checkpoint and weights.family.gguf_centred and not own:
-        return f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their mean taken out, which other integers hold; leave from_checkpoint out"
+        return (
+            f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their"
+            " mean taken out, which other integers hold; leave from_checkpoint out"
+        )
     if params.from_checkpoint and params.imatrix:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
     if params.budget and params.from_checkpoint:
-        return "a budget cannot change the integers of a checkpoint; give the budget to the quantize step, or leave from_checkpoint out"
+        return (
+            "a budget cannot change the integers of a checkpoint; give the budget to the quantize"
+            " step, or leave from_checkpoint out"
+        )
     textless = params.imatrix is None or params.imatrix.endswith(".npz")
     if params.budget and textless:
-        return "a budget is shared out by what calibration text shows; give imatrix a card's name or a text file"
-    if params.rounding == "gptq" and (params.from_checkpoint or (not params.budget and FILE_TYPES[file_type(params)][1] in FLOATS)):
+        return (
+            "a budget is shared out by what calibration text shows; give imatrix a card's name or a"
+            " text file"
+        )
+    if params.rounding == "gptq" and (
+        params.from_checkpoint or (not params.budget and FILE_TYPES[file_type(params)][1] in FLOATS)
+    ):
         return "rounding: gptq has no effect where no integers are chosen; leave it out"
     if params.rounding == "gptq" and textless:
         return "rounding: gptq needs calibration text; give imatrix a card's name or a text file"
@@ -154,102 +237,259 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
     with _rounded(folded, params, columns, tensors, out) as (rounded, errors):
-        gguf_file.write(out / (GRAPH if own else FILE), ARCH if own else folded.family.gguf_arch, lambda writer: describe(writer, folded, file_type(params)), rounded)
+        gguf_file.write(
+            out / (GRAPH if own else FILE),
+            ARCH if own else folded.family.gguf_arch,
+            lambda writer: describe(writer, folded, file_type(params)),
+            rounded,
+        )
     if folded.decoder.head != "lm":
         head = folded.matrix("head")
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
-        np.savez(out / HEAD, weight=np.asarray(head.dense(), np.float32), bias=np.asarray(bias, np.float32))
+        np.savez(
+            out / HEAD,
+            weight=np.asarray(head.dense(), np.float32),
+            bias=np.asarray(bias, np.float32),
+        )
     seen = build_eyes(weights, out, params) if weights.vision else {}
-    factors = {one.name: gguf_adapter.write(out, one, folded) for one in lora.read_loras(folded, params.adapters)}
-    own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
-    looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set())
-    share = weights.source.experts.active / weights.source.experts.count if weights.source.experts else 1
-    carried = "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()})) if params.from_checkpoint else None
-    context, kv = params.context or weights.decoder.context, cache_type(params.kv, file_type(params) == "f32")
-    notes = {
-        "precision": f"{carried} carried" if carried else f"GGUF {chosen.facts['bits_per_weight']:.2f} bpw" if chosen else file_type(params).upper(),
-        "bytes_per_token": round(sum(t.nbytes * (share if "_exps." in t.name else 1) for t in tensors if t.name not in looked_up)) + own,
-        "context": context, "kv_cache": {"type": kv, "bytes": round(weights.decoder.cache_elements(context) * CACHE_BYTES[kv])},
-        "types": dict(Counter(t.type for t in tensors)), "fallbacks": fallbacks, **seen,
-        "integers": "gptq checkpoint" if carried else "llama.cpp" if not weights.quantization else "llama.cpp, from the gptq checkpoint's rounded weights",
+    factors = {
+        one.name: gguf_adapter.write(out, one, folded)
+        for one in lora.read_loras(folded, params.adapters)
     }
-    notes |= {"allocation": chosen.facts} if chosen else {}
-    notes |= {"integers": "gptq, on llama.cpp's types", "errors": errors} if errors else {}
+    own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
+    looked_up = {"position_embd.weight"} | (
+        {"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set()
+    )
+    share = (
+        weights.source.experts.active / weights.source.experts.count
+        if weights.source.experts
+        else 1
+    )
+    carried = (
+        "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()}))
+        if params.from_checkpoint
+        else None
+    )
+    context = params.context or weights.decoder.context
+    kv = cache_type(params.kv, file_type(params) == "f32")
+    notes = {
+        "precision": (
+            f"{carried} carried"
+            if carried
+            else (
+                f"GGUF {chosen.facts['bits_per_weight']:.2f} bpw"
+                if chosen
+                else file_type(params).upper()
+            )
+        ),
+        "bytes_per_token": (
+            round(
+                sum(
+                    t.nbytes * (share if "_exps." in t.name else 1)
+                    for t in tensors
+                    if t.name not in looked_up
+                )
+            )
+            + own
+        ),
+        "context": context,
+        "kv_cache": {
+            "type": kv,
+            "bytes": round(weights.decoder.cache_elements(context) * CACHE_BYTES[kv]),
+        },
+        "types": dict(Counter(t.type for t in tensors)),
+        "fallbacks": fallbacks,
+        **seen,
+        "integers": (
+            "gptq checkpoint"
+            if carried
+            else (
+                "llama.cpp"
+                if not weights.quantization
+                else "llama.cpp, from the gptq checkpoint's rounded weights"
+            )
+        ),
+    }
+    if chosen:
+        notes |= {"allocation": chosen.facts}
+    if errors:
+        notes |= {"integers": "gptq, on llama.cpp's types", "errors": errors}
     if own:
-        notes["construction"] = "llama.cpp has no graph of this model: edgemed's own runs on its tensor library, and llama.cpp's programs cannot open the file"
+        notes["construction"] = (
+            "llama.cpp has no graph of this model: edgemed's own runs on its tensor library, and"
+            " llama.cpp's programs cannot open the file"
+        )
     if centred:
         notes["centred"] = True
-        notes["construction"] = "the mean is taken out of everything added to the residual stream, so that RMS norms do; dense layers are equal experts behind a router of zeros"
-    return notes | ({"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {})
+        notes["construction"] = (
+            "the mean is taken out of everything added to the residual stream, so that RMS norms"
+            " do; dense layers are equal experts behind a router of zeros"
+        )
+    return notes | (
+        {"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {}
+    )
 
 
 def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
-    """Write what `vision` and `mmproj` ask for. tower_bytes: weight bytes of what the engine itself sees with; mmproj_bytes: of a file that only llama.cpp's programs read."""
+    """Write what `vision` and `mmproj` ask for. tower_bytes: weight bytes of what the engine itself
+    sees with; mmproj_bytes: of a file that only llama.cpp's programs read.
+    """
     written = {}
     if params.mmproj or params.vision == "mtmd":
         written["mtmd"] = mmproj.write(weights, out, params.mmproj or "f16")
     if params.vision == "onnx":
         written["onnx"] = build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])
-    return {"tower_bytes": written.pop(params.vision)} | {"mmproj_bytes": size for size in written.values()}
+    return {"tower_bytes": written.pop(params.vision)} | {
+        "mmproj_bytes": size for size in written.values()
+    }
 
 
-def plan(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], chosen: Mapping[str, str] | None = None) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
-    """Every tensor of the file in order, and which of them could not have the wanted type (tensor -> 'wanted -> given').
+def plan(
+    weights: Weights,
+    params: Params,
+    columns: Mapping[str, np.ndarray],
+    chosen: Mapping[str, str] | None = None,
+) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
+    """Every tensor of the file in order, and which of them could not have the wanted type (tensor
+    -> 'wanted -> given').
 
-    chosen: types that override the mixture's. Raises EdgemedError where a type needs an importance matrix and there is none.
+    chosen: types that override the mixture's. Raises EdgemedError where a type needs an importance
+    matrix and there is none.
     """
-    d, parts, wanted = weights.decoder, weights.parts, file_type(params)
+    d = weights.decoder
+    parts = weights.parts
+    wanted = file_type(params)
     places = layout(weights.family, d, parts)
-    # As in the other engines of one quantization: embedding rows in float16, only the output matrix in integers.
+    # As in the other engines of one quantization: embedding rows in float16, only the output matrix
+    # in integers.
     apart = params.from_checkpoint and FILE_TYPES[wanted][1] not in FLOATS
     if apart and "lm_head" in parts and "output.weight" not in places:
         places["output.weight"] = Place("lm_head", parts["lm_head"].shape)
     shapes = {t: place.shape for t, place in places.items()}
-    types, fallbacks = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads, bool(columns)), wanted)
-    packed = {t: carried_bits(weights, p) for t, p in places.items() if params.from_checkpoint and t.endswith("weight") and p.part and parts[p.part].kind == "matrix" and p.part != "lm_head"}
+    types, fallbacks = tensor_types(
+        Model(
+            shapes,
+            d.layers,
+            d.heads // d.kv_heads,
+            bool(columns),
+        ),
+        wanted,
+    )
+    packed = {
+        t: carried_bits(weights, p)
+        for t, p in places.items()
+        if params.from_checkpoint
+        and t.endswith("weight")
+        and p.part
+        and parts[p.part].kind == "matrix"
+        and p.part != "lm_head"
+    }
     if apart:
         types["token_embd.weight"] = "F16"
     types |= {t: gguf_file.carried_type(bits) for t, bits in packed.items()} | dict(chosen or {})
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
-    blind = [t for t in types if t not in packed and needs_imatrix(t, types[t], wanted) and places[t].part not in columns]
+    blind = [
+        t
+        for t in types
+        if t not in packed and needs_imatrix(t, types[t], wanted) and places[t].part not in columns
+    ]
     if blind:
-        raise EdgemedError(f"type {wanted} needs an importance matrix (first for {blind[0]}: {types[blind[0]]})", "Give imatrix: a calibration card's name, or choose q3_k_s, iq4_xs or larger")
+        raise EdgemedError(
+            f"type {wanted} needs an importance matrix (first for {blind[0]}: {types[blind[0]]})",
+            "Give imatrix: a calibration card's name, or choose q3_k_s, iq4_xs or larger",
+        )
     reader = Reader(weights)
     tensors = [
         gguf_file.Tensor(
-            t, place.shape, types[t], partial(reader.read, place, t.endswith("bias"), packed.get(t, 0)), t in packed,
+            t,
+            place.shape,
+            types[t],
+            partial(reader.read, place, t.endswith("bias"), packed.get(t, 0)),
+            t in packed,
             _columns(columns, place) if t.endswith("weight") else None,
         )
         for t, place in places.items()
     ]
     factors = rescaled(d)
-    return ([gguf_file.Tensor(ROPE, factors.shape, "F32", lambda: factors)] if factors is not None else []) + tensors, fallbacks
+    return (
+        [
+            gguf_file.Tensor(
+                ROPE,
+                factors.shape,
+                "F32",
+                lambda: factors,
+            )
+        ]
+        if factors is not None
+        else []
+    ) + tensors, fallbacks
 
 
-def _budgeted(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], out: Path) -> gguf_budget.Chosen:
+def _budgeted(
+    weights: Weights, params: Params, columns: Mapping[str, np.ndarray], out: Path
+) -> gguf_budget.Chosen:
     places = layout(weights.family, weights.decoder, weights.parts)
     shapes = {t: place.shape for t, place in places.items()}
-    types, _ = tensor_types(Model(shapes, weights.decoder.layers, weights.decoder.heads // weights.decoder.kv_heads, bool(columns)), file_type(params))
-    return gguf_budget.choose(weights, _calibration(weights, params), places, types, columns, params.budget, params.rounding == "gptq", out)
+    types, _ = tensor_types(
+        Model(
+            shapes,
+            weights.decoder.layers,
+            weights.decoder.heads // weights.decoder.kv_heads,
+            bool(columns),
+        ),
+        file_type(params),
+    )
+    return gguf_budget.choose(
+        weights,
+        _calibration(weights, params),
+        places,
+        types,
+        columns,
+        params.budget,
+        params.rounding == "gptq",
+        out,
+    )
 
 
-def _rounded(weights: Weights, params: Params, columns: Mapping[str, np.ndarray], tensors: list[gguf_file.Tensor], out: Path) -> AbstractContextManager[tuple[list[gguf_file.Tensor], dict[str, Any]]]:
-    """The tensors to write and what rounding them changed; by llama.cpp's own routine they are rounded as they are written."""
+def _rounded(
+    weights: Weights,
+    params: Params,
+    columns: Mapping[str, np.ndarray],
+    tensors: list[gguf_file.Tensor],
+    out: Path,
+) -> AbstractContextManager[tuple[list[gguf_file.Tensor], dict[str, Any]]]:
+    """The tensors to write and what rounding them changed; by llama.cpp's own routine they are
+    rounded as they are written.
+    """
     if params.rounding == "nearest":
         return nullcontext((tensors, {}))
-    key = store.digest({"params": asdict(params), "inputs": weights.checkpoint.hashes() | inputs(params), "versions": store.versions()})
+    key = store.digest(
+        {
+            "params": asdict(params),
+            "inputs": weights.checkpoint.hashes() | inputs(params),
+            "versions": store.versions(),
+        }
+    )
     places = layout(weights.family, weights.decoder, weights.parts)
-    return gguf_gptq.rounded(weights, _calibration(weights, params), places, tensors, columns, out, key)
+    return gguf_gptq.rounded(
+        weights, _calibration(weights, params), places, tensors, columns, out, key
+    )
 
 
 def _calibration(weights: Weights, params: Params) -> list[tuple[list[int], Pictures | None]]:
     from edgemed.sights import calibration
 
-    return calibration(weights, params.imatrix, params.samples, min(params.length, weights.decoder.context))
+    return calibration(
+        weights, params.imatrix, params.samples, min(params.length, weights.decoder.context)
+    )
 
 
 def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | None:
-    return np.stack([columns[part] for part in place.stack]) if place.stack and columns else columns.get(place.part)
+    return (
+        np.stack([columns[part] for part in place.stack])
+        if place.stack and columns
+        else columns.get(place.part)
+    )
 
 
 def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
@@ -262,18 +502,34 @@ def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
     else:
         columns = importance.importance(weights, _calibration(weights, params))
     for name, part in weights.parts.items():
-        if name.startswith("layers.") and part.kind == "matrix" and (name not in columns or columns[name].shape != part.shape[1:]):
-            raise EdgemedError(f"{params.imatrix} has no importance of {part.shape[1]} columns for {name}", "It was made for another model")
+        if (
+            name.startswith("layers.")
+            and part.kind == "matrix"
+            and (name not in columns or columns[name].shape != part.shape[1:])
+        ):
+            raise EdgemedError(
+                f"{params.imatrix} has no importance of {part.shape[1]} columns for {name}",
+                "It was made for another model",
+            )
     return columns
 
 
 def describe(writer: Any, weights: Weights, wanted: str) -> None:
     """GGUF metadata: the graph's numbers and the tokenizer."""
     checkpoint = weights.checkpoint
-    d = replace(weights.decoder, norm="rmsnorm") if isinstance(weights, Centred) else weights.decoder
+    d = (
+        replace(weights.decoder, norm="rmsnorm")
+        if isinstance(weights, Centred)
+        else weights.decoder
+    )
     if own_graph(weights.family, weights.source):
         writer.add_string(KEY, json.dumps(asdict(d)))
-    gguf_file.describe_decoder(writer, d, FILE_TYPES[wanted][0], str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
+    gguf_file.describe_decoder(
+        writer,
+        d,
+        FILE_TYPES[wanted][0],
+        str(checkpoint.config.get("_name_or_path") or checkpoint.path.name),
+    )
     if checkpoint.random_weights:
         # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
         if weights.vision:
@@ -281,7 +537,13 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
         else:
             writer.add_tokenizer_model("no_vocab")
         return
-    gguf_file.describe_tokenizer(writer, open_tokenizer(checkpoint.path, d.vocab), d.vocab, weights.family.gguf_pre, str(checkpoint.path))
+    gguf_file.describe_tokenizer(
+        writer,
+        open_tokenizer(checkpoint.path, d.vocab),
+        d.vocab,
+        weights.family.gguf_pre,
+        str(checkpoint.path),
+    )
     if d.eos is not None:
         writer.add_eos_token_id(d.eos)
         text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
@@ -290,39 +552,80 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
 
 
 def open(engine: Engine, threads: int | None) -> LlamaSession | GgmlSession:
-    return GgmlSession(engine, threads) if (engine.path / GRAPH).is_file() else LlamaSession(engine, threads)
+    return (
+        GgmlSession(engine, threads)
+        if (engine.path / GRAPH).is_file()
+        else LlamaSession(engine, threads)
+    )
 
 
 def self_check() -> str:
-    """Decode a long prompt with tiny quantized models in a process of its own; a sentence saying that it works.
+    """Decode a long prompt with tiny quantized models in a process of its own; a sentence saying
+    that it works.
 
-    Raises EdgemedError where llama.cpp crashes or answers nonsense: gcc 12 builds with AMX die on the first quantized prompt.
+    Raises EdgemedError where llama.cpp crashes or answers nonsense: gcc 12 builds with AMX die on
+    the first quantized prompt.
     """
     need("gguf", "build")
     version = gguf_file.runtime().__version__
     with tempfile.TemporaryDirectory() as folder:
         for wanted in PROBES:
             write_probe(Path(folder), wanted)
-        command = [sys.executable, "-c", "import sys; from edgemed.targets.llamacpp import run_probes; run_probes(sys.argv[1])", folder]
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from edgemed.targets.llamacpp import run_probes; run_probes(sys.argv[1])",
+            folder,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     reached = done.stdout.split()
     if done.returncode < 0 or len(reached) < 2 * len(PROBES):
-        how = f"dies with signal {-done.returncode}" if done.returncode < 0 else f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})"
-        raise EdgemedError(f"llama-cpp-python {version} {how} on a quantized prompt of {PROBE_TOKENS} tokens ({reached[-1] if reached else 'loading'})", REBUILD)
-    return f"llama-cpp-python {version} decodes quantized prompts of {PROBE_TOKENS} tokens ({', '.join(PROBES)})"
+        how = (
+            f"dies with signal {-done.returncode}"
+            if done.returncode < 0
+            else f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})"
+        )
+        raise EdgemedError(
+            f"llama-cpp-python {version} {how} on a quantized prompt of {PROBE_TOKENS} tokens"
+            f" ({reached[-1] if reached else 'loading'})",
+            REBUILD,
+        )
+    return (
+        f"llama-cpp-python {version} decodes quantized prompts of {PROBE_TOKENS} tokens"
+        f" ({', '.join(PROBES)})"
+    )
 
 
-PROBES, PROBE_TOKENS = ("q4_0", "q8_0", "q4_k_m"), 384
+PROBES = ("q4_0", "q8_0", "q4_k_m")
+PROBE_TOKENS = 384
 
 
 def write_probe(folder: Path, wanted: str) -> Engine:
     """A tiny random engine; numpy and gguf suffice. The first family lends its graph."""
     family = next(iter(all_families().values()))
-    d = replace(family.decoder(family.reference_config, {}), hidden=256, layers=2, heads=4, kv_heads=4, head_dim=64, ffn=1024, vocab=512, context=512)
+    d = replace(
+        family.decoder(family.reference_config, {}),
+        hidden=256,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        head_dim=64,
+        ffn=1024,
+        vocab=512,
+        context=512,
+    )
     shapes = {t: place.shape for t, place in layout(family, d, family.parts(d)).items()}
     types, _ = tensor_types(Model(shapes, d.layers), wanted)
     random = np.random.default_rng(0)
-    tensors = [gguf_file.Tensor(t, s, types[t], partial(random.normal, 0, 0.05, s)) for t, s in shapes.items()]
+    tensors = [
+        gguf_file.Tensor(
+            t,
+            s,
+            types[t],
+            partial(random.normal, 0, 0.05, s),
+        )
+        for t, s in shapes.items()
+    ]
     (folder / wanted).mkdir()
 
     def metadata(writer: Any) -> None:
@@ -334,7 +637,21 @@ def write_probe(folder: Path, wanted: str) -> Engine:
 
 
 def probe_engine(folder: Path, wanted: str) -> Engine:
-    return Engine(folder / wanted, wanted, "llamacpp", "", "lm", 512, 512, 512, wanted.upper(), 0, None, True, asdict(Params(wanted)))
+    return Engine(
+        folder / wanted,
+        wanted,
+        "llamacpp",
+        "",
+        "lm",
+        512,
+        512,
+        512,
+        wanted.upper(),
+        0,
+        None,
+        True,
+        asdict(Params(wanted)),
+    )
 
 
 def run_probes(folder: str) -> None:

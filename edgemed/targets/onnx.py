@@ -1,7 +1,9 @@
-"""The ONNX Runtime target: a decoder built with ONNX Runtime's contrib operators, run with a KV cache that is never copied.
+"""The ONNX Runtime target: a decoder built with ONNX Runtime's contrib operators, run with a KV
+cache that is never copied.
 
-GroupQueryAttention reads and writes one shared buffer per layer in place and MatMulNBits keeps 4- and 8-bit weights packed;
-both were measured fastest for one-sequence decoding (bench/attention_ops.py, bench/accuracy_level.py).
+GroupQueryAttention reads and writes one shared buffer per layer in place and MatMulNBits keeps 4-
+and 8-bit weights packed; both were measured fastest for one-sequence decoding
+(bench/attention_ops.py, bench/accuracy_level.py).
 """
 
 from __future__ import annotations
@@ -43,16 +45,20 @@ RUNTIME = ("onnxruntime", "onnx")
 
 @dataclass(frozen=True)
 class Params:
-    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4 round other matrices to nearest. w8a8: int8 with one scale
-    per output (a smoothquant checkpoint's, or rounded to nearest), and every token's activations rounded to 8 bits when they are read: for long prompts.
+    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4
+    round other matrices to nearest. w8a8: int8 with one scale per output (a smoothquant
+    checkpoint's, or rounded to nearest), and every token's activations rounded to 8 bits when they
+    are read: for long prompts.
 
-    group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8 activations, 1 with float32.
-    context: tokens of the KV cache (default the model's). kv: its format; 'auto' is that of the activations, int8 a quarter of float32's bytes, with a fixed
-    scale per channel measured on `samples` windows of `length` tokens of `calibration`, a text set's name or file. tower: precision of a vision tower and projector
-    (w8a8 rounds activations too: by far the fastest, and somewhat less exact than int8);
-    min_pixels, max_pixels: to which images are resized (default the model's).
-    adapters: LoRA adapters that travel along unmerged, {name: PEFT directory}; a session uses one of them or none.
-    provider: where ONNX Runtime runs it; cuda keeps activations in float16, which is all its attention there takes (never run on a GPU yet).
+    group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8
+    activations, 1 with float32. context: tokens of the KV cache (default the model's). kv: its
+    format; 'auto' is that of the activations, int8 a quarter of float32's bytes, with a fixed scale
+    per channel measured on `samples` windows of `length` tokens of `calibration`, a text set's name
+    or file. tower: precision of a vision tower and projector (w8a8 rounds activations too: by far
+    the fastest, and somewhat less exact than int8); min_pixels, max_pixels: to which images are
+    resized (default the model's). adapters: LoRA adapters that travel along unmerged, {name: PEFT
+    directory}; a session uses one of them or none. provider: where ONNX Runtime runs it; cuda keeps
+    activations in float16, which is all its attention there takes (never run on a GPU yet).
     """
 
     precision: Literal["auto", "fp32", "fp16", "int8", "int4", "w8a8"] = "auto"
@@ -76,9 +82,14 @@ def label(params: Params) -> str:
 
 
 def inputs(params: Params) -> dict[str, str]:
-    """sha256 of every file that params name: the adapters', and the text that the cache's scales are measured on. Raises EdgemedError where one is missing."""
+    """sha256 of every file that params name: the adapters', and the text that the cache's scales
+    are measured on. Raises EdgemedError where one is missing.
+    """
     if params.kv == "int8" and params.calibration is None:
-        raise EdgemedError("target onnx: an int8 cache needs text to measure its scales on", f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file")
+        raise EdgemedError(
+            "target onnx: an int8 cache needs text to measure its scales on",
+            f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
+        )
     found = lora.inputs(params.adapters)
     if params.calibration:
         from edgemed.sights import calibration_digests
@@ -95,35 +106,66 @@ def bits_of(weights: Weights, params: Params) -> int | None:
 
 
 def supports(weights: Weights, params: Params) -> str | None:
-    """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that does not belong to it."""
-    d, bits = weights.decoder, bits_of(weights, params)
+    """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
+    does not belong to it.
+    """
+    d = weights.decoder
+    bits = bits_of(weights, params)
     stored = weights.packings()
     if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
-        return f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks for {bits}; use precision auto"
+        return (
+            f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks"
+            f" for {bits}; use precision auto"
+        )
     if params.precision == "w8a8" and (reason := w8a8_refused(weights)):
         return reason
     if uneven := [group for _, group in stored if group != -1 and group % 16]:
-        return f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
+        return (
+            f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
+        )
     if params.provider == "cuda" and params.precision == "w8a8":
         return "products of integers were only ever run on the CPU; leave provider cuda out"
     if params.provider == "cuda" and params.precision == "fp32":
-        return "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8 or int4"
+        return (
+            "ONNX Runtime's attention on CUDA takes float16, not float32; use precision fp16, int8"
+            " or int4"
+        )
     if params.kv == "int8" and (params.provider == "cuda" or params.precision == "fp16"):
-        return "an int8 cache was only ever run on the CPU, beside float32 activations; leave kv, or precision fp16 and provider cuda out"
+        return (
+            "an int8 cache was only ever run on the CPU, beside float32 activations; leave kv, or"
+            " precision fp16 and provider cuda out"
+        )
     if params.calibration and params.kv != "int8":
-        return "calibration text is read for an int8 cache only; give kv: int8, or leave calibration out"
+        return (
+            "calibration text is read for an int8 cache only; give kv: int8, or leave"
+            " calibration out"
+        )
     if params.samples < 1 or params.length < 1:
         return "samples and length of the calibration text must be at least 1"
     if d.head_dim % 8:
-        return f"GroupQueryAttention needs a head size that is a multiple of 8, this model has {d.head_dim}"
+        return (
+            "GroupQueryAttention needs a head size that is a multiple of 8, this model has"
+            f" {d.head_dim}"
+        )
     if len(d.rope_frequencies) % 8:
-        return f"GroupQueryAttention rotates a multiple of 16 elements of each head, this model {2 * len(d.rope_frequencies)}"
+        return (
+            "GroupQueryAttention rotates a multiple of 16 elements of each head, this model"
+            f" {2 * len(d.rope_frequencies)}"
+        )
     if d.hidden % 32:
         return f"hidden size {d.hidden} is not a multiple of 32"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
-    if bits and params.precision != "w8a8" and not stored and (d.hidden % params.group or d.ffn % params.group):
-        return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64"
+    if (
+        bits
+        and params.precision != "w8a8"
+        and not stored
+        and (d.hidden % params.group or d.ffn % params.group)
+    ):
+        return (
+            f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
+            " or 64"
+        )
     lora.read_loras(weights, params.adapters)
     return None
 
@@ -134,25 +176,52 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     from edgemed.vision_graph import TOWERS, build_vision
 
     if weights.decoder.experts and weights.decoder.experts.density:
-        weights = type(weights)(weights.checkpoint, weights.fold, whole=True)  # ONNX Runtime has no product with a sparse matrix on CPUs
+        # ONNX Runtime has no product with a sparse matrix on CPUs
+        weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
     bits = bits_of(weights, params)
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}
     if weights.vision:
         seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
-    precision = Precision(floats, bits, params.group, params.accuracy_level, small_tables=bits is not None, integers=params.precision == "w8a8")
-    context, cached, loras = params.context or weights.decoder.context, "int8" if params.kv == "int8" else floats, lora.read_loras(weights, params.adapters)
+    precision = Precision(
+        floats,
+        bits,
+        params.group,
+        params.accuracy_level,
+        small_tables=bits is not None,
+        integers=params.precision == "w8a8",
+    )
+    context = params.context or weights.decoder.context
+    cached = "int8" if params.kv == "int8" else floats
+    loras = lora.read_loras(weights, params.adapters)
     dialect = OrtDialect(_kv_scales(weights, params) if params.kv == "int8" else None)
-    graph = build_decoder(weights, out, precision, dialect, frozenset(part for one in loras for part in one.factors))
+    graph = build_decoder(
+        weights, out, precision, dialect, frozenset(part for one in loras for part in one.factors)
+    )
     factors = {one.name: ort_adapter.write(out, one, floats) for one in loras}
     own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
-    label = labelled(weights.packings() or {(bits, params.group)}) if bits else {"float32": "fp32", "float16": "fp16"}[floats]
+    label = (
+        labelled(weights.packings() or {(bits, params.group)})
+        if bits
+        else {"float32": "fp32", "float16": "fp16"}[floats]
+    )
     label = "w8a8" if precision.integers else label
     return {
-        "precision": label, "context": context, "bytes_per_token": graph.layer_bytes + own, "attention": "GroupQueryAttention, shared buffer",
-        "kv_cache": {"type": cached, "bytes": weights.decoder.cache_elements(context) * np.dtype(cached).itemsize}, **seen,
-        **({"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"} if bits else {}),
+        "precision": label,
+        "context": context,
+        "bytes_per_token": graph.layer_bytes + own,
+        "attention": "GroupQueryAttention, shared buffer",
+        "kv_cache": {
+            "type": cached,
+            "bytes": weights.decoder.cache_elements(context) * np.dtype(cached).itemsize,
+        },
+        **seen,
+        **(
+            {"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"}
+            if bits
+            else {}
+        ),
     }
 
 
@@ -161,10 +230,20 @@ def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.nd
 
     if weights.checkpoint.random_weights:
         # Such a model is measured for speed and has no tokenizer: any tokens do.
-        return kv_scales(weights, np.random.default_rng(0).integers(0, weights.decoder.vocab, (1, min(32, params.length))).tolist())
+        return kv_scales(
+            weights,
+            np.random.default_rng(0)
+            .integers(0, weights.decoder.vocab, (1, min(32, params.length)))
+            .tolist(),
+        )
     from edgemed.sights import calibration
 
-    return kv_scales(weights, calibration(weights, params.calibration, params.samples, min(params.length, weights.decoder.context)))
+    return kv_scales(
+        weights,
+        calibration(
+            weights, params.calibration, params.samples, min(params.length, weights.decoder.context)
+        ),
+    )
 
 
 def open(engine: Engine, threads: int | None) -> OrtSession:
@@ -172,14 +251,16 @@ def open(engine: Engine, threads: int | None) -> OrtSession:
 
 
 def rope_tables(engine: Engine) -> list[np.ndarray]:
-    """cos and sin float64 [context, pairs] of plain positions; [] where the model has no rotary ones."""
+    """cos and sin float64 [context, pairs] of plain positions; [] where the model has no rotary
+    ones.
+    """
     angles = np.arange(engine.context)[:, None] * np.array(engine.rope_frequencies)
     return [np.cos(angles), np.sin(angles)] if engine.rope_frequencies else []
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    # Pages become resident as the context fills. Huge pages would make the whole buffer resident at the first token, because
-    # every head writes at its own distant place.
+    # Pages become resident as the context fills. Huge pages would make the whole buffer resident at
+    # the first token, because every head writes at its own distant place.
     buffer = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         buffer.madvise(mmap.MADV_NOHUGEPAGE)
@@ -187,24 +268,32 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 
 def _use_huge_pages() -> None:
-    """Move this process's large private memory into huge pages, where Linux has them and can (6.1 or newer); nothing is lost where not."""
-    # Every weight is read once per token, and with pages of 4 KB the CPU's prefetch stops at the end of each. onnxruntime allocates the
-    # weights itself, so what it has allocated is moved afterwards. What that gains and costs: docs/measuring.md.
+    """Move this process's large private memory into huge pages, where Linux has them and can (6.1
+    or newer); nothing is lost where not.
+    """
+    # Every weight is read once per token, and with pages of 4 KB the CPU's prefetch stops at the
+    # end of each. onnxruntime allocates the weights itself, so what it has allocated is moved
+    # afterwards. What that gains and costs: docs/measuring.md.
     lines: list[str] = []
     with contextlib.suppress(OSError):
         if "[never]" not in (PAGES / "enabled").read_text():
-            size, lines = int((PAGES / "hpage_pmd_size").read_text()), Path("/proc/self/maps").read_text().splitlines()
+            size = int((PAGES / "hpage_pmd_size").read_text())
+            lines = Path("/proc/self/maps").read_text().splitlines()
     for line in lines:
         addresses, rights, _, _, inode, *_ = line.split()
         start, end = (int(address, 16) for address in addresses.split("-"))
         if rights == "rw-p" and inode == "0" and end - start >= 2 * size:
             # One by one: the kernel gives up a whole range at the first page it finds no room for.
             for page in range(-(-start // size) * size, end - size + 1, size):
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), MADV_COLLAPSE)
+                ctypes.CDLL(None).madvise(
+                    ctypes.c_void_p(page), ctypes.c_size_t(size), MADV_COLLAPSE
+                )
 
 
 class OrtSession:
-    """A Session on ONNX Runtime. All buffers are bound once; a step writes one token id and reads one row of scores."""
+    """A Session on ONNX Runtime. All buffers are bound once; a step writes one token id and reads
+    one row of scores.
+    """
 
     def __init__(self, engine: Engine, threads: int | None):
         ort = need("onnxruntime", "onnx")
@@ -216,28 +305,51 @@ class OrtSession:
         self.cuda = engine.params.get("provider") == "cuda"
         self.device = "cuda" if self.cuda else "cpu"
         if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
-            raise EdgemedError(f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider", "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'")
+            raise EdgemedError(
+                f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider",
+                "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'",
+            )
         if self.cuda and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # CUDA and cuDNN from the wheels beside it, where the system has none
+            # CUDA and cuDNN from the wheels beside it, where the system has none
+            ort.preload_dlls()
         if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
             # These threads are not OpenMP's, but whoever asks for that policy means them too.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if engine.params.get("precision") == "w8a8":
             options.add_session_config_entry(*WIDE_SUMS)
         try:
-            self.session = ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated exception types for a model it cannot load
-            raise EdgemedError(f"onnxruntime {ort.__version__} cannot load {engine.path}: {str(error).splitlines()[0]}", "Export the engine again") from error
+            self.session = ort.InferenceSession(
+                str(engine.path / "model.onnx"),
+                options,
+                providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"],
+            )
+        except Exception as error:
+            # onnxruntime raises a dozen unrelated exception types for a model it cannot load
+            raise EdgemedError(
+                f"onnxruntime {ort.__version__} cannot load {engine.path}:"
+                f" {str(error).splitlines()[0]}",
+                "Export the engine again",
+            ) from error
         if self.cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
             # onnxruntime only logs this and would run everything on the CPU.
-            raise EdgemedError(f"onnxruntime {ort.__version__} cannot start CUDA here", "Install the CUDA and cuDNN it was built for (its log names the missing library)")
+            raise EdgemedError(
+                f"onnxruntime {ort.__version__} cannot start CUDA here",
+                "Install the CUDA and cuDNN it was built for (its log names the missing library)",
+            )
         if not self.cuda:
             _use_huge_pages()
-        self.head, self.width, self.context, self.position = engine.head, engine.width, engine.context, 0
-        self.ort, self.binding = ort, self.session.io_binding()
-        # The arena would keep the largest prefill's buffers for good; a device wants that memory back.
+        self.head = engine.head
+        self.width = engine.width
+        self.context = engine.context
+        self.position = 0
+        self.ort = ort
+        self.binding = self.session.io_binding()
+        # The arena would keep the largest prefill's buffers for good; a device wants that memory
+        # back.
         self.shrinking = ort.RunOptions()
-        self.shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0")
+        self.shrinking.add_run_config_entry(
+            "memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0"
+        )
         for value in self.session.get_inputs():
             if value.name.startswith("past."):
                 dtype = CACHES[value.type]
@@ -253,18 +365,26 @@ class OrtSession:
             kind = next(value.type for value in self.session.get_inputs() if value.name == name)
             table = table.astype(np.float16 if kind == "tensor(float16)" else np.float32)
             self.rope[ROPE.index(name)] = self._bound(name, table)
-        self.frequencies, self.axes = np.array(engine.rope_frequencies), list(engine.rope_axes)
+        self.frequencies = np.array(engine.rope_frequencies)
+        self.axes = list(engine.rope_axes)
         self.counted = Positions(max(self.axes) + 1, self.context) if self.axes else None
-        self.sees, self.hidden = engine.vision is not None, next((v.shape[1] for v in self.session.get_inputs() if v.name == "features"), 0)
+        self.sees = engine.vision is not None
+        self.hidden = next(
+            (v.shape[1] for v in self.session.get_inputs() if v.name == "features"), 0
+        )
         if self.sees:
             self._bound("features", np.zeros((1, self.hidden), np.float32))
-        self.last, self.total = self._bound("last_index", np.zeros(1, np.int32)), self._bound("total", np.zeros(1, np.int32))
+        self.last = self._bound("last_index", np.zeros(1, np.int32))
+        self.total = self._bound("total", np.zeros(1, np.int32))
         self.shape: tuple[int, int] | None = None
-        self.folder, self.adapter = engine.path, None
+        self.folder = engine.path
+        self.adapter = None
         self._adapt(None)
 
     def use(self, adapter: str | None) -> None:
-        """Go on with one of the engine's adapters, or (None) the base. What was read with the other weights is forgotten."""
+        """Go on with one of the engine's adapters, or (None) the base. What was read with the other
+        weights is forgotten.
+        """
         if adapter != self.adapter:
             self._adapt(adapter)
             self.adapter = adapter
@@ -275,7 +395,8 @@ class OrtSession:
             self.binding.bind_ortvalue_input(name, value)
 
     def _bound(self, name: str, array: np.ndarray) -> np.ndarray:
-        # OrtValues made from numpy arrays share their memory: writing the array is writing the input.
+        # OrtValues made from numpy arrays share their memory: writing the array is writing the
+        # input.
         self.binding.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(array))
         return array
 
@@ -285,28 +406,39 @@ class OrtSession:
         self.tokens = self._bound("tokens", np.zeros((1, new), np.int64))
         self.positions = self._bound("positions", np.zeros((1, new), np.int64))
         self.select = self._bound("select", np.zeros(selected, np.int64))
-        self.feature_rows = self._bound("feature_rows", np.full((1, new), -1, np.int64)) if self.sees else None
+        self.feature_rows = (
+            self._bound("feature_rows", np.full((1, new), -1, np.int64)) if self.sees else None
+        )
         self.scores = np.zeros((1, selected, self.width), np.float32)
-        self.binding.bind_ortvalue_output("scores", self.ort.OrtValue.ortvalue_from_numpy(self.scores))
+        self.binding.bind_ortvalue_output(
+            "scores", self.ort.OrtValue.ortvalue_from_numpy(self.scores)
+        )
         self.shape = (new, selected)
 
     def _place(self, start: int, count: int, pictures: Pictures | None) -> None:
-        # Where images shift what positions mean, the rows of the rotary tables are those tokens', not those places'.
+        # Where images shift what positions mean, the rows of the rotary tables are those tokens',
+        # not those places'.
         placed = self.counted.add(start, count, pictures.positions if pictures else None)
         angles = placed[self.axes].T * self.frequencies
-        self.rope[0][start : start + count], self.rope[1][start : start + count] = np.cos(angles), np.sin(angles)
+        self.rope[0][start : start + count] = np.cos(angles)
+        self.rope[1][start : start + count] = np.sin(angles)
 
     def _show(self, tokens: Sequence[int], pictures: Pictures) -> None:
         self.feature_rows[0] = feature_rows(tokens, pictures, self.sees)
         self._bound("features", np.ascontiguousarray(pictures.features, np.float32))
 
-    def prefill(self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None) -> np.ndarray:
+    def prefill(
+        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+    ) -> np.ndarray:
         check_room(self, tokens)
-        new, end = len(tokens), self.position + len(tokens)
+        new = len(tokens)
+        end = self.position + len(tokens)
         self._shape(new, new if every else 1)
-        self.tokens[0], self.positions[0] = looked_up(tokens, pictures), np.arange(self.position, end)
+        self.tokens[0] = looked_up(tokens, pictures)
+        self.positions[0] = np.arange(self.position, end)
         self.select[:] = np.arange(new) if every else new - 1
-        self.last[0], self.total[0] = end - 1, end
+        self.last[0] = end - 1
+        self.total[0] = end
         if self.counted:
             self._place(self.position, new, pictures)
         if pictures:
@@ -321,8 +453,11 @@ class OrtSession:
         if self.shape != (1, 1) or self.position >= self.context:
             return self.prefill([token])[0]
         position = self.position
-        self.tokens[0, 0], self.positions[0, 0], self.select[0] = token, position, 0
-        self.last[0], self.total[0] = position, position + 1
+        self.tokens[0, 0] = token
+        self.positions[0, 0] = position
+        self.select[0] = 0
+        self.last[0] = position
+        self.total[0] = position + 1
         if self.counted:
             self._place(position, 1, None)
         self.session.run_with_iobinding(self.binding)
@@ -345,27 +480,53 @@ def self_check() -> str:
     try:
         import onnx  # noqa: F401 - the check has to write a graph, which only the build extra can
     except ModuleNotFoundError:
-        return f"onnxruntime {ort.__version__} imports; its arithmetic is checked by edgemed verify ENGINE"
+        return (
+            f"onnxruntime {ort.__version__} imports; its arithmetic is checked by edgemed verify"
+            " ENGINE"
+        )
     import tempfile
 
     random = np.random.default_rng(0)
-    q, scales = random.integers(0, 16, (64, 256), dtype=np.uint8), random.random((64, 2), dtype=np.float32)
+    q = random.integers(0, 16, (64, 256), dtype=np.uint8)
+    scales = random.random((64, 2), dtype=np.float32)
     x = random.standard_normal((300, 256), dtype=np.float32)
-    expected = x @ ((q.reshape(64, 2, 128).astype(np.float32) - 8) * scales[..., None]).reshape(64, 256).T
+    expected = (
+        x @ ((q.reshape(64, 2, 128).astype(np.float32) - 8) * scales[..., None]).reshape(64, 256).T
+    )
     with tempfile.TemporaryDirectory() as folder:
-        found = _product(ort, Path(folder), x, Ints(q, scales, 4, 128))
+        found = _product(
+            ort,
+            Path(folder),
+            x,
+            Ints(
+                q,
+                scales,
+                4,
+                128,
+            ),
+        )
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if error > 0.02:
-        raise EdgemedError(f"onnxruntime {ort.__version__} gives wrong 4-bit products on this CPU (relative error {error:.2g})", "pip install --force-reinstall onnxruntime")
-    return f"onnxruntime {ort.__version__}: 4-bit product with int8 activations within {error:.1e} of numpy"
+        raise EdgemedError(
+            f"onnxruntime {ort.__version__} gives wrong 4-bit products on this CPU (relative error"
+            f" {error:.2g})",
+            "pip install --force-reinstall onnxruntime",
+        )
+    return (
+        f"onnxruntime {ort.__version__}: 4-bit product with int8 activations within {error:.1e} of"
+        " numpy"
+    )
 
 
 def _product(ort: Any, folder: Path, x: np.ndarray, ints: Ints) -> np.ndarray:
     from edgemed.graph import Graph, Precision
 
-    graph, dialect = Graph(folder, Precision(bits=ints.bits, group=ints.block)), OrtDialect()
+    graph = Graph(folder, Precision(bits=ints.bits, group=ints.block))
+    dialect = OrtDialect()
     graph.value("inputs", "x", graph.float_type, list(x.shape))
     graph.value("outputs", "y", graph.float_type, [len(x), len(ints.q)])
     dialect.quantized(graph, "y", "x", ints, None)
     graph.save("self-check", dialect)
-    return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"]).run(
+        None, {"x": x}
+    )[0]

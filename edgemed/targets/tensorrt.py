@@ -1,7 +1,9 @@
-"""The TensorRT target: plain ONNX with its precision written into the graph, checked against what the chosen TensorRT parses.
+"""The TensorRT target: plain ONNX with its precision written into the graph, checked against what
+the chosen TensorRT parses.
 
-TensorRT compiles for the GPU it runs on, so what travels is the ONNX and `edgemed build ENGINE` on the device finishes it. Until then the
-engine is unbuilt: the same graph runs on ONNX Runtime for parity, and nothing is measured. None of this has run on TensorRT yet.
+TensorRT compiles for the GPU it runs on, so what travels is the ONNX and `edgemed build ENGINE` on
+the device finishes it. Until then the engine is unbuilt: the same graph runs on ONNX Runtime for
+parity, and nothing is measured. None of this has run on TensorRT yet.
 """
 
 from __future__ import annotations
@@ -23,25 +25,30 @@ if TYPE_CHECKING:
 
 # Largest logit error against the float32 source, for precisions that must be exact.
 EXACT = {"fp32": 1e-3}
-# The package that runs these engines, and the extra that installs it (on a Jetson it comes with JetPack).
+# The package that runs these engines, and the extra that installs it (on a Jetson it comes with
+# JetPack).
 RUNTIME = ("tensorrt", "tensorrt")
 # Where engines go -> the parser table they are checked against.
 PROFILES = {"jetpack6": "10.3", "jetpack7": "10.16", "trt11": "11"}
-SCORES = 16 * 10**9  # bytes of attention scores beyond which a vision tower is refused: a quarter of a 64 GB Jetson
+# bytes of attention scores beyond which a vision tower is refused: a quarter of a 64 GB Jetson
+SCORES = 16 * 10**9
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Params:
-    """profile: jetpack6 (TensorRT 10.3), jetpack7 (10.16) or trt11. precision: 'auto' carries a quantized checkpoint's integers and is
-    fp16 otherwise; int4 rounds other matrices to nearest in groups of `group`, int8 with one scale per output. w8a8: a smoothquant checkpoint's
-    int8 weights, activations rounded to int8 as well, with the scales that checkpoint holds.
+    """profile: jetpack6 (TensorRT 10.3), jetpack7 (10.16) or trt11. precision: 'auto' carries a
+    quantized checkpoint's integers and is fp16 otherwise; int4 rounds other matrices to nearest in
+    groups of `group`, int8 with one scale per output. w8a8: a smoothquant checkpoint's int8
+    weights, activations rounded to int8 as well, with the scales that checkpoint holds.
 
-    activations: format beside integers. context: tokens of the KV cache (default the model's). prefill: tokens per run at most; longer
-    prompts go in parts. workspace_mb: memory TensorRT may use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX.
-    experts: 'chosen' passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can hold; 'all' computes all of them.
-    adapters: not taken; TensorRT engines carry merged weights only.
-    tower: precision of a vision tower and projector; min_pixels, max_pixels: to which images are resized (default the model's).
+    activations: format beside integers. context: tokens of the KV cache (default the model's).
+    prefill: tokens per run at most; longer prompts go in parts. workspace_mb: memory TensorRT may
+    use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX. experts: 'chosen'
+    passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can
+    hold; 'all' computes all of them. adapters: not taken; TensorRT engines carry merged weights
+    only. tower: precision of a vision tower and projector; min_pixels, max_pixels: to which images
+    are resized (default the model's).
     """
 
     profile: Literal["jetpack6", "jetpack7", "trt11"] = "jetpack6"
@@ -78,34 +85,65 @@ def bits_of(weights: Weights, params: Params) -> int | None:
 
 def supports(weights: Weights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
-    d, bits, stored = weights.decoder, bits_of(weights, params), sorted(weights.packings())
+    d = weights.decoder
+    bits = bits_of(weights, params)
+    stored = sorted(weights.packings())
     if params.adapters:
-        return "TensorRT engines cannot switch adapters; merge the adapter first (edgemed merge), and export the result"
+        return (
+            "TensorRT engines cannot switch adapters; merge the adapter first (edgemed merge), and"
+            " export the result"
+        )
     if weights.checkpoint.adapter:
-        return "TensorRT engines carry no adapters, and this checkpoint is used with one beside its integers; start from the quantize step (from: quantize)"
+        return (
+            "TensorRT engines carry no adapters, and this checkpoint is used with one beside its"
+            " integers; start from the quantize step (from: quantize)"
+        )
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
     if params.prefill < 1 or params.workspace_mb < 1:
         return "prefill and workspace_mb must be above 0"
-    if weights.vision and (reason := images_refused(vision_seen(weights, params), params.context or d.context)):
+    if weights.vision and (
+        reason := images_refused(vision_seen(weights, params), params.context or d.context)
+    ):
         return reason
     if not bits:
         return None
     if params.precision == "w8a8":
-        missing = "w8a8 needs scales of the activations from calibration, which only a checkpoint of quantize method smoothquant holds"
+        missing = (
+            "w8a8 needs scales of the activations from calibration, which only a checkpoint of"
+            " quantize method smoothquant holds"
+        )
         return w8a8_refused(weights) or (None if weights.activation_ranges else missing)
     if params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
-        return f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks for {bits}; use precision auto"
+        return (
+            f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks"
+            f" for {bits}; use precision auto"
+        )
     if not stored:
         small = bits == 4 and (d.hidden % params.group or d.ffn % params.group)
-        return f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32 or 64" if small else None
+        return (
+            f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
+            " or 64"
+            if small
+            else None
+        )
     if not weights.quantization.get("sym", True):
-        return "the checkpoint is quantized asymmetrically, and TensorRT takes integers without zero points only; quantize symmetrically, or use precision fp16, which expands the integers"
+        return (
+            "the checkpoint is quantized asymmetrically, and TensorRT takes integers without zero"
+            " points only; quantize symmetrically, or use precision fp16, which expands the"
+            " integers"
+        )
     for wide, group in stored:
         if wide == 8 and group != -1:
-            return f"TensorRT takes int8 with one scale per output, this checkpoint has groups of {group}; quantize with group -1, or use precision fp16"
+            return (
+                "TensorRT takes int8 with one scale per output, this checkpoint has groups of"
+                f" {group}; quantize with group -1, or use precision fp16"
+            )
         if group != -1 and group % 32:
-            return f"TensorRT's int4 blocks are a multiple of 32 here, this checkpoint has groups of {group}; use precision fp16"
+            return (
+                "TensorRT's int4 blocks are a multiple of 32 here, this checkpoint has groups of"
+                f" {group}; use precision fp16"
+            )
     return None
 
 
@@ -121,16 +159,24 @@ def images_refused(v: Vision, context: int) -> str | None:
 
     fewest = most_features(v) if v.size else -(-v.pixels[0] // (v.patch * v.merge) ** 2)
     if fewest > context:
-        return f"an image becomes at least {fewest} tokens, context {context} holds none; choose a longer context" + ("" if v.size else " or fewer min_pixels")
-    most, scores = patch_range(v, context)[2], score_bytes(v, context)
+        return (
+            f"an image becomes at least {fewest} tokens, context {context} holds none; choose a"
+            " longer context" + ("" if v.size else " or fewer min_pixels")
+        )
+    most = patch_range(v, context)[2]
+    scores = score_bytes(v, context)
     if scores > SCORES:
-        return (f"images of {v.pixels[1]} pixels make {most} patches, whose attention may take {scores / 1e9:.0f} GB in TensorRT; "
-                f"choose fewer max_pixels (1003520: {28**2 * 1280 // v.patch**2} patches)")
+        return (
+            f"images of {v.pixels[1]} pixels make {most} patches, whose attention may take"
+            f" {scores / 1e9:.0f} GB in TensorRT; choose fewer max_pixels (1003520:"
+            f" {28**2 * 1280 // v.patch**2} patches)"
+        )
     return None
 
 
 def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
-    """Write model.onnx (+ .data), tower and projector where the model sees, the parser check and the build script; returns the facts for engine.json and the manifest.
+    """Write model.onnx (+ .data), tower and projector where the model sees, the parser check and
+    the build script; returns the facts for engine.json and the manifest.
 
     Raises EdgemedError where the profile's TensorRT would not parse a graph.
     """
@@ -140,45 +186,101 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     from edgemed.trt_parser import estimate
 
     weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
-    d, bits = weights.decoder, bits_of(weights, params)
-    chosen = params.activations if bits else "fp16" if params.precision == "auto" else params.precision
+    d = weights.decoder
+    bits = bits_of(weights, params)
+    chosen = (
+        params.activations if bits else "fp16" if params.precision == "auto" else params.precision
+    )
     # Sums and norms stay float32: TensorRT 11 computes a norm in the format of its input.
-    precision = Precision(FLOATS[chosen], bits, -1 if bits == 8 else params.group, stream="float32", integers=params.precision == "w8a8")
+    precision = Precision(
+        FLOATS[chosen],
+        bits,
+        -1 if bits == 8 else params.group,
+        stream="float32",
+        integers=params.precision == "w8a8",
+    )
     graph = build_decoder(weights, out, precision, PlainDialect(bits, params.experts == "chosen"))
-    context, names, seen, scores = params.context or d.context, ("model", *(SEEING if weights.vision else ())), {}, 0
+    context = params.context or d.context
+    names = ("model", *(SEEING if weights.vision else ()))
+    seen = {}
+    scores = 0
     if weights.vision:
-        seen, scores = {"tower_bytes": build_eyes(weights, out, params)}, score_bytes(vision_seen(weights, params), context)
+        seen = {"tower_bytes": build_eyes(weights, out, params)}
+        scores = score_bytes(vision_seen(weights, params), context)
     reports = {name: parsed(out / f"{name}.onnx", params.profile) for name in names}
     cache = 2 * d.layers * rows_offered(context) * d.kv_size * (4 if chosen == "fp32" else 2)
     (out / "build.sh").write_text(SCRIPT, encoding="utf-8")
     packings = weights.packings() or {(bits, -1 if bits == 8 else params.group)}
     same = "ONNX Runtime on the same graph, not TensorRT"
     return {
-        "precision": ("w8a8" if precision.integers else "int8 per output" if packings == {(8, -1)} else labelled(packings)) + (f" {chosen}" if chosen != "fp16" else "") if bits else chosen,
-        "bytes_per_token": graph.layer_bytes, "context": context,
-        "unbuilt": same.replace("graph", "graph with bfloat16 widened to float32") if "bf16" in (chosen, weights.vision and params.tower) else same,
-        "parser": reports["model"], "expected_bytes": estimate(out, names, context, cache, params.workspace_mb * 10**6, scores),
-        "attention": "plain operators, cache read in place, new rows written behind it", **seen, **({"vision_parser": {name: reports[name] for name in SEEING}} if weights.vision else {}),
-        **({"integers": "gptq checkpoint" if weights.quantization else "rounded to nearest", "output_matrix": chosen, "embedding": chosen} if bits else {}),
+        "precision": (
+            (
+                "w8a8"
+                if precision.integers
+                else "int8 per output"
+                if packings == {(8, -1)}
+                else labelled(packings)
+            )
+            + (f" {chosen}" if chosen != "fp16" else "")
+            if bits
+            else chosen
+        ),
+        "bytes_per_token": graph.layer_bytes,
+        "context": context,
+        "unbuilt": (
+            same.replace("graph", "graph with bfloat16 widened to float32")
+            if "bf16" in (chosen, weights.vision and params.tower)
+            else same
+        ),
+        "parser": reports["model"],
+        "expected_bytes": estimate(out, names, context, cache, params.workspace_mb * 10**6, scores),
+        "attention": "plain operators, cache read in place, new rows written behind it",
+        **seen,
+        **({"vision_parser": {name: reports[name] for name in SEEING}} if weights.vision else {}),
+        **(
+            {
+                "integers": "gptq checkpoint" if weights.quantization else "rounded to nearest",
+                "output_matrix": chosen,
+                "embedding": chosen,
+            }
+            if bits
+            else {}
+        ),
     }
 
 
 def build_eyes(weights: Weights, out: Path, params: Params) -> int:
-    """Write tower.onnx and projector.onnx; returns their weight bytes. Sums and norms are float32, as in the decoder; int8 has one scale per output."""
+    """Write tower.onnx and projector.onnx; returns their weight bytes. Sums and norms are float32,
+    as in the decoder; int8 has one scale per output.
+    """
     from edgemed.trt_dialect import PlainDialect
     from edgemed.vision_graph import build_vision
 
     bits = 8 if params.tower == "int8" else None
-    return build_vision(weights, out, PlainDialect(bits), FLOATS.get(params.tower, "float16"), bits, group=-1, stream="float32")
+    return build_vision(
+        weights,
+        out,
+        PlainDialect(bits),
+        FLOATS.get(params.tower, "float16"),
+        bits,
+        group=-1,
+        stream="float32",
+    )
 
 
 def parsed(file: Path, profile: str) -> dict[str, Any]:
-    """The parser check of one graph. Raises EdgemedError where the profile's TensorRT would not parse it."""
+    """The parser check of one graph. Raises EdgemedError where the profile's TensorRT would not
+    parse it.
+    """
     from edgemed.trt_parser import check, read_table
 
     report = check(file, read_table(PROFILES[profile]))
     if report["problems"]:
-        raise EdgemedError(f"TensorRT {report['tensorrt']} would not parse {file.name}: {'; '.join(report['problems'][:3])}", f"Choose another profile among {', '.join(PROFILES)}")
+        raise EdgemedError(
+            f"TensorRT {report['tensorrt']} would not parse {file.name}:"
+            f" {'; '.join(report['problems'][:3])}",
+            f"Choose another profile among {', '.join(PROFILES)}",
+        )
     return report
 
 
@@ -200,28 +302,37 @@ def open(engine: Engine, threads: int | None) -> Session:
 
 
 def finish(engine: Engine, out: Path, workspace_mb: int | None = None) -> dict[str, Any]:
-    """On the device: compile every graph NAME.onnx into `out`/NAME.plan; returns the facts for its manifest. Raises EdgemedError as trt_build.compile_plan."""
+    """On the device: compile every graph NAME.onnx into `out`/NAME.plan; returns the facts for its
+    manifest. Raises EdgemedError as trt_build.compile_plan.
+    """
     from edgemed.trt_build import compile_plan
 
     return compile_plan(engine, out, PROFILES[engine.params["profile"]], workspace_mb)
 
 
 def identity(engine: Engine) -> dict[str, Any]:
-    """What a plan is tied to on this machine: TensorRT version, GPU and its architecture. Raises EdgemedError where one is missing."""
+    """What a plan is tied to on this machine: TensorRT version, GPU and its architecture. Raises
+    EdgemedError where one is missing.
+    """
     from edgemed.trt_build import identity as of_machine
 
     return of_machine(engine.params["runtime"], PROFILES[engine.params["profile"]])
 
 
 def self_check() -> str:
-    """Driver, TensorRT and GPU where they are here, else the same graph on ONNX Runtime; a sentence. Raises EdgemedError where something fails."""
+    """Driver, TensorRT and GPU where they are here, else the same graph on ONNX Runtime; a
+    sentence. Raises EdgemedError where something fails.
+    """
     import importlib.util
 
     if importlib.util.find_spec("tensorrt") is not None:
         from edgemed.trt_build import identity as of_machine
 
         facts = of_machine("tensorrt", None)
-        return f"TensorRT {facts['tensorrt']} on {facts['gpu']}, compute capability {facts['compute_capability']}"
+        return (
+            f"TensorRT {facts['tensorrt']} on {facts['gpu']}, compute capability"
+            f" {facts['compute_capability']}"
+        )
     if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
         return "TensorRT is not installed: engines stay unbuilt"
     from edgemed.trt_stand_in import self_check as stand_in_check

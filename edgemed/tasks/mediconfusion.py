@@ -1,7 +1,9 @@
-"""MediConfusion: pairs of images with one question between them, whose right answers differ; a model that cannot tell them apart gives one answer twice.
+"""MediConfusion: pairs of images with one question between them, whose right answers differ; a
+model that cannot tell them apart gives one answer twice.
 
-Set accuracy and confusion are its own metrics, the plain accuracy of single questions is what pairs an engine with its source. What is shipped is a
-synthetic stand-in, because the images come from ROCO under licences of their own.
+Set accuracy and confusion are its own metrics, the plain accuracy of single questions is what pairs
+an engine with its source. What is shipped is a synthetic stand-in, because the images come from
+ROCO under licences of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from edgemed.task import Example, Task, bracketed_choice, image_names, multiple_
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows: {"pair", "image", "question", "options": {"A": text, "B": text}, "answer": letter, "category"}; two rows per pair, options in the same order."""
+    """Rows: {"pair", "image", "question", "options": {"A": text, "B": text}, "answer": letter,
+    "category"}; two rows per pair, options in the same order.
+    """
     if "/" in text(row, "pair"):
         raise ValueError("'pair' holds a slash")
     found = multiple_choice({**row, "id": f"{row['pair']}/{text(row, 'image')}"}, "category")
@@ -23,7 +27,8 @@ def example(row: Mapping[str, Any]) -> Example:
 
 
 def scores(pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """set_accuracy: share of pairs with both answers right; confusion: share of pairs with two answers in which both are the same (Sepehri et al. 2024).
+    """set_accuracy: share of pairs with both answers right; confusion: share of pairs with two
+    answers in which both are the same (Sepehri et al. 2024).
 
     A pair of which only one row was asked (a limit) is left out.
     """
@@ -32,7 +37,8 @@ def scores(pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> dict[str, dict
         sets[example.id.partition("/")[0]].append((item["answer"], item["gold"]))
     whole = [rows for rows in sets.values() if len(rows) == 2]
     answered = [rows for rows in whole if all(answer >= 0 for answer, _ in rows)]
-    both, same = sum(all(a == g for a, g in rows) for rows in whole), sum(rows[0][0] == rows[1][0] for rows in answered)
+    both = sum(all(a == g for a, g in rows) for rows in whole)
+    same = sum(rows[0][0] == rows[1][0] for rows in answered)
     return {
         "set_accuracy": {"value": both / len(whole) if whole else None, "n": len(whole)},
         "confusion": {"value": same / len(answered) if answered else None, "n": len(answered)},
@@ -52,6 +58,9 @@ TASK = Task(
     render=bracketed_choice,
     lettered=True,
     images="mediconfusion.zip",
-    place="Download MediConfusion with its images, write two rows for each pair of its dataset.json, and put the images beside them (mediconfusion:PATH/rows.jsonl)",
+    place=(
+        "Download MediConfusion with its images, write two rows for each pair of its dataset.json,"
+        " and put the images beside them (mediconfusion:PATH/rows.jsonl)"
+    ),
     scores=scores,
 )

@@ -1,6 +1,7 @@
 """MedQA (USMLE): licensing-examination vignettes with four options.
 
-The prompt is worded as in lm-evaluation-harness (task medqa_4options), so that scores can be compared with published ones.
+The prompt is worded as in lm-evaluation-harness (task medqa_4options), so that scores can be
+compared with published ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ def example(row: Mapping[str, Any]) -> Example:
 
 
 def render(example: Example) -> Prompt:
-    return Prompt(f"Question: {example.question}\n{lettered(example.options)}\nAnswer:", letters(example.options))
+    return Prompt(
+        f"Question: {example.question}\n{lettered(example.options)}\nAnswer:",
+        letters(example.options),
+    )
 
 
 TASK = Task(

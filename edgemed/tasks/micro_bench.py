@@ -1,4 +1,5 @@
-"""Micro-Bench: multiple choice about microscopy, from the modality and stain of an image to the kind of cell it shows.
+"""Micro-Bench: multiple choice about microscopy, from the modality and stain of an image to the
+kind of cell it shows.
 
 What is shipped is a synthetic stand-in, because every image set has a licence of its own.
 """
@@ -13,7 +14,9 @@ from edgemed.task import Example, Task, bracketed_choice, image_names, multiple_
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows: {"id", "image", "question", "options": [text, ...], "answer": index, "kind": what is asked (modality, stain, cell type ...), "modality"}."""
+    """Rows: {"id", "image", "question", "options": [text, ...], "answer": index, "kind": what is
+    asked (modality, stain, cell type ...), "modality"}.
+    """
     return replace(multiple_choice(row, "kind", "modality"), images=image_names(row))
 
 
@@ -30,5 +33,8 @@ TASK = Task(
     render=bracketed_choice,
     lettered=True,
     images="micro_bench.zip",
-    place="Download Micro-Bench, write one row for each question of an image, and put the images beside them (micro_bench:PATH/rows.jsonl)",
+    place=(
+        "Download Micro-Bench, write one row for each question of an image, and put the images"
+        " beside them (micro_bench:PATH/rows.jsonl)"
+    ),
 )

@@ -1,7 +1,7 @@
 """The six medical subjects of MMLU.
 
-Prompt and the sentence before it are worded as in lm-evaluation-harness (tasks mmlu_anatomy, mmlu_clinical_knowledge and so on), so that
-scores can be compared with published ones.
+Prompt and the sentence before it are worded as in lm-evaluation-harness (tasks mmlu_anatomy,
+mmlu_clinical_knowledge and so on), so that scores can be compared with published ones.
 """
 
 from __future__ import annotations
@@ -12,11 +12,19 @@ from typing import Any
 
 from edgemed.task import Example, Prompt, Task, lettered, letters, multiple_choice
 
-SUBJECTS = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine")
+SUBJECTS = (
+    "anatomy",
+    "clinical_knowledge",
+    "college_biology",
+    "college_medicine",
+    "medical_genetics",
+    "professional_medicine",
+)
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows: {"id", "question", "options": {"A": text, ...}, "answer": "A", "subject": one of SUBJECTS}.
+    """Rows: {"id", "question", "options": {"A": text, ...}, "answer": "A", "subject": one of
+    SUBJECTS}.
 
     Without "subject" it is read from an id such as mmlu/college_biology-017.
     """
@@ -27,17 +35,26 @@ def example(row: Mapping[str, Any]) -> Example:
 
 
 def render(example: Example) -> Prompt:
-    return Prompt(f"{example.question.strip()}\n{lettered(example.options)}\nAnswer:", letters(example.options))
+    return Prompt(
+        f"{example.question.strip()}\n{lettered(example.options)}\nAnswer:",
+        letters(example.options),
+    )
 
 
 TASK = Task(
     name="mmlu_medical",
     source="MMLU, six medical subjects (Hendrycks et al. 2021), github.com/hendrycks/test",
     licence="MIT",
-    split="test (official 1,089 of these subjects; the shipped sample takes the same number from each)",
+    split=(
+        "test (official 1,089 of these subjects; the shipped sample takes the same number from"
+        " each)"
+    ),
     metric="accuracy",
     prompt="{question}\nA. {option}\nB. {option}\n...\nAnswer:",
-    wording="lm-evaluation-harness mmlu_anatomy, mmlu_clinical_knowledge, mmlu_college_biology, mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine",
+    wording=(
+        "lm-evaluation-harness mmlu_anatomy, mmlu_clinical_knowledge, mmlu_college_biology,"
+        " mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine"
+    ),
     sample="mmlu_medical.jsonl",
     example=example,
     render=render,

@@ -1,6 +1,8 @@
-"""OmniMedVQA: multiple choice about images of a dozen modalities, made from classification sets; MedVLM-R1 is published on its MRI, CT and X-ray part.
+"""OmniMedVQA: multiple choice about images of a dozen modalities, made from classification sets;
+MedVLM-R1 is published on its MRI, CT and X-ray part.
 
-The published QA_information files work as they are. What is shipped is a synthetic stand-in, because every image set has a licence of its own.
+The published QA_information files work as they are. What is shipped is a synthetic stand-in,
+because every image set has a licence of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ MODALITIES = {"mr": "MRI", "ct": "CT", "x-ray": "X-ray"}
 
 
 def modality(row: Mapping[str, Any]) -> str:
-    """The three of MedVLM-R1 under one spelling each ('MR (Mag-netic Resonance Imaging)' is MRI), others as they are."""
-    said = text(row, "modality_type" if "modality_type" in row else "modality")  # one published file has the second name
+    """The three of MedVLM-R1 under one spelling each ('MR (Mag-netic Resonance Imaging)' is MRI),
+    others as they are.
+    """
+    # one published file has the second name
+    said = text(row, "modality_type" if "modality_type" in row else "modality")
     return MODALITIES.get(said.split("(")[0].strip().lower(), said)
 
 
@@ -25,12 +30,21 @@ def radiology(row: Mapping[str, Any]) -> bool:
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows of the published files: {"question_id", "image_path", "question", "option_A", ... "option_D", "gt_answer": an option's text, "modality_type"}."""
+    """Rows of the published files: {"question_id", "image_path", "question", "option_A", ...
+    "option_D", "gt_answer": an option's text, "modality_type"}.
+    """
     options = {letter: row[f"option_{letter}"] for letter in LETTERS if row.get(f"option_{letter}")}
     answer = [letter for letter, option in options.items() if option == row["gt_answer"]]
     if not answer:
         raise ValueError(f"the answer {row['gt_answer']!r} is none of the {len(options)} options")
-    found = multiple_choice({"id": row["question_id"], "question": row["question"], "options": options, "answer": answer[0]})
+    found = multiple_choice(
+        {
+            "id": row["question_id"],
+            "question": row["question"],
+            "options": options,
+            "answer": answer[0],
+        }
+    )
     return replace(found, groups={"modality": modality(row)}, images=(text(row, "image_path"),))
 
 
@@ -42,7 +56,10 @@ TASK = Task(
     name="omnimedvqa",
     source="OmniMedVQA (Hu et al., CVPR 2024), github.com/OpenGVLab/Multi-Modality-Arena",
     licence="a licence for every image set, see the source",
-    split="all published questions about MRI, CT and X-ray; part all: every modality. The shipped sample is synthetic",
+    split=(
+        "all published questions about MRI, CT and X-ray; part all: every modality. The shipped"
+        " sample is synthetic"
+    ),
     metric="accuracy",
     prompt="{question}\nA) {option}\nB) {option}\n...",
     wording="edgemed's own, in the form of the model's family",
@@ -51,6 +68,9 @@ TASK = Task(
     render=bracketed_choice,
     lettered=True,
     images="omnimedvqa.zip",
-    place="Download OmniMedVQA and put its folder Images beside the QA_information file (omnimedvqa:PATH/FILE.json)",
+    place=(
+        "Download OmniMedVQA and put its folder Images beside the QA_information file"
+        " (omnimedvqa:PATH/FILE.json)"
+    ),
     parts={"mri_ct_xray": radiology, "all": everything},
 )

@@ -13,9 +13,18 @@ from edgemed.task import Example, Task, image_names, text
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows: {"id", "image", "question", "answer"}; a question is closed where its answer is yes or no, as in the papers."""
+    """Rows: {"id", "image", "question", "answer"}; a question is closed where its answer is yes or
+    no, as in the papers.
+    """
     answer = str(row["answer"])
-    return closed_or_open(str(row["id"]), text(row, "question"), answer, normalised(answer) in YES_NO, {}, image_names(row))
+    return closed_or_open(
+        str(row["id"]),
+        text(row, "question"),
+        answer,
+        normalised(answer) in YES_NO,
+        {},
+        image_names(row),
+    )
 
 
 TASK = Task(
@@ -30,6 +39,9 @@ TASK = Task(
     example=example,
     render=render,
     images="pathvqa.zip",
-    place="Write PathVQA's test split as rows with id, image, question and answer, and put the images beside them (pathvqa:PATH/test.jsonl)",
+    place=(
+        "Write PathVQA's test split as rows with id, image, question and answer, and put the images"
+        " beside them (pathvqa:PATH/test.jsonl)"
+    ),
     scores=closed_and_open,
 )

@@ -1,6 +1,7 @@
 """PubMedQA: does the abstract answer the question with yes, no or maybe?
 
-The prompt is worded as in lm-evaluation-harness (task pubmedqa), so that scores can be compared with published ones.
+The prompt is worded as in lm-evaluation-harness (task pubmedqa), so that scores can be compared
+with published ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ def example(row: Mapping[str, Any]) -> Example:
     if not isinstance(row["contexts"], list) or not "".join(row["contexts"]).strip():
         raise ValueError("'contexts' is not a list of paragraphs")
     question = "Abstract: " + "\n".join(row["contexts"]) + f"\nQuestion: {text(row, 'question')}"
-    return Example(str(row["id"]), question, ANSWERS, choice(row, ANSWERS), {"answer": row["answer"]})
+    return Example(
+        str(row["id"]),
+        question,
+        ANSWERS,
+        choice(row, ANSWERS),
+        {"answer": row["answer"]},
+    )
 
 
 def render(example: Example) -> Prompt:

@@ -1,6 +1,8 @@
-"""Which section of an abstract is this passage? The quickstart model's own task, over PubMedQA's section labels.
+"""Which section of an abstract is this passage? The quickstart model's own task, over PubMedQA's
+section labels.
 
-It exists because a tiny model can really learn it, so that the accuracy comparisons of the quickstart compare something real.
+It exists because a tiny model can really learn it, so that the accuracy comparisons of the
+quickstart compare something real.
 """
 
 from __future__ import annotations
@@ -15,11 +17,19 @@ SECTIONS = ("background", "methods", "results", "conclusions")
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "passage", "answer": one of SECTIONS}."""
-    return Example(str(row["id"]), f"Passage: {text(row, 'passage')}", SECTIONS, choice(row, SECTIONS), {"answer": row["answer"]})
+    return Example(
+        str(row["id"]),
+        f"Passage: {text(row, 'passage')}",
+        SECTIONS,
+        choice(row, SECTIONS),
+        {"answer": row["answer"]},
+    )
 
 
 def render(example: Example) -> Prompt:
-    return Prompt(f"{example.question}\nSection:", tuple(f" {option}" for option in example.options))
+    return Prompt(
+        f"{example.question}\nSection:", tuple(f" {option}" for option in example.options)
+    )
 
 
 TASK = Task(

@@ -1,6 +1,7 @@
 """SLAKE: questions in English and Chinese about CT, MR and chest radiographs, closed and open.
 
-The published test.json works as it is. What is shipped is a synthetic stand-in, because the images may not be passed on here.
+The published test.json works as it is. What is shipped is a synthetic stand-in, because the images
+may not be passed on here.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ def chinese(row: Mapping[str, Any]) -> bool:
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows of the published file: {"qid", "img_name", "question", "answer", "q_lang", "answer_type": "CLOSED" | "OPEN", "modality", "location"}."""
+    """Rows of the published file: {"qid", "img_name", "question", "answer", "q_lang",
+    "answer_type": "CLOSED" | "OPEN", "modality", "location"}.
+    """
     groups = {"modality": text(row, "modality"), "location": text(row, "location")}
-    return closed_or_open(str(row["qid"]), text(row, "question"), str(row["answer"]), text(row, "answer_type") == "CLOSED", groups, (text(row, "img_name"),))
+    return closed_or_open(
+        str(row["qid"]),
+        text(row, "question"),
+        str(row["answer"]),
+        text(row, "answer_type") == "CLOSED",
+        groups,
+        (text(row, "img_name"),),
+    )
 
 
 TASK = Task(
@@ -38,7 +48,10 @@ TASK = Task(
     example=example,
     render=render,
     images="slake.zip",
-    place="Download SLAKE from med-vqa.com/slake and put its folders xmlab0, xmlab1, ... beside test.json (slake:PATH/test.json)",
+    place=(
+        "Download SLAKE from med-vqa.com/slake and put its folders xmlab0, xmlab1, ... beside"
+        " test.json (slake:PATH/test.json)"
+    ),
     parts={"en": english, "zh": chinese},
     scores=closed_and_open,
 )

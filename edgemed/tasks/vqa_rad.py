@@ -1,7 +1,9 @@
-"""VQA-RAD: clinicians' questions about radiographs, CT and MR slices, half of them closed (mostly yes or no), half open.
+"""VQA-RAD: clinicians' questions about radiographs, CT and MR slices, half of them closed (mostly
+yes or no), half open.
 
-Its official test questions are about images that are in training too; the part `image_disjoint` asks only about images that are not. Published closed
-accuracies and open recalls are computed so that they flatter; they are reported beside honest ones as legacy_closed and legacy_open.
+Its official test questions are about images that are in training too; the part `image_disjoint`
+asks only about images that are not. Published closed accuracies and open recalls are computed so
+that they flatter; they are reported beside honest ones as legacy_closed and legacy_open.
 """
 
 from __future__ import annotations
@@ -23,17 +25,31 @@ def image_disjoint(row: Mapping[str, Any]) -> bool:
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows: {"qid", "image", "question", "answer", "answer_type": "CLOSED" | "OPEN", "organ", "split", "image_disjoint_split"}; the published file has
-    "image_name" and "image_organ"."""
-    image, organ = (text(row, name if name in row else f"image_{old}") for name, old in (("image", "name"), ("organ", "organ")))
-    return closed_or_open(str(row["qid"]), text(row, "question"), str(row["answer"]), text(row, "answer_type").strip() == "CLOSED", {"region": organ.lower()}, (image,))
+    """Rows: {"qid", "image", "question", "answer", "answer_type": "CLOSED" | "OPEN", "organ",
+    "split", "image_disjoint_split"}; the published file has "image_name" and "image_organ".
+    """
+    image, organ = (
+        text(row, name if name in row else f"image_{old}")
+        for name, old in (("image", "name"), ("organ", "organ"))
+    )
+    return closed_or_open(
+        str(row["qid"]),
+        text(row, "question"),
+        str(row["answer"]),
+        text(row, "answer_type").strip() == "CLOSED",
+        {"region": organ.lower()},
+        (image,),
+    )
 
 
 TASK = Task(
     name="vqa_rad",
     source="VQA-RAD (Lau et al., Sci Data 2018), osf.io/89kps; images from MedPix",
     licence="CC0-1.0",
-    split="official test, 451 questions; part image_disjoint: 716 questions about images in no training question (the shipped sample holds some of each)",
+    split=(
+        "official test, 451 questions; part image_disjoint: 716 questions about images in no"
+        " training question (the shipped sample holds some of each)"
+    ),
     metric="accuracy: closed by the option named, open by exact match; scores beside it",
     prompt="{question}\nAnswer the question using a single word or phrase.",
     wording="the short-answer instruction of Liu et al. 2024 (arXiv 2310.03744)",

@@ -1,7 +1,9 @@
-"""WorldMedQA-V without its images: medical examinations of Brazil, Israel, Japan and Spain, each in its own language and in English.
+"""WorldMedQA-V without its images: medical examinations of Brazil, Israel, Japan and Spain, each in
+its own language and in English.
 
-lm-evaluation-harness has no such task; the prompt is worded like its medqa_4options, in English around questions of every language. The questions
-come with an image that a text model does not see, so the accuracy is a lower bound, good for comparing an engine with its source.
+lm-evaluation-harness has no such task; the prompt is worded like its medqa_4options, in English
+around questions of every language. The questions come with an image that a text model does not see,
+so the accuracy is a lower bound, good for comparing an engine with its source.
 """
 
 from __future__ import annotations
@@ -22,18 +24,31 @@ def example(row: Mapping[str, Any]) -> Example:
     """
     found = multiple_choice(row, "country", "language")
     country = found.id.split("-")[0]
-    return replace(found, groups={"country": country, **found.groups}) if country in COUNTRIES else found
+    return (
+        replace(found, groups={"country": country, **found.groups})
+        if country in COUNTRIES
+        else found
+    )
 
 
 def render(example: Example) -> Prompt:
-    return Prompt(f"Question: {example.question}\n{lettered(example.options)}\nAnswer:", letters(example.options))
+    return Prompt(
+        f"Question: {example.question}\n{lettered(example.options)}\nAnswer:",
+        letters(example.options),
+    )
 
 
 TASK = Task(
     name="worldmedqa",
-    source="WorldMedQA-V (Matos et al. 2024), github.com/WorldMedQA/V; text only, the images are not used",
+    source=(
+        "WorldMedQA-V (Matos et al. 2024), github.com/WorldMedQA/V; text only, the images are not"
+        " used"
+    ),
     licence="MIT",
-    split="the whole published set, 568 questions in two languages each (the shipped sample is part of it)",
+    split=(
+        "the whole published set, 568 questions in two languages each (the shipped sample is part"
+        " of it)"
+    ),
     metric="accuracy (a lower bound: the images are missing)",
     prompt="Question: {question}\nA. {option}\nB. {option}\n...\nAnswer:",
     wording="edgemed's own, like lm-evaluation-harness medqa_4options",

@@ -1,6 +1,8 @@
-"""WorldMedQA-V with its images: medical examinations of Brazil, Israel, Japan and Spain, each in its own language and in English.
+"""WorldMedQA-V with its images: medical examinations of Brazil, Israel, Japan and Spain, each in
+its own language and in English.
 
-The task `worldmedqa` asks the same questions without the images. What is shipped is a synthetic stand-in: the images were not at hand.
+The task `worldmedqa` asks the same questions without the images. What is shipped is a synthetic
+stand-in: the images were not at hand.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from edgemed.task import Example, Task, bracketed_choice, image_names, multiple_
 
 
 def example(row: Mapping[str, Any]) -> Example:
-    """Rows: {"id", "image", "question", "options": {"A": text, ...}, "answer": letter, "country", "language"}."""
+    """Rows: {"id", "image", "question", "options": {"A": text, ...}, "answer": letter, "country",
+    "language"}.
+    """
     return replace(multiple_choice(row, "country", "language"), images=image_names(row))
 
 
@@ -21,7 +25,10 @@ TASK = Task(
     name="worldmedqa_v",
     source="WorldMedQA-V (Matos et al. 2024), github.com/WorldMedQA/V",
     licence="MIT",
-    split="the whole published set, 568 questions in two languages each. The shipped sample is synthetic",
+    split=(
+        "the whole published set, 568 questions in two languages each. The shipped sample is"
+        " synthetic"
+    ),
     metric="accuracy",
     prompt="{question}\nA) {option}\nB) {option}\n...",
     wording="edgemed's own, in the form of the model's family",
@@ -31,5 +38,8 @@ TASK = Task(
     languages=("pt", "he", "ja", "es", "en"),
     lettered=True,
     images="worldmedqa_v.zip",
-    place="Download WorldMedQA-V, write its questions as rows with an image's name each, and put the images beside them (worldmedqa_v:PATH/rows.jsonl)",
+    place=(
+        "Download WorldMedQA-V, write its questions as rows with an image's name each, and put the"
+        " images beside them (worldmedqa_v:PATH/rows.jsonl)"
+    ),
 )
