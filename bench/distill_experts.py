@@ -33,7 +33,7 @@ from edgemed.task import questions
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "tiny"))
-import cells  # noqa: E402
+import cells
 
 MODEL = HERE.parent / "recipes" / "quickstart-moe" / "model"
 ARMS: dict[str, dict[str, Any]] = {"distilled": {}, "answers alone": {"labels": 1.0}}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from records import save
 from scipy.stats import t as student_t
 
 from edgemed import store
@@ -32,8 +33,6 @@ from edgemed.strategy import Settings
 from edgemed.task import questions
 from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.weights import Weights
-
-from records import save
 
 ROOT = Path(__file__).parent.parent
 CARDS = ("medquad-answers", "pubmedqa-abstracts")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from distill_quickstart import interval
+from records import save
 
 from edgemed import answers, store
 from edgemed.checkpoint import open_checkpoint
@@ -27,9 +29,6 @@ from edgemed.sights import IGNORED, look
 from edgemed.steps import distill
 from edgemed.teacher import Teacher
 from edgemed.weights import Weights
-
-from distill_quickstart import interval
-from records import save
 
 ROOT = Path(__file__).parent.parent
 CARD = "vqa-rad-questions"

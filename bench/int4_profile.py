@@ -409,7 +409,7 @@ def main() -> None:
                 "kernels": kernels(2560, 10240, engine.path.parent),
             }
         else:
-            plans = {name: engine for name in SETTINGS} | {
+            plans = dict.fromkeys(SETTINGS, engine) | {
                 f"engine {Path(path).name}": open_engine(path) for path in args.against
             }
             found = []

@@ -10,7 +10,6 @@ those of bench/quality/compare.py.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,8 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent),
     str(Path(__file__).resolve().parent / "quality"),
 ]
-from compare import CARD, answers, held_out, source_model  # noqa: E402
-from records import save  # noqa: E402
+from compare import CARD, answers, held_out, source_model
+from records import save
 
 ROUNDS = 5
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from records import save
+
 from edgemed.checkpoint import open_checkpoint
 from edgemed.decoder import TorchSession
 from edgemed.engine import Engine, export
@@ -33,7 +35,6 @@ from edgemed.strategy import Answerer, Settings, parse
 from edgemed.task import Example, Questions, describe, questions
 from edgemed.tokenizer import open_tokenizer
 from edgemed.weights import Weights
-from records import save
 
 PROJECT = Path(__file__).resolve().parent.parent
 THREADS = 1
@@ -312,7 +313,7 @@ def main() -> None:
         session.close()
         for ours, row in compared.items():
             parts = [
-                (accuracy[name], sum(1 for _ in open(folder / f"{name}.jsonl", encoding="utf-8")))
+                (accuracy[name], len((folder / f"{name}.jsonl").read_text("utf-8").splitlines()))
                 for name in names
                 if names[name] == ours
             ]

@@ -16,8 +16,8 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent),
     str(Path(__file__).resolve().parent / "quality"),
 ]
-from compare import CARD, source_model  # noqa: E402
-from records import save  # noqa: E402
+from compare import CARD, source_model
+from records import save
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent),
     str(Path(__file__).resolve().parent / "quality"),
 ]
-from compare import CARD, SAMPLES, answers, held_out, source_model  # noqa: E402
-from records import paired_ratio, save  # noqa: E402
+from compare import CARD, SAMPLES, answers, held_out, source_model
+from records import paired_ratio, save
 
 ROUNDS = 7
 STEPS = 16

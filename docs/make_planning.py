@@ -37,14 +37,17 @@ def page() -> str:
     known = vars(constants())
     parts = ["## How far off", ""]
     found = validation()
-    parts += grid(found["summary"]) + ["", "## The constants", ""]
-    parts += grid(
-        [
-            {"constant": name, "value": value}
-            for name, value in known.items()
-            if not isinstance(value, dict)
-        ]
-    ) + [""]
+    parts += [*grid(found["summary"]), "", "## The constants", ""]
+    parts += [
+        *grid(
+            [
+                {"constant": name, "value": value}
+                for name, value in known.items()
+                if not isinstance(value, dict)
+            ]
+        ),
+        "",
+    ]
     engines = list(known["cpu_bandwidth"])
     parts += grid(
         [

@@ -118,7 +118,7 @@ class Inputs:
     def __init__(self, x: Activations, columns: int):
         self.folder = x.folder
         self.shape = (1, x.shape[1], columns)
-        self.handle = tempfile.TemporaryFile(dir=x.folder)
+        self.handle = tempfile.TemporaryFile(dir=x.folder)  # noqa: SIM115 - close() closes it
 
     def __enter__(self) -> Inputs:
         return self

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import engine as engines
-from edgemed import params as strict
 from edgemed import lora, plugins, provenance, store
+from edgemed import params as strict
 from edgemed.checkpoint import open_checkpoint
 from edgemed.data import IMAGES
 from edgemed.engine import Engine, check_supported, open_engine, require_built

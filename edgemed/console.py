@@ -66,7 +66,7 @@ def table(value: object) -> None:
                 console.print(str(key), markup=False)
                 console.print(_grid([{"": name, **row} for name, row in item.items()]))
             else:
-                console.print(f"{str(key):<{width}}  {_text(item)}", soft_wrap=True, markup=False)
+                console.print(f"{key!s:<{width}}  {_text(item)}", soft_wrap=True, markup=False)
 
 
 def wide(rows: Sequence[dict[str, object]]) -> list[str]:

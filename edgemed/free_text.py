@@ -19,7 +19,9 @@ NUMBERS = {
     "none": "0",
     **{
         word: str(n)
-        for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
+        for n, word in enumerate(
+            ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        )
     },
 }
 BRIEFLY = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's wording

@@ -19,7 +19,7 @@ from edgemed.errors import EdgemedError
 from edgemed.gguf_file import library_folder, library_name
 
 P = ctypes.c_void_p
-I = ctypes.c_int
+N = ctypes.c_int
 L = ctypes.c_int64
 F = ctypes.c_float
 Z = ctypes.c_size_t
@@ -46,11 +46,11 @@ BASE: dict[str, tuple[Any, ...]] = {
     "ggml_free": (None, P),
     "ggml_get_tensor": (P, P, S),
     "ggml_nbytes": (Z, P),
-    "ggml_row_size": (Z, I, L),
-    "ggml_type_size": (Z, I),
-    "ggml_new_tensor_1d": (P, P, I, L),
-    "ggml_new_tensor_2d": (P, P, I, L, L),
-    "ggml_new_tensor_3d": (P, P, I, L, L, L),
+    "ggml_row_size": (Z, N, L),
+    "ggml_type_size": (Z, N),
+    "ggml_new_tensor_1d": (P, P, N, L),
+    "ggml_new_tensor_2d": (P, P, N, L, L),
+    "ggml_new_tensor_3d": (P, P, N, L, L, L),
     "ggml_set_input": (None, P),
     "ggml_set_output": (None, P),
     "ggml_get_data": (P, P),
@@ -67,16 +67,16 @@ BASE: dict[str, tuple[Any, ...]] = {
     "ggml_norm": (P, P, P, F),
     "ggml_rms_norm": (P, P, P, F),
     "ggml_soft_max": (P, P, P),
-    "ggml_argsort_top_k": (P, P, P, I),
+    "ggml_argsort_top_k": (P, P, P, N),
     "ggml_gelu": (P, P, P),
     "ggml_silu": (P, P, P),
     "ggml_swiglu_split": (P, P, P, P),
     "ggml_reshape_2d": (P, P, P, L, L),
     "ggml_reshape_3d": (P, P, P, L, L, L),
-    "ggml_permute": (P, P, P, I, I, I, I),
+    "ggml_permute": (P, P, P, N, N, N, N),
     "ggml_view_2d": (P, P, P, L, L, Z, Z),
     "ggml_view_3d": (P, P, P, L, L, L, Z, Z, Z),
-    "ggml_rope_ext": (P, P, P, P, P, I, I, I, F, F, F, F, F, F),
+    "ggml_rope_ext": (P, P, P, P, P, N, N, N, F, F, F, F, F, F),
     "ggml_flash_attn_ext": (P, P, P, P, P, P, F, F, F),
     "ggml_new_graph_custom": (P, P, Z, B),
     "ggml_build_forward_expand": (None, P, P),
@@ -85,9 +85,9 @@ BASE: dict[str, tuple[Any, ...]] = {
     "ggml_gallocr_alloc_graph": (B, P, P),
     "ggml_backend_cpu_buffer_type": (P,),
     "ggml_backend_cpu_buffer_from_ptr": (P, P, Z),
-    "ggml_backend_tensor_alloc": (I, P, P, P),
+    "ggml_backend_tensor_alloc": (N, P, P, P),
     "ggml_backend_buffer_free": (None, P),
-    "ggml_backend_graph_compute": (I, P, P),
+    "ggml_backend_graph_compute": (N, P, P),
     "ggml_backend_free": (None, P),
     "ggml_dup_tensor": (P, P, P),
     "ggml_nelements": (L, P),
@@ -111,7 +111,7 @@ BASE: dict[str, tuple[Any, ...]] = {
 }
 CPU: dict[str, tuple[Any, ...]] = {
     "ggml_backend_cpu_init": (P,),
-    "ggml_backend_cpu_set_n_threads": (None, P, I),
+    "ggml_backend_cpu_set_n_threads": (None, P, N),
     "ggml_backend_cpu_reg": (P,),
 }
 

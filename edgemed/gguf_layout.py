@@ -94,11 +94,10 @@ def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, P
         prefix, _, last = name.rpartition(".")
         start = 0
         for number, tensor in enumerate(APART[last] if len(part.modules) > 1 else NAMES[last]):
-            stem = (
-                f"{prefix.replace('layers', 'blk').removesuffix('.shared')}.{tensor}{'_shexp' if prefix.endswith('.shared') else ''}"
-                if prefix
-                else tensor
-            )
+            stem = tensor
+            if prefix:
+                block = prefix.replace("layers", "blk").removesuffix(".shared")
+                stem = f"{block}.{tensor}{'_shexp' if prefix.endswith('.shared') else ''}"
             shape = (part.rows[number], *part.shape[1:]) if len(part.modules) > 1 else part.shape
             heads = (
                 {"attn_q": d.heads, "attn_k": d.kv_heads}.get(tensor, 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemed.errors import EdgemedError, need
-from edgemed.grid import clipped_scale, round_to, rtn, scale_of
+from edgemed.grid import clipped_scale, rtn, scale_of
 
 if TYPE_CHECKING:
     import torch

@@ -112,7 +112,7 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.onnx = need("onnx", "build")
-        self.data = open(self.out / self.data_file, "wb")
+        self.data = open(self.out / self.data_file, "wb")  # noqa: SIM115 - save() closes it
 
     @property
     def data_file(self) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from edgemed.jetson import GENERATION, JETPACK, release
 
-
 # (JetPack from here on, TensorRT it carries, profile of target tensorrt), newest first.
 TENSORRT = (
     ((7, 2, 2), "11.4", "trt11"),

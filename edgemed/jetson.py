@@ -136,10 +136,8 @@ def clocks(root: Path) -> str:
         f"{name} {high:.0f} MHz" if low == high else f"{name} {low:.0f} to {high:.0f} MHz"
         for name, low, high in known
     )
-    return (
-        f"{said}:"
-        f" {'held by jetson_clocks' if held else 'free to change (sudo jetson_clocks holds them at the top)'}"
-    )
+    free = "free to change (sudo jetson_clocks holds them at the top)"
+    return f"{said}: {'held by jetson_clocks' if held else free}"
 
 
 def is_board(root: Path) -> bool:

@@ -8,6 +8,7 @@ decoding with it; here a step writes one token id and reads the scores where lla
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -279,7 +280,7 @@ def runs(tokens: Sequence[int], token: int) -> list[tuple[int, int]]:
     """(start, end) of the stretches of a prompt that are all this token, or all others."""
     changes = np.flatnonzero(np.diff(np.array(tokens) == token)) + 1
     ends = [0, *changes.tolist(), len(tokens)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def _arrays(batch: Any, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

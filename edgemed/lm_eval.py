@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from edgemed import tokenizer
 from edgemed.engine import open_engine
 from edgemed.errors import EdgemedError, need
 from edgemed.scoring import Reader
 from edgemed.session import Sampling, continued, log_softmax
-from edgemed import tokenizer
 from edgemed.tokenizer import chat_text, encode
 
 TemplateLM = need("lm_eval.api.model", "lm-eval").TemplateLM

@@ -100,7 +100,7 @@ def measure(quick: bool = False, threads: int | None = None) -> tuple[dict[str, 
         "bandwidth": ("achievable_gb_s",),
         "compute": ("achieved", "launch_us"),
     }
-    return values | {"source": {part: said for part in parts}}, skipped
+    return values | {"source": dict.fromkeys(parts, said)}, skipped
 
 
 def measured(out: Path | None, quick: bool) -> dict[str, Any]:

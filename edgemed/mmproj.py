@@ -21,7 +21,6 @@ from edgemed.gguf_layout import Place, Reader
 from edgemed.gguf_types import FILE_TYPES
 
 if TYPE_CHECKING:
-    from edgemed.family import Vision
     from edgemed.weights import Weights
 
 FILE = "mmproj.gguf"

@@ -8,7 +8,7 @@ whatever runtime the text decoder has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class OrtDialect:
 
     opset = 20
     chosen_only = True
-    domains = {MS: 1}
+    domains: ClassVar[dict[str, int]] = {MS: 1}
     widths = (2, 4, 8)
 
     def __init__(self, kv: Sequence[tuple[np.ndarray, np.ndarray]] | None = None):

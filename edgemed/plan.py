@@ -237,11 +237,8 @@ def plan_for(
         model = recipe.model
         device = device or recipe.device
     if device is None:
-        raise EdgemedError(
-            "no device is said",
-            "Add --device NAME. Known:"
-            f" {', '.join(name for name in plugins.names('devices') if read_device(name).memory_gb)}",
-        )
+        known = ", ".join(n for n in plugins.names("devices") if read_device(n).memory_gb)
+        raise EdgemedError("no device is said", f"Add --device NAME. Known: {known}")
     return plan(model, device, wishes, power)
 
 

@@ -238,9 +238,8 @@ def flips(rows: Sequence[Row], title: str) -> str:
     lines = (
         (
             row.label,
-            "{only_source} lost, {only_engine} gained, {changed_both_wrong} wrong both times".format(
-                **row.result["paired"]
-            ),
+            "{only_source} lost, {only_engine} gained,"
+            " {changed_both_wrong} wrong both times".format(**row.result["paired"]),
         )
         for row in shown
     )

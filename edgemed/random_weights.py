@@ -14,7 +14,7 @@ from typing import Any
 from edgemed import store
 from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
 from edgemed.console import track
-from edgemed.errors import EdgemedError, need, nearest
+from edgemed.errors import EdgemedError, nearest, need
 from edgemed.family import all_families, every_part, family_of
 
 MARK = "edgemed_random_weights"

@@ -60,7 +60,7 @@ def find(root: Path | str = ROOT) -> list[Sensor]:
     """
     root = Path(root)
     found = [*board(root), *rapl(root)]
-    return found + [*gpu()] if root == ROOT else found
+    return [*found, *gpu()] if root == ROOT else found
 
 
 def board(root: Path) -> list[Sensor]:

@@ -256,14 +256,8 @@ def _private_key(file: Path, password: bytes | None) -> Ed25519PrivateKey:
         )
     except (ValueError, TypeError, unsupported) as error:
         public = b"PUBLIC KEY" in content
-        said = (
-            "is a public key"
-            if public
-            else (
-                "cannot be read as a private key"
-                f" ({str(error).splitlines()[0].rstrip('.') if str(error) else type(error).__name__})"
-            )
-        )
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        said = "is a public key" if public else f"cannot be read as a private key ({reason})"
         raise EdgemedError(
             f"key {file} {said}", f"Give {PRIVATE}, and its own password if it has one"
         ) from None

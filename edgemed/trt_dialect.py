@@ -9,7 +9,7 @@ runs the graph puts the new rows where they belong, and the cache is never copie
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class PlainDialect:
     rows of a buffer are one contiguous tensor.
     """
 
-    domains: dict[str, int] = {}
+    domains: ClassVar[dict[str, int]] = {}
     widths = (4, 8)
 
     def __init__(self, bits: int | None, chosen_only: bool = True):

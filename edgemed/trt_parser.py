@@ -198,9 +198,9 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node.op_type)
             if node.op_type == "Constant":
-                self.constants.update(
-                    {node.output[0]: a.t for a in node.attribute if a.name == "value"}
-                )
+                for attribute in node.attribute:
+                    if attribute.name == "value":
+                        self.constants[node.output[0]] = attribute.t
 
     def value(self, name: str) -> np.ndarray | None:
         """A small constant's value; None where it is not constant or lies in the data file."""

@@ -28,7 +28,7 @@ from edgemed.tokenizer import encode, open_tokenizer
 from edgemed.weights import Weights
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @dataclass(frozen=True)

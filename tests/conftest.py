@@ -136,6 +136,7 @@ def write_model(
     tokenizer.
     """
     import torch
+
     from edgemed.checkpoint import Writer
     from edgemed.family import every_part, family_of
 
@@ -195,6 +196,7 @@ def on_q8_grid(weight):
     matrix.
     """
     import torch
+
     from edgemed.grid import ggml_q8
 
     q, scale = ggml_q8(weight.numpy())
@@ -314,11 +316,13 @@ def distilled_whole_and_killed(arguments: list[object], folder: Path) -> tuple[P
         time.sleep(0.01)
     running.kill()
     running.wait()
-    assert not outs[1].exists() and list(kept.glob(".distill-*/checkpoint-*")), (
+    assert not outs[1].exists(), "the kill came too late, or too early, to show anything"
+    assert list(kept.glob(".distill-*/checkpoint-*")), (
         "the kill came too late, or too early, to show anything"
     )
     again = cli("distill", *arguments, "--out", outs[1])
-    assert again.returncode == 0 and "resumed after step" in again.stderr, again.stderr
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step" in again.stderr, again.stderr
     return outs[0], outs[1]
 
 
@@ -328,7 +332,8 @@ def refused(done: subprocess.CompletedProcess[str], *named: object) -> str:
     """
     assert done.returncode == 1, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and done.stderr.splitlines()[-1] == lines[0], done.stderr
+    assert len(lines) == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == lines[0], done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     missing = [str(thing) for thing in named if str(thing) not in lines[0]]
     assert not missing, f"{missing} not named in: {lines[0]}"

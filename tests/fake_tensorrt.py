@@ -157,7 +157,8 @@ class Driver:
 
     def cuMemcpy2DAsync_v2(self, copy, stream):
         c = copy._obj
-        assert c.width <= min(c.src_pitch, c.dst_pitch) and (c.src_type, c.dst_type) == (2, 2)
+        assert c.width <= min(c.src_pitch, c.dst_pitch)
+        assert (c.src_type, c.dst_type) == (2, 2)
         pieces = [
             (c.dst_device + n * c.dst_pitch, c.src_device + n * c.src_pitch)
             for n in range(c.height)
@@ -242,14 +243,15 @@ class Context:
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        assert address and address % ALIGN == 0 and name in self.engine.names
+        assert address
+        assert address % ALIGN == 0
+        assert name in self.engine.names
         self.addresses[name] = address
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == 77 and set(self.addresses) == set(self.engine.names), (
-            "an address is missing"
-        )
+        assert stream == 77, "an address is missing"
+        assert set(self.addresses) == set(self.engine.names), "an address is missing"
         shapes = dict(self.shapes)
         addresses = dict(self.addresses)
         assert set(shapes) == {i.name for i in self.engine.inputs}, "a shape is missing"

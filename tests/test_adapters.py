@@ -11,11 +11,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cli, refused, rewrite, tokens, write_model
+from conftest import ROOT, cli, refused, tokens, write_model
 
 from edgemed import plugins, store
 from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession, logits
+from edgemed.decoder import logits
 from edgemed.engine import export, open_engine
 from edgemed.errors import EdgemedError
 from edgemed.lora import FOLDED, Adapted, read_lora
@@ -94,10 +94,8 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
     engine = export(
         checkpoint, target, module.Params(**EXACT[target], adapters=adapters), tmp_path / "engine"
     )
-    assert (
-        tuple(engine.adapters) == ("first", "second")
-        and open_engine(tmp_path / "engine", check=True) == engine
-    )
+    assert tuple(engine.adapters) == ("first", "second")
+    assert open_engine(tmp_path / "engine", check=True) == engine
     session = engine.open(1)
     base = plain.prefill(IDS, every=True).copy()
     assert np.array_equal(session.prefill(IDS, every=True), base), (
@@ -247,9 +245,8 @@ def test_factors_follow_what_a_quantize_step_folds(tmp_path):
     )
     plain = source.factors["layers.1.qkv"]
     folded = read_lora(Weights(packed), "a", str(tmp_path / "adapter")).factors["layers.1.qkv"]
-    assert torch.allclose(plain[1][:64] / 2, folded[1][:64]) and torch.equal(
-        plain[1][64:], folded[1][64:]
-    )
+    assert torch.allclose(plain[1][:64] / 2, folded[1][:64])
+    assert torch.equal(plain[1][64:], folded[1][64:])
 
 
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
@@ -345,7 +342,8 @@ def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
             for one in (session, other):
                 one.rewind(0)
                 answers.append(list(generate(one, prompt, Sampling(max_tokens=32))))
-            assert answers[0] == answers[1] and len(answers[0]) == 32
+            assert answers[0] == answers[1]
+            assert len(answers[0]) == 32
         session.close()
         other.close()
 
@@ -392,17 +390,13 @@ def test_verbs_take_an_adapter(tiny):
         manifest["files"]
     )
     both = json.loads(cli("verify", engine, "--json").stdout)
-    assert (
-        both["passed"]
-        and both["adapters"]["notes"]["passed"]
-        and both["adapters"]["notes"]["greedy_same"] == both["greedy_tokens"]
-    )
+    assert both["passed"]
+    assert both["adapters"]["notes"]["passed"]
+    assert both["adapters"]["notes"]["greedy_same"] == both["greedy_tokens"]
     own = json.loads(cli("verify", engine, "--adapter", "notes", "--json").stdout)
-    assert (
-        own["adapter"] == "notes"
-        and own["reference"] != both["reference"]
-        and own["max_logit_error"] < 1e-3
-    )
+    assert own["adapter"] == "notes"
+    assert own["reference"] != both["reference"]
+    assert own["max_logit_error"] < 1e-3
     text, adapted = (
         cli(
             "generate", engine, "--prompt", "The patient was", "--max-tokens", "20", *more, "--json"
@@ -443,10 +437,8 @@ def test_an_adapter_is_evaluated_against_the_source_with_it(tiny):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert (
-        found["engine"][0]["model"] == "engine+notes"
-        and found["engine"][0]["paired"]["changed"] == 0
-    )
+    assert found["engine"][0]["model"] == "engine+notes"
+    assert found["engine"][0]["paired"]["changed"] == 0
     again = cli(
         "eval",
         engine,
@@ -501,10 +493,8 @@ def test_a_recipe_verifies_its_adapters(tiny, tmp_path):
     done = cli("run", recipe, "--work", tmp_path / "work", "--json")
     assert done.returncode == 0, done.stderr
     (engine,) = json.loads(done.stdout)["engines"]
-    assert (
-        engine["verify"]["passed"]
-        and engine["verify"]["adapters"]["notes"]["max_logit_error"] < 1e-3
-    )
+    assert engine["verify"]["passed"]
+    assert engine["verify"]["adapters"]["notes"]["max_logit_error"] < 1e-3
 
 
 BAD = {

@@ -21,16 +21,16 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL.Image")
 
-from edgemed import plugins  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.image_reference import SCORED  # noqa: E402
-from edgemed.recipe import VerifySpec  # noqa: E402
-from edgemed.reference import Reference  # noqa: E402
-from edgemed.run import answers, image_answers  # noqa: E402
-from edgemed.verify import Limits, verify, with_adapters  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import plugins
+from edgemed.checkpoint import open_checkpoint
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.image_reference import SCORED
+from edgemed.recipe import VerifySpec
+from edgemed.reference import Reference
+from edgemed.run import answers, image_answers
+from edgemed.verify import Limits, verify, with_adapters
+from edgemed.weights import Weights
 
 SPEC = VerifySpec(
     "medquad-answers",
@@ -201,17 +201,13 @@ def test_each_adapter_is_shown_the_images(
     result = with_adapters(engine, verify(engine, engine.reference(), Limits(), 1), Limits(), 1)
     assert result["passed"], result["problems"]
     own = {row["stage"]: row for row in result["adapters"]["notes"]["stages"]}
-    assert list(own) == ["decoder", "end to end"] and {
-        row["stage"] for row in result["stages"]
-    } >= {"projector", *own}
-    assert (
-        own["decoder"]["limit"] == plugins.load("targets", target).EXACT[engine.precision]
-        and 0 < own["decoder"]["error"] < own["decoder"]["limit"]
-    )
+    assert list(own) == ["decoder", "end to end"]
+    assert {row["stage"] for row in result["stages"]} >= {"projector", *own}
+    assert own["decoder"]["limit"] == plugins.load("targets", target).EXACT[engine.precision]
+    assert 0 < own["decoder"]["error"] < own["decoder"]["limit"]
     if params.get("vision") != "mtmd":
-        assert (
-            own["end to end"]["error"] == 0 and "48 of 48 greedy tokens" in own["end to end"]["how"]
-        )
+        assert own["end to end"]["error"] == 0
+        assert "48 of 48 greedy tokens" in own["end to end"]["how"]
 
 
 @pytest.mark.parametrize("target", ["onnx", "llamacpp"])
@@ -228,17 +224,18 @@ def test_an_adapter_that_answers_wrongly_about_images_fails(
     right = engine.reference("notes")
     forgotten = replace(right, images=base.images)
     result = verify(engine, forgotten, Limits(), 1, "notes")
-    assert not result["passed"] and [
-        row["stage"] for row in result["stages"] if not row["passed"]
-    ] == ["decoder", "end to end"]
+    assert not result["passed"]
+    assert [row["stage"] for row in result["stages"] if not row["passed"]] == [
+        "decoder",
+        "end to end",
+    ]
     assert all(problem.startswith("stage ") for problem in result["problems"]), (
         "on text it is right: only the images show it"
     )
     forgotten.save(engine.path / "adapters" / "notes")
     whole = with_adapters(engine, verify(engine, base, Limits(), 1), Limits(), 1)
-    assert not whole["passed"] and all(
-        problem.startswith("notes: stage ") for problem in whole["problems"]
-    )
+    assert not whole["passed"]
+    assert all(problem.startswith("notes: stage ") for problem in whole["problems"])
     with pytest.raises(EdgemedError, match="say nothing about images"):
         verify(engine, replace(right, images=None), Limits(), 1, "notes")
 
@@ -258,10 +255,8 @@ def test_a_recipe_and_the_command_line_show_images_to_adapters(
     assert done.returncode == 0, done.stderr
     assert "reference answers about images with notes" in " ".join(done.stderr.split())
     (engine,) = json.loads(done.stdout)["engines"]
-    assert (
-        engine["verify"]["passed"]
-        and [row["stage"] for row in engine["verify"]["adapters"]["notes"]["stages"]] == STAGES[3:]
-    )
+    assert engine["verify"]["passed"]
+    assert [row["stage"] for row in engine["verify"]["adapters"]["notes"]["stages"]] == STAGES[3:]
     shown = cli("verify", tmp_path / "work" / "engines" / engine["name"], "--threads", 1)
     assert shown.returncode == 0, shown.stderr
     rows = [

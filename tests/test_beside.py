@@ -20,17 +20,17 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from edgemed import plugins, refit, store, student  # noqa: E402
-from edgemed.checkpoint import ADAPTER, open_checkpoint  # noqa: E402
-from edgemed.data import texts  # noqa: E402
-from edgemed.decoder import logits  # noqa: E402
-from edgemed.engine import export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.lora import FOLDED, OWN_BASE, answering, read_lora  # noqa: E402
-from edgemed.recipe import Stage  # noqa: E402
-from edgemed.run import run_step  # noqa: E402
-from edgemed.steps import distill, merge, quantize  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import plugins, refit, store, student
+from edgemed.checkpoint import ADAPTER, open_checkpoint
+from edgemed.data import texts
+from edgemed.decoder import logits
+from edgemed.engine import export
+from edgemed.errors import EdgemedError
+from edgemed.lora import FOLDED, OWN_BASE, answering, read_lora
+from edgemed.recipe import Stage
+from edgemed.run import run_step
+from edgemed.steps import distill, merge, quantize
+from edgemed.weights import Weights
 
 IDS = tokens(60)
 # Scores divided by the layer's number, which quantize folds into the q rows; grouped heads; and
@@ -128,7 +128,8 @@ def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
         < 1e-4 * np.abs(right).max()
     )
     engine = export(trained, target, module.Params(**EXACT[target]), tmp_path / "engine")
-    assert list(engine.adapters) == ["qad"] and engine.default == "qad"
+    assert list(engine.adapters) == ["qad"]
+    assert engine.default == "qad"
     session = engine.open(1)
     found = session.prefill(IDS, every=True).copy()
     session.use(None)
@@ -139,10 +140,8 @@ def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
     assert np.abs(right - rounded).max() > 0.2 * np.abs(right).max(), (
         "the adapter changes little, so little would be tested"
     )
-    assert (
-        np.abs(found - right).max() < bound * np.abs(right).max()
-        and np.abs(base - rounded).max() < bound * np.abs(right).max()
-    )
+    assert np.abs(found - right).max() < bound * np.abs(right).max()
+    assert np.abs(base - rounded).max() < bound * np.abs(right).max()
     named = engine.open(1, "base")
     assert np.array_equal(named.prefill(IDS, every=True), base)
     named.close()
@@ -161,15 +160,16 @@ def test_the_checkpoint_is_what_it_was_and_names_its_adapter(case: Path) -> None
     assert (case / "packed" / "model.safetensors").read_bytes() == (
         case / "out" / "model.safetensors"
     ).read_bytes()
-    assert {**before.config, ADAPTER: "qad"} == after.config and (
-        case / "out" / "tokenizer.json"
-    ).is_file()
+    assert {**before.config, ADAPTER: "qad"} == after.config
+    assert (case / "out" / "tokenizer.json").is_file()
     assert set(after.hashes()) - set(before.hashes()) == {
         "adapters/qad/adapter_config.json",
         "adapters/qad/adapter_model.safetensors",
     }
     said = json.loads((case / "out" / "adapters" / "qad" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] is None and said["r"] == 4 and len(said[OWN_BASE]) == 64
+    assert said["base_model_name_or_path"] is None
+    assert said["r"] == 4
+    assert len(said[OWN_BASE]) == 64
     assert str(case) not in json.dumps(said)
 
 
@@ -248,7 +248,9 @@ def test_on_its_own_base_it_can_be_switched(case: Path, tmp_path: Path) -> None:
     default = export(
         open_checkpoint(case / "out"), "onnx", module.Params(precision="fp32"), tmp_path / "default"
     )
-    assert list(engine.adapters) == ["mine"] and engine.default == "" and engine.key != default.key
+    assert list(engine.adapters) == ["mine"]
+    assert engine.default == ""
+    assert engine.key != default.key
     assert default.bytes_per_token > engine.bytes_per_token
     one = engine.open(1, "mine")
     two = default.open(1)
@@ -279,10 +281,8 @@ def test_the_divergence_falls_and_nothing_but_the_adapter_is_trained(
         tmp_path / "out",
     )
     notes = store.read_manifest(out.path)["notes"]
-    assert (
-        notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
-        and notes["written"]["max_abs_error"] < 1e-4 * notes["written"]["largest_score"]
-    )
+    assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
+    assert notes["written"]["max_abs_error"] < 1e-4 * notes["written"]["largest_score"]
     factors = 2 * 4 * ((64 + 192) + (64 + 64) + (64 + 256) + (256 + 64))
     assert notes["trained"] == {
         "adapter": "adapters/qad",
@@ -319,12 +319,10 @@ def test_a_recipe_trains_it_and_its_engines_use_it(model: Path, text: str, tmp_p
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     made, plain = report["engines"]
-    assert (
-        made["verify"]["passed"]
-        and made["verify"]["adapter"] == "qad"
-        and "adapter" not in plain["verify"]
-        and "adapters" not in made["verify"]
-    )
+    assert made["verify"]["passed"]
+    assert made["verify"]["adapter"] == "qad"
+    assert "adapter" not in plain["verify"]
+    assert "adapters" not in made["verify"]
     # The teacher was found behind two quantized checkpoints: it is the float student of the first
     # step.
     float_files = next(step for step in report["steps"] if step["stage"] == "distill")["files"]
@@ -335,11 +333,9 @@ def test_a_recipe_trains_it_and_its_engines_use_it(model: Path, text: str, tmp_p
     own = json.loads(
         cli("verify", engine, "--adapter", "base", "--max-kl", 5, "--min-top1", 0, "--json").stdout
     )
-    assert (
-        own["adapter"] == "base"
-        and own["reference"] == made["verify"]["reference"]
-        and own["mean_kl"] != made["verify"]["mean_kl"]
-    )
+    assert own["adapter"] == "base"
+    assert own["reference"] == made["verify"]["reference"]
+    assert own["mean_kl"] != made["verify"]["mean_kl"]
     float_student = next(
         p.parent
         for p in sorted((tmp_path / "work" / "store").glob("distill-*/config.json"))
@@ -373,7 +369,8 @@ def test_a_checkpoint_with_an_adapter_answers_with_it_as_a_source(
     assert done.returncode == 0, done.stderr
     assert "probably trained on a quantized base" not in done.stderr
     result = json.loads(cli("verify", tmp_path / "engine", "--json").stdout)
-    assert result["passed"] and result["max_logit_error"] < 1e-3
+    assert result["passed"]
+    assert result["max_logit_error"] < 1e-3
     done = cli(
         "export",
         case / "packed",

@@ -83,13 +83,12 @@ def test_transformers_loads_it_and_would_have_made_the_same(case, tmp_path):
         for name, entry in right.tensors.items()
         if entry.dtype in ("uint8", "int8") or name.endswith((".absmax", ".quant_map", ".SCB"))
     ]
-    assert len(matrices) > 20 and set(matrices) <= set(made.tensors)
+    assert len(matrices) > 20
+    assert set(matrices) <= set(made.tensors)
     for name in matrices:
         assert torch.equal(made.read(name), right.read(name)), name
-    assert (
-        notes["bits_per_weight"] == pytest.approx(8 if "load_in_8bit" in options else 4, abs=4)
-        and not notes["folded_attention_scale"]
-    )
+    assert notes["bits_per_weight"] == pytest.approx(8 if "load_in_8bit" in options else 4, abs=4)
+    assert not notes["folded_attention_scale"]
 
 
 def test_it_is_read_as_transformers_computes_it(case):
@@ -164,10 +163,8 @@ def test_engines_take_it_expanded_and_say_so(tmp_path, capsys, target, params, p
     engine = export(
         checkpoint, target, plugins.load("targets", target).Params(**params), tmp_path / "engine"
     )
-    assert (
-        engine.precision == precision
-        and store.read_manifest(engine.path)["notes"]["expanded"] == "bitsandbytes nf4"
-    )
+    assert engine.precision == precision
+    assert store.read_manifest(engine.path)["notes"]["expanded"] == "bitsandbytes nf4"
     said = " ".join(capsys.readouterr().err.split())
     assert (
         f"its bitsandbytes nf4 weights were expanded to floats, and are written as {precision}"
@@ -193,10 +190,8 @@ def test_streams_tensor_by_tensor_and_copies_the_rest(tmp_path, monkeypatch):
     assert sorted(held) == sorted(open_checkpoint(model).tensors), "each tensor is read once"
     source = open_checkpoint(model)
     out = open_checkpoint(tmp_path / "out")
-    assert (
-        out.config["dtype"] == "bfloat16"
-        and out.config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
-    )
+    assert out.config["dtype"] == "bfloat16"
+    assert out.config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
     for name in (
         "model.embed_tokens.weight",
         "model.layers.1.input_layernorm.weight",

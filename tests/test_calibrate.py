@@ -45,20 +45,21 @@ def test_a_card_from_own_text(tmp_path):
     file = write(tmp_path / "own.jsonl", [{"text": text} for text in [*NOTES, NOTES[0].upper()]])
     card = make(file, tmp_path / "card", SOURCE, 0.25, tokenizer=open_tokenizer(MODEL, 4096))
     split = {name: texts(str(tmp_path / "card"), name) for name in ("calibration", "heldout")}
-    assert len(split["calibration"]) + len(split["heldout"]) == 40 and not set(
-        split["calibration"]
-    ) & set(split["heldout"])
-    assert 4 <= len(split["heldout"]) <= 17 and card["made_from"]["repeated"] == 1
+    assert len(split["calibration"]) + len(split["heldout"]) == 40
+    assert not set(split["calibration"]) & set(split["heldout"])
+    assert 4 <= len(split["heldout"]) <= 17
+    assert card["made_from"]["repeated"] == 1
     tokenizer = open_tokenizer(MODEL, 4096)
     for name, found in split.items():
         facts = card["files"][name]
-        assert facts["sha256"] == hashlib.sha256(
-            (tmp_path / "card" / facts["file"]).read_bytes()
-        ).hexdigest() and facts["n"] == len(found)
+        assert (
+            facts["sha256"]
+            == hashlib.sha256((tmp_path / "card" / facts["file"]).read_bytes()).hexdigest()
+        )
+        assert facts["n"] == len(found)
         assert facts["tokens"] == sum(len(tokenizer.encode(text).ids) for text in found)
-    assert yaml.safe_load((tmp_path / "card" / "card.yaml").read_text()) == card and read_card(
-        str(tmp_path / "card")
-    ).digest("heldout")
+    assert yaml.safe_load((tmp_path / "card" / "card.yaml").read_text()) == card
+    assert read_card(str(tmp_path / "card")).digest("heldout")
     # More texts do not move those that were there before.
     more = make(
         write(
@@ -69,9 +70,8 @@ def test_a_card_from_own_text(tmp_path):
         SOURCE,
         0.25,
     )
-    assert more["files"]["heldout"]["n"] > len(split["heldout"]) and set(split["heldout"]) <= set(
-        texts(str(tmp_path / "more"), "heldout")
-    )
+    assert more["files"]["heldout"]["n"] > len(split["heldout"])
+    assert set(split["heldout"]) <= set(texts(str(tmp_path / "more"), "heldout"))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,8 @@ def test_conversations_stay_conversations(tmp_path):
     ]
     assert sorted((row["messages"][0]["content"], row["language"]) for row in rows) == sorted(
         (text, "en") for text in set(NOTES)
-    ) and not any("text" in row for row in rows)
+    )
+    assert not any("text" in row for row in rows)
     with pytest.raises(EdgemedError, match="phone number"):
         make(
             write(
@@ -176,17 +177,16 @@ def test_conversations_stay_conversations(tmp_path):
 
 
 def test_the_rule_of_overlap():
-    assert (
-        GRAM == 13
-        and words("L'été, 3.5 mg!") == ["l", "été", "3", "5", "mg"]
-        and words("患者 A") == ["患", "者", "a"]
-    )
+    assert GRAM == 13
+    assert words("L'été, 3.5 mg!") == ["l", "été", "3", "5", "mg"]
+    assert words("患者 A") == ["患", "者", "a"]
     text = " ".join(f"w{i}" for i in range(14))
     assert grams(text) == {
         " ".join(f"w{i}" for i in range(13)),
         " ".join(f"w{i}" for i in range(1, 14)),
     }
-    assert grams("one two three four five six seven") and not grams("one two three four five six")
+    assert grams("one two three four five six seven")
+    assert not grams("one two three four five six")
 
 
 def test_overlap_is_found(tmp_path):
@@ -203,7 +203,8 @@ def test_overlap_is_found(tmp_path):
     assert [(row["task"], row["overlapping"]) for row in found] == [
         ("medqa", 1),
         ("medmcqa", 0),
-    ] and found[0]["first"] == [question.id]
+    ]
+    assert found[0]["first"] == [question.id]
     shorter = " ".join(question.question.split()[: GRAM - 3])
     card = read_card(
         str(write(tmp_path / "short.jsonl", [{"text": f"As they say: {shorter} and so on"}]))
@@ -237,11 +238,13 @@ def test_on_the_command_line(tmp_path, monkeypatch):
         "internal",
     ]
     made = CliRunner().invoke(app, command)
-    assert made.exit_code == 0 and (tmp_path / "calibration" / "notes" / "card.yaml").is_file()
+    assert made.exit_code == 0
+    assert (tmp_path / "calibration" / "notes" / "card.yaml").is_file()
     clean = CliRunner().invoke(
         app, ["calibrate", "check", "calibration/notes", "--task", "medqa", "--json"]
     )
-    assert clean.exit_code == 0 and json.loads(clean.stdout)["overlap"][0]["overlapping"] == 0
+    assert clean.exit_code == 0
+    assert json.loads(clean.stdout)["overlap"][0]["overlapping"] == 0
     row = questions("pubmedqa").examples[0].question
     write(tmp_path / "leak.jsonl", [{"text": row}])
     leaking = CliRunner().invoke(app, ["calibrate", "check", "leak.jsonl", "--task", "pubmedqa"])

@@ -52,11 +52,9 @@ def test_reference_page_is_current() -> None:
 
 def test_list_and_recipes_as_json() -> None:
     known = json.loads(cli("list", "--json").stdout)
-    assert (
-        known["families"]
-        and {"onnx", "llamacpp"} <= set(known["targets"])
-        and {"merge", "quantize"} <= set(known["steps"])
-    )
+    assert known["families"]
+    assert {"onnx", "llamacpp"} <= set(known["targets"])
+    assert {"merge", "quantize"} <= set(known["steps"])
     assert "quickstart" in {row["recipe"] for row in json.loads(cli("recipes", "--json").stdout)}
     assert cli("recipes", "quickstart").stdout == (ROOT / "recipes" / "quickstart.yaml").read_text(
         encoding="utf-8"
@@ -65,7 +63,9 @@ def test_list_and_recipes_as_json() -> None:
 
 def test_usage_errors_are_clicks_own() -> None:
     done = cli("quantise")
-    assert done.returncode == 2 and "quantise" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "quantise" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -76,23 +76,21 @@ def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["precision"] == "fp32" and Path(said["engine"]) == out
+    assert said["precision"] == "fp32"
+    assert Path(said["engine"]) == out
     return out
 
 
 def test_every_result_as_json(engine: Path, model: Path, tmp_path: Path) -> None:
     verified = json.loads(cli("verify", engine, "--json").stdout)
-    assert (
-        verified["passed"]
-        and verified["greedy_same"] == verified["greedy_tokens"]
-        and verified["max_logit_error"] < 1e-3
-    )
+    assert verified["passed"]
+    assert verified["greedy_same"] == verified["greedy_tokens"]
+    assert verified["max_logit_error"] < 1e-3
     records = json.loads(
         cli("bench", engine, "--runs", 1, "--generate", 4, "--prompt", 8, "--json").stdout
     )
-    assert {"decode_tokens_per_second", "step_milliseconds"} <= {
-        r["name"] for r in records
-    } and all(r["value"] > 0 for r in records)
+    assert {"decode_tokens_per_second", "step_milliseconds"} <= {r["name"] for r in records}
+    assert all(r["value"] > 0 for r in records)
     lines = (engine / "records.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records
     assert all(
@@ -115,11 +113,9 @@ def test_every_result_as_json(engine: Path, model: Path, tmp_path: Path) -> None
             tmp_path / "e.json",
         ).stdout
     )
-    assert (
-        [r["n"] for r in (*scored["source"], *scored["engine"])] == [4, 4]
-        and scored["engine"][0]["paired"]["changed"] == 0
-        and scored["gate"] is None
-    )
+    assert [r["n"] for r in (*scored["source"], *scored["engine"])] == [4, 4]
+    assert scored["engine"][0]["paired"]["changed"] == 0
+    assert scored["gate"] is None
     assert json.loads((tmp_path / "e.json").read_text()) == scored
     # Records beside the engine are no alteration of it.
     assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
@@ -141,7 +137,8 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
             "--json",
         ).stdout
     )
-    assert {row["threads"] for row in rows} >= {1} and all(
+    assert {row["threads"] for row in rows} >= {1}
+    assert all(
         row["decode_tokens_per_second"] > 0 and row["prefill_tokens_per_second"] > 0 for row in rows
     )
     assert sorted(word for row in rows for word in row["best"].replace(" and ", " ").split()) == [
@@ -165,9 +162,8 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
             "--json",
         ).stdout
     )
-    assert records[0]["state"]["wait"]["OMP_WAIT_POLICY"] == "passive" and {
-        r["how"]["threads"] for r in records
-    } == {1}
+    assert records[0]["state"]["wait"]["OMP_WAIT_POLICY"] == "passive"
+    assert {r["how"]["threads"] for r in records} == {1}
     refused(cli("bench", engine, "--wait", "actve"), "Did you mean 'active'")
     refused(cli("bench", engine, "--sweep", "thread"), "Did you mean 'threads'")
     refused(cli("bench", engine, "--sweep", "threads", "--threads", 2), "--threads")
@@ -196,7 +192,9 @@ def test_generate_and_chat(engine: Path) -> None:
     ]
     assert sampled[0] == sampled[1] != sampled[2]
     talk = cli("chat", engine, "--max-tokens", 4, stdin="hello\nand again\n\n")
-    assert talk.returncode == 0 and talk.stdout.count("> ") == 3 and not talk.stderr
+    assert talk.returncode == 0
+    assert talk.stdout.count("> ") == 3
+    assert not talk.stderr
 
 
 def test_python_api(engine: Path) -> None:
@@ -218,16 +216,15 @@ def test_the_gate_ends_the_command_and_its_verdict_can_be_recorded(
     # Thirty equal answers cannot show that no more than two points are lost; that half are not is
     # shown.
     undecided = cli(*asked, "--source", model, "--margin", 0.02)
-    assert (
-        undecided.returncode == 3
-        and "undecided" in undecided.stderr
-        and "items" in undecided.stdout
-    )
+    assert undecided.returncode == 3
+    assert "undecided" in undecided.stderr
+    assert "items" in undecided.stdout
     assert cli(*asked, "--source", model, "--margin", 0.02, "--accept-undecided").returncode == 0
     passed = cli(*asked, "--against", tmp_path / "e.json", "--margin", 0.5, "--record")
     assert passed.returncode == 0, passed.stderr
     manifest = json.loads((engine / "manifest.json").read_text())
-    assert manifest["gate"]["verdict"] == "pass" and manifest["evals"][0]["paired"]["n"] == 30
+    assert manifest["gate"]["verdict"] == "pass"
+    assert manifest["evals"][0]["paired"]["n"] == 30
     assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
     refused(cli(*asked, "--margin", 0.02), "a verdict needs the source's answers")
     refused(

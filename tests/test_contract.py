@@ -21,19 +21,21 @@ from conftest import CONTEXT, ROOT, TINY, tiny_config, tokens, write_model
 
 torch = pytest.importorskip("torch")
 
-from edgemed import params as strict  # noqa: E402
-from edgemed import plugins  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.data import card_names, read_card, texts  # noqa: E402
-from edgemed.decoder import TorchSession, logits  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.family import Decoder, Family, all_families  # noqa: E402
-from edgemed.recipe import PATH_KEYS, read_recipe  # noqa: E402
-from edgemed.session import generate  # noqa: E402
-from edgemed.session import Sampling  # noqa: E402
-from edgemed.task import Task, describe, questions  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import params as strict
+from edgemed import plugins
+from edgemed.checkpoint import open_checkpoint
+from edgemed.data import card_names, read_card, texts
+from edgemed.decoder import TorchSession, logits
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.family import Decoder, Family, all_families
+from edgemed.recipe import PATH_KEYS, read_recipe
+from edgemed.session import (
+    Sampling,
+    generate,
+)
+from edgemed.task import Task, describe, questions
+from edgemed.weights import Weights
 
 FAMILIES, STEPS, TARGETS, TASKS = (
     plugins.names(kind) for kind in ("families", "steps", "targets", "tasks")
@@ -57,20 +59,22 @@ def filled(value: object) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_value(name: str) -> None:
     family = plugins.load("families", name).FAMILY
-    assert isinstance(family, Family) and family.name == name and family.model_types
+    assert isinstance(family, Family)
+    assert family.name == name
+    assert family.model_types
     filled(family)
     d = family.decoder(family.reference_config, {})
-    assert isinstance(d, Decoder) and len(d.score_scale) == d.layers and d.heads % d.kv_heads == 0
+    assert isinstance(d, Decoder)
+    assert len(d.score_scale) == d.layers
+    assert d.heads % d.kv_heads == 0
     parts = family.parts(d)
     expected = {"embed", "final_norm", "lm_head"} | {
         f"layers.{n}.{part}" for n in range(d.layers) for part in ("attn_norm", *d.matrices(n))
     }
-    assert expected <= set(parts) and all(
-        part.kind in ("matrix", "router", "table", "norm") for part in parts.values()
-    )
-    assert parts["layers.0.qkv"].shape == (d.q_size + 2 * d.kv_size, d.hidden) and parts[
-        f"layers.0.{d.matrices(0)[-1]}"
-    ].shape == (d.hidden, d.ffn)
+    assert expected <= set(parts)
+    assert all(part.kind in ("matrix", "router", "table", "norm") for part in parts.values())
+    assert parts["layers.0.qkv"].shape == (d.q_size + 2 * d.kv_size, d.hidden)
+    assert parts[f"layers.0.{d.matrices(0)[-1]}"].shape == (d.hidden, d.ffn)
     folded = family.decoder(family.folded(family.reference_config), {})
     assert folded.score_scale == (d.head_dim**-0.5,) * d.layers
 
@@ -201,10 +205,10 @@ def test_step_module(name: str) -> None:
 
 
 def check_params(module: ModuleType) -> None:
-    assert dataclasses.is_dataclass(module.Params) and module.Params.__dataclass_params__.frozen
-    assert module.Params.__doc__ and not module.Params.__doc__.startswith("Params("), (
-        "Params says what its fields mean"
-    )
+    assert dataclasses.is_dataclass(module.Params)
+    assert module.Params.__dataclass_params__.frozen
+    assert module.Params.__doc__, "Params says what its fields mean"
+    assert not module.Params.__doc__.startswith("Params("), "Params says what its fields mean"
     for field in dataclasses.fields(module.Params):
         assert (
             field.name in module.Params.__doc__
@@ -222,14 +226,14 @@ def check_params(module: ModuleType) -> None:
 def test_target_module(name: str) -> None:
     module = plugins.load("targets", name)
     check_params(module)
-    assert (
-        isinstance(module.EXACT, dict)
-        and module.EXACT
-        and all(0 < error < 0.1 for error in module.EXACT.values())
-    )
-    assert isinstance(module.label(module.Params()), str) and isinstance(module.self_check(), str)
+    assert isinstance(module.EXACT, dict)
+    assert module.EXACT
+    assert all(0 < error < 0.1 for error in module.EXACT.values())
+    assert isinstance(module.label(module.Params()), str)
+    assert isinstance(module.self_check(), str)
     runtime, extra = module.RUNTIME
-    assert runtime and extra in (ROOT / "pyproject.toml").read_text()
+    assert runtime
+    assert extra in (ROOT / "pyproject.toml").read_text()
     for function, parameters in (
         ("inputs", ["params"]),
         ("supports", ["weights", "params"]),
@@ -254,11 +258,9 @@ def test_target_inputs_are_the_files_its_params_name(name: str, tmp_path: Path) 
         for text in ("one", "another"):
             file.write_text(json.dumps({"id": 1, "text": text}))
             found.append(module.inputs(named))
-        assert (
-            found[0] != found[1]
-            and hashlib.sha256(file.read_bytes()).hexdigest() in found[1].values()
-            and found[1].keys() > plain.keys()
-        )
+        assert found[0] != found[1]
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in found[1].values()
+        assert found[1].keys() > plain.keys()
 
 
 def exact_params(name: str, model: Path, folder: Path):
@@ -316,19 +318,16 @@ def test_exact_engine_speaks_the_session_protocol(
             0,
         )
         every = session.prefill(ids[:50], every=True)
-        assert (
-            every.dtype == np.float32
-            and every.shape == (50, TINY["vocab_size"])
-            and np.abs(every - right[:50]).max() < bound
-        )
+        assert every.dtype == np.float32
+        assert every.shape == (50, TINY["vocab_size"])
+        assert np.abs(every - right[:50]).max() < bound
         one = session.step(ids[50])
-        assert (
-            one.shape == (TINY["vocab_size"],)
-            and np.abs(one - right[50]).max() < bound
-            and session.position == 51
-        )
+        assert one.shape == (TINY["vocab_size"],)
+        assert np.abs(one - right[50]).max() < bound
+        assert session.position == 51
         last = session.prefill(ids[51:60])
-        assert last.shape == (1, TINY["vocab_size"]) and np.abs(last[0] - right[59]).max() < bound
+        assert last.shape == (1, TINY["vocab_size"])
+        assert np.abs(last[0] - right[59]).max() < bound
         session.rewind(20)
         assert np.abs(session.prefill(ids[20:45], every=True) - right[20:45]).max() < bound
         session.rewind(0)
@@ -362,11 +361,9 @@ def test_exact_engine_gives_every_greedy_token(exact: tuple[Engine, np.ndarray, 
 def test_engine_directory_is_self_contained(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
     engine, _, _ = exact
     facts = json.loads((engine.path / "engine.json").read_text())
-    assert (
-        facts["bytes_per_token"] > 0
-        and facts["vocab"] == TINY["vocab_size"]
-        and facts["random_weights"] is False
-    )
+    assert facts["bytes_per_token"] > 0
+    assert facts["vocab"] == TINY["vocab_size"]
+    assert facts["random_weights"] is False
     assert engine.tokenizer().decode(engine.tokenizer().encode("50 mg é").ids) == "50 mg é"
     said = (engine.path / "engine.json").read_text() + (engine.path / "manifest.json").read_text()
     assert str(engine.path.parent) not in said, (
@@ -380,7 +377,8 @@ def test_engine_directory_is_self_contained(exact: tuple[Engine, np.ndarray, lis
 @pytest.mark.parametrize("name", TASKS)
 def test_task(name: str) -> None:
     task = plugins.load("tasks", name).TASK
-    assert isinstance(task, Task) and task.name == name
+    assert isinstance(task, Task)
+    assert task.name == name
     filled(task)
     assert all(
         (
@@ -394,21 +392,17 @@ def test_task(name: str) -> None:
         )
     )
     asked = questions(name)
-    assert (
-        len(questions(name, 3).examples) == 3 and asked.examples[:3] == questions(name, 3).examples
-    )
+    assert len(questions(name, 3).examples) == 3
+    assert asked.examples[:3] == questions(name, 3).examples
     assert len({example.gold for example in asked.examples}) > 1
     for example in (*asked.examples, *asked.shots):
         prompt = task.render(example)
         before = describe(task, example)
-        assert len(prompt.options) == len(example.options) and all(
-            option.startswith(" ") and option.strip() for option in prompt.options
-        )
-        assert (
-            not prompt.context.endswith((" ", "\n"))
-            and "{" not in before
-            and before == before.lstrip()
-        )
+        assert len(prompt.options) == len(example.options)
+        assert all(option.startswith(" ") and option.strip() for option in prompt.options)
+        assert not prompt.context.endswith((" ", "\n"))
+        assert "{" not in before
+        assert before == before.lstrip()
         listed = [
             f"\n{letter}{')' if task.images else '.'} {option}" in prompt.context
             for letter, option in zip("ABCDEFGH", example.options, strict=False)
@@ -430,10 +424,8 @@ def test_task_sample_and_card(name: str) -> None:
         if file
     ]
     for entry, file in described:
-        assert (
-            entry["sha256"] == hashlib.sha256((folder / file).read_bytes()).hexdigest()
-            and entry.get("file", file) == file
-        )
+        assert entry["sha256"] == hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        assert entry.get("file", file) == file
     assert card["n"] == (
         len(asked.examples)
         if not task.parts
@@ -443,31 +435,30 @@ def test_task_sample_and_card(name: str) -> None:
         len(asked.shots),
         True,
     )
-    assert card["licence"] == task.licence and card["contains_phi"] is False and card["source"]
+    assert card["licence"] == task.licence
+    assert card["contains_phi"] is False
+    assert card["source"]
     assert any(
         name in line
         for line in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text(encoding="utf-8").splitlines()
     )
     if card.get("synthetic"):
-        assert (
-            task.place
-            and "synthetic" in task.split
-            and "whole_set" not in card
-            and {
-                language for language in task.languages if questions(f"{name}/{language}").examples
-            }
-            == set(task.languages)
-        )
+        assert task.place
+        assert "synthetic" in task.split
+        assert "whole_set" not in card
+        assert {
+            language for language in task.languages if questions(f"{name}/{language}").examples
+        } == set(task.languages)
         return
     for part in card["whole_set"] if isinstance(card["whole_set"], list) else [card["whole_set"]]:
-        assert part["path"] and len(part["sha256"]) == 64 and part["n"] > 0
+        assert part["path"]
+        assert len(part["sha256"]) == 64
+        assert part["n"] > 0
     for language in task.languages if len(task.languages) > 1 else ():
         spoken = questions(f"{name}/{language}")
-        assert (
-            len(spoken.examples) >= 30
-            and len(spoken.shots) >= 5
-            and {e.groups["language"] for e in (*spoken.examples, *spoken.shots)} == {language}
-        )
+        assert len(spoken.examples) >= 30
+        assert len(spoken.shots) >= 5
+        assert {e.groups["language"] for e in (*spoken.examples, *spoken.shots)} == {language}
 
 
 @pytest.mark.parametrize(
@@ -477,7 +468,8 @@ def test_images_of_a_task_open(name: str) -> None:
     pytest.importorskip("PIL")
     for spec in (name, *(f"{name}/{part}" for part in plugins.load("tasks", name).TASK.parts)):
         asked = questions(spec)
-        assert asked.sees and all(example.images for example in asked.examples)
+        assert asked.sees
+        assert all(example.images for example in asked.examples)
         for example in (asked.examples[0], asked.examples[-1]):
             assert all(
                 picture.mode == "RGB" and max(picture.size) <= 224
@@ -500,7 +492,9 @@ def test_no_solved_example_is_asked(name: str) -> None:
         return stem if last in task.languages else identifier.split("#")[0]
 
     one, other = ({document(row["id"]) for row in part} for part in (rows, solved))
-    assert one and other and not one & other
+    assert one
+    assert other
+    assert not one & other
     words = [
         {
             " ".join(
@@ -518,7 +512,8 @@ def test_device(name: str) -> None:
     from edgemed.device import SOURCE_OF, read_device
 
     device = read_device(name)
-    assert device.name == name and device.title
+    assert device.name == name
+    assert device.title
     for field, part in SOURCE_OF.items():
         assert not getattr(device, field) or device.source.get(part), (
             f"{name}: {field} names no source ({part})"
@@ -529,12 +524,10 @@ def test_device(name: str) -> None:
 @pytest.mark.parametrize("name", card_names())
 def test_text_set(name: str) -> None:
     card = read_card(name)
-    assert (
-        card.name == name
-        and card.facts["contains_phi"] is False
-        and card.facts["licence"]
-        and card.facts["source"]
-    )
+    assert card.name == name
+    assert card.facts["contains_phi"] is False
+    assert card.facts["licence"]
+    assert card.facts["source"]
     licences = "\n".join(file.name for file in (ROOT / "LICENSES").iterdir())
     assert (
         card.facts["licence"].split()[0] in licences
@@ -554,11 +547,10 @@ def test_text_set(name: str) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
 def test_recipe(file: Path) -> None:
     recipe = read_recipe(file)
-    assert recipe.engines and recipe.title
+    assert recipe.engines
+    assert recipe.title
     lines = file.read_text(encoding="utf-8").splitlines()
-    assert (
-        len(lines) <= 20
-        and lines[0].startswith("# ")
-        and f"edgemed run recipes/{file.name}" in lines[0]
-    )
+    assert len(lines) <= 20
+    assert lines[0].startswith("# ")
+    assert f"edgemed run recipes/{file.name}" in lines[0]
     assert read_recipe(file.stem) == recipe, "a shipped recipe is found by its name alone"

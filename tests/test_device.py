@@ -16,18 +16,17 @@ from edgemed.errors import EdgemedError
 @pytest.mark.parametrize("name", [name for name in plugins.names("devices") if name != "cpu"])
 def test_every_device_is_complete_and_consistent(name):
     found = device.read_device(name)
-    assert found.name == name and found.title and found.memory
-    assert (
-        1 < found.memory_gb <= 1024
-        and 5 < found.bandwidth_gb_s < 6000
-        and 0 < device.usable(found) < found.memory_gb * device.GIB
-    )
-    assert (
-        found.compute["fp32"] > 0
-        and found.compute_note
-        and set(found.compute) <= {"fp32", "fp16", "bf16", "int8", "fp8", "fp4"}
-    )
-    assert len(found.recognise) == 1 and set(found.recognise) <= {"device_tree", "gpu", "cpu"}
+    assert found.name == name
+    assert found.title
+    assert found.memory
+    assert 1 < found.memory_gb <= 1024
+    assert 5 < found.bandwidth_gb_s < 6000
+    assert 0 < device.usable(found) < found.memory_gb * device.GIB
+    assert found.compute["fp32"] > 0
+    assert found.compute_note
+    assert set(found.compute) <= {"fp32", "fp16", "bf16", "int8", "fp8", "fp4"}
+    assert len(found.recognise) == 1
+    assert set(found.recognise) <= {"device_tree", "gpu", "cpu"}
     assert (found.achievable_gb_s or 0) < found.bandwidth_gb_s
     # Marketing figures count zeros that are skipped: twice the dense ones at most, or with
     # accelerators of other kinds besides.
@@ -37,9 +36,8 @@ def test_every_device_is_complete_and_consistent(name):
             "a version such as 10.10 must be quoted, or YAML makes it 10.1"
         )
     if found.gpu:
-        assert found.gpu_mhz and not [
-            precision for precision in found.compute if device.lacks(found, precision)
-        ]
+        assert found.gpu_mhz
+        assert not [precision for precision in found.compute if device.lacks(found, precision)]
 
 
 @pytest.mark.parametrize("name", [name for name in plugins.names("devices") if name != "cpu"])
@@ -47,16 +45,16 @@ def test_power_modes_ascend_and_end_at_what_the_device_is(name):
     found = device.read_device(name)
     modes = found.power_modes
     watts = [mode.watts for mode in modes if mode.watts]
-    assert watts == sorted(watts) and len({mode.name for mode in modes}) == len(modes)
+    assert watts == sorted(watts)
+    assert len({mode.name for mode in modes}) == len(modes)
     for mode in modes:
-        assert (
-            0 < mode.gpu_share <= 1
-            and (mode.bandwidth_gb_s or 0) <= found.bandwidth_gb_s
-            and (mode.gpu_mhz or 0) <= (found.gpu_mhz or 0)
-        )
+        assert 0 < mode.gpu_share <= 1
+        assert (mode.bandwidth_gb_s or 0) <= found.bandwidth_gb_s
+        assert (mode.gpu_mhz or 0) <= (found.gpu_mhz or 0)
     if found.gpu:
         last = device.power_mode_of(found, None)
-        assert last.gpu_mhz == found.gpu_mhz and last.bandwidth_gb_s in (None, found.bandwidth_gb_s)
+        assert last.gpu_mhz == found.gpu_mhz
+        assert last.bandwidth_gb_s in (None, found.bandwidth_gb_s)
 
 
 def test_float32_is_cores_times_two_times_clock():
@@ -88,15 +86,14 @@ def test_float32_is_cores_times_two_times_clock():
 )
 def test_what_a_device_lacks_is_computed(name, precision, missing):
     said = device.lacks(device.read_device(name), precision)
-    assert (said is not None) is missing and (not missing or precision in said)
+    assert (said is not None) is missing
+    assert not missing or precision in said
 
 
 def test_power_modes_are_found_by_the_names_people_use():
     orin = device.read_device("jetson-agx-orin-64gb")
-    assert (
-        device.power_mode_of(orin, "30w").gpu_mhz == 612
-        and device.power_mode_of(orin, "MODE_30W").watts == 30
-    )
+    assert device.power_mode_of(orin, "30w").gpu_mhz == 612
+    assert device.power_mode_of(orin, "MODE_30W").watts == 30
     assert (
         device.power_mode_of(device.read_device("jetson-orin-nano-8gb"), "MAXN SUPER").name
         == "MAXN_SUPER"
@@ -122,11 +119,9 @@ def test_a_device_of_your_own_is_a_file(tmp_path):
         " measured}\npower_modes: [{name: A, watts: 5}]\n"
     )
     found = device.read_device(str(file))
-    assert (
-        found.name == "mine"
-        and found.power_modes == (device.PowerMode("A", 5.0),)
-        and device.usable(found) == int(3.5 * device.GIB)
-    )
+    assert found.name == "mine"
+    assert found.power_modes == (device.PowerMode("A", 5.0),)
+    assert device.usable(found) == int(3.5 * device.GIB)
     for text, message in (
         ("- a list", "not a mapping"),
         ("a: [", "not valid YAML"),
@@ -172,8 +167,10 @@ def test_unknown_key_in_a_device_is_refused():
 
 def test_machine_has_the_facts_and_no_identity():
     facts = device.machine()
-    assert facts["physical_cores"] >= 1 and facts["logical_cores"] >= facts["physical_cores"]
-    assert facts["memory_bytes"] > 1 << 28 and facts["architecture"] == platform.machine()
+    assert facts["physical_cores"] >= 1
+    assert facts["logical_cores"] >= facts["physical_cores"]
+    assert facts["memory_bytes"] > 1 << 28
+    assert facts["architecture"] == platform.machine()
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", facts["label"])
     # No host name, address, user or path can hide in these.
     assert set(facts) == {
@@ -248,7 +245,8 @@ def test_gpus_are_read_from_nvidia_smi(monkeypatch):
         lambda command, **_: subprocess.CompletedProcess(command, 0, output, ""),
     )
     found, problem = device.gpus()
-    assert problem is None and [gpu["memory_bytes"] for gpu in found] == [143771 << 20, None]
+    assert problem is None
+    assert [gpu["memory_bytes"] for gpu in found] == [143771 << 20, None]
     assert found[1]["compute_capability"] == "8.7"
     monkeypatch.setattr(
         device.subprocess,
@@ -257,7 +255,9 @@ def test_gpus_are_read_from_nvidia_smi(monkeypatch):
     )
     assert device.gpus() == ([], "nvidia-smi: driver mismatch")
     [finding] = doctor.graphics()
-    assert finding.state == "broken" and "driver mismatch" in finding.detail and finding.fix
+    assert finding.state == "broken"
+    assert "driver mismatch" in finding.detail
+    assert finding.fix
 
 
 def test_read_bandwidth_is_plausible():
@@ -284,10 +284,8 @@ def test_doctor_sees_what_is_missing_and_what_is_broken(monkeypatch):
         "target any", "broken", "wrong products", "reinstall it"
     )
     Target.RUNTIME = ("edgemed_no_such_module", "onnx")
-    assert (
-        doctor.self_check("any").state == "missing"
-        and "edgemed[onnx]" in doctor.self_check("any").fix
-    )
+    assert doctor.self_check("any").state == "missing"
+    assert "edgemed[onnx]" in doctor.self_check("any").fix
     Target.RUNTIME = ("numpy", "onnx")
     Target.self_check = staticmethod(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -50,7 +50,8 @@ def test_environment_has_no_torch_and_not_this_source_tree(tmp_path: Path) -> No
         [PYTHON, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     file, *found = json.loads(done.stdout)
-    assert not found and Path(file).is_relative_to(ROOT / ".venv-device")
+    assert not found
+    assert Path(file).is_relative_to(ROOT / ".venv-device")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -59,22 +60,24 @@ def test_engine_runs_there(engines: dict[str, Path], target: str, tmp_path: Path
     verified = device("verify", engine, "--min-top1", 0, "--max-kl", 9, "--json", cwd=tmp_path)
     assert verified.returncode == 0, verified.stderr
     result = json.loads(verified.stdout)
-    assert result["top1"] > 0.8 and result["greedy_tokens"] > 0
+    assert result["top1"] > 0.8
+    assert result["greedy_tokens"] > 0
     here = json.loads(cli("verify", engine, "--min-top1", 0, "--max-kl", 9, "--json").stdout)
     assert {k: result[k] for k in ("top1", "greedy_same")} == {
         k: here[k] for k in ("top1", "greedy_same")
     }, "built and carried engines must answer alike"
 
     said = device("generate", engine, "--prompt", "The patient", "--max-tokens", 12, cwd=tmp_path)
+    assert said.returncode == 0
+    assert not said.stderr
     assert (
-        said.returncode == 0
-        and not said.stderr
-        and said.stdout
-        == cli("generate", engine, "--prompt", "The patient", "--max-tokens", 12).stdout
+        said.stdout == cli("generate", engine, "--prompt", "The patient", "--max-tokens", 12).stdout
     )
 
     talk = device("chat", engine, "--max-tokens", 6, cwd=tmp_path, stdin="What is anemia?\n\n")
-    assert talk.returncode == 0 and talk.stdout.startswith("> ") and not talk.stderr
+    assert talk.returncode == 0
+    assert talk.stdout.startswith("> ")
+    assert not talk.stderr
 
     measured = device(
         "bench", engine, "--runs", 1, "--generate", 4, "--prompt", 8, "--json", cwd=tmp_path
@@ -96,12 +99,13 @@ def test_doctor_and_list(tmp_path: Path) -> None:
     found = device("doctor", "--json", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     findings = {row["name"]: row for row in json.loads(found.stdout)}
-    assert findings["torch"]["state"] == "missing" and "edgemed[build]" in findings["torch"]["fix"]
+    assert findings["torch"]["state"] == "missing"
+    assert "edgemed[build]" in findings["torch"]["fix"]
     assert findings["onnxruntime"]["state"] == "ok"
     listed = json.loads(device("list", "--json", cwd=tmp_path).stdout)
-    assert listed["recipes"] and listed["text sets"] and set(TARGETS) <= set(listed["targets"]), (
-        "data folders are part of the package"
-    )
+    assert listed["recipes"], "data folders are part of the package"
+    assert listed["text sets"], "data folders are part of the package"
+    assert set(TARGETS) <= set(listed["targets"]), "data folders are part of the package"
 
 
 def test_building_there_says_what_to_install(tmp_path: Path, model: Path) -> None:
@@ -116,11 +120,9 @@ def test_building_there_says_what_to_install(tmp_path: Path, model: Path) -> Non
         tmp_path / "out",
         cwd=tmp_path,
     )
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: ")
-        and "pip install 'edgemed[build]'" in done.stderr
-    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "pip install 'edgemed[build]'" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -142,13 +144,11 @@ def test_a_signature_is_checked_there(engines: dict[str, Path], tmp_path: Path) 
         "--json",
     ]
     done = device(*command, cwd=tmp_path)
-    assert done.returncode == 0 and json.loads(done.stdout)["signed by"].startswith("sha256:"), (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["signed by"].startswith("sha256:"), done.stderr
     text = (engine / "README.md").read_text(encoding="utf-8")
     (engine / "README.md").write_text(text + "x", encoding="utf-8")
     done = device(*command, cwd=tmp_path)
     (engine / "README.md").write_text(text, encoding="utf-8")
-    assert done.returncode == 1 and json.loads(done.stdout)["problems"] == [
-        "README.md was altered after signing"
-    ]
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["problems"] == ["README.md was altered after signing"]

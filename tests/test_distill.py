@@ -30,22 +30,22 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from edgemed import cut as cutting  # noqa: E402
-from edgemed import store  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.data import texts  # noqa: E402
-from edgemed.decoder import logits  # noqa: E402
-from edgemed.divergence import coarse, divergence, kl, softened, top  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.importance import importance  # noqa: E402
-from edgemed.lesson import Lesson, Objective, batch_loss, measure, pupil  # noqa: E402
-from edgemed.recipe import Stage  # noqa: E402
-from edgemed.run import run_step  # noqa: E402
-from edgemed.session import Sampling  # noqa: E402
-from edgemed.steps import distill  # noqa: E402
-from edgemed.student import load  # noqa: E402
-from edgemed.teacher import CHUNK, Cache, Teacher, number, written  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import cut as cutting
+from edgemed import store
+from edgemed.checkpoint import open_checkpoint
+from edgemed.data import texts
+from edgemed.decoder import logits
+from edgemed.divergence import coarse, divergence, kl, softened, top
+from edgemed.errors import EdgemedError
+from edgemed.importance import importance
+from edgemed.lesson import Lesson, Objective, batch_loss, measure, pupil
+from edgemed.recipe import Stage
+from edgemed.run import run_step
+from edgemed.session import Sampling
+from edgemed.steps import distill
+from edgemed.student import load
+from edgemed.teacher import CHUNK, Cache, Teacher, number, written
+from edgemed.weights import Weights
 
 SMALL = {
     "calibration": "pubmedqa-sections",
@@ -119,7 +119,8 @@ def test_divergences_are_their_formulas(kind: str, beta: float, temperature: flo
         beta,
     )
     right = loss_of(kind, z_p, z_q, temperature, beta)
-    assert right.min() > 0.01 and torch.allclose(found.double(), right, rtol=1e-4)
+    assert right.min() > 0.01
+    assert torch.allclose(found.double(), right, rtol=1e-4)
     assert (
         divergence(kind, torch.log_softmax(z_p, -1), torch.log_softmax(z_p, -1), beta).abs().max()
         < 1e-6
@@ -153,13 +154,14 @@ def test_top_k_bounds_every_divergence_from_below_and_reaches_it(kind: str) -> N
         ids, values, tails = top(z_p, k, temperature)
         log_p = softened(values, tails, temperature)
         log_q = coarse(torch.log_softmax(z_q / temperature, -1), ids)
-        assert torch.allclose(log_p.exp().sum(-1), torch.ones(6)) and torch.allclose(
-            log_q.exp().sum(-1), torch.ones(6), atol=1e-5
-        )
+        assert torch.allclose(log_p.exp().sum(-1), torch.ones(6))
+        assert torch.allclose(log_q.exp().sum(-1), torch.ones(6), atol=1e-5)
         found = divergence(kind, log_p, log_q)
-        assert (found <= full + 1e-5).all() and (found >= before - 1e-5).all()
+        assert (found <= full + 1e-5).all()
+        assert (found >= before - 1e-5).all()
         before = found
-    assert torch.allclose(found, full, rtol=1e-3) and torch.allclose(
+    assert torch.allclose(found, full, rtol=1e-3)
+    assert torch.allclose(
         softened(values, tails, temperature, at_one=True)[:, 0],
         torch.log_softmax(z_p, -1).max(-1).values,
         atol=1e-5,
@@ -176,7 +178,9 @@ def test_the_tail_is_punished() -> None:
         "forward_kl", softened(values, tails, 1.0), coarse(torch.log_softmax(z_q, -1), ids)
     ).sum()
     loss.backward()
-    assert loss > 1 and (z_q.grad[0, 2:] > 0).all() and (z_q.grad[0, :2] < 0).all()
+    assert loss > 1
+    assert (z_q.grad[0, 2:] > 0).all()
+    assert (z_q.grad[0, :2] < 0).all()
 
 
 def objective(**changes: object) -> Objective:
@@ -258,11 +262,9 @@ def test_a_teacher_gives_transformers_scores_and_hidden_states(teacher: Path) ->
     streamed = Teacher(weights)
     streamed.layers = None
     scores, hidden = resident(IDS, [0, 2])
-    assert (
-        (scores - right.logits).abs().max() < 1e-4
-        and set(hidden) == {0, 2}
-        and (hidden[2] - right.hidden_states[3]).abs().max() < 1e-4
-    )
+    assert (scores - right.logits).abs().max() < 1e-4
+    assert set(hidden) == {0, 2}
+    assert (hidden[2] - right.hidden_states[3]).abs().max() < 1e-4
     assert torch.equal(streamed(IDS)[0], scores)
 
 
@@ -271,12 +273,11 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
 
     ours = student_of(model)
     drawn = [sample(ours, IDS, 8, VOCAB, seed) for seed in (1, 1, 2)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert (
-        drawn[0].shape == IDS.shape
-        and torch.equal(drawn[0][:, :8], IDS[:, :8])
-        and not torch.equal(drawn[0], IDS)
-    )
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].shape == IDS.shape
+    assert torch.equal(drawn[0][:, :8], IDS[:, :8])
+    assert not torch.equal(drawn[0], IDS)
     # At temperature 1 from the whole vocabulary: over many draws the first token has the student's
     # own probabilities.
     begin = IDS[:1, :9].expand(512, 9)
@@ -398,7 +399,9 @@ def test_target_params_is_kept_and_nearly_reached(family: str) -> None:
         target = int(share * whole)
         shape = cutting.solve(weights.family, d, target)
         found = cutting.parameters(weights.family, cutting.smaller(d, shape))
-        assert 0.95 * target <= found <= target and shape.ffn % 64 == 0 and shape.layers[0] == 0
+        assert 0.95 * target <= found <= target
+        assert shape.ffn % 64 == 0
+        assert shape.layers[0] == 0
         assert abs(shape.ffn / d.ffn - len(shape.layers) / d.layers) < 0.1, (
             "depth and width shrink alike"
         )
@@ -434,10 +437,8 @@ def test_the_cache_gives_what_the_teacher_says(teacher: Path, tmp_path: Path) ->
     weights = Weights(open_checkpoint(teacher))
     windows = np.array([tokens(24, seed=n) for n in range(CHUNK + 3)], np.int32)
     cache = Cache(tmp_path / "cache", windows, VOCAB, 20, 2.0)
-    assert (
-        cache.nbytes == windows.size * (20 * (2 + 2) + 8)
-        and cache.fill(weights, 10**9) == windows.size
-    )
+    assert cache.nbytes == windows.size * (20 * (2 + 2) + 8)
+    assert cache.fill(weights, 10**9) == windows.size
     held = sum(file.stat().st_size for file in cache.folder.iterdir())
     assert cache.nbytes <= held <= cache.nbytes + 2 * 256, (
         "what was stated beforehand, and a header per file"
@@ -472,11 +473,9 @@ def test_the_cache_goes_on_after_a_kill_and_is_bounded(
     second.unlink()
     second.with_suffix(".tmp").write_bytes(whole[:100])
     stamp = first.stat().st_mtime_ns
-    assert (
-        cache.fill(weights, 20480) == windows.size // 2
-        and second.read_bytes() == whole
-        and first.stat().st_mtime_ns == stamp
-    )
+    assert cache.fill(weights, 20480) == windows.size // 2
+    assert second.read_bytes() == whole
+    assert first.stat().st_mtime_ns == stamp
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5})())
     second.unlink()
     with pytest.raises(EdgemedError, match="has 0.0 MB free. Free space"):
@@ -487,9 +486,8 @@ def test_what_a_teacher_writes_is_kept_line_by_line(teacher: Path, tmp_path: Pat
     weights = Weights(open_checkpoint(teacher))
     some = ["one text of many", "another one", "and a third text"]
     rows = written(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "a.jsonl")
-    assert [row["prompt"] for row in rows] == ["one ", "anot", "and "] and all(
-        row["text"] for row in rows
-    )
+    assert [row["prompt"] for row in rows] == ["one ", "anot", "and "]
+    assert all(row["text"] for row in rows)
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_bytes(lines[0] + lines[1][:10])
     assert written(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "b.jsonl") == rows
@@ -522,23 +520,20 @@ def test_every_kind_of_run_comes_nearer_to_the_teacher(
     assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"], (
         "random models, so much of the distance is easily gained"
     )
-    assert notes["parameters"] < notes["teacher_parameters"] and notes["best_step"] in [
-        entry["step"] for entry in notes["history"]
-    ]
+    assert notes["parameters"] < notes["teacher_parameters"]
+    assert notes["best_step"] in [entry["step"] for entry in notes["history"]]
     assert notes["after"]["kl"] == pytest.approx(
         min(entry["kl"] for entry in notes["history"]), rel=1e-5
     ), "the best checkpoint is what was kept"
-    assert (notes["bound"] is None) == (name != "top-k") and notes[
-        "tokens"
-    ] == 12 * 4 * 48 * params.accumulate
+    assert (notes["bound"] is None) == (name != "top-k")
+    assert notes["tokens"] == 12 * 4 * 48 * params.accumulate
     weights = Weights(open_checkpoint(path))
     with torch.no_grad():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(
             input_ids=IDS
         ).logits
-    assert (logits(weights, IDS) - loaded).abs().max() < 1e-4 and (
-        path / "tokenizer.json"
-    ).is_file()
+    assert (logits(weights, IDS) - loaded).abs().max() < 1e-4
+    assert (path / "tokenizer.json").is_file()
     assert not list(tmp_path.glob(".distill-*")), "working state is gone when a run is finished"
 
 
@@ -560,11 +555,10 @@ def test_another_tokenizer_learns_from_the_teachers_text(
         tmp_path / "out",
         small(text, teacher=str(teacher), mode="sequence", prompt=8, steps=12),
     )
-    assert (
-        set(notes["after"]) == {"cross_entropy"}
-        and notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"]
-    )
-    assert notes["windows"]["held_out"] > 0 and notes["kept"] is None
+    assert set(notes["after"]) == {"cross_entropy"}
+    assert notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"]
+    assert notes["windows"]["held_out"] > 0
+    assert notes["kept"] is None
 
 
 def test_a_teacher_of_another_size_and_a_quantized_one(text: str, tmp_path: Path) -> None:
@@ -577,7 +571,8 @@ def test_a_teacher_of_another_size_and_a_quantized_one(text: str, tmp_path: Path
         tmp_path / "out",
         small(text, teacher=str(wide), hidden=1.0, layer_map=((0, 0), (1, 1))),
     )
-    assert notes["layer_map"] == [[0, 0], [1, 1]] and notes["after"]["kl"] < notes["before"]["kl"]
+    assert notes["layer_map"] == [[0, 0], [1, 1]]
+    assert notes["after"]["kl"] < notes["before"]["kl"]
     run_step(
         Stage("quantize", quantize.Params("rtn", 8, 32)),
         open_checkpoint(wide),
@@ -595,7 +590,8 @@ def test_early_stopping_keeps_the_best(teacher: Path, text: str, tmp_path: Path)
         tmp_path / "out",
         small(text, layers=(2,), steps=60, rate=0.3, evaluate_every=2, patience=2),
     )
-    assert notes["steps"] < 60 and notes["after"]["kl"] == pytest.approx(
+    assert notes["steps"] < 60
+    assert notes["after"]["kl"] == pytest.approx(
         min(entry["kl"] for entry in notes["history"]), rel=1e-5
     )
 
@@ -615,11 +611,9 @@ def test_a_killed_run_ends_with_the_same_weights(
         for part in ("--set", value)
     ]
     one, other = (store.read_manifest(out) for out in distilled_whole_and_killed(asked, tmp_path))
-    assert (
-        one["files"] == other["files"]
-        and one["notes"]["history"] == other["notes"]["history"]
-        and one["key"] == other["key"]
-    )
+    assert one["files"] == other["files"]
+    assert one["notes"]["history"] == other["notes"]["history"]
+    assert one["key"] == other["key"]
 
 
 def test_a_recipe_with_distill_end_to_end(
@@ -638,14 +632,13 @@ verify: {{prompts: pubmedqa-sections, count: 2, width: 48, prompt: 8, new: 8}}
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     (step,) = report["steps"]
-    assert (
-        step["stage"] == "distill"
-        and step["notes"]["after"]["kl"] < step["notes"]["before"]["kl"]
-        and report["engines"][0]["verify"]["passed"]
+    assert step["stage"] == "distill"
+    assert step["notes"]["after"]["kl"] < step["notes"]["before"]["kl"]
+    assert report["engines"][0]["verify"]["passed"]
+    assert step["inputs"]["calibration"] == store.file_sha256(Path(text))
+    assert step["inputs"]["teacher/model.safetensors"] == store.file_sha256(
+        large / "model.safetensors"
     )
-    assert step["inputs"]["calibration"] == store.file_sha256(Path(text)) and step["inputs"][
-        "teacher/model.safetensors"
-    ] == store.file_sha256(large / "model.safetensors")
     assert "| teacher | large, licence cc-by-4.0 |" in (
         Path(report["engines"][0]["path"]) / "README.md"
     ).read_text(encoding="utf-8")
@@ -689,21 +682,18 @@ def test_student_and_teacher_see_what_the_reference_sees(sees: Path, pictures: s
     teacher = Teacher(weights)
     ours = student_of(sees)
     with torch.no_grad():
-        found = [
-            run
-            for run in (
+        found = list(
+            (
                 teacher(torch.from_numpy(tokens), (), sights.of([0, 1, 2], "cpu"))[0],
                 ours(torch.from_numpy(tokens), sights.of([0, 1, 2], "cpu"))["logits"],
             )
-        ]
+        )
     for n, row in enumerate(rows):
         counted = np.flatnonzero(labels[n] != -100)
         end = counted[-1] + 1
-        assert (
-            bytes(tokens[n, counted[0] : end - 1].tolist()) != b""
-            and len(counted) == len(row["answer"]) + 1
-            and tokens[n, end - 1] == weights.decoder.eos
-        )
+        assert bytes(tokens[n, counted[0] : end - 1].tolist()) != b""
+        assert len(counted) == len(row["answer"]) + 1
+        assert tokens[n, end - 1] == weights.decoder.eos
         session = TorchSession(weights)
         right = session.prefill(
             tokens[n, :end].tolist(),
@@ -734,12 +724,12 @@ def test_a_model_that_sees_is_distilled_on_images(
     changes: dict, sees: Path, pictures: str, tmp_path: Path
 ) -> None:
     path, notes = run(sees, tmp_path / "out", small(pictures, **{**SEEN, **changes}))
-    assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"] and notes["windows"]["held_out"] == 2
+    assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
+    assert notes["windows"]["held_out"] == 2
     before = Weights(open_checkpoint(sees))
     after = Weights(open_checkpoint(path))
-    assert after.decoder.layers == 2 and after.vision == before.vision, (
-        "the images are resized as before"
-    )
+    assert after.decoder.layers == 2, "the images are resized as before"
+    assert after.vision == before.vision, "the images are resized as before"
     name = "vision.layers.1.up"
     assert torch.equal(after.matrix(name).weight, before.matrix(name).weight), (
         "the eyes are the teacher's"
@@ -826,7 +816,8 @@ def test_bad_input_on_the_command_line(
 def wrong(model: Path, tmp_path: Path, match: str, params: distill.Params) -> None:
     with pytest.raises(EdgemedError, match=match) as error:
         run(model, tmp_path / "out", params)
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(teacher: Path, text: str, model: Path, tmp_path: Path) -> None:
@@ -960,7 +951,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     ) as error:
         run(teacher, tmp_path / "out", small(text, layers=(2,), steps=20))
     kept = Path(str(error.value).split("kept in ")[1].split(". Try")[0])
-    assert (kept / "model.safetensors").is_file() and not (tmp_path / "out").exists()
+    assert (kept / "model.safetensors").is_file()
+    assert not (tmp_path / "out").exists()
     monkeypatch.setattr(course, "divergence", real)
     _, notes = run(teacher, tmp_path / "out", small(text, layers=(2,), steps=20))
     assert notes["steps"] == 20, "and goes on from there"

@@ -15,21 +15,21 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-from edgemed import store  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.lesson import pupil  # noqa: E402
-from edgemed.recipe import Stage  # noqa: E402
-from edgemed.run import run_step  # noqa: E402
-from edgemed.session import Pictures  # noqa: E402
-from edgemed.sights import look, pictured  # noqa: E402
-from edgemed.steps import distill, merge  # noqa: E402
-from edgemed.student import load  # noqa: E402
-from edgemed.teacher import Teacher  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import store
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession
+from edgemed.errors import EdgemedError
+from edgemed.lesson import pupil
+from edgemed.recipe import Stage
+from edgemed.run import run_step
+from edgemed.session import Pictures
+from edgemed.sights import look, pictured
+from edgemed.steps import distill, merge
+from edgemed.student import load
+from edgemed.teacher import Teacher
+from edgemed.weights import Weights
 
 SMALL = {"length": 224, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 5}
 
@@ -87,9 +87,8 @@ def test_both_see_what_the_reference_sees(teacher: Path, dense: Path, pictures: 
     for path, is_student in ((teacher, False), (dense, True)):
         weights = Weights(open_checkpoint(path))
         tokens, labels, sights = look(weights, pictures, rows, 224, 10**9)
-        assert (
-            tokens == weights.vision.token
-        ).any() and weights.vision.token >= weights.decoder.vocab
+        assert (tokens == weights.vision.token).any()
+        assert weights.vision.token >= weights.decoder.vocab
         run = (
             pupil(load(weights), weights.decoder.layers, (), (64, 64))
             if is_student
@@ -129,24 +128,19 @@ def test_the_dense_model_comes_nearer_to_its_experts(
         dense,
         tmp_path / "out",
     )
-    assert (
-        notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
-        and notes["teacher_parameters"] > notes["parameters"]
-    )
+    assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
+    assert notes["teacher_parameters"] > notes["parameters"]
     before = load_file(dense / "model.safetensors")
     after = load_file(path / "model.safetensors")
     assert set(after) == {key for key in before if not key.endswith("position_ids")}
     eyes = [key for key in after if "image_tower" in key or "mm_projector" in key]
-    assert (
-        eyes
-        and all(torch.equal(after[key], before[key]) for key in eyes)
-        and not torch.equal(
-            after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"]
-        )
+    assert eyes
+    assert all(torch.equal(after[key], before[key]) for key in eyes)
+    assert not torch.equal(
+        after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"]
     )
-    assert Weights(open_checkpoint(path)).decoder == Weights(
-        open_checkpoint(dense)
-    ).decoder and not any(ROUTER in key for key in after)
+    assert Weights(open_checkpoint(path)).decoder == Weights(open_checkpoint(dense)).decoder
+    assert not any(ROUTER in key for key in after)
     assert any(name.startswith("teacher/") for name in store.read_manifest(path)["inputs"])
 
 
@@ -180,4 +174,5 @@ def test_who_cannot_learn(
             student,
             tmp_path / "out",
         )
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

@@ -28,21 +28,21 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("PIL")
 
-from edgemed import answers, store  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.lesson import Lesson, Objective, batch_loss, measure, pupil  # noqa: E402
-from edgemed.recipe import Stage  # noqa: E402
-from edgemed.run import run_step  # noqa: E402
-from edgemed.session import Pictures, Sampling  # noqa: E402
-from edgemed.sights import IGNORED, Sights, album_of, asked, look, pictured  # noqa: E402
-from edgemed.steps import distill  # noqa: E402
-from edgemed.student import load  # noqa: E402
-from edgemed.teacher import CHUNK, Cache, Teacher  # noqa: E402
-from edgemed.tokenizer import open_tokenizer  # noqa: E402
-from edgemed.tower import TorchEyes  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import answers, store
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession
+from edgemed.errors import EdgemedError
+from edgemed.lesson import Lesson, Objective, batch_loss, measure, pupil
+from edgemed.recipe import Stage
+from edgemed.run import run_step
+from edgemed.session import Pictures, Sampling
+from edgemed.sights import IGNORED, Sights, album_of, asked, look, pictured
+from edgemed.steps import distill
+from edgemed.student import load
+from edgemed.teacher import CHUNK, Cache, Teacher
+from edgemed.tokenizer import open_tokenizer
+from edgemed.tower import TorchEyes
+from edgemed.weights import Weights
 
 LENGTH = 176
 SMALL = {"length": LENGTH, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 5}
@@ -160,9 +160,8 @@ def test_the_cache_keeps_what_the_teacher_says_where_answers_are(
     at = counted(labels)
     rows = [1, 7, CHUNK + 2]
     cache = Cache(tmp_path / "cache", tokens, VOCAB, 20, 2.0, at, sights)
-    assert at.sum() == sum(
-        len(row["answer"]) + 1 for row in pictured(pictures)
-    ) and cache.nbytes == at.sum() * (20 * (2 + 2) + 8)
+    assert at.sum() == sum(len(row["answer"]) + 1 for row in pictured(pictures))
+    assert cache.nbytes == at.sum() * (20 * (2 + 2) + 8)
     assert cache.fill(weights, cache.nbytes) == at.sum()
     held = sum(file.stat().st_size for file in cache.folder.iterdir())
     assert cache.nbytes <= held <= cache.nbytes + 2 * 256, (
@@ -180,10 +179,8 @@ def test_the_cache_keeps_what_the_teacher_says_where_answers_are(
         ].abs().max() < 2e-3
     whole = {file: file.read_bytes() for file in cache.folder.iterdir()}
     max(whole).unlink()
-    assert (
-        cache.fill(weights, cache.nbytes) == at[CHUNK:].sum()
-        and {file: file.read_bytes() for file in cache.folder.iterdir()} == whole
-    )
+    assert cache.fill(weights, cache.nbytes) == at[CHUNK:].sum()
+    assert {file: file.read_bytes() for file in cache.folder.iterdir()} == whole
 
 
 def test_cached_losses_bound_the_full_ones_and_reach_them(
@@ -201,11 +198,9 @@ def test_cached_losses_bound_the_full_ones_and_reach_them(
     )
     whole = batch_loss(course, ours, range(4), 0, "cpu").item()
     measured = measure(course, ours, 3, "cpu")["kl"]
-    assert (
-        whole == pytest.approx(right, rel=1e-4)
-        and measured == pytest.approx(right, rel=1e-4)
-        and right > 0.1
-    )
+    assert whole == pytest.approx(right, rel=1e-4)
+    assert measured == pytest.approx(right, rel=1e-4)
+    assert right > 0.1
     before = 0.0
     for k in (2, 16, 100, VOCAB - 1):
         course.cache = Cache(tmp_path / str(k), course.tokens, VOCAB, k, 1.0, at, course.sights[1])
@@ -225,7 +220,8 @@ def test_a_cache_serves_other_students_and_no_other_images(
     _, notes = run(teacher, tmp_path / "one", pictures, layers=(2,), top_k=16, steps=1)
     (cache,) = tmp_path.glob("teacher-*")
     held = sum(len(row["answer"]) + 1 for row in pictured(pictures))
-    assert notes["cache_bytes"] == held * 72 and "lower bound" in notes["bound"]
+    assert notes["cache_bytes"] == held * 72
+    assert "lower bound" in notes["bound"]
     other = Path(shutil.copytree(Path(pictures).parent, tmp_path / "other"))
     picture = Image.open(other / "2.png")
     picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other / "2.png")
@@ -233,7 +229,8 @@ def test_a_cache_serves_other_students_and_no_other_images(
     assert len(list(tmp_path.glob("teacher-*"))) == 2, "the same tokens, another image"
     monkeypatch.setattr("edgemed.teacher.Teacher", None)
     run(teacher, tmp_path / "three", pictures, layers=(0, 2), top_k=16, steps=1, seed=5)
-    assert len(list(tmp_path.glob("teacher-*"))) == 2 and cache.is_dir()
+    assert len(list(tmp_path.glob("teacher-*"))) == 2
+    assert cache.is_dir()
 
 
 # --- the student's own answers
@@ -264,12 +261,10 @@ def test_a_student_answers_as_the_reference_would(
             ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, 7
         )
     )
-    assert (
-        len(set(begins)) > 2
-        and len(drawn) == LENGTH - begins.min()
-        and not (rows[own != IGNORED] == IMAGE).any()
-        and rows[own != IGNORED].max() < VOCAB - 20
-    )
+    assert len(set(begins)) > 2
+    assert len(drawn) == LENGTH - begins.min()
+    assert not (rows[own != IGNORED] == IMAGE).any()
+    assert rows[own != IGNORED].max() < VOCAB - 20
     p = torch.softmax(
         scores(student, rows, sights).index_fill(
             -1, torch.tensor([IMAGE, *range(VOCAB - 20, VOCAB)]), -torch.inf
@@ -277,11 +272,9 @@ def test_a_student_answers_as_the_reference_would(
         -1,
     )
     for n, begin in enumerate(begins):
-        assert (
-            np.array_equal(rows[n, :begin], tokens[n, :begin])
-            and np.array_equal(own[n, begin:], rows[n, begin:])
-            and (own[n, :begin] == IGNORED).all()
-        )
+        assert np.array_equal(rows[n, :begin], tokens[n, :begin])
+        assert np.array_equal(own[n, begin:], rows[n, begin:])
+        assert (own[n, :begin] == IGNORED).all()
         assert (
             max(
                 (drawn[step][n] - p[n, begin + step - 1]).abs().max()
@@ -296,7 +289,8 @@ def test_a_student_answers_as_the_reference_would(
         )[0].numpy()
         for seed in (7, 8)
     )
-    assert np.array_equal(again, rows) and not np.array_equal(other, rows)
+    assert np.array_equal(again, rows)
+    assert not np.array_equal(other, rows)
 
 
 def test_an_answer_ends_where_the_student_ends_it(student: Path, pictures: str) -> None:
@@ -314,11 +308,9 @@ def test_an_answer_ends_where_the_student_ends_it(student: Path, pictures: str) 
     for n, begin in enumerate(begins.tolist()):
         ends = (endless[n, begin:] == eos).nonzero()
         last = begin + int(ends[0]) if len(ends) else LENGTH - 1
-        assert (
-            torch.equal(own[n, begin : last + 1], endless[n, begin : last + 1])
-            and (own[n, last + 1 :] == IGNORED).all()
-            and (rows[n, last + 1 :] == eos).all()
-        )
+        assert torch.equal(own[n, begin : last + 1], endless[n, begin : last + 1])
+        assert (own[n, last + 1 :] == IGNORED).all()
+        assert (rows[n, last + 1 :] == eos).all()
     assert (own[0] != IGNORED).sum() <= 4
 
 
@@ -421,17 +413,15 @@ def test_windows_of_answers_that_were_written(teacher: Path, pictures: str) -> N
         {"text": "y" * 500, "ended": True},
         {"text": "", "ended": False},
     ]
-    tokens, labels, _ = look(weights, pictures, rows, LENGTH, 10**9, lambda: told)
+    _tokens, labels, _ = look(weights, pictures, rows, LENGTH, 10**9, lambda: told)
     spoken = [row[row != IGNORED].tolist() for row in labels]
     begins = (look(weights, pictures, rows, LENGTH, 10**9)[1] != IGNORED).argmax(1)
     y = ord("y") - ord("!")
-    assert (
-        len(spoken[0]) == 4
-        and spoken[0][0] == y
-        and spoken[0][-1] == EOS
-        and spoken[1] == [y] * (LENGTH - begins[1])
-        and spoken[2] == []
-    )
+    assert len(spoken[0]) == 4
+    assert spoken[0][0] == y
+    assert spoken[0][-1] == EOS
+    assert spoken[1] == [y] * (LENGTH - begins[1])
+    assert spoken[2] == []
     with pytest.raises(
         EdgemedError, match=f"row '0' is {begins[0] + 1} tokens long, length is {begins[0]}"
     ):
@@ -457,11 +447,10 @@ def test_every_lesson_with_images_comes_nearer_to_the_teacher(
     name: str, teacher: Path, pictures: str, tmp_path: Path
 ) -> None:
     path, notes = run(teacher, tmp_path / "out", pictures, layers=(2,), **RUNS[name])
-    assert (
-        notes["after"]["kl"] < 0.95 * notes["before"]["kl"]
-        and Weights(open_checkpoint(path)).decoder.layers == 2
-    )
-    assert (notes["bound"] is None) == (name != "top-k") and notes["windows"] == {
+    assert notes["after"]["kl"] < 0.95 * notes["before"]["kl"]
+    assert Weights(open_checkpoint(path)).decoder.layers == 2
+    assert (notes["bound"] is None) == (name != "top-k")
+    assert notes["windows"] == {
         "training": 18,
         "held_out": 2,
         "tokens": LENGTH,
@@ -472,21 +461,17 @@ def test_the_teachers_answers_are_learned(
     teacher: Path, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, notes = run(teacher, tmp_path / "out", pictures, layers=(2,), mode="sequence")
-    assert (
-        set(notes["after"]) == {"cross_entropy"}
-        and notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"]
-        and notes["windows"]["held_out"] == 2
-    )
+    assert set(notes["after"]) == {"cross_entropy"}
+    assert notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"]
+    assert notes["windows"]["held_out"] == 2
     (folder,) = tmp_path.glob("written-*")
     told = [
         json.loads(line)
         for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert (
-        len(told) == 18
-        and [row["prompt"] for row in told[:2]] == ["What 0?", "What is 1?"]
-        and all(row["text"] for row in told)
-    )
+    assert len(told) == 18
+    assert [row["prompt"] for row in told[:2]] == ["What 0?", "What is 1?"]
+    assert all(row["text"] for row in told)
     monkeypatch.setattr(answers, "TorchSession", None)
     run(teacher, tmp_path / "again", pictures, layers=(0, 2), mode="sequence", prompt=5)
     assert list(tmp_path.glob("written-*")) == [folder], (
@@ -512,9 +497,8 @@ def test_a_teacher_of_another_family_and_tokenizer_answers(
         mode="sequence",
         steps=20,
     )
-    assert (
-        notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"] and notes["kept"] is None
-    )
+    assert notes["after"]["cross_entropy"] < notes["before"]["cross_entropy"]
+    assert notes["kept"] is None
 
 
 def test_scores_of_eyes_that_see_otherwise_are_refused(
@@ -528,7 +512,8 @@ def test_scores_of_eyes_that_see_otherwise_are_refused(
         EdgemedError, match="make different tokens of the same images and questions.*mode: sequence"
     ):
         run(student, tmp_path / "out", pictures, teacher=str(other), top_k=16)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("teacher-*"))
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("teacher-*"))
 
 
 @pytest.mark.parametrize(
@@ -546,8 +531,6 @@ def test_a_killed_run_with_images_ends_with_the_same_weights(
     one, other = (
         store.read_manifest(out) for out in distilled_whole_and_killed(asked_for, tmp_path)
     )
-    assert (
-        one["files"] == other["files"]
-        and one["notes"]["history"] == other["notes"]["history"]
-        and one["key"] == other["key"]
-    )
+    assert one["files"] == other["files"]
+    assert one["notes"]["history"] == other["notes"]["history"]
+    assert one["key"] == other["key"]

@@ -16,16 +16,16 @@ from moe_models import ROUTER, reference, write
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.data import calibration_windows  # noqa: E402
-from edgemed.decoder import TorchSession, load_layer, routed  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.expert_load import load, spread  # noqa: E402
-from edgemed.routing import Load, Noisy  # noqa: E402
-from edgemed.tokenizer import open_tokenizer  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed.checkpoint import open_checkpoint
+from edgemed.data import calibration_windows
+from edgemed.decoder import TorchSession, load_layer, routed
+from edgemed.errors import EdgemedError
+from edgemed.expert_load import load, spread
+from edgemed.routing import Load, Noisy
+from edgemed.tokenizer import open_tokenizer
+from edgemed.weights import Weights
 
 IDS = tokens(40)
 
@@ -80,15 +80,14 @@ def test_a_text_sets_tokens_are_counted_as_numpy_counts_them(
         ("medquad-answers", "en", 2),
     ]
     for row in rows:
-        assert row["experts"] == right[row["layer"]] and row["tokens"] == 3 * 40
+        assert row["experts"] == right[row["layer"]]
+        assert row["tokens"] == 3 * 40
         shares = np.array(row["experts"]) / (3 * 40 * active)
         assert np.allclose(row["shares"], shares)
         entropy = -sum(p * math.log(p) for p in shares if p)
-        assert (
-            row["entropy"] == pytest.approx(entropy)
-            and row["effective"] == pytest.approx(math.exp(entropy))
-            and 1 <= row["effective"] <= 4
-        )
+        assert row["entropy"] == pytest.approx(entropy)
+        assert row["effective"] == pytest.approx(math.exp(entropy))
+        assert 1 <= row["effective"] <= 4
 
 
 def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> None:
@@ -131,10 +130,8 @@ def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> 
             right = {n: right[n] + np.array(longer[n]) - np.array(alone[n]) for n in right}
         for row in found:
             if row["language"] == example.groups["language"]:
-                assert (
-                    row["tokens"] == len(context) + sum(len(option) - 1 for option in options)
-                    and row["experts"] == right[row["layer"]].tolist()
-                )
+                assert row["tokens"] == len(context) + sum(len(option) - 1 for option in options)
+                assert row["experts"] == right[row["layer"]].tolist()
 
 
 def test_counting_changes_no_score(model: Path) -> None:
@@ -161,11 +158,9 @@ def test_noise_of_scale_zero_is_the_deterministic_choice(model: Path) -> None:
         TorchSession(weights, route=Noisy(weights.decoder, seed)).prefill(IDS, every=True)
         for seed in (0, 0, 1)
     ]
-    assert (
-        np.array_equal(again[0], again[1])
-        and not np.array_equal(again[0], again[2])
-        and np.abs(again[0] - plain).max() > 1e-2
-    )
+    assert np.array_equal(again[0], again[1])
+    assert not np.array_equal(again[0], again[2])
+    assert np.abs(again[0] - plain).max() > 1e-2
 
 
 def test_the_second_expert_is_drawn_as_gumbel_noise_draws(model: Path) -> None:
@@ -188,7 +183,8 @@ def test_the_second_expert_is_drawn_as_gumbel_noise_draws(model: Path) -> None:
     assert torch.allclose(gates, pair / pair.sum(-1, keepdim=True), atol=1e-6)
     plain = routed(weights.decoder, layer, x)
     quiet = Noisy(weights.decoder, 0, 0.0)(0, weights.decoder, layer, x)
-    assert torch.equal(plain[1], quiet[1]) and torch.allclose(plain[0], quiet[0], atol=1e-6)
+    assert torch.equal(plain[1], quiet[1])
+    assert torch.allclose(plain[0], quiet[0], atol=1e-6)
 
 
 def own_questions(folder: Path) -> str:
@@ -213,18 +209,14 @@ def own_questions(folder: Path) -> str:
 def test_the_spread_over_seeds(model: Path, tmp_path: Path) -> None:
     task = own_questions(tmp_path)
     found = spread(open_checkpoint(model), task, 3)
-    assert (
-        found["n"] == 12
-        and len(found["noisy"]) == len(found["changed"]) == 3
-        and found["mean"] == pytest.approx(sum(found["noisy"]) / 3)
-    )
+    assert found["n"] == 12
+    assert len(found["noisy"]) == len(found["changed"]) == 3
+    assert found["mean"] == pytest.approx(sum(found["noisy"]) / 3)
     assert found == spread(open_checkpoint(model), task, 3), "a seed reproduces"
     quiet = spread(open_checkpoint(model), task, 1, scale=0.0)
-    assert (
-        quiet["changed"] == [0]
-        and quiet["noisy"] == [quiet["accuracy"]]
-        and quiet["deviation"] is None
-    )
+    assert quiet["changed"] == [0]
+    assert quiet["noisy"] == [quiet["accuracy"]]
+    assert quiet["deviation"] is None
 
 
 def test_what_is_refused(model: Path, medmoe: Path, tmp_path: Path) -> None:
@@ -266,8 +258,8 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
         (name, n) for name in (task, "medquad-answers") for n in (0, 2)
     }
     done = cli("experts", model, "--task", task, "--noise", "2")
-    assert done.returncode == 0 and "without noise" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "without noise" in done.stdout, done.stderr
     done = cli("experts", model, "--noise", "2")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
-        "error: --noise changes answers"
-    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --noise changes answers")

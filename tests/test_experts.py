@@ -15,14 +15,14 @@ from moe_models import EXPERT, META, MODELS, ROUTER, one_mlp, reference, write
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession, logits  # noqa: E402
-from edgemed.engine import export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.steps import merge  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession, logits
+from edgemed.engine import export
+from edgemed.errors import EdgemedError
+from edgemed.steps import merge
+from edgemed.weights import Weights
 
 IDS = tokens(40)
 CALIBRATION = {"calibration": "medquad-answers", "samples": 4, "length": 32}
@@ -55,9 +55,8 @@ def test_a_model_of_equal_experts_stays_the_same_function(name: str, tmp_path: P
     notes = dense(model, tmp_path / "out", weights="usage", **CALIBRATION)
     assert Weights(open_checkpoint(tmp_path / "out")).decoder.experts is None
     assert (scores(tmp_path / "out") - scores(model)).abs().max() < 1e-5
-    assert set(notes["layers"]) == {"layers.0", "layers.2"} and all(
-        found["error"] < 1e-5 for found in notes["layers"].values()
-    )
+    assert set(notes["layers"]) == {"layers.0", "layers.2"}
+    assert all(found["error"] < 1e-5 for found in notes["layers"].values())
 
 
 @pytest.mark.parametrize("name", [name for name, (_, meta) in MODELS.items() if not meta])
@@ -68,7 +67,8 @@ def test_weights_are_the_plain_average_and_the_rest_is_copied(name: str, tmp_pat
     after = load_file(tmp_path / "out" / "model.safetensors")
     kept = {key for key in before if "deepspeed_moe" not in key}
     averaged = {key.replace(f"{EXPERT}0.", "") for key in before if f"{EXPERT}0." in key}
-    assert averaged and set(after) == kept | averaged
+    assert averaged
+    assert set(after) == kept | averaged
     assert all(torch.equal(before[key], after[key]) for key in kept)
     for key in averaged:
         right = torch.stack(
@@ -101,11 +101,10 @@ def test_usage_weighs_by_tokens_and_the_error_is_that_of_the_layer(
     after = load_file(tmp_path / "out" / "model.safetensors")
     for n in (0, 2):
         found = notes["layers"][f"layers.{n}"]
-        assert sum(found["tokens"]) == 2 * 4 * 32 and len(set(found["tokens"])) > 1
-        assert (
-            found["shares"] == [count / (2 * 4 * 32) for count in found["tokens"]]
-            and 0.1 < found["error"] < 2
-        )
+        assert sum(found["tokens"]) == 2 * 4 * 32
+        assert len(set(found["tokens"])) > 1
+        assert found["shares"] == [count / (2 * 4 * 32) for count in found["tokens"]]
+        assert 0.1 < found["error"] < 2
         last = f"model.layers.{n}.mlp.{'fc2' if 'phi' in name else 'down_proj'}.weight"
         right = sum(
             count * before[last.replace("mlp.", f"mlp.{EXPERT}{j}.")]
@@ -142,9 +141,9 @@ def test_a_meta_expert_stands_beside_the_average(name: str, tmp_path: Path) -> N
             - one_mlp(before, f"{stem}{META}", x)
         ).abs().max() < 1e-4
     assert (one_mlp(after, at.format(1), x) - one_mlp(before, at.format(1), x)).abs().max() < 1e-5
+    assert notes["wider"] == 2
     assert (
-        notes["wider"] == 2
-        and Weights(open_checkpoint(tmp_path / "out")).decoder.ffn
+        Weights(open_checkpoint(tmp_path / "out")).decoder.ffn
         == 2 * Weights(open_checkpoint(model)).decoder.ffn
     )
 
@@ -267,13 +266,12 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     model = write(tmp_path / "model", "moe-tinymed")
     done = cli("merge", model, "--out", tmp_path / "out")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
-        "error: merge: neither adapter nor experts"
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("error: merge: neither adapter nor experts")
     )
     done = cli("merge", model, "--out", tmp_path / "out", "--experts", "dense", "--json")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
-    assert (
-        "layers.2" in json.dumps(manifest)
-        and Weights(open_checkpoint(tmp_path / "out")).decoder.experts is None
-    )
+    assert "layers.2" in json.dumps(manifest)
+    assert Weights(open_checkpoint(tmp_path / "out")).decoder.experts is None

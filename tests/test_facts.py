@@ -39,8 +39,10 @@ def small(tmp_path_factory):
 
 def test_biomedlm_has_its_published_size():
     found = inspect("random:biomedlm")
-    assert found["parameters"] == 2_594_247_680 and found["random_weights"]
-    assert found["architecture"]["layers"] == 32 and found["architecture"]["head"] == "lm"
+    assert found["parameters"] == 2_594_247_680
+    assert found["random_weights"]
+    assert found["architecture"]["layers"] == 32
+    assert found["architecture"]["head"] == "lm"
     # 2 * 32 layers * 2560 * 1024 positions * 4 bytes
     assert found["memory"]["fp32"]["kv_cache_mb"] == pytest.approx(671.089, abs=1e-3)
     assert "jetson-orin-nano-8gb" in found["memory"]["fp32"]["too_big_for"]
@@ -89,10 +91,10 @@ def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
     )
     found = inspect(str(packed.path))
     base = inspect(str(small.path))
-    assert (
-        found["parameters"] == base["parameters"] and found["architecture"] == base["architecture"]
-    )
-    assert found["quantization"]["bits"] == 4 and found["quantization"]["group_size"] == 64
+    assert found["parameters"] == base["parameters"]
+    assert found["architecture"] == base["architecture"]
+    assert found["quantization"]["bits"] == 4
+    assert found["quantization"]["group_size"] == 64
     assert found["stored"]["mb"] < 0.6 * base["stored"]["mb"]
     assert facts.parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
 
@@ -100,23 +102,24 @@ def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
 def test_impossible_targets_say_why(tmp_path):
     odd = make_random({**CONFIG, "n_embd": 72, "n_head": 6}, tmp_path / "odd")
     found = inspect(str(odd.path))["targets"]["onnx"]
-    assert not found["possible"] and "multiple of 8" in found["why_not"]
+    assert not found["possible"]
+    assert "multiple of 8" in found["why_not"]
 
 
 def test_a_missing_runtime_names_the_command(small, monkeypatch):
     monkeypatch.setattr(load("targets", "onnx"), "RUNTIME", ("edgemed_no_such_module", "onnx"))
     found = inspect(str(small.path))["targets"]["onnx"]
-    assert (
-        found["possible"]
-        and not found["runtime_installed"]
-        and found["fix"] == "pip install 'edgemed[onnx]'"
-    )
+    assert found["possible"]
+    assert not found["runtime_installed"]
+    assert found["fix"] == "pip install 'edgemed[onnx]'"
 
 
 def test_fits_leaves_the_device_its_reserve():
     shared = read_device("jetson-orin-nano-8gb")
     own = read_device("rtx-4060-8gb")
-    assert fits(6 * GIB, shared) and not fits(7 * GIB, shared) and fits(7 * GIB, own)
+    assert fits(6 * GIB, shared)
+    assert not fits(7 * GIB, shared)
+    assert fits(7 * GIB, own)
     assert fits(1, Device("cpu", "cpu", True, {"memory": "here"})) is None
 
 

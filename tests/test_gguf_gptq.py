@@ -91,17 +91,19 @@ def test_codes_lie_where_ggml_reads_them(encoder, seen, kind):
     again = np.abs(scaled[..., None] - table).argmin(-1)
     exact = (step != 0).all(1)
     written(again)
-    assert exact.any() and np.array_equal(blocks[exact], before[exact])
+    assert exact.any()
+    assert np.array_equal(blocks[exact], before[exact])
 
 
 @pytest.mark.parametrize("kind", [*CODES, *CODEBOOKS])
 def test_what_is_left_is_less_than_llama_quantize_leaves(encoder, seen, kind):
-    weight, moment, inputs = seen
+    weight, moment, _inputs = seen
     root = Hessian(512)
     root.lower.copy_(moment)
     data, dense = round_blocks(encoder, kind, weight, root.root(0.01))
     theirs = llama_quantize(encoder, kind, weight, moment)
-    assert data.shape == theirs.shape and np.array_equal(expanded(kind, data), dense.numpy())
+    assert data.shape == theirs.shape
+    assert np.array_equal(expanded(kind, data), dense.numpy())
     errors = [
         output_error(weight, rounded, moment)
         for rounded in (dense, torch.from_numpy(expanded(kind, theirs)))
@@ -116,9 +118,8 @@ def test_floats_are_only_shortened(encoder, seen, kind, dtype):
     """What a row falls back to whose length no block divides."""
     weight, _, inputs = seen
     data, dense = rounding(encoder, kind, weight, inputs.root(0.01))
-    assert torch.equal(dense, weight.to(dtype).float()) and np.array_equal(
-        data, weight.to(dtype).view(torch.uint8).numpy()
-    )
+    assert torch.equal(dense, weight.to(dtype).float())
+    assert np.array_equal(data, weight.to(dtype).view(torch.uint8).numpy())
 
 
 def test_columns_are_swept_as_gptq_sweeps_them(encoder, seen):
@@ -142,10 +143,8 @@ def test_columns_are_swept_as_gptq_sweeps_them(encoder, seen):
             0, 1:
         ]
         left[:, column] = rounded
-    assert (
-        float((left.float() == dense).float().mean()) > 0.99
-        and float((left - dense).abs().max()) <= float(step.max()) * 1.01
-    )
+    assert float((left.float() == dense).float().mean()) > 0.99
+    assert float((left - dense).abs().max()) <= float(step.max()) * 1.01
 
 
 def exported(checkpoint: Checkpoint, out: Path, **values: object) -> Engine:
@@ -180,11 +179,9 @@ def test_a_trained_model_stays_nearer_to_its_source(tmp_path, kind):
     found = {way: divergence(checkpoint, engine, tokens) for way, engine in engines.items()}
     assert found["gptq"] < 0.8 * found["nearest"]
     notes = store.read_manifest(engines["gptq"].path)["notes"]
-    assert (
-        notes["integers"] == "gptq, on llama.cpp's types"
-        and len(notes["errors"]) == 24
-        and notes["errors"]["layers.5.down"]["output"] > 0
-    )
+    assert notes["integers"] == "gptq, on llama.cpp's types"
+    assert len(notes["errors"]) == 24
+    assert notes["errors"]["layers.5.down"]["output"] > 0
     assert not list(tmp_path.glob(".*"))
 
 
@@ -198,10 +195,8 @@ def test_a_budget_counts_with_what_gptq_leaves(tmp_path):
         )["notes"]["allocation"]
         for way in ("nearest", "gptq")
     }
-    assert (
-        facts["gptq"]["tensor_bytes"] <= facts["nearest"]["tensor_bytes"] * 1.01
-        and facts["gptq"]["expected_kl"] < 0.9 * facts["nearest"]["expected_kl"]
-    )
+    assert facts["gptq"]["tensor_bytes"] <= facts["nearest"]["tensor_bytes"] * 1.01
+    assert facts["gptq"]["expected_kl"] < 0.9 * facts["nearest"]["expected_kl"]
 
 
 @pytest.mark.parametrize("family", plugins.names("families"))
@@ -252,14 +247,16 @@ def test_a_killed_export_goes_on_with_the_same_result(tmp_path, monkeypatch):
     real = gguf_gptq.gptq_layer
     whole = exported(checkpoint, tmp_path / "whole", type="q3_k_m", rounding="gptq")
     killed(checkpoint, tmp_path / "again", monkeypatch, 4)
-    assert not (tmp_path / "again").exists() and len(list(tmp_path.glob(".again*-layers"))) == 1
+    assert not (tmp_path / "again").exists()
+    assert len(list(tmp_path.glob(".again*-layers"))) == 1
     monkeypatch.setattr(
         gguf_gptq,
         "gptq_layer",
         lambda weights, n, *rest: begun.append(n) or real(weights, n, *rest),
     )
     again = exported(checkpoint, tmp_path / "again", type="q3_k_m", rounding="gptq")
-    assert begun == [4, 5] and store.file_sha256(again.path / "model.gguf") == store.file_sha256(
+    assert begun == [4, 5]
+    assert store.file_sha256(again.path / "model.gguf") == store.file_sha256(
         whole.path / "model.gguf"
     )
     assert not list(tmp_path.glob(".*layers"))
@@ -275,7 +272,8 @@ def test_where_it_would_have_no_effect_it_is_refused(tmp_path):
         reason = llamacpp.supports(
             Weights(checkpoint), Params(**{**TEXT, "rounding": "gptq", **values})
         )
-        assert reason and said in reason
+        assert reason
+        assert said in reason
         with pytest.raises(EdgemedError, match=said):
             exported(checkpoint, tmp_path / "refused", rounding="gptq", **values)
 

@@ -44,26 +44,22 @@ def test_dry_run_takes_every_step(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = lines(tmp_path / "out.jsonl")
-    assert (
-        set(found) == {"machine", "quickstart-onnx-int4-cpu-64", "quickstart-tensorrt-fp16"}
-        and found["machine"]["bandwidth_gb_s"] > 0
-    )
+    assert set(found) == {"machine", "quickstart-onnx-int4-cpu-64", "quickstart-tensorrt-fp16"}
+    assert found["machine"]["bandwidth_gb_s"] > 0
     line = found["quickstart-onnx-int4-cpu-64"]
-    assert (
-        line["ok"]
-        and line["parity"]["passed"]
-        and line["dry_run"]
-        and line["random_weights"] is False
-    )
+    assert line["ok"]
+    assert line["parity"]["passed"]
+    assert line["dry_run"]
+    assert line["random_weights"] is False
     (numbers,) = line["by_prompt"].values()
-    assert (
-        numbers["new"] == 4
-        and len(numbers["decode_tokens_per_second"]["rounds"]) == 2
-        and numbers["decode_joules_per_token"] is None
-    )
-    assert 0 < line["share_of_bandwidth"]["16"] and line["gpu_memory_bytes"] is None
+    assert numbers["new"] == 4
+    assert len(numbers["decode_tokens_per_second"]["rounds"]) == 2
+    assert numbers["decode_joules_per_token"] is None
+    assert line["share_of_bandwidth"]["16"] > 0
+    assert line["gpu_memory_bytes"] is None
     refused = found["quickstart-tensorrt-fp16"]
-    assert not refused["ok"] and "TensorRT is not installed" in refused["error"]
+    assert not refused["ok"]
+    assert "TensorRT is not installed" in refused["error"]
 
 
 def test_a_used_up_budget_is_written_down(tmp_path: Path) -> None:
@@ -79,7 +75,9 @@ def test_a_used_up_budget_is_written_down(tmp_path: Path) -> None:
         1,
     )
     line = lines(tmp_path / "out.jsonl")["quickstart-onnx-int4-cpu-64"]
-    assert done.returncode == 0 and not line["ok"] and "budget is used up" in line["error"]
+    assert done.returncode == 0
+    assert not line["ok"]
+    assert "budget is used up" in line["error"]
 
 
 def test_without_a_gpu_both_say_so(tmp_path: Path) -> None:
@@ -92,9 +90,11 @@ def test_without_a_gpu_both_say_so(tmp_path: Path) -> None:
     )
     if "nvidia-smi" not in shell.stderr:
         pytest.skip("there is an NVIDIA GPU here")
-    assert shell.returncode == 1 and "no nvidia-smi" in shell.stderr
+    assert shell.returncode == 1
+    assert "no nvidia-smi" in shell.stderr
     done = run("--work", tmp_path / "work")
-    assert done.returncode == 1 and "--dry-run takes every step on the CPU" in done.stderr
+    assert done.returncode == 1
+    assert "--dry-run takes every step on the CPU" in done.stderr
 
 
 def test_an_engine_that_sees_is_timed_seeing(tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ def test_an_engine_that_sees_is_timed_seeing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])["by_image"]
-    assert seen["features"] == 256 and all(
+    assert seen["features"] == 256
+    assert all(
         len(seen[f"{part}_seconds"]["rounds"]) == 2 and seen[f"{part}_seconds"]["median"] > 0
         for part in ("preprocess", "tower", "projector")
     )
@@ -131,4 +132,6 @@ def test_an_engine_that_sees_is_timed_seeing(tmp_path: Path) -> None:
 def test_the_script_is_valid_and_bounded() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "bench" / "gpu.sh")], check=True)
     text = (ROOT / "bench" / "gpu.sh").read_text()
-    assert "set -euo pipefail" in text and "BUDGET:-540" in text and "timeout" in text
+    assert "set -euo pipefail" in text
+    assert "BUDGET:-540" in text
+    assert "timeout" in text

@@ -14,21 +14,21 @@ from conftest import write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
 
-from edgemed.activations import Activations  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.data import read_jsonl  # noqa: E402
-from edgemed.decoder import TorchSession, block, load_layer, norm, shown, top  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.importance import importance  # noqa: E402
-from edgemed.layerwise import awq_layer, gptq_layer, integers  # noqa: E402
-from edgemed.sensitivity import sensitivities  # noqa: E402
-from edgemed.sights import album_of, calibration, calibration_digests, pictured  # noqa: E402
-from edgemed.smooth import smooth_layer  # noqa: E402
-from edgemed.steps import quantize  # noqa: E402
-from edgemed.tokenizer import encode, open_tokenizer  # noqa: E402
-from edgemed.images import prompt_tokens  # noqa: E402
-from edgemed.tower import TorchEyes  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed.activations import Activations
+from edgemed.checkpoint import open_checkpoint
+from edgemed.data import read_jsonl
+from edgemed.decoder import TorchSession, block, load_layer, norm, shown, top
+from edgemed.errors import EdgemedError
+from edgemed.images import prompt_tokens
+from edgemed.importance import importance
+from edgemed.layerwise import awq_layer, gptq_layer, integers
+from edgemed.sensitivity import sensitivities
+from edgemed.sights import album_of, calibration, calibration_digests, pictured
+from edgemed.smooth import smooth_layer
+from edgemed.steps import quantize
+from edgemed.tokenizer import encode, open_tokenizer
+from edgemed.tower import TorchEyes
+from edgemed.weights import Weights
 
 CARD = "vqa-rad-questions"
 SAMPLES = 3
@@ -61,7 +61,8 @@ def test_a_window_is_the_beginning_of_its_turns(weights: Weights, windows: list)
     ids = []
     images = []
     tokens, seen = windows[0]
-    assert len(windows) == SAMPLES and all(
+    assert len(windows) == SAMPLES
+    assert all(
         len(t) == LENGTH == p.positions.shape[1] and len(p.features) == t.count(p.token)
         for t, p in windows
     )
@@ -77,11 +78,9 @@ def test_a_window_is_the_beginning_of_its_turns(weights: Weights, windows: list)
         images.append(album.open(row["image"]))
     whole, pictures = eyes.see(ids, images)
     assert len(images) > 1, "a window that holds one turn would not show how they are joined"
-    assert (
-        tokens == whole[:LENGTH]
-        and np.array_equal(seen.positions, pictures.positions[:, :LENGTH])
-        and np.array_equal(seen.features, pictures.features[: len(seen.features)])
-    )
+    assert tokens == whole[:LENGTH]
+    assert np.array_equal(seen.positions, pictures.positions[:, :LENGTH])
+    assert np.array_equal(seen.features, pictures.features[: len(seen.features)])
     assert (seen.positions[0] != np.arange(LENGTH)).any(), (
         "an image takes less room in positions than it has tokens"
     )
@@ -171,20 +170,16 @@ def test_a_model_that_sees_is_quantized_on_images(sees: Path, tmp_path: Path, me
     )
     (tmp_path / "packed").mkdir()
     notes = quantize.run(open_checkpoint(sees), tmp_path / "packed", params)
-    assert (
-        set(quantize.inputs(params)) == {"calibration", "images"}
-        and Weights(open_checkpoint(tmp_path / "packed")).vision
-    )
+    assert set(quantize.inputs(params)) == {"calibration", "images"}
+    assert Weights(open_checkpoint(tmp_path / "packed")).vision
     assert all(0 < found["output"] < 0.2 for found in notes["errors"].values())
 
 
 def test_several_sets_take_turns(weights: Weights, windows: list) -> None:
     mixed = calibration(weights, f"{CARD},medquad-answers", 5, LENGTH)
     assert [pictures is not None for _, pictures in mixed] == [True, False, True, False, True]
-    assert (
-        mixed[2][0] == windows[1][0]
-        and mixed[3] == calibration(weights, "medquad-answers", 2, LENGTH)[1]
-    )
+    assert mixed[2][0] == windows[1][0]
+    assert mixed[3] == calibration(weights, "medquad-answers", 2, LENGTH)[1]
     assert set(calibration_digests(f"medquad-answers,{CARD}")) == {
         "calibration",
         "calibration 2",
@@ -195,9 +190,8 @@ def test_several_sets_take_turns(weights: Weights, windows: list) -> None:
 def test_a_file_with_a_comma_in_its_name_is_one_set(weights: Weights, tmp_path: Path) -> None:
     file = tmp_path / "notes, 2026.jsonl"
     file.write_text(json.dumps({"text": "a" * 64}) + "\n")
-    assert len(calibration(weights, str(file), 1, 32)) == 1 and set(
-        calibration_digests(str(file))
-    ) == {"calibration"}
+    assert len(calibration(weights, str(file), 1, 32)) == 1
+    assert set(calibration_digests(str(file))) == {"calibration"}
 
 
 def test_bad_input(weights: Weights, tmp_path: Path) -> None:

@@ -12,16 +12,16 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.family import Vision  # noqa: E402
-from edgemed.image_files import open_image  # noqa: E402
+from edgemed.errors import EdgemedError
+from edgemed.family import Vision
+from edgemed.image_files import open_image
 from edgemed.images import (
     axial_positions,
     feature_count,
     fitted_size,
     patches,
     token_positions,
-)  # noqa: E402
+)
 
 SEES = Vision(
     width=32,
@@ -80,7 +80,8 @@ def test_a_square_tower_gets_a_padded_square() -> None:
     assert (found.rows, found.columns, found.pixels.shape) == (2, 2, (4, 588))
     # The first row of pixels is padding: the mean colour, which is nearly zero after normalisation;
     # the middle is white.
-    assert abs(found.pixels[0, 0]) < 0.02 and found.pixels.max() > 1.5
+    assert abs(found.pixels[0, 0]) < 0.02
+    assert found.pixels.max() > 1.5
 
 
 def test_positions_of_patches_and_of_tokens() -> None:
@@ -91,7 +92,8 @@ def test_positions_of_patches_and_of_tokens() -> None:
     # behind it at 2 + 3.
     placed = token_positions([1, 1, *[9] * 6, 1], 9, [(2, 3)], 3)
     assert placed[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 5]
-    assert placed[1].tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 5] and placed[2].tolist() == [
+    assert placed[1].tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 5]
+    assert placed[2].tolist() == [
         0,
         1,
         2,
@@ -122,7 +124,8 @@ def test_every_kind_of_file_becomes_rgb(tmp_path: Path) -> None:
     assert clear.getpixel((0, 0)) == (255, 255, 255)  # transparent shows the white behind it
     ramp = Image.fromarray(np.linspace(1000, 3000, 256).astype(np.uint16).reshape(16, 16))
     grey = np.asarray(open_image(saved(tmp_path, "deep.png", ramp)))
-    assert (grey.min(), grey.max()) == (0, 255) and np.array_equal(grey[..., 0], grey[..., 2])
+    assert (grey.min(), grey.max()) == (0, 255)
+    assert np.array_equal(grey[..., 0], grey[..., 2])
     frames = [Image.new("P", (5, 5), shade) for shade in (10, 200)]
     assert open_image(
         saved(tmp_path, "moving.gif", frames[0], save_all=True, append_images=frames[1:])
@@ -207,7 +210,9 @@ def test_dicom_is_shown_through_its_window(tmp_path: Path) -> None:
         WindowWidth=100,
     )
     shown = np.asarray(open_image(file))[..., 0].astype(int).reshape(-1)
-    assert shown[:149].max() == 0 and shown[251:].min() == 255 and abs(shown[200] - 128) <= 2
+    assert shown[:149].max() == 0
+    assert shown[251:].min() == 255
+    assert abs(shown[200] - 128) <= 2
     assert (np.diff(shown) >= 0).all()
 
 
@@ -219,7 +224,8 @@ def test_monochrome1_is_turned_over(tmp_path: Path) -> None:
         ).astype(int)
         for kind in ("MONOCHROME2", "MONOCHROME1")
     )
-    assert np.array_equal(plain + turned, np.full(plain.shape, 255)) and plain[0, 0, 0] == 0
+    assert np.array_equal(plain + turned, np.full(plain.shape, 255))
+    assert plain[0, 0, 0] == 0
 
 
 def test_colour_and_several_frames(tmp_path: Path) -> None:
@@ -234,7 +240,8 @@ def test_colour_and_several_frames(tmp_path: Path) -> None:
     )
     film = np.stack([np.full((4, 4), 10, np.uint8), np.arange(16, dtype=np.uint8).reshape(4, 4)])
     file = dicom(tmp_path / "film.dcm", film)
-    assert read_dicom(file, 1).max() == 255 and read_dicom(file, 0).max() == 0
+    assert read_dicom(file, 1).max() == 255
+    assert read_dicom(file, 0).max() == 0
     with pytest.raises(EdgemedError, match="has 2 frames, number 2 was asked for"):
         read_dicom(file, 2)
 

@@ -17,16 +17,16 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from edgemed import store  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.kv_scales import kv_scales  # noqa: E402
-from edgemed.random_weights import make_random  # noqa: E402
-from edgemed.targets import onnx as target  # noqa: E402
-from edgemed.targets.onnx import Params  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import store
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.kv_scales import kv_scales
+from edgemed.random_weights import make_random
+from edgemed.targets import onnx as target
+from edgemed.targets.onnx import Params
+from edgemed.weights import Weights
 
 FAMILIES = {
     "gpt2": {},

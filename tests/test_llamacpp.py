@@ -18,20 +18,20 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from edgemed import gguf_file, importance, llama, plugins  # noqa: E402
-from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint  # noqa: E402
-from edgemed.decoder import logits  # noqa: E402
-from edgemed.engine import Engine, export, open_engine  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.family import all_families  # noqa: E402
-from edgemed.gguf_layout import NAMES  # noqa: E402
-from edgemed.gguf_types import FILE_TYPES, Model, needs_imatrix, tensor_types  # noqa: E402
-from edgemed.grid import rtn  # noqa: E402
-from edgemed.random_weights import make_random  # noqa: E402
-from edgemed.store import file_sha256, read_manifest  # noqa: E402
-from edgemed.targets import llamacpp  # noqa: E402
-from edgemed.targets.llamacpp import Params  # noqa: E402
-from edgemed.weights import Packed, Weights, pack  # noqa: E402
+from edgemed import gguf_file, importance, llama, plugins
+from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
+from edgemed.decoder import logits
+from edgemed.engine import Engine, export, open_engine
+from edgemed.errors import EdgemedError
+from edgemed.family import all_families
+from edgemed.gguf_layout import NAMES
+from edgemed.gguf_types import FILE_TYPES, Model, needs_imatrix, tensor_types
+from edgemed.grid import rtn
+from edgemed.random_weights import make_random
+from edgemed.store import file_sha256, read_manifest
+from edgemed.targets import llamacpp
+from edgemed.targets.llamacpp import Params
+from edgemed.weights import Packed, Weights, pack
 
 CONFIG = {
     "model_type": "gpt2",
@@ -73,7 +73,8 @@ def test_f32_logits_prefill_step_and_rewind(model: Checkpoint, engine: Engine) -
     session = engine.open(2)
     try:
         found = session.prefill(TOKENS, every=True)
-        assert found.shape == right.shape and np.abs(found - right).max() < 5e-3
+        assert found.shape == right.shape
+        assert np.abs(found - right).max() < 5e-3
         assert (found.argmax(-1) == right.argmax(-1)).all()
         session.rewind(0)
         assert np.abs(session.prefill(TOKENS[:550])[0] - right[549]).max() < 5e-3
@@ -114,7 +115,8 @@ def test_quantized_files_run(model: Checkpoint, tmp_path: Path, kind: str, large
     finally:
         session.close()
     assert 5e-3 < error < largest
-    assert engine.precision == kind.upper() and engine.random_weights
+    assert engine.precision == kind.upper()
+    assert engine.random_weights
     assert engine.bytes_per_token < (engine.path / "model.gguf").stat().st_size
 
 
@@ -332,15 +334,14 @@ def test_importance_changed_in_place_makes_a_new_engine(
     first, again = (
         read_manifest(export(model, "llamacpp", params, tmp_path / "first").path) for _ in range(2)
     )
-    assert first == again and first["inputs"]["imatrix"] == file_sha256(file)
+    assert first == again
+    assert first["inputs"]["imatrix"] == file_sha256(file)
     importance.save(file, {name: values[::-1] for name, values in columns.items()})
     with pytest.raises(EdgemedError, match="made from other inputs"):
         export(model, "llamacpp", params, tmp_path / "first")
     second = read_manifest(export(model, "llamacpp", params, tmp_path / "second").path)
-    assert (
-        first["key"] != second["key"]
-        and first["files"]["model.gguf"] != second["files"]["model.gguf"]
-    )
+    assert first["key"] != second["key"]
+    assert first["files"]["model.gguf"] != second["files"]["model.gguf"]
 
 
 def test_low_bits_need_importance(model: Checkpoint, tmp_path: Path) -> None:
@@ -395,9 +396,8 @@ def test_rules_for_shared_key_heads_and_odd_rows() -> None:
         "output_norm.weight": "F32",
     }
     assert set(fallbacks) == {"token_embd.weight", "blk.0.ffn_down.weight"}
-    assert needs_imatrix("blk.0.ffn_up.weight", "Q2_K", "q2_k_s") and not needs_imatrix(
-        "blk.0.ffn_up.weight", "Q2_K", "q2_k"
-    )
+    assert needs_imatrix("blk.0.ffn_up.weight", "Q2_K", "q2_k_s")
+    assert not needs_imatrix("blk.0.ffn_up.weight", "Q2_K", "q2_k")
     assert not needs_imatrix("token_embd.weight", "IQ2_S", "iq2_m")
 
 
@@ -467,7 +467,8 @@ def test_from_checkpoint_carries_the_integers(
         _, layer, part = name.split(".")
         tensor = found[f"blk.{layer}.{NAMES[part][0]}.weight"]
         matrix = weights.matrix(name)
-        assert isinstance(matrix, Packed) and tensor.tensor_type.name == kind
+        assert isinstance(matrix, Packed)
+        assert tensor.tensor_type.name == kind
         assert np.array_equal(
             gguf.dequantize(tensor.data, tensor.tensor_type), matrix.dense().numpy()
         )
@@ -552,7 +553,8 @@ def test_heads(model: Checkpoint, tmp_path: Path, outputs: int, head: str) -> No
     session = engine.open(2)
     try:
         found = session.prefill(TOKENS[:600])
-        assert found.shape == (1, outputs) and np.abs(found[0] - right[-1]).max() < 5e-3
+        assert found.shape == (1, outputs)
+        assert np.abs(found[0] - right[-1]).max() < 5e-3
         session.rewind(20)
         assert np.abs(session.step(TOKENS[20]) - right[20]).max() < 5e-3
         session.rewind(0)
@@ -614,10 +616,8 @@ def test_tokenizer_travels_in_the_file(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "model"), "llamacpp", Params("q8_0"), tmp_path / "engine"
     )
     fields = gguf.GGUFReader(engine.path / "model.gguf").fields
-    assert (
-        fields["tokenizer.ggml.pre"].contents() == "gpt-2"
-        and len(fields["tokenizer.ggml.tokens"].contents()) == 512
-    )
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 512
     session = engine.open(1)
     lib = session.lib
     text = "The adult's pressure: 37.5  mmHg\n and é"

@@ -16,17 +16,17 @@ from conftest import TINY_CLIP, write_tokenizer
 Image = pytest.importorskip("PIL.Image")
 torch = pytest.importorskip("torch")
 
-from edgemed import plugins  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.families.llava import FAMILY  # noqa: E402
-from edgemed.images import fitted_size, patches, prompt_tokens, resized  # noqa: E402
-from edgemed.session import Sampling, generate  # noqa: E402
-from edgemed.tower import TorchEyes, features  # noqa: E402
-from edgemed.vision import VisionSession  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import plugins
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.families.llava import FAMILY
+from edgemed.images import fitted_size, patches, prompt_tokens, resized
+from edgemed.session import Sampling, generate
+from edgemed.tower import TorchEyes, features
+from edgemed.vision import VisionSession
+from edgemed.weights import Weights
 
 VOCAB = 288
 IMAGE = 258
@@ -229,11 +229,13 @@ def test_every_layout_gives_transformers_numbers(tmp_path: Path, text: str) -> N
     )
     for name, path in layouts.items():
         weights = Weights(open_checkpoint(path))
-        assert weights.vision.layers == 2 and weights.vision.spare == 1, name
+        assert weights.vision.layers == 2, name
+        assert weights.vision.spare == 1, name
         found = patches(noise(2), weights.vision)
         tower, seen, pixels = their_features(model, found, weights.vision)
         ours = features(weights, found)
-        assert close(ours["tower"], tower) < 1e-4 and close(ours["features"], seen) < 1e-4, name
+        assert close(ours["tower"], tower) < 1e-4, name
+        assert close(ours["features"], seen) < 1e-4, name
         ids = [5, 6, *[IMAGE] * 16, 7, 8, 9]
         with torch.inference_mode():
             right = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].numpy()
@@ -279,10 +281,8 @@ def test_exact_engine_sees_as_transformers(exact: tuple[Engine, Any, float]) -> 
         for seed, size in enumerate([(60, 60), (100, 37), (30, 200)]):
             found = patches(noise(seed, *size), eyes.v)
             tower, seen, pixels = their_features(model, found, eyes.v)
-            assert (
-                close(eyes.run_tower(found), tower) < 1e-4
-                and close(eyes.run_projector(tower.numpy()), seen) < 1e-4
-            )
+            assert close(eyes.run_tower(found), tower) < 1e-4
+            assert close(eyes.run_projector(tower.numpy()), seen) < 1e-4
             tokens, pictures = eyes.see([5, 6, IMAGE, 7, 8, 9], [noise(seed, *size)])
             with torch.inference_mode():
                 right = (
@@ -315,11 +315,9 @@ def test_two_images_in_one_prompt(exact: tuple[Engine, Any, float]) -> None:
     try:
         text = FAMILY.chat("Which is larger?", 2, eyes.v.conversation)
         ids = prompt_tokens(engine.tokenizer(), text, eyes.v)
-        assert (
-            ids[0] == 1
-            and ids.count(IMAGE) == 2
-            and engine.tokenizer().decode(ids[1:], skip_special_tokens=False) == text
-        )
+        assert ids[0] == 1
+        assert ids.count(IMAGE) == 2
+        assert engine.tokenizer().decode(ids[1:], skip_special_tokens=False) == text
         tokens, pictures = eyes.see(ids, [noise(1), noise(2)])
         pixels = torch.cat(
             [their_features(model, patches(noise(seed), eyes.v), eyes.v)[2] for seed in (1, 2)]
@@ -337,7 +335,7 @@ def test_two_images_in_one_prompt(exact: tuple[Engine, Any, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "target,params,most",
+    ("target", "params", "most"),
     [
         ("onnx", {"precision": "int8", "group": 32, "tower": "int8"}, 0.05),
         ("onnx", {"precision": "int4", "group": 32}, 0.25),
@@ -452,10 +450,8 @@ def test_merge_keeps_the_tower(seeing: Path, tmp_path: Path, alpha: float) -> No
     )
     assert notes["check_written"]["max_abs_error"] < 1e-4
     done = Weights(open_checkpoint(tmp_path / "merged"))
-    assert (
-        done.vision == weights.vision
-        and (tmp_path / "merged" / "preprocessor_config.json").is_file()
-    )
+    assert done.vision == weights.vision
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
     for name in weights.parts:
         if name.startswith("vision.") and weights.parts[name].kind == "matrix":
             assert torch.equal(done.matrix(name).dense(), weights.matrix(name).dense())
@@ -511,13 +507,15 @@ def test_quantize_keeps_the_tower(seeing: Path, tmp_path: Path, method: str) -> 
         ),
     )
     done = Weights(open_checkpoint(tmp_path / "packed"))
-    assert done.vision == source.vision and done.parts.keys() == source.parts.keys()
+    assert done.vision == source.vision
+    assert done.parts.keys() == source.parts.keys()
     for name, part in source.parts.items():
         if name.startswith("vision.") and part.kind == "matrix":
             assert torch.equal(
                 done.matrix(name).dense(), source.matrix(name).dense().half().float()
             ), name
-    assert "qweight" in str(sorted(done.checkpoint.tensors)) and not [
+    assert "qweight" in str(sorted(done.checkpoint.tensors))
+    assert not [
         key
         for key in done.checkpoint.tensors
         if key.endswith("qweight") and ("vis" in key or "projector" in key)
@@ -529,9 +527,9 @@ def test_quantize_keeps_the_tower(seeing: Path, tmp_path: Path, method: str) -> 
     session = engine.open(1)
     eyes = VisionSession(engine, 1)
     tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8], [noise(5, 80, 60)])
+    assert engine.precision == "int8 g32"
     assert (
-        engine.precision == "int8 g32"
-        and np.abs(
+        np.abs(
             session.prefill(tokens, every=True, pictures=pictures) - asked(tmp_path / "packed")
         ).mean()
         < 0.05
@@ -640,7 +638,7 @@ def test_authors_layout_from_text_to_answer(model: tuple[Path, Any], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "config,form,text",
+    ("config", "form", "text"),
     [
         (
             authors_config("llava_llama"),
@@ -675,7 +673,8 @@ def test_authors_layout_from_text_to_answer(model: tuple[Path, Any], tmp_path: P
 )
 def test_conversation_forms(config: dict[str, Any], form: str, text: str) -> None:
     v = FAMILY.vision(config, {}, {})
-    assert v.conversation == form and FAMILY.chat(" Why?\n", 1, form) == text
+    assert v.conversation == form
+    assert FAMILY.chat(" Why?\n", 1, form) == text
     assert v.start == ((1,) if form in ("vicuna", "mistral") else ())
     assert FAMILY.chat("Why?", 3, form).count("<image>\n") == 3
 
@@ -688,9 +687,8 @@ def test_numbers_of_the_published_models() -> None:
     # 1) + 3584 * (3584 + 1)
     assert parameters(weights) == 7_615_616_512 + 303_507_456 + 3584 * 1025 + 3584 * 3585
     v = weights.vision
-    assert (v.layers, v.spare, (v.size // v.patch) ** 2) == (23, 1, 576) and seen(
-        weights
-    ) < 303_507_456 + 3584 * 4610
+    assert (v.layers, v.spare, (v.size // v.patch) ** 2) == (23, 1, 576)
+    assert seen(weights) < 303_507_456 + 3584 * 4610
     assert inspect("random:llava")["family"] == "llava"
     # llava-hf/llava-1.5-7b-hf's config.json says of its text model only what differs from
     # LlamaConfig
@@ -754,10 +752,8 @@ def test_a_tower_in_a_folder_of_its_own(model: tuple[Path, Any], tmp_path: Path)
     (path / "vision_tower" / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.5, 0.5], "size": 56, "crop_size": 56})
     )
-    assert (
-        Weights(open_checkpoint(path)).vision.mean == (0.5, 0.5, 0.5)
-        and "vision_tower/pytorch_model.bin" in open_checkpoint(path).hashes()
-    )
+    assert Weights(open_checkpoint(path)).vision.mean == (0.5, 0.5, 0.5)
+    assert "vision_tower/pytorch_model.bin" in open_checkpoint(path).hashes()
     (path / "vision_tower" / "preprocessor_config.json").unlink()
     config = authors_config(image_aspect_ratio="square")
     (path / "config.json").write_text(json.dumps(config))
@@ -768,7 +764,7 @@ def test_a_tower_in_a_folder_of_its_own(model: tuple[Path, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "change,said",
+    ("change", "said"),
     [
         ({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported"),
         (
@@ -792,7 +788,7 @@ def test_configs_that_are_refused(change: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change,said",
+    ("change", "said"),
     [
         ({"text_config": {"model_type": "gemma"}}, "a text model of type 'gemma' is not supported"),
         (
@@ -816,7 +812,7 @@ def test_configs_of_transformers_that_are_refused(change: dict[str, Any], said: 
 
 
 @pytest.mark.parametrize(
-    "preprocessor,said",
+    ("preprocessor", "said"),
     [
         ({"resample": 2}, "resample 2"),
         ({"size": {"shortest_edge": 224}}, "size {'shortest_edge': 224}"),
@@ -958,7 +954,9 @@ def test_every_kind_of_image_file_becomes_features(
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     for name in ("cmyk.jpg", "deep.png", "dot.png", "moving.gif"):
         found, grid = eyes.features(open_image(tmp_path / name))
-        assert found.shape == (16, 64) and np.isfinite(found).all() and grid == (4, 4)
+        assert found.shape == (16, 64)
+        assert np.isfinite(found).all()
+        assert grid == (4, 4)
 
 
 def test_one_size_only(model: tuple[Path, Any], tmp_path: Path) -> None:

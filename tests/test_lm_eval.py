@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CONTEXT, EOS, ROOT
+
 from edgemed import store
 from edgemed.errors import EdgemedError
 
@@ -46,7 +47,8 @@ def test_everything_else_in_the_peer_environment() -> None:
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 0 and "2 skipped" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "2 skipped" in done.stdout, done.stdout[-3000:]
 
 
 # --- how lm_eval learns of the model
@@ -58,9 +60,8 @@ def test_package_announces_the_model() -> None:
         "edgemed": "edgemed.lm_eval:EngineLM"
     }
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert {"edgemed_lm_eval.pth", "edgemed_lm_eval_hook.py"} <= set(included.values()) and all(
-        (ROOT / file).exists() for file in included
-    )
+    assert {"edgemed_lm_eval.pth", "edgemed_lm_eval_hook.py"} <= set(included.values())
+    assert all((ROOT / file).exists() for file in included)
     assert (ROOT / "startup" / "edgemed_lm_eval.pth").read_text() == "import edgemed_lm_eval_hook\n"
 
 
@@ -201,8 +202,10 @@ def test_loglikelihood(lm: Any, plain: Any) -> None:
     for (context, continuation), (score, greedy) in zip(PAIRS, found, strict=True):
         moved = context[len(context.rstrip()) :]
         right = expected(plain, tokens(context.rstrip()) or [EOS], tokens(moved + continuation))
-        assert abs(score - right[0]) < 2e-3 and greedy is right[1], (context[:20], continuation)
-    assert found[0] == found[8] and found[3] == found[11]
+        assert abs(score - right[0]) < 2e-3, (context[:20], continuation)
+        assert greedy is right[1], (context[:20], continuation)
+    assert found[0] == found[8]
+    assert found[3] == found[11]
     again = lm.loglikelihood(ask("loglikelihood", *PAIRS[::-1]), disable_tqdm=True)
     assert all(abs(a[0] - b[0]) < 2e-3 for a, b in zip(again[::-1], found, strict=True)), (
         "the order of requests must not matter"
@@ -236,10 +239,8 @@ def test_rolling(lm: Any, plain: Any) -> None:
     found = lm.loglikelihood_rolling(
         ask("loglikelihood_rolling", (text,), ("Hi",)), disable_tqdm=True
     )
-    assert (
-        abs(found[0] - right) < 2e-2
-        and abs(found[1] - expected(plain, [EOS], lm.tok_encode("Hi"))[0]) < 2e-3
-    )
+    assert abs(found[0] - right) < 2e-2
+    assert abs(found[1] - expected(plain, [EOS], lm.tok_encode("Hi"))[0]) < 2e-3
 
 
 @real
@@ -270,7 +271,8 @@ def test_generation(lm: Any, plain: Any) -> None:
         ask("generate_until", (contexts[0], {"max_gen_toks": 12, "until": [whole[4]]})),
         disable_tqdm=True,
     )
-    assert cut == whole.split(whole[4])[0] and lm.session.position < CONTEXT
+    assert cut == whole.split(whole[4])[0]
+    assert lm.session.position < CONTEXT
     assert (
         abs(
             lm.loglikelihood(ask("loglikelihood", PAIRS[0]), disable_tqdm=True)[0][0]
@@ -288,9 +290,8 @@ def test_generation(lm: Any, plain: Any) -> None:
         )
         for _ in range(2)
     ]
-    assert sampled[0] == sampled[1] and sampled[0][0] != sampled[0][1], (
-        "repeats differ, and a second run says the same"
-    )
+    assert sampled[0] == sampled[1], "repeats differ, and a second run says the same"
+    assert sampled[0][0] != sampled[0][1], "repeats differ, and a second run says the same"
     with pytest.raises(EdgemedError, match="'num_beams' is not supported"):
         lm.generate_until(ask("generate_until", (contexts[0], {"num_beams": 4})), disable_tqdm=True)
     with pytest.raises(EdgemedError, match="leave no room"):
@@ -342,8 +343,9 @@ def test_every_prompt_is_worded_as_lm_evals_own(
     """
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    from edgemed.task import describe, questions
     from lm_eval.tasks import TaskManager, get_task_dict
+
+    from edgemed.task import describe, questions
 
     parity = importlib.import_module("lm_eval_parity")
     asked = {ours: questions(ours) for ours, _, _ in parity.TASKS}
@@ -425,7 +427,8 @@ def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
     (file,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(file.read_text())
     opened = open_engine(engine)
-    assert results["config"]["engine_key"] == opened.key and "acc,none" in results["results"]["toy"]
+    assert results["config"]["engine_key"] == opened.key
+    assert "acc,none" in results["results"]["toy"]
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     found = {
         row["doc"]["q"]: [float(answer[0][0]) for answer in row["resps"]]

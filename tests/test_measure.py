@@ -44,29 +44,25 @@ def quick(tmp_path_factory):
 def test_a_measured_machine_is_a_device(quick):
     out, said = quick
     device = read_device(str(out))
-    assert (
-        device.name == "here"
-        and said["file"] == str(out)
-        and any("GPU" in reason for reason in said["skipped"])
-    )
-    assert (
-        1 < device.achievable_gb_s < 5000
-        and 0.001 < device.achieved["fp32"] < 500
-        and 0 < device.launch_us < 1000
-    )
-    assert 0 < device.usable_gb <= device.memory_gb and "1: " in device.bandwidth_note
+    assert device.name == "here"
+    assert said["file"] == str(out)
+    assert any("GPU" in reason for reason in said["skipped"])
+    assert 1 < device.achievable_gb_s < 5000
+    assert 0.001 < device.achieved["fp32"] < 500
+    assert 0 < device.launch_us < 1000
+    assert 0 < device.usable_gb <= device.memory_gb
+    assert "1: " in device.bandwidth_note
     for field, part in SOURCE_OF.items():
         assert not getattr(device, field) or "measured on the machine itself" in device.source[part]
-    assert "numpy" in device.source["bandwidth"] and "quick" in device.source["bandwidth"]
+    assert "numpy" in device.source["bandwidth"]
+    assert "quick" in device.source["bandwidth"]
 
 
 def test_a_plan_rests_on_the_measured_machine(quick):
     found = plan.plan("random:biomedlm", str(quick[0]), plan.Wishes(context=1024, precision="int4"))
-    assert (
-        found["device"] == "here"
-        and found["recommended"]["target"] == "onnx"
-        and not any("data sheet" in note for note in found["notes"])
-    )
+    assert found["device"] == "here"
+    assert found["recommended"]["target"] == "onnx"
+    assert not any("data sheet" in note for note in found["notes"])
     device = read_device(str(quick[0]))
     bound = device.achievable_gb_s * 1e9 / (found["recommended"]["weights_mb"] * 0.85e6)
     assert found["recommended"]["tokens_per_s"] < bound
@@ -91,18 +87,17 @@ def test_options_of_measure_want_measure():
         text=True,
         cwd=ROOT,
     )
-    assert done.returncode == 1 and "belong to --measure" in done.stderr
+    assert done.returncode == 1
+    assert "belong to --measure" in done.stderr
 
 
 def test_without_onnxruntime_float32_is_measured_by_numpy(monkeypatch):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     skipped: list[str] = []
     [(name, run)] = list(measure._products(2, skipped))
-    assert (
-        name == "fp32"
-        and sum(block.shape[1] for block in run()) == measure.SIZE
-        and "edgemed[onnx]" in skipped[0]
-    )
+    assert name == "fp32"
+    assert sum(block.shape[1] for block in run()) == measure.SIZE
+    assert "edgemed[onnx]" in skipped[0]
     assert measure.best(measure._call(), 0.01) < 0.01
 
 
@@ -185,18 +180,14 @@ def fake_torch(major):
 def test_a_gpu_is_measured_through_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "need", lambda name, extra: fake_torch(8))
     values = measure.gpu_values(0.0, [])
-    assert (
-        values["compute_capability"] == "8.7"
-        and values["shared_memory"]
-        and values["gpu_mhz"] == 1300
-        and set(values["achieved"]) == {"fp32", "fp16", "bf16", "int8"}
-    )
+    assert values["compute_capability"] == "8.7"
+    assert values["shared_memory"]
+    assert values["gpu_mhz"] == 1300
+    assert set(values["achieved"]) == {"fp32", "fp16", "bf16", "int8"}
     file = tmp_path / "gpu.yaml"
     measure.write_device({"source": {"memory": "m"}, **values}, file)
-    assert (
-        yaml.safe_load(file.read_text())["usable_gb"] == 5.0
-        and read_device(str(file)).gpu == "NVIDIA Test"
-    )
+    assert yaml.safe_load(file.read_text())["usable_gb"] == 5.0
+    assert read_device(str(file)).gpu == "NVIDIA Test"
     monkeypatch.setattr(measure, "need", lambda name, extra: fake_torch(7))
     assert "int8" not in measure.gpu_values(0.0, [])["achieved"]
 
@@ -207,8 +198,6 @@ def test_a_real_gpu_is_within_physics():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
     values = measure.gpu_values(0.5, [])
-    assert (
-        10 < values["achievable_gb_s"] < 20000
-        and values["achieved"]["fp16"] > 0.5 * values["achieved"]["fp32"]
-        and 0 < values["launch_us"] < 1000
-    )
+    assert 10 < values["achievable_gb_s"] < 20000
+    assert values["achieved"]["fp16"] > 0.5 * values["achieved"]["fp32"]
+    assert 0 < values["launch_us"] < 1000

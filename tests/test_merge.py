@@ -113,7 +113,8 @@ def test_the_written_checkpoint_loads_in_transformers(base, tmp_path):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.path, output_loading_info=True
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert "lm_head.weight" not in checkpoint.tensors
     with torch.no_grad():
         assert (model(input_ids=TOKENS).logits - expected).abs().max() < 1e-4
@@ -177,7 +178,8 @@ def test_a_choice_head_stored_under_biomedlms_name(base, tmp_path):
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
     checkpoint, notes = merged(source, tmp_path / "out", path)
     weights = Weights(checkpoint)
-    assert weights.decoder.head == "choice" and torch.equal(weights.matrix("head").weight, head)
+    assert weights.decoder.head == "choice"
+    assert torch.equal(weights.matrix("head").weight, head)
     assert notes["check_written"]["max_abs_error"] < 1e-4
 
 

@@ -99,9 +99,8 @@ def test_the_config_names_what_differs(mixed: Checkpoint) -> None:
     }
     assert len(quantization["dynamic"]) == 3 + 1 + 2 + 1 + 1  # q, k, v; o; gate, up; down; down
     weights = Weights(mixed)
-    assert {
-        name: weights.packing(weights.keys[name][0]) for name in MIXED
-    } == MIXED and weights.packings() == set(MIXED.values())
+    assert {name: weights.packing(weights.keys[name][0]) for name in MIXED} == MIXED
+    assert weights.packings() == set(MIXED.values())
 
 
 def test_patterns_are_read_as_gptqmodel_reads_them(mixed: Checkpoint) -> None:
@@ -114,9 +113,8 @@ def test_patterns_are_read_as_gptqmodel_reads_them(mixed: Checkpoint) -> None:
             "-:lm_head": {},
         }
     }
-    assert weights.packing("model.layers.1.mlp.up_proj") == (4, 32) and weights.packing(
-        "model.layers.0.mlp.up_proj"
-    ) == (4, 64)
+    assert weights.packing("model.layers.1.mlp.up_proj") == (4, 32)
+    assert weights.packing("model.layers.0.mlp.up_proj") == (4, 64)
     weights.quantization = weights.quantization | {"dynamic": {r"model": {"bits": 5}}}
     with pytest.raises(
         EdgemedError, match="bits 5 and group_size 64, which edgemed does not read.*2, 3, 4 and 8"
@@ -127,7 +125,8 @@ def test_patterns_are_read_as_gptqmodel_reads_them(mixed: Checkpoint) -> None:
 def test_onnx_carries_every_width(mixed: Checkpoint, tmp_path: Path) -> None:
     engine = export(mixed, "onnx", onnx.Params(accuracy_level=1), tmp_path / "engine")
     right = logits(Carried(mixed), torch.tensor([TOKENS]))[0].numpy()
-    assert np.abs(scores(engine) - right).max() < 1e-3 and engine.precision == "int2/3/4/8 mixed"
+    assert np.abs(scores(engine) - right).max() < 1e-3
+    assert engine.precision == "int2/3/4/8 mixed"
     quick = scores(export(mixed, "onnx", onnx.Params(), tmp_path / "quick"))
     assert np.corrcoef(quick.ravel(), right.ravel())[0, 1] > 0.995
     with pytest.raises(
@@ -145,7 +144,8 @@ def test_tensorrt_carries_what_it_has(mixed: Checkpoint, tmp_path: Path) -> None
     plain = packed(tmp_path, PLAIN)
     engine = export(plain, "tensorrt", tensorrt.Params(activations="fp32"), tmp_path / "engine")
     right = logits(Weights(plain), torch.tensor([TOKENS]))[0].numpy()
-    assert np.abs(scores(engine) - right).max() < 1e-3 and engine.precision == "int4/8 mixed fp32"
+    assert np.abs(scores(engine) - right).max() < 1e-3
+    assert engine.precision == "int4/8 mixed fp32"
 
 
 def test_gguf_carries_every_width(mixed: Checkpoint, tmp_path: Path) -> None:
@@ -190,13 +190,12 @@ def test_a_gguf_keeps_its_budget(budgeted: tuple[Engine, dict]) -> None:
     tensors = gguf.GGUFReader(engine.path / "model.gguf").tensors
     assert facts["tensor_bytes"] == sum(int(t.n_bytes) for t in tensors)
     bits = 8 * facts["tensor_bytes"] / sum(int(t.n_elements) for t in tensors)
-    assert (
-        4.9 < bits <= 5
-        and facts["bits_per_weight"] == pytest.approx(bits)
-        and engine.precision == f"GGUF {bits:.2f} bpw"
-    )
+    assert 4.9 < bits <= 5
+    assert facts["bits_per_weight"] == pytest.approx(bits)
+    assert engine.precision == f"GGUF {bits:.2f} bpw"
     chosen = {t.name: t.tensor_type.name for t in tensors if t.name in facts["sensitivity"]}
-    assert len(chosen) == 24 and len(set(chosen.values())) > 2
+    assert len(chosen) == 24
+    assert len(set(chosen.values())) > 2
     assert sum(facts["sensitivity"][name][kind] for name, kind in chosen.items()) == pytest.approx(
         facts["expected_kl"]
     )
@@ -211,7 +210,7 @@ def test_the_choice_is_expected_to_beat_the_mixture_of_its_size(
     """
     import gguf
 
-    _, facts = budgeted
+    _, _facts = budgeted
     weights = Weights(open_checkpoint(TRAINED), fold=True)
     mixture = export(
         open_checkpoint(TRAINED), "llamacpp", llamacpp.Params("q4_k_m"), tmp_path / "mixture"
@@ -234,7 +233,8 @@ def test_the_choice_is_expected_to_beat_the_mixture_of_its_size(
         "q4_k_m",
     )
     theirs = sum(losses[types[name]] for name, losses in ours["sensitivity"].items())
-    assert ours["tensor_bytes"] <= size and ours["expected_kl"] < 0.9 * theirs
+    assert ours["tensor_bytes"] <= size
+    assert ours["expected_kl"] < 0.9 * theirs
 
 
 def test_bad_budgets(tmp_path: Path, mixed: Checkpoint) -> None:

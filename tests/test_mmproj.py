@@ -17,16 +17,18 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import mmproj, plugins, store, tower  # noqa: E402
-from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.images import patches  # noqa: E402
-from edgemed.random_weights import make_random  # noqa: E402
-from edgemed.session import generate  # noqa: E402
-from edgemed.session import Sampling  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import mmproj, plugins, store, tower
+from edgemed.checkpoint import Checkpoint, open_checkpoint
+from edgemed.decoder import TorchSession
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.images import patches
+from edgemed.random_weights import make_random
+from edgemed.session import (
+    Sampling,
+    generate,
+)
+from edgemed.weights import Weights
 
 TOKEN = 260
 BEFORE = 262
@@ -86,11 +88,9 @@ def test_features_equal_the_torch_tower(
         for size in SIZES:
             expected = right(source, eyes, noise(*size))
             found, (rows, columns) = eyes.features(noise(*size))
-            assert (
-                found.shape == expected.shape
-                and rows * columns == len(found)
-                and error(found, expected) < limit
-            ), size
+            assert found.shape == expected.shape, size
+            assert rows * columns == len(found), size
+            assert error(found, expected) < limit, size
     finally:
         eyes.close()
 
@@ -116,15 +116,16 @@ def test_an_engine_with_these_eyes_answers_as_its_source(
             )
         )
         spent = getattr(eyes, "seconds", {"preprocess": 1.0, "tower": 1.0, "projector": 0.0})
-        assert spent["preprocess"] > 0 and spent["tower"] > 0 and spent["projector"] == 0.0, (
-            "tower and projector are one graph"
-        )
+        assert spent["preprocess"] > 0, "tower and projector are one graph"
+        assert spent["tower"] > 0, "tower and projector are one graph"
+        assert spent["projector"] == 0.0, "tower and projector are one graph"
         eyes.see(prompt, images)
         session.close()
         if hasattr(eyes, "seconds"):
             assert set(eyes.seconds.values()) == {0.0}, "kept"
         eyes.close()
-    assert answers[0] == answers[1] and len(set(answers[0][1])) > 3
+    assert answers[0] == answers[1]
+    assert len(set(answers[0][1])) > 3
 
 
 def test_which_files_are_written(source: Checkpoint, tmp_path: Path) -> None:
@@ -146,11 +147,9 @@ def test_which_files_are_written(source: Checkpoint, tmp_path: Path) -> None:
     )
     notes = [store.read_manifest(engine.path)["notes"] for engine in (plain, both, alone)]
     size = sum(t.n_bytes for t in gguf.GGUFReader(both.path / "mmproj.gguf").tensors)
-    assert (
-        "mmproj_bytes" not in notes[0]
-        and (notes[1]["tower_bytes"], notes[1]["mmproj_bytes"]) == (notes[0]["tower_bytes"], size)
-        and notes[2]["tower_bytes"] == size
-    )
+    assert "mmproj_bytes" not in notes[0]
+    assert (notes[1]["tower_bytes"], notes[1]["mmproj_bytes"]) == (notes[0]["tower_bytes"], size)
+    assert notes[2]["tower_bytes"] == size
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
@@ -171,10 +170,14 @@ def test_the_file_is_what_llamacpps_converter_writes(
             "clip.vision.projection_dim",
         )
     }
-    assert (
-        list(said.values()) == ["clip", "mmproj", "qwen2vl_merger", v.width, weights.decoder.hidden]
-        and reader.get_field("clip.has_vision_encoder").contents() is True
-    )
+    assert list(said.values()) == [
+        "clip",
+        "mmproj",
+        "qwen2vl_merger",
+        v.width,
+        weights.decoder.hidden,
+    ]
+    assert reader.get_field("clip.has_vision_encoder").contents() is True
     found = {t.name: t for t in reader.tensors}
     types = {
         name: found[name].tensor_type.name
@@ -198,10 +201,10 @@ def test_the_file_is_what_llamacpps_converter_writes(
         patch = weights.matrix("vision.patch").dense().numpy().reshape(v.width, 3, 2, 14, 14)
         assert np.array_equal(
             found["v.blk.1.attn_k.weight"].data, qkv.dense().numpy()[v.width : 2 * v.width]
-        ) and np.array_equal(found["v.blk.1.attn_v.bias"].data, qkv.bias.numpy()[2 * v.width :])
-        assert np.array_equal(
-            found["v.patch_embd.weight.1"].data, patch[:, :, 1]
-        ) and np.array_equal(found["v.patch_embd.weight"].data, patch[:, :, 0])
+        )
+        assert np.array_equal(found["v.blk.1.attn_v.bias"].data, qkv.bias.numpy()[2 * v.width :])
+        assert np.array_equal(found["v.patch_embd.weight.1"].data, patch[:, :, 1])
+        assert np.array_equal(found["v.patch_embd.weight"].data, patch[:, :, 0])
         # 5 outside the layers, 8 with weight and bias in each.
         assert len(found) == 2 + 2 * 3 + 16 * v.layers
 
@@ -242,7 +245,8 @@ def test_towers_that_llamacpp_would_compute_wrongly(
     )
     import re
 
-    assert mmproj.refused(weights) is None and re.search(said, mmproj.refused(odd))
+    assert mmproj.refused(weights) is None
+    assert re.search(said, mmproj.refused(odd))
 
 
 def test_bad_input_is_one_line(source: Checkpoint, model: Path, tmp_path: Path) -> None:

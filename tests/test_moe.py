@@ -17,21 +17,21 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("onnx")
 
-import onnx  # noqa: E402
+import onnx
 
-from edgemed import facts, plugins  # noqa: E402
-from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession, logits, mlp  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.family import Decoder, Experts  # noqa: E402
-from edgemed.importance import importance  # noqa: E402
-from edgemed.session import Sampling, generate  # noqa: E402
-from edgemed.steps import quantize  # noqa: E402
-from edgemed.tower import TorchEyes  # noqa: E402
-from edgemed.trt_parser import nested  # noqa: E402
-from edgemed.vision import VisionSession  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import facts, plugins
+from edgemed.checkpoint import Checkpoint, open_checkpoint
+from edgemed.decoder import TorchSession, logits, mlp
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.family import Decoder, Experts
+from edgemed.importance import importance
+from edgemed.session import Sampling, generate
+from edgemed.steps import quantize
+from edgemed.tower import TorchEyes
+from edgemed.trt_parser import nested
+from edgemed.vision import VisionSession
+from edgemed.weights import Weights
 
 ORACLES = ROOT / "tests" / "data" / "moe"
 IDS = tokens(40)
@@ -113,15 +113,12 @@ def test_logits_equal_the_reference(name: str, tmp_path: Path) -> None:
         ).logits[0]
     weights = Weights(open_checkpoint(path))
     d = weights.decoder
-    assert d.experts == Experts(
-        4, 1 if meta else 2, (0, 2), not meta, meta, meta
-    ) and d.parallel == (base == "Phi")
+    assert d.experts == Experts(4, 1 if meta else 2, (0, 2), not meta, meta, meta)
+    assert d.parallel == (base == "Phi")
     assert (logits(weights, torch.tensor([IDS]))[0] - right).abs().max() < 1e-4
     session = TorchSession(weights)
-    assert (
-        np.abs(session.prefill(IDS[:30], every=True) - right[:30].numpy()).max() < 1e-4
-        and np.abs(session.step(IDS[30]) - right[30].numpy()).max() < 1e-4
-    )
+    assert np.abs(session.prefill(IDS[:30], every=True) - right[:30].numpy()).max() < 1e-4
+    assert np.abs(session.step(IDS[30]) - right[30].numpy()).max() < 1e-4
     used = {
         tensor
         for part, keys in weights.keys.items()
@@ -136,10 +133,8 @@ def test_logits_equal_the_reference(name: str, tmp_path: Path) -> None:
 )
 def test_a_model_without_experts(kind: str, name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model", name, model_type=kind)
-    assert (
-        not any("deepspeed" in key for key in open_checkpoint(path).tensors)
-        and Weights(open_checkpoint(path)).decoder.experts is None
-    )
+    assert not any("deepspeed" in key for key in open_checkpoint(path).tensors)
+    assert Weights(open_checkpoint(path)).decoder.experts is None
     with torch.inference_mode():
         right = reference(path, json.loads((path / "config.json").read_text()), MODELS[name][0])(
             input_ids=torch.tensor([IDS])
@@ -155,19 +150,16 @@ def test_a_model_without_experts(kind: str, name: str, tmp_path: Path) -> None:
 )
 def test_published_sizes(name: str, billions: float) -> None:
     found = facts.inspect(f"random:{name}")
-    assert (
-        round(found["parameters"] / 1e9, 2) == billions
-        and found["architecture"]["experts"]["count"] == 4
-    )
+    assert round(found["parameters"] / 1e9, 2) == billions
+    assert found["architecture"]["experts"]["count"] == 4
     d = facts.dimensions(Weights(facts.described(name)))
     weights = sum(
         weight
         for part, (kind, weight, _) in facts.sizes(Weights(facts.described(name))).items()
         if part.startswith("layers.") and kind in ("matrix", "router")
     )
-    assert d.matrices + d.expert_layers * d.experts * d.expert == weights and d.active == (
-        1 if name.startswith("med") else 2
-    )
+    assert d.matrices + d.expert_layers * d.experts * d.expert == weights
+    assert d.active == (1 if name.startswith("med") else 2)
 
 
 def test_image_features_equal_transformers(tmp_path: Path) -> None:
@@ -233,9 +225,8 @@ def medmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(path: Path, *named: str) -> None:
     with pytest.raises(EdgemedError) as error:
         Weights(open_checkpoint(path))
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in named), str(
-        error.value
-    )
+    assert "\n" not in str(error.value), str(error.value)
+    assert all(name in str(error.value) for name in named), str(error.value)
 
 
 def without(*parts: str):
@@ -457,11 +448,11 @@ def test_gptq_counts_the_tokens_of_every_expert(name: str, tmp_path: Path) -> No
     said = notes["experts"]
     assert set(said) == {"layers.0", "layers.2"}
     for layer in said.values():
-        assert sum(layer["tokens"]) == 4 * 40 * d.experts.active and layer["forced"] == [0] * 4
+        assert sum(layer["tokens"]) == 4 * 40 * d.experts.active
+        assert layer["forced"] == [0] * 4
         assert layer["rounded"] == [e for e, count in enumerate(layer["tokens"]) if count < 50]
-    assert any(layer["rounded"] for layer in said.values()) and any(
-        len(layer["rounded"]) < 4 for layer in said.values()
-    )
+    assert any(layer["rounded"] for layer in said.values())
+    assert any(len(layer["rounded"]) < 4 for layer in said.values())
     plain = Weights(open_checkpoint(path))
     rounded = quantized(path, tmp_path / "rtn", method="rtn")[1]
     for n in (0, 2):
@@ -475,7 +466,8 @@ def test_gptq_counts_the_tokens_of_every_expert(name: str, tmp_path: Path) -> No
             )
             assert same == (expert in said[f"layers.{n}"]["rounded"])
         router = weights.keys[f"layers.{n}.router"][0]
-        assert weights.checkpoint.tensors[f"{router}.weight"].dtype == "float32" and torch.equal(
+        assert weights.checkpoint.tensors[f"{router}.weight"].dtype == "float32"
+        assert torch.equal(
             weights.matrix(f"layers.{n}.router").weight, plain.matrix(f"layers.{n}.router").weight
         )
     assert set(notes["errors"]) == {
@@ -500,7 +492,8 @@ def test_experts_can_be_calibrated_on_tokens_that_did_not_choose_them(tmp_path: 
     for layer in notes["experts"].values():
         assert [t + f for t, f in zip(layer["tokens"], layer["forced"], strict=True)] == [
             max(60, t) for t in layer["tokens"]
-        ] and layer["rounded"] == []
+        ]
+        assert layer["rounded"] == []
     with pytest.raises(EdgemedError, match="route_at_least not below 0"):
         quantized(
             path,
@@ -542,7 +535,8 @@ def answers_as(checkpoint: Checkpoint, engine: Engine) -> None:
     said = []
     for each in (source, session):
         said.append(list(generate(each, IDS[:9], Sampling(max_tokens=40))))
-    assert said[0] == said[1] and len(said[0]) > 1
+    assert said[0] == said[1]
+    assert len(said[0]) > 1
     session.close()
 
 
@@ -743,9 +737,8 @@ def test_the_gguf_equals_llama_quantizes(tinymed: Path, tmp_path: Path) -> None:
             ).tensors
         }
         for tensor in GGUFReader(theirs).tensors:
-            assert ours[tensor.name].tensor_type == tensor.tensor_type and np.array_equal(
-                ours[tensor.name].data, tensor.data
-            ), tensor.name
+            assert ours[tensor.name].tensor_type == tensor.tensor_type, tensor.name
+            assert np.array_equal(ours[tensor.name].data, tensor.data), tensor.name
 
 
 def test_every_expert_has_its_own_importance(tinymed: Path, tmp_path: Path) -> None:
@@ -760,7 +753,8 @@ def test_every_expert_has_its_own_importance(tinymed: Path, tmp_path: Path) -> N
     plain, weighted = (
         (tmp_path / kind / "model.gguf").read_bytes() for kind in ("plain", "weighted")
     )
-    assert len(plain) == len(weighted) and plain != weighted
+    assert len(plain) == len(weighted)
+    assert plain != weighted
 
 
 @pytest.mark.parametrize("name", ["med-moe", "moe-tinymed-phi", "med-moe-phi", "moe-llava-qwen"])
@@ -814,9 +808,8 @@ def test_matrices_in_the_cpus_own_order(medmoe: Path, tmp_path: Path) -> None:
             for name, tensor in session.weights.tensors.items()
             if tensor != session.weights.ggml.get_tensor(session.weights.context, name.encode())
         }
-        assert len(names) == len(session.weights.repacked) and not [
-            name for name in names if "_exps" in name or "norm" in name
-        ]
+        assert len(names) == len(session.weights.repacked)
+        assert not [name for name in names if "_exps" in name or "norm" in name]
         assert repack or not names
         if repack and "avx2" in Path("/proc/cpuinfo").read_text():
             assert {"blk.0.attn_output.weight", "blk.0.ffn_up_shexp.weight"} <= names, (

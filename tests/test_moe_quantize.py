@@ -15,14 +15,14 @@ from moe_models import write
 
 torch = pytest.importorskip("torch")
 
-from edgemed import awq  # noqa: E402
-from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from edgemed.decoder import block, load_layer, logits, norm, routed  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.sensitivity import sensitivities  # noqa: E402
-from edgemed.step_memory import held as held_by  # noqa: E402
-from edgemed.steps import quantize  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import awq
+from edgemed.checkpoint import Checkpoint, open_checkpoint
+from edgemed.decoder import block, load_layer, logits, norm, routed
+from edgemed.errors import EdgemedError
+from edgemed.sensitivity import sensitivities
+from edgemed.step_memory import held as held_by
+from edgemed.steps import quantize
+from edgemed.weights import Weights
 
 IDS = tokens(40)
 # Gated experts behind a norm of their own; plain ones beside a meta expert, reading the norm that
@@ -91,7 +91,8 @@ def test_folded_scales_change_neither_the_layer_nor_the_choice_of_experts(
     after = block(d, layer, 2, x)
     chosen = routed(d, layer, norm(d, layer, read, x)[0])
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
-    assert torch.equal(chosen[1], gates[1]) and (chosen[0] - gates[0]).abs().max() < 1e-5
+    assert torch.equal(chosen[1], gates[1])
+    assert (chosen[0] - gates[0]).abs().max() < 1e-5
 
 
 def test_awq_scales_router_and_experts_alike(model: Checkpoint, text: str, tmp_path: Path) -> None:
@@ -100,14 +101,14 @@ def test_awq_scales_router_and_experts_alike(model: Checkpoint, text: str, tmp_p
     d = weights.decoder
     plain = quantized(model, tmp_path / "rtn", method="rtn")[1]
     norms = "attn_norm" if d.parallel else "mlp_norm"
-    assert set(notes["experts"]) == {"layers.0", "layers.2"} and any(
-        said["rounded"] for said in notes["experts"].values()
-    )
+    assert set(notes["experts"]) == {"layers.0", "layers.2"}
+    assert any(said["rounded"] for said in notes["experts"].values())
     for n in (0, 2):
         few = notes["experts"][f"layers.{n}"]["rounded"]
         alpha = notes["awq_alpha"][n]
         ups = {f"experts.{e}.up" for e in range(4) if e not in few and d.gated}
-        assert ups <= set(alpha) and not {f"experts.{e}.up" for e in few} & set(alpha)
+        assert ups <= set(alpha)
+        assert not {f"experts.{e}.up" for e in few} & set(alpha)
         scale = (
             source.norm(f"layers.{n}.{norms}")[0] / weights.norm(f"layers.{n}.{norms}")[0]
         ).double()
@@ -160,12 +161,11 @@ def test_a_killed_run_goes_on_and_still_knows_its_experts(
     killed.clear()
     (tmp_path / "q").rmdir()
     told, found = quantized(model, tmp_path / "q", **asked)
-    assert computed == [0, 1, 2] and found.checkpoint.hashes() == whole.checkpoint.hashes()
-    assert (
-        told["experts"] == notes["experts"]
-        and told["errors"] == notes["errors"]
-        and set(told["experts"]) == {"layers.0", "layers.2"}
-    )
+    assert computed == [0, 1, 2]
+    assert found.checkpoint.hashes() == whole.checkpoint.hashes()
+    assert told["experts"] == notes["experts"]
+    assert told["errors"] == notes["errors"]
+    assert set(told["experts"]) == {"layers.0", "layers.2"}
 
 
 def test_a_budget_counts_every_expert(model: Checkpoint, text: str, tmp_path: Path) -> None:
@@ -174,10 +174,8 @@ def test_a_budget_counts_every_expert(model: Checkpoint, text: str, tmp_path: Pa
     )
     d = weights.decoder
     names = [f"layers.{n}.{matrix}" for n in range(3) for matrix in d.matrices(n)]
-    assert (
-        sorted(notes["packings"]) == sorted(names)
-        and len({tuple(p) for p in notes["packings"].values()}) > 1
-    )
+    assert sorted(notes["packings"]) == sorted(names)
+    assert len({tuple(p) for p in notes["packings"].values()}) > 1
     held = sum(
         e.nbytes
         for name, e in weights.checkpoint.tensors.items()
@@ -225,7 +223,8 @@ def test_an_expert_nobody_chose_counts_as_the_mean_of_the_others(tmp_path: Path)
     for window in windows:
         block(d, layer, 0, weights.table("embed")[window][None], product=product)
     there = [expert for expert in range(4) if f"experts.{expert}.up" in seen]
-    assert 3 not in there and len(there) > 1
+    assert 3 not in there
+    assert len(there) > 1
     for part in ("up", "down"):
         got = found[f"experts.3.{part}"]
         others = [found[f"experts.{e}.{part}"] for e in there]
@@ -233,7 +232,8 @@ def test_an_expert_nobody_chose_counts_as_the_mean_of_the_others(tmp_path: Path)
             got.gradient,
             torch.full_like(got.gradient, float(np.mean([o.gradient.mean() for o in others]))),
             rtol=1e-4,
-        ) and bool(got.gradient.min() > 0)
+        )
+        assert bool(got.gradient.min() > 0)
         assert torch.allclose(
             got.moment,
             torch.eye(len(got.moment))
@@ -301,7 +301,8 @@ def test_the_memory_of_a_sparse_layer_is_that_of_all_its_experts(
     ]
     held = [held_by(weights, n, quantize.Params("gptq")) for n in range(3)]
     router = math.prod(weights.parts["layers.0.router"].shape)
-    assert held[0] - held[1] == 2 * (sizes[0] - sizes[1]) + router > 0 and held[0] == held[2]
+    assert held[0] - held[1] == 2 * (sizes[0] - sizes[1]) + router > 0
+    assert held[0] == held[2]
     assert held_by(weights, 0, quantize.Params("gptq", budget="5bpw")) > held[0]
     with pytest.raises(EdgemedError, match="max_memory 1MB is too small"):
         quantized(model, tmp_path / "q", method="awq", calibration=text, max_memory="1MB")
@@ -325,9 +326,8 @@ def test_a_gguf_budget_counts_experts_as_the_one_tensor_they_are(tmp_path: Path)
         tmp_path,
     )
     experts = {t for t in places if "_exps.weight" in t}
-    assert experts < set(chosen.types) and not any(
-        "gate_inp" in t or "norm" in t for t in chosen.types
-    )
+    assert experts < set(chosen.types)
+    assert not any("gate_inp" in t or "norm" in t for t in chosen.types)
     found = dict(sensitivities(weights, torch.tensor([IDS]), tmp_path))[2]
     ours = chosen.facts["sensitivity"]["blk.2.ffn_down_exps.weight"]
     from edgemed.gguf_file import Encoder

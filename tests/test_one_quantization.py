@@ -92,6 +92,7 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 def test_the_integers_are_the_same(engines: dict[str, Path]) -> None:
     import gguf
     import onnx
+
     from edgemed.checkpoint import open_checkpoint
     from edgemed.weights import Weights
 
@@ -111,9 +112,8 @@ def test_the_integers_are_the_same(engines: dict[str, Path]) -> None:
             onnx_q = np.stack([packed & 15, packed >> 4], -1).reshape(matrix.q.shape)
             blocks = np.asarray(tensors[f"blk.{n}.{stem}.weight"].data).reshape(-1, 18)[:, 2:]
             gguf_q = np.concatenate([blocks & 15, blocks >> 4], -1).reshape(matrix.q.shape)
-            assert (onnx_q == matrix.q.numpy()).all() and (gguf_q == matrix.q.numpy()).all(), (
-                f"layer {n} {part}"
-            )
+            assert (onnx_q == matrix.q.numpy()).all(), f"layer {n} {part}"
+            assert (gguf_q == matrix.q.numpy()).all(), f"layer {n} {part}"
 
 
 def test_the_same_answers_with_float_activations(engines: dict[str, Path]) -> None:

@@ -23,15 +23,15 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint  # noqa: E402
-from edgemed.decoder import logits  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.grid import rtn  # noqa: E402
-from edgemed.steps import quantize  # noqa: E402
-from edgemed.targets import onnx as target  # noqa: E402
-from edgemed.targets.onnx import Params  # noqa: E402
-from edgemed.weights import Dense, Packed, Weights, pack  # noqa: E402
+from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
+from edgemed.decoder import logits
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.grid import rtn
+from edgemed.steps import quantize
+from edgemed.targets import onnx as target
+from edgemed.targets.onnx import Params
+from edgemed.weights import Dense, Packed, Weights, pack
 
 TOKENS = tokens(100)
 
@@ -125,10 +125,8 @@ def test_rounded_parity(model: Path, tmp_path: Path, precision: str, bits: int, 
             tmp_path / "quick",
         )
     )
-    assert (
-        np.abs(quick - right).max() < 0.1 * np.abs(right).max()
-        and np.corrcoef(quick.ravel(), right.ravel())[0, 1] > 0.995
-    )
+    assert np.abs(quick - right).max() < 0.1 * np.abs(right).max()
+    assert np.corrcoef(quick.ravel(), right.ravel())[0, 1] > 0.995
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +150,8 @@ def test_packed_integers_are_carried_bit_for_bit(packed: Checkpoint, tmp_path: P
             assert isinstance(matrix, Packed)
             nibbles = stored[f"layers.{n}.{name}.q"]
             q = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(matrix.q.shape)
-            assert (q == matrix.q.numpy()).all() and (
-                stored[f"layers.{n}.{name}.scales"] == matrix.scales.numpy()
-            ).all()
+            assert (q == matrix.q.numpy()).all()
+            assert (stored[f"layers.{n}.{name}.scales"] == matrix.scales.numpy()).all()
     assert np.abs(scores(engine) - expected(Carried(packed))).max() < 1e-3
     assert engine.precision == "int4 g32"
 
@@ -236,7 +233,8 @@ def test_old_checkpoints(
 ) -> None:
     checkpoint = old_checkpoint(model, tmp_path / "old", bits, asymmetric, act_order)
     matrix = Weights(checkpoint).matrix("layers.0.qkv")
-    assert matrix.symmetric is not asymmetric and (matrix.g_idx is not None) is act_order
+    assert matrix.symmetric is not asymmetric
+    assert (matrix.g_idx is not None) is act_order
     engine = export(checkpoint, "onnx", Params(accuracy_level=1), tmp_path / "engine")
     assert np.abs(scores(engine) - expected(Carried(checkpoint))).max() < 2e-3
 
@@ -263,7 +261,8 @@ def test_heads(model: Path, tmp_path: Path, classes: int, precision: str) -> Non
     session = engine.open(1)
     right = expected(weights)
     found = session.prefill(TOKENS)
-    assert found.shape == (1, classes) and np.abs(found[0] - right[-1]).max() < 1e-3
+    assert found.shape == (1, classes)
+    assert np.abs(found[0] - right[-1]).max() < 1e-3
     session.close()
 
 
@@ -277,7 +276,8 @@ def test_session_steps_rewinds_and_ends(model: Path, tmp_path: Path) -> None:
     session.rewind(30)
     assert np.abs(session.prefill(ids[30:70], every=True) - right[30:70]).max() < 1e-3
     session.prefill(ids[70:-1])
-    assert np.abs(session.step(ids[-1]) - right[-1]).max() < 1e-3 and session.position == CONTEXT
+    assert np.abs(session.step(ids[-1]) - right[-1]).max() < 1e-3
+    assert session.position == CONTEXT
     for append in (lambda: session.step(1), lambda: session.prefill([1, 2])):
         with pytest.raises(EdgemedError, match="longer than the context"):
             append()
@@ -310,9 +310,10 @@ def test_the_cache_is_written_in_place(model: Path, tmp_path: Path) -> None:
     }
     for name, (_, cache) in after.items():
         assert cache.shape == (1, 4, CONTEXT, 16)
-        assert np.abs(cache[:, :, 10]).sum() > 0 and not cache[:, :, 11:].any(), (
+        assert np.abs(cache[:, :, 10]).sum() > 0, (
             f"{name} is not the buffer that the next step reads"
         )
+        assert not cache[:, :, 11:].any(), f"{name} is not the buffer that the next step reads"
     # The output of one step is the input of the next: what is written into it from outside changes
     # the answer.
     session.rewind(10)
@@ -364,7 +365,8 @@ def test_export_is_the_same_every_time(model: Path, tmp_path: Path) -> None:
         for name in ("a", "b")
     ]
     files = [json.loads((engine.path / "manifest.json").read_text())["files"] for engine in made]
-    assert files[0] == files[1] and "model.onnx.data" in files[0]
+    assert files[0] == files[1]
+    assert "model.onnx.data" in files[0]
 
 
 @pytest.mark.parametrize(

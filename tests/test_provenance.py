@@ -289,17 +289,17 @@ def test_attach_adds_and_replaces_and_keeps_the_key(engine: Path) -> None:
     store.attach(engine, {"README.md": b"one", "folder.txt": b"x"}, {"gate": {"verdict": "pass"}})
     store.attach(engine, {"README.md": b"two"}, {"gate": {"verdict": "fail"}})
     after = store.read_manifest(engine)
-    assert (
-        (engine / "README.md").read_bytes() == b"two"
-        and after["gate"] == {"verdict": "fail"}
-        and after["key"] == before["key"]
-    )
-    assert after["files"]["README.md"]["bytes"] == 3 and set(after["files"]) == {
+    assert (engine / "README.md").read_bytes() == b"two"
+    assert after["gate"] == {"verdict": "fail"}
+    assert after["key"] == before["key"]
+    assert after["files"]["README.md"]["bytes"] == 3
+    assert set(after["files"]) == {
         *before["files"],
         "README.md",
         "folder.txt",
     }
-    assert not store.check_manifest(engine) and not leftovers(engine.parent)
+    assert not store.check_manifest(engine)
+    assert not leftovers(engine.parent)
     # What was built has the size it had, and is still found to be whole by the next build.
     assert (
         store.size_of(after)
@@ -329,7 +329,8 @@ def test_attach_never_replaces_what_was_built(engine: Path, files: dict, section
         ValueError, match=f"{next(iter({**files, **sections}))} of an artifact cannot be replaced"
     ):
         store.attach(engine, files, sections)
-    assert not store.check_manifest(engine) and not leftovers(engine.parent)
+    assert not store.check_manifest(engine)
+    assert not leftovers(engine.parent)
 
 
 KILLED = """
@@ -373,9 +374,9 @@ def test_killed_attach_leaves_a_whole_artifact(engine: Path, moment: int, first:
         (engine / "README.md").write_bytes(kept)
     store.attach(engine, {"other.md": b"third"}, {})
     after = store.read_manifest(engine)
-    assert (
-        not store.check_manifest(engine) and "pending" not in after and not leftovers(engine.parent)
-    )
+    assert not store.check_manifest(engine)
+    assert "pending" not in after
+    assert not leftovers(engine.parent)
     assert {name for name in after["files"] if after["files"][name].get("attached")} == {
         p.name for p in engine.iterdir()
     } - {"manifest.json", "model.onnx", "engine.json", "folder"}
@@ -391,9 +392,11 @@ def test_attach_waits_for_a_build(engine: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
         waiting.start()
         waiting.join(0.2)
-        assert waiting.is_alive() and not (engine / "README.md").exists()
+        assert waiting.is_alive()
+        assert not (engine / "README.md").exists()
     waiting.join(10)
-    assert (engine / "README.md").read_bytes() == b"x" and not store.check_manifest(engine)
+    assert (engine / "README.md").read_bytes() == b"x"
+    assert not store.check_manifest(engine)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +419,8 @@ def test_attach_that_cannot_write(
     with monkeypatch.context() as patch, pytest.raises(EdgemedError, match=said):
         patch.setattr(os, "replace", refuse)
         store.attach(engine, {"README.md": b"x"}, {})
-    assert not store.check_manifest(engine) and not leftovers(engine.parent)
+    assert not store.check_manifest(engine)
+    assert not leftovers(engine.parent)
 
 
 # The bill of materials.
@@ -484,7 +488,8 @@ def test_bill_fits_the_schema_and_the_library_reads_it(engine: Path, name: str) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read = Bom.from_json(json.loads(text))
-        assert read.validate() and read.metadata.component.name == "onnx-int4"
+        assert read.validate()
+        assert read.metadata.component.name == "onnx-int4"
     references = [
         c["bom-ref"]
         for c in (*json.loads(text)["components"], json.loads(text)["metadata"]["component"])
@@ -495,10 +500,8 @@ def test_bill_fits_the_schema_and_the_library_reads_it(engine: Path, name: str) 
 def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
     document = bill(documented(engine))
     made = document["metadata"]["component"]
-    assert (
-        made["type"] == "machine-learning-model"
-        and made["licenses"][0]["license"]["name"] == "bigscience-bloom-rail-1.0"
-    )
+    assert made["type"] == "machine-learning-model"
+    assert made["licenses"][0]["license"]["name"] == "bigscience-bloom-rail-1.0"
     listed = {c["name"]: c["hashes"][0]["content"] for c in made["components"]}
     there = {
         str(p.relative_to(engine)): store.file_sha256(p) for p in engine.rglob("*") if p.is_file()
@@ -514,9 +517,8 @@ def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
         assert {c["name"]: c["hashes"][0]["content"] for c in components[name]["components"]} == {
             p.name: store.file_sha256(p) for p in folder.iterdir() if p.name != "README.md"
         }
-    assert components["lora"]["licenses"][0]["license"]["id"] == "MIT" and {
-        a["name"] for a in made["pedigree"]["ancestors"]
-    } == {"BioTiny", "lora"}
+    assert components["lora"]["licenses"][0]["license"]["id"] == "MIT"
+    assert {a["name"] for a in made["pedigree"]["ancestors"]} == {"BioTiny", "lora"}
     assert (
         "1. merge (adapter lora, alpha 1.0); 2. quantize (bits 4, calibration pubmedqa-sections);"
         " 3. onnx (precision int4)" in made["pedigree"]["notes"]
@@ -529,11 +531,9 @@ def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
     needs = {d["ref"]: d.get("dependsOn", []) for d in document["dependencies"]}
     quantized = components["BioTiny, after quantize"]["bom-ref"]
     merged = components["BioTiny, after merge"]["bom-ref"]
-    assert (
-        quantized in needs[made["bom-ref"]]
-        and merged in needs[quantized]
-        and components["pubmedqa-sections"]["bom-ref"] in needs[quantized]
-    )
+    assert quantized in needs[made["bom-ref"]]
+    assert merged in needs[quantized]
+    assert components["pubmedqa-sections"]["bom-ref"] in needs[quantized]
     assert {components["BioTiny"]["bom-ref"], components["lora"]["bom-ref"]} <= set(needs[merged])
     assert str(root) not in json.dumps(document), "a path of the build machine is nobody's business"
 
@@ -545,9 +545,11 @@ def test_bill_tells_what_was_measured(engine: Path) -> None:
         for m in made["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     }
     where = "pubmedqa, zero-shot, 200 questions"
-    assert found["accuracy", where]["value"] == "0.75" and found["accuracy", where][
-        "confidenceInterval"
-    ] == {"lowerBound": "0.686", "upperBound": "0.805"}
+    assert found["accuracy", where]["value"] == "0.75"
+    assert found["accuracy", where]["confidenceInterval"] == {
+        "lowerBound": "0.686",
+        "upperBound": "0.805",
+    }
     assert (
         found["accuracy less that of the float32 source (Tango score, 95 %)", where][
             "confidenceInterval"
@@ -570,7 +572,8 @@ def test_bill_tells_what_was_measured(engine: Path) -> None:
     )
     assert {p["name"]: p["value"] for p in made["properties"]}["edgemed:gate"] == "undecided"
     references = {d["ref"] for d in made["modelCard"]["modelParameters"]["datasets"]}
-    assert len(references) == 3 and references <= {c["bom-ref"] for c in bill(engine)["components"]}
+    assert len(references) == 3
+    assert references <= {c["bom-ref"] for c in bill(engine)["components"]}
 
 
 def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
@@ -578,9 +581,8 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
     before = {name: (engine / name).read_bytes() for name in (card.FILE, bom.FILE)}
     manifest = store.read_manifest(engine)
     provenance.write(engine, {})
-    assert before == {
-        name: (engine / name).read_bytes() for name in before
-    } and manifest == store.read_manifest(engine)
+    assert before == {name: (engine / name).read_bytes() for name in before}
+    assert manifest == store.read_manifest(engine)
     store.append_records(
         engine,
         [
@@ -598,15 +600,11 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
     provenance.write(engine, {})
     old = json.loads(before[bom.FILE])
     new = bill(engine)
-    assert (
-        new["serialNumber"] == old["serialNumber"]
-        and (old["version"], new["version"]) == (1, 2)
-        and new["metadata"]["timestamp"].startswith("2099-01-01")
-    )
-    assert (
-        "512 tok/s" in (engine / card.FILE).read_text()
-        and "431 tok/s" not in (engine / card.FILE).read_text()
-    )
+    assert new["serialNumber"] == old["serialNumber"]
+    assert (old["version"], new["version"]) == (1, 2)
+    assert new["metadata"]["timestamp"].startswith("2099-01-01")
+    assert "512 tok/s" in (engine / card.FILE).read_text()
+    assert "431 tok/s" not in (engine / card.FILE).read_text()
 
 
 # The card.
@@ -618,14 +616,11 @@ def test_card_is_read_by_the_hub_client(engine: Path, name: str) -> None:
     variant(engine, name)
     text = (engine / card.FILE).read_text(encoding="utf-8")
     read = hub.ModelCard(text)
-    assert (
-        read.data.library_name == "edgemed"
-        and read.data.pipeline_tag == "text-generation"
-        and read.data.tags == ["edgemed", "medical", "onnx"]
-    )
-    assert read.data.license == (
-        "unknown" if name == "no source" else "bigscience-bloom-rail-1.0"
-    ) and read.data.base_model == (None if name == "no source" else "BioTiny")
+    assert read.data.library_name == "edgemed"
+    assert read.data.pipeline_tag == "text-generation"
+    assert read.data.tags == ["edgemed", "medical", "onnx"]
+    assert read.data.license == ("unknown" if name == "no source" else "bigscience-bloom-rail-1.0")
+    assert read.data.base_model == (None if name == "no source" else "BioTiny")
     results = read.data.eval_results or []
     assert len(results) == {"bare": 0, "other data": 1, "language": 4}.get(name, 2)
     if results:
@@ -636,7 +631,8 @@ def test_card_is_read_by_the_hub_client(engine: Path, name: str) -> None:
             results[0].metric_value,
         ) == ("multiple-choice", "pubmedqa", "accuracy", 0.75)
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
-    assert len(tables) >= 3 and all(
+    assert len(tables) >= 3, "rows as wide as their header"
+    assert all(
         len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1 for table in tables
     ), "rows as wide as their header"
 
@@ -661,17 +657,16 @@ def test_card_says_what_is_known_and_what_is_not(engine: Path) -> None:
         "Energy.",
     ):
         assert said in text, said
-    assert str(engine.parent) not in text and "RANDOM" not in text
+    assert str(engine.parent) not in text
+    assert "RANDOM" not in text
 
 
 def test_card_hides_the_speed_of_an_engine_that_failed(engine: Path) -> None:
     text = (variant(engine, "failed") / card.FILE).read_text(encoding="utf-8")
-    assert (
-        "**NO.**" in text
-        and "mean KL 0.7 is above 0.05" in text
-        and "431" not in text
-        and "failed verification, which is not shown" in text
-    )
+    assert "**NO.**" in text
+    assert "mean KL 0.7 is above 0.05" in text
+    assert "431" not in text
+    assert "failed verification, which is not shown" in text
     assert "decode_tokens_per_second" not in (engine / bom.FILE).read_text()
 
 
@@ -692,13 +687,11 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
         provenance.describe("random:big", tmp_path / "random", tmp_path / "engine"),
     )
     text = (tmp_path / "engine" / card.FILE).read_text()
-    assert (
-        "RANDOM WEIGHTS" in text.split("## ")[0]
-        and "model-index" not in text
-        and "base_model" not in text
-        and "random-weights" in text
-        and "edgemed generate" not in text
-    )
+    assert "RANDOM WEIGHTS" in text.split("## ")[0]
+    assert "model-index" not in text
+    assert "base_model" not in text
+    assert "random-weights" in text
+    assert "edgemed generate" not in text
     assert bill(tmp_path / "engine")["metadata"]["component"]["description"].startswith(
         "RANDOM WEIGHTS"
     )
@@ -710,17 +703,14 @@ def test_no_ceiling_for_weights_that_fit_the_cache(engine: Path) -> None:
     for cache, shown in ((999, True), (1001, False)):
         store.append_records(engine, [{**ceiling, "machine": {**MACHINE, "cache_bytes": cache}}])
         provenance.write(engine, {})
-        assert ("at most by that bandwidth" in (engine / card.FILE).read_text()) is shown and (
-            "ceiling_tokens" in (engine / bom.FILE).read_text()
-        ) is shown
+        assert ("at most by that bandwidth" in (engine / card.FILE).read_text()) is shown
+        assert ("ceiling_tokens" in (engine / bom.FILE).read_text()) is shown
 
 
 def test_an_engine_that_sees_is_said_to(tmp_path: Path) -> None:
     engine = documented(make_engine(tmp_path / "made", vision={"family": "x"}))
-    assert (
-        "pipeline_tag: image-text-to-text" in (engine / card.FILE).read_text()
-        and "edgemed generate . --image FILE --prompt" in (engine / card.FILE).read_text()
-    )
+    assert "pipeline_tag: image-text-to-text" in (engine / card.FILE).read_text()
+    assert "edgemed generate . --image FILE --prompt" in (engine / card.FILE).read_text()
     assert {"format": "image"} in bill(engine)["metadata"]["component"]["modelCard"][
         "modelParameters"
     ]["inputs"]
@@ -787,11 +777,9 @@ def test_datasets_are_known_by_their_hash(engine: Path) -> None:
         ("pubmedqa", "evaluation"),
         ("medqa, solved examples", "prompts"),
     }
-    assert (
-        found["medqa", "evaluation"]["licence"] == "MIT"
-        and found["medqa", "evaluation"]["url"]
-        and found["pubmedqa", "evaluation"]["licence"] is None
-    )
+    assert found["medqa", "evaluation"]["licence"] == "MIT"
+    assert found["medqa", "evaluation"]["url"]
+    assert found["pubmedqa", "evaluation"]["licence"] is None
     changed = {
         **manifest,
         "inputs": {**manifest["inputs"], "imatrix": SHA},
@@ -815,16 +803,13 @@ def test_limits_and_gaps(engine: Path) -> None:
     evidence = read_evidence(
         engine, {"evals": [evaluated(interval=[0.5, 0.6], unparsed=2, paired=None)], "verify": None}
     )
-    assert any("not clearly above 0.550" in limit for limit in limits(evidence)) and any(
-        "2 of 200 answers named no option" in limit for limit in limits(evidence)
-    )
+    assert any("not clearly above 0.550" in limit for limit in limits(evidence))
+    assert any("2 of 200 answers named no option" in limit for limit in limits(evidence))
     gaps = " ".join(not_measured(evidence))
-    assert (
-        "no verification is recorded" in gaps
-        and "accuracy of its source" in gaps
-        and "no gate" in gaps
-        and "Speed and memory." in gaps
-    )
+    assert "no verification is recorded" in gaps
+    assert "accuracy of its source" in gaps
+    assert "no gate" in gaps
+    assert "Speed and memory." in gaps
     assert "Energy." not in not_measured(read_evidence(engine, {"evals": [evaluated(joules=3.5)]}))
 
 
@@ -832,9 +817,8 @@ def test_nothing_is_written_about_an_altered_engine(engine: Path) -> None:
     documented(engine)
     (engine / card.FILE).write_text("edited by hand")
     provenance.write(engine, {})
-    assert "Not a medical device" in (engine / card.FILE).read_text() and not store.check_manifest(
-        engine
-    )
+    assert "Not a medical device" in (engine / card.FILE).read_text()
+    assert not store.check_manifest(engine)
     (engine / "model.onnx").write_bytes(b"other")
     with pytest.raises(EdgemedError, match="model.onnx was altered"):
         provenance.write(engine, {})
@@ -851,12 +835,10 @@ def test_card_from_the_command_line(engine: Path) -> None:
     )
     first = json.loads(cli("card", engine, "--json").stdout)
     text = (engine / card.FILE).read_text()
-    assert (
-        first["licence"] == "unknown: see the source model"
-        and "unknown: see the source model" in text
-        and "77 tok/s" in text
-        and "88 tok/s" not in text
-    )
+    assert first["licence"] == "unknown: see the source model"
+    assert "unknown: see the source model" in text
+    assert "77 tok/s" in text
+    assert "88 tok/s" not in text
     (engine / "records.jsonl").write_text(
         (engine / "records.jsonl").read_text() + '{"name": "cut o'
     )
@@ -881,16 +863,14 @@ def signed(engine: Path, keys: Path) -> Path:
 
 
 def test_card_says_when_it_outdates_a_signature(signed: Path, keys: Path) -> None:
-    assert (
-        "signature" not in json.loads(cli("card", signed, "--json").stdout)
-        and problems(signed, keys) == []
-    )
+    assert "signature" not in json.loads(cli("card", signed, "--json").stdout)
+    assert problems(signed, keys) == []
     store.append_records(signed, [record(signed, "first_token_seconds", 0.0123, "s", prompt=8)])
     assert (
         json.loads(cli("card", signed, "--json").stdout)["signature"]
         == "no longer fits: sign again"
-        and len(problems(signed, keys)) == 4
     )
+    assert len(problems(signed, keys)) == 4
     assert "| first token | 12.3 ms |" in (signed / card.FILE).read_text()
 
 
@@ -922,9 +902,8 @@ def test_flipping_one_byte_of_any_file_names_it(signed: Path, keys: Path) -> Non
             # Whoever alters a file can set its time back.
             os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
             found = problems(signed, keys)
-            assert len(found) == 1 and found[0].startswith(
-                f"{file.relative_to(signed)} was altered after signing"
-            )
+            assert len(found) == 1
+            assert found[0].startswith(f"{file.relative_to(signed)} was altered after signing")
         file.write_bytes(content)
     assert problems(signed, keys) == []
 
@@ -996,7 +975,8 @@ def test_measuring_after_signing_is_named(signed: Path, keys: Path) -> None:
         "records.jsonl was altered after signing: sign again if these measurements are yours"
     ]
     signature.sign(signed, keys / "private.pem")
-    assert problems(signed, keys) == [] and not store.check_manifest(signed)
+    assert problems(signed, keys) == []
+    assert not store.check_manifest(signed)
     (signed / "records.jsonl").unlink()
     signature.sign(signed, keys / "private.pem")
     store.append_records(signed, [record(signed, "decode_tokens_per_second", 512.0, "tok/s")])
@@ -1007,11 +987,9 @@ def test_measuring_after_signing_is_named(signed: Path, keys: Path) -> None:
 
 def test_a_signature_is_no_alteration(signed: Path) -> None:
     manifest = store.read_manifest(signed)
-    assert (
-        not store.check_manifest(signed)
-        and "signature.json" not in manifest["files"]
-        and not leftovers(signed.parent)
-    )
+    assert not store.check_manifest(signed)
+    assert "signature.json" not in manifest["files"]
+    assert not leftovers(signed.parent)
     with store.building(
         signed, "engine", "onnx", manifest["params"], manifest["inputs"], manifest["parent"]
     ) as work:
@@ -1038,7 +1016,8 @@ def test_swapping_manifest_and_file_together_is_seen(signed: Path, keys: Path) -
 
 def test_keys_are_never_overwritten_and_private_is_private(keys: Path) -> None:
     before = {p.name: p.read_bytes() for p in keys.iterdir()}
-    assert keys.joinpath("private.pem").stat().st_mode & 0o777 == 0o600 and set(before) == {
+    assert keys.joinpath("private.pem").stat().st_mode & 0o777 == 0o600
+    assert set(before) == {
         "private.pem",
         "public.pem",
     }
@@ -1047,10 +1026,8 @@ def test_keys_are_never_overwritten_and_private_is_private(keys: Path) -> None:
     (keys / "private.pem").unlink()
     with pytest.raises(EdgemedError, match="public.pem exists"):
         signature.keygen(keys)
-    assert (
-        not (keys / "private.pem").exists()
-        and (keys / "public.pem").read_bytes() == before["public.pem"]
-    )
+    assert not (keys / "private.pem").exists()
+    assert (keys / "public.pem").read_bytes() == before["public.pem"]
     with pytest.raises(EdgemedError, match="cannot write a key into"):
         signature.keygen(keys / "public.pem" / "inside")
 
@@ -1193,21 +1170,18 @@ def test_command_line(engine: Path, tmp_path: Path) -> None:
             "--json",
         ).stdout
     )
-    assert done["public_key"] == made["fingerprint"] and done["files"] == 4
+    assert done["public_key"] == made["fingerprint"]
+    assert done["files"] == 4
     whole = cli("verify", "--manifest", engine, "--key", keys / "public.pem", "--json")
-    assert (
-        whole.returncode == 0
-        and json.loads(whole.stdout)["intact"]
-        and json.loads(whole.stdout)["signed by"] == made["fingerprint"]
-    )
+    assert whole.returncode == 0
+    assert json.loads(whole.stdout)["intact"]
+    assert json.loads(whole.stdout)["signed by"] == made["fingerprint"]
     (engine / "manifest.json").write_bytes((engine / "manifest.json").read_bytes()[:-9])
     for arguments in (["--manifest", engine], [engine]):
         broken = cli("verify", *arguments, "--key", keys / "public.pem", "--json")
-        assert (
-            broken.returncode == 1
-            and json.loads(broken.stdout)["problems"] == ["manifest.json was altered after signing"]
-            and not broken.stderr
-        )
+        assert broken.returncode == 1
+        assert json.loads(broken.stdout)["problems"] == ["manifest.json was altered after signing"]
+        assert not broken.stderr
     refused(
         cli("sign", engine, "--key", keys / "private.pem", "--password-file", engine / "folder"),
         "password file",
@@ -1233,7 +1207,8 @@ def test_checking_needs_no_torch(signed: Path, keys: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, signed, keys / "public.pem"], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "'problems': []" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "'problems': []" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def test_independent_inputs_give_rounding_to_nearest(bits, act_order, group):
     weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
     found = solve(weight, torch.eye(256), bits, group, 0.01, act_order)
     q, scales = rtn(weight, bits, group)
-    assert torch.equal(found.q, q) and torch.equal(found.scales, scales)
+    assert torch.equal(found.q, q)
+    assert torch.equal(found.scales, scales)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -165,16 +166,15 @@ def test_what_is_written_is_what_is_read(base, tmp_path, bits, clip, group):
         for name in ("qkv", "o", "up", "down"):
             packed = weights.matrix(f"layers.{n}.{name}")
             dense = source.matrix(f"layers.{n}.{name}")
-            assert (
-                isinstance(packed, Packed)
-                and packed.symmetric
-                and packed.g_idx is None
-                and packed.bits == bits
-            )
+            assert isinstance(packed, Packed)
+            assert packed.symmetric
+            assert packed.g_idx is None
+            assert packed.bits == bits
             q, scales = rtn(
                 dense.weight, bits, dense.weight.shape[1] if group == -1 else group, clip
             )
-            assert torch.equal(packed.q, q) and torch.equal(packed.scales, scales)
+            assert torch.equal(packed.q, q)
+            assert torch.equal(packed.scales, scales)
             assert torch.equal(packed.bias, dense.bias.half().float())
             error = float((packed.dense() - dense.weight).norm() / dense.weight.norm())
             assert error == pytest.approx(notes["errors"][f"layers.{n}.{name}"]["weight"], rel=1e-4)
@@ -247,7 +247,8 @@ def test_the_dense_weights_are_what_transformers_computes_with(base, tmp_path, t
         if f"{key}.qweight" in checkpoint.tensors:
             state[f"{key}.weight"] = weights.matrix(part).dense().T.contiguous()
     missing = model.load_state_dict(state, strict=False)
-    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
+    assert missing.missing_keys == ["lm_head.weight"]
+    assert not missing.unexpected_keys
     with torch.no_grad():
         assert (model(input_ids=TOKENS).logits - logits(weights, TOKENS)).abs().max() < 1e-4
 
@@ -437,14 +438,13 @@ def test_a_killed_run_goes_on_from_its_last_layer(
     monkeypatch.setattr(quantize, f"{method}_layer", counted)
     with pytest.raises(KeyboardInterrupt):
         quantized(base, tmp_path / "q", **params)
-    assert (tmp_path / "q-layers" / "state.json").is_file() and computed == [0]
+    assert (tmp_path / "q-layers" / "state.json").is_file()
+    assert computed == [0]
     killed_at.clear()
     told = quantize.run(base, tmp_path / "q", quantize.Params(**params))
     assert computed == [0, 1], "layer 0 was finished and must not be computed again"
-    assert (
-        open_checkpoint(tmp_path / "q").hashes() == whole.hashes()
-        and told["errors"] == notes["errors"]
-    )
+    assert open_checkpoint(tmp_path / "q").hashes() == whole.hashes()
+    assert told["errors"] == notes["errors"]
     assert not (tmp_path / "q-layers").exists()
 
 
@@ -471,26 +471,25 @@ def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text
     checkpoint, notes = quantized(base, tmp_path / "q", **params, budget="5.2bpw")
     weights = Weights(checkpoint)
     found = {name: weights.packing(weights.keys[name][0]) for name in notes["packings"]}
-    assert (
-        found == {name: tuple(packing) for name, packing in notes["packings"].items()}
-        and len(set(found.values())) > 1
-    )
-    assert set(found.values()) <= set(quantize.CHOICES[target]) and notes["bits_per_weight"] <= 5.2
+    assert found == {name: tuple(packing) for name, packing in notes["packings"].items()}
+    assert len(set(found.values())) > 1
+    assert set(found.values()) <= set(quantize.CHOICES[target])
+    assert notes["bits_per_weight"] <= 5.2
     held = sum(
         e.nbytes
         for name, e in checkpoint.tensors.items()
         if name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx")
     )
     count = sum(weights.parts[name].shape[0] * weights.parts[name].shape[1] for name in found)
-    assert notes["bits_per_weight"] == pytest.approx(8 * held / count) and notes["bytes"] == sum(
-        e.nbytes for e in checkpoint.tensors.values()
-    )
+    assert notes["bits_per_weight"] == pytest.approx(8 * held / count)
+    assert notes["bytes"] == sum(e.nbytes for e in checkpoint.tensors.values())
     for name, (bits, group) in found.items():
         matrix = weights.matrix(name)
         assert (matrix.bits, matrix.group) == (bits, matrix.q.shape[1] if group == -1 else group)
     # The same number of bytes, given in bytes.
     again, told = quantized(base, tmp_path / "again", **params, budget=f"{notes['bytes'] / 1000}KB")
-    assert told["packings"] == notes["packings"] and again.hashes() == checkpoint.hashes()
+    assert told["packings"] == notes["packings"]
+    assert again.hashes() == checkpoint.hashes()
     plain = logits(Weights(base), TOKENS)
     assert (logits(weights, TOKENS) - plain).abs().mean() < 0.2 * plain.abs().mean()
 
@@ -518,7 +517,8 @@ def test_no_finished_layer_is_held_while_the_next_one_is_worked_on(base, tmp_pat
     made = []
 
     def watched(weights, n, *rest):
-        assert len(made) == n and not any(rounded() for rounded in made)
+        assert len(made) == n
+        assert not any(rounded() for rounded in made)
         rounded = real(weights, n, *rest)
         made.append(weakref.ref(rounded))
         return rounded

@@ -123,7 +123,9 @@ def test_widened_integers_stand_for_the_same_weights(bits, known, given):
         None,
     )
     wide = widened(narrow, known)
-    assert wide.bits == given and wide.symmetric and torch.equal(wide.dense(), narrow.dense())
+    assert wide.bits == given
+    assert wide.symmetric
+    assert torch.equal(wide.dense(), narrow.dense())
 
 
 @pytest.mark.parametrize(("outputs", "known"), [(5, False), (5, True), (40, True)])
@@ -160,16 +162,16 @@ def test_the_root_is_the_cholesky_factor_of_the_inverse(columns, act_order):
     for batch in inputs.split(700):
         hessian.add(batch)
     moment = hessian.moment.double()
-    assert torch.allclose(
-        moment, 2 * inputs.double().T @ inputs.double() / len(inputs), atol=1e-4
-    ) and torch.allclose(moment, moment.T, atol=1e-4)
+    assert torch.allclose(moment, 2 * inputs.double().T @ inputs.double() / len(inputs), atol=1e-4)
+    assert torch.allclose(moment, moment.T, atol=1e-4)
     root = root_of(hessian.moment, 0.01, act_order)
     kept = hessian.moment.clone()
     dead = moment.diagonal() == 0
     moment.diagonal()[dead] = 1
     moment += 0.01 * moment.diagonal().mean() * torch.eye(columns)
-    assert int(dead.sum()) == 1 and (
-        not act_order or torch.equal(root.order, hessian.moment.diagonal().argsort(descending=True))
+    assert int(dead.sum()) == 1
+    assert not act_order or torch.equal(
+        root.order, hessian.moment.diagonal().argsort(descending=True)
     )
     expected = torch.linalg.cholesky(
         torch.linalg.inv(moment[root.order[:, None], root.order]), upper=True
@@ -191,7 +193,8 @@ def test_the_root_is_the_cholesky_factor_of_the_inverse(columns, act_order):
     )
     assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept)
     own = hessian.root(0.01, act_order)
-    assert torch.equal(own.upper.triu(), root.upper.triu()) and torch.equal(own.order, root.order)
+    assert torch.equal(own.upper.triu(), root.upper.triu())
+    assert torch.equal(own.order, root.order)
     assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept), (
         "the inputs are forgotten once their root is taken"
     )
@@ -293,12 +296,14 @@ def test_the_allocation_is_the_best_there_is(seed):
                 allocate(options, budget)
             continue
         found = allocate(options, budget)
-        assert list(found) == list(options) and sum(o.nbytes for o in found.values()) <= budget
+        assert list(found) == list(options)
+        assert sum(o.nbytes for o in found.values()) <= budget
         assert sum(o.loss for o in found.values()) == pytest.approx(best)
 
 
 def test_budgets_are_read_strictly():
-    assert budget_bytes("4.5bpw", 1000, 777) == 562 and budget_bytes("2kB", 1000, 777) == 1223
+    assert budget_bytes("4.5bpw", 1000, 777) == 562
+    assert budget_bytes("2kB", 1000, 777) == 1223
     for wrong in ("4.5", "bpw", "x bpw", "1.6 TB", "-3bpw", ""):
         with pytest.raises(EdgemedError, match="budget"):
             budget_bytes(wrong, 1000, 0)
@@ -321,7 +326,8 @@ def test_the_sensitivity_is_the_gradient_torch_finds(tmp_path):
     weights = Weights(make_random(KINDS["llama"], tmp_path / "m", "float32"), fold=True)
     windows = torch.randint(256, (3, 10), generator=torch.Generator().manual_seed(1))
     found = dict(sensitivities(weights, windows, tmp_path))
-    assert list(found) == [1, 0] and not list(tmp_path.glob("hidden-*"))
+    assert list(found) == [1, 0]
+    assert not list(tmp_path.glob("hidden-*"))
     d = weights.decoder
     generator = torch.Generator().manual_seed(0)
     squares = torch.zeros(weights.parts["layers.0.up"].shape[0])
@@ -387,7 +393,8 @@ def test_what_a_matrix_reads_is_kept_in_a_file_without_a_name(tmp_path):
     with Inputs(x, 16) as inputs:
         for i in (2, 0):
             inputs.write(i, windows[i])
-        assert torch.equal(inputs.read(0), windows[0]) and torch.equal(inputs.read(2), windows[2])
+        assert torch.equal(inputs.read(0), windows[0])
+        assert torch.equal(inputs.read(2), windows[2])
         assert not list(tmp_path.iterdir()), "a killed run would leave it"
         inputs.handle.truncate(4 * windows[0].numel())
         with pytest.raises(EdgemedError, match="incomplete"):

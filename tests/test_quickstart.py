@@ -84,7 +84,8 @@ def test_the_denial_works(denied: dict[str, str], tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment
         )
-        assert done.returncode == 1 and "denied in this test" in done.stderr
+        assert done.returncode == 1
+        assert "denied in this test" in done.stderr
     assert len((tmp_path / "log").read_text().splitlines()) >= 2
 
 
@@ -99,42 +100,38 @@ def test_no_socket_was_opened(work: Path, denied: dict[str, str]) -> None:
 
 def test_report_is_there_and_whole(work: Path, report: dict) -> None:
     page = (work / "report.html").read_text(encoding="utf-8")
-    assert (
-        len(report["engines"]) == len(yaml.safe_load(RECIPE.read_text())["engines"])
-        and report["not_measured"]
-    )
-    assert (
-        "http://" not in page.replace("http://www.w3.org", "")
-        and "<script src" not in page
-        and '<link rel="stylesheet"' not in page
-    )
+    assert len(report["engines"]) == len(yaml.safe_load(RECIPE.read_text())["engines"])
+    assert report["not_measured"]
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "<script src" not in page
+    assert '<link rel="stylesheet"' not in page
     for engine in report["engines"]:
-        assert (
-            engine["name"] in page
-            and (work / "engines" / engine["name"] / "manifest.json").is_file()
-        )
+        assert engine["name"] in page
+        assert (work / "engines" / engine["name"] / "manifest.json").is_file()
 
 
 def test_every_engine_passed_and_was_measured(report: dict) -> None:
     for engine in report["engines"]:
         assert engine["verify"]["passed"], engine["verify"]["problems"]
         names = {record["name"] for record in engine["records"]}
-        assert {"decode_tokens_per_second", "step_milliseconds"} <= names and all(
-            r["value"] > 0 for r in engine["records"]
-        )
+        assert {"decode_tokens_per_second", "step_milliseconds"} <= names
+        assert all(r["value"] > 0 for r in engine["records"])
         assert [(result["task"], result["strategy"]) for result in engine["evals"]] == [
             ("section", "zero-shot")
         ]
-        assert engine["gate"]["verdict"] == "pass" and engine["manifest"]["key"]
+        assert engine["gate"]["verdict"] == "pass"
+        assert engine["manifest"]["key"]
 
 
 def test_fp32_engine_gives_every_greedy_token(report: dict) -> None:
     result = engine_of(report, "onnx-fp32")["verify"]
-    assert result["prompts"] >= 20 and result["greedy_new"] >= 64
+    assert result["prompts"] >= 20
+    assert result["greedy_new"] >= 64
     assert (
         result["greedy_same"] == result["greedy_tokens"] == result["prompts"] * result["greedy_new"]
     )
-    assert result["max_logit_error"] < 1e-3 and result["top1"] == 1.0
+    assert result["max_logit_error"] < 1e-3
+    assert result["top1"] == 1.0
 
 
 def test_the_task_is_really_solved(report: dict) -> None:
@@ -148,9 +145,10 @@ def test_the_task_is_really_solved(report: dict) -> None:
 
 def test_int4_engines_carry_the_same_integers(work: Path, report: dict) -> None:
     import onnx
+    from gguf import GGUFReader
+
     from edgemed.checkpoint import open_checkpoint
     from edgemed.weights import Weights
-    from gguf import GGUFReader
 
     (packed,) = (work / "store").glob("quantize-*")
     weights = Weights(open_checkpoint(packed))
@@ -199,7 +197,8 @@ def test_second_run_reuses_every_step(work: Path, denied: dict[str, str]) -> Non
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert times() == before and "running" not in done.stderr
+    assert times() == before
+    assert "running" not in done.stderr
 
 
 def test_set_reaches_a_step(work: Path, tmp_path: Path) -> None:
@@ -228,6 +227,8 @@ def test_set_reaches_a_step(work: Path, tmp_path: Path) -> None:
     finally:
         file.unlink()
     assert done.returncode == 0, done.stderr
-    assert "merge: reused" in done.stderr and "quantize: running" in done.stderr
+    assert "merge: reused" in done.stderr
+    assert "quantize: running" in done.stderr
     (engine,) = json.loads((work / "report.json").read_text())["engines"]
-    assert engine["precision"] == "int8 g64" and engine["verify"]["top1"] > 0.97
+    assert engine["precision"] == "int8 g64"
+    assert engine["verify"]["top1"] > 0.97

@@ -36,13 +36,12 @@ def test_every_stage_of_every_engine_keeps_to_its_source(report: dict) -> None:
             "end to end",
         ]
     exact = {row["stage"]: row for row in report["engines"][0]["verify"]["stages"]}
-    assert (
-        report["engines"][0]["precision"] == "fp32"
-        and exact["tower"]["error"] < 1e-4
-        and exact["projector"]["error"] < 1e-4
-    )
+    assert report["engines"][0]["precision"] == "fp32"
+    assert exact["tower"]["error"] < 1e-4
+    assert exact["projector"]["error"] < 1e-4
     # Ten images, 48 tokens each.
-    assert exact["end to end"]["error"] == 0 and "480 of 480" in exact["end to end"]["how"]
+    assert exact["end to end"]["error"] == 0
+    assert "480 of 480" in exact["end to end"]["how"]
 
 
 def test_the_models_really_see(report: dict) -> None:
@@ -52,9 +51,9 @@ def test_the_models_really_see(report: dict) -> None:
     ]:
         # Guessing among three or four options gives 0.29, the most frequent place of the right one
         # 0.35.
-        assert found["task"] == "cells" and found["n"] == 234 and found["accuracy"] > 0.7, found[
-            "model"
-        ]
+        assert found["task"] == "cells", found["model"]
+        assert found["n"] == 234, found["model"]
+        assert found["accuracy"] > 0.7, found["model"]
     assert all(engine["gate"]["verdict"] == "pass" for engine in report["engines"])
 
 

@@ -19,16 +19,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from edgemed import params as strict  # noqa: E402
-from edgemed import refit, store, student  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.data import texts  # noqa: E402
-from edgemed.decoder import logits  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.recipe import Stage  # noqa: E402
-from edgemed.run import run_step  # noqa: E402
-from edgemed.steps import distill, quantize  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import params as strict
+from edgemed import refit, store, student
+from edgemed.checkpoint import open_checkpoint
+from edgemed.data import texts
+from edgemed.decoder import logits
+from edgemed.errors import EdgemedError
+from edgemed.recipe import Stage
+from edgemed.run import run_step
+from edgemed.steps import distill, quantize
+from edgemed.weights import Weights
 
 IDS = torch.tensor([tokens(40), tokens(40, seed=1)])
 FAMILIES = {
@@ -116,7 +116,7 @@ def test_the_student_computes_what_its_integers_stand_for(
 
 
 def test_the_gradient_of_a_scale_is_its_finite_difference(model: Path, tmp_path: Path) -> None:
-    weights, student = opened(packed(model, tmp_path / "packed", 3), tmp_path / "expanded")
+    _weights, student = opened(packed(model, tmp_path / "packed", 3), tmp_path / "expanded")
     student = student.double()
     delta = student.transformer.h[1].mlp.c_fc.parametrizations.weight.original
 
@@ -159,11 +159,10 @@ def test_integers_stay_and_the_divergence_falls(
     assert changed == {f"{m}.scales" for m in matrices} | (
         {f"{m}.bias" for m in matrices} | set(norms) if train == "scales+norms" else set()
     )
-    assert before.tensors.keys() == after.tensors.keys() and before.config == after.config
-    assert (
-        notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
-        and notes["written"]["max_abs_error"] < 1e-4 * notes["written"]["largest_score"]
-    )
+    assert before.tensors.keys() == after.tensors.keys()
+    assert before.config == after.config
+    assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
+    assert notes["written"]["max_abs_error"] < 1e-4 * notes["written"]["largest_score"]
     # What the notes say is what the two files do, against the source, on the very windows.
     assert notes["trained"]["scales"] == sum(
         before.tensors[n].shape[0] * before.tensors[n].shape[1]
@@ -177,7 +176,8 @@ def test_integers_stay_and_the_divergence_falls(
         )
         for c in (before, after)
     ]
-    assert np.isfinite(divergences).all() and divergences[0] > 0
+    assert np.isfinite(divergences).all()
+    assert divergences[0] > 0
 
 
 def test_engines_carry_the_trained_scales(model: Path, text: str, tmp_path: Path) -> None:
@@ -192,7 +192,8 @@ def test_engines_carry_the_trained_scales(model: Path, text: str, tmp_path: Path
     found = session.prefill(IDS[0].tolist(), every=True).copy()
     session.close()
     right = logits(Weights(trained), IDS[:1])[0].numpy()
-    assert engine.precision == "int4 g32" and found.shape == (40, VOCAB)
+    assert engine.precision == "int4 g32"
+    assert found.shape == (40, VOCAB)
     # embedding and output matrix are rounded besides
     assert np.corrcoef(found.ravel(), right.ravel())[0, 1] > 0.9999
 

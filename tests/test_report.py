@@ -89,7 +89,8 @@ class Balanced(HTMLParser):
             self.svgs[-1].append(tag)
 
     def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        assert self.open, f"</{tag}> closes {self.open[-3:]}"
+        assert self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
         self.open.pop()
 
     def handle_data(self, data):
@@ -104,7 +105,8 @@ def read(page):
     parser = Balanced()
     parser.feed(page)
     parser.close()
-    assert not parser.open and not parser.fetched
+    assert not parser.open
+    assert not parser.fetched
     assert not re.search(r"url\(|@import|https?://", page)
     assert parser.targets <= parser.ids, "a link leads nowhere"
     # What a screen reader says of each chart: a name and what it shows.
@@ -149,14 +151,13 @@ def test_every_engine_and_number_is_there(run):
             ):
                 assert re.sub(r"\s", " ", shown) in text, (result["task"], shown)
     for manifest in (*run["steps"], *(e["manifest"] for e in run["engines"])):
-        assert manifest["key"] in text and all(
-            entry["sha256"] in text for entry in manifest["files"].values()
-        )
+        assert manifest["key"] in text
+        assert all(entry["sha256"] in text for entry in manifest["files"].values())
     for result in run["source_evals"]:
-        assert result["task_sha256"] in text and result["task_key"] in text
-    assert (
-        all(sentence in text for sentence in run["not_measured"]) and "onnxruntime 1.32.0" in text
-    )
+        assert result["task_sha256"] in text
+        assert result["task_key"] in text
+    assert all(sentence in text for sentence in run["not_measured"])
+    assert "onnxruntime 1.32.0" in text
 
 
 def test_the_first_minute(run):
@@ -165,17 +166,13 @@ def test_the_first_minute(run):
         "Shown to fit: 4 of 5. Shown to be fast enough: none. Shown not to be worse than their"
         " source: 1 of 5. All three: none." in text
     )
-    assert (
-        "only on test-cpu-2c" in text
-        and "GB usable with prompts up to 256 tokens, measured on test-cpu-2c" in text
-    )
+    assert "only on test-cpu-2c" in text
+    assert "GB usable with prompts up to 256 tokens, measured on test-cpu-2c" in text
     assert text.index("What was not measured") < text.index("Engines side by side"), (
         "what is missing stands before the numbers"
     )
-    assert (
-        "Parity with the source 4 of 5 failed: gguf-q2_k" in text
-        and "Smallest engine 265 MB gguf-q4_k_m" in text
-    )
+    assert "Parity with the source 4 of 5 failed: gguf-q2_k" in text
+    assert "Smallest engine 265 MB gguf-q4_k_m" in text
 
 
 def test_values_are_escaped(run):
@@ -194,7 +191,9 @@ def test_values_are_escaped(run):
     run["device"]["name"] = nasty
     page = render(run)
     read(page)
-    assert "<script>" not in page and "<b onclick" not in page and "&lt;b onclick=" in page
+    assert "<script>" not in page
+    assert "<b onclick" not in page
+    assert "&lt;b onclick=" in page
     assert not re.search(r"(?<!\\)<[a-z/!]", markdown(run))
 
 
@@ -211,7 +210,8 @@ def test_random_weights_carry_the_banner(run):
             records=records(50.0, entry["bytes"], entry["manifest"]["key"]),
         )
     text = read(render(run))
-    assert "random weights: latency and memory only" in text and "tok/s" in text
+    assert "random weights: latency and memory only" in text
+    assert "tok/s" in text
     assert "No engine was compared with its source: the weights are random" in text.replace(
         "source :", "source:"
     )
@@ -243,8 +243,10 @@ def test_failed_parity_hides_every_speed(run):
         lambda d: d.update(device=json.loads(json.dumps(asdict(read_device("cpu"))))),
         lambda d: (
             d.update(source_evals=[], gate=None)
-            or [r.update(paired=None) for e in d["engines"] for r in e["evals"]]
-            and [e.update(gate=None) for e in d["engines"]]
+            or (
+                [r.update(paired=None) for e in d["engines"] for r in e["evals"]]
+                and [e.update(gate=None) for e in d["engines"]]
+            )
         ),
         # No margin in the recipe: statistics without a verdict.
         lambda d: (
@@ -303,21 +305,17 @@ def test_what_is_not_there_leaves_a_whole_page(run, change):
 
 
 def test_stages_and_a_question_about_an_image_are_shown(run):
-    assert "Stage by stage" not in read(render(run)) and "question about an image" not in render(
-        run
-    ) + markdown(run)
+    assert "Stage by stage" not in read(render(run))
+    assert "question about an image" not in render(run) + markdown(run)
     staged(run["engines"][0])
     for shown in (read(render(run)), markdown(run).replace("\u00a0", " ")):
-        assert (
-            "of the projector on 10 images" in shown and "of the end to end on 10 images" in shown
-        )
-        assert (
-            "question about an image" in shown
-            and "448 × 448" in shown
-            and "256 of 288 tokens" in shown
-            and "786 ms" in shown
-            and "351 ms" in shown
-        )
+        assert "of the projector on 10 images" in shown
+        assert "of the end to end on 10 images" in shown
+        assert "question about an image" in shown
+        assert "448 × 448" in shown
+        assert "256 of 288 tokens" in shown
+        assert "786 ms" in shown
+        assert "351 ms" in shown
         assert "image tower seconds" not in shown, "in a table of its own"
 
 
@@ -325,11 +323,9 @@ def test_a_failed_stage_hides_the_speed(run):
     staged(run["engines"][0], wrong="tower")
     text = read(render(run))
     row = text[text.index("Stage by stage") :]
-    assert (
-        "failed" in row[: row.index("of the projector on")]
-        and "question about an image" not in text
-        and "parity failed" in text
-    )
+    assert "failed" in row[: row.index("of the projector on")]
+    assert "question about an image" not in text
+    assert "parity failed" in text
 
 
 def test_a_head_without_decoding(run):
@@ -342,7 +338,8 @@ def test_a_head_without_decoding(run):
         for key in ("greedy_tokens", "greedy_same", "greedy_match_mean"):
             del entry["verify"][key]
     text = read(render(run))
-    assert "2.85 s" in text and "Fastest engine" not in text
+    assert "2.85 s" in text
+    assert "Fastest engine" not in text
 
 
 def test_a_ceiling_that_does_not_bind_says_so(run):
@@ -372,7 +369,9 @@ def test_another_schema_is_refused(given, said):
 
 def test_rendering_is_pure(run):
     before = copy.deepcopy(run)
-    assert render(run) == render(run) and markdown(run) == markdown(run) and run == before
+    assert render(run) == render(run)
+    assert markdown(run) == markdown(run)
+    assert run == before
 
 
 def test_write_puts_page_and_markdown(run, tmp_path):
@@ -393,7 +392,8 @@ def test_the_core_is_enough(run, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     loaded = set(done.stdout.split())
-    assert "jinja2" in loaded and not loaded & {
+    assert "jinja2" in loaded
+    assert not loaded & {
         "torch",
         "matplotlib",
         "scipy",
@@ -460,7 +460,8 @@ def test_every_key_of_the_documentation_is_in_the_schema():
     text = (ROOT / "docs" / "report.md").read_text().partition("## report.json")[2]
     named = set(re.findall(r'"([a-z_0-9]+)": \{', json.dumps(schema)))
     told = set(re.findall(r"`([a-z_]+)`", text))
-    assert told and told <= named, told - named
+    assert told, told - named
+    assert told <= named, told - named
 
 
 def contrast(one: str, other: str) -> float:

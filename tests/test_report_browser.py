@@ -132,7 +132,8 @@ def colours(picture: Path) -> tuple[int, int, tuple[int, int, int], int]:
     at = 8
     packed = b""
     width, height, depth, kind = struct.unpack(">IIBB", data[16:26])
-    assert depth == 8 and kind in (2, 6)
+    assert depth == 8
+    assert kind in (2, 6)
     while at < len(data):
         length, name = struct.unpack(">I4s", data[at : at + 8])
         packed += data[at + 8 : at + 8 + length] if name == b"IDAT" else b""
@@ -158,7 +159,9 @@ def test_nothing_in_the_console_and_nothing_sticks_out(pages, tmp_path, name, wi
         frame, tmp_path, "--window-size=1400,1000", "--virtual-time-budget=4000", "--dump-dom"
     )
     probe = json.loads(re.search(r'data-probe="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
-    assert not console(done) and probe["wide"] == width and not probe["out"]
+    assert not console(done)
+    assert probe["wide"] == width
+    assert not probe["out"]
 
 
 @pytest.mark.parametrize("name", ["run", "comparison", "random"])
@@ -193,7 +196,9 @@ def test_a_page_that_fetches_and_complains_is_caught(pages, tmp_path):
         done = browse(file, tmp_path, f"--log-net-log={log}", "--dump-dom")
     finally:
         server.shutdown()
-    assert console(done) and address in fetched(log) and "the page is 3" in done.stdout
+    assert console(done)
+    assert address in fetched(log)
+    assert "the page is 3" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -213,12 +218,10 @@ def test_pictures(pages, tmp_path, mode, option, paper, screen, size):
             f"--screenshot={picture}",
         )
         width, height, corner, rows = colours(picture)
-        assert (
-            (width, height) == tuple(map(int, size.split(",")))
-            and corner == paper
-            and rows > 500
-            and not console(done)
-        )
+        assert (width, height) == tuple(map(int, size.split(",")))
+        assert corner == paper
+        assert rows > 500
+        assert not console(done)
 
 
 def test_paper(pages, tmp_path):
@@ -230,9 +233,9 @@ def test_paper(pages, tmp_path):
     sheets = [
         tuple(map(float, box.split()[2:])) for box in re.findall(rb"/MediaBox \[([\d. ]+)\]", data)
     ]
-    assert data.startswith(b"%PDF") and 5 < len(sheets) < 40 and all(w > h for w, h in sheets), (
-        "landscape sheets"
-    )
+    assert data.startswith(b"%PDF"), "landscape sheets"
+    assert 5 < len(sheets) < 40, "landscape sheets"
+    assert all(w > h for w, h in sheets), "landscape sheets"
 
 
 def test_paper_unfolds_the_hashes(tmp_path):

@@ -52,7 +52,8 @@ def engine(drawn):
 def test_one_run_is_rendered_again_in_place(drawn, tmp_path):
     run = save(tmp_path / "run", drawn)
     done = cli("report", run)
-    assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(run / "report.html"), done.stderr
     assert sorted(p.name for p in run.iterdir()) == ["report.html", "report.json", "report.md"]
     assert json.loads(cli("report", run, "--json").stdout) == json.loads(json.dumps(drawn))
 
@@ -63,29 +64,23 @@ def test_several_become_one_page(drawn, engine, tmp_path):
         tmp_path / "orin", engine, records(30.0, engine["bytes"], engine["manifest"]["key"], ORIN)
     )
     done = cli("report", desk, orin, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.strip() == "compare.html", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "compare.html", done.stderr
     text = read((tmp_path / "compare.html").read_text())
-    assert (
-        "Comparison: desk, orin" in text
-        and "desk: gguf-q4_k_m" in text
-        and "orin: onnx-int4" in text
-    )
-    assert (
-        "2 different machines" in text
-        and "jetson-orin-nano-8gb (25W)" in text
-        and "other machine" in text
-        and "different sources" not in text
-    )
+    assert "Comparison: desk, orin" in text
+    assert "desk: gguf-q4_k_m" in text
+    assert "orin: onnx-int4" in text
+    assert "2 different machines" in text
+    assert "jetson-orin-nano-8gb (25W)" in text
+    assert "other machine" in text
+    assert "different sources" not in text
     assert (tmp_path / "compare.md").read_text().startswith("# Comparison: desk, orin")
     held = json.loads((tmp_path / "compare.json").read_text())
-    assert [entry["label"] for entry in held["comparison"]] == ["desk", "orin"] and held[
-        "comparison"
-    ][0]["document"] == json.loads(json.dumps(drawn))
+    assert [entry["label"] for entry in held["comparison"]] == ["desk", "orin"]
+    assert held["comparison"][0]["document"] == json.loads(json.dumps(drawn))
     assert json.loads(cli("report", desk, orin, "--json").stdout) == held
-    assert (
-        cli("report", desk, orin, "--out", tmp_path / "both.html").returncode == 0
-        and (tmp_path / "both.md").is_file()
-    )
+    assert cli("report", desk, orin, "--out", tmp_path / "both.html").returncode == 0
+    assert (tmp_path / "both.md").is_file()
 
 
 def test_comparisons_follow_the_schema(drawn, engine, tmp_path):
@@ -112,19 +107,16 @@ def test_other_sources_are_never_ranked(drawn, tmp_path):
     other = document(tasks=TASKS[:1], strategies=("zero-shot",), model="OtherLM")
     runs = compare.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", other)])
     text = read(compare.write_comparison(runs, tmp_path / "x.html").read_text())
-    assert (
-        "2 different sources" in text
-        and "none is called better or worse" in text
-        and "source A" in text
-        and "source B" in text
-    )
-    assert "Fastest engine" not in text and "Smallest engine" not in text
+    assert "2 different sources" in text
+    assert "none is called better or worse" in text
+    assert "source A" in text
+    assert "source B" in text
+    assert "Fastest engine" not in text
+    assert "Smallest engine" not in text
     # No front joins them: medqa was asked of both, and has a panel for each.
     # seconds and joules
-    assert (
-        text.count(" medqa, source A accuracy") == 1 + 1
-        and text.count(" medqa, source B accuracy") == 1 + 1
-    )
+    assert text.count(" medqa, source A accuracy") == 1 + 1
+    assert text.count(" medqa, source B accuracy") == 1 + 1
 
 
 def test_accuracy_stands_together_only_on_the_same_questions(drawn, tmp_path):
@@ -163,26 +155,26 @@ def test_an_engine_directory_is_read(engine, drawn, tmp_path):
     )
     [made] = compare.read_runs([folder])
     d = made.document
-    assert (
-        [s["stage"] for s in d["steps"]] == ["merge", "quantize"]
-        and d["source"]["files"] == drawn["source"]["files"]
-        and d["source"]["path"] == "BioMedLM"
-    )
+    assert [s["stage"] for s in d["steps"]] == ["merge", "quantize"]
+    assert d["source"]["files"] == drawn["source"]["files"]
+    assert d["source"]["path"] == "BioMedLM"
     [only] = d["engines"]
     speeds = [r for r in only["records"] if r["name"] == "decode_tokens_per_second"]
-    assert len(speeds) == 1 and 27 < speeds[0]["value"] < 32, "the newest record of each number"
-    assert d["machine"]["label"] == "jetson-orin-nano-8gb" and any(
+    assert len(speeds) == 1, "the newest record of each number"
+    assert 27 < speeds[0]["value"] < 32, "the newest record of each number"
+    assert d["machine"]["label"] == "jetson-orin-nano-8gb"
+    assert any(
         "records in its records.jsonl belong to another engine" in s for s in d["not_measured"]
     )
     done = cli("report", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = read((tmp_path / "compare.html").read_text())
-    assert (
-        "undecided" in text
-        and "medqa" in text
-        and "ECE" in text
-        and not (folder / "report.html").exists()
-    ), "an engine directory holds only what its manifest names"
+    assert "undecided" in text, "an engine directory holds only what its manifest names"
+    assert "medqa" in text, "an engine directory holds only what its manifest names"
+    assert "ECE" in text, "an engine directory holds only what its manifest names"
+    assert not (folder / "report.html").exists(), (
+        "an engine directory holds only what its manifest names"
+    )
 
 
 def test_two_machines_are_two_rows(engine, tmp_path):
@@ -214,9 +206,11 @@ def test_an_engine_nobody_measured(engine, tmp_path):
         tmp_path / "e", {**engine, "manifest": {**engine["manifest"], "parent": None}}, []
     )
     [made] = compare.read_runs([folder])
-    assert made.document["machine"] is None and len(made.document["not_measured"]) == 3
+    assert made.document["machine"] is None
+    assert len(made.document["not_measured"]) == 3
     text = read(compare.write_comparison([made], tmp_path / "x.html").read_text())
-    assert "not measured" in text and "nothing was measured" in text
+    assert "not measured" in text
+    assert "nothing was measured" in text
 
 
 def test_labels_are_short_and_differ(drawn, tmp_path):
@@ -240,7 +234,8 @@ def test_labels_are_short_and_differ(drawn, tmp_path):
     assert [r.label for r in compare.read_runs(folders[1:])] == [
         "run",
         "run2",
-    ] and compare.read_runs(folders[:1])[0].label == ""
+    ]
+    assert compare.read_runs(folders[:1])[0].label == ""
 
 
 def test_wrong_input_is_refused(drawn, engine, tmp_path):
@@ -274,7 +269,8 @@ def test_wrong_input_is_refused(drawn, engine, tmp_path):
         ([run, "--out", tmp_path / "no" / "page.html"], ["does not exist"]),
     ]:
         refused(cli("report", *arguments, cwd=tmp_path), *named)
-    assert not (tmp_path / "compare.html").exists() and not (tmp_path / "compare.json").exists()
+    assert not (tmp_path / "compare.html").exists()
+    assert not (tmp_path / "compare.json").exists()
 
 
 def test_a_failed_write_leaves_the_old_page(drawn, tmp_path, monkeypatch):
@@ -287,7 +283,8 @@ def test_a_failed_write_leaves_the_old_page(drawn, tmp_path, monkeypatch):
         from edgemed.report import write
 
         write(drawn, run)
-    assert (run / "report.html").read_text() == "old" and sorted(p.name for p in run.iterdir()) == [
+    assert (run / "report.html").read_text() == "old"
+    assert sorted(p.name for p in run.iterdir()) == [
         "report.html",
         "report.json",
     ]

@@ -3,6 +3,7 @@ the tree, scales and charts.
 """
 
 import copy
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -34,12 +35,13 @@ def test_fits_by_measured_peak(run):
     assert answers(run)["fits"].kind == "yes"
     [peak] = [r for r in run["engines"][0]["records"] if r["name"] == "peak_memory_bytes"]
     peak["value"] = 7.5e9
-    assert (
-        answers(run)["fits"].kind == "no"
-        and "7.50\u00a0GB of 6.98\u00a0GB" in answers(run)["fits"].why
-    )
+    assert answers(run)["fits"].kind == "no"
+    assert "7.50\u00a0GB of 6.98\u00a0GB" in answers(run)["fits"].why
     run["device"] = None
-    assert answers(run)["fits"].kind == "yes" and "23.7\u00a0GB" in answers(run)["fits"].why, (
+    assert answers(run)["fits"].kind == "yes", (
+        "without a device: the machine it ran on, less its reserve"
+    )
+    assert "23.7\u00a0GB" in answers(run)["fits"].why, (
         "without a device: the machine it ran on, less its reserve"
     )
     run["engines"][0]["records"].remove(peak)
@@ -51,7 +53,8 @@ def test_fits_by_measured_peak(run):
 
 def test_a_device_of_unknown_memory_is_not_guessed(run):
     run["device"]["memory_gb"] = None
-    assert answers(run)["fits"].kind == "none" and "not known" in answers(run)["fits"].why
+    assert answers(run)["fits"].kind == "none"
+    assert "not known" in answers(run)["fits"].why
 
 
 def test_fields_of_a_later_device_are_ignored(run):
@@ -80,7 +83,8 @@ def test_fast_enough(run, bench, machine, kind, said):
     engine = run["engines"][0]
     engine["records"] = records(11.2, engine["bytes"], engine["manifest"]["key"], machine)
     found = answers(run)["fast"]
-    assert found.kind == kind and said in found.why, found
+    assert found.kind == kind, found
+    assert said in found.why, found
     assert (found.word == "no target given") == (not bench)
 
 
@@ -110,11 +114,10 @@ def test_not_worse_is_the_gates_verdict(run):
     verdicts = [engine["gate"]["verdict"] for engine in run["engines"]]
     assert [a.kind for a in found] == [
         {"pass": "yes", "fail": "no", "undecided": "undecided"}[v] for v in verdicts
-    ] and len(set(verdicts)) == 3
-    assert (
-        "items would decide" in found[verdicts.index("undecided")].why
-        and "margin −3.0\u00a0pt" in found[verdicts.index("pass")].why
-    )
+    ]
+    assert len(set(verdicts)) == 3
+    assert "items would decide" in found[verdicts.index("undecided")].why
+    assert "margin −3.0\u00a0pt" in found[verdicts.index("pass")].why
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,8 @@ def test_not_worse_is_the_gates_verdict(run):
 )
 def test_not_judged_says_why(run, change, why):
     change(run, run["engines"][0])
-    assert answers(run)["not_worse"].kind == "none" and why in answers(run)["not_worse"].why
+    assert answers(run)["not_worse"].kind == "none"
+    assert why in answers(run)["not_worse"].why
 
 
 def test_an_engine_that_failed_parity_is_never_the_one_to_take(run):
@@ -151,19 +155,16 @@ def test_an_engine_that_failed_parity_is_never_the_one_to_take(run):
 
 def test_best_is_marked_within_machine_and_source(run):
     marks = {e["name"]: e["best"] for e in view([Run(run)])["engines"]}
-    assert (
-        marks["gguf-q4_k_m"] == {"bytes", "peak_memory_bytes", "decode_tokens_per_second"}
-        and not marks["gguf-q2_k"]
-    )
+    assert marks["gguf-q4_k_m"] == {"bytes", "peak_memory_bytes", "decode_tokens_per_second"}
+    assert not marks["gguf-q2_k"]
     other = document(tasks=(), strategies=("zero-shot",), machine=ORIN, model="Other")
     both = view([Run(run, "a"), Run(other, "b")])
     assert [e["label"] for e in both["engines"] if "decode_tokens_per_second" in e["best"]] == [
         "a: gguf-q4_k_m",
         "b: gguf-q4_k_m",
     ]
-    assert {e["source"] for e in both["engines"]} == {"A", "B"} and [
-        m["name"] for m in both["machines"]
-    ] == ["test-cpu-2c", "jetson-orin-nano-8gb (25W)"]
+    assert {e["source"] for e in both["engines"]} == {"A", "B"}
+    assert [m["name"] for m in both["machines"]] == ["test-cpu-2c", "jetson-orin-nano-8gb (25W)"]
 
 
 def test_power_mode_makes_another_machine(run):
@@ -188,13 +189,11 @@ def test_costs_keep_machines_and_failed_engines_apart(run):
     ]
     shown = view([Run(run)])
     costs = accuracy.costs(accuracy.tasks([Run(run)], shown["engines"]))
-    assert costs["machines"] == ["elsewhere", "test-cpu-2c"] and not any(
-        "gguf-q2_k" in label for _, label in costs["engines"]
-    )
+    assert costs["machines"] == ["elsewhere", "test-cpu-2c"]
+    assert not any("gguf-q2_k" in label for _, label in costs["engines"])
     elsewhere = [p for p in costs["panels"] if "elsewhere" in p["title"]]
-    assert {p["axis"] for p in elsewhere} == {"seconds per question"} and all(
-        step["label"] == "onnx-int4" for p in elsewhere for step in p["front"]
-    )
+    assert {p["axis"] for p in elsewhere} == {"seconds per question"}
+    assert all(step["label"] == "onnx-int4" for p in elsewhere for step in p["front"])
     assert len(costs["panels"]) == 2 * 3  # tasks x (two machines' seconds, one machine's joules)
 
 
@@ -208,13 +207,11 @@ def test_tasks_join_only_on_the_same_key(run):
         "medqa (100 items, KEY)",
     ]
     labels = [[row["label"] for row in t["blocks"][0]["rows"]] for t in found]
-    assert all(label.startswith("a:") for label in labels[0]) and all(
-        label.startswith("b:") for label in labels[2]
-    )
+    assert all(label.startswith("a:") for label in labels[0])
+    assert all(label.startswith("b:") for label in labels[2])
     # The same source with the same answers stands there once.
-    assert [label for label in labels[1] if label.endswith("source")] == ["a: source"] and len(
-        labels[1]
-    ) == 1 + 5 + 5
+    assert [label for label in labels[1] if label.endswith("source")] == ["a: source"]
+    assert len(labels[1]) == 1 + 5 + 5
 
 
 def test_the_gates_verdict_reaches_its_row(run):
@@ -228,10 +225,8 @@ def test_the_gates_verdict_reaches_its_row(run):
     [comparison] = [
         c for c in run["gate"]["comparisons"] if (c["engine"], c["task"]) == ("gguf-q2_k", "medqa")
     ]
-    assert (
-        rows["gguf-q2_k"]["judged"] == comparison
-        and rows["gguf-q2_k"]["base"]["model"] == "source (float32)"
-    )
+    assert rows["gguf-q2_k"]["judged"] == comparison
+    assert rows["gguf-q2_k"]["base"]["model"] == "source (float32)"
 
 
 def test_a_task_in_one_language_meets_its_comparison(run):
@@ -272,9 +267,8 @@ def test_the_tree_follows_keys(run):
         ("result", "pubmedqa, nearest-3"),
     ], "the float32 source is the merged model"
     [quantize] = [c for c in merge["children"] if c["kind"] == "step"]
-    assert [c["name"] for c in quantize["children"]] == ["onnx-int4"] and len(
-        quantize["children"][0]["children"]
-    ) == 4
+    assert [c["name"] for c in quantize["children"]] == ["onnx-int4"]
+    assert len(quantize["children"][0]["children"]) == 4
     assert merge["others"] == [
         ("adapter/adapter.safetensors", run["steps"][0]["inputs"]["adapter/adapter.safetensors"])
     ]
@@ -284,9 +278,8 @@ def test_the_tree_follows_keys(run):
 def test_source_of_an_engine(run):
     manifest = run["engines"][1]["manifest"]
     merged = run["source_evals"][0]["model_key"]
-    assert lineage.source_of(manifest, {merged}) == merged and lineage.source_of(
-        manifest, set()
-    ) == lineage.made_from(run["steps"][0])
+    assert lineage.source_of(manifest, {merged}) == merged
+    assert lineage.source_of(manifest, set()) == lineage.made_from(run["steps"][0])
     # A checkpoint made of nothing begins the chain.
     random = {**run["steps"][0], "inputs": {}, "parent": None}
     assert len(list(lineage.ancestors({**manifest, "parent": random}))) == 1
@@ -294,9 +287,8 @@ def test_source_of_an_engine(run):
 
 def test_scales():
     scale = Scale(0, 10, 100, 200)
-    assert [scale(v) for v in (-5, 0, 5, 10, 99)] == [100, 100, 150, 200, 200] and not scale.holds(
-        11
-    )
+    assert [scale(v) for v in (-5, 0, 5, 10, 99)] == [100, 100, 150, 200, 200]
+    assert not scale.holds(11)
     log = Scale(1, 100, 0, 100, log=True)
     assert [log(1), log(10), log(100)] == [0, pytest.approx(50), 100]
     assert Scale(3, 3, 0, 10)(3) == 5, "one value stands in the middle"
@@ -315,13 +307,16 @@ def test_scales():
 )
 def test_ticks_are_few_round_and_inside(low, high, most):
     found = ticks(low, high, most)
-    assert 2 <= len(found) <= most and all(low - 1e-12 <= t <= high + 1e-12 for t in found)
-    steps = {round(b - a, 12) for a, b in zip(found, found[1:], strict=False)}
-    assert len(steps) == 1 and f"{steps.pop():.0e}"[0] in "125"
+    assert 2 <= len(found) <= most
+    assert all(low - 1e-12 <= t <= high + 1e-12 for t in found)
+    steps = {round(b - a, 12) for a, b in itertools.pairwise(found)}
+    assert len(steps) == 1
+    assert f"{steps.pop():.0e}"[0] in "125"
 
 
 def test_log_ticks():
-    assert log_ticks(0.8, 30) == [1, 2, 5, 10, 20] and log_ticks(0.9, 2e5) == [
+    assert log_ticks(0.8, 30) == [1, 2, 5, 10, 20]
+    assert log_ticks(0.9, 2e5) == [
         1,
         10,
         100,
@@ -329,15 +324,14 @@ def test_log_ticks():
         1e4,
         1e5,
     ]
-    assert len(log_ticks(1e-9, 1e9)) <= 6 and ticks(2, 2) == [2]
+    assert len(log_ticks(1e-9, 1e9)) <= 6
+    assert ticks(2, 2) == [2]
 
 
 def test_long_names_keep_their_ends():
     assert svg.shorten("short", 20) == "short"
-    assert (
-        svg.shorten("biomedlm-for-the-ward-onnx-int4-g128", 20).endswith("int4-g128")
-        and len(svg.shorten("x" * 99, 20)) == 20
-    )
+    assert svg.shorten("biomedlm-for-the-ward-onnx-int4-g128", 20).endswith("int4-g128")
+    assert len(svg.shorten("x" * 99, 20)) == 20
 
 
 def parse(drawing):
@@ -445,7 +439,9 @@ def test_charts_are_well_formed_and_stay_inside():
             ):
                 if node.get(name) is not None:
                     assert -0.1 <= float(node.get(name)) <= limit + 0.1, ElementTree.tostring(node)
-    assert "◂" in found[2] and 'class="cross"' in found[0] and "not worse" in found[2]
+    assert "◂" in found[2]
+    assert 'class="cross"' in found[0]
+    assert "not worse" in found[2]
 
 
 def test_a_mark_stands_where_its_number_is():
@@ -465,7 +461,8 @@ def test_flips_have_lengths_in_proportion():
     widths = [
         float(node.get("width")) for node in drawing.iter() if node.get("class") == "bar gained"
     ]
-    assert widths[0] == pytest.approx(2 * widths[1], rel=0.05) and widths[1] > 0
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.05)
+    assert widths[1] > 0
 
 
 def test_a_gain_is_not_called_a_loss(run):
@@ -473,17 +470,14 @@ def test_a_gain_is_not_called_a_loss(run):
         worst = engine["evals"][0]["paired"]["worst"]
         worst["difference"] = max(0.0, worst["difference"])
     found = accuracy.tasks([Run(run)], view([Run(run)])["engines"])[0]["subgroups"]
-    assert found["worst"] == [] and not any(
-        c["worst"] for line in found["rows"] for c in line["cells"]
-    )
+    assert found["worst"] == []
+    assert not any(c["worst"] for line in found["rows"] for c in line["cells"])
 
 
 def test_a_cards_own_memory_is_not_the_processs(run):
     run["device"].update(shared_memory=False, name="rtx-4060-8gb")
-    assert (
-        answers(run)["fits"].kind == "none"
-        and "memory on the card was not measured" in answers(run)["fits"].why
-    )
+    assert answers(run)["fits"].kind == "none"
+    assert "memory on the card was not measured" in answers(run)["fits"].why
     assert view([Run(run)])["engines"][0]["room"] is None
     [peak] = [r for r in run["engines"][0]["records"] if r["name"] == "peak_memory_bytes"]
     run["engines"][0]["records"].append({**peak, "name": "peak_gpu_memory_bytes", "value": 8.3e9})

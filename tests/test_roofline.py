@@ -64,12 +64,10 @@ def test_dimensions_add_up_to_the_published_size(model, billions):
 def test_mixture_of_experts_reads_what_is_chosen():
     d = published_models()["Qwen3-30B-A3B"]
     everything = d.matrices + 48 * 128 * d.expert
-    assert d.read(1) == pytest.approx(d.per_token) and d.per_token + 2 * d.head == pytest.approx(
-        3.3e9, rel=0.05
-    )
-    assert d.read(1) < d.read(8) < d.read(64) < everything and d.read(1000) == pytest.approx(
-        everything, rel=1e-3
-    )
+    assert d.read(1) == pytest.approx(d.per_token)
+    assert d.per_token + 2 * d.head == pytest.approx(3.3e9, rel=0.05)
+    assert d.read(1) < d.read(8) < d.read(64) < everything
+    assert d.read(1000) == pytest.approx(everything, rel=1e-3)
 
 
 def test_decoding_never_beats_the_bandwidth():
@@ -84,12 +82,10 @@ def test_times_grow_with_what_costs_and_shrink_with_what_helps():
     d = published_models()["Qwen3-4B"]
     slow = here(mode="30W")
     fast = here()
-    assert decode_seconds(d, INT4, fast, 100) < decode_seconds(
-        d, INT4, fast, 4000
-    ) and prefill_seconds(d, INT4, fast, 64) < prefill_seconds(d, INT4, fast, 65)
-    assert prefill_seconds(d, INT4, slow, 256) > prefill_seconds(
-        d, INT4, fast, 256
-    ) and decode_seconds(d, INT4, slow, 9) > decode_seconds(d, INT4, fast, 9)
+    assert decode_seconds(d, INT4, fast, 100) < decode_seconds(d, INT4, fast, 4000)
+    assert prefill_seconds(d, INT4, fast, 64) < prefill_seconds(d, INT4, fast, 65)
+    assert prefill_seconds(d, INT4, slow, 256) > prefill_seconds(d, INT4, fast, 256)
+    assert decode_seconds(d, INT4, slow, 9) > decode_seconds(d, INT4, fast, 9)
     assert decode_seconds(d, replace(INT4, layer_bits=8.25), fast, 9) > decode_seconds(
         d, INT4, fast, 9
     )
@@ -129,7 +125,8 @@ def test_a_weight_only_kernel_is_never_faster_than_the_tensor_cores():
 
 def test_measured_numbers_come_before_the_sheet(tmp_path):
     measured = replace(ORIN, achievable_gb_s=150.0, achieved={"fp16": 20.0})
-    assert here(measured).bandwidth == 150e9 and here(measured).rates["fp16"] == 20e12
+    assert here(measured).bandwidth == 150e9
+    assert here(measured).rates["fp16"] == 20e12
     assert here(measured, "15W").bandwidth == pytest.approx(150e9 * 136.5 / 204.8)
     cpu = read_device("raspberry-pi-5-8gb")
     guess = here(cpu, runtime="onnx", precision="int4")
@@ -141,7 +138,8 @@ def test_measured_numbers_come_before_the_sheet(tmp_path):
 def test_every_published_row_is_used_or_listed():
     found, left = published.cases()
     rows = published.rows("published_latency")
-    assert len(rows) == 69 and len(found) + len(left) == sum(
+    assert len(rows) == 69
+    assert len(found) + len(left) == sum(
         bool(row[c]) for row in rows for c in ("decode_tok_s", "prefill_ms", "vit_ms")
     )
     assert [why for *_, why in left] == [
@@ -160,9 +158,10 @@ def test_left_out_means_left_out():
         fitted()["held_out"]["device"]
     )
     bases = {case.base for case in published.cases()[0]}
-    assert bases <= set(fitted()["held_out"]["model"]) and "Qwen3-VL-2B-Instruct" not in bases, (
+    assert bases <= set(fitted()["held_out"]["model"]), (
         "a model with the same matrices is the same model"
     )
+    assert "Qwen3-VL-2B-Instruct" not in bases, "a model with the same matrices is the same model"
     thor = params.build(Constants, fitted()["held_out"]["device"]["Jetson AGX Thor"], "held out")
     assert thor != constants()
 
@@ -177,9 +176,11 @@ def test_stated_error(rows):
     has seen.
     """
     if rows["rows"] == "published":
-        assert rows["median error %"] <= 20 and rows["within 45 %"] >= 90
+        assert rows["median error %"] <= 20
+        assert rows["within 45 %"] >= 90
     else:
-        assert rows["median error %"] <= 30 and rows["within 45 %"] >= 80
+        assert rows["median error %"] <= 30
+        assert rows["within 45 %"] >= 80
 
 
 def test_constants_are_those_the_script_fits():

@@ -157,15 +157,14 @@ def test_a_counter_that_wraps_while_measured(machine):
         set_to(root, counter, 1_000_000)
     # From 64930.873566 J up to the end of the range 65532.610987, and 1 J more.
     assert meter.joules == pytest.approx(65532.610987 - 64930.873566 + 1)
-    assert (
-        meter.watts_mean == pytest.approx(meter.joules / meter.seconds)
-        and meter.reason == ""
-        and "package-0" in meter.how
-    )
+    assert meter.watts_mean == pytest.approx(meter.joules / meter.seconds)
+    assert meter.reason == ""
+    assert "package-0" in meter.how
 
 
 def test_counter_arithmetic():
-    assert sensors.counted(5, 8, None) == 3 and sensors.counted(98, 3, 100) == 5
+    assert sensors.counted(5, 8, None) == 3
+    assert sensors.counted(98, 3, 100) == 5
     with pytest.raises(ValueError, match="went back"):
         sensors.counted(8, 5, None)
 
@@ -177,12 +176,12 @@ def test_power_is_integrated_over_time():
         time.sleep(0.35)
         level[0] = 30.0
         time.sleep(0.35)
-    assert meter.seconds >= 0.7 and meter.settle == 0.5
+    assert meter.seconds >= 0.7
+    assert meter.settle == 0.5
     # Half the time at 10 W, half at 30 W, with one reading interval between them; a busy machine
     # stretches either half.
-    assert 14 < meter.watts_mean < 26 and meter.joules == pytest.approx(
-        meter.watts_mean * meter.seconds
-    )
+    assert 14 < meter.watts_mean < 26
+    assert meter.joules == pytest.approx(meter.watts_mean * meter.seconds)
 
 
 def test_a_sensor_that_fails_gives_a_reason_and_no_number():
@@ -196,7 +195,8 @@ def test_a_sensor_that_fails_gives_a_reason_and_no_number():
 
     with sensors.Meter([sensors.Sensor("rail", "board", "power", "test", read)]) as meter:
         time.sleep(0.15)
-    assert meter.joules is None and "rail failed while it was read: no such device" in meter.reason
+    assert meter.joules is None
+    assert "rail failed while it was read: no such device" in meter.reason
 
 
 def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
@@ -211,14 +211,16 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with sensors.Meter(sensors.find(root)) as meter:
         pass
-    assert meter.joules is None and meter.reason.startswith(
+    assert meter.joules is None
+    assert meter.reason.startswith(
         "no permission: /sys/class/powercap/intel-rapl:0/energy_uj is readable by root only"
     )
-    assert "sudo chmod a+r" in meter.reason and "CVE-2020-8694" in meter.reason
+    assert "sudo chmod a+r" in meter.reason
+    assert "CVE-2020-8694" in meter.reason
     [finding] = doctor.power_sensors(sensors.find(root))
-    assert (
-        finding.state == "missing" and "no permission" in finding.detail and "chmod" in finding.fix
-    )
+    assert finding.state == "missing"
+    assert "no permission" in finding.detail
+    assert "chmod" in finding.fix
 
 
 def test_a_jetson_that_hides_its_rails_is_a_reason(machine, monkeypatch):
@@ -237,21 +239,17 @@ def test_a_jetson_that_hides_its_rails_is_a_reason(machine, monkeypatch):
     monkeypatch.setattr(Path, "read_text", refuse(texts))
     monkeypatch.setattr(Path, "read_bytes", refuse(raw))
     chosen, reason = sensors.choose(sensors.find(root))
-    assert (
-        chosen == []
-        and reason.startswith("no permission: /sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in")
-        and reason.endswith("Run with sudo")
-    )
+    assert chosen == []
+    assert reason.startswith("no permission: /sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in")
+    assert reason.endswith("Run with sudo")
 
 
 def test_no_sensor_is_a_reason(tmp_path):
     with sensors.Meter(sensors.find(tmp_path)) as meter:
         pass
-    assert (
-        meter.joules is None
-        and meter.reason == sensors.NONE_FOUND
-        and doctor.power_sensors([])[0].detail == sensors.NONE_FOUND
-    )
+    assert meter.joules is None
+    assert meter.reason == sensors.NONE_FOUND
+    assert doctor.power_sensors([])[0].detail == sensors.NONE_FOUND
 
 
 def fixed(name: str, part: str, joules: float, **facts: str) -> sensors.Sensor:
@@ -339,7 +337,8 @@ def test_nvml_counter_power_and_clocks(monkeypatch):
         123.456,
     )
     state = thermal.look(Path("/nowhere"), nvml.card())
-    assert state.celsius == {"gpu 0": 41.0} and state.gpu_mhz == 1980
+    assert state.celsius == {"gpu 0": 41.0}
+    assert state.gpu_mhz == 1980
     assert state.flags == (
         "GPU held down by its power limit",
         "GPU slowed by its hardware because of heat",
@@ -368,7 +367,8 @@ def test_nvml_that_fails_is_a_reason(monkeypatch):
         nvmlDeviceGetPowerUsage=FakeNvml.NVMLError,
     )
     [sensor] = sensors.gpu()
-    assert "nvmlDeviceGetPowerUsage" in sensor.problem and sensor.fix
+    assert "nvmlDeviceGetPowerUsage" in sensor.problem
+    assert sensor.fix
     monkeypatch.setattr(
         nvml,
         "need",
@@ -410,24 +410,20 @@ def test_state_of_a_jetson(machine):
 )
 def test_clocks_and_temperatures_elsewhere(machine, name, gpu, celsius):
     state = thermal.look(machine(name))
-    assert state.gpu_mhz == (None if gpu is None else pytest.approx(gpu)) and (
-        celsius in state.celsius if celsius else not state.celsius
-    )
+    assert state.gpu_mhz == (None if gpu is None else pytest.approx(gpu))
+    assert celsius in state.celsius if celsius else not state.celsius
 
 
 def test_trip_points_nobody_set_are_no_limit(machine):
-    assert thermal.limits(machine("intel-i5-13500")) == {} and thermal.limits(
-        machine("rk3588")
-    ) == {"package-thermal": 75.0}
+    assert thermal.limits(machine("intel-i5-13500")) == {}
+    assert thermal.limits(machine("rk3588")) == {"package-thermal": 75.0}
 
 
 def test_unlike_cores_are_told_apart_and_favoured_ones_are_not(machine, tmp_path):
     assert thermal.clusters(machine("rk3588")) == [[4, 5, 6, 7], [0, 1, 2, 3]]
     assert thermal.clusters(machine("intel-i5-13500")) == [list(range(12)), list(range(12, 20))]
-    assert (
-        thermal.clusters(machine("raspberry-pi-5")) == [[0, 1, 2, 3]]
-        and thermal.clusters(tmp_path) == []
-    )
+    assert thermal.clusters(machine("raspberry-pi-5")) == [[0, 1, 2, 3]]
+    assert thermal.clusters(tmp_path) == []
 
 
 def test_throttling_is_seen_by_events_heat_flags_and_clocks(machine):
@@ -440,11 +436,9 @@ def test_throttling_is_seen_by_events_heat_flags_and_clocks(machine):
         set_to(root, f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", 1113600)
     after = thermal.look(root)
     told = thermal.told(before, [before], [after], after, root)
-    assert (
-        told["throttled"] is True
-        and told["hottest"] == "cpu-thermal"
-        and told["celsius"] == {"before": 50.5, "early": 50.5, "late": 99.5, "after": 99.5}
-    )
+    assert told["throttled"] is True
+    assert told["hottest"] == "cpu-thermal"
+    assert told["celsius"] == {"before": 50.5, "early": 50.5, "late": 99.5, "after": 99.5}
     assert told["throttling"] == [
         "instantaneous over-current (oc3): 12 events",
         "cpu-thermal reached 100 °C, clocks are lowered from 99 °C",
@@ -468,9 +462,10 @@ def test_throttling_elsewhere(machine, tmp_path):
         "CPU package slowed because of heat: 3 events"
     ]
     nothing = thermal.look(tmp_path)
-    assert (
-        nothing.empty and thermal.told(nothing, [], [], nothing, tmp_path)["throttled"] is None
-    ), "a machine that tells nothing is not known to run freely"
+    assert nothing.empty, "a machine that tells nothing is not known to run freely"
+    assert thermal.told(nothing, [], [], nothing, tmp_path)["throttled"] is None, (
+        "a machine that tells nothing is not known to run freely"
+    )
 
 
 @pytest.mark.parametrize(
@@ -500,7 +495,8 @@ def test_throttling_elsewhere(machine, tmp_path):
 def test_doctor_knows_a_jetson(machine, name, said, mode, clocks):
     root = machine(name)
     board, power, speed = doctor.jetson_board(root)
-    assert board.detail == said and speed.detail.startswith(clocks)
+    assert board.detail == said
+    assert speed.detail.startswith(clocks)
     assert (power.state, power.detail) == (
         ("ok", mode) if mode else ("missing", "nvpmodel's mode cannot be read")
     )
@@ -508,10 +504,8 @@ def test_doctor_knows_a_jetson(machine, name, said, mode, clocks):
 
 
 def test_releases_that_are_not_in_the_table_are_not_guessed():
-    assert (
-        jetson.jetpack("36.9.1") == "JetPack 6, which release is not known (L4T 36.9.1)"
-        and jetson.jetpack("41.0.0") == "JetPack not known (L4T 41.0.0)"
-    )
+    assert jetson.jetpack("36.9.1") == "JetPack 6, which release is not known (L4T 36.9.1)"
+    assert jetson.jetpack("41.0.0") == "JetPack not known (L4T 41.0.0)"
 
 
 def test_a_mode_without_a_name_is_its_number(machine):
@@ -527,9 +521,9 @@ def test_doctor_elsewhere_says_nothing_about_jetsons(machine):
 def test_doctor_tells_no_driver_from_a_driver_without_cuda(machine, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "gpus", lambda: ([], None))
     [finding] = doctor.graphics(machine("amd-ryzen"))
-    assert (
-        finding.state == "broken" and "on the PCI bus" in finding.detail and "driver" in finding.fix
-    )
+    assert finding.state == "broken"
+    assert "on the PCI bus" in finding.detail
+    assert "driver" in finding.fix
     assert doctor.graphics(tmp_path)[0].state == "missing"
 
     def absent(name):
@@ -544,12 +538,10 @@ def test_doctor_tells_no_driver_from_a_driver_without_cuda(machine, tmp_path, mo
     }
     monkeypatch.setattr(doctor, "gpus", lambda: ([card], None))
     gpu, cuda = doctor.graphics(tmp_path)
-    assert (
-        gpu.state == "ok"
-        and cuda.state == "broken"
-        and "driver without CUDA" in cuda.detail
-        and "compute" in cuda.fix
-    )
+    assert gpu.state == "ok"
+    assert cuda.state == "broken"
+    assert "driver without CUDA" in cuda.detail
+    assert "compute" in cuda.fix
     monkeypatch.setattr(doctor, "gpus", lambda: ([], None))
     assert doctor.graphics(machine("jetson-nano"))[0].detail.startswith("the Jetson's own GPU")
     monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: object())
@@ -608,7 +600,8 @@ def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
     session = Busy()
     watch = conditions.Conditions()
     watch.begin(session, [1] * 8)
-    assert session.prefilled >= 8 and watch.early
+    assert session.prefilled >= 8
+    assert watch.early
     rows = {
         name: (unit, values, how)
         for name, unit, values, how in [*watch.end(session, [1] * 8, [1] * 4, 16), *watch.rest()]
@@ -623,26 +616,21 @@ def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
     for phase in ("prefill", "decode"):
         unit, [joules], how = rows[f"{phase}_joules_per_token"]
         # 10 W over at least 1 ms per token.
-        assert (
-            unit == "J/tok"
-            and joules == pytest.approx(10 * how["seconds"] / how["tokens"], rel=0.02)
-            and 0.01 <= joules < 0.05
-        )
-        assert (
-            how["parts_joules"] == {"VDD_IN": pytest.approx(10 * how["seconds"], rel=0.02)}
-            and "VDD_IN (INA power monitor, read every 0.1 s)" in how["what"]
-        )
+        assert unit == "J/tok"
+        assert joules == pytest.approx(10 * how["seconds"] / how["tokens"], rel=0.02)
+        assert 0.01 <= joules < 0.05
+        assert how["parts_joules"] == {"VDD_IN": pytest.approx(10 * how["seconds"], rel=0.02)}
+        assert "VDD_IN (INA power monitor, read every 0.1 s)" in how["what"]
         assert rows[f"{phase}_watts"][1] == [pytest.approx(10, rel=0.02)]
-    assert rows["prefill_watts"][2]["prompt"] == 8 and (
+    assert rows["prefill_watts"][2]["prompt"] == 8
+    assert (
         rows["decode_watts"][2]["prompt"],
         rows["decode_watts"][2]["generate"],
     ) == (4, 16)
     state = watch.state()
-    assert (
-        state["energy_reason"] is None
-        and "VDD_IN" in state["energy"]
-        and state["cpu_mhz"]["late"] == 1728.0
-    )
+    assert state["energy_reason"] is None
+    assert "VDD_IN" in state["energy"]
+    assert state["cpu_mhz"]["late"] == 1728.0
     assert json.loads(json.dumps(state)) == state
 
 
@@ -654,17 +642,13 @@ def test_conditions_cost_nothing_where_nothing_is_told(tmp_path, monkeypatch, qu
     session = Busy()
     watch = conditions.Conditions()
     watch.begin(session, [1])
-    assert (
-        watch.end(session, [1], [1], 4) == []
-        and watch.rest() == []
-        and session.prefilled == session.stepped == 0
-    )
+    assert watch.end(session, [1], [1], 4) == []
+    assert watch.rest() == []
+    assert session.prefilled == session.stepped == 0
     state = watch.state()
-    assert (
-        state["energy"] is None
-        and state["energy_reason"] == sensors.NONE_FOUND
-        and state["throttled"] is None
-    )
+    assert state["energy"] is None
+    assert state["energy_reason"] == sensors.NONE_FOUND
+    assert state["throttled"] is None
 
 
 def test_a_sensor_failing_in_the_middle_leaves_the_bench_standing(tmp_path, monkeypatch, quick):
@@ -680,16 +664,17 @@ def test_a_sensor_failing_in_the_middle_leaves_the_bench_standing(tmp_path, monk
         conditions.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
     )
     watch = conditions.Conditions()
-    assert watch.end(Busy(), [1], [1], 4) == [] and watch.rest() == []
+    assert watch.end(Busy(), [1], [1], 4) == []
+    assert watch.rest() == []
     assert watch.state()["energy_reason"] == "VDD_IN failed while it was read: I/O error"
 
 
 def test_every_reader_works_on_this_machine():
-    assert isinstance(thermal.look(), thermal.State) and all(
-        isinstance(s, sensors.Sensor) for s in sensors.find()
-    )
+    assert isinstance(thermal.look(), thermal.State)
+    assert all(isinstance(s, sensors.Sensor) for s in sensors.find())
     found = number(Path("/proc/self/stat"))
-    assert found and found > 0
+    assert found
+    assert found > 0
 
 
 def test_points_of_a_thread_sweep():
@@ -709,14 +694,16 @@ def test_points_of_a_thread_sweep():
     ]
     many = [p.threads for p in sweep.points(128, 64, [])]
     assert many == [*range(1, 17), 32, 48, 64, 80, 96, 112, 128]
-    assert sweep.Point(1, (0, 2)).label == "0,2" and sweep.Point(1, (5,)).label == "5"
+    assert sweep.Point(1, (0, 2)).label == "0,2"
+    assert sweep.Point(1, (5,)).label == "5"
 
 
 def test_waiting_is_set_before_a_process_starts(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
     assert sweep.environment("auto")["GOMP_SPINCOUNT"] == "1000"
     passive = sweep.environment("passive")
-    assert passive["OMP_WAIT_POLICY"] == "passive" and "GOMP_SPINCOUNT" not in passive
+    assert passive["OMP_WAIT_POLICY"] == "passive"
+    assert "GOMP_SPINCOUNT" not in passive
     with pytest.raises(EdgemedError, match="Did you mean 'passive'"):
         sweep.environment("pasive")
 
@@ -742,7 +729,8 @@ def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
         (2, ""),
         (3, "decode"),
     ]
-    assert rows[0]["prefill_tokens_per_second"] == 103.5 and (
+    assert rows[0]["prefill_tokens_per_second"] == 103.5
+    assert (
         rows[0]["prefill_tokens_per_second_min"],
         rows[0]["prefill_tokens_per_second_max"],
     ) == (101, 106)

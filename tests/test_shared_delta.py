@@ -15,15 +15,15 @@ from moe_models import EXPERT, MODELS, reference, write
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-from edgemed import deltas, facts, plugins  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession, logits  # noqa: E402
-from edgemed.engine import export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.steps import merge, quantize  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import deltas, facts, plugins
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession, logits
+from edgemed.engine import export
+from edgemed.errors import EdgemedError
+from edgemed.steps import merge, quantize
+from edgemed.weights import Weights
 
 IDS = tokens(40)
 CALIBRATION = {"calibration": "medquad-answers", "samples": 4, "length": 32}
@@ -75,7 +75,8 @@ def test_the_checkpoint_is_the_model_with_summed_experts(
     model = write(tmp_path / "model", name)
     notes = shared(model, tmp_path / "out", **form, **CALIBRATION)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert config["moe"].pop("shared_delta") == form and set(notes["layers"]) == {
+    assert config["moe"].pop("shared_delta") == form
+    assert set(notes["layers"]) == {
         "layers.0",
         "layers.2",
     }
@@ -89,16 +90,15 @@ def test_the_checkpoint_is_the_model_with_summed_experts(
     )
     before = load_file(model / "model.safetensors")
     after = load_file(plain / "model.safetensors")
-    assert set(before) == set(after) and all(
+    assert set(before) == set(after)
+    assert all(
         torch.equal(before[key], after[key])
         for key in before
         if "deepspeed_experts" not in key or key.endswith(".bias")
     )
     session = TorchSession(Weights(open_checkpoint(tmp_path / "out")))
-    assert (
-        np.abs(session.prefill(IDS[:30], every=True) - right[:30].numpy()).max() < 1e-4
-        and np.abs(session.step(IDS[30]) - right[30].numpy()).max() < 1e-4
-    )
+    assert np.abs(session.prefill(IDS[:30], every=True) - right[:30].numpy()).max() < 1e-4
+    assert np.abs(session.step(IDS[30]) - right[30].numpy()).max() < 1e-4
 
 
 def test_of_full_rank_nothing_is_lost(tmp_path: Path) -> None:
@@ -122,20 +122,17 @@ def test_low_rank_is_the_nearest_on_what_is_read() -> None:
     errors = {kind: float(((rest - matrix) @ x.T).norm()) for kind, matrix in found.items()}
     # What no matrix of this rank falls below: the singular values of the outputs themselves.
     bound = float(np.sqrt((np.linalg.svd((rest @ x.T).numpy(), compute_uv=False)[4:] ** 2).sum()))
-    assert (
-        bound <= errors["read"] * 1.0001
-        and errors["read"] < 1.01 * bound
-        and errors["plain"] > 1.1 * bound
-    )
+    assert bound <= errors["read"] * 1.0001
+    assert errors["read"] < 1.01 * bound
+    assert errors["plain"] > 1.1 * bound
     assert np.linalg.matrix_rank(found["read"].numpy(), tol=1e-3) == 4
 
 
 def test_sparse_keeps_what_weighs_most_in_each_row() -> None:
     rest = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.1, 0.2, -0.3, 0.4]])
     found = deltas.sparse(rest, torch.diag(torch.tensor([1.0, 100.0, 1.0, 0.01])), 2)
-    assert found["columns"].tolist() == [[0, 1], [1, 2]] and torch.equal(
-        found["values"], torch.tensor([[3.0, -1.0], [0.2, -0.3]])
-    )
+    assert found["columns"].tolist() == [[0, 1], [1, 2]]
+    assert torch.equal(found["values"], torch.tensor([[3.0, -1.0], [0.2, -0.3]]))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["rank", "density"])
@@ -143,10 +140,8 @@ def test_calibration_and_usage_make_the_layer_nearer(form: dict, tmp_path: Path)
     model = write(tmp_path / "model", "moe-tinymed")
     notes = shared(model, tmp_path / "out", weights="usage", **form, **CALIBRATION)
     for found in notes["layers"].values():
-        assert (
-            found["shares"] == [count / sum(found["tokens"]) for count in found["tokens"]]
-            and 0.05 < found["error"] < 1
-        )
+        assert found["shares"] == [count / sum(found["tokens"]) for count in found["tokens"]]
+        assert 0.05 < found["error"] < 1
     (tmp_path / "dense").mkdir()
     averaged = merge.run(
         open_checkpoint(model),
@@ -176,9 +171,8 @@ def test_gptq_rounds_the_shared_matrices_and_keeps_the_differences(
             **CALIBRATION,
         ),
     )
-    assert {"layers.0.base.up", "layers.0.base.down"} <= set(notes["errors"]) and not any(
-        ".experts." in key for key in notes["errors"]
-    )
+    assert {"layers.0.base.up", "layers.0.base.down"} <= set(notes["errors"])
+    assert not any(".experts." in key for key in notes["errors"])
     before = load_file(tmp_path / "out" / "model.safetensors")
     after = load_file(tmp_path / "int8" / "model.safetensors")
     assert all(torch.equal(after[key], before[key].half()) for key in before if "_delta." in key)
@@ -210,10 +204,8 @@ def test_onnx_multiplies_the_shared_matrix_once(name: str, tmp_path: Path) -> No
     session = engine.open()
     assert np.abs(session.prefill(IDS, every=True) - right).max() < 1e-3
     session.rewind(0)
-    assert (
-        np.abs(session.prefill(IDS[:9])[0] - right[8]).max() < 1e-3
-        and np.abs(session.step(IDS[9]) - right[9]).max() < 1e-3
-    )
+    assert np.abs(session.prefill(IDS[:9])[0] - right[8]).max() < 1e-3
+    assert np.abs(session.step(IDS[9]) - right[9]).max() < 1e-3
     engine = export(
         checkpoint,
         "onnx",
@@ -227,10 +219,8 @@ def test_onnx_multiplies_the_shared_matrix_once(name: str, tmp_path: Path) -> No
         for node in onnx.load(engine.path / "model.onnx", load_external_data=False).graph.node
         if node.op_type == "MatMulNBits" and node.name.startswith("layers.0.")
     ]
-    assert (
-        sum("base." in node for node in names) == 2
-        and sum(".experts." in node for node in names) == 4 * 4
-    )
+    assert sum("base." in node for node in names) == 2
+    assert sum(".experts." in node for node in names) == 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -283,7 +273,8 @@ def test_what_is_stored_is_smaller_and_counted(tmp_path: Path) -> None:
         < found["model"]["memory"]["int4 g128"]["weights_mb"]
     )
     d = facts.dimensions(Weights(open_checkpoint(tmp_path / "out")))
-    assert d.expert == 6 * (64 + 256) + 6 * (128 + 64) and d.experts == 4
+    assert d.expert == 6 * (64 + 256) + 6 * (128 + 64)
+    assert d.experts == 4
 
 
 @pytest.mark.parametrize(
@@ -305,7 +296,8 @@ def test_what_is_refused(params: dict, words: str, tmp_path: Path) -> None:
     model = write(tmp_path / "model", "moe-tinymed")
     with pytest.raises(EdgemedError, match=words) as error:
         shared(model, tmp_path / "out", **params)
-    assert "\n" not in str(error.value) and not any((tmp_path / "out").iterdir())
+    assert "\n" not in str(error.value)
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_models_it_is_not_for(tmp_path: Path) -> None:
@@ -364,6 +356,5 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert Weights(open_checkpoint(tmp_path / "out")).decoder.experts.rank == 8
     done = cli("merge", model, "--out", tmp_path / "no", "--experts", "shared_delta")
-    assert (
-        done.returncode == 1 and "neither rank nor density" in done.stderr.strip().splitlines()[-1]
-    )
+    assert done.returncode == 1
+    assert "neither rank nor density" in done.stderr.strip().splitlines()[-1]

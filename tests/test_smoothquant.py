@@ -18,15 +18,15 @@ from conftest import cli, on_q8_grid, refused, rewrite, tokens, write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from edgemed.decoder import block, embed, linear, load_layer, logits, norm, top  # noqa: E402
-from edgemed.engine import export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.session import log_softmax  # noqa: E402
-from edgemed.smooth import scale  # noqa: E402
-from edgemed.steps import quantize  # noqa: E402
-from edgemed.targets import onnx, tensorrt  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed.checkpoint import Checkpoint, open_checkpoint
+from edgemed.decoder import block, embed, linear, load_layer, logits, norm, top
+from edgemed.engine import export
+from edgemed.errors import EdgemedError
+from edgemed.session import log_softmax
+from edgemed.smooth import scale
+from edgemed.steps import quantize
+from edgemed.targets import onnx, tensorrt
+from edgemed.weights import Weights
 
 IDS = tokens(80)
 FAMILIES = {
@@ -213,7 +213,8 @@ def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(
     exact = by_hand(Weights(checkpoint), lambda name, x: x, grid=False)
     assert kl(right, found) < 0.05 * kl(right, exact)
     text = (tmp_path / "engine" / "manifest.json").read_text()
-    assert '"precision"' in text and "QuantizeLinear" in text
+    assert '"precision"' in text
+    assert "QuantizeLinear" in text
 
 
 def test_smoothing_pays_where_channels_stand_out(

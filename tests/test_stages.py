@@ -16,18 +16,18 @@ from conftest import IMAGE, ROOT, cli, refused
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
 
-from edgemed import plugins, stages  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.data import image_questions  # noqa: E402
-from edgemed.engine import Engine, export  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.image_reference import SCORED  # noqa: E402
-from edgemed.recipe import VerifySpec  # noqa: E402
-from edgemed.reference import FILE, Reference  # noqa: E402
-from edgemed.run import answers, image_answers  # noqa: E402
-from edgemed.verify import Limits, verify  # noqa: E402
-from edgemed.vision import VisionSession  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import plugins, stages
+from edgemed.checkpoint import open_checkpoint
+from edgemed.data import image_questions
+from edgemed.engine import Engine, export
+from edgemed.errors import EdgemedError
+from edgemed.image_reference import SCORED
+from edgemed.recipe import VerifySpec
+from edgemed.reference import FILE, Reference
+from edgemed.run import answers, image_answers
+from edgemed.verify import Limits, verify
+from edgemed.vision import VisionSession
+from edgemed.weights import Weights
 
 SPEC = VerifySpec(
     "medquad-answers",
@@ -83,11 +83,12 @@ def test_source_answers_as_transformers(sees: Path, reference: Reference) -> Non
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         sees, dtype=torch.float32
     ).eval()
-    assert images.greedy.shape == (10, 48) and len(images.logits) == 10
+    assert images.greedy.shape == (10, 48)
+    assert len(images.logits) == 10
     for n in range(10):
         seen = process(images=[images.image(n)], return_tensors="pt")
         assert np.abs(seen["pixel_values"].numpy() - images.pixels[n]).max() <= stages.PIXELS
-        tokens, pictures = images.shown(n, v, 3, 1024)
+        tokens, _pictures = images.shown(n, v, 3, 1024)
         ids = torch.tensor([tokens])
         with torch.inference_mode():
             out = model.generate(
@@ -127,21 +128,16 @@ def test_exact_engines_answer_every_token(
         made(sees, reference, tmp_path / "engine", target, **params), reference, Limits(), 1
     )
     found = by_stage(result)
-    assert result["passed"] and all(row["passed"] for row in result["stages"])
-    assert (
-        found["end to end"]["error"] == 0
-        and found["end to end"]["limit"] == 0
-        and "480 of 480" in found["end to end"]["how"]
-    )
-    assert (
-        found["pixels"]["error"] == 0
-        and 0 < found["tower"]["error"] < 1e-5
-        and 0 < found["projector"]["error"] < 1e-5
-    )
-    assert (
-        found["decoder"]["limit"] == {"onnx": 1e-3, "llamacpp": 5e-3}[target]
-        and 0 < found["decoder"]["error"] < found["decoder"]["limit"] / 4
-    )
+    assert result["passed"]
+    assert all(row["passed"] for row in result["stages"])
+    assert found["end to end"]["error"] == 0
+    assert found["end to end"]["limit"] == 0
+    assert "480 of 480" in found["end to end"]["how"]
+    assert found["pixels"]["error"] == 0
+    assert 0 < found["tower"]["error"] < 1e-5
+    assert 0 < found["projector"]["error"] < 1e-5
+    assert found["decoder"]["limit"] == {"onnx": 1e-3, "llamacpp": 5e-3}[target]
+    assert 0 < found["decoder"]["error"] < found["decoder"]["limit"] / 4
 
 
 @pytest.mark.parametrize(
@@ -159,16 +155,12 @@ def test_narrow_towers_have_limits_of_their_own(
     found = by_stage(result)
     assert result["passed"], result["problems"]
     for name in ("tower", "projector"):
-        assert (
-            least < found[name]["error"] < most
-            and found[name]["limit"] == stages.TOWERS[tower]
-            and f"the {tower} {name}" in found[name]["how"]
-        )
+        assert least < found[name]["error"] < most
+        assert found[name]["limit"] == stages.TOWERS[tower]
+        assert f"the {tower} {name}" in found[name]["how"]
     assert found["decoder"]["limit"] == 1e-3, "the decoder is as exact as ever"
-    assert (
-        0 < found["end to end"]["error"] < 0.05 == found["end to end"]["limit"]
-        and "of 480 greedy tokens" in found["end to end"]["how"]
-    )
+    assert 0 < found["end to end"]["error"] < 0.05 == found["end to end"]["limit"]
+    assert "of 480 greedy tokens" in found["end to end"]["how"]
 
 
 def test_a_bfloat16_tower(sees: Path, reference: Reference, tmp_path: Path) -> None:
@@ -181,11 +173,9 @@ def test_a_bfloat16_tower(sees: Path, reference: Reference, tmp_path: Path) -> N
         )
     )
     for name in ("tower", "projector"):
-        assert (
-            1e-4 < found[name]["error"] < 2e-2
-            and found[name]["limit"] == stages.TOWERS["bf16"]
-            and found[name]["passed"]
-        )
+        assert 1e-4 < found[name]["error"] < 2e-2
+        assert found[name]["limit"] == stages.TOWERS["bf16"]
+        assert found[name]["passed"]
 
 
 @pytest.mark.parametrize(("mmproj", "most"), [("f32", 2e-3), ("f16", 3e-3), ("q8_0", 3e-2)])
@@ -207,14 +197,11 @@ def test_libmtmds_tower_and_projector_are_one_stage(
         1,
     )
     found = {row["stage"]: row for row in result["stages"]}
-    assert list(found) == ["projector", "decoder", "end to end"] and result["passed"], result[
-        "problems"
-    ]
-    assert (
-        1e-5 < found["projector"]["error"] < most
-        and found["projector"]["limit"] == stages.MTMD[mmproj]
-        and f"{mmproj} tower and projector in one" in found["projector"]["how"]
-    )
+    assert list(found) == ["projector", "decoder", "end to end"], result["problems"]
+    assert result["passed"], result["problems"]
+    assert 1e-5 < found["projector"]["error"] < most
+    assert found["projector"]["limit"] == stages.MTMD[mmproj]
+    assert f"{mmproj} tower and projector in one" in found["projector"]["how"]
     assert ("share of greedy tokens" in found["end to end"]["how"]) == (mmproj == "f32"), (
         "only float32 must answer every token"
     )
@@ -225,24 +212,21 @@ def test_quantized_decoder_is_held_to_divergence(
 ) -> None:
     quantized = made(sees, reference, tmp_path / "engine", precision="int8", group=32)
     found = by_stage(verify(quantized, reference, Limits(), 1))
-    assert (
-        found["tower"]["limit"] == 1e-4
-        and 0 < found["decoder"]["error"] < found["decoder"]["limit"] == 0.05
-        and "top-1 agreement" in found["decoder"]["how"]
-    )
-    assert (
-        "at 80 answer positions" in found["decoder"]["how"]
-        and "at all 480 tokens" in found["decoder"]["how"]
-    )
+    assert found["tower"]["limit"] == 1e-4
+    assert 0 < found["decoder"]["error"] < found["decoder"]["limit"] == 0.05
+    assert "top-1 agreement" in found["decoder"]["how"]
+    assert "at 80 answer positions" in found["decoder"]["how"]
+    assert "at all 480 tokens" in found["decoder"]["how"]
     carried = by_stage(verify(quantized, quantized.reference(), Limits(), 1))
-    assert (
-        "at 16 answer positions" in carried["decoder"]["how"]
-        and "at all 96 tokens" in carried["decoder"]["how"]
-    ), "two of sixteen would already be too many to differ"
-    strict = verify(quantized, reference, Limits(0.05, 1.0), 1)
-    assert not by_stage(strict)["decoder"]["passed"] and any(
-        "stage decoder" in problem for problem in strict["problems"]
+    assert "at 16 answer positions" in carried["decoder"]["how"], (
+        "two of sixteen would already be too many to differ"
     )
+    assert "at all 96 tokens" in carried["decoder"]["how"], (
+        "two of sixteen would already be too many to differ"
+    )
+    strict = verify(quantized, reference, Limits(0.05, 1.0), 1)
+    assert not by_stage(strict)["decoder"]["passed"]
+    assert any("stage decoder" in problem for problem in strict["problems"])
 
 
 # --- each stage fails where its own part is wrong, and no other does
@@ -262,7 +246,8 @@ def test_a_wrong_part_is_named(engine: Engine, reference: Reference, name: str) 
         "tower": ("tower", {"projector"}),
         "features": ("projector", {"decoder"}),
     }[name]
-    assert first in failed and failed <= {
+    assert first in failed, "what was given wrong inputs may fail too"
+    assert failed <= {
         first,
         *behind,
     }, "what was given wrong inputs may fail too"
@@ -305,16 +290,14 @@ def test_a_fault_of_the_engine_shows_in_its_own_stage(
         right = getattr(VisionSession, method)
         monkeypatch.setattr(VisionSession, method, lambda self, given: change(right(self, given)))
     result = verify(engine, reference.trim(2), Limits(), 1)
-    assert not result["passed"] and [
-        row["stage"] for row in result["stages"] if not row["passed"]
-    ] == [stage, "end to end"]
+    assert not result["passed"]
+    assert [row["stage"] for row in result["stages"] if not row["passed"]] == [stage, "end to end"]
 
 
 def test_relative_error_by_hand() -> None:
     right = np.array([[3.0, 4.0]], np.float32)
-    assert stages.relative(right, right) == 0 and stages.relative(
-        np.array([[3.0, 4.5]], np.float32), right
-    ) == pytest.approx(0.125)
+    assert stages.relative(right, right) == 0
+    assert stages.relative(np.array([[3.0, 4.5]], np.float32), right) == pytest.approx(0.125)
     spiked = np.ones((100, 100), np.float32)
     spiked[0, 0] = 300
     assert stages.relative(spiked + np.float32(0.01), spiked) == pytest.approx(
@@ -328,11 +311,9 @@ def test_wrong_answers_and_scores(
     greedy = reference.images.greedy.copy()
     greedy[3, 40] = (greedy[3, 40] + 1) % 250
     result = verify(engine, wrong(reference, greedy=greedy), Limits(), 1)
-    assert (
-        not result["passed"]
-        and [row["stage"] for row in result["stages"] if not row["passed"]] == ["end to end"]
-        and "472 of 480" in result["problems"][0]
-    )
+    assert not result["passed"]
+    assert [row["stage"] for row in result["stages"] if not row["passed"]] == ["end to end"]
+    assert "472 of 480" in result["problems"][0]
     result = verify(
         engine, wrong(reference, logits=reference.images.logits + np.float32(0.01)), Limits(), 1
     )
@@ -350,12 +331,10 @@ def test_another_image_is_another_answer(engine: Engine, reference: Reference) -
     """Were the images not looked at, turning them over would change nothing."""
     turned = tuple(picture[::-1, ::-1].copy() for picture in reference.images.pictures)
     found = by_stage(verify(engine, wrong(reference, pictures=turned), Limits(), 1))
-    assert (
-        not found["pixels"]["passed"]
-        and not found["end to end"]["passed"]
-        and found["tower"]["passed"]
-        and found["decoder"]["passed"]
-    )
+    assert not found["pixels"]["passed"]
+    assert not found["end to end"]["passed"]
+    assert found["tower"]["passed"]
+    assert found["decoder"]["passed"]
 
 
 # --- what travels
@@ -364,15 +343,12 @@ def test_another_image_is_another_answer(engine: Engine, reference: Reference) -
 def test_reference_with_images_survives_storage(reference: Reference, tmp_path: Path) -> None:
     reference.save(tmp_path)
     back = Reference.load(tmp_path)
-    assert back.digest() == reference.digest() and [p.shape for p in back.images.pictures] == [
-        p.shape for p in reference.images.pictures
-    ]
+    assert back.digest() == reference.digest()
+    assert [p.shape for p in back.images.pictures] == [p.shape for p in reference.images.pictures]
     trimmed = reference.trim(2)
-    assert (
-        len(trimmed.images.pixels) == len(trimmed.images.logits) == 2
-        and len(trimmed.images.pictures) == len(trimmed.images.greedy) == 10
-        and trimmed.digest() != reference.digest()
-    )
+    assert len(trimmed.images.pixels) == len(trimmed.images.logits) == 2
+    assert len(trimmed.images.pictures) == len(trimmed.images.greedy) == 10
+    assert trimmed.digest() != reference.digest()
     plain = replace(reference, images=None)
     plain.save(tmp_path)
     with np.load(tmp_path / FILE) as arrays:
@@ -382,18 +358,17 @@ def test_reference_with_images_survives_storage(reference: Reference, tmp_path: 
             "prompt",
             "windows",
         ], "a text model's file is what it was"
-    assert Reference.load(tmp_path).images is None and plain.digest() != reference.digest()
+    assert Reference.load(tmp_path).images is None
+    assert plain.digest() != reference.digest()
     assert wrong(reference, pictures=reference.images.pictures[::-1]).digest() != reference.digest()
 
 
 def test_the_carried_reference_is_checked_without_torch(engine: Engine) -> None:
     carried = engine.reference()
     result = verify(engine, carried, Limits(), 1)
-    assert (
-        result["passed"]
-        and "of 2 images" in by_stage(result)["tower"]["how"]
-        and "480 of 480" in by_stage(result)["end to end"]["how"]
-    )
+    assert result["passed"]
+    assert "of 2 images" in by_stage(result)["tower"]["how"]
+    assert "480 of 480" in by_stage(result)["end to end"]["how"]
     assert (engine.path / FILE).stat().st_size < 2e6
 
 
@@ -441,11 +416,11 @@ def test_exported_verified_and_shown(sees: Path, tmp_path: Path) -> None:
     rows = [
         line.split() for line in done.stdout.splitlines() if "passed" in line and "how" not in line
     ]
-    assert [
-        " ".join(row[: row.index("passed")]) for row in rows if row[0] != "passed"
-    ] == STAGES and "480 of 480 greedy tokens" in " ".join(done.stdout.split())
+    assert [" ".join(row[: row.index("passed")]) for row in rows if row[0] != "passed"] == STAGES
+    assert "480 of 480 greedy tokens" in " ".join(done.stdout.split())
     found = json.loads(cli("verify", engine.path, "--threads", 1, "--json").stdout)
-    assert found["passed"] and [row["stage"] for row in found["stages"]] == STAGES
+    assert found["passed"]
+    assert [row["stage"] for row in found["stages"]] == STAGES
     old = engine.reference()
     replace(old, images=None).save(engine.path)
     refused(cli("verify", engine.path), "reference.npz")
@@ -479,16 +454,12 @@ def test_run_reports_stages_and_a_question_about_an_image(
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.validate(document, json.loads((ROOT / "docs" / "report.schema.json").read_text()))
     for entry, tower in zip(document["engines"], ("fp32", "fp16"), strict=True):
-        assert (
-            entry["verify"]["passed"]
-            and entry["stages"] == entry["verify"]["stages"]
-            and [row["stage"] for row in entry["stages"]] == STAGES
-        )
-        assert (
-            tower in entry["stages"][1]["how"]
-            and "36 of 36 greedy tokens" in entry["stages"][4]["how"]
-            and "of 3 images" in entry["stages"][1]["how"]
-        )
+        assert entry["verify"]["passed"]
+        assert entry["stages"] == entry["verify"]["stages"]
+        assert [row["stage"] for row in entry["stages"]] == STAGES
+        assert tower in entry["stages"][1]["how"]
+        assert "36 of 36 greedy tokens" in entry["stages"][4]["how"]
+        assert "of 3 images" in entry["stages"][1]["how"]
         assert (
             json.loads(
                 (tmp_path / "work" / "engines" / entry["name"] / "manifest.json").read_text()
@@ -496,10 +467,10 @@ def test_run_reports_stages_and_a_question_about_an_image(
             == entry["stages"]
         )
         card = (tmp_path / "work" / "engines" / entry["name"] / "README.md").read_text()
-        assert "vqa-rad-images" in card and "CC0-1.0" in card
-        assert "| projector | yes |" in card and (
-            "first token of a second question about it" in card
-        ) == (entry["name"] == "small")
+        assert "vqa-rad-images" in card
+        assert "CC0-1.0" in card
+        assert "| projector | yes |" in card
+        assert ("first token of a second question about it" in card) == (entry["name"] == "small")
     assert {
         r["name"]: r["n"]
         for r in document["engines"][1]["records"]
@@ -519,11 +490,9 @@ def test_run_reports_stages_and_a_question_about_an_image(
         "image_load_seconds": 1,
     }
     for page in (render(document), markdown(document)):
-        assert (
-            "largest relative error" in page
-            and "end to end" in page
-            and "question about an image" in page
-        )
+        assert "largest relative error" in page
+        assert "end to end" in page
+        assert "question about an image" in page
     started = {p.name: p.stat().st_mtime for p in (tmp_path / "work" / "store").glob("images-*")}
     assert len(started) == 2, "the source is shown each size of images once"
 
@@ -538,15 +507,11 @@ def test_bench_of_an_image(engine: Engine) -> None:
     ]
     first = found["image_first_token_seconds"]
     second = found["image_second_question_seconds"]
-    assert (
-        first["how"] == {"image": 112, "features": 16, "tokens": 32, "threads": 1, "runs": 3}
-        and first["n"] == 3
-    )
+    assert first["how"] == {"image": 112, "features": 16, "tokens": 32, "threads": 1, "runs": 3}
+    assert first["n"] == 3
     # Each is a median of its own, so sums agree only roughly.
-    assert (
-        first["spread"]["max"] >= max(part["value"] for part in parts)
-        and second["spread"]["min"] < first["spread"]["max"]
-    )
+    assert first["spread"]["max"] >= max(part["value"] for part in parts)
+    assert second["spread"]["min"] < first["spread"]["max"]
     assert not [
         name
         for name in {r["name"] for r in bench(engine, BenchSpec((16,), 4, 1, 1, image=0))}
@@ -580,7 +545,8 @@ def test_a_second_question_costs_no_second_look(
     session = engine.open(1)
     image_questions(engine, session, BenchSpec((16,), 4, 3, 1, image=56), 1)
     session.close()
-    assert len(looks) == 4 and len({pixels.tobytes() for pixels in looks}) == 4, (
+    assert len(looks) == 4, "one look at each image, and every round another image"
+    assert len({pixels.tobytes() for pixels in looks}) == 4, (
         "one look at each image, and every round another image"
     )
 

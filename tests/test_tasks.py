@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+
 from edgemed import plugins
 from edgemed.data import read_jsonl
 from edgemed.errors import EdgemedError
@@ -38,7 +39,9 @@ def refused(spec: str, said: str, limit: int | None = None) -> None:
     with pytest.raises(EdgemedError) as caught:
         questions(spec, limit)
     message = str(caught.value)
-    assert said in message and "\n" not in message and caught.value.fix, message
+    assert said in message, message
+    assert "\n" not in message, message
+    assert caught.value.fix, message
 
 
 def prompt(asked: Questions, index: int = 0) -> str:
@@ -90,7 +93,8 @@ def test_wordings_by_hand(tmp_path: Path) -> None:
         " Liver",
         " Heart",
         " Lung",
-    ) and medqa.task.render(medqa.examples[0]).options == (" A", " B", " C")
+    )
+    assert medqa.task.render(medqa.examples[0]).options == (" A", " B", " C")
     assert questions(f"worldmedqa:{file}").examples[0].groups == {
         "country": "brazil",
         "language": "en",
@@ -120,9 +124,8 @@ def test_thousands_of_options_where_they_are_scored_by_text(tmp_path: Path) -> N
     }
     file = write(tmp_path, many)
     started = time.perf_counter()
-    assert (
-        questions(f"headqa:{file}").examples[0].gold == 4321 and time.perf_counter() - started < 2
-    )
+    assert questions(f"headqa:{file}").examples[0].gold == 4321
+    assert time.perf_counter() - started < 2
     refused(
         f"medqa:{file}", "row 1: 5000 options, and medqa lists them under letters. Give at most 26"
     )
@@ -144,13 +147,11 @@ def test_thousands_of_options_where_they_are_scored_by_text(tmp_path: Path) -> N
 def test_languages(tmp_path: Path) -> None:
     spanish = questions("headqa/es")
     english = questions("headqa/en")
-    assert spanish.language == "es" and {
-        e.groups["language"] for e in (*spanish.examples, *spanish.shots)
-    } == {"es"}
+    assert spanish.language == "es"
+    assert {e.groups["language"] for e in (*spanish.examples, *spanish.shots)} == {"es"}
     both = questions("headqa")
-    assert both.language is None and len(both.examples) == len(spanish.examples) + len(
-        english.examples
-    )
+    assert both.language is None
+    assert len(both.examples) == len(spanish.examples) + len(english.examples)
     silent = write(tmp_path, ROW)
     hebrew = {**ROW, "id": "2", "language": "he"}
     assert questions(f"worldmedqa/ja:{silent}").examples[0].groups == {"language": "ja"}
@@ -171,10 +172,8 @@ def test_languages(tmp_path: Path) -> None:
 def test_limit_takes_the_first_rows_and_they_are_mixed() -> None:
     first = questions("mmlu_medical", 60)
     all_of_it = questions("mmlu_medical")
-    assert (
-        first.examples == all_of_it.examples[:60]
-        and len({e.groups["subject"] for e in first.examples}) == 6
-    )
+    assert first.examples == all_of_it.examples[:60]
+    assert len({e.groups["subject"] for e in first.examples}) == 6
     assert len({e.groups["subject"] for e in questions("medmcqa", 100).examples}) >= 15
     assert {e.groups["language"] for e in questions("worldmedqa", 40).examples} == {
         "pt",
@@ -199,11 +198,9 @@ def test_key_names_everything_a_model_is_shown(
             (f"medqa:{write(tmp_path, ROW)}",),
         )
     ]
-    assert (
-        len(set(keys)) == 5
-        and all(len(key) == 64 for key in keys)
-        and questions("headqa").key == keys[0]
-    )
+    assert len(set(keys)) == 5
+    assert all(len(key) == 64 for key in keys)
+    assert questions("headqa").key == keys[0]
     module = plugins.load("tasks", "medqa")
     for changes in (
         {"description": "Answer. "},
@@ -220,7 +217,8 @@ def test_solved_examples_that_are_asked_are_dropped(tmp_path: Path) -> None:
     shot = questions("medqa").shots[0]
     mine = {**ROW, "question": f"  {shot.question.upper()} ", "id": "mine"}
     left = questions(f"medqa:{write(tmp_path, ROW, mine)}").shots
-    assert shot not in left and len(left) == len(questions("medqa").shots) - 1
+    assert shot not in left
+    assert len(left) == len(questions("medqa").shots) - 1
     assert shot in questions(f"medqa:{write(tmp_path, ROW, mine)}", 1).shots, (
         "the second row is not asked"
     )

@@ -19,18 +19,18 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from edgemed import api, store  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import attention, logits  # noqa: E402
-from edgemed.engine import Engine, export, open_engine  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.graph import Graph, Precision  # noqa: E402
-from edgemed.grid import rtn  # noqa: E402
-from edgemed.steps import quantize  # noqa: E402
-from edgemed.targets.tensorrt import PROFILES, Params  # noqa: E402
-from edgemed.trt_dialect import NOWHERE, PlainDialect, rows_offered  # noqa: E402
-from edgemed.trt_parser import check, read_table, versions  # noqa: E402
-from edgemed.weights import Dense, Packed, Weights  # noqa: E402
+from edgemed import api, store
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import attention, logits
+from edgemed.engine import Engine, export, open_engine
+from edgemed.errors import EdgemedError
+from edgemed.graph import Graph, Precision
+from edgemed.grid import rtn
+from edgemed.steps import quantize
+from edgemed.targets.tensorrt import PROFILES, Params
+from edgemed.trt_dialect import NOWHERE, PlainDialect, rows_offered
+from edgemed.trt_parser import check, read_table, versions
+from edgemed.weights import Dense, Packed, Weights
 
 IDS = tokens(CONTEXT, seed=4)
 
@@ -74,7 +74,8 @@ def test_float_parity(tmp_path: Path, precision: str, bound: float, scaled: bool
     )
     right = expected(Weights(checkpoint))
     engine = export(checkpoint, "tensorrt", Params(precision=precision), tmp_path / "engine")
-    assert np.abs(scores(engine) - right).max() < bound and engine.precision == precision
+    assert np.abs(scores(engine) - right).max() < bound
+    assert engine.precision == precision
     other = replace(
         checkpoint, config={**checkpoint.config, "scale_attn_by_inverse_layer_idx": not scaled}
     )
@@ -97,16 +98,13 @@ def test_rounded_parity(model: Path, tmp_path: Path, precision: str, bits: int, 
         tmp_path / "engine",
     )
     right = expected(weights)
-    assert (
-        np.abs(scores(engine) - right).max() < 1e-3
-        and np.abs(right - expected(Weights(weights.checkpoint))).max() > 0.05
-    )
+    assert np.abs(scores(engine) - right).max() < 1e-3
+    assert np.abs(right - expected(Weights(weights.checkpoint))).max() > 0.05
     half = export(
         weights.checkpoint, "tensorrt", Params(precision=precision, group=group), tmp_path / "half"
     )
-    assert np.abs(scores(half) - right).max() < 0.1 and half.precision == (
-        "int8 per output" if bits == 8 else f"int4 g{group}"
-    )
+    assert np.abs(scores(half) - right).max() < 0.1
+    assert half.precision == ("int8 per output" if bits == 8 else f"int4 g{group}")
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, -1), (8, -1)])
@@ -167,10 +165,9 @@ def test_context_can_be_shorter_than_the_models(model: Path, tmp_path: Path) -> 
     )
     session = engine.open(1)
     session.prefill(IDS[:69])
+    assert engine.context == 70
     assert (
-        engine.context == 70
-        and np.abs(session.step(IDS[69]) - expected(Weights(open_checkpoint(model)))[69]).max()
-        < 1e-4
+        np.abs(session.step(IDS[69]) - expected(Weights(open_checkpoint(model)))[69]).max() < 1e-4
     )
     with pytest.raises(EdgemedError, match="71 tokens, 70 fit"):
         session.step(0)
@@ -259,7 +256,8 @@ def test_float16_scores_do_not_overflow(tmp_path: Path) -> None:
         for i in session.get_inputs()
     }
     found = session.run(["layers.0.attention.present_scores"], zeros | {"qkv": qkv})[0]
-    assert np.isfinite(found).all() and found.max() > 1000
+    assert np.isfinite(found).all()
+    assert found.max() > 1000
 
 
 # --- the parser tables
@@ -274,10 +272,11 @@ def test_every_profile_and_precision_passes_its_table(
         open_checkpoint(model), "tensorrt", Params(profile, precision, 32), tmp_path / "engine"
     )
     report = store.read_manifest(engine.path)["notes"]["parser"]
-    assert (
-        report["tensorrt"] == PROFILES[profile] and not report["problems"] and report["nodes"] > 80
-    )
-    assert report["opset"] == (21 if precision == "int4" else 20) and report["dynamic_axes"] == [
+    assert report["tensorrt"] == PROFILES[profile]
+    assert not report["problems"]
+    assert report["nodes"] > 80
+    assert report["opset"] == (21 if precision == "int4" else 20)
+    assert report["dynamic_axes"] == [
         "new",
         "past",
         "selected",
@@ -297,7 +296,8 @@ def test_every_profile_and_precision_passes_its_table(
 @pytest.mark.parametrize("version", ["10.3", "10.16", "11"])
 def test_tables_are_whole(version: str) -> None:
     table = read_table(version)
-    assert versions() == ["10.3", "10.16", "11"] and len(table.operators) >= 196
+    assert versions() == ["10.3", "10.16", "11"]
+    assert len(table.operators) >= 196
     for op in table.operators:
         rule = table.rule(op)
         assert rule.source in table.sources, f"{op}: its source is not named"
@@ -311,13 +311,12 @@ def test_tables_are_whole(version: str) -> None:
             )
             else None
         )
-    assert not table.rule("MatMulInteger").types and table.rule("MatMul").types
-    assert bool(table.rule("TensorScatter")) is (version != "10.3") and bool(
-        table.rule("Attention")
-    ) is (version != "10.3")
-    assert table.holds(
-        {"10.3": "10.3.0.26", "10.16": "10.16.1.11", "11": "11.4.0.4"}[version]
-    ) and not table.holds("8.6.1")
+    assert not table.rule("MatMulInteger").types
+    assert table.rule("MatMul").types
+    assert bool(table.rule("TensorScatter")) is (version != "10.3")
+    assert bool(table.rule("Attention")) is (version != "10.3")
+    assert table.holds({"10.3": "10.3.0.26", "10.16": "10.16.1.11", "11": "11.4.0.4"}[version])
+    assert not table.holds("8.6.1")
 
 
 def graph_of(
@@ -512,11 +511,9 @@ def test_unbuilt_engine_says_so(unbuilt: Path) -> None:
     assert "edgemed build" in (unbuilt / "build.sh").read_text()
     sizes = notes["expected_bytes"]
     weights = sum(file.stat().st_size for file in unbuilt.glob("model.onnx*"))
-    assert (
-        weights <= sizes["plan"] < 1.1 * weights
-        and sizes["build_memory"] == 3 * weights + 1024 * 10**6
-        and sizes["cache"] == 2 * 2 * 192 * 64 * 2
-    )
+    assert weights <= sizes["plan"] < 1.1 * weights
+    assert sizes["build_memory"] == 3 * weights + 1024 * 10**6
+    assert sizes["cache"] == 2 * 2 * 192 * 64 * 2
 
 
 @pytest.mark.parametrize(
@@ -542,7 +539,8 @@ def test_nothing_is_measured_on_an_unbuilt_engine(
 
 def test_build_without_tensorrt(unbuilt: Path) -> None:
     refused(cli("build", unbuilt), "package 'tensorrt'", "JetPack", "edgemed[tensorrt]")
-    assert not (unbuilt / "on-device" / "plan").exists() and not store.check_manifest(unbuilt)
+    assert not (unbuilt / "on-device" / "plan").exists()
+    assert not store.check_manifest(unbuilt)
 
 
 def test_verify_names_the_stand_in(model: Path, tmp_path: Path) -> None:
@@ -550,7 +548,8 @@ def test_verify_names_the_stand_in(model: Path, tmp_path: Path) -> None:
 
     engine = api.export(str(model), "tensorrt", tmp_path / "engine", precision="fp16")
     result = verify(engine, engine.reference(), Limits())
-    assert result["passed"] and result["ran_on"] == "ONNX Runtime on the same graph, not TensorRT"
+    assert result["passed"]
+    assert result["ran_on"] == "ONNX Runtime on the same graph, not TensorRT"
 
 
 def test_a_recipe_with_an_unbuilt_engine(model: Path, tmp_path: Path) -> None:
@@ -563,12 +562,10 @@ def test_a_recipe_with_an_unbuilt_engine(model: Path, tmp_path: Path) -> None:
     page = api.run(recipe, tmp_path / "run").read_text()
     document = json.loads((tmp_path / "run" / "report.json").read_text())
     (engine,) = document["engines"]
-    assert (
-        engine["verify"]["passed"]
-        and not engine["records"]
-        and not engine["evals"]
-        and document["source_evals"]
-    )
+    assert engine["verify"]["passed"]
+    assert not engine["records"]
+    assert not engine["evals"]
+    assert document["source_evals"]
     assert any("tensorrt-fp16: unbuilt" in line for line in document["not_measured"])
     assert "parity is that of ONNX Runtime on the same graph, not TensorRT" in page
 
@@ -699,8 +696,6 @@ def test_the_same_answers_as_the_onnx_engine(tmp_path: Path) -> None:
     best = np.sort(answers["onnx"], -1)
     # The output matrix is int8 in one and float in the other: they may part where the two best are
     # as good as equal (of 6,144 positions 29, at most 0.012 apart), and nowhere else.
-    assert (
-        len(same) == 12 * 96
-        and same.mean() >= 0.99
-        and (same | (best[:, -1] - best[:, -2] < 0.05)).all()
-    )
+    assert len(same) == 12 * 96
+    assert same.mean() >= 0.99
+    assert (same | (best[:, -1] - best[:, -2] < 0.05)).all()

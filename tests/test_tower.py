@@ -15,16 +15,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import plugins, tower  # noqa: E402
-from edgemed.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from edgemed.engine import export  # noqa: E402
-from edgemed.graph import Graph, Precision  # noqa: E402
-from edgemed.images import patches  # noqa: E402
-from edgemed.ort_dialect import OrtDialect  # noqa: E402
-from edgemed.trt_stand_in import started  # noqa: E402
-from edgemed.vision import eyes_of  # noqa: E402
-from edgemed.vision_graph import TOWERS  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import plugins, tower
+from edgemed.checkpoint import Checkpoint, open_checkpoint
+from edgemed.engine import export
+from edgemed.graph import Graph, Precision
+from edgemed.images import patches
+from edgemed.ort_dialect import OrtDialect
+from edgemed.trt_stand_in import started
+from edgemed.vision import eyes_of
+from edgemed.vision_graph import TOWERS
+from edgemed.weights import Weights
 
 LIMITS = {"fp32": 1e-5, "fp16": 2e-3, "int8": 3e-2, "w8a8": 4e-2}
 
@@ -78,7 +78,8 @@ def test_rows_have_scales_of_their_own(tmp_path: Path, zero: int) -> None:
     weight[3] = 0
     found = integers(tmp_path, x, weight, bias, zero)
     right = x @ weight.T + bias
-    assert np.allclose(found[2], bias) and np.allclose(found[:, 3], bias[3])
+    assert np.allclose(found[2], bias)
+    assert np.allclose(found[:, 3], bias[3])
     for n in (0, 1, 3, 4):
         assert np.linalg.norm(found[n] - right[n]) / np.linalg.norm(right[n]) < 0.012
     # What numpy makes of the same rounding.

@@ -21,16 +21,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from edgemed import api, store  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import logits  # noqa: E402
-from edgemed.engine import Engine, export, finish, open_engine  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.reference import make_reference  # noqa: E402
-from edgemed.scoring import Reader  # noqa: E402
-from edgemed.session import Sampling, generate  # noqa: E402
-from edgemed.targets.tensorrt import Params  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed import api, store
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import logits
+from edgemed.engine import Engine, export, finish, open_engine
+from edgemed.errors import EdgemedError
+from edgemed.reference import make_reference
+from edgemed.scoring import Reader
+from edgemed.session import Sampling, generate
+from edgemed.targets.tensorrt import Params
+from edgemed.weights import Weights
 
 IDS = tokens(CONTEXT, seed=3)
 
@@ -63,22 +63,20 @@ def test_build_makes_the_documented_calls(
 ) -> None:
     here = fake_tensorrt.install(monkeypatch)
     engine = engine_of(made, "fp32", tmp_path)
-    assert engine.stand_in and open_engine(engine.path, check=True)
+    assert engine.stand_in
+    assert open_engine(engine.path, check=True)
     plan = finish(engine, 300)
     assert here.log[0] == ("network", 2), "strongly typed"
-    assert (
-        ("pool", "WORKSPACE", 300 * 10**6) in here.log
-        and ("clear", "TF32") in here.log
-        and ("timing cache", b"") in here.log
-    )
+    assert ("pool", "WORKSPACE", 300 * 10**6) in here.log
+    assert ("clear", "TF32") in here.log
+    assert ("timing cache", b"") in here.log
     (profiles,) = [entry[1] for entry in here.log if entry[0] == "profiles"]
     prefill, decode = profiles
-    assert (
-        prefill["tokens"] == ((1, 1), (1, 40), (1, 40))
-        and prefill["select"][2] == (40,)
-        and prefill["past.1.value"] == ((1, 64, 4, 16), (1, 64, 4, 16), (1, 192, 4, 16))
-    )
-    assert decode["tokens"] == ((1, 1),) * 3 and decode["slots"][2] == (192,)
+    assert prefill["tokens"] == ((1, 1), (1, 40), (1, 40))
+    assert prefill["select"][2] == (40,)
+    assert prefill["past.1.value"] == ((1, 64, 4, 16), (1, 64, 4, 16), (1, 192, 4, 16))
+    assert decode["tokens"] == ((1, 1),) * 3
+    assert decode["slots"][2] == (192,)
     assert plan["params"] == {
         "runtime": "tensorrt",
         "tensorrt": "10.3.0.30",
@@ -86,17 +84,17 @@ def test_build_makes_the_documented_calls(
         "compute_capability": "8.7",
         "workspace_mb": 300,
     }
-    assert (
-        plan["notes"]["build_seconds"] >= 0
-        and "peak_gpu_memory_bytes" in plan["notes"]
-        and list(plan["files"]) == ["model.plan"]
-    )
+    assert plan["notes"]["build_seconds"] >= 0
+    assert "peak_gpu_memory_bytes" in plan["notes"]
+    assert list(plan["files"]) == ["model.plan"]
     built = open_engine(engine.path, check=True)
-    assert not built.stand_in and built.key == engine.key, "the exported engine stays what it was"
+    assert not built.stand_in, "the exported engine stays what it was"
+    assert built.key == engine.key, "the exported engine stays what it was"
     # The same again is found finished; the kernel timings are used when another TensorRT builds
     # anew.
     count = len(here.log)
-    assert finish(built, 300)["created"] == plan["created"] and len(here.log) == count
+    assert finish(built, 300)["created"] == plan["created"]
+    assert len(here.log) == count
     assert (engine.path / "on-device" / "timing-10.3.0.30-8.7.cache").read_bytes() == b"timings"
     here.trt.__version__ = "10.4.0.1"
     assert finish(built, 300)["params"]["tensorrt"] == "10.4.0.1"
@@ -120,21 +118,21 @@ def test_session_computes_what_the_source_computes(
     # 64 rows.
     assert np.abs(session.prefill(IDS[:100])[0] - right[99]).max() < 1e-3
     session.rewind(10)
-    assert (
-        np.abs(session.prefill(IDS[10:115], every=True) - right[10:115]).max() < 1e-3
-        and session.position == 115
-    )
+    assert np.abs(session.prefill(IDS[10:115], every=True) - right[10:115]).max() < 1e-3
+    assert session.position == 115
     for position in range(115, 140):
         assert np.abs(session.step(IDS[position]) - right[position]).max() < 1e-3
     session.rewind(50)
     assert np.abs(session.step(IDS[50]) - right[50]).max() < 1e-3
     session.prefill(IDS[51:-1])
-    assert np.abs(session.step(IDS[-1]) - right[-1]).max() < 1e-3 and session.position == CONTEXT
+    assert np.abs(session.step(IDS[-1]) - right[-1]).max() < 1e-3
+    assert session.position == CONTEXT
     for append in (lambda: session.step(1), lambda: session.prefill([1])):
         with pytest.raises(EdgemedError, match="longer than the context"):
             append()
     session.close()
-    assert not here.driver.blocks and not here.driver.graphs, "everything is given back"
+    assert not here.driver.blocks, "everything is given back"
+    assert not here.driver.graphs, "everything is given back"
 
 
 def test_decoding_replays_one_graph_per_shape(
@@ -158,10 +156,8 @@ def test_decoding_replays_one_graph_per_shape(
     ]
     assert here.driver.calls.count("cuGraphLaunch") == 58
     # Nothing but the new rows moves: one strided copy per step.
-    assert (
-        here.driver.calls.count("cuMemcpy2DAsync_v2") == 60
-        and here.driver.calls.count("cuMemAlloc_v2") == 0
-    )
+    assert here.driver.calls.count("cuMemcpy2DAsync_v2") == 60
+    assert here.driver.calls.count("cuMemAlloc_v2") == 0
     session.close()
 
 
@@ -194,11 +190,11 @@ def test_build_verb_verifies_and_measures(
     monkeypatch.setattr("edgemed.bench.read_bandwidth", lambda threads: 10.0)
     engine = engine_of(made, "fp16", tmp_path)
     found = api.build(engine.path)
-    assert found["verify"]["passed"] and found["verify"]["ran_on"] == "tensorrt"
+    assert found["verify"]["passed"]
+    assert found["verify"]["ran_on"] == "tensorrt"
     names = {record["name"] for record in found["records"]}
-    assert {"decode_tokens_per_second", "first_token_seconds"} <= names and store.read_records(
-        engine.path
-    )[0]["target"] == "tensorrt"
+    assert {"decode_tokens_per_second", "first_token_seconds"} <= names
+    assert store.read_records(engine.path)[0]["target"] == "tensorrt"
     assert not store.check_manifest(engine.path)
     session = open_engine(engine.path).open()
     assert len(list(generate(session, IDS[:10], Sampling(max_tokens=5)))) == 5
@@ -353,7 +349,8 @@ def test_tensorrt_says_no(
     setattr(here.trt, flag, True)
     with pytest.raises(EdgemedError, match=said):
         finish(engine)
-    assert not (engine.path / "on-device" / "plan").exists() and engine.stand_in
+    assert not (engine.path / "on-device" / "plan").exists()
+    assert engine.stand_in
     assert not here.driver.blocks, "GPU memory is given back"
 
 

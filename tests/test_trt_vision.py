@@ -21,23 +21,23 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import store, tower  # noqa: E402
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession  # noqa: E402
-from edgemed.engine import Engine, export, finish, open_engine  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.family import Vision  # noqa: E402
-from edgemed.grid import rtn  # noqa: E402
-from edgemed.images import fitted_size, most_features, patches, vision_of  # noqa: E402
-from edgemed.session import Pictures, Sampling, Session, generate  # noqa: E402
-from edgemed.targets import tensorrt as target  # noqa: E402
-from edgemed.targets.tensorrt import PROFILES, Params  # noqa: E402
-from edgemed.trt_build import patch_range  # noqa: E402
-from edgemed.trt_dialect import PlainDialect  # noqa: E402
-from edgemed.trt_parser import check, read_table  # noqa: E402
-from edgemed.vision import eyes_of  # noqa: E402
-from edgemed.vision_graph import build_vision  # noqa: E402
-from edgemed.weights import Dense, Weights  # noqa: E402
+from edgemed import store, tower
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession
+from edgemed.engine import Engine, export, finish, open_engine
+from edgemed.errors import EdgemedError
+from edgemed.family import Vision
+from edgemed.grid import rtn
+from edgemed.images import fitted_size, most_features, patches, vision_of
+from edgemed.session import Pictures, Sampling, Session, generate
+from edgemed.targets import tensorrt as target
+from edgemed.targets.tensorrt import PROFILES, Params
+from edgemed.trt_build import patch_range
+from edgemed.trt_dialect import PlainDialect
+from edgemed.trt_parser import check, read_table
+from edgemed.vision import eyes_of
+from edgemed.vision_graph import build_vision
+from edgemed.weights import Dense, Weights
 
 TOKEN = 260
 BEFORE = 262
@@ -159,16 +159,12 @@ def test_tower_and_projector_equal_transformers(
                 grid_thw=torch.tensor([[1, found.rows, found.columns]]),
             )
         ours = eyes.run_tower(found)
-        assert (
-            ours.shape == (len(found.pixels), 64)
-            and error(ours, right.last_hidden_state.numpy()) < bound
-        ), size
+        assert ours.shape == (len(found.pixels), 64), size
+        assert error(ours, right.last_hidden_state.numpy()) < bound, size
         features, grid = eyes.features(noise(*size))
-        assert (
-            features.dtype == np.float32
-            and grid == (found.rows // 2, found.columns // 2)
-            and error(features, right.pooler_output.numpy()) < bound
-        ), size
+        assert features.dtype == np.float32, size
+        assert grid == (found.rows // 2, found.columns // 2), size
+        assert error(features, right.pooler_output.numpy()) < bound, size
     eyes.close()
 
 
@@ -195,7 +191,8 @@ def test_int8_tower_carries_its_integers(engines: dict[str, Path], sees: tuple[P
             "features"
         ].numpy()
         found = eyes.features(noise(*size))[0]
-        assert error(found, right) < 5e-3 < error(plain, right) and error(found, plain) < 0.1
+        assert error(found, right) < 5e-3 < error(plain, right)
+        assert error(found, plain) < 0.1
     eyes.close()
 
 
@@ -319,7 +316,8 @@ def test_a_clip_tower_equals_transformers(
         ours = ort.InferenceSession(
             str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"]
         ).run(None, feeds)[0]
-        assert ours.shape == right[name].shape and error(ours, right[name]) < bound
+        assert ours.shape == right[name].shape
+        assert error(ours, right[name]) < bound
         assert not check(tmp_path / f"{name}.onnx", read_table(PROFILES[profile]))["problems"]
         feeds = {"tower": ours}
     assert patch_range(v, 2048) == (16, 16, 16)
@@ -355,7 +353,8 @@ def test_unbuilt_engine_answers_as_transformers(
     ):
         seen, scores, greedy = answers(session, eyes, prompt(len(images)), images, 24)
         right, continued = theirs(sees[1], images, seen, eyes.v, 24)
-        assert np.abs(scores - right).max() < 1e-3 and greedy == continued, len(images)
+        assert np.abs(scores - right).max() < 1e-3, len(images)
+        assert greedy == continued, len(images)
     session.close()
 
 
@@ -419,9 +418,9 @@ def test_lower_precisions_stay_near(engines: dict[str, Path], sees: tuple[Path, 
     source = TorchSession(weights)
     tokens_, pictures = rounded.see(prompt(2), images)
     right = source.prefill(tokens_, every=True, pictures=pictures)
+    assert seen == tokens_
     assert (
-        seen == tokens_
-        and np.abs(scores - right).max()
+        np.abs(scores - right).max()
         < 0.1
         < np.abs(scores - theirs(sees[1], images, seen, eyes.v)[0]).max()
     )
@@ -445,41 +444,34 @@ def test_three_graphs_pass_every_table(
         tmp_path / "engine",
     )
     notes = store.read_manifest(engine.path)["notes"]
-    assert (
-        notes["parser"]["dynamic_axes"] == ["features", "new", "past", "selected"]
-        and not notes["parser"]["problems"]
-    )
+    assert notes["parser"]["dynamic_axes"] == ["features", "new", "past", "selected"]
+    assert not notes["parser"]["problems"]
     for name in ("tower", "projector"):
         report = notes["vision_parser"][name]
         graph = onnx.load(engine.path / f"{name}.onnx", load_external_data=False)
-        assert (
-            report["tensorrt"] == PROFILES[profile]
-            and report["opset"] == 20
-            and report["dynamic_axes"] == ["patches"]
-            and not report["problems"]
-        )
+        assert report["tensorrt"] == PROFILES[profile]
+        assert report["opset"] == 20
+        assert report["dynamic_axes"] == ["patches"]
+        assert not report["problems"]
         assert {entry.domain for entry in graph.opset_import} == {""}
     inputs = {
         v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]
         for v in onnx.load(engine.path / "model.onnx", load_external_data=False).graph.input
     }
-    assert (
-        inputs["rope_positions"] == [3, "new"]
-        and inputs["features"] == ["features", 64]
-        and inputs["feature_rows"] == [1, "new"]
-    )
+    assert inputs["rope_positions"] == [3, "new"]
+    assert inputs["features"] == ["features", 64]
+    assert inputs["feature_rows"] == [1, "new"]
     sizes = notes["expected_bytes"]
     weights = {
         name: sum(f.stat().st_size for f in engine.path.glob(f"{name}.onnx*"))
         for name in ("model", "tower", "projector")
     }
-    assert (
-        sum(weights.values()) <= sizes["plan"] < 1.1 * sum(weights.values())
-        and sizes["build_memory"] == 3 * max(weights.values()) + 1024 * 10**6
-    )
+    assert sum(weights.values()) <= sizes["plan"] < 1.1 * sum(weights.values())
+    assert sizes["build_memory"] == 3 * max(weights.values()) + 1024 * 10**6
     # 64 features at most in a square, 113 in the narrowest image; 4 patches each, 2 heads, 8 bytes
     # a score.
-    assert sizes["tower_attention"] == 8 * 2 * (4 * 113) ** 2 and notes["tower_bytes"] > 0
+    assert sizes["tower_attention"] == 8 * 2 * (4 * 113) ** 2
+    assert notes["tower_bytes"] > 0
 
 
 def test_norms_and_softmax_are_float32(engines: dict[str, Path]) -> None:
@@ -532,9 +524,8 @@ def test_three_plans_are_built(
 ) -> None:
     here, engine = built(engines, tmp_path, monkeypatch)
     plan = store.read_manifest(engine.path / "on-device" / "plan")
-    assert sorted(plan["files"]) == ["model.plan", "projector.plan", "tower.plan"] and set(
-        plan["notes"]["seconds_by_graph"]
-    ) == {"model", "tower", "projector"}
+    assert sorted(plan["files"]) == ["model.plan", "projector.plan", "tower.plan"]
+    assert set(plan["notes"]["seconds_by_graph"]) == {"model", "tower", "projector"}
     assert [entry for entry in here.log if entry[0] == "network"] == [("network", 2)] * 3, (
         "strongly typed"
     )
@@ -545,27 +536,23 @@ def test_three_plans_are_built(
         b"timings",
     ]
     decoder, eyes, projector = (entry[1] for entry in here.log if entry[0] == "profiles")
-    assert decoder[0]["features"] == ((40, 64),) * 3 and decoder[1]["features"] == ((1, 64),) * 3
-    assert (
-        decoder[0]["rope_positions"] == ((3, 1), (3, 40), (3, 40))
-        and decoder[1]["feature_rows"] == ((1, 1),) * 3
-    )
+    assert decoder[0]["features"] == ((40, 64),) * 3
+    assert decoder[1]["features"] == ((1, 64),) * 3
+    assert decoder[0]["rope_positions"] == ((3, 1), (3, 40), (3, 40))
+    assert decoder[1]["feature_rows"] == ((1, 1),) * 3
     assert eyes == [
         {
             "pixels": ((4, 1176), (256, 1176), (452, 1176)),
-            **{name: ((4, 16), (256, 16), (452, 16)) for name in ("cos", "sin")},
+            **dict.fromkeys(("cos", "sin"), ((4, 16), (256, 16), (452, 16))),
         }
     ]
     assert projector == [{"tower": ((4, 64), (256, 64), (452, 64))}]
-    assert (
-        not engine.stand_in
-        and [
-            f.name
-            for f in (engine.path / "on-device").iterdir()
-            if f.is_file() and "timing" not in f.name
-        ]
-        == []
-    )
+    assert not engine.stand_in
+    assert [
+        f.name
+        for f in (engine.path / "on-device").iterdir()
+        if f.is_file() and "timing" not in f.name
+    ] == []
 
 
 def test_built_engine_sees_and_answers_as_transformers(
@@ -583,7 +570,8 @@ def test_built_engine_sees_and_answers_as_transformers(
     for shown in (images, images[1:], []):
         seen, scores, greedy = answers(session, eyes, prompt(len(shown)), shown, 30)
         right, continued = theirs(sees[1], shown, seen, eyes.v, 30)
-        assert np.abs(scores - right).max() < 1e-3 and greedy == continued
+        assert np.abs(scores - right).max() < 1e-3
+        assert greedy == continued
     assert {
         entry[2]
         for entry in here.log
@@ -651,17 +639,13 @@ def test_build_verb_finishes_and_verifies_what_it_sees(
     )
     engine = export(weights.checkpoint, "tensorrt", params, tmp_path / "engine", reference)
     found = api.build(engine.path, measure=False)
-    assert (
-        found["verify"]["passed"]
-        and found["verify"]["ran_on"] == "tensorrt"
-        and len(found["plan"]["files"]) == 3
-    )
+    assert found["verify"]["passed"]
+    assert found["verify"]["ran_on"] == "tensorrt"
+    assert len(found["plan"]["files"]) == 3
     stages = {stage["stage"]: stage for stage in found["verify"]["stages"]}
-    assert (
-        {"pixels", "tower", "projector"} < set(stages)
-        and all(stage["passed"] for stage in stages.values())
-        and 0 < stages["tower"]["error"] < 1e-4
-    )
+    assert {"pixels", "tower", "projector"} < set(stages)
+    assert all(stage["passed"] for stage in stages.values())
+    assert 0 < stages["tower"]["error"] < 1e-4
 
 
 @pytest.mark.parametrize("at", ["tower", "projector"])
@@ -685,9 +669,8 @@ def test_an_interrupted_build_leaves_nothing(
     left = sorted(
         f.name for f in (engine.path / "on-device").iterdir() if not f.name.endswith(".lock")
     )
-    assert left == ["timing-10.3.0.30-8.7.cache"] and engine.stand_in, (
-        "kernel timings are kept, and whole"
-    )
+    assert left == ["timing-10.3.0.30-8.7.cache"], "kernel timings are kept, and whole"
+    assert engine.stand_in, "kernel timings are kept, and whole"
     monkeypatch.setattr(trt_build, "serialized", whole)
     finish(engine, 300)
     assert not engine.stand_in
@@ -898,8 +881,6 @@ def test_text_alone_costs_no_features(
     here.driver.calls.clear()
     for _ in range(5):
         session.step(5)
-    assert (
-        here.driver.calls.count("cuMemcpyHtoDAsync_v2") == 5
-        and here.driver.calls.count("cuMemcpy2DAsync_v2") == 5
-    )
+    assert here.driver.calls.count("cuMemcpyHtoDAsync_v2") == 5
+    assert here.driver.calls.count("cuMemcpy2DAsync_v2") == 5
     session.close()

@@ -18,16 +18,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from edgemed.checkpoint import open_checkpoint  # noqa: E402
-from edgemed.decoder import TorchSession  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.run import evaluate_opened, open_source  # noqa: E402
-from edgemed.sights import IGNORED  # noqa: E402
-from edgemed.strategy import Settings  # noqa: E402
-from edgemed.task import questions  # noqa: E402
-from edgemed.tokenizer import open_tokenizer  # noqa: E402
-from edgemed.ttt import Adapt, Learner, Library, compare  # noqa: E402
-from edgemed.weights import Weights  # noqa: E402
+from edgemed.checkpoint import open_checkpoint
+from edgemed.decoder import TorchSession
+from edgemed.errors import EdgemedError
+from edgemed.run import evaluate_opened, open_source
+from edgemed.sights import IGNORED
+from edgemed.strategy import Settings
+from edgemed.task import questions
+from edgemed.tokenizer import open_tokenizer
+from edgemed.ttt import Adapt, Learner, Library, compare
+from edgemed.weights import Weights
 
 IDS = tokens(50)
 
@@ -57,7 +57,8 @@ def test_plain_answers_are_the_decoders(model: Path, learner: Learner) -> None:
     assert np.abs(learner.prefill(IDS[:30], every=True) - right[:30]).max() < 1e-3
     assert np.abs(learner.step(IDS[30]) - right[30]).max() < 1e-3
     learner.rewind(10)
-    assert np.abs(learner.prefill(IDS[10:])[0] - right[-1]).max() < 1e-3 and learner.position == 50
+    assert np.abs(learner.prefill(IDS[10:])[0] - right[-1]).max() < 1e-3
+    assert learner.position == 50
 
 
 def test_putting_back_is_exact(learner: Learner) -> None:
@@ -65,7 +66,8 @@ def test_putting_back_is_exact(learner: Learner) -> None:
     weights = {name: value.clone() for name, value in learner.model.state_dict().items()}
     for rate in (1e-3, 0.5):
         losses = learner.learn([(IDS, IDS), (IDS[::-1], IDS[::-1])], 2, rate)
-        assert len(losses) == 4 and learner.position == 0
+        assert len(losses) == 4
+        assert learner.position == 0
         assert np.abs(learner.prefill(IDS, every=True) - before).max() > 1e-3
         learner.restore()
         assert all(
@@ -95,7 +97,8 @@ def test_one_step_is_adamws(learner: Learner) -> None:
             atol=2e-5,
         )
         moved += int(not torch.equal(parameter.detach(), start))
-    assert moved == len(learner.learned) / 2 and not any(
+    assert moved == len(learner.learned) / 2
+    assert not any(
         p.requires_grad for name, p in learner.model.named_parameters() if "lora" not in name
     )
 
@@ -114,7 +117,9 @@ def test_what_is_learned_from(model: Path, asked, tmp_path: Path) -> None:
     [far, near] = Library(asked, Adapt(k=2, text=str(file), length=12), tokenizer).nearest(
         "aspirin was given to 4 patients"
     )
-    assert tokenizer.decode(near[0]) == "Aspirin was " and near[0] == near[1] and far[0] != near[0]
+    assert tokenizer.decode(near[0]) == "Aspirin was "
+    assert near[0] == near[1]
+    assert far[0] != near[0]
     [(ids, labels)] = Library(asked, Adapt(length=64), tokenizer).nearest(asked.shots[5].question)
     assert asked.shots[5].question[-20:] in tokenizer.decode(ids)
     assert (
@@ -142,12 +147,10 @@ def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, as
         [i["scores"] for i in found["plain"]["items"]],
         atol=2e-3,
     )
-    assert (
-        found["plain"]["strategy"] == "zero-shot"
-        and found["trained"]["strategy"] == "ttt-1"
-        and found["paired"]["n"] == 4
-        and found["times"] > 0
-    )
+    assert found["plain"]["strategy"] == "zero-shot"
+    assert found["trained"]["strategy"] == "ttt-1"
+    assert found["paired"]["n"] == 4
+    assert found["times"] > 0
     changed = np.abs(
         np.array([a["scores"] for a in found["trained"]["items"]])
         - [b["scores"] for b in found["plain"]["items"]]
@@ -204,9 +207,7 @@ def test_the_command_says_what_it_cost(model: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert (
-        "ttt-1" in done.stdout
-        and f"{found['times']:.1f} times the seconds of a plain answer" in done.stdout
-        and found["adapt"]["rank"] == 2
-        and len(found["trained"]["items"]) == 3
-    )
+    assert "ttt-1" in done.stdout
+    assert f"{found['times']:.1f} times the seconds of a plain answer" in done.stdout
+    assert found["adapt"]["rank"] == 2
+    assert len(found["trained"]["items"]) == 3

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from edgemed.confidence import (
     brier,
     calibration_error,
@@ -42,18 +43,17 @@ def test_brier_by_hand() -> None:
     assert brier([np.array([0.2, 0.3, 0.5]), np.array([1.0, 0.0])], [2, 1]) == pytest.approx(
         ((0.04 + 0.09 + 0.25) + 2) / 2
     )
-    assert brier([np.array([0.0, 1.0])], [1]) == 0 and brier([], []) is None
+    assert brier([np.array([0.0, 1.0])], [1]) == 0
+    assert brier([], []) is None
 
 
 def test_bins_hold_equally_many() -> None:
     confidence = np.arange(1, 101)[::-1] / 100
     right = np.arange(100)[::-1] % 4 != 0
     bins = reliability(confidence, right, most=4)
-    assert (
-        [part["n"] for part in bins] == [25] * 4
-        and bins[0]["confidence"] == pytest.approx(0.13)
-        and bins[3]["confidence"] == pytest.approx(0.88)
-    )
+    assert [part["n"] for part in bins] == [25] * 4
+    assert bins[0]["confidence"] == pytest.approx(0.13)
+    assert bins[3]["confidence"] == pytest.approx(0.88)
     assert calibration_error(bins) == pytest.approx(
         np.mean(
             [
@@ -62,10 +62,8 @@ def test_bins_hold_equally_many() -> None:
             ]
         )
     )
-    assert (
-        len(reliability(confidence, right)) == 5
-        and len(reliability(confidence[:19], right[:19])) == 1
-    )
+    assert len(reliability(confidence, right)) == 5
+    assert len(reliability(confidence[:19], right[:19])) == 1
 
 
 def test_answers_of_one_confidence_stay_together() -> None:
@@ -78,7 +76,8 @@ def test_answers_of_one_confidence_stay_together() -> None:
     assert [(part["n"], part["accuracy"]) for part in bins] == [
         (30, 0.5),
         (10, 0.8),
-    ] and calibration_error(bins) == pytest.approx(0.75 * 0.1)
+    ]
+    assert calibration_error(bins) == pytest.approx(0.75 * 0.1)
 
 
 def test_coverage_takes_the_largest_share_that_keeps_the_target() -> None:
@@ -115,9 +114,8 @@ def test_summary() -> None:
     )
     found = summary(items)
     assert (found["n"], found["left_out"]) == (40, 10)
-    assert found["ece"] == pytest.approx(0.75 * 0.1 + 0.25 * 0.6) and found[
-        "brier"
-    ] == pytest.approx(0.75 * 0.02 + 0.25 * 0.72)
+    assert found["ece"] == pytest.approx(0.75 * 0.1 + 0.25 * 0.6)
+    assert found["brier"] == pytest.approx(0.75 * 0.02 + 0.25 * 0.72)
     assert found["coverage"] == {
         "target": 0.95,
         "coverage": 0.6,

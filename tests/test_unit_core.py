@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+
 from edgemed import params, store
 from edgemed.data import read_card, texts
 from edgemed.errors import EdgemedError, nearest, need
@@ -51,7 +52,8 @@ class Sample:
 
 def test_params_convert_and_refuse() -> None:
     made = params.build(Sample, {"kind": 3, "share": 1, "names": ["x", "y"]}, "here")
-    assert made == Sample(3, 1, 1.0, ("x", "y")) and isinstance(made.share, float)
+    assert made == Sample(3, 1, 1.0, ("x", "y"))
+    assert isinstance(made.share, float)
     assert params.build(Sample, {"kind": "a", "share": None, "names": "x"}, "here").names == ("x",)
     for values, said in (
         ({}, "'kind' is missing"),
@@ -69,11 +71,13 @@ def test_params_convert_and_refuse() -> None:
 
 
 def test_parse_set() -> None:
-    assert params.parse_set("a.b=8") == (["a", "b"], 8) and params.parse_set("x=true") == (
+    assert params.parse_set("a.b=8") == (["a", "b"], 8)
+    assert params.parse_set("x=true") == (
         ["x"],
         True,
     )
-    assert params.parse_set("x=[1, 2]") == (["x"], [1, 2]) and params.parse_set("x=a=b") == (
+    assert params.parse_set("x=[1, 2]") == (["x"], [1, 2])
+    assert params.parse_set("x=a=b") == (
         ["x"],
         "a=b",
     )
@@ -94,14 +98,13 @@ def build(final: Path, text: str = "hello", **params_: object) -> bool:
 
 def test_store_makes_once_and_reuses(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "out"
-    assert build(final, size=1) and not build(final, "another text", size=1)
+    assert build(final, size=1)
+    assert not build(final, "another text", size=1)
     assert (final / "file.txt").read_text() == "hello"
     manifest = store.read_manifest(final)
-    assert (
-        manifest["files"]["file.txt"]["bytes"] == 5
-        and manifest["peak_memory_bytes"] > 1 << 20
-        and manifest["versions"]["python"]
-    )
+    assert manifest["files"]["file.txt"]["bytes"] == 5
+    assert manifest["peak_memory_bytes"] > 1 << 20
+    assert manifest["versions"]["python"]
     assert (
         manifest["files"]["file.txt"]["sha256"]
         == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
@@ -120,11 +123,9 @@ def test_store_leaves_nothing_after_an_error_or_a_stale_part(tmp_path: Path) -> 
     stale = tmp_path / ".out.part"
     stale.mkdir()
     (stale / "old").write_text("from a killed run")
-    assert (
-        build(final)
-        and [p.name for p in tmp_path.iterdir()] == ["out"]
-        and not (final / "old").exists()
-    )
+    assert build(final)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (final / "old").exists()
 
 
 def test_store_sees_every_change(tmp_path: Path) -> None:
@@ -166,11 +167,9 @@ def test_override() -> None:
     override(document, ["quantize", "bits"], 8)
     override(document, ["onnx", "precision"], "fp16")
     override(document, ["bench", "runs"], 2)
-    assert (
-        document["steps"] == [{"quantize": {"bits": 8}}]
-        and document["engines"][:2] == [{"onnx": {"precision": "fp16"}}] * 2
-        and document["bench"] == {"runs": 2}
-    )
+    assert document["steps"] == [{"quantize": {"bits": 8}}]
+    assert document["engines"][:2] == [{"onnx": {"precision": "fp16"}}] * 2
+    assert document["bench"] == {"runs": 2}
     with pytest.raises(EdgemedError, match="'steps' is a list"):
         override(document, ["steps", "0"], 1)
 
@@ -182,9 +181,9 @@ def test_paths_beside_the_recipe_come_first(
     (tmp_path / "here" / "r.yaml").write_text("model: model\nengines: [onnx]\n")
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe("here/r.yaml", ["title=Mine"])
-    assert (
-        recipe.model == "here/model" and recipe.title == "Mine" and recipe.engines[0].name == "onnx"
-    )
+    assert recipe.model == "here/model"
+    assert recipe.title == "Mine"
+    assert recipe.engines[0].name == "onnx"
 
 
 def test_engine_names_must_differ(tmp_path: Path) -> None:
@@ -276,9 +275,8 @@ def test_reference_survives_storage(tmp_path: Path) -> None:
         np.ones((2, 3, 5), np.float32),
     )
     made.save(tmp_path)
-    assert Reference.load(tmp_path).digest() == made.digest() != made.trim(
-        1
-    ).digest() and made.trim(1).logits.shape == (1, 3, 5)
+    assert Reference.load(tmp_path).digest() == made.digest() != made.trim(1).digest()
+    assert made.trim(1).logits.shape == (1, 3, 5)
     with pytest.raises(EdgemedError, match="carries no reference"):
         Reference.load(tmp_path / "nowhere")
 
@@ -379,13 +377,12 @@ def test_evaluate_counts_and_cuts_long_contexts_from_the_left() -> None:
         1.0,
     )
     assert "".join(map(chr, session.seen[:40])).endswith("xend")
-    assert (
-        result["tokens_read"] == 5 + 40
-        and result["interval"][1] == pytest.approx(1)
-        and result["seconds_per_question"] > 0
-    )
+    assert result["tokens_read"] == 5 + 40
+    assert result["interval"][1] == pytest.approx(1)
+    assert result["seconds_per_question"] > 0
     wrong = evaluate(Oracle(False), Letters(), good, "m", "engine")
-    assert wrong["accuracy"] == 0.0 and [item["answer"] for item in wrong["items"]] == [0, 0]
+    assert wrong["accuracy"] == 0.0
+    assert [item["answer"] for item in wrong["items"]] == [0, 0]
     assert majority(good) == 1.0
 
 
@@ -429,15 +426,14 @@ def test_the_gate_judges_the_first_strategy_and_every_engine() -> None:
         for right, name in ((True, "same"), (False, "lost"))
     )
     gate = judge({"same": [same, {**lost, "strategy": "cot"}], "lost": [lost]}, 0.05, 0.05)
-    assert gate["verdict"] == "fail" and [row["verdict"] for row in gate["comparisons"]] == [
+    assert gate["verdict"] == "fail"
+    assert [row["verdict"] for row in gate["comparisons"]] == [
         "pass",
         "fail",
     ]
-    assert (
-        part_of(gate, "same")["verdict"] == "pass"
-        and part_of(gate, "lost")["verdict"] == "fail"
-        and part_of(gate, "none") is None
-    )
+    assert part_of(gate, "same")["verdict"] == "pass"
+    assert part_of(gate, "lost")["verdict"] == "fail"
+    assert part_of(gate, "none") is None
     assert judge({"same": [base]}, 0.05, 0.05) is None
 
 

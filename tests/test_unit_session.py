@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from edgemed.errors import EdgemedError
-from edgemed.session import Sampling, check_room, generate, log_softmax, pick
+from edgemed.session import Sampling, check_room, generate, pick
 
 
 class Toy:
@@ -45,7 +46,8 @@ def test_greedy_follows_the_table_and_ends_with_the_context() -> None:
         expected.append(token)
     assert found == expected
     # 12 fit: 2 of the prompt, 10 fed back, and the answer to the last one.
-    assert len(found) == 11 and toy.position == 12
+    assert len(found) == 11
+    assert toy.position == 12
 
 
 def test_stop_token_ends_and_is_not_given() -> None:

@@ -8,10 +8,11 @@ at hand, the software that reproduces it is named.
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pytest
+
 from edgemed import exact, stats
 from edgemed.errors import EdgemedError
 
@@ -171,9 +172,8 @@ NEWCOMBE = [
 def test_newcombe(table: tuple[int, ...], low: float | None, high: float) -> None:
     both, first, second, neither = table
     found = stats.newcombe(both, second, first, neither)
-    assert found[1] == pytest.approx(high, abs=5.1e-5) and (
-        low is None or found[0] == pytest.approx(low, abs=5.1e-5)
-    )
+    assert found[1] == pytest.approx(high, abs=5.1e-5)
+    assert low is None or found[0] == pytest.approx(low, abs=5.1e-5)
 
 
 def test_newcombe_other_source() -> None:
@@ -202,7 +202,8 @@ def test_score_grows_with_every_gain_and_falls_with_every_loss(loss: float) -> N
         lost, gained = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
         z = np.where(lost + gained <= n, exact.score(lost, gained, n, loss), np.nan)
         with np.errstate(invalid="ignore"):
-            assert np.nanmax(z[1:] - z[:-1]) <= 1e-9 and np.nanmin(z[:, 1:] - z[:, :-1]) >= -1e-9
+            assert np.nanmax(z[1:] - z[:-1]) <= 1e-9
+            assert np.nanmin(z[:, 1:] - z[:, :-1]) >= -1e-9
 
 
 def test_region_is_the_sum_over_all_outcomes() -> None:
@@ -297,7 +298,7 @@ def test_gate_of_four_bad_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = 0.05
     runs = 1500
 
-    @lru_cache(maxsize=None)
+    @cache
     def pair(lost: int, gained: int) -> dict:
         ps = {
             "p": exact.p_loss_at_least(lost, gained, n, margin),
@@ -329,7 +330,8 @@ def test_gate_of_four_bad_engines(monkeypatch: pytest.MonkeyPatch) -> None:
         for verdict in rates:
             rates[verdict] += verdict in verdicts
     limit = alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
-    assert 0 < rates["pass"] / runs <= limit and 0 < rates["fail"] / runs <= limit
+    assert 0 < rates["pass"] / runs <= limit
+    assert 0 < rates["fail"] / runs <= limit
 
 
 def test_lower_limit_covers() -> None:
@@ -366,9 +368,8 @@ def test_lower_limit_covers() -> None:
 )
 def test_limits_agree_with_the_tests(lost: int, gained: int, n: int) -> None:
     made = stats.paired(*answers(lost, gained, n), 0.02, 0.05)["noninferiority"]
-    assert (made["lower"] >= -0.02) == (made["p"] <= 0.05) and (made["upper"] <= -0.02) == (
-        made["p_inferior"] <= 0.05
-    )
+    assert (made["lower"] >= -0.02) == (made["p"] <= 0.05)
+    assert (made["upper"] <= -0.02) == (made["p_inferior"] <= 0.05)
     assert made["lower"] < (gained - lost) / n < made["upper"]
 
 
@@ -467,7 +468,8 @@ def test_paired_counts_by_hand() -> None:
         "value": -0.125,
         "interval": stats.tango(2, 1, 8),
         "method": "Tango score, 95 %",
-    } and found["newcombe"] == stats.newcombe(2, 2, 1, 3)
+    }
+    assert found["newcombe"] == stats.newcombe(2, 2, 1, 3)
     assert [
         (
             row["value"],
@@ -505,7 +507,8 @@ def test_worst_subgroup_needs_ten_items_and_ties_go_to_the_larger() -> None:
     for i in (0, 1, 2, 5, 15, 16):
         engine[i]["answer"] = 0
     found = stats.paired(source, engine, 0.02, 0.05)
-    assert found["worst"]["value"] == "large" and found["worst"]["difference"] == -0.1
+    assert found["worst"]["value"] == "large"
+    assert found["worst"]["difference"] == -0.1
     assert min(row["difference"] for row in found["subgroups"]) == -0.6
 
 
@@ -522,15 +525,16 @@ def test_worst_subgroup_needs_ten_items_and_ties_go_to_the_larger() -> None:
 )
 def test_degenerate_tables(lost: int, gained: int, n: int, verdict: str) -> None:
     found = stats.paired(*answers(lost, gained, n), 0.02, 0.05)
-    assert found["verdict"] == verdict and (found["items_needed"] is None) == (
-        verdict != "undecided"
-    )
+    assert found["verdict"] == verdict
+    assert (found["items_needed"] is None) == (verdict != "undecided")
     numbers = [
         *found["difference"]["interval"],
         *found["newcombe"],
         *(found["noninferiority"][key] for key in ("lower", "upper", "p", "p_inferior")),
     ]
-    assert np.isfinite(numbers).all() and -1 <= min(numbers) and max(numbers) <= 1
+    assert np.isfinite(numbers).all()
+    assert min(numbers) >= -1
+    assert max(numbers) <= 1
     assert (
         found["difference"]["interval"][0]
         <= found["difference"]["value"]
@@ -582,17 +586,14 @@ def test_gate() -> None:
             [((name, "medqa", "zero-shot"), pairs[name]) for name in names], 0.02, 0.05
         )
 
-    assert (
-        judge("same")["verdict"] == judge("close")["verdict"] == "pass"
-        and judge("same")["correction"] == "Holm over 1 comparison"
-    )
+    assert judge("same")["verdict"] == judge("close")["verdict"] == "pass"
+    assert judge("same")["correction"] == "Holm over 1 comparison"
     # 0.98^160 is 0.039: enough alone, and as the last of Holm's steps, but not as the first of two.
-    assert (
-        judge("close", "same")["verdict"] == "pass"
-        and judge("close", "close")["verdict"] == "undecided"
-    )
+    assert judge("close", "same")["verdict"] == "pass"
+    assert judge("close", "close")["verdict"] == "undecided"
     found = judge("same", "bad", "few")
-    assert found["verdict"] == "fail" and found["correction"] == "Holm over 3 comparisons"
+    assert found["verdict"] == "fail"
+    assert found["correction"] == "Holm over 3 comparisons"
     assert [row["verdict"] for row in found["comparisons"]] == ["pass", "fail", "undecided"]
     assert [row["items_needed"] is None for row in found["comparisons"]] == [True, True, False]
     assert found["comparisons"][2]["items_needed"] > pairs["few"]["items_needed"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from edgemed.errors import EdgemedError
 from edgemed.scoring import Reader, chosen, fitted, option_tokens
 from edgemed.session import Sampling, check_room, log_softmax
@@ -125,10 +126,8 @@ def test_a_shared_beginning_is_read_once_and_a_short_one_again() -> None:
     assert np.array_equal(reader.read(second), Memory().prefill(second)[-1])
     assert reader.tokens_read == session.computed == 101 + 2
     # The very same prompt: its last token is read again, because its scores are wanted.
-    assert (
-        np.array_equal(reader.read(second), Memory().prefill(second)[-1])
-        and session.computed == 104
-    )
+    assert np.array_equal(reader.read(second), Memory().prefill(second)[-1])
+    assert session.computed == 104
     reader.read([*range(20), 9])
     assert session.computed == 104 + 21
 
@@ -138,7 +137,8 @@ def test_reading_goes_on_after_what_was_written() -> None:
     reader = Reader(session)
     context = list(range(40))
     written = reader.write(context, Sampling(max_tokens=6), frozenset())
-    assert len(written) == reader.tokens_generated == 6 and session.computed == 45
+    assert len(written) == reader.tokens_generated == 6
+    assert session.computed == 45
     assert np.array_equal(
         reader.read([*context, *written, 1]), Memory().prefill([*context, *written, 1])[-1]
     )
@@ -157,7 +157,8 @@ def test_a_failed_read_leaves_nothing_to_reuse() -> None:
 def test_options_that_tokenize_to_nothing_and_contexts_without_room() -> None:
     with pytest.raises(EdgemedError, match="question q1: option '' tokenizes to nothing"):
         option_tokens(Characters(), Prompt("ab", (" x", "")), [97, 98], "q1")
-    assert fitted([1, 2, 3], 2, "q") == ([2, 3], True) and fitted([1, 2], 2, "q") == ([1, 2], False)
+    assert fitted([1, 2, 3], 2, "q") == ([2, 3], True)
+    assert fitted([1, 2], 2, "q") == ([1, 2], False)
     with pytest.raises(EdgemedError, match="options alone fill"):
         fitted([1], 0, "q")
 
@@ -200,7 +201,9 @@ def test_strategies_by_name(text: str) -> None:
 
 def test_self_consistency_is_cot_with_votes() -> None:
     assert replace(parse("self-consistency-5"), name="") == replace(parse("cot/vote-5"), name="")
-    assert parse("zero-shot").plain and not parse("cot").plain and not parse("zero-shot+cot").plain
+    assert parse("zero-shot").plain
+    assert not parse("cot").plain
+    assert not parse("zero-shot+cot").plain
 
 
 @pytest.mark.parametrize(
@@ -314,9 +317,8 @@ def test_long_contexts_lose_their_beginning_and_say_so() -> None:
     answerer = Answerer(Memory(40), Characters(), asked(), Settings())
     answer = answerer.answer(answerer.questions.examples[0], parse("zero-shot"))
     text = letters(answerer.questions.examples[0]).context[-39:]
-    assert answer.cut and answer.scores[0] == pytest.approx(
-        alone([ord(c) for c in text], [ord(" "), ord("A")])
-    )
+    assert answer.cut
+    assert answer.scores[0] == pytest.approx(alone([ord(c) for c in text], [ord(" "), ord("A")]))
 
 
 def test_what_cannot_be_followed_is_said() -> None:

@@ -12,10 +12,10 @@ from conftest import write_model
 
 torch = pytest.importorskip("torch")
 
-from edgemed.checkpoint import Writer, narrowed, open_checkpoint  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.grid import block_ints, ggml_q8, rtn, scale_of  # noqa: E402
-from edgemed.weights import Packed, Weights, pack, unpack  # noqa: E402
+from edgemed.checkpoint import Writer, narrowed, open_checkpoint
+from edgemed.errors import EdgemedError
+from edgemed.grid import block_ints, ggml_q8, rtn, scale_of
+from edgemed.weights import Packed, Weights, pack, unpack
 
 
 def test_packing_puts_the_first_value_in_the_lowest_bits() -> None:
@@ -33,7 +33,8 @@ def test_unpack_is_the_inverse(bits: int, axis: int) -> None:
         1 << bits, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
     )
     packed = pack(values, bits, axis)
-    assert packed.dtype == torch.int32 and packed.shape[axis] == values.shape[axis] * bits // 32
+    assert packed.dtype == torch.int32
+    assert packed.shape[axis] == values.shape[axis] * bits // 32
     assert (unpack(packed, bits, axis) == values).all()
 
 
@@ -44,9 +45,8 @@ def test_rounding_error_is_half_a_step_at_most_inside_the_grid() -> None:
         dense = (q.float() - (1 << bits - 1)) * scales.repeat_interleave(32, 1)
         step = scales.repeat_interleave(32, 1)
         inside = weight <= step * ((1 << bits - 1) - 1)
-        assert (
-            (weight - dense).abs()[inside] <= step[inside] / 2 * 1.001
-        ).all() and inside.float().mean() > 0.9
+        assert ((weight - dense).abs()[inside] <= step[inside] / 2 * 1.001).all()
+        assert inside.float().mean() > 0.9
         assert (scales == scales.half().float()).all()
     with pytest.raises(EdgemedError, match="group of 48 does not divide a row of 128"):
         rtn(weight, 4, 48)
@@ -54,9 +54,9 @@ def test_rounding_error_is_half_a_step_at_most_inside_the_grid() -> None:
 
 def test_a_group_of_zeros_keeps_a_scale() -> None:
     q, scales = rtn(torch.zeros(2, 64), 4, 32)
-    assert (
-        (scales > 0).all() and (q == 8).all() and scale_of(torch.full((1, 4), 1e-12), 4).item() > 0
-    )
+    assert (scales > 0).all()
+    assert (q == 8).all()
+    assert scale_of(torch.full((1, 4), 1e-12), 4).item() > 0
 
 
 def test_ggml_q8_equals_the_gguf_packages() -> None:
@@ -77,7 +77,8 @@ def test_blocks_are_powers_of_two_that_fit_the_group(group: int, block: int) -> 
     scales = torch.rand(4, 768 // group) + 0.1
     packed = Packed(q, scales, torch.full(scales.shape, 8, dtype=torch.uint8), None, 4, group, None)
     ints = block_ints(packed)
-    assert ints.block == block and ints.zeros is None
+    assert ints.block == block
+    assert ints.zeros is None
     assert np.allclose(
         (ints.q.astype(np.float32) - 8) * ints.scales.repeat(block, 1), packed.dense().numpy()
     )
@@ -99,9 +100,8 @@ def test_writer_splits_into_shards_that_transformers_layout_expects(tmp_path: Pa
         f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)
     ]
     found = open_checkpoint(tmp_path)
-    assert set(found.tensors) == set(tensors) and all(
-        (found.read(name) == tensor).all() for name, tensor in tensors.items()
-    )
+    assert set(found.tensors) == set(tensors)
+    assert all((found.read(name) == tensor).all() for name, tensor in tensors.items())
 
 
 def test_sum_that_overflows_is_no_infinite_weight(tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ def test_weights_are_read_in_one_layout(model: Path) -> None:
             if part.kind == "norm"
             else weights.matrix(name).dense()
         )
-        assert tuple(found.shape) == part.shape and found.dtype == torch.float32
+        assert tuple(found.shape) == part.shape
+        assert found.dtype == torch.float32
     assert (
         weights.matrix("layers.1.up").weight == checkpoint.read("transformer.h.1.mlp.c_fc.weight").T
     ).all()

@@ -16,13 +16,13 @@ from conftest import IMAGE
 
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import free_text, plugins, stats, store  # noqa: E402
-from edgemed.errors import EdgemedError  # noqa: E402
-from edgemed.evaluate import evaluate, pair, source_key, title  # noqa: E402
-from edgemed.scoring import Reader, behind, shared  # noqa: E402
-from edgemed.session import Pictures  # noqa: E402
-from edgemed.strategy import Settings  # noqa: E402
-from edgemed.task import Questions, questions  # noqa: E402
+from edgemed import free_text, plugins, stats, store
+from edgemed.errors import EdgemedError
+from edgemed.evaluate import evaluate, pair, source_key, title
+from edgemed.scoring import Reader, behind, shared
+from edgemed.session import Pictures
+from edgemed.strategy import Settings
+from edgemed.task import Questions, questions
 
 ROW = {
     "id": "1",
@@ -67,7 +67,8 @@ def folder(tmp_path: Path) -> Path:
 def test_images_lie_beside_the_rows_or_in_the_zip(folder: Path) -> None:
     beside = questions(f"micro_bench:{write(folder, ROW)}")
     (picture,) = beside.pictures(beside.examples[0])
-    assert beside.sees and np.array_equal(np.asarray(picture), np.asarray(noise(0)))
+    assert beside.sees
+    assert np.array_equal(np.asarray(picture), np.asarray(noise(0)))
     packed = folder / "packed"
     packed.mkdir()
     with zipfile.ZipFile(packed / "micro_bench.zip", "w") as archive:
@@ -97,7 +98,8 @@ def test_images_lie_beside_the_rows_or_in_the_zip(folder: Path) -> None:
 def test_refused_rows(folder: Path, row: dict[str, Any], said: str) -> None:
     with pytest.raises(EdgemedError) as caught:
         questions(f"micro_bench:{write(folder, row)}")
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_where_real_data_goes_is_said(folder: Path) -> None:
@@ -166,11 +168,9 @@ def test_published_layouts(folder: Path) -> None:
         )
     ]
     found = questions(f"omnimedvqa:{write(folder, *omni, name='omni.json')}")
-    assert (
-        [e.groups["modality"] for e in found.examples] == ["MRI", "CT", "X-ray"]
-        and found.examples[0].options == ("CT", "MR")
-        and found.examples[0].gold == 1
-    )
+    assert [e.groups["modality"] for e in found.examples] == ["MRI", "CT", "X-ray"]
+    assert found.examples[0].options == ("CT", "MR")
+    assert found.examples[0].gold == 1
     assert len(questions(f"omnimedvqa/all:{folder / 'omni.json'}").examples) == 4
     with pytest.raises(EdgemedError, match="the answer 'PET' is none of the 2 options"):
         questions(f"omnimedvqa:{write(folder, {**omni[0], 'gt_answer': 'PET'})}")
@@ -201,7 +201,8 @@ def test_parts(folder: Path) -> None:
     assert (official.part, apart.part) == (
         "official",
         "image_disjoint",
-    ) and official.key != apart.key
+    )
+    assert official.key != apart.key
     rows = {
         str(row["qid"]): row
         for row in map(
@@ -211,9 +212,8 @@ def test_parts(folder: Path) -> None:
             .splitlines(),
         )
     }
-    assert {rows[e.id]["split"] for e in official.examples} == {"test"} and {
-        rows[e.id]["image_disjoint_split"] for e in apart.examples
-    } == {"test"}
+    assert {rows[e.id]["split"] for e in official.examples} == {"test"}
+    assert {rows[e.id]["image_disjoint_split"] for e in apart.examples} == {"test"}
     with pytest.raises(
         EdgemedError, match="task vqa_rad has no part 'oficial'. Did you mean 'official'"
     ):
@@ -236,29 +236,21 @@ def test_parts(folder: Path) -> None:
 
 
 def test_exact_match_and_recall_by_hand() -> None:
-    assert free_text.exact("The left lung.", "Left Lung") and not free_text.exact(
-        "left lung lobe", "left lung"
-    )
-    assert (
-        free_text.recall("it is the left one", "left lung") == 0.5
-        and free_text.recall("left left", "left left lung lung") == 0.5
-        and free_text.recall("", "x") == 0.0
-    )
+    assert free_text.exact("The left lung.", "Left Lung")
+    assert not free_text.exact("left lung lobe", "left lung")
+    assert free_text.recall("it is the left one", "left lung") == 0.5
+    assert free_text.recall("left left", "left left lung lung") == 0.5
+    assert free_text.recall("", "x") == 0.0
 
 
 def test_legacy_scores_flatter_as_published() -> None:
-    assert free_text.legacy_closed("The chest is NORMAL", "No") and not free_text.legacy_closed(
-        "yes", "no"
-    )
+    assert free_text.legacy_closed("The chest is NORMAL", "No")
+    assert not free_text.legacy_closed("yes", "no")
     # Three hits of a repeated word against one missing: 3 / 4, where half the words are there.
-    assert (
-        free_text.legacy_open("left left left", "left lung") == 0.75
-        and free_text.recall("left left left", "left lung") == 0.5
-    )
-    assert (
-        free_text.legacy_open("two masses", "2 masses") == 1.0
-        and free_text.legacy_open("", "x") == 0.0
-    )
+    assert free_text.legacy_open("left left left", "left lung") == 0.75
+    assert free_text.recall("left left left", "left lung") == 0.5
+    assert free_text.legacy_open("two masses", "2 masses") == 1.0
+    assert free_text.legacy_open("", "x") == 0.0
 
 
 def test_scores_of_closed_and_open_questions(folder: Path) -> None:
@@ -303,9 +295,10 @@ def test_set_accuracy_and_confusion_by_hand() -> None:
 
 
 def test_a_report_shows_a_sets_own_metrics() -> None:
+    from report_documents import document
+
     from edgemed.card import result_of
     from edgemed.report import render
-    from report_documents import document
 
     run = document(tasks=(("vqa_rad", 100, 2, 0.4, ()),), strategies=("zero-shot",))
     results = [*run["source_evals"], *(r for e in run["engines"] for r in e["evals"])]
@@ -318,18 +311,14 @@ def test_a_report_shows_a_sets_own_metrics() -> None:
             },
         )
     page = render(run)
-    assert (
-        "vqa_rad/image_disjoint" in page
-        and "legacy closed" in page
-        and "81.2" in page
-        and "n = 64" in page
-    )
+    assert "vqa_rad/image_disjoint" in page
+    assert "legacy closed" in page
+    assert "81.2" in page
+    assert "n = 64" in page
     card = result_of(results[0], "lm")
-    assert (
-        card["dataset"]["config"] == "image_disjoint"
-        and [m["type"] for m in card["metrics"]][:2] == ["accuracy", "legacy_closed"]
-        and "open_exact" not in str(card["metrics"])
-    )
+    assert card["dataset"]["config"] == "image_disjoint"
+    assert [m["type"] for m in card["metrics"]][:2] == ["accuracy", "legacy_closed"]
+    assert "open_exact" not in str(card["metrics"])
 
 
 def test_two_wrong_wordings_are_a_changed_answer() -> None:
@@ -355,7 +344,8 @@ def pictures(*values: float, start: int = 3) -> Pictures:
 def test_what_two_prompts_share() -> None:
     text = [1, 2, 3]
     one = [1, 2, 3, IMAGE, IMAGE, 4]
-    assert shared(text, [1, 2, 3, 5], None, None) == 3 and shared(text, text, None, None) == 2
+    assert shared(text, [1, 2, 3, 5], None, None) == 3
+    assert shared(text, text, None, None) == 2
     assert shared(one, [*one, 5], pictures(1.0), pictures(1.0)) == 6
     assert shared(one, [*one, 5], pictures(1.0), pictures(2.0)) == 3, (
         "the same tokens, another image"
@@ -373,11 +363,9 @@ def test_what_two_prompts_share() -> None:
     ), "a larger image is read as a whole"
     assert shared(one, [1, 2, 3, IMAGE, 9], pictures(1.0), None) == 3
     rest = behind([*two, 5], pictures(1.0, 3.0), 6)
-    assert (
-        rest.features[:, 0].tolist() == [3.0, 3.0]
-        and rest.positions[0, 0] == 0
-        and behind([*one, 5], pictures(1.0), 6) is None
-    )
+    assert rest.features[:, 0].tolist() == [3.0, 3.0]
+    assert rest.positions[0, 0] == 0
+    assert behind([*one, 5], pictures(1.0), 6) is None
 
 
 # --- a model that sees
@@ -433,19 +421,20 @@ def test_engine_answers_as_its_source(sees: Path, engine: Any, folder: Path) -> 
         assert [i["answer"] for i in ours["items"]] == [i["answer"] for i in theirs["items"]]
         for one, other in zip(ours["items"], theirs["items"], strict=True):
             assert np.allclose(one["scores"], other["scores"], atol=2e-3)
-    assert (
-        ours["unparsed"] == 4
-        and ours["accuracy"] == 0.0
-        and ours["settings"] == {"rationale_tokens": 4}
-    ), "random weights write no answer tags"
+    assert ours["unparsed"] == 4, "random weights write no answer tags"
+    assert ours["accuracy"] == 0.0, "random weights write no answer tags"
+    assert ours["settings"] == {"rationale_tokens": 4}, "random weights write no answer tags"
     likelihood = result(sees, asked)
     same, other = (
         np.array([i["scores"] for i in likelihood["items"] if int(i["id"]) % 2 == n])
         for n in (0, 1)
     )
-    assert np.allclose(same[0], same[1], atol=1e-4) and not np.allclose(
-        same[0], other[0], atol=1e-2
-    ), "the image decides, and the same image says the same"
+    assert np.allclose(same[0], same[1], atol=1e-4), (
+        "the image decides, and the same image says the same"
+    )
+    assert not np.allclose(same[0], other[0], atol=1e-2), (
+        "the image decides, and the same image says the same"
+    )
     assert len(result(sees, asked, strategy="vote-3")["items"][0]["scores"]) == 2
 
 
@@ -455,18 +444,17 @@ def test_open_questions_are_paired_like_others(sees: Path, engine: Any) -> None:
 
     source = result(sees, asked, key=source_key(open_checkpoint(sees).hashes()))
     found = pair(result(engine, asked), source, store.read_manifest(engine.path), None, 0.05)
-    assert (
-        found["paired"]["n"] == 4
-        and found["paired"]["changed"] == 0
-        and found["part"] == "en"
-        and found["scores"]["open_exact"]["n"] == 2
-    )
+    assert found["paired"]["n"] == 4
+    assert found["paired"]["changed"] == 0
+    assert found["part"] == "en"
+    assert found["scores"]["open_exact"]["n"] == 2
     assert (
         found["scoring"]
         == "sum of option token log-likelihoods; open questions: exact match of a greedily"
         " generated answer"
     )
-    assert {"text", "said"} <= set(found["items"][1]) and "text" not in found["items"][0]
+    assert {"text", "said"} <= set(found["items"][1])
+    assert "text" not in found["items"][0]
 
 
 class Says:
@@ -519,7 +507,8 @@ def test_how_a_written_answer_is_read(
         settings=Settings("generated", rationale=1),
         eyes=model.eyes,
     )
-    assert found["items"][0]["answer"] == answer and found["unparsed"] == (answer < 0)
+    assert found["items"][0]["answer"] == answer
+    assert found["unparsed"] == (answer < 0)
 
 
 def test_prompt_is_the_familys(sees: Path, folder: Path) -> None:
@@ -533,10 +522,8 @@ def test_prompt_is_the_familys(sees: Path, folder: Path) -> None:
     )
     evaluate(model.session, model.tokenizer, asked, "m", "k", eyes=model.eyes)
     family = model.eyes.family
-    assert (
-        shown == [family.chat(family.reasoning("Which organ?\nA) Liver\nB) Heart"), 1)]
-        and family.opening == "<answer>"
-    )
+    assert shown == [family.chat(family.reasoning("Which organ?\nA) Liver\nB) Heart"), 1)]
+    assert family.opening == "<answer>"
 
 
 def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) -> None:
@@ -561,9 +548,10 @@ def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) ->
     ]
     for one, other in zip(found, alone, strict=True):
         assert np.allclose(one, other, atol=1e-4)
-    assert not np.allclose(found[0], found[1], atol=1e-2) and read < 3.5 * 110, (
+    assert not np.allclose(found[0], found[1], atol=1e-2), (
         "the second question about an image reads little"
     )
+    assert read < 3.5 * 110, "the second question about an image reads little"
 
 
 def test_text_and_images_meet_the_wrong_model(
@@ -665,7 +653,5 @@ def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: P
         "vqa_rad/image_disjoint",
     ]
     assert [r["synthetic"] for r in found["engine"]] == [False, True, False]
-    assert (
-        all(r["paired"] and r["paired"]["changed"] == 0 for r in found["engine"])
-        and len(found["gate"]["comparisons"]) == 3
-    )
+    assert all(r["paired"] and r["paired"]["changed"] == 0 for r in found["engine"])
+    assert len(found["gate"]["comparisons"]) == 3

@@ -33,7 +33,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-from records import save  # noqa: E402
+from records import save
 
 CARD = "pubmedqa-abstracts"
 SAMPLES = 96
@@ -250,9 +250,8 @@ def make(name: str, work: Path, model: Path) -> dict[str, Any] | None:
             base: make(base, work, model)["path"] for base in CONTENDERS if f"{{{base}}}" in how
         }
         if "{Q4_K_M}" in " ".join(how):
-            values["Q4_K_M"] = (
-                f"{tensor_bytes(Path(make('Q4_K_M', work, model)['path']) / 'model.gguf') / 1000:.3f}KB"
-            )
+            made = Path(make("Q4_K_M", work, model)["path"])
+            values["Q4_K_M"] = f"{tensor_bytes(made / 'model.gguf') / 1000:.3f}KB"
         command = [sys.executable, "-m", "edgemed", *(part.format(**values) for part in how)]
     found = {
         "path": str(out),

@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-from records import save  # noqa: E402
+from records import save
 
 MODEL = ROOT / "recipes/quickstart/model"
 CARD = "pubmedqa-abstracts"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tiny"))
-from samples import calibration_set  # noqa: E402
+from samples import calibration_set
 
 FILES = {"en": "eng", "es": "spa", "pt": "por_BR", "ja": "jpn", "he": "heb"}
 HELD_OUT = range(25, 31)  # articles

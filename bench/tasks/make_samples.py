@@ -82,7 +82,7 @@ def per_group(rows: list[Row], group: Callable[[Row], str], count: int, salt: st
     """
     taken = []
     seen = set()
-    left = {name: count for name in sorted({group(row) for row in rows})}
+    left = dict.fromkeys(sorted({group(row) for row in rows}), count)
     for row in mixed(rows, salt):
         if left[group(row)] and distinct(row) and plain(row) not in seen:
             left[group(row)] -= 1

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from corpus import PROJECT, WORK, data_argument
+from peft import PeftModel
 from section import ANSWERS, accuracy, items, predictions
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @torch.no_grad()

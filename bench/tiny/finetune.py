@@ -14,11 +14,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from corpus import PROJECT, WORK, data_argument
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from section import accuracy, answer_loss, batch, encode, items, predictions
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SEED = 20240601
 

@@ -9,10 +9,9 @@ import argparse
 import json
 
 import numpy as np
+from corpus import WORK, abstract, data_argument, medquad, pair, pubmedqa
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
-
-from corpus import WORK, abstract, data_argument, medquad, pair, pubmedqa
 
 END = "<|endoftext|>"
 VOCABULARY = 4096

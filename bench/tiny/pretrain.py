@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
 from corpus import WORK
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 LENGTH = 512
 SEED = 20240601

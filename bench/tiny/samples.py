@@ -12,9 +12,7 @@ import random
 import shutil
 
 import yaml
-
 from corpus import (
-    MEDQUAD,
     PROJECT,
     PUBMEDQA,
     abstract,

@@ -7,7 +7,6 @@ and a model this small can really learn it.
 import re
 
 import torch
-
 from corpus import pubmedqa
 
 ANSWERS = ["background", "methods", "results", "conclusions"]

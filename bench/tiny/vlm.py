@@ -103,7 +103,8 @@ def prompt(text, image_tokens):
     pads = "<|image_pad|>" * image_tokens
     return (
         "<|im_start|>system\nYou are a helpful"
-        f" assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+        f" assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>"
+        f"{text}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -123,7 +124,7 @@ def batch(rows, tok, process):
     pad = tok.token_to_id("<|endoftext|>")
     texts = []
     labels = []
-    for (_, asked, answered), grid in zip(rows, grids):
+    for (_, asked, answered), grid in zip(rows, grids, strict=False):
         before = tok.encode(prompt(asked, int(grid.prod()) // 4), add_special_tokens=False).ids
         after = tok.encode(answered + "<|im_end|>", add_special_tokens=False).ids
         texts.append(before + after)

@@ -24,7 +24,8 @@ TOWER = (
 )
 ORIGINAL = ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower.")
 PROJECTOR = tuple(
-    f"multi_modal_projector.linear_{n}|model.multi_modal_projector.linear_{n}|model.mm_projector.{2 * (n - 1)}"
+    f"multi_modal_projector.linear_{n}|model.multi_modal_projector.linear_{n}"
+    f"|model.mm_projector.{2 * (n - 1)}"
     for n in (1, 2)
 )
 # Longest match first: the authors' layout has the text model's own names.

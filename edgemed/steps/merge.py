@@ -19,7 +19,7 @@ from edgemed.console import say, track
 from edgemed.data import calibration_windows, card_names
 from edgemed.decoder import logits
 from edgemed.deltas import check, shared_delta
-from edgemed.errors import EdgemedError, need, nearest
+from edgemed.errors import EdgemedError, nearest, need
 from edgemed.experts import dense
 from edgemed.lora import OWN_BASE, adapter_config, adapter_hashes, adapter_tensors, quantized_base
 from edgemed.qlora import difference

@@ -39,8 +39,8 @@ from edgemed.gguf_layout import (
     rescaled,
 )
 from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
-from edgemed.ort_dialect import OrtDialect
 from edgemed.llama import CACHE_BYTES, FILE, HEAD, LlamaSession, cache_type
+from edgemed.ort_dialect import OrtDialect
 from edgemed.tokenizer import open_tokenizer
 from edgemed.vision_graph import TOWERS, build_vision
 
@@ -339,9 +339,10 @@ def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         written["mtmd"] = mmproj.write(weights, out, params.mmproj or "f16")
     if params.vision == "onnx":
         written["onnx"] = build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])
-    return {"tower_bytes": written.pop(params.vision)} | {
-        "mmproj_bytes": size for size in written.values()
-    }
+    notes = {"tower_bytes": written[params.vision]}
+    if "mtmd" in written and params.vision != "mtmd":
+        notes["mmproj_bytes"] = written["mtmd"]
+    return notes
 
 
 def plan(

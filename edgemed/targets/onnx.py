@@ -27,7 +27,6 @@ from edgemed.graph import w8a8_refused
 from edgemed.grid import Ints, labelled, named
 from edgemed.ort_dialect import ROPE, WIDE_SUMS, OrtDialect
 from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
-from edgemed.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from edgemed.engine import Engine

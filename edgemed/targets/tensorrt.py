@@ -287,7 +287,7 @@ def parsed(file: Path, profile: str) -> dict[str, Any]:
 SCRIPT = """#!/bin/sh
 # Run on the device, with TensorRT and edgemed installed: compiles this engine for its GPU, then verifies and measures it.
 exec python3 -m edgemed build "$(dirname "$0")" "$@"
-"""
+"""  # noqa: E501 - a line of the script
 
 
 def open(engine: Engine, threads: int | None) -> Session:
