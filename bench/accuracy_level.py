@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 from records import paired_ratio, save, spread
 
-from edgemed.engine import Engine, open_engine
-from edgemed.reference import FILE, Reference
-from edgemed.verify import compare
+from edgemed.engines.engine import Engine, open_engine
+from edgemed.engines.reference import FILE, Reference
+from edgemed.verification.parity import compare
 
 
 def at_level(engine: Engine, level: int, folder: Path) -> Engine:

@@ -19,7 +19,7 @@ from typing import Any
 
 from records import paired_ratio, save, spread
 
-from edgemed.device import read_bandwidth
+from edgemed.hardware.device import read_bandwidth
 
 PROMPT = 128
 NEW = 48
@@ -42,8 +42,8 @@ def engine_worker(pipe: Any, path: str, threads: int) -> None:
     """Answer 'prefill' and 'decode' with seconds, 'memory' with peak resident bytes."""
     import numpy as np
 
-    from edgemed import store
-    from edgemed.engine import open_engine
+    from edgemed.artifacts import store
+    from edgemed.engines.engine import open_engine
 
     engine = open_engine(path)
     session = engine.open(threads)
@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    from edgemed.engine import open_engine
-    from edgemed.run import open_model
+    from edgemed.engines.engine import open_engine
+    from edgemed.pipeline.runner import open_model
 
     checkpoint = open_model("random:biomedlm", args.work).path
     engines = {}

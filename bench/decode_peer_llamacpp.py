@@ -13,8 +13,8 @@ import time
 import numpy as np
 from records import paired_ratio, save, spread
 
-from edgemed.engine import Engine, open_engine
-from edgemed.llama import LlamaSession
+from edgemed.engines.engine import Engine, open_engine
+from edgemed.gguf.llama_session import LlamaSession
 
 START = 32
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from records import paired_ratio, save, spread
 
-from edgemed.engine import Engine, open_engine
-from edgemed.ort_dialect import ROPE
+from edgemed.engines.engine import Engine, open_engine
+from edgemed.onnx.ort_dialect import ROPE
 from edgemed.targets.onnx import rope_tables
 
 START = 32

@@ -21,15 +21,15 @@ from typing import Any
 
 from records import save
 
-from edgemed import store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.evaluate import SOURCE
-from edgemed.recipe import Stage
-from edgemed.run import evaluate_opened, open_source, run_step
-from edgemed.stats import paired
+from edgemed.artifacts import store
+from edgemed.evaluation.evaluate import SOURCE
+from edgemed.evaluation.paired_statistics import paired
+from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.task import questions
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import evaluate_opened, open_source, run_step
 from edgemed.steps import distill, merge
-from edgemed.strategy import Settings
-from edgemed.task import questions
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "tiny"))

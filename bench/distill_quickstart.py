@@ -20,19 +20,19 @@ import torch
 from records import save
 from scipy.stats import t as student_t
 
-from edgemed import store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.cut import choose, cut
-from edgemed.data import texts
-from edgemed.decoder import logits
-from edgemed.evaluate import evaluate
-from edgemed.recipe import Stage
-from edgemed.run import open_source, run_step
+from edgemed.artifacts import store
+from edgemed.data.text_sets import texts
+from edgemed.distillation.pruning import choose, cut
+from edgemed.evaluation.evaluate import evaluate
+from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.task import questions
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import open_source, run_step
 from edgemed.steps import distill, merge
-from edgemed.strategy import Settings
-from edgemed.task import questions
-from edgemed.tokenizer import encode, open_tokenizer
-from edgemed.weights import Weights
 
 ROOT = Path(__file__).parent.parent
 CARDS = ("medquad-answers", "pubmedqa-abstracts")

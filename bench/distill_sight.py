@@ -18,17 +18,18 @@ import torch
 from distill_quickstart import interval
 from records import save
 
-from edgemed import answers, store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.cut import choose, cut
-from edgemed.data import read_card, read_jsonl
-from edgemed.recipe import Stage
-from edgemed.run import run_step
-from edgemed.session import Sampling
-from edgemed.sights import IGNORED, look
+from edgemed.artifacts import store
+from edgemed.data.image_text_windows import IGNORED, look
+from edgemed.data.text_sets import read_card, read_jsonl
+from edgemed.distillation import image_answers
+from edgemed.distillation.pruning import choose, cut
+from edgemed.distillation.teacher import Teacher
+from edgemed.inference.session import Sampling
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill
-from edgemed.teacher import Teacher
-from edgemed.weights import Weights
 
 ROOT = Path(__file__).parent.parent
 CARD = "vqa-rad-questions"
@@ -53,7 +54,7 @@ def heldout(model, work):
     """
     weights = Weights(open_checkpoint(model))
     rows = read_jsonl(read_card(CARD).file("heldout"))
-    told = answers.written(
+    told = image_answers.written(
         weights, CARD, rows, Sampling(1.0, max_tokens=LENGTH), work / "heldout.jsonl"
     )
     return {

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from records import RESULTS
 
-from edgemed.published import Case, cases
-from edgemed.roofline import DATA, Constants
+from edgemed.planning.roofline import DATA, Constants
+from edgemed.planning.validation import Case, cases
 
 # constant -> (guess, spread as a factor's logarithm). Guesses are what a person would say before
 # seeing a row: reading reaches four fifths of the sheet, tensor cores half their peak, one layer is

@@ -17,8 +17,8 @@ from unittest import mock
 import numpy as np
 from records import paired_ratio, save, spread
 
-from edgemed.engine import Engine, export
-from edgemed.random_weights import make_random, reference_config
+from edgemed.engines.engine import Engine, export
+from edgemed.models.random_weights import make_random, reference_config
 from edgemed.targets import llamacpp
 
 VOCAB = 8192
@@ -52,7 +52,7 @@ def engine(kind: str, name: str, args: argparse.Namespace) -> Engine:
     checkpoint = model(name, args.work, args.layers)
     out = args.work / f"{name}-{args.layers}-{args.type}-{kind}"
     with (
-        mock.patch("edgemed.gguf_layout.own_graph", lambda *_: True),
+        mock.patch("edgemed.gguf.tensor_map.own_graph", lambda *_: True),
         mock.patch("edgemed.targets.llamacpp.own_graph", lambda *_: True),
     ):
         if kind == "own":

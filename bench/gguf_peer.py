@@ -61,10 +61,10 @@ def prepare(work: Path) -> tuple[Path, Path]:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from edgemed.checkpoint import Writer, open_checkpoint
-    from edgemed.data import texts
-    from edgemed.random_weights import make_random
-    from edgemed.weights import Weights
+    from edgemed.data.text_sets import texts
+    from edgemed.models.checkpoint import Writer, open_checkpoint
+    from edgemed.models.random_weights import make_random
+    from edgemed.models.weights import Weights
 
     source = make_random("biomedlm", work / "source")
     folded = work / "folded"

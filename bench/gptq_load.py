@@ -84,9 +84,9 @@ def outside(checkpoint: Path, peer: Path) -> None:
     import torch
     from records import save
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.decoder import logits
-    from edgemed.weights import Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.torch_decoder import logits
+    from edgemed.models.weights import Weights
 
     weights = Weights(open_checkpoint(checkpoint))
     tokens = torch.randint(

@@ -81,13 +81,13 @@ def inside(checkpoint: Path, folder: Path, dtype: str) -> None:
 
 def ours(checkpoint: Path) -> tuple[list[list[int]], dict[str, Any]]:
     """(prompts of held-out text, what edgemed's torch session says about them)."""
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.data import texts
-    from edgemed.decoder import TorchSession
-    from edgemed.reference import windows_of
-    from edgemed.session import Sampling, generate
-    from edgemed.tokenizer import encode, open_tokenizer
-    from edgemed.weights import Weights
+    from edgemed.data.text_sets import texts
+    from edgemed.engines.reference import windows_of
+    from edgemed.inference.session import Sampling, generate
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.tokenizer import encode, open_tokenizer
+    from edgemed.models.torch_decoder import TorchSession
+    from edgemed.models.weights import Weights
 
     weights = Weights(open_checkpoint(checkpoint))
     tokenizer = open_tokenizer(checkpoint, weights.decoder.vocab)

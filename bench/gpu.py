@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from records import RESULTS, save, spread
 
-from edgemed.device import gpus, read_bandwidth, slug
+from edgemed.hardware.device import gpus, read_bandwidth, slug
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart" / "model"
@@ -237,7 +237,7 @@ def measure_eyes(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str
     """
     from PIL import Image
 
-    from edgemed.vision import eyes_of
+    from edgemed.onnx.vision_encoder import eyes_of
 
     eyes = eyes_of(engine)
     random = np.random.default_rng(0)
@@ -258,10 +258,10 @@ def measure_eyes(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str
 
 def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[str, Any]:
     """Measure one engine directory or one torch checkpoint in this process; sizes in bytes."""
-    from edgemed import store
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.engine import open_engine
-    from edgemed.weights import Weights
+    from edgemed.artifacts import store
+    from edgemed.engines.engine import open_engine
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.weights import Weights
 
     if runtime == "llamacpp" and plan is REAL:
         import llama_cpp
@@ -342,7 +342,7 @@ class Runner:
         if self.dry:
             self.bandwidth = read_bandwidth(1, rounds=5)
             return {"bandwidth_gb_s": self.bandwidth, "what": "CPU read bandwidth, one thread"}
-        from edgemed.cuda import Cuda
+        from edgemed.hardware.cuda_driver import Cuda
 
         cuda = Cuda()
         self.bandwidth = cuda.bandwidth()
@@ -419,7 +419,7 @@ class Runner:
         path = self.work / f"random-{name}"
         if not path.is_dir():
             code = (
-                "from pathlib import Path; from edgemed.run import open_model;"
+                "from pathlib import Path; from edgemed.pipeline.runner import open_model;"
                 f" open_model('random:{name}', Path({str(self.work)!r}))"
             )
             self.run([sys.executable, "-c", code], seconds)

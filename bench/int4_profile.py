@@ -30,10 +30,10 @@ import onnx
 import onnxruntime as ort
 from records import paired_ratio, save, spread
 
-from edgemed.device import last_level_cache, read_bandwidth
-from edgemed.engine import Engine, open_engine
-from edgemed.graph import Graph, Precision
-from edgemed.grid import Ints
+from edgemed.engines.engine import Engine, open_engine
+from edgemed.hardware.device import last_level_cache, read_bandwidth
+from edgemed.onnx.decoder_graph import Graph, Precision
+from edgemed.quantization.grids import Ints
 from edgemed.targets import onnx as target
 
 PROMPT = 128

@@ -41,11 +41,12 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> None:
     from edgemed import params as strict
-    from edgemed import plugins, store
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.decoder import TorchSession
-    from edgemed.engine import export
-    from edgemed.weights import Weights
+    from edgemed import plugins
+    from edgemed.artifacts import store
+    from edgemed.engines.engine import export
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.torch_decoder import TorchSession
+    from edgemed.models.weights import Weights
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

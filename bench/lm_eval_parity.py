@@ -26,15 +26,15 @@ from typing import Any
 
 from records import save
 
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession
-from edgemed.engine import Engine, export
+from edgemed.engines.engine import Engine, export
+from edgemed.evaluation.prompting import Answerer, Settings, parse
+from edgemed.evaluation.task import Example, Questions, describe, questions
+from edgemed.inference.session import Session
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Weights
 from edgemed.plugins import load
-from edgemed.session import Session
-from edgemed.strategy import Answerer, Settings, parse
-from edgemed.task import Example, Questions, describe, questions
-from edgemed.tokenizer import open_tokenizer
-from edgemed.weights import Weights
 
 PROJECT = Path(__file__).resolve().parent.parent
 THREADS = 1

@@ -19,9 +19,9 @@ from pathlib import Path
 from gguf_peer import identical
 from records import save
 
-from edgemed import mmproj
-from edgemed.checkpoint import open_checkpoint
-from edgemed.weights import Weights
+from edgemed.gguf import mmproj
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.weights import Weights
 
 
 def fields(file: Path) -> dict[str, object]:

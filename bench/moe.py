@@ -50,8 +50,8 @@ def resident() -> dict[str, int]:
 
 
 def export_worker(pipe: Any, model: str, target: tuple[str, dict[str, Any]], cache: Path) -> None:
-    from edgemed import store
-    from edgemed.run import random_engine
+    from edgemed.artifacts import store
+    from edgemed.pipeline.runner import random_engine
 
     started = time.perf_counter()
     path = random_engine(model, target[0], params(model, target), cache)
@@ -68,9 +68,9 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
     """Opening, 64 tokens of text, and a question about an image."""
     from PIL import Image
 
-    from edgemed import store
-    from edgemed.engine import open_engine
-    from edgemed.vision import eyes_of
+    from edgemed.artifacts import store
+    from edgemed.engines.engine import open_engine
+    from edgemed.onnx.vision_encoder import eyes_of
 
     engine = open_engine(path)
     found = {"before": resident()}
@@ -111,7 +111,7 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
 
 def decode_worker(pipe: Any, path: str, threads: int) -> None:
     """Seconds of NEW steps behind a prompt, whenever asked."""
-    from edgemed.engine import open_engine
+    from edgemed.engines.engine import open_engine
 
     engine = open_engine(path)
     session = engine.open(threads)
@@ -214,7 +214,7 @@ def measure(row: str, args: argparse.Namespace) -> None:
 
 
 def build(row: str, args: argparse.Namespace) -> None:
-    from edgemed.run import open_model
+    from edgemed.pipeline.runner import open_model
 
     base, target = ROWS[row]
     for model in (MIXTURE[base], DENSE[base]):

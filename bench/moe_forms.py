@@ -20,11 +20,11 @@ import onnxruntime as ort
 import torch
 from records import paired_ratio, save, spread
 
-from edgemed.facts import described
-from edgemed.family import Decoder
-from edgemed.graph import Graph, Precision, mlp, one_mlp, shares, used
-from edgemed.ort_dialect import MS, OrtDialect
-from edgemed.weights import Dense, Packed, Weights
+from edgemed.models.architecture import Decoder
+from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.onnx.decoder_graph import Graph, Precision, mlp, one_mlp, shares, used
+from edgemed.onnx.ort_dialect import MS, OrtDialect
+from edgemed.planning.inspect import described
 
 
 class Random:

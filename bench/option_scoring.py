@@ -14,11 +14,11 @@ import time
 import numpy as np
 from records import paired_ratio, save, spread
 
-from edgemed.engine import Engine, open_engine
-from edgemed.scoring import Reader
-from edgemed.session import Session, log_softmax
-from edgemed.task import questions
-from edgemed.tokenizer import encode
+from edgemed.engines.engine import Engine, open_engine
+from edgemed.evaluation.option_scoring import Reader
+from edgemed.evaluation.task import questions
+from edgemed.inference.session import Session, log_softmax
+from edgemed.models.tokenizer import encode
 
 # Four answers of several tokens each, so that the shared way has something to read per option.
 OPTIONS = (

@@ -65,9 +65,9 @@ def worker(pipe: Any, path: str, threads: int, rounds: int) -> None:
     """
     import numpy as np
 
-    from edgemed import store
-    from edgemed.device import read_bandwidth
-    from edgemed.engine import open_engine
+    from edgemed.artifacts import store
+    from edgemed.engines.engine import open_engine
+    from edgemed.hardware.device import read_bandwidth
 
     engine = open_engine(path)
     session = engine.open(threads)
@@ -107,10 +107,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     args = parser.parse_args()
     from edgemed import plugins
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.engine import export
-    from edgemed.measure import measure
-    from edgemed.random_weights import make_random
+    from edgemed.benchmarking.device_profile import measure
+    from edgemed.engines.engine import export
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.random_weights import make_random
 
     values, _ = measure(threads=max(args.threads))
     save("plan_device", {"threads": max(args.threads), "values": values})

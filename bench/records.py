@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgemed import store
-from edgemed.device import machine
+from edgemed.artifacts import store
+from edgemed.hardware.device import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,14 +20,14 @@ import numpy as np
 from records import paired_ratio, save, spread
 
 from edgemed import plugins
-from edgemed.checkpoint import open_checkpoint
-from edgemed.engine import export, open_engine
-from edgemed.evaluate import SOURCE
+from edgemed.engines.engine import export, open_engine
+from edgemed.evaluation.evaluate import SOURCE
+from edgemed.evaluation.paired_statistics import paired
+from edgemed.evaluation.task import questions
+from edgemed.models.checkpoint import open_checkpoint
 from edgemed.params import build
-from edgemed.recipe import EvalSpec
-from edgemed.run import evaluate_opened, open_source, start_engine
-from edgemed.stats import paired
-from edgemed.task import questions
+from edgemed.pipeline.recipe import EvalSpec
+from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
 
 MODEL = Path(__file__).parents[1] / "recipes" / "quickstart-moe" / "model"
 TEXT = {"calibration": "medquad-answers", "samples": 16, "length": 256}

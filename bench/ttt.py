@@ -21,9 +21,9 @@ from records import save
 
 
 def main() -> None:
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.task import questions
-    from edgemed.ttt import Adapt, compare
+    from edgemed.evaluation.task import questions
+    from edgemed.evaluation.test_time_training import Adapt, compare
+    from edgemed.models.checkpoint import open_checkpoint
 
     arms = {
         "solved example, rate 1e-4": Adapt(rate=1e-4),

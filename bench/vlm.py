@@ -50,7 +50,7 @@ ENGINES = {
 
 def build(model: str, cache: Path, names: list[str], tower: str) -> dict[str, Path]:
     """The engines, exported where the cache does not hold them."""
-    from edgemed.run import random_engine
+    from edgemed.pipeline.runner import random_engine
 
     kept = {"context": CONTEXT, "tower": tower}
     return {
@@ -96,10 +96,10 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     """Answers (number of the round, image side, new tokens) with the seconds of its parts and the
     tokens, None with peak memory.
     """
-    from edgemed import store
-    from edgemed.engine import open_engine
-    from edgemed.scoring import Reader
-    from edgemed.vision import eyes_of
+    from edgemed.artifacts import store
+    from edgemed.engines.engine import open_engine
+    from edgemed.evaluation.option_scoring import Reader
+    from edgemed.onnx.vision_encoder import eyes_of
 
     engine = open_engine(path)
     engine = replace(engine, params={**engine.params, "vision": eyes_on})
@@ -183,7 +183,7 @@ def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
         found = loop.write(first, new)
         spent["decode"] = time.perf_counter() - started
         pipe.send((spent, [first, *found]))
-    from edgemed import store
+    from edgemed.artifacts import store
 
     pipe.send(
         {
@@ -198,10 +198,10 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> Non
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from edgemed import store
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.images import feature_count, patches
-    from edgemed.weights import Weights
+    from edgemed.artifacts import store
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.weights import Weights
+    from edgemed.vision.preprocessing import feature_count, patches
 
     torch.set_num_threads(threads)
     v = Weights(open_checkpoint(path)).vision
@@ -383,7 +383,7 @@ def main() -> None:
         "--out", type=Path, help="results file, default bench/results/<machine>.jsonl"
     )
     args = parser.parse_args()
-    from edgemed.run import open_model
+    from edgemed.pipeline.runner import open_model
 
     groups = [group.split(",") for group in args.rows.split("/")]
     if unknown := [row for group in groups for row in group if row not in ROWS]:

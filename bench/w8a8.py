@@ -76,16 +76,16 @@ def timed(
 
 def main() -> None:
     from edgemed import params as strict
-    from edgemed import stats
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.decoder import TorchSession
-    from edgemed.engine import export
-    from edgemed.random_weights import make_random
-    from edgemed.run import evaluate_opened, open_source, start_engine
-    from edgemed.strategy import Settings
+    from edgemed.engines.engine import export
+    from edgemed.evaluation import paired_statistics
+    from edgemed.evaluation.prompting import Settings
+    from edgemed.evaluation.task import questions
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.random_weights import make_random
+    from edgemed.models.torch_decoder import TorchSession
+    from edgemed.models.weights import Weights
+    from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
     from edgemed.targets import onnx
-    from edgemed.task import questions
-    from edgemed.weights import Weights
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,7 +160,7 @@ def main() -> None:
             for card, found in windows.items()
         }
         result = evaluate_opened(opened, section, name, name, "zero-shot", Settings())
-        paired = stats.paired(base["items"], result["items"], 0.03, 0.05)
+        paired = paired_statistics.paired(base["items"], result["items"], 0.03, 0.05)
         rows[name] = {
             "kl": kl,
             "section": result["accuracy"],

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgemed.published import validation
-from edgemed.roofline import constants
+from edgemed.planning.roofline import constants
+from edgemed.planning.validation import validation
 
 PAGE = Path(__file__).parent / "planning.md"
 MARK = "<!-- computed by docs/make_planning.py: do not edit below -->"

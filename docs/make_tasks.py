@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from edgemed import plugins
-from edgemed.task import Task, questions
+from edgemed.evaluation.task import Task, questions
 
 PAGE = Path(__file__).parent / "tasks.md"
 HEAD = """# Tasks

@@ -18,7 +18,7 @@ _WHERE = {
     "inspect": "edgemed.api",
     "run": "edgemed.api",
     "export": "edgemed.api",
-    "open_engine": "edgemed.engine",
+    "open_engine": "edgemed.engines.engine",
     "EdgemedError": "edgemed.errors",
 }
 

@@ -1,5 +1,5 @@
 """`python -m edgemed` is the same as the `edgemed` command."""
 
-from edgemed.cli import main
+from edgemed.cli.main import main
 
 main()

@@ -8,25 +8,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgemed import engine as engines
-from edgemed import lora, plugins, provenance, store
 from edgemed import params as strict
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import IMAGES
-from edgemed.engine import Engine, check_supported, open_engine, require_built
+from edgemed import plugins
+from edgemed.artifacts import store
+from edgemed.data.text_sets import IMAGES
+from edgemed.engines import engine as engines
+from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
-from edgemed.evaluate import SOURCE, adapter_of, judge, pair, source_key
-from edgemed.facts import inspect
-from edgemed.family import Family
-from edgemed.image_files import open_image
-from edgemed.images import check_places, prompt_tokens, vision_of
-from edgemed.recipe import EvalSpec
-from edgemed.run import evaluate_opened, open_source, start_engine
-from edgemed.session import Pictures, Sampling, Session, generate
-from edgemed.task import questions
-from edgemed.tokenizer import chat_text, encode
-from edgemed.vision import eyes_of
-from edgemed.weights import Weights
+from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
+from edgemed.evaluation.task import questions
+from edgemed.inference.session import Pictures, Sampling, Session, generate
+from edgemed.models import lora
+from edgemed.models.architecture import Family
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.tokenizer import chat_text, encode
+from edgemed.models.weights import Weights
+from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.pipeline.recipe import EvalSpec
+from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
+from edgemed.planning.inspect import inspect
+from edgemed.provenance import record
+from edgemed.vision.image_io import open_image
+from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
 __all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
 
@@ -39,8 +42,8 @@ def run(recipe: str | Path, work: str | Path | None = None, sets: Sequence[str] 
     """Run a recipe file or shipped recipe; returns the path of report.html. sets:
     ['quantize.bits=8', ...].
     """
-    from edgemed.recipe import read_recipe
-    from edgemed.run import run as run_recipe
+    from edgemed.pipeline.recipe import read_recipe
+    from edgemed.pipeline.runner import run as run_recipe
 
     return run_recipe(
         read_recipe(recipe, sets), Path(work) if work else Path("runs") / Path(recipe).stem
@@ -60,8 +63,8 @@ def export(
     prompts: text set for the reference answers that travel along (None: none). source: float
     checkpoint they come from. Raises EdgemedError for everything a person can put right.
     """
-    from edgemed.recipe import VerifySpec
-    from edgemed.run import answers, image_answers, open_model
+    from edgemed.pipeline.recipe import VerifySpec
+    from edgemed.pipeline.runner import answers, image_answers, open_model
 
     out = Path(out)
     module = plugins.load("targets", target)
@@ -84,9 +87,9 @@ def export(
         reference = told.pop(None)
         adapted = {name: found for (name, _), found in told.items()}
     engine = engines.export(checkpoint, target, built, out, reference, adapted=adapted)
-    provenance.document(
+    record.document(
         engine.path,
-        provenance.known_source(model, checkpoint.path, engine.path),
+        record.known_source(model, checkpoint.path, engine.path),
         heldout=prompts if reference else None,
         images=IMAGES if reference and reference.images else None,
     )
@@ -102,10 +105,10 @@ def build(
     verify is None where the engine carries no reference answers; nothing is measured where it
     failed. Raises EdgemedError as engine.finish.
     """
-    from edgemed.bench import bench, image_tokens
-    from edgemed.recipe import BenchSpec
-    from edgemed.reference import FILE as REFERENCE
-    from edgemed.verify import Limits, verify
+    from edgemed.benchmarking.bench import bench, image_tokens
+    from edgemed.engines.reference import FILE as REFERENCE
+    from edgemed.pipeline.recipe import BenchSpec
+    from edgemed.verification.parity import Limits, verify
 
     opened = open_engine(engine, check=True)
     plan = engines.finish(opened, workspace_mb)

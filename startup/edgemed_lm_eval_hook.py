@@ -38,7 +38,7 @@ def register():
 
     if "edgemed" not in model_registry:
         # A name only: the adapter is imported when somebody asks for it.
-        model_registry.register("edgemed", target="edgemed.lm_eval:EngineLM")
+        model_registry.register("edgemed", target="edgemed.evaluation.lm_eval_model:EngineLM")
 
 
 sys.meta_path.insert(0, Watcher())

@@ -79,7 +79,7 @@ def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
     """The published config of a family, or of one of its other models, shrunk to the tiny model's
     numbers.
     """
-    from edgemed.random_weights import reference_config
+    from edgemed.models.random_weights import reference_config
 
     published = reference_config(family)
     tiny = {key: value for key, value in TINY.items() if key in published}
@@ -137,8 +137,8 @@ def write_model(
     """
     import torch
 
-    from edgemed.checkpoint import Writer
-    from edgemed.family import every_part, family_of
+    from edgemed.models.architecture import every_part, family_of
+    from edgemed.models.checkpoint import Writer
 
     path.mkdir(parents=True)
     config = tiny_config(family, **changes)
@@ -197,7 +197,7 @@ def on_q8_grid(weight):
     """
     import torch
 
-    from edgemed.grid import ggml_q8
+    from edgemed.quantization.grids import ggml_q8
 
     q, scale = ggml_q8(weight.numpy())
     return (torch.tensor(q).float() - 128) * torch.tensor(scale).repeat_interleave(32, 1)

@@ -24,7 +24,7 @@ ALIGN = 256
 
 
 class Driver:
-    """libcuda on host memory: the functions edgemed.cuda calls, with their argument order and error
+    """libcuda on host memory: the functions edgemed.hardware.cuda_driver calls, with their argument order and error
     codes.
     """
 
@@ -450,13 +450,13 @@ def install(
     """Put both in place for one test; returns .trt, .driver and .log (the calls that decide what is
     built).
     """
-    from edgemed import cuda
+    from edgemed.hardware import cuda_driver
 
     driver = Driver(gpu, capability, memory, integrated)
     log = []
     trt = module(version, driver, log)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr(cuda, "load", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "load", lambda: driver)
     return types.SimpleNamespace(
         trt=trt,
         driver=driver,

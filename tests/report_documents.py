@@ -13,8 +13,9 @@ import json
 import random
 from dataclasses import asdict
 
-from edgemed import confidence, stats, store
-from edgemed.device import read_device
+from edgemed.artifacts import store
+from edgemed.evaluation import confidence, paired_statistics
+from edgemed.hardware.device import read_device
 
 MARGIN = 0.03
 ALPHA = 0.05
@@ -315,7 +316,7 @@ def result(
         "n": n,
         "correct": correct,
         "accuracy": correct / n,
-        "interval": list(stats.wilson(correct, n)),
+        "interval": list(paired_statistics.wilson(correct, n)),
         "majority": max(golds.count(o) for o in range(options)) / n,
         "truncated": 3,
         "unparsed": 0,
@@ -336,11 +337,14 @@ def compared(task: tuple, strategy: str, share: float, seed: str) -> tuple[list[
     """An engine's answers, and what changed against the source's."""
     before = drawn(task, strategy)
     after = redrawn(before, share, task[2], seed)
-    return after, {**stats.paired(before, after, MARGIN, ALPHA), "source_model": "source (float32)"}
+    return after, {
+        **paired_statistics.paired(before, after, MARGIN, ALPHA),
+        "source_model": "source (float32)",
+    }
 
 
 def gate(found: list[tuple[str, dict]]) -> dict:
-    return stats.gate(
+    return paired_statistics.gate(
         [((engine, r["task"], r["strategy"]), r["paired"]) for engine, r in found], MARGIN, ALPHA
     )
 

@@ -13,17 +13,18 @@ import pytest
 import torch
 from conftest import ROOT, cli, refused, tokens, write_model
 
-from edgemed import plugins, store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import logits
-from edgemed.engine import export, open_engine
+from edgemed import plugins
+from edgemed.artifacts import store
+from edgemed.engines.engine import export, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.lora import FOLDED, Adapted, read_lora
-from edgemed.recipe import Stage
-from edgemed.run import run_step
-from edgemed.session import Sampling, generate
+from edgemed.inference.session import Sampling, generate
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.lora import FOLDED, Adapted, read_lora
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import merge, quantize
-from edgemed.weights import Weights
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -198,8 +199,8 @@ class Rounded(Adapted):
     def matrix(self, name):
         from conftest import on_q8_grid
 
-        from edgemed.grid import rtn
-        from edgemed.weights import Dense
+        from edgemed.models.weights import Dense
+        from edgemed.quantization.grids import rtn
 
         exact = Weights.matrix(self, name)
         if name == "lm_head":
@@ -320,8 +321,8 @@ def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
     adapter = str(QUICKSTART / "adapter")
     (tmp_path / "merged").mkdir()
     merge.run(checkpoint, tmp_path / "merged", merge.Params(adapter))
-    from edgemed.data import texts
-    from edgemed.tokenizer import encode
+    from edgemed.data.text_sets import texts
+    from edgemed.models.tokenizer import encode
 
     for target, params in EXACT.items():
         module = plugins.load("targets", target)

@@ -22,15 +22,15 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL.Image")
 
 from edgemed import plugins
-from edgemed.checkpoint import open_checkpoint
-from edgemed.engine import Engine, export
+from edgemed.engines.engine import Engine, export
+from edgemed.engines.image_reference import SCORED
+from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
-from edgemed.image_reference import SCORED
-from edgemed.recipe import VerifySpec
-from edgemed.reference import Reference
-from edgemed.run import answers, image_answers
-from edgemed.verify import Limits, verify, with_adapters
-from edgemed.weights import Weights
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import VerifySpec
+from edgemed.pipeline.runner import answers, image_answers
+from edgemed.verification.parity import Limits, verify, with_adapters
 
 SPEC = VerifySpec(
     "medquad-answers",

@@ -20,17 +20,19 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from edgemed import plugins, refit, store, student
-from edgemed.checkpoint import ADAPTER, open_checkpoint
-from edgemed.data import texts
-from edgemed.decoder import logits
-from edgemed.engine import export
+from edgemed import plugins
+from edgemed.artifacts import store
+from edgemed.data.text_sets import texts
+from edgemed.distillation import quantized_student, student
+from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
-from edgemed.lora import FOLDED, OWN_BASE, answering, read_lora
-from edgemed.recipe import Stage
-from edgemed.run import run_step
+from edgemed.models.checkpoint import ADAPTER, open_checkpoint
+from edgemed.models.lora import FOLDED, OWN_BASE, answering, read_lora
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, merge, quantize
-from edgemed.weights import Weights
 
 IDS = tokens(60)
 # Scores divided by the layer's number, which quantize folds into the q rows; grouped heads; and
@@ -108,7 +110,7 @@ def pefts(folder: Path, work: Path) -> np.ndarray:
     on them.
     """
     weights = Weights(open_checkpoint(folder / "packed"))
-    base = student.load(weights, refit.expanded(weights, work / "expanded"))
+    base = student.load(weights, quantized_student.expanded(weights, work / "expanded"))
     model = peft.PeftModel.from_pretrained(base, folder / "out" / "adapters" / "qad").eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([IDS])).logits[0].numpy()

@@ -12,14 +12,16 @@ import pytest
 import torch
 from conftest import cli, refused, rewrite, tokens, write_model, write_seeing
 
-from edgemed import bnb, plugins, store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import logits
-from edgemed.engine import export
+from edgemed import plugins
+from edgemed.artifacts import store
+from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
-from edgemed.facts import inspect
+from edgemed.models import bitsandbytes
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.planning.inspect import inspect
 from edgemed.steps import merge, quantize
-from edgemed.weights import Weights
 
 transformers = pytest.importorskip("transformers")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -138,10 +140,10 @@ def test_expansion_is_bitsandbytes_own(shape, double):
         tensors |= {
             f"weight.{ending}": tensor for ending, tensor in state.as_dict(packed=True).items()
         }
-        assert torch.allclose(bnb.expand(tensors), right.view(shape), rtol=0, atol=1e-7)
+        assert torch.allclose(bitsandbytes.expand(tensors), right.view(shape), rtol=0, atol=1e-7)
     q, scales, _ = functional.int8_vectorwise_quant(weight.half())
     assert torch.allclose(
-        bnb.expand(bnb.int8("w", weight)),
+        bitsandbytes.expand(bitsandbytes.int8("w", weight)),
         functional.int8_vectorwise_dequant(q, scales),
         rtol=1e-6,
         atol=0,

@@ -10,7 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from edgemed import plugins
-from edgemed.calibrate import (
+from edgemed.cli.main import app
+from edgemed.data.calibration_cards import (
     GRAM,
     Source,
     check,
@@ -21,11 +22,10 @@ from edgemed.calibrate import (
     traces_of,
     words,
 )
-from edgemed.cli import app
-from edgemed.data import calibration_windows, card_names, read_card, texts
+from edgemed.data.text_sets import calibration_windows, card_names, read_card, texts
 from edgemed.errors import EdgemedError
-from edgemed.task import questions
-from edgemed.tokenizer import open_tokenizer
+from edgemed.evaluation.task import questions
+from edgemed.models.tokenizer import open_tokenizer
 
 MODEL = plugins.shared("recipes") / "quickstart" / "model"
 NOTES = [

@@ -23,19 +23,19 @@ torch = pytest.importorskip("torch")
 
 from edgemed import params as strict
 from edgemed import plugins
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import card_names, read_card, texts
-from edgemed.decoder import TorchSession, logits
-from edgemed.engine import Engine, export
+from edgemed.data.text_sets import card_names, read_card, texts
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.family import Decoder, Family, all_families
-from edgemed.recipe import PATH_KEYS, read_recipe
-from edgemed.session import (
+from edgemed.evaluation.task import Task, describe, questions
+from edgemed.inference.session import (
     Sampling,
     generate,
 )
-from edgemed.task import Task, describe, questions
-from edgemed.weights import Weights
+from edgemed.models.architecture import Decoder, Family, all_families
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import TorchSession, logits
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import PATH_KEYS, read_recipe
 
 FAMILIES, STEPS, TARGETS, TASKS = (
     plugins.names(kind) for kind in ("families", "steps", "targets", "tasks")
@@ -509,7 +509,7 @@ def test_no_solved_example_is_asked(name: str) -> None:
 
 @pytest.mark.parametrize("name", plugins.names("devices"))
 def test_device(name: str) -> None:
-    from edgemed.device import SOURCE_OF, read_device
+    from edgemed.hardware.device import SOURCE_OF, read_device
 
     device = read_device(name)
     assert device.name == name

@@ -9,8 +9,9 @@ import subprocess
 
 import pytest
 
-from edgemed import device, doctor, params, plugins
+from edgemed import params, plugins
 from edgemed.errors import EdgemedError
+from edgemed.hardware import device, doctor
 
 
 @pytest.mark.parametrize("name", [name for name in plugins.names("devices") if name != "cpu"])
@@ -137,7 +138,7 @@ def test_a_device_of_your_own_is_a_file(tmp_path):
 
 
 def test_a_recipe_may_name_a_device_file_beside_it(tmp_path):
-    from edgemed.recipe import read_recipe
+    from edgemed.pipeline.recipe import read_recipe
 
     (tmp_path / "mine.yaml").write_text(
         "title: Mine\nshared_memory: true\nsource: {memory: measured}\n"

@@ -30,22 +30,22 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from edgemed import cut as cutting
-from edgemed import store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import texts
-from edgemed.decoder import logits
-from edgemed.divergence import coarse, divergence, kl, softened, top
+from edgemed.artifacts import store
+from edgemed.data.text_sets import texts
+from edgemed.distillation import pruning as cutting
+from edgemed.distillation.divergences import coarse, divergence, kl, softened, top
+from edgemed.distillation.objective import Lesson, Objective, batch_loss, measure, pupil
+from edgemed.distillation.student import load
+from edgemed.distillation.teacher import CHUNK, Cache, Teacher, number, written
 from edgemed.errors import EdgemedError
-from edgemed.importance import importance
-from edgemed.lesson import Lesson, Objective, batch_loss, measure, pupil
-from edgemed.recipe import Stage
-from edgemed.run import run_step
-from edgemed.session import Sampling
+from edgemed.inference.session import Sampling
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import run_step
+from edgemed.quantization.importance_matrix import importance
 from edgemed.steps import distill
-from edgemed.student import load
-from edgemed.teacher import CHUNK, Cache, Teacher, number, written
-from edgemed.weights import Weights
 
 SMALL = {
     "calibration": "pubmedqa-sections",
@@ -269,7 +269,7 @@ def test_a_teacher_gives_transformers_scores_and_hidden_states(teacher: Path) ->
 
 
 def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model: Path) -> None:
-    from edgemed.lesson import sample
+    from edgemed.distillation.objective import sample
 
     ours = student_of(model)
     drawn = [sample(ours, IDS, 8, VOCAB, seed) for seed in (1, 1, 2)]
@@ -323,8 +323,8 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
     """Cutting layers must give what the teacher gives when the others are left out; the scale of
     the scores depends on the layer in GPT-2.
     """
-    from edgemed.decoder import block, embed, load_layer, norm
-    from edgemed.decoder import top as head
+    from edgemed.models.torch_decoder import block, embed, load_layer, norm
+    from edgemed.models.torch_decoder import top as head
 
     sizes = {"n_layer": 5} if family == "gpt2" else {"num_hidden_layers": 5}
     path = write_model(tmp_path / "model", family=family, **sizes)
@@ -389,8 +389,8 @@ def test_importance_is_the_rule_in_the_docs(teacher: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_target_params_is_kept_and_nearly_reached(family: str) -> None:
-    from edgemed.facts import described
-    from edgemed.family import all_families
+    from edgemed.models.architecture import all_families
+    from edgemed.planning.inspect import described
 
     weights = Weights(described(all_families()[family].reference_name))
     d = weights.source
@@ -672,9 +672,9 @@ def test_student_and_teacher_see_what_the_reference_sees(sees: Path, pictures: s
     """The training graphs of both, on windows with one or two images, against TorchSession, which
     is held against transformers.
     """
-    from edgemed.decoder import TorchSession
-    from edgemed.session import Pictures
-    from edgemed.sights import look, pictured
+    from edgemed.data.image_text_windows import look, pictured
+    from edgemed.inference.session import Pictures
+    from edgemed.models.torch_decoder import TorchSession
 
     weights = Weights(open_checkpoint(sees))
     rows = pictured(pictures)[5:8]
@@ -932,7 +932,7 @@ def test_a_quantized_student_is_refused(text: str, model: Path, tmp_path: Path) 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgemed import lesson as course
+    from edgemed.distillation import objective as course
 
     real = course.divergence
     calls = []
@@ -961,7 +961,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
 def test_a_broken_gradient_is_never_taken(
     teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgemed import lesson as course
+    from edgemed.distillation import objective as course
 
     real = course.batch_loss
 

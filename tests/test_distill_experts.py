@@ -17,19 +17,19 @@ pytest.importorskip("PIL")
 
 from safetensors.torch import load_file
 
-from edgemed import store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession
+from edgemed.artifacts import store
+from edgemed.data.image_text_windows import look, pictured
+from edgemed.distillation.objective import pupil
+from edgemed.distillation.student import load
+from edgemed.distillation.teacher import Teacher
 from edgemed.errors import EdgemedError
-from edgemed.lesson import pupil
-from edgemed.recipe import Stage
-from edgemed.run import run_step
-from edgemed.session import Pictures
-from edgemed.sights import look, pictured
+from edgemed.inference.session import Pictures
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, merge
-from edgemed.student import load
-from edgemed.teacher import Teacher
-from edgemed.weights import Weights
 
 SMALL = {"length": 224, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 5}
 

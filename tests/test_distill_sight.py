@@ -28,21 +28,22 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("PIL")
 
-from edgemed import answers, store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession
+from edgemed.artifacts import store
+from edgemed.data.image_text_windows import IGNORED, Sights, album_of, asked, look, pictured
+from edgemed.distillation import image_answers
+from edgemed.distillation.objective import Lesson, Objective, batch_loss, measure, pupil
+from edgemed.distillation.student import load
+from edgemed.distillation.teacher import CHUNK, Cache, Teacher
 from edgemed.errors import EdgemedError
-from edgemed.lesson import Lesson, Objective, batch_loss, measure, pupil
-from edgemed.recipe import Stage
-from edgemed.run import run_step
-from edgemed.session import Pictures, Sampling
-from edgemed.sights import IGNORED, Sights, album_of, asked, look, pictured
+from edgemed.inference.session import Pictures, Sampling
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill
-from edgemed.student import load
-from edgemed.teacher import CHUNK, Cache, Teacher
-from edgemed.tokenizer import open_tokenizer
-from edgemed.tower import TorchEyes
-from edgemed.weights import Weights
+from edgemed.vision.torch_encoder import TorchEyes
 
 LENGTH = 176
 SMALL = {"length": LENGTH, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 5}
@@ -227,7 +228,7 @@ def test_a_cache_serves_other_students_and_no_other_images(
     picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other / "2.png")
     run(teacher, tmp_path / "two", str(other / "rows.jsonl"), layers=(2,), top_k=16, steps=1)
     assert len(list(tmp_path.glob("teacher-*"))) == 2, "the same tokens, another image"
-    monkeypatch.setattr("edgemed.teacher.Teacher", None)
+    monkeypatch.setattr("edgemed.distillation.teacher.Teacher", None)
     run(teacher, tmp_path / "three", pictures, layers=(0, 2), top_k=16, steps=1, seed=5)
     assert len(list(tmp_path.glob("teacher-*"))) == 2
     assert cache.is_dir()
@@ -257,7 +258,7 @@ def test_a_student_answers_as_the_reference_would(
     monkeypatch.setattr(torch, "multinomial", watched)
     rows, own = (
         array.numpy()
-        for array in answers.sampled(
+        for array in image_answers.sampled(
             ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, 7
         )
     )
@@ -284,7 +285,7 @@ def test_a_student_answers_as_the_reference_would(
         )
     monkeypatch.undo()
     again, other = (
-        answers.sampled(
+        image_answers.sampled(
             ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, seed
         )[0].numpy()
         for seed in (7, 8)
@@ -298,11 +299,11 @@ def test_an_answer_ends_where_the_student_ends_it(student: Path, pictures: str) 
     tokens, labels, sights = look(weights, pictures, pictured(pictures)[5:9], LENGTH, 10**9)
     begins = torch.from_numpy((labels != IGNORED).argmax(1))
     ours = load(weights)
-    endless, _ = answers.sampled(
+    endless, _ = image_answers.sampled(
         ours, torch.from_numpy(tokens), begins, sights.of(range(4), "cpu"), VOCAB, None, 7
     )
     eos = int(endless[0, begins[0] + 3])
-    rows, own = answers.sampled(
+    rows, own = image_answers.sampled(
         ours, torch.from_numpy(tokens), begins, sights.of(range(4), "cpu"), VOCAB, eos, 7
     )
     for n, begin in enumerate(begins.tolist()):
@@ -324,7 +325,7 @@ def test_the_loss_of_own_answers_is_the_divergence_there_alone(
     begins = torch.from_numpy((course.labels[:4] != IGNORED).argmax(1))
     rows, own = (
         array.numpy()
-        for array in answers.sampled(
+        for array in image_answers.sampled(
             ours.student,
             torch.from_numpy(course.tokens[:4]),
             begins,
@@ -351,12 +352,12 @@ def test_the_loss_of_own_answers_is_the_divergence_there_alone(
 def test_a_teacher_answers_as_transformers_does_and_line_by_line(
     teacher: Path, pictures: str, tmp_path: Path
 ) -> None:
-    from edgemed.images import patches
+    from edgemed.vision.preprocessing import patches
 
     weights = Weights(open_checkpoint(teacher))
     rows = pictured(pictures)[5:9]
     # So cold that the likeliest token is all there is.
-    told = answers.written(
+    told = image_answers.written(
         weights, pictures, rows, Sampling(1e-4, seed=3, max_tokens=12), tmp_path / "cold.jsonl"
     )
     eyes = TorchEyes(weights)
@@ -387,14 +388,14 @@ def test_a_teacher_answers_as_transformers_does_and_line_by_line(
             "text": tokenizer.decode(out[: out.index(EOS)] if ended else out),
             "ended": ended,
         }
-    warm = answers.written(
+    warm = image_answers.written(
         weights, pictures, rows, Sampling(1.0, seed=3, max_tokens=12), tmp_path / "a.jsonl"
     )
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     assert warm != told
     (tmp_path / "b.jsonl").write_bytes(lines[0] + lines[1][:10])
     assert (
-        answers.written(
+        image_answers.written(
             weights, pictures, rows, Sampling(1.0, seed=3, max_tokens=12), tmp_path / "b.jsonl"
         )
         == warm
@@ -472,7 +473,7 @@ def test_the_teachers_answers_are_learned(
     assert len(told) == 18
     assert [row["prompt"] for row in told[:2]] == ["What 0?", "What is 1?"]
     assert all(row["text"] for row in told)
-    monkeypatch.setattr(answers, "TorchSession", None)
+    monkeypatch.setattr(image_answers, "TorchSession", None)
     run(teacher, tmp_path / "again", pictures, layers=(0, 2), mode="sequence", prompt=5)
     assert list(tmp_path.glob("written-*")) == [folder], (
         "kept for another student; `prompt` says nothing here"

@@ -18,14 +18,14 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import calibration_windows
-from edgemed.decoder import TorchSession, load_layer, routed
+from edgemed.data.text_sets import calibration_windows
 from edgemed.errors import EdgemedError
-from edgemed.expert_load import load, spread
-from edgemed.routing import Load, Noisy
-from edgemed.tokenizer import open_tokenizer
-from edgemed.weights import Weights
+from edgemed.evaluation.expert_usage import load, spread
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.torch_decoder import TorchSession, load_layer, routed
+from edgemed.models.weights import Weights
+from edgemed.moe.routing import Load, Noisy
 
 IDS = tokens(40)
 
@@ -94,8 +94,8 @@ def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> 
     """One question in each of two languages: its prompt once, and of each option all but the last
     token, which is scored and never read.
     """
-    from edgemed.task import questions
-    from edgemed.tokenizer import encode
+    from edgemed.evaluation.task import questions
+    from edgemed.models.tokenizer import encode
 
     file = tmp_path / "own.jsonl"
     rows = [

@@ -17,12 +17,12 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession, logits
-from edgemed.engine import export
+from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import TorchSession, logits
+from edgemed.models.weights import Weights
 from edgemed.steps import merge
-from edgemed.weights import Weights
 
 IDS = tokens(40)
 CALIBRATION = {"calibration": "medquad-answers", "samples": 4, "length": 32}
@@ -154,8 +154,8 @@ def test_the_error_is_what_one_layer_shows(tmp_path: Path) -> None:
     """
     from moe_models import sparse
 
-    from edgemed.data import calibration_windows
-    from edgemed.tokenizer import open_tokenizer
+    from edgemed.data.text_sets import calibration_windows
+    from edgemed.models.tokenizer import open_tokenizer
 
     model = write(tmp_path / "model", "moe-tinymed", num_hidden_layers=1)
     notes = dense(model, tmp_path / "out", **CALIBRATION)

@@ -8,15 +8,14 @@ import sys
 
 import pytest
 
-from edgemed import facts
-from edgemed.checkpoint import open_checkpoint
-from edgemed.device import GIB, Device, fits, read_device
-from edgemed.engine import export
+from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
-from edgemed.facts import inspect
+from edgemed.hardware.device import GIB, Device, fits, read_device
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.weights import Weights
+from edgemed.planning.inspect import inspect, parameters
 from edgemed.plugins import load
-from edgemed.random_weights import make_random
-from edgemed.weights import Weights
 
 CONFIG = {
     "model_type": "gpt2",
@@ -82,8 +81,8 @@ def test_predicted_weights_are_the_engine_files(small, tmp_path, target, params,
 
 
 def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
-    from edgemed.recipe import Stage
-    from edgemed.run import run_step
+    from edgemed.pipeline.recipe import Stage
+    from edgemed.pipeline.runner import run_step
 
     quantize = load("steps", "quantize")
     packed = run_step(
@@ -96,7 +95,7 @@ def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
     assert found["quantization"]["bits"] == 4
     assert found["quantization"]["group_size"] == 64
     assert found["stored"]["mb"] < 0.6 * base["stored"]["mb"]
-    assert facts.parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
+    assert parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
 
 
 def test_impossible_targets_say_why(tmp_path):

@@ -14,19 +14,21 @@ from conftest import tiny_config
 
 pytest.importorskip("llama_cpp")
 
-from edgemed import gguf_gptq, plugins, store
-from edgemed.checkpoint import Checkpoint, open_checkpoint
-from edgemed.decoder import logits
-from edgemed.engine import Engine, export
+from edgemed import plugins
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.gguf_file import Encoder
-from edgemed.gguf_gptq import CODES, round_blocks, rounding
-from edgemed.gguf_types import block_of
-from edgemed.gptq import Hessian, output_error
-from edgemed.random_weights import make_random
+from edgemed.gguf import gptq
+from edgemed.gguf.gptq import CODES, round_blocks, rounding
+from edgemed.gguf.quant_types import block_of
+from edgemed.gguf.writer import Encoder
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.quantization.gptq import Hessian, output_error
 from edgemed.targets import llamacpp
 from edgemed.targets.llamacpp import Params
-from edgemed.weights import Weights
 
 TRAINED = plugins.shared("recipes") / "quickstart" / "model"
 CODEBOOKS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
@@ -229,7 +231,7 @@ def test_every_family_can_be_rounded_so(tmp_path, monkeypatch, family):
 
 def killed(checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """An export that ends, without a word, when layer `after` is to be rounded."""
-    real = gguf_gptq.gptq_layer
+    real = gptq.gptq_layer
 
     def dies(weights, n, *rest):
         if n == after:
@@ -237,20 +239,20 @@ def killed(checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch, a
         return real(weights, n, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gguf_gptq, "gptq_layer", dies)
+        patch.setattr(gptq, "gptq_layer", dies)
         exported(checkpoint, out, type="q3_k_m", rounding="gptq")
 
 
 def test_a_killed_export_goes_on_with_the_same_result(tmp_path, monkeypatch):
     checkpoint = open_checkpoint(TRAINED)
     begun = []
-    real = gguf_gptq.gptq_layer
+    real = gptq.gptq_layer
     whole = exported(checkpoint, tmp_path / "whole", type="q3_k_m", rounding="gptq")
     killed(checkpoint, tmp_path / "again", monkeypatch, 4)
     assert not (tmp_path / "again").exists()
     assert len(list(tmp_path.glob(".again*-layers"))) == 1
     monkeypatch.setattr(
-        gguf_gptq,
+        gptq,
         "gptq_layer",
         lambda weights, n, *rest: begun.append(n) or real(weights, n, *rest),
     )

@@ -101,8 +101,8 @@ def test_an_engine_that_sees_is_timed_seeing(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     from conftest import write_model
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.engine import export
+    from edgemed.engines.engine import export
+    from edgemed.models.checkpoint import open_checkpoint
     from edgemed.targets.onnx import Params
 
     path = export(

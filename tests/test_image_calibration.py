@@ -14,21 +14,21 @@ from conftest import write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
 
-from edgemed.activations import Activations
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import read_jsonl
-from edgemed.decoder import TorchSession, block, load_layer, norm, shown, top
+from edgemed.data.image_text_windows import album_of, calibration, calibration_digests, pictured
+from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
-from edgemed.images import prompt_tokens
-from edgemed.importance import importance
-from edgemed.layerwise import awq_layer, gptq_layer, integers
-from edgemed.sensitivity import sensitivities
-from edgemed.sights import album_of, calibration, calibration_digests, pictured
-from edgemed.smooth import smooth_layer
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.torch_decoder import TorchSession, block, load_layer, norm, shown, top
+from edgemed.models.weights import Weights
+from edgemed.quantization.hidden_states import Activations
+from edgemed.quantization.importance_matrix import importance
+from edgemed.quantization.layerwise import awq_layer, gptq_layer, integers
+from edgemed.quantization.sensitivity import sensitivities
+from edgemed.quantization.smoothquant import smooth_layer
 from edgemed.steps import quantize
-from edgemed.tokenizer import encode, open_tokenizer
-from edgemed.tower import TorchEyes
-from edgemed.weights import Weights
+from edgemed.vision.preprocessing import prompt_tokens
+from edgemed.vision.torch_encoder import TorchEyes
 
 CARD = "vqa-rad-questions"
 SAMPLES = 3

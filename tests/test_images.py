@@ -13,9 +13,9 @@ import pytest
 Image = pytest.importorskip("PIL.Image")
 
 from edgemed.errors import EdgemedError
-from edgemed.family import Vision
-from edgemed.image_files import open_image
-from edgemed.images import (
+from edgemed.models.architecture import Vision
+from edgemed.vision.image_io import open_image
+from edgemed.vision.preprocessing import (
     axial_positions,
     feature_count,
     fitted_size,
@@ -229,7 +229,7 @@ def test_monochrome1_is_turned_over(tmp_path: Path) -> None:
 
 
 def test_colour_and_several_frames(tmp_path: Path) -> None:
-    from edgemed.dicom import read_dicom
+    from edgemed.vision.dicom import read_dicom
 
     colour = np.asarray(noise(6, 5))
     assert np.array_equal(

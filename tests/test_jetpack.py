@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgemed import doctor, jetpack
+from edgemed.hardware import doctor, jetpack
 
 R36 = (
     "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan "

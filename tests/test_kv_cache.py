@@ -17,16 +17,16 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from edgemed import store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession
-from edgemed.engine import Engine, export
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.kv_scales import kv_scales
-from edgemed.random_weights import make_random
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Weights
+from edgemed.quantization.kv_cache_scales import kv_scales
 from edgemed.targets import onnx as target
 from edgemed.targets.onnx import Params
-from edgemed.weights import Weights
 
 FAMILIES = {
     "gpt2": {},

@@ -18,20 +18,22 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from edgemed import gguf_file, importance, llama, plugins
-from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
-from edgemed.decoder import logits
-from edgemed.engine import Engine, export, open_engine
+from edgemed import plugins
+from edgemed.artifacts.store import file_sha256, read_manifest
+from edgemed.engines.engine import Engine, export, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.family import all_families
-from edgemed.gguf_layout import NAMES
-from edgemed.gguf_types import FILE_TYPES, Model, needs_imatrix, tensor_types
-from edgemed.grid import rtn
-from edgemed.random_weights import make_random
-from edgemed.store import file_sha256, read_manifest
+from edgemed.gguf import llama_session, writer
+from edgemed.gguf.quant_types import FILE_TYPES, Model, needs_imatrix, tensor_types
+from edgemed.gguf.tensor_map import NAMES
+from edgemed.models.architecture import all_families
+from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Packed, Weights, pack
+from edgemed.quantization import importance_matrix
+from edgemed.quantization.grids import rtn
 from edgemed.targets import llamacpp
 from edgemed.targets.llamacpp import Params
-from edgemed.weights import Packed, Weights, pack
 
 CONFIG = {
     "model_type": "gpt2",
@@ -150,7 +152,7 @@ def test_short_context_and_other_caches(model: Checkpoint, tmp_path: Path) -> No
 def test_importance_is_the_mean_square_of_the_inputs(model: Checkpoint) -> None:
     weights = Weights(model)
     windows = [TOKENS[:50], TOKENS[50:80]]
-    columns = importance.importance(weights, windows)
+    columns = importance_matrix.importance(weights, windows)
     assert set(columns) == {
         f"layers.{n}.{name}" for n in range(4) for name in ("qkv", "o", "up", "down")
     }
@@ -195,8 +197,8 @@ def test_bit_identical_with_importance(
     small: tuple[Checkpoint, Engine], tmp_path: Path, kind: str
 ) -> None:
     model, source = small
-    columns = importance.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]])
-    importance.save(tmp_path / "importance.npz", columns)
+    columns = importance_matrix.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]])
+    importance_matrix.save(tmp_path / "importance.npz", columns)
     made = export(
         model, "llamacpp", Params(kind, imatrix=str(tmp_path / "importance.npz")), tmp_path / kind
     )
@@ -243,7 +245,7 @@ def dry_run(source: Engine, kind: str, columns: dict[str, np.ndarray] | None) ->
             == 0
         )
     finally:
-        lib.llama_log_set(llama.LOG[0], None)
+        lib.llama_log_set(llama_session.LOG[0], None)
     found = re.findall(
         r"\] +(\S+) +- \[[^\]]*\], type = +f32, size = [^\n]*-> [^\n]*\((\w+)\)", "".join(lines)
     )
@@ -251,7 +253,7 @@ def dry_run(source: Engine, kind: str, columns: dict[str, np.ndarray] | None) ->
 
 
 def quantize_params(kind: str, columns: dict[str, np.ndarray] | None) -> ctypes.Structure:
-    lib = llama.library()
+    lib = llama_session.library()
     params = lib.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[kind][0]
     params.nthread = 2
@@ -328,15 +330,15 @@ def test_importance_changed_in_place_makes_a_new_engine(
 ) -> None:
     model = small[0]
     file = tmp_path / "importance.npz"
-    columns = importance.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]])
+    columns = importance_matrix.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]])
     params = Params("q2_k_s", imatrix=str(file))
-    importance.save(file, columns)
+    importance_matrix.save(file, columns)
     first, again = (
         read_manifest(export(model, "llamacpp", params, tmp_path / "first").path) for _ in range(2)
     )
     assert first == again
     assert first["inputs"]["imatrix"] == file_sha256(file)
-    importance.save(file, {name: values[::-1] for name, values in columns.items()})
+    importance_matrix.save(file, {name: values[::-1] for name, values in columns.items()})
     with pytest.raises(EdgemedError, match="made from other inputs"):
         export(model, "llamacpp", params, tmp_path / "first")
     second = read_manifest(export(model, "llamacpp", params, tmp_path / "second").path)
@@ -354,7 +356,7 @@ def test_low_bits_need_importance(model: Checkpoint, tmp_path: Path) -> None:
             Params("iq2_xs", imatrix=str(tmp_path / "none.npz")),
             tmp_path / "none",
         )
-    importance.save(tmp_path / "other.npz", {"layers.0.qkv": np.ones(8, np.float32)})
+    importance_matrix.save(tmp_path / "other.npz", {"layers.0.qkv": np.ones(8, np.float32)})
     with pytest.raises(EdgemedError, match="was made for another model"):
         export(
             model,
@@ -494,7 +496,7 @@ def test_one_quantization_two_engines(model: Checkpoint, tmp_path: Path) -> None
         packed, "llamacpp", Params(from_checkpoint=True, kv="f32"), tmp_path / "carried"
     )
     floats = [
-        gguf_file.Tensor(
+        writer.Tensor(
             t.name,
             tuple(int(n) for n in reversed(t.shape)),
             "F32",
@@ -504,7 +506,7 @@ def test_one_quantization_two_engines(model: Checkpoint, tmp_path: Path) -> None
     ]
     twin = replace(carried, path=tmp_path / "twin")
     twin.path.mkdir()
-    gguf_file.write(
+    writer.write(
         twin.path / "model.gguf",
         "gpt2",
         lambda writer: llamacpp.describe(writer, Weights(packed), "f32"),
@@ -669,4 +671,4 @@ def test_carried_needs_scales_that_fit_float16() -> None:
         None,
     )
     with pytest.raises(EdgemedError, match="a scale does not fit"):
-        gguf_file.carried(matrix, "m", matrix.bits)
+        writer.carried(matrix, "m", matrix.bits)

@@ -17,16 +17,16 @@ Image = pytest.importorskip("PIL.Image")
 torch = pytest.importorskip("torch")
 
 from edgemed import plugins
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession
-from edgemed.engine import Engine, export
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.families.llava import FAMILY
-from edgemed.images import fitted_size, patches, prompt_tokens, resized
-from edgemed.session import Sampling, generate
-from edgemed.tower import TorchEyes, features
-from edgemed.vision import VisionSession
-from edgemed.weights import Weights
+from edgemed.inference.session import Sampling, generate
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Weights
+from edgemed.onnx.vision_encoder import VisionSession
+from edgemed.vision.preprocessing import fitted_size, patches, prompt_tokens, resized
+from edgemed.vision.torch_encoder import TorchEyes, features
 
 VOCAB = 288
 IMAGE = 258
@@ -585,7 +585,7 @@ def test_a_sentencepiece_tokenizer_in_gguf_is_the_checkpoints(
     model: tuple[Path, Any], tmp_path: Path, prepend: bool
 ) -> None:
     lib = pytest.importorskip("llama_cpp").llama_cpp
-    from edgemed.llama import library
+    from edgemed.gguf.llama_session import library
 
     path = renamed(model[0], tmp_path / "model", ROOTS, authors_config(vocab_size=VOCAB))
     tokenizer = sentencepiece(path, prepend)
@@ -680,7 +680,7 @@ def test_conversation_forms(config: dict[str, Any], form: str, text: str) -> Non
 
 
 def test_numbers_of_the_published_models() -> None:
-    from edgemed.facts import described, inspect, parameters, seen
+    from edgemed.planning.inspect import described, inspect, parameters, seen
 
     weights = Weights(described("huatuogpt-vision-7b"))
     # Qwen2-7B's 7,615,616,512, CLIP-ViT-L/14-336's 303,507,456 and the projector's 3584 * (1024 +
@@ -895,9 +895,9 @@ def test_a_question_about_an_image_is_answered_as_its_source_does(
     exact: tuple[Engine, Any, float], model: tuple[Path, Any], tmp_path: Path
 ) -> None:
     from edgemed.api import stream
-    from edgemed.run import evaluate_opened, open_source, start_engine
-    from edgemed.strategy import Settings
-    from edgemed.task import questions
+    from edgemed.evaluation.prompting import Settings
+    from edgemed.evaluation.task import questions
+    from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
 
     for seed in (1, 2):
         noise(seed, 70, 50).save(tmp_path / f"{seed}.png")
@@ -942,7 +942,7 @@ def test_a_question_about_an_image_is_answered_as_its_source_does(
 def test_every_kind_of_image_file_becomes_features(
     exact: tuple[Engine, Any, float], tmp_path: Path
 ) -> None:
-    from edgemed.image_files import open_image
+    from edgemed.vision.image_io import open_image
 
     eyes = VisionSession(exact[0], 1)
     noise(1).convert("CMYK").save(tmp_path / "cmyk.jpg")

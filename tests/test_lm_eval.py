@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from conftest import CONTEXT, EOS, ROOT
 
-from edgemed import store
+from edgemed.artifacts import store
 from edgemed.errors import EdgemedError
 
 HERE = importlib.util.find_spec("lm_eval") is not None
@@ -57,7 +57,7 @@ def test_everything_else_in_the_peer_environment() -> None:
 def test_package_announces_the_model() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["entry-points"]["lm_eval.models"] == {
-        "edgemed": "edgemed.lm_eval:EngineLM"
+        "edgemed": "edgemed.evaluation.lm_eval_model:EngineLM"
     }
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert {"edgemed_lm_eval.pth", "edgemed_lm_eval_hook.py"} <= set(included.values())
@@ -96,13 +96,15 @@ def test_hook_registers_once_and_loads_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment
     )
-    assert done.stdout == "{'edgemed': 'edgemed.lm_eval:EngineLM'} True False\n", done.stderr
+    assert done.stdout == "{'edgemed': 'edgemed.evaluation.lm_eval_model:EngineLM'} True False\n", (
+        done.stderr
+    )
 
 
 @pytest.mark.skipif(HERE, reason="lm_eval is installed here")
 def test_without_lm_eval_the_extra_is_named() -> None:
     with pytest.raises(EdgemedError, match=r"edgemed\[lm-eval\]"):
-        importlib.import_module("edgemed.lm_eval")
+        importlib.import_module("edgemed.evaluation.lm_eval_model")
 
 
 # --- the adapter against the plain way
@@ -116,8 +118,8 @@ def test_without_lm_eval_the_extra_is_named() -> None:
 def engine(
     request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.engine import export
+    from edgemed.engines.engine import export
+    from edgemed.models.checkpoint import open_checkpoint
     from edgemed.plugins import load
 
     target, name, value = request.param
@@ -128,7 +130,7 @@ def engine(
 
 @pytest.fixture(scope="module")
 def lm(engine: Path) -> Iterator[Any]:
-    from edgemed.lm_eval import EngineLM
+    from edgemed.evaluation.lm_eval_model import EngineLM
 
     made = EngineLM(engine=str(engine), threads=1)
     yield made
@@ -138,7 +140,7 @@ def lm(engine: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def plain(engine: Path) -> Iterator[Any]:
     """Another session on the same engine, always read from the start."""
-    from edgemed.engine import open_engine
+    from edgemed.engines.engine import open_engine
 
     session = open_engine(engine).open(1)
     yield session
@@ -160,7 +162,7 @@ def ask(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def rows_of(session: Any, tokens: list[int]) -> np.ndarray:
-    from edgemed.session import log_softmax
+    from edgemed.inference.session import log_softmax
 
     session.rewind(0)
     return log_softmax(session.prefill(tokens, every=True))
@@ -245,7 +247,7 @@ def test_rolling(lm: Any, plain: Any) -> None:
 
 @real
 def test_generation(lm: Any, plain: Any) -> None:
-    from edgemed.session import Sampling, generate
+    from edgemed.inference.session import Sampling, generate
 
     def greedy(text: str, most: int) -> str:
         plain.rewind(0)
@@ -304,7 +306,7 @@ def test_generation(lm: Any, plain: Any) -> None:
 
 @real
 def test_refused(engine: Path, tmp_path: Path) -> None:
-    from edgemed.lm_eval import EngineLM
+    from edgemed.evaluation.lm_eval_model import EngineLM
 
     with pytest.raises(EdgemedError, match="one sequence at a time, not 8"):
         EngineLM(engine=str(engine), batch_size=8)
@@ -345,7 +347,7 @@ def test_every_prompt_is_worded_as_lm_evals_own(
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    from edgemed.task import describe, questions
+    from edgemed.evaluation.task import describe, questions
 
     parity = importlib.import_module("lm_eval_parity")
     asked = {ours: questions(ours) for ours, _, _ in parity.TASKS}
@@ -373,9 +375,9 @@ def test_every_prompt_is_worded_as_lm_evals_own(
 
 @real
 def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
-    from edgemed.engine import open_engine
-    from edgemed.strategy import Answerer, Settings, parse
-    from edgemed.task import questions
+    from edgemed.engines.engine import open_engine
+    from edgemed.evaluation.prompting import Answerer, Settings, parse
+    from edgemed.evaluation.task import questions
 
     asked = questions("headqa/en", 6)
     (tmp_path / "rows.jsonl").write_text(

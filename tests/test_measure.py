@@ -13,9 +13,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from edgemed import measure, plan
-from edgemed.device import SOURCE_OF, read_device
+from edgemed.benchmarking import device_profile
 from edgemed.errors import EdgemedError
+from edgemed.hardware.device import SOURCE_OF, read_device
+from edgemed.planning import planner
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def test_a_measured_machine_is_a_device(quick):
 
 
 def test_a_plan_rests_on_the_measured_machine(quick):
-    found = plan.plan("random:biomedlm", str(quick[0]), plan.Wishes(context=1024, precision="int4"))
+    found = planner.plan(
+        "random:biomedlm", str(quick[0]), planner.Wishes(context=1024, precision="int4")
+    )
     assert found["device"] == "here"
     assert found["recommended"]["target"] == "onnx"
     assert not any("data sheet" in note for note in found["notes"])
@@ -69,7 +72,7 @@ def test_a_plan_rests_on_the_measured_machine(quick):
 
 
 def test_out_is_checked_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "measure", lambda quick: pytest.fail("measured first"))
+    monkeypatch.setattr(device_profile, "measure", lambda quick: pytest.fail("measured first"))
     (tmp_path / "there.yaml").write_text("")
     for out, message in (
         (tmp_path / "x.txt", "does not end in .yaml"),
@@ -77,7 +80,7 @@ def test_out_is_checked_before_anything_is_measured(tmp_path, monkeypatch):
         (tmp_path / "no" / "x.yaml", "is no directory"),
     ):
         with pytest.raises(EdgemedError, match=message):
-            measure.measured(out, True)
+            device_profile.measured(out, True)
 
 
 def test_options_of_measure_want_measure():
@@ -92,13 +95,13 @@ def test_options_of_measure_want_measure():
 
 
 def test_without_onnxruntime_float32_is_measured_by_numpy(monkeypatch):
-    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(device_profile.importlib.util, "find_spec", lambda name: None)
     skipped: list[str] = []
-    [(name, run)] = list(measure._products(2, skipped))
+    [(name, run)] = list(device_profile._products(2, skipped))
     assert name == "fp32"
-    assert sum(block.shape[1] for block in run()) == measure.SIZE
+    assert sum(block.shape[1] for block in run()) == device_profile.SIZE
     assert "edgemed[onnx]" in skipped[0]
-    assert measure.best(measure._call(), 0.01) < 0.01
+    assert device_profile.best(device_profile._call(), 0.01) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_without_onnxruntime_float32_is_measured_by_numpy(monkeypatch):
 )
 def test_hand_written_models_are_what_onnxruntime_computes(op, x, constants):
     ort = pytest.importorskip("onnxruntime")
-    model = measure.one_operator(op, x, constants, {})
+    model = device_profile.one_operator(op, x, constants, {})
     found = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
     assert np.array_equal(found, x @ constants["b"].astype(found.dtype))
     onnx = pytest.importorskip("onnx")
@@ -127,8 +130,8 @@ def test_hand_written_models_are_what_onnxruntime_computes(op, x, constants):
 
 def test_best_is_the_shortest_of_enough_rounds(monkeypatch):
     ticks = iter([0, 0, 3, 3, 4, 4, 6, 9])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
-    assert measure.best(lambda: None, 1.0) == 1
+    monkeypatch.setattr(device_profile.time, "perf_counter", lambda: next(ticks))
+    assert device_profile.best(lambda: None, 1.0) == 1
 
 
 @dataclass
@@ -178,18 +181,18 @@ def fake_torch(major):
 
 
 def test_a_gpu_is_measured_through_torch(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "need", lambda name, extra: fake_torch(8))
-    values = measure.gpu_values(0.0, [])
+    monkeypatch.setattr(device_profile, "need", lambda name, extra: fake_torch(8))
+    values = device_profile.gpu_values(0.0, [])
     assert values["compute_capability"] == "8.7"
     assert values["shared_memory"]
     assert values["gpu_mhz"] == 1300
     assert set(values["achieved"]) == {"fp32", "fp16", "bf16", "int8"}
     file = tmp_path / "gpu.yaml"
-    measure.write_device({"source": {"memory": "m"}, **values}, file)
+    device_profile.write_device({"source": {"memory": "m"}, **values}, file)
     assert yaml.safe_load(file.read_text())["usable_gb"] == 5.0
     assert read_device(str(file)).gpu == "NVIDIA Test"
-    monkeypatch.setattr(measure, "need", lambda name, extra: fake_torch(7))
-    assert "int8" not in measure.gpu_values(0.0, [])["achieved"]
+    monkeypatch.setattr(device_profile, "need", lambda name, extra: fake_torch(7))
+    assert "int8" not in device_profile.gpu_values(0.0, [])["achieved"]
 
 
 @pytest.mark.gpu
@@ -197,7 +200,7 @@ def test_a_real_gpu_is_within_physics():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
-    values = measure.gpu_values(0.5, [])
+    values = device_profile.gpu_values(0.5, [])
     assert 10 < values["achievable_gb_s"] < 20000
     assert values["achieved"]["fp16"] > 0.5 * values["achieved"]["fp32"]
     assert 0 < values["launch_us"] < 1000

@@ -27,9 +27,9 @@ CONFIG = {
 }
 PRELUDE = """
 import sys, torch, onnx
-from edgemed import store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.weights import Weights
+from edgemed.artifacts import store
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.weights import Weights
 torch.set_num_threads(1)
 checkpoint, out = open_checkpoint(sys.argv[1]), sys.argv[2]
 store.reset_peak_memory(); before = store.peak_memory()
@@ -37,7 +37,7 @@ store.reset_peak_memory(); before = store.peak_memory()
 REFERENCE = (
     PRELUDE
     + """
-from edgemed.decoder import logits
+from edgemed.models.torch_decoder import logits
 logits(Weights(checkpoint), torch.zeros(2, 64, dtype=torch.int64))
 print(store.peak_memory() - before)
 """
@@ -46,7 +46,7 @@ EXPORT = (
     PRELUDE
     + """
 from edgemed import plugins
-from edgemed.engine import export
+from edgemed.engines.engine import export
 target = plugins.load("targets", sys.argv[3])
 from edgemed.params import build
 export(checkpoint, sys.argv[3], build(target.Params, {sys.argv[4]: sys.argv[5]}, "test"), out)
@@ -57,7 +57,7 @@ print(store.peak_memory() - before)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from edgemed.random_weights import make_random
+    from edgemed.models.random_weights import make_random
 
     return make_random(CONFIG, tmp_path_factory.mktemp("memory") / "model", dtype="float16").path
 
@@ -107,7 +107,7 @@ def test_a_quantize_step_keeps_to_its_memory(tmp_path: Path) -> None:
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from edgemed.random_weights import make_random
+    from edgemed.models.random_weights import make_random
 
     source = make_random(
         CONFIG | {"n_layer": 1, "n_embd": 512}, tmp_path / "model", dtype="float16"

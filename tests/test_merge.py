@@ -11,12 +11,12 @@ import shutil
 import pytest
 import torch
 
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import logits
 from edgemed.errors import EdgemedError
-from edgemed.random_weights import make_random
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
 from edgemed.steps import merge
-from edgemed.weights import Weights
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -164,7 +164,7 @@ def test_an_adapter_brings_its_classification_head(base, tmp_path):
 
 
 def test_a_choice_head_stored_under_biomedlms_name(base, tmp_path):
-    from edgemed.checkpoint import Writer
+    from edgemed.models.checkpoint import Writer
 
     folder = tmp_path / "choice"
     folder.mkdir()

@@ -11,17 +11,18 @@ import pytest
 import torch
 from conftest import on_q8_grid
 
-from edgemed import plugins, store
-from edgemed.checkpoint import Checkpoint, open_checkpoint
-from edgemed.decoder import logits
-from edgemed.engine import Engine, export
+from edgemed import plugins
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.gguf_layout import layout
-from edgemed.gguf_types import Model, tensor_types
-from edgemed.random_weights import make_random
+from edgemed.gguf.quant_types import Model, tensor_types
+from edgemed.gguf.tensor_map import layout
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Dense, Weights
 from edgemed.steps import quantize
 from edgemed.targets import llamacpp, onnx, tensorrt
-from edgemed.weights import Dense, Weights
 
 TRAINED = plugins.shared("recipes") / "quickstart" / "model"
 CONFIG = {

@@ -17,18 +17,21 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import mmproj, plugins, store, tower
-from edgemed.checkpoint import Checkpoint, open_checkpoint
-from edgemed.decoder import TorchSession
-from edgemed.engine import Engine, export
+from edgemed import plugins
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.images import patches
-from edgemed.random_weights import make_random
-from edgemed.session import (
+from edgemed.gguf import mmproj
+from edgemed.inference.session import (
     Sampling,
     generate,
 )
-from edgemed.weights import Weights
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Weights
+from edgemed.vision import torch_encoder
+from edgemed.vision.preprocessing import patches
 
 TOKEN = 260
 BEFORE = 262
@@ -67,7 +70,7 @@ def made(source: Checkpoint, out: Path, **params: object) -> Engine:
 
 
 def right(source: Checkpoint, eyes: Any, image: Any) -> np.ndarray:
-    return tower.features(Weights(source), patches(image, eyes.v))["features"].numpy()
+    return torch_encoder.features(Weights(source), patches(image, eyes.v))["features"].numpy()
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -79,7 +82,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 def test_features_equal_the_torch_tower(
     source: Checkpoint, tmp_path: Path, kind: str, limit: float
 ) -> None:
-    from edgemed.vision import eyes_of
+    from edgemed.onnx.vision_encoder import eyes_of
 
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj=kind)
     eyes = eyes_of(engine, 1)
@@ -98,7 +101,7 @@ def test_features_equal_the_torch_tower(
 def test_an_engine_with_these_eyes_answers_as_its_source(
     source: Checkpoint, tmp_path: Path
 ) -> None:
-    from edgemed.vision import eyes_of
+    from edgemed.onnx.vision_encoder import eyes_of
 
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj="f32")
     prompt = [5, 9, BEFORE, TOKEN, AFTER, 30, BEFORE, TOKEN, AFTER, 77]
@@ -106,7 +109,7 @@ def test_an_engine_with_these_eyes_answers_as_its_source(
     answers = []
     for eyes, session in (
         (eyes_of(engine, 1), engine.open(1)),
-        (tower.TorchEyes(Weights(source)), TorchSession(Weights(source))),
+        (torch_encoder.TorchEyes(Weights(source)), TorchSession(Weights(source))),
     ):
         tokens, pictures = eyes.see(prompt, images)
         answers.append(
@@ -212,7 +215,7 @@ def test_the_file_is_what_llamacpps_converter_writes(
 def test_random_weights_see_too(tmp_path: Path) -> None:
     from conftest import tiny_config
 
-    from edgemed.vision import eyes_of
+    from edgemed.onnx.vision_encoder import eyes_of
 
     source = make_random(tiny_config("qwen2_vl"), tmp_path / "random", "float32")
     engine = made(source, tmp_path / "engine", vision="mtmd")
@@ -250,7 +253,7 @@ def test_towers_that_llamacpp_would_compute_wrongly(
 
 
 def test_bad_input_is_one_line(source: Checkpoint, model: Path, tmp_path: Path) -> None:
-    from edgemed.mtmd import MtmdEyes
+    from edgemed.gguf.mtmd_vision import MtmdEyes
 
     for params in ({"vision": "mtmd"}, {"mmproj": "f16"}):
         with pytest.raises(EdgemedError, match="reads text only, so there is nothing"):

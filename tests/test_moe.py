@@ -19,19 +19,20 @@ pytest.importorskip("onnx")
 
 import onnx
 
-from edgemed import facts, plugins
-from edgemed.checkpoint import Checkpoint, open_checkpoint
-from edgemed.decoder import TorchSession, logits, mlp
-from edgemed.engine import Engine, export
+from edgemed import plugins
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.family import Decoder, Experts
-from edgemed.importance import importance
-from edgemed.session import Sampling, generate
+from edgemed.inference.session import Sampling, generate
+from edgemed.models.architecture import Decoder, Experts
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.torch_decoder import TorchSession, logits, mlp
+from edgemed.models.weights import Weights
+from edgemed.onnx.vision_encoder import VisionSession
+from edgemed.planning import inspect
+from edgemed.quantization.importance_matrix import importance
 from edgemed.steps import quantize
-from edgemed.tower import TorchEyes
-from edgemed.trt_parser import nested
-from edgemed.vision import VisionSession
-from edgemed.weights import Weights
+from edgemed.tensorrt.parser_check import nested
+from edgemed.vision.torch_encoder import TorchEyes
 
 ORACLES = ROOT / "tests" / "data" / "moe"
 IDS = tokens(40)
@@ -149,13 +150,13 @@ def test_a_model_without_experts(kind: str, name: str, tmp_path: Path) -> None:
     [("moe-tinymed", 3.20), ("med-moe", 3.62), ("moe-tinymed-phi", 5.61), ("med-moe-phi", 6.45)],
 )
 def test_published_sizes(name: str, billions: float) -> None:
-    found = facts.inspect(f"random:{name}")
+    found = inspect.inspect(f"random:{name}")
     assert round(found["parameters"] / 1e9, 2) == billions
     assert found["architecture"]["experts"]["count"] == 4
-    d = facts.dimensions(Weights(facts.described(name)))
+    d = inspect.dimensions(Weights(inspect.described(name)))
     weights = sum(
         weight
-        for part, (kind, weight, _) in facts.sizes(Weights(facts.described(name))).items()
+        for part, (kind, weight, _) in inspect.sizes(Weights(inspect.described(name))).items()
         if part.startswith("layers.") and kind in ("matrix", "router")
     )
     assert d.matrices + d.expert_layers * d.experts * d.expert == weights
@@ -165,8 +166,8 @@ def test_published_sizes(name: str, billions: float) -> None:
 def test_image_features_equal_transformers(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from edgemed.images import Patches
-    from edgemed.tower import features
+    from edgemed.vision.preprocessing import Patches
+    from edgemed.vision.torch_encoder import features
 
     path = write(
         tmp_path / "model", "moe-tinymed", mm_image_tower="/nowhere/clip", image_aspect_ratio="pad"
@@ -509,7 +510,7 @@ def test_experts_can_be_calibrated_on_tokens_that_did_not_choose_them(tmp_path: 
 def test_importance_is_of_the_tokens_that_reached_an_expert(tinymed: Path) -> None:
     weights = Weights(open_checkpoint(tinymed))
     seen = {}
-    from edgemed import decoder as module
+    from edgemed.models import torch_decoder as module
 
     found = importance(weights, [IDS])
     with torch.inference_mode():

@@ -15,14 +15,14 @@ from moe_models import write
 
 torch = pytest.importorskip("torch")
 
-from edgemed import awq
-from edgemed.checkpoint import Checkpoint, open_checkpoint
-from edgemed.decoder import block, load_layer, logits, norm, routed
 from edgemed.errors import EdgemedError
-from edgemed.sensitivity import sensitivities
-from edgemed.step_memory import held as held_by
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.torch_decoder import block, load_layer, logits, norm, routed
+from edgemed.models.weights import Weights
+from edgemed.quantization import awq
+from edgemed.quantization.memory_budget import held as held_by
+from edgemed.quantization.sensitivity import sensitivities
 from edgemed.steps import quantize
-from edgemed.weights import Weights
 
 IDS = tokens(40)
 # Gated experts behind a norm of their own; plain ones beside a meta expert, reading the norm that
@@ -248,8 +248,8 @@ def test_gguf_carries_experts_of_several_widths(tmp_path: Path) -> None:
     """
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
-    from edgemed.engine import export
-    from edgemed.gguf_layout import layout
+    from edgemed.engines.engine import export
+    from edgemed.gguf.tensor_map import layout
     from edgemed.targets import llamacpp
 
     source = open_checkpoint(write(tmp_path / "model", "med-moe"))
@@ -310,12 +310,12 @@ def test_the_memory_of_a_sparse_layer_is_that_of_all_its_experts(
 
 def test_a_gguf_budget_counts_experts_as_the_one_tensor_they_are(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from edgemed import gguf_budget
-    from edgemed.gguf_layout import Centred, layout
+    from edgemed.gguf import bit_allocation
+    from edgemed.gguf.tensor_map import Centred, layout
 
     weights = Centred(open_checkpoint(write(tmp_path / "model", "moe-tinymed")), fold=True)
     places = layout(weights.family, weights.decoder, weights.parts)
-    chosen = gguf_budget.choose(
+    chosen = bit_allocation.choose(
         weights,
         torch.tensor([IDS]),
         places,
@@ -330,8 +330,8 @@ def test_a_gguf_budget_counts_experts_as_the_one_tensor_they_are(tmp_path: Path)
     assert not any("gate_inp" in t or "norm" in t for t in chosen.types)
     found = dict(sensitivities(weights, torch.tensor([IDS]), tmp_path))[2]
     ours = chosen.facts["sensitivity"]["blk.2.ffn_down_exps.weight"]
-    from edgemed.gguf_file import Encoder
-    from edgemed.gguf_gptq import rounding
+    from edgemed.gguf.gptq import rounding
+    from edgemed.gguf.writer import Encoder
 
     with Encoder() as encoder:
         for kind, loss in ours.items():

@@ -21,10 +21,10 @@ MODEL = ROOT / "recipes" / "quickstart" / "model"
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.engine import export
-    from edgemed.recipe import Stage
-    from edgemed.run import run_step
+    from edgemed.engines.engine import export
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.pipeline.recipe import Stage
+    from edgemed.pipeline.runner import run_step
     from edgemed.steps import quantize
     from edgemed.targets import llamacpp, onnx
 
@@ -68,9 +68,9 @@ def answers(path: Path, like: Path | None = None) -> np.ndarray:
     """Scores [positions, vocab] over held-out windows; `like`: the engine whose facts describe a
     bare file.
     """
-    from edgemed.data import texts
-    from edgemed.engine import open_engine
-    from edgemed.tokenizer import encode
+    from edgemed.data.text_sets import texts
+    from edgemed.engines.engine import open_engine
+    from edgemed.models.tokenizer import encode
 
     engine = open_engine(like or path)
     if like:
@@ -93,8 +93,8 @@ def test_the_integers_are_the_same(engines: dict[str, Path]) -> None:
     import gguf
     import onnx
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.weights import Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.weights import Weights
 
     weights = Weights(open_checkpoint(engines["checkpoint"]))
     graph = {

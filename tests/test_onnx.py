@@ -23,15 +23,15 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from edgemed.checkpoint import Checkpoint, Writer, open_checkpoint
-from edgemed.decoder import logits
-from edgemed.engine import Engine, export
+from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.grid import rtn
+from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Dense, Packed, Weights, pack
+from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
 from edgemed.targets import onnx as target
 from edgemed.targets.onnx import Params
-from edgemed.weights import Dense, Packed, Weights, pack
 
 TOKENS = tokens(100)
 

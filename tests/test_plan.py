@@ -11,14 +11,15 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from edgemed import plan, plugins, units
-from edgemed.device import GIB, power_mode_of, read_device, usable
+from edgemed import plugins, units
 from edgemed.errors import EdgemedError
-from edgemed.facts import dimensions, engine_bytes, sizes
-from edgemed.plan import CHOICES, Wishes
+from edgemed.hardware.device import GIB, power_mode_of, read_device, usable
+from edgemed.models.random_weights import make_random
+from edgemed.pipeline.recipe import parse
+from edgemed.planning import planner
+from edgemed.planning.inspect import dimensions, engine_bytes, sizes
+from edgemed.planning.planner import CHOICES, Wishes
 from edgemed.plugins import load
-from edgemed.random_weights import make_random
-from edgemed.recipe import parse
 
 MODEL = "random:biomedlm"
 BOARD = "jetson-orin-nano-8gb"
@@ -41,7 +42,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("device", [name for name in plugins.names("devices") if name != "cpu"])
 def test_every_device_can_be_planned(device):
-    found = plan.plan(MODEL, device, Wishes())
+    found = planner.plan(MODEL, device, Wishes())
     assert found["choices"]
     assert found["front"]
     assert found["recommended"] in found["choices"]
@@ -75,7 +76,7 @@ def test_the_recipe_is_one_that_runs(device, wishes, small, tmp_path):
     for model in (MODEL, str(small.path)):
         if model != MODEL:
             wishes = replace(wishes, context=128 if wishes.context else None, prompt=32)
-        found = plan.plan(model, device, wishes)
+        found = planner.plan(model, device, wishes)
         recipe = parse(yaml.safe_load(found["recipe"]), "recipe.yaml", tmp_path)
         [engine] = recipe.engines
         assert engine.plugin == found["recommended"]["target"]
@@ -90,17 +91,17 @@ def test_front_is_what_nothing_beats():
         {"run_mb": m, "ttft_s": t, "tokens_per_s": s}
         for m, t, s in ((1, 9, 9), (2, 5, 9), (2, 6, 9), (3, 5, 8), (1, 9, 9), (4, 9, 20))
     ]
-    assert [e["run_mb"] for e in plan.pareto(entries)] == [1, 2, 1, 4]
+    assert [e["run_mb"] for e in planner.pareto(entries)] == [1, 2, 1, 4]
 
 
 def test_a_wish_met_by_more_bits_is_met_by_more_bits():
-    fast = plan.plan(MODEL, BOARD, Wishes(tps=25))["recommended"]
-    slow = plan.plan(MODEL, BOARD, Wishes(tps=5))["recommended"]
+    fast = planner.plan(MODEL, BOARD, Wishes(tps=25))["recommended"]
+    slow = planner.plan(MODEL, BOARD, Wishes(tps=5))["recommended"]
     assert fast["bits"] < slow["bits"]
     assert not fast["misses"]
     assert not slow["misses"]
     assert slow["tokens_per_s"] >= 5
-    impossible = plan.plan(MODEL, BOARD, Wishes(tps=500))
+    impossible = planner.plan(MODEL, BOARD, Wishes(tps=500))
     assert impossible["recommended"]["misses"] == ["tps"]
     assert "misses tps" in impossible["notes"][0]
 
@@ -108,7 +109,7 @@ def test_a_wish_met_by_more_bits_is_met_by_more_bits():
 def test_more_context_memory_and_watts_do_what_they_must(small):
     def only(**given):
         wishes = Wishes(**{"precision": "q4_k_m", "context": 1024, **given})
-        return plan.plan(MODEL, BOARD, wishes, power)["recommended"]
+        return planner.plan(MODEL, BOARD, wishes, power)["recommended"]
 
     power = None
     short = only(context=768)
@@ -125,10 +126,10 @@ def test_more_context_memory_and_watts_do_what_they_must(small):
 
 
 def test_sizes_are_those_of_inspect(small):
-    from edgemed.facts import inspect
+    from edgemed.planning.inspect import inspect
 
     memory = inspect(MODEL)["memory"]
-    weights = plan.weights_of(MODEL)
+    weights = planner.weights_of(MODEL)
     assert engine_bytes(weights, "llamacpp", "q4_k_m").total == pytest.approx(
         memory["Q4_K_M"]["weights_mb"] * 1e6, abs=1
     )
@@ -151,15 +152,15 @@ def test_sizes_are_those_of_inspect(small):
     ],
 )
 def test_predicted_sizes_are_the_engine_files(small, tmp_path, target, precision, params):
-    from edgemed.engine import export
+    from edgemed.engines.engine import export
 
     pytest.importorskip(load("targets", target).RUNTIME[0])
     engine = export(small, target, load("targets", target).Params(**params), tmp_path / "engine")
     file = next(f for f in engine.path.glob("model.*") if f.suffix in (".data", ".gguf"))
-    predicted = engine_bytes(plan.weights_of(str(small.path)), target, precision)
+    predicted = engine_bytes(planner.weights_of(str(small.path)), target, precision)
     assert predicted.total <= file.stat().st_size + (1 << 14) <= predicted.total * 1.05 + (1 << 18)
     read = (
-        dimensions(plan.weights_of(str(small.path))).matrices * predicted.layer_bits
+        dimensions(planner.weights_of(str(small.path))).matrices * predicted.layer_bits
         + 512 * 256 * predicted.head_bits
     ) / 8
     assert read == pytest.approx(engine.bytes_per_token, rel=0.03)
@@ -173,9 +174,9 @@ def test_nothing_fits_says_by_how_much_and_what_would_help():
             r" .*such as jetson-orin-nano-8gb"
         ),
     ):
-        plan.plan(MODEL, "jetson-orin-nano-4gb", Wishes(precision="f16"))
+        planner.plan(MODEL, "jetson-orin-nano-4gb", Wishes(precision="f16"))
     with pytest.raises(EdgemedError, match="1.00 GB are left for it, .*a larger --memory"):
-        plan.plan(MODEL, BOARD, Wishes(memory=10**9))
+        planner.plan(MODEL, BOARD, Wishes(memory=10**9))
 
 
 @pytest.mark.parametrize(
@@ -210,25 +211,25 @@ def test_nothing_fits_says_by_how_much_and_what_would_help():
 )
 def test_bad_input_is_refused_in_one_line(given, message):
     with pytest.raises(EdgemedError, match=message):
-        plan.plan(**{"model": MODEL, "device_name": BOARD, "wishes": Wishes(), **given})
+        planner.plan(**{"model": MODEL, "device_name": BOARD, "wishes": Wishes(), **given})
 
 
 def test_a_device_file_too_short_to_plan_says_what_is_missing(tmp_path):
     file = tmp_path / "board.yaml"
     file.write_text("title: Board\nshared_memory: true\nmemory_gb: 8\nsource: {memory: here}\n")
     with pytest.raises(EdgemedError, match="speed in float32 is not known.*doctor --measure"):
-        plan.plan(MODEL, str(file), Wishes())
+        planner.plan(MODEL, str(file), Wishes())
     file.write_text(
         "title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nsource: {memory:"
         " here}\n"
     )
     with pytest.raises(EdgemedError, match="memory bandwidth is not known"):
-        plan.plan(MODEL, str(file), Wishes())
+        planner.plan(MODEL, str(file), Wishes())
     file.write_text(
         "title: Board\nshared_memory: true\nmemory_gb: 8\nachieved: {fp32: 0.4}\nachievable_gb_s:"
         " 20\nsource: {memory: here}\n"
     )
-    found = plan.plan(MODEL, str(file), Wishes())
+    found = planner.plan(MODEL, str(file), Wishes())
     assert found["device"] == "board"
     assert f"device: {file}" in found["recipe"]
 
@@ -236,19 +237,20 @@ def test_a_device_file_too_short_to_plan_says_what_is_missing(tmp_path):
 def test_a_recipe_brings_model_and_device(tmp_path, small):
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {small.path}\ndevice: {BOARD}\nengines: [onnx]\n")
-    found = plan.plan_for(str(file), None, Wishes())
+    found = planner.plan_for(str(file), None, Wishes())
     assert found["model"] == str(small.path)
     assert found["device"] == BOARD
     assert (
-        plan.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"] == "raspberry-pi-5-8gb"
+        planner.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"]
+        == "raspberry-pi-5-8gb"
     )
     with pytest.raises(EdgemedError, match="no device is said.*jetson-thor"):
-        plan.plan_for(str(small.path), None, Wishes())
+        planner.plan_for(str(small.path), None, Wishes())
 
 
 def test_profiles_follow_the_newest_tensorrt_edgemed_knows():
     assert [
-        plan.profile(read_device(name))
+        planner.profile(read_device(name))
         for name in ("jetson-orin-nano-8gb", "jetson-thor", "rtx-4060-8gb", "jetson-nano-4gb")
     ] == ["jetpack6", "jetpack7", "trt11", None]
 
@@ -291,7 +293,7 @@ def test_plan_needs_no_torch_and_prints_both_ways(small):
     code = (
         "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n       "
         " if name.split('.')[0] in ('torch', 'transformers', 'scipy', 'onnx'): raise"
-        " ModuleNotFoundError(name, name=name)\nsys.meta_path.insert(0, Block())\nfrom edgemed.cli"
+        " ModuleNotFoundError(name, name=name)\nsys.meta_path.insert(0, Block())\nfrom edgemed.cli.main"
         " import main\nsys.argv[0] = 'edgemed'\nmain()\n"
     )
     command = [
@@ -324,23 +326,23 @@ def test_plan_needs_no_torch_and_prints_both_ways(small):
 def test_clocks_that_are_not_known_are_said():
     assert any(
         "clocks of the mode 10W are not known" in note
-        for note in plan.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W")["notes"]
+        for note in planner.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W")["notes"]
     )
     assert power_mode_of(read_device(BOARD), None).watts is None
-    assert plan.plan(MODEL, BOARD, Wishes())["recommended"]["joules_per_token_at_most"] is None
+    assert planner.plan(MODEL, BOARD, Wishes())["recommended"]["joules_per_token_at_most"] is None
 
 
 @pytest.mark.skipif("tensorrt" not in plugins.names("targets"), reason="no tensorrt target here")
 def test_an_engine_the_device_cannot_compile_is_not_recommended():
-    found = plan.plan(MODEL, BOARD, Wishes(precision="int4"))
+    found = planner.plan(MODEL, BOARD, Wishes(precision="int4"))
     assert found["recommended"]["target"] == "tensorrt"
     assert found["recommended"]["builds"]
     assert "profile: jetpack6" in found["recipe"]
     with pytest.raises(
         EdgemedError, match="nothing can be built on .*Orin Nano 8GB.*TensorRT compiles it there"
     ):
-        plan.plan(MODEL, BOARD, Wishes(precision="fp16"))
-    assert plan.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16"))["recommended"]["builds"]
+        planner.plan(MODEL, BOARD, Wishes(precision="fp16"))
+    assert planner.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16"))["recommended"]["builds"]
 
 
 def seeing():
@@ -352,7 +354,7 @@ def seeing():
 
 def test_images_cost_tower_tokens_and_time():
     blind, one, two = (
-        plan.plan(
+        planner.plan(
             seeing(),
             "n100-mini-pc-16gb",
             Wishes(
@@ -369,7 +371,7 @@ def test_images_cost_tower_tokens_and_time():
     assert two["stages_s"]["vision"] == pytest.approx(2 * one["stages_s"]["vision"])
     assert two["stages_s"]["prefill"] > one["stages_s"]["prefill"] > blind["stages_s"]["prefill"]
     found, onboard = (
-        plan.plan(seeing(), BOARD, Wishes(images=1, prompt=64, precision=precision))
+        planner.plan(seeing(), BOARD, Wishes(images=1, prompt=64, precision=precision))
         for precision in ("q4_k_m", "int4")
     )
     assert "vision" not in found["recommended"]["stages_s"]
@@ -380,7 +382,7 @@ def test_images_cost_tower_tokens_and_time():
 
 
 def test_a_vision_tower_is_counted_once():
-    weights = plan.weights_of("random:qwen2_vl")
+    weights = planner.weights_of("random:qwen2_vl")
     size = engine_bytes(weights, "onnx", "int4")
     d = dimensions(weights)
     tower = sum(

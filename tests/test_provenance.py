@@ -22,9 +22,12 @@ from pathlib import Path
 import pytest
 from conftest import cli, leftovers, refused
 
-from edgemed import bom, card, plugins, provenance, signature, store
+from edgemed import plugins
+from edgemed.artifacts import store
 from edgemed.errors import EdgemedError
-from edgemed.evidence import limits, not_measured, read_evidence
+from edgemed.provenance import ml_bom, model_card, signature
+from edgemed.provenance import record as provenance
+from edgemed.provenance.evidence import limits, not_measured, read_evidence
 
 pytest.importorskip("cyclonedx")
 pytest.importorskip("cryptography")
@@ -336,7 +339,7 @@ def test_attach_never_replaces_what_was_built(engine: Path, files: dict, section
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from edgemed import store
+from edgemed.artifacts import store
 replace, left = os.replace, [int(sys.argv[2])]
 def killed(*names):
     left[0] -= 1
@@ -427,7 +430,7 @@ def test_attach_that_cannot_write(
 
 
 def bill(engine: Path) -> dict:
-    return json.loads((engine / bom.FILE).read_text(encoding="utf-8"))
+    return json.loads((engine / ml_bom.FILE).read_text(encoding="utf-8"))
 
 
 def schema_errors(text: str) -> list[str]:
@@ -478,7 +481,7 @@ def test_bill_fits_the_schema_and_the_library_reads_it(engine: Path, name: str) 
     from cyclonedx.model.bom import Bom
 
     variant(engine, name)
-    text = (engine / bom.FILE).read_text(encoding="utf-8")
+    text = (engine / ml_bom.FILE).read_text(encoding="utf-8")
     assert not schema_errors(text)
     broken = json.loads(text)
     broken["metadata"]["component"]["modelCard"]["quantitativeAnalysis"][
@@ -509,7 +512,7 @@ def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
     assert listed == {
         name: sha
         for name, sha in there.items()
-        if name not in ("manifest.json", "records.jsonl", bom.FILE)
+        if name not in ("manifest.json", "records.jsonl", ml_bom.FILE)
     }
     components = {c["name"]: c for c in document["components"]}
     root = engine.parent.parent
@@ -578,7 +581,7 @@ def test_bill_tells_what_was_measured(engine: Path) -> None:
 
 def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
     documented(engine)
-    before = {name: (engine / name).read_bytes() for name in (card.FILE, bom.FILE)}
+    before = {name: (engine / name).read_bytes() for name in (model_card.FILE, ml_bom.FILE)}
     manifest = store.read_manifest(engine)
     provenance.write(engine, {})
     assert before == {name: (engine / name).read_bytes() for name in before}
@@ -598,13 +601,13 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
         ],
     )
     provenance.write(engine, {})
-    old = json.loads(before[bom.FILE])
+    old = json.loads(before[ml_bom.FILE])
     new = bill(engine)
     assert new["serialNumber"] == old["serialNumber"]
     assert (old["version"], new["version"]) == (1, 2)
     assert new["metadata"]["timestamp"].startswith("2099-01-01")
-    assert "512 tok/s" in (engine / card.FILE).read_text()
-    assert "431 tok/s" not in (engine / card.FILE).read_text()
+    assert "512 tok/s" in (engine / model_card.FILE).read_text()
+    assert "431 tok/s" not in (engine / model_card.FILE).read_text()
 
 
 # The card.
@@ -614,7 +617,7 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
 def test_card_is_read_by_the_hub_client(engine: Path, name: str) -> None:
     hub = pytest.importorskip("huggingface_hub")
     variant(engine, name)
-    text = (engine / card.FILE).read_text(encoding="utf-8")
+    text = (engine / model_card.FILE).read_text(encoding="utf-8")
     read = hub.ModelCard(text)
     assert read.data.library_name == "edgemed"
     assert read.data.pipeline_tag == "text-generation"
@@ -638,7 +641,7 @@ def test_card_is_read_by_the_hub_client(engine: Path, name: str) -> None:
 
 
 def test_card_says_what_is_known_and_what_is_not(engine: Path) -> None:
-    text = (documented(engine) / card.FILE).read_text(encoding="utf-8")
+    text = (documented(engine) / model_card.FILE).read_text(encoding="utf-8")
     for said in (
         "Not a medical device",
         "0.750 (0.686 to 0.805)",
@@ -662,12 +665,12 @@ def test_card_says_what_is_known_and_what_is_not(engine: Path) -> None:
 
 
 def test_card_hides_the_speed_of_an_engine_that_failed(engine: Path) -> None:
-    text = (variant(engine, "failed") / card.FILE).read_text(encoding="utf-8")
+    text = (variant(engine, "failed") / model_card.FILE).read_text(encoding="utf-8")
     assert "**NO.**" in text
     assert "mean KL 0.7 is above 0.05" in text
     assert "431" not in text
     assert "failed verification, which is not shown" in text
-    assert "decode_tokens_per_second" not in (engine / bom.FILE).read_text()
+    assert "decode_tokens_per_second" not in (engine / ml_bom.FILE).read_text()
 
 
 def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> None:
@@ -686,7 +689,7 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
         tmp_path / "engine",
         provenance.describe("random:big", tmp_path / "random", tmp_path / "engine"),
     )
-    text = (tmp_path / "engine" / card.FILE).read_text()
+    text = (tmp_path / "engine" / model_card.FILE).read_text()
     assert "RANDOM WEIGHTS" in text.split("## ")[0]
     assert "model-index" not in text
     assert "base_model" not in text
@@ -695,7 +698,7 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
     assert bill(tmp_path / "engine")["metadata"]["component"]["description"].startswith(
         "RANDOM WEIGHTS"
     )
-    assert not schema_errors((tmp_path / "engine" / bom.FILE).read_text())
+    assert not schema_errors((tmp_path / "engine" / ml_bom.FILE).read_text())
 
 
 def test_no_ceiling_for_weights_that_fit_the_cache(engine: Path) -> None:
@@ -703,14 +706,14 @@ def test_no_ceiling_for_weights_that_fit_the_cache(engine: Path) -> None:
     for cache, shown in ((999, True), (1001, False)):
         store.append_records(engine, [{**ceiling, "machine": {**MACHINE, "cache_bytes": cache}}])
         provenance.write(engine, {})
-        assert ("at most by that bandwidth" in (engine / card.FILE).read_text()) is shown
-        assert ("ceiling_tokens" in (engine / bom.FILE).read_text()) is shown
+        assert ("at most by that bandwidth" in (engine / model_card.FILE).read_text()) is shown
+        assert ("ceiling_tokens" in (engine / ml_bom.FILE).read_text()) is shown
 
 
 def test_an_engine_that_sees_is_said_to(tmp_path: Path) -> None:
     engine = documented(make_engine(tmp_path / "made", vision={"family": "x"}))
-    assert "pipeline_tag: image-text-to-text" in (engine / card.FILE).read_text()
-    assert "edgemed generate . --image FILE --prompt" in (engine / card.FILE).read_text()
+    assert "pipeline_tag: image-text-to-text" in (engine / model_card.FILE).read_text()
+    assert "edgemed generate . --image FILE --prompt" in (engine / model_card.FILE).read_text()
     assert {"format": "image"} in bill(engine)["metadata"]["component"]["modelCard"][
         "modelParameters"
     ]["inputs"]
@@ -731,8 +734,8 @@ def test_an_engine_that_sees_is_said_to(tmp_path: Path) -> None:
 )
 def test_licence_of_the_source(tmp_path: Path, front: str, licence: str | None) -> None:
     (tmp_path / "README.md").write_bytes(front.encode())
-    assert card.front_licence(tmp_path)["licence"] == licence
-    assert card.front_licence(tmp_path / "nowhere")["licence"] is None
+    assert model_card.front_licence(tmp_path)["licence"] == licence
+    assert model_card.front_licence(tmp_path / "nowhere")["licence"] is None
 
 
 def test_licence_of_another_kind_keeps_its_name(tmp_path: Path, engine: Path) -> None:
@@ -743,7 +746,7 @@ def test_licence_of_another_kind_keeps_its_name(tmp_path: Path, engine: Path) ->
     documented(engine)
     assert (
         "license: other\nlicense_name: my-licence\nlicense_link: LICENSE.md"
-        in (engine / card.FILE).read_text()
+        in (engine / model_card.FILE).read_text()
     )
     assert bill(engine)["metadata"]["component"]["licenses"][0]["license"]["name"] == "my-licence"
 
@@ -815,9 +818,9 @@ def test_limits_and_gaps(engine: Path) -> None:
 
 def test_nothing_is_written_about_an_altered_engine(engine: Path) -> None:
     documented(engine)
-    (engine / card.FILE).write_text("edited by hand")
+    (engine / model_card.FILE).write_text("edited by hand")
     provenance.write(engine, {})
-    assert "Not a medical device" in (engine / card.FILE).read_text()
+    assert "Not a medical device" in (engine / model_card.FILE).read_text()
     assert not store.check_manifest(engine)
     (engine / "model.onnx").write_bytes(b"other")
     with pytest.raises(EdgemedError, match="model.onnx was altered"):
@@ -834,7 +837,7 @@ def test_card_from_the_command_line(engine: Path) -> None:
         [record(engine, "decode_tokens_per_second", 77.0, "tok/s", prompt=8, generate=4), foreign],
     )
     first = json.loads(cli("card", engine, "--json").stdout)
-    text = (engine / card.FILE).read_text()
+    text = (engine / model_card.FILE).read_text()
     assert first["licence"] == "unknown: see the source model"
     assert "unknown: see the source model" in text
     assert "77 tok/s" in text
@@ -871,7 +874,7 @@ def test_card_says_when_it_outdates_a_signature(signed: Path, keys: Path) -> Non
         == "no longer fits: sign again"
     )
     assert len(problems(signed, keys)) == 4
-    assert "| first token | 12.3 ms |" in (signed / card.FILE).read_text()
+    assert "| first token | 12.3 ms |" in (signed / model_card.FILE).read_text()
 
 
 def problems(engine: Path, keys: Path) -> list[str]:
@@ -1201,7 +1204,7 @@ def test_checking_needs_no_torch(signed: Path, keys: Path) -> None:
     )
     code = (
         f"import sys\nfor name in {absent}:\n    sys.modules[name] = None\nfrom pathlib import"
-        " Path\nfrom edgemed.signature import check\nprint(check(Path(sys.argv[1]),"
+        " Path\nfrom edgemed.provenance.signature import check\nprint(check(Path(sys.argv[1]),"
         " Path(sys.argv[2])))"
     )
     done = subprocess.run(
@@ -1230,7 +1233,7 @@ def test_a_missing_package_is_named(
     )
     code += (
         f"sys.meta_path.insert(0, Absent())\nsys.argv = ['edgemed', {verb!r}, sys.argv[1],"
-        f" *{options!r}]\nfrom edgemed.cli import main\nmain()"
+        f" *{options!r}]\nfrom edgemed.cli.main import main\nmain()"
     )
     refused(
         subprocess.run([sys.executable, "-c", code, engine], capture_output=True, text=True),

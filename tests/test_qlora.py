@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import cli, refused, write_model
 
-from edgemed import store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import calibration_windows
-from edgemed.decoder import logits
+from edgemed.artifacts import store
+from edgemed.data.text_sets import calibration_windows
 from edgemed.errors import EdgemedError
-from edgemed.qlora import Trained
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.qlora import Trained
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
 from edgemed.steps import merge
-from edgemed.tokenizer import open_tokenizer
-from edgemed.weights import Weights
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

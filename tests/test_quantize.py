@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from edgemed import plugins
-from edgemed.checkpoint import Writer, open_checkpoint
-from edgemed.data import texts
-from edgemed.decoder import logits
+from edgemed.data.text_sets import texts
 from edgemed.errors import EdgemedError
-from edgemed.gptq import Hessian, output_error, solve
-from edgemed.grid import rtn
-from edgemed.random_weights import make_random
+from edgemed.models.checkpoint import Writer, open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Packed, Weights
+from edgemed.quantization.gptq import Hessian, output_error, solve
+from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
-from edgemed.tokenizer import encode, open_tokenizer
-from edgemed.weights import Packed, Weights
 
 CONFIG = {
     "model_type": "gpt2",

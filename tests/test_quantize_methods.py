@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from edgemed import awq, plugins
-from edgemed.activations import Activations, Inputs
-from edgemed.allocate import Option, allocate, budget_bytes
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import calibration_windows
-from edgemed.decoder import block, load_layer, logits
+from edgemed import plugins
+from edgemed.data.text_sets import calibration_windows
 from edgemed.errors import EdgemedError
-from edgemed.gptq import Hessian, Solution, output_error, root_of, solve
-from edgemed.grid import LEAST, TRIES, clipped_scale, rtn, scale_of, widened
-from edgemed.random_weights import make_random
-from edgemed.sensitivity import sensitivities
-from edgemed.tokenizer import open_tokenizer
-from edgemed.weights import Packed, Weights, pack, unpack
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.random_weights import make_random
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.torch_decoder import block, load_layer, logits
+from edgemed.models.weights import Packed, Weights, pack, unpack
+from edgemed.quantization import awq
+from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
+from edgemed.quantization.gptq import Hessian, Solution, output_error, root_of, solve
+from edgemed.quantization.grids import LEAST, TRIES, clipped_scale, rtn, scale_of, widened
+from edgemed.quantization.hidden_states import Activations, Inputs
+from edgemed.quantization.sensitivity import sensitivities
 
 TRAINED = plugins.shared("recipes") / "quickstart" / "model"
 TINY = {

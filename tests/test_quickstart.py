@@ -147,8 +147,8 @@ def test_int4_engines_carry_the_same_integers(work: Path, report: dict) -> None:
     import onnx
     from gguf import GGUFReader
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.weights import Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.weights import Weights
 
     (packed,) = (work / "store").glob("quantize-*")
     weights = Weights(open_checkpoint(packed))

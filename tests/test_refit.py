@@ -20,15 +20,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from edgemed import params as strict
-from edgemed import refit, store, student
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import texts
-from edgemed.decoder import logits
+from edgemed.artifacts import store
+from edgemed.data.text_sets import texts
+from edgemed.distillation import quantized_student, student
 from edgemed.errors import EdgemedError
-from edgemed.recipe import Stage
-from edgemed.run import run_step
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.pipeline.recipe import Stage
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, quantize
-from edgemed.weights import Weights
 
 IDS = torch.tensor([tokens(40), tokens(40, seed=1)])
 FAMILIES = {
@@ -87,8 +88,8 @@ def run(model: Path, out: Path, params: distill.Params) -> dict:
 
 def opened(path: Path, folder: Path, norms: bool = False) -> tuple[Weights, torch.nn.Module]:
     weights = Weights(open_checkpoint(path))
-    model = student.load(weights, refit.expanded(weights, folder))
-    refit.freeze(model, weights, norms)
+    model = student.load(weights, quantized_student.expanded(weights, folder))
+    quantized_student.freeze(model, weights, norms)
     return weights, model.eval()
 
 
@@ -105,7 +106,7 @@ def test_the_student_computes_what_its_integers_stand_for(
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (
         count
-        == refit.trained(weights, False)["scales"]
+        == quantized_student.trained(weights, False)["scales"]
         == sum(
             m.scales.numel()
             for name in weights.parts
@@ -182,7 +183,7 @@ def test_integers_stay_and_the_divergence_falls(
 
 def test_engines_carry_the_trained_scales(model: Path, text: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    from edgemed.engine import export
+    from edgemed.engines.engine import export
     from edgemed.targets.onnx import Params
 
     run(packed(model, tmp_path / "packed", 4), tmp_path / "out", small(text, teacher=str(model)))

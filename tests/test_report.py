@@ -15,9 +15,8 @@ import pytest
 from conftest import ROOT
 from report_documents import FLOATS, TASKS, document, records, staged, verified
 
-from edgemed.device import read_device
 from edgemed.errors import EdgemedError
-from edgemed.formats import (
+from edgemed.formatting import (
     number,
     percent,
     percent_interval,
@@ -29,7 +28,8 @@ from edgemed.formats import (
     tiny,
     unit_of,
 )
-from edgemed.report import markdown, render, write
+from edgemed.hardware.device import read_device
+from edgemed.reporting.report import markdown, render, write
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -384,8 +384,8 @@ def test_the_core_is_enough(run, tmp_path):
     """A device renders reports too: nothing but the core packages may be loaded."""
     (tmp_path / "report.json").write_text(json.dumps(run))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom edgemed.compare import read_runs\nfrom"
-        f" edgemed.report import write\nwrite(read_runs([Path({str(tmp_path)!r})])[0].document,"
+        "import sys\nfrom pathlib import Path\nfrom edgemed.reporting.compare_runs import read_runs\nfrom"
+        f" edgemed.reporting.report import write\nwrite(read_runs([Path({str(tmp_path)!r})])[0].document,"
         f" Path({str(tmp_path)!r}))\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     )
     done = subprocess.run(
@@ -479,7 +479,7 @@ def contrast(one: str, other: str) -> float:
 def test_text_can_be_read_in_light_and_dark():
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     style = (
-        Path(sys.modules["edgemed.report"].__file__).parent / "templates" / "_style.css"
+        Path(sys.modules["edgemed.reporting.report"].__file__).parent / "templates" / "_style.css"
     ).read_text()
     light, dark = re.findall(r":root \{([^}]*--paper[^}]*)\}", style)[:2]
     for block in (light, dark):

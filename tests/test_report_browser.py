@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from report_documents import ORIN, TASKS, document, records
 
-from edgemed.report import page, render
-from edgemed.views import Run
+from edgemed.reporting.report import page, render
+from edgemed.reporting.view_model import Run
 
 CHROMIUM = next(
     (

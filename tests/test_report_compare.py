@@ -10,8 +10,9 @@ from conftest import cli, refused
 from report_documents import MACHINE, ORIN, TASKS, document, records
 from test_report import read
 
-from edgemed import compare, store
+from edgemed.artifacts import store
 from edgemed.errors import EdgemedError
+from edgemed.reporting import compare_runs
 
 FACTS = {
     "name": "onnx-int4",
@@ -88,7 +89,7 @@ def test_comparisons_follow_the_schema(drawn, engine, tmp_path):
     from conftest import ROOT
 
     small = {**drawn, "source_evals": [], "engines": [{**e, "evals": []} for e in drawn["engines"]]}
-    runs = compare.read_runs(
+    runs = compare_runs.read_runs(
         [
             save(tmp_path / "a", small),
             save_engine(tmp_path / "b", engine, records(30.0, 10**8, engine["manifest"]["key"])),
@@ -99,14 +100,14 @@ def test_comparisons_follow_the_schema(drawn, engine, tmp_path):
     )
     assert not [
         error.message[:300]
-        for error in validator.iter_errors(json.loads(json.dumps(compare.comparison(runs))))
+        for error in validator.iter_errors(json.loads(json.dumps(compare_runs.comparison(runs))))
     ]
 
 
 def test_other_sources_are_never_ranked(drawn, tmp_path):
     other = document(tasks=TASKS[:1], strategies=("zero-shot",), model="OtherLM")
-    runs = compare.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", other)])
-    text = read(compare.write_comparison(runs, tmp_path / "x.html").read_text())
+    runs = compare_runs.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", other)])
+    text = read(compare_runs.write_comparison(runs, tmp_path / "x.html").read_text())
     assert "2 different sources" in text
     assert "none is called better or worse" in text
     assert "source A" in text
@@ -121,9 +122,10 @@ def test_other_sources_are_never_ranked(drawn, tmp_path):
 
 def test_accuracy_stands_together_only_on_the_same_questions(drawn, tmp_path):
     fewer = document(tasks=(("medqa", 120, 4, 0.5, ()),), strategies=("zero-shot",))
-    runs = compare.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", fewer)])
+    runs = compare_runs.read_runs([save(tmp_path / "a", drawn), save(tmp_path / "b", fewer)])
     headings = re.findall(
-        r"<h3>(medqa[^<]*)</h3>", compare.write_comparison(runs, tmp_path / "x.html").read_text()
+        r"<h3>(medqa[^<]*)</h3>",
+        compare_runs.write_comparison(runs, tmp_path / "x.html").read_text(),
     )
     assert [re.sub(r", \w{6}\)", ")", h) for h in headings] == [
         "medqa (400 items)",
@@ -153,7 +155,7 @@ def test_an_engine_directory_is_read(engine, drawn, tmp_path):
         verify=engine["verify"],
         source={"name": "BioMedLM"},
     )
-    [made] = compare.read_runs([folder])
+    [made] = compare_runs.read_runs([folder])
     d = made.document
     assert [s["stage"] for s in d["steps"]] == ["merge", "quantize"]
     assert d["source"]["files"] == drawn["source"]["files"]
@@ -185,7 +187,7 @@ def test_two_machines_are_two_rows(engine, tmp_path):
         records(20.0, 10**8, key, MACHINE) + records(9.0, 10**8, key, ORIN),
         evals=engine["evals"],
     )
-    [made] = compare.read_runs([folder])
+    [made] = compare_runs.read_runs([folder])
     names = [e["name"] for e in made.document["engines"]]
     assert names == ["onnx-int4 on test-cpu-2c", "onnx-int4 on jetson-orin-nano-8gb (25W)"]
     assert [len(e["evals"]) for e in made.document["engines"]] == [2, 0]
@@ -197,7 +199,7 @@ def test_records_of_another_thread_count_do_not_mix(engine, tmp_path):
     folder = save_engine(tmp_path / "e", engine, [*four, *records(20.0, 10**8, key)[:4]])
     assert {
         r["how"]["threads"]
-        for r in compare.read_runs([folder])[0].document["engines"][0]["records"]
+        for r in compare_runs.read_runs([folder])[0].document["engines"][0]["records"]
     } == {2}
 
 
@@ -205,10 +207,10 @@ def test_an_engine_nobody_measured(engine, tmp_path):
     folder = save_engine(
         tmp_path / "e", {**engine, "manifest": {**engine["manifest"], "parent": None}}, []
     )
-    [made] = compare.read_runs([folder])
+    [made] = compare_runs.read_runs([folder])
     assert made.document["machine"] is None
     assert len(made.document["not_measured"]) == 3
-    text = read(compare.write_comparison([made], tmp_path / "x.html").read_text())
+    text = read(compare_runs.write_comparison([made], tmp_path / "x.html").read_text())
     assert "not measured" in text
     assert "nothing was measured" in text
 
@@ -221,21 +223,21 @@ def test_labels_are_short_and_differ(drawn, tmp_path):
         save(tmp_path / "tuesday" / "run", other),
         save(tmp_path / "run2", third),
     ]
-    assert [r.label for r in compare.read_runs(folders)] == [
+    assert [r.label for r in compare_runs.read_runs(folders)] == [
         "monday/run",
         "tuesday/run",
         f"{tmp_path.name}/run2",
     ]
     (tmp_path / "today").symlink_to(folders[0])
-    assert [r.label for r in compare.read_runs([tmp_path / "today", folders[2]])] == [
+    assert [r.label for r in compare_runs.read_runs([tmp_path / "today", folders[2]])] == [
         "today",
         "run2",
     ], "as it was named, not where a link leads"
-    assert [r.label for r in compare.read_runs(folders[1:])] == [
+    assert [r.label for r in compare_runs.read_runs(folders[1:])] == [
         "run",
         "run2",
     ]
-    assert compare.read_runs(folders[:1])[0].label == ""
+    assert compare_runs.read_runs(folders[:1])[0].label == ""
 
 
 def test_wrong_input_is_refused(drawn, engine, tmp_path):
@@ -277,10 +279,10 @@ def test_a_failed_write_leaves_the_old_page(drawn, tmp_path, monkeypatch):
     run = save(tmp_path / "run", drawn)
     (run / "report.html").write_text("old")
     monkeypatch.setattr(
-        "edgemed.report.markdown", lambda _: (_ for _ in ()).throw(EdgemedError("no"))
+        "edgemed.reporting.report.markdown", lambda _: (_ for _ in ()).throw(EdgemedError("no"))
     )
     with pytest.raises(EdgemedError):
-        from edgemed.report import write
+        from edgemed.reporting.report import write
 
         write(drawn, run)
     assert (run / "report.html").read_text() == "old"

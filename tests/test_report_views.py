@@ -10,10 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from report_documents import MACHINE, ORIN, TASKS, document, records, result
 
-from edgemed import accuracy, lineage, plots, stats, summary, svg
-from edgemed.plots import Point, Range, Row
-from edgemed.svg import Scale, log_ticks, ticks
-from edgemed.views import Run, view
+from edgemed.artifacts import lineage
+from edgemed.evaluation import paired_statistics
+from edgemed.reporting import accuracy_section, charts, svg, verdicts
+from edgemed.reporting.charts import Point, Range, Row
+from edgemed.reporting.svg import Scale, log_ticks, ticks
+from edgemed.reporting.view_model import Run, view
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_fast_enough_on_any_machine_where_no_device_was_asked_for(run):
     ],
 )
 def test_met(spread, limit, below, kind):
-    assert summary.met({"min": spread[0], "max": spread[1]}, limit, below) == kind
+    assert verdicts.met({"min": spread[0], "max": spread[1]}, limit, below) == kind
 
 
 def test_not_worse_is_the_gates_verdict(run):
@@ -176,10 +178,10 @@ def test_power_mode_makes_another_machine(run):
 
 def test_pareto_front():
     found = [(1.0, 0.5), (2.0, 0.7), (2.0, 0.6), (3.0, 0.7), (4.0, 0.9), (0.5, 0.4), (2.0, 0.7)]
-    assert accuracy.front(found) == [True, True, False, False, True, True, True], (
+    assert accuracy_section.front(found) == [True, True, False, False, True, True, True], (
         "of two that are equal, both stay"
     )
-    assert accuracy.front([]) == []
+    assert accuracy_section.front([]) == []
 
 
 def test_costs_keep_machines_and_failed_engines_apart(run):
@@ -188,7 +190,7 @@ def test_costs_keep_machines_and_failed_engines_apart(run):
         for r in run["engines"][1]["evals"]
     ]
     shown = view([Run(run)])
-    costs = accuracy.costs(accuracy.tasks([Run(run)], shown["engines"]))
+    costs = accuracy_section.costs(accuracy_section.tasks([Run(run)], shown["engines"]))
     assert costs["machines"] == ["elsewhere", "test-cpu-2c"]
     assert not any("gguf-q2_k" in label for _, label in costs["engines"])
     elsewhere = [p for p in costs["panels"] if "elsewhere" in p["title"]]
@@ -200,7 +202,7 @@ def test_costs_keep_machines_and_failed_engines_apart(run):
 def test_tasks_join_only_on_the_same_key(run):
     other = document(tasks=(("medqa", 100, 4, 0.4, ()), TASKS[1]), strategies=("zero-shot",))
     runs = [Run(run, "a"), Run(other, "b")]
-    found = accuracy.tasks(runs, view(runs)["engines"])
+    found = accuracy_section.tasks(runs, view(runs)["engines"])
     assert [re.sub(r"[0-9a-f]{6}\)", "KEY)", t["title"]) for t in found] == [
         "medqa (400 items, KEY)",
         "pubmedqa",
@@ -216,7 +218,7 @@ def test_tasks_join_only_on_the_same_key(run):
 
 def test_the_gates_verdict_reaches_its_row(run):
     shown = view([Run(run)])
-    medqa = accuracy.tasks([Run(run)], shown["engines"])[0]
+    medqa = accuracy_section.tasks([Run(run)], shown["engines"])[0]
     for block, judged in zip(medqa["blocks"], (True, False), strict=True):
         assert all(
             (row["verdict"] is not None) == judged for row in block["rows"] if not row["source"]
@@ -233,13 +235,13 @@ def test_a_task_in_one_language_meets_its_comparison(run):
     engine = run["engines"][0]
     engine["evals"][0]["language"] = "es"
     engine["gate"]["comparisons"][0]["task"] = "medqa/es"
-    [row, *_] = accuracy.engine_rows(view([Run(run)])["engines"][0])
+    [row, *_] = accuracy_section.engine_rows(view([Run(run)])["engines"][0])
     assert row["judged"]["task"] == "medqa/es"
 
 
 def test_worst_subgroup_is_named(run):
     shown = view([Run(run)])
-    found = accuracy.tasks([Run(run)], shown["engines"])[0]["subgroups"]
+    found = accuracy_section.tasks([Run(run)], shown["engines"])[0]["subgroups"]
     assert [line["value"] for line in found["rows"]] == [
         "anatomy",
         "cardiology",
@@ -253,7 +255,7 @@ def test_worst_subgroup_is_named(run):
             [lowest["value"]] if lowest["difference"] < 0 else []
         )
         assert min(c["difference"] for c in cells) == lowest["difference"]
-    assert accuracy.tasks([Run(run)], shown["engines"])[1]["subgroups"] is None
+    assert accuracy_section.tasks([Run(run)], shown["engines"])[1]["subgroups"] is None
 
 
 def test_the_tree_follows_keys(run):
@@ -356,7 +358,7 @@ def sample(label, share=0.9, source=False, failed=False, verdict=None):
     found = result(("t", 100, 2, 0.5, ()), "zero-shot", other, label, "ab" * 32, 1.0)
     return Row(
         label,
-        {**found, "paired": None if source else stats.paired(items, other, 0.02, 0.05)},
+        {**found, "paired": None if source else paired_statistics.paired(items, other, 0.02, 0.05)},
         source,
         failed,
         verdict,
@@ -373,16 +375,16 @@ def test_charts_are_well_formed_and_stay_inside():
         sample("c", 0.9),
     ]
     found = [
-        plots.accuracy(rows, 0.5, "t"),
-        plots.accuracy(rows[1:2], None, "t"),
-        plots.differences(rows, 0.02, "t"),
-        plots.differences(rows, None, "t"),
-        plots.flips(rows, "t"),
-        plots.reliability(None, rows[2].result["calibration"]["bins"], "t"),
-        plots.reliability(
+        charts.accuracy(rows, 0.5, "t"),
+        charts.accuracy(rows[1:2], None, "t"),
+        charts.differences(rows, 0.02, "t"),
+        charts.differences(rows, None, "t"),
+        charts.flips(rows, "t"),
+        charts.reliability(None, rows[2].result["calibration"]["bins"], "t"),
+        charts.reliability(
             rows[2].result["calibration"]["bins"], rows[3].result["calibration"]["bins"], "t"
         ),
-        plots.spans(
+        charts.spans(
             [
                 Range(
                     "a",
@@ -402,7 +404,7 @@ def test_charts_are_well_formed_and_stay_inside():
             ],
             "t",
         ),
-        plots.spans(
+        charts.spans(
             [
                 Range("prompt"),
                 Range("a", 0.01, {"min": 0.01, "median": 0.01, "max": 0.01}),
@@ -410,9 +412,9 @@ def test_charts_are_well_formed_and_stay_inside():
             ],
             "t",
         ),
-        plots.memory([("a", 10**9, 2 * 10**9), ("b", 10**6, None)], {"dev": 7e9}, "t"),
-        plots.memory([("a", 5, None)], {}, "t"),
-        plots.pareto(
+        charts.memory([("a", 10**9, 2 * 10**9), ("b", 10**6, None)], {"dev": 7e9}, "t"),
+        charts.memory([("a", 5, None)], {}, "t"),
+        charts.pareto(
             [
                 Point(1, i, 10.0**i, 0.5 + i / 20, (0.4, 0.9), i % 2 == 0, f"<{i}>")
                 for i in range(6)
@@ -420,8 +422,8 @@ def test_charts_are_well_formed_and_stay_inside():
             "seconds per question",
             "t",
         ),
-        plots.pareto([Point(1, 0, 2.0, 0.5, (0.4, 0.6), True, "x")], "joules per question", "t"),
-        plots.key("triangle"),
+        charts.pareto([Point(1, 0, 2.0, 0.5, (0.4, 0.6), True, "x")], "joules per question", "t"),
+        charts.key("triangle"),
     ]
     for drawing in found:
         root = parse(drawing)
@@ -446,7 +448,7 @@ def test_charts_are_well_formed_and_stay_inside():
 
 def test_a_mark_stands_where_its_number_is():
     row = sample("a", 1.0)
-    drawing = parse(plots.accuracy([row], 0.5, "t"))
+    drawing = parse(charts.accuracy([row], 0.5, "t"))
     [dot] = [node for node in drawing.iter() if node.get("class") == "dot"]
     whisker = next(node for node in drawing.iter() if node.get("class") == "whisker")
     low, high = row.result["interval"]
@@ -457,7 +459,7 @@ def test_a_mark_stands_where_its_number_is():
 
 
 def test_flips_have_lengths_in_proportion():
-    drawing = parse(plots.flips([sample("a", 0.8), sample("b", 0.9)], "t"))
+    drawing = parse(charts.flips([sample("a", 0.8), sample("b", 0.9)], "t"))
     widths = [
         float(node.get("width")) for node in drawing.iter() if node.get("class") == "bar gained"
     ]
@@ -469,7 +471,7 @@ def test_a_gain_is_not_called_a_loss(run):
     for engine in run["engines"]:
         worst = engine["evals"][0]["paired"]["worst"]
         worst["difference"] = max(0.0, worst["difference"])
-    found = accuracy.tasks([Run(run)], view([Run(run)])["engines"])[0]["subgroups"]
+    found = accuracy_section.tasks([Run(run)], view([Run(run)])["engines"])[0]["subgroups"]
     assert found["worst"] == []
     assert not any(c["worst"] for line in found["rows"] for c in line["cells"])
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
-from edgemed import params, published
-from edgemed.device import power_mode_of, read_device
-from edgemed.roofline import (
+from edgemed import params
+from edgemed.hardware.device import power_mode_of, read_device
+from edgemed.planning import validation
+from edgemed.planning.roofline import (
     Constants,
     Storage,
     Vision,
@@ -136,8 +137,8 @@ def test_measured_numbers_come_before_the_sheet(tmp_path):
 
 
 def test_every_published_row_is_used_or_listed():
-    found, left = published.cases()
-    rows = published.rows("published_latency")
+    found, left = validation.cases()
+    rows = validation.rows("published_latency")
     assert len(rows) == 69
     assert len(found) + len(left) == sum(
         bool(row[c]) for row in rows for c in ("decode_tok_s", "prefill_ms", "vit_ms")
@@ -145,11 +146,11 @@ def test_every_published_row_is_used_or_listed():
     assert [why for *_, why in left] == [
         "Jetson Orin Nano, Cosmos-Reason2-2B, TensorRT-Edge-LLM: image tokens not published"
     ]
-    for file in published.FILES:
+    for file in validation.FILES:
         assert (
-            all(row["source"] for row in published.rows(file))
+            all(row["source"] for row in validation.rows(file))
             if file != "own_latency"
-            else all(row["when"] for row in published.rows(file))
+            else all(row["when"] for row in validation.rows(file))
         )
 
 
@@ -157,7 +158,7 @@ def test_left_out_means_left_out():
     assert {"Jetson AGX Thor", "Jetson AGX Orin", "Jetson Orin Nano"} <= set(
         fitted()["held_out"]["device"]
     )
-    bases = {case.base for case in published.cases()[0]}
+    bases = {case.base for case in validation.cases()[0]}
     assert bases <= set(fitted()["held_out"]["model"]), (
         "a model with the same matrices is the same model"
     )
@@ -168,7 +169,7 @@ def test_left_out_means_left_out():
 
 @pytest.mark.parametrize(
     "rows",
-    [row for row in published.summary() if row["prediction"] != "fitted to all"],
+    [row for row in validation.summary() if row["prediction"] != "fitted to all"],
     ids=lambda row: "-".join(map(str, list(row.values())[:3])),
 )
 def test_stated_error(rows):
@@ -224,7 +225,7 @@ def test_own_rows_are_those_of_the_records():
     import json
 
     found = [{name: str(value) for name, value in row.items()} for row in json.loads(done.stdout)]
-    assert found == published.rows("own_latency"), "run python bench/fit_roofline.py"
+    assert found == validation.rows("own_latency"), "run python bench/fit_roofline.py"
 
 
 def test_page_shows_what_the_code_computes():

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgemed import conditions, device, doctor, jetson, nvml, sensors, sweep, thermal
+from edgemed.benchmarking import machine_state, thread_sweep
 from edgemed.errors import EdgemedError
-from edgemed.recipe import BenchSpec, Recipe
-from edgemed.run import not_measured
-from edgemed.sysfs import number
+from edgemed.hardware import device, doctor, jetson, nvml, power_sensors, thermal
+from edgemed.hardware.sysfs import number
+from edgemed.pipeline.recipe import BenchSpec, Recipe
+from edgemed.pipeline.runner import not_measured
 
 DATA = Path(__file__).parent / "data" / "sensors"
 
@@ -63,7 +64,7 @@ def set_to(root: Path, path: str, value: object) -> None:
     ],
 )
 def test_jetson_power_counts_every_part_once(machine, name, rails, watts):
-    found = sensors.find(machine(name))
+    found = power_sensors.find(machine(name))
     assert [(s.name, s.part, s.kind, s.problem) for s in found] == [
         (rail, "board", "power", "") for rail in rails
     ]
@@ -74,14 +75,14 @@ def test_the_old_driver_without_power_files_multiplies(machine):
     root = machine("jetson-nano")
     for file in (root / "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0").glob("in_power*"):
         file.unlink()
-    assert [s.read() for s in sensors.find(root)] == [pytest.approx(5.0 * 0.350)]
+    assert [s.read() for s in power_sensors.find(root)] == [pytest.approx(5.0 * 0.350)]
 
 
 def test_the_same_chip_on_another_board_is_not_taken_for_its_module(machine):
     root = machine("jetson-agx-thor")
     (root / "etc/nv_tegra_release").unlink()
     set_to(root, "proc/device-tree/compatible", "some,carrier")
-    assert sensors.find(root) == []
+    assert power_sensors.find(root) == []
 
 
 @pytest.mark.parametrize(
@@ -135,11 +136,11 @@ def test_tegrastats_that_ends_is_an_error():
 
 
 def test_rapl_counts_packages_and_their_memory_once(machine):
-    one = sensors.find(machine("intel-i5-13500"))
+    one = power_sensors.find(machine("intel-i5-13500"))
     assert [(s.name, s.kind, s.read(), s.wrap) for s in one] == [
         ("package-0", "energy", pytest.approx(65997.277274), pytest.approx(262143.328850))
     ]
-    two = sensors.find(machine("intel-xeon-2s"))
+    two = power_sensors.find(machine("intel-xeon-2s"))
     assert {s.name: s.read() for s in two} == {
         "package-0": 100.0,
         "dram of package 0": 50.0,
@@ -151,7 +152,7 @@ def test_rapl_counts_packages_and_their_memory_once(machine):
 def test_a_counter_that_wraps_while_measured(machine):
     root = machine("amd-ryzen")
     counter = "sys/class/powercap/intel-rapl:0/energy_uj"
-    with sensors.Meter(sensors.find(root)) as meter:
+    with power_sensors.Meter(power_sensors.find(root)) as meter:
         set_to(root, counter, 65_500_000_000)
         time.sleep(0.25)
         set_to(root, counter, 1_000_000)
@@ -163,16 +164,16 @@ def test_a_counter_that_wraps_while_measured(machine):
 
 
 def test_counter_arithmetic():
-    assert sensors.counted(5, 8, None) == 3
-    assert sensors.counted(98, 3, 100) == 5
+    assert power_sensors.counted(5, 8, None) == 3
+    assert power_sensors.counted(98, 3, 100) == 5
     with pytest.raises(ValueError, match="went back"):
-        sensors.counted(8, 5, None)
+        power_sensors.counted(8, 5, None)
 
 
 def test_power_is_integrated_over_time():
     level = [10.0]
-    sensor = sensors.Sensor("rail", "board", "power", "test", lambda: level[0], settle=0.5)
-    with sensors.Meter([sensor]) as meter:
+    sensor = power_sensors.Sensor("rail", "board", "power", "test", lambda: level[0], settle=0.5)
+    with power_sensors.Meter([sensor]) as meter:
         time.sleep(0.35)
         level[0] = 30.0
         time.sleep(0.35)
@@ -193,7 +194,9 @@ def test_a_sensor_that_fails_gives_a_reason_and_no_number():
         except StopIteration:
             raise OSError("no such device") from None
 
-    with sensors.Meter([sensors.Sensor("rail", "board", "power", "test", read)]) as meter:
+    with power_sensors.Meter(
+        [power_sensors.Sensor("rail", "board", "power", "test", read)]
+    ) as meter:
         time.sleep(0.15)
     assert meter.joules is None
     assert "rail failed while it was read: no such device" in meter.reason
@@ -209,7 +212,7 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
         return read(self)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with sensors.Meter(sensors.find(root)) as meter:
+    with power_sensors.Meter(power_sensors.find(root)) as meter:
         pass
     assert meter.joules is None
     assert meter.reason.startswith(
@@ -217,7 +220,7 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
     )
     assert "sudo chmod a+r" in meter.reason
     assert "CVE-2020-8694" in meter.reason
-    [finding] = doctor.power_sensors(sensors.find(root))
+    [finding] = doctor.power_sensors(power_sensors.find(root))
     assert finding.state == "missing"
     assert "no permission" in finding.detail
     assert "chmod" in finding.fix
@@ -238,39 +241,39 @@ def test_a_jetson_that_hides_its_rails_is_a_reason(machine, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", refuse(texts))
     monkeypatch.setattr(Path, "read_bytes", refuse(raw))
-    chosen, reason = sensors.choose(sensors.find(root))
+    chosen, reason = power_sensors.choose(power_sensors.find(root))
     assert chosen == []
     assert reason.startswith("no permission: /sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in")
     assert reason.endswith("Run with sudo")
 
 
 def test_no_sensor_is_a_reason(tmp_path):
-    with sensors.Meter(sensors.find(tmp_path)) as meter:
+    with power_sensors.Meter(power_sensors.find(tmp_path)) as meter:
         pass
     assert meter.joules is None
-    assert meter.reason == sensors.NONE_FOUND
-    assert doctor.power_sensors([])[0].detail == sensors.NONE_FOUND
+    assert meter.reason == power_sensors.NONE_FOUND
+    assert doctor.power_sensors([])[0].detail == power_sensors.NONE_FOUND
 
 
-def fixed(name: str, part: str, joules: float, **facts: str) -> sensors.Sensor:
-    return sensors.Sensor(name, part, "energy", "test", lambda: joules, **facts)
+def fixed(name: str, part: str, joules: float, **facts: str) -> power_sensors.Sensor:
+    return power_sensors.Sensor(name, part, "energy", "test", lambda: joules, **facts)
 
 
 def test_which_sensors_are_the_energy_of_the_work():
     cpu = fixed("package-0", "cpu", 1)
     gpu = fixed("GPU 0", "gpu", 1)
     board = fixed("VDD_IN", "board", 1)
-    assert sensors.choose([cpu, gpu]) == ([cpu], "")
-    assert sensors.choose([cpu, gpu], on_gpu=True) == ([cpu, gpu], "")
-    assert sensors.choose([cpu, gpu, board], on_gpu=True) == ([board], "")
-    assert sensors.choose([gpu], on_gpu=True) == ([gpu], "")
+    assert power_sensors.choose([cpu, gpu]) == ([cpu], "")
+    assert power_sensors.choose([cpu, gpu], on_gpu=True) == ([cpu, gpu], "")
+    assert power_sensors.choose([cpu, gpu, board], on_gpu=True) == ([board], "")
+    assert power_sensors.choose([gpu], on_gpu=True) == ([gpu], "")
     # A number that leaves out where the work is done would mislead.
     refused = fixed("GPU", "gpu", 1, problem="no permission: NVML", fix="Run nvidia-smi")
-    assert sensors.choose([cpu, refused], on_gpu=True) == (
+    assert power_sensors.choose([cpu, refused], on_gpu=True) == (
         [],
         "no permission: NVML. Run nvidia-smi",
     )
-    assert sensors.choose([gpu])[1] == sensors.NONE_FOUND
+    assert power_sensors.choose([gpu])[1] == power_sensors.NONE_FOUND
 
 
 class FakeNvml(types.ModuleType):
@@ -315,7 +318,9 @@ def with_nvml(monkeypatch, **answers) -> FakeNvml:
     fake = FakeNvml(**answers)
     monkeypatch.setattr(nvml, "need", lambda module, extra: fake)
     monkeypatch.setattr(
-        sensors.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "nvidia-smi" else None
+        power_sensors.shutil,
+        "which",
+        lambda name: f"/usr/bin/{name}" if name == "nvidia-smi" else None,
     )
     return fake
 
@@ -329,7 +334,7 @@ def test_nvml_counter_power_and_clocks(monkeypatch):
         nvmlDeviceGetClockInfo=1980,
         nvmlDeviceGetCurrentClocksThrottleReasons=0x1 | 0x4 | 0x40,
     )
-    [sensor] = sensors.gpu()
+    [sensor] = power_sensors.gpu()
     assert (sensor.kind, sensor.part, sensor.name, sensor.read()) == (
         "energy",
         "gpu",
@@ -354,19 +359,19 @@ def test_nvml_without_a_counter_samples_power(monkeypatch):
         nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported,
         nvmlDeviceGetPowerUsage=70250,
     )
-    [sensor] = sensors.gpu()
+    [sensor] = power_sensors.gpu()
     assert (sensor.kind, sensor.settle, sensor.read()) == ("power", 1.0, 70.25)
 
 
 def test_nvml_that_fails_is_a_reason(monkeypatch):
     with_nvml(monkeypatch, nvmlInit=FakeNvml.NVMLError)
-    assert "NVML does not answer: Not Supported" in sensors.gpu()[0].problem
+    assert "NVML does not answer: Not Supported" in power_sensors.gpu()[0].problem
     with_nvml(
         monkeypatch,
         nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported,
         nvmlDeviceGetPowerUsage=FakeNvml.NVMLError,
     )
-    [sensor] = sensors.gpu()
+    [sensor] = power_sensors.gpu()
     assert "nvmlDeviceGetPowerUsage" in sensor.problem
     assert sensor.fix
     monkeypatch.setattr(
@@ -376,12 +381,12 @@ def test_nvml_that_fails_is_a_reason(monkeypatch):
             EdgemedError("package missing", "pip install 'edgemed[nvml]'")
         ),
     )
-    assert sensors.choose(sensors.gpu(), on_gpu=True) == (
+    assert power_sensors.choose(power_sensors.gpu(), on_gpu=True) == (
         [],
         "package missing. pip install 'edgemed[nvml]'",
     )
-    monkeypatch.setattr(sensors.shutil, "which", lambda name: None)
-    assert sensors.gpu() == []
+    monkeypatch.setattr(power_sensors.shutil, "which", lambda name: None)
+    assert power_sensors.gpu() == []
 
 
 def test_state_of_a_jetson(machine):
@@ -581,24 +586,26 @@ class Busy:
 @pytest.fixture
 def quick(monkeypatch):
     for name in ("EARLY", "LOAD", "REST"):
-        monkeypatch.setattr(conditions, name, 0.2)
-    monkeypatch.setattr(conditions, "LOOK", 0.05)
+        monkeypatch.setattr(machine_state, name, 0.2)
+    monkeypatch.setattr(machine_state, "LOOK", 0.05)
 
 
 def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
     root = machine("jetson-orin-nano-super")
     monkeypatch.setattr(
-        sensors,
+        power_sensors,
         "find",
         lambda: [
-            sensors.Sensor(
+            power_sensors.Sensor(
                 "VDD_IN", "board", "power", "INA power monitor", lambda: 10.0, settle=0.1
             )
         ],
     )
-    monkeypatch.setattr(conditions.thermal, "look", lambda card=None, look=thermal.look: look(root))
+    monkeypatch.setattr(
+        machine_state.thermal, "look", lambda card=None, look=thermal.look: look(root)
+    )
     session = Busy()
-    watch = conditions.Conditions()
+    watch = machine_state.Conditions()
     watch.begin(session, [1] * 8)
     assert session.prefilled >= 8
     assert watch.early
@@ -635,19 +642,19 @@ def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
 
 
 def test_conditions_cost_nothing_where_nothing_is_told(tmp_path, monkeypatch, quick):
-    monkeypatch.setattr(sensors, "find", list)
+    monkeypatch.setattr(power_sensors, "find", list)
     monkeypatch.setattr(
-        conditions.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
+        machine_state.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
     )
     session = Busy()
-    watch = conditions.Conditions()
+    watch = machine_state.Conditions()
     watch.begin(session, [1])
     assert watch.end(session, [1], [1], 4) == []
     assert watch.rest() == []
     assert session.prefilled == session.stepped == 0
     state = watch.state()
     assert state["energy"] is None
-    assert state["energy_reason"] == sensors.NONE_FOUND
+    assert state["energy_reason"] == power_sensors.NONE_FOUND
     assert state["throttled"] is None
 
 
@@ -656,14 +663,14 @@ def test_a_sensor_failing_in_the_middle_leaves_the_bench_standing(tmp_path, monk
         raise OSError("I/O error")
 
     monkeypatch.setattr(
-        sensors,
+        power_sensors,
         "find",
-        lambda: [sensors.Sensor("VDD_IN", "board", "power", "INA power monitor", broken)],
+        lambda: [power_sensors.Sensor("VDD_IN", "board", "power", "INA power monitor", broken)],
     )
     monkeypatch.setattr(
-        conditions.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
+        machine_state.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
     )
-    watch = conditions.Conditions()
+    watch = machine_state.Conditions()
     assert watch.end(Busy(), [1], [1], 4) == []
     assert watch.rest() == []
     assert watch.state()["energy_reason"] == "VDD_IN failed while it was read: I/O error"
@@ -671,20 +678,20 @@ def test_a_sensor_failing_in_the_middle_leaves_the_bench_standing(tmp_path, monk
 
 def test_every_reader_works_on_this_machine():
     assert isinstance(thermal.look(), thermal.State)
-    assert all(isinstance(s, sensors.Sensor) for s in sensors.find())
+    assert all(isinstance(s, power_sensors.Sensor) for s in power_sensors.find())
     found = number(Path("/proc/self/stat"))
     assert found
     assert found > 0
 
 
 def test_points_of_a_thread_sweep():
-    assert [p.threads for p in sweep.points(4, 2, [[0, 1, 2, 3]])] == [
+    assert [p.threads for p in thread_sweep.points(4, 2, [[0, 1, 2, 3]])] == [
         1,
         2,
         3,
         4,
     ], "one kind of core needs no pinning"
-    unlike = sweep.points(4, 4, [[2, 3], [0, 1]])
+    unlike = thread_sweep.points(4, 4, [[2, 3], [0, 1]])
     assert [(p.threads, p.label) for p in unlike] == [
         *((n, "all") for n in range(1, 5)),
         (1, "2-3"),
@@ -692,20 +699,20 @@ def test_points_of_a_thread_sweep():
         (1, "0-1"),
         (2, "0-1"),
     ]
-    many = [p.threads for p in sweep.points(128, 64, [])]
+    many = [p.threads for p in thread_sweep.points(128, 64, [])]
     assert many == [*range(1, 17), 32, 48, 64, 80, 96, 112, 128]
-    assert sweep.Point(1, (0, 2)).label == "0,2"
-    assert sweep.Point(1, (5,)).label == "5"
+    assert thread_sweep.Point(1, (0, 2)).label == "0,2"
+    assert thread_sweep.Point(1, (5,)).label == "5"
 
 
 def test_waiting_is_set_before_a_process_starts(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
-    assert sweep.environment("auto")["GOMP_SPINCOUNT"] == "1000"
-    passive = sweep.environment("passive")
+    assert thread_sweep.environment("auto")["GOMP_SPINCOUNT"] == "1000"
+    passive = thread_sweep.environment("passive")
     assert passive["OMP_WAIT_POLICY"] == "passive"
     assert "GOMP_SPINCOUNT" not in passive
     with pytest.raises(EdgemedError, match="Did you mean 'passive'"):
-        sweep.environment("pasive")
+        thread_sweep.environment("pasive")
 
 
 def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
@@ -718,11 +725,13 @@ def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
             "prefill_tokens_per_second": 100.0 / point.threads + len(order),
         }
 
-    monkeypatch.setattr(sweep, "one", one)
-    monkeypatch.setattr(sweep, "open_engine", lambda path, check: types.SimpleNamespace(context=64))
-    monkeypatch.setattr(sweep, "machine", lambda: {"logical_cores": 3, "physical_cores": 3})
-    monkeypatch.setattr(sweep.thermal, "clusters", list)
-    rows = sweep.sweep("threads", tmp_path, BenchSpec((8,), 4, 2))
+    monkeypatch.setattr(thread_sweep, "one", one)
+    monkeypatch.setattr(
+        thread_sweep, "open_engine", lambda path, check: types.SimpleNamespace(context=64)
+    )
+    monkeypatch.setattr(thread_sweep, "machine", lambda: {"logical_cores": 3, "physical_cores": 3})
+    monkeypatch.setattr(thread_sweep.thermal, "clusters", list)
+    rows = thread_sweep.sweep("threads", tmp_path, BenchSpec((8,), 4, 2))
     assert order == [1, 2, 3, 3, 2, 1]
     assert [(row["threads"], row["best"]) for row in rows] == [
         (1, "prefill"),
@@ -735,16 +744,16 @@ def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
         rows[0]["prefill_tokens_per_second_max"],
     ) == (101, 106)
     with pytest.raises(EdgemedError, match="does not fit"):
-        sweep.sweep("threads", tmp_path, BenchSpec((64,), 4, 1))
+        thread_sweep.sweep("threads", tmp_path, BenchSpec((64,), 4, 1))
 
 
 def test_a_point_that_fails_is_named(tmp_path):
     with pytest.raises(EdgemedError, match=r"2 threads on cores 0-1 failed: .*does not exist"):
-        sweep.one(
+        thread_sweep.one(
             tmp_path / "none",
-            sweep.Point(2, (0, 1)),
+            thread_sweep.Point(2, (0, 1)),
             BenchSpec((8,), 4, 1),
-            sweep.environment("auto"),
+            thread_sweep.environment("auto"),
         )
 
 

@@ -17,13 +17,15 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
-from edgemed import deltas, facts, plugins
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession, logits
-from edgemed.engine import export
+from edgemed import plugins
+from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import TorchSession, logits
+from edgemed.models.weights import Weights
+from edgemed.moe import shared_expert_base
+from edgemed.planning import inspect
 from edgemed.steps import merge, quantize
-from edgemed.weights import Weights
 
 IDS = tokens(40)
 CALIBRATION = {"calibration": "medquad-answers", "samples": 4, "length": 32}
@@ -114,7 +116,7 @@ def test_low_rank_is_the_nearest_on_what_is_read() -> None:
     x = torch.randn(400, 16, generator=generator) @ torch.diag(torch.linspace(0.05, 3, 16))
     moment = 2 * x.T @ x / len(x)
     found = {
-        kind: (lambda f: f["b"] @ f["a"])(deltas.low_rank(rest, second, 4))
+        kind: (lambda f: f["b"] @ f["a"])(shared_expert_base.low_rank(rest, second, 4))
         for kind, second in (("read", moment), ("plain", torch.eye(16)))
     }
     left, sizes, right = np.linalg.svd(rest.numpy(), full_matrices=False)
@@ -130,7 +132,7 @@ def test_low_rank_is_the_nearest_on_what_is_read() -> None:
 
 def test_sparse_keeps_what_weighs_most_in_each_row() -> None:
     rest = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.1, 0.2, -0.3, 0.4]])
-    found = deltas.sparse(rest, torch.diag(torch.tensor([1.0, 100.0, 1.0, 0.01])), 2)
+    found = shared_expert_base.sparse(rest, torch.diag(torch.tensor([1.0, 100.0, 1.0, 0.01])), 2)
     assert found["columns"].tolist() == [[0, 1], [1, 2]]
     assert torch.equal(found["values"], torch.tensor([[3.0, -1.0], [0.2, -0.3]]))
 
@@ -258,7 +260,7 @@ def test_other_targets_read_whole_experts(
 def test_what_is_stored_is_smaller_and_counted(tmp_path: Path) -> None:
     model = write(tmp_path / "model", "moe-tinymed")
     shared(model, tmp_path / "out", rank=6)
-    found = {name: facts.inspect(str(tmp_path / name)) for name in ("model", "out")}
+    found = {name: inspect.inspect(str(tmp_path / name)) for name in ("model", "out")}
     stored = sum(
         value.numel() for value in load_file(tmp_path / "out" / "model.safetensors").values()
     )
@@ -272,7 +274,7 @@ def test_what_is_stored_is_smaller_and_counted(tmp_path: Path) -> None:
         found["out"]["memory"]["int4 g128"]["weights_mb"]
         < found["model"]["memory"]["int4 g128"]["weights_mb"]
     )
-    d = facts.dimensions(Weights(open_checkpoint(tmp_path / "out")))
+    d = inspect.dimensions(Weights(open_checkpoint(tmp_path / "out")))
     assert d.expert == 6 * (64 + 256) + 6 * (128 + 64)
     assert d.experts == 4
 

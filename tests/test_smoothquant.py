@@ -18,15 +18,15 @@ from conftest import cli, on_q8_grid, refused, rewrite, tokens, write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from edgemed.checkpoint import Checkpoint, open_checkpoint
-from edgemed.decoder import block, embed, linear, load_layer, logits, norm, top
-from edgemed.engine import export
+from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
-from edgemed.session import log_softmax
-from edgemed.smooth import scale
+from edgemed.inference.session import log_softmax
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.torch_decoder import block, embed, linear, load_layer, logits, norm, top
+from edgemed.models.weights import Weights
+from edgemed.quantization.smoothquant import scale
 from edgemed.steps import quantize
 from edgemed.targets import onnx, tensorrt
-from edgemed.weights import Weights
 
 IDS = tokens(80)
 FAMILIES = {

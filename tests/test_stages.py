@@ -16,18 +16,19 @@ from conftest import IMAGE, ROOT, cli, refused
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
 
-from edgemed import plugins, stages
-from edgemed.checkpoint import open_checkpoint
-from edgemed.data import image_questions
-from edgemed.engine import Engine, export
+from edgemed import plugins
+from edgemed.data.text_sets import image_questions
+from edgemed.engines.engine import Engine, export
+from edgemed.engines.image_reference import SCORED
+from edgemed.engines.reference import FILE, Reference
 from edgemed.errors import EdgemedError
-from edgemed.image_reference import SCORED
-from edgemed.recipe import VerifySpec
-from edgemed.reference import FILE, Reference
-from edgemed.run import answers, image_answers
-from edgemed.verify import Limits, verify
-from edgemed.vision import VisionSession
-from edgemed.weights import Weights
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.weights import Weights
+from edgemed.onnx.vision_encoder import VisionSession
+from edgemed.pipeline.recipe import VerifySpec
+from edgemed.pipeline.runner import answers, image_answers
+from edgemed.verification import vision_parity
+from edgemed.verification.parity import Limits, verify
 
 SPEC = VerifySpec(
     "medquad-answers",
@@ -87,7 +88,7 @@ def test_source_answers_as_transformers(sees: Path, reference: Reference) -> Non
     assert len(images.logits) == 10
     for n in range(10):
         seen = process(images=[images.image(n)], return_tensors="pt")
-        assert np.abs(seen["pixel_values"].numpy() - images.pixels[n]).max() <= stages.PIXELS
+        assert np.abs(seen["pixel_values"].numpy() - images.pixels[n]).max() <= vision_parity.PIXELS
         tokens, _pictures = images.shown(n, v, 3, 1024)
         ids = torch.tensor([tokens])
         with torch.inference_mode():
@@ -110,8 +111,8 @@ def test_source_answers_as_transformers(sees: Path, reference: Reference) -> Non
                 seen["pixel_values"], seen["image_grid_thw"]
             ).pooler_output[0]
             assert (
-                stages.relative(images.features[0], features.detach().numpy())
-                <= stages.TOWERS["fp32"]
+                vision_parity.relative(images.features[0], features.detach().numpy())
+                <= vision_parity.TOWERS["fp32"]
             )
     assert len({tuple(answer) for answer in images.greedy.tolist()}) == 10, (
         "every image is answered in another way, so that a mistaken one shows"
@@ -156,7 +157,7 @@ def test_narrow_towers_have_limits_of_their_own(
     assert result["passed"], result["problems"]
     for name in ("tower", "projector"):
         assert least < found[name]["error"] < most
-        assert found[name]["limit"] == stages.TOWERS[tower]
+        assert found[name]["limit"] == vision_parity.TOWERS[tower]
         assert f"the {tower} {name}" in found[name]["how"]
     assert found["decoder"]["limit"] == 1e-3, "the decoder is as exact as ever"
     assert 0 < found["end to end"]["error"] < 0.05 == found["end to end"]["limit"]
@@ -174,7 +175,7 @@ def test_a_bfloat16_tower(sees: Path, reference: Reference, tmp_path: Path) -> N
     )
     for name in ("tower", "projector"):
         assert 1e-4 < found[name]["error"] < 2e-2
-        assert found[name]["limit"] == stages.TOWERS["bf16"]
+        assert found[name]["limit"] == vision_parity.TOWERS["bf16"]
         assert found[name]["passed"]
 
 
@@ -200,7 +201,7 @@ def test_libmtmds_tower_and_projector_are_one_stage(
     assert list(found) == ["projector", "decoder", "end to end"], result["problems"]
     assert result["passed"], result["problems"]
     assert 1e-5 < found["projector"]["error"] < most
-    assert found["projector"]["limit"] == stages.MTMD[mmproj]
+    assert found["projector"]["limit"] == vision_parity.MTMD[mmproj]
     assert f"{mmproj} tower and projector in one" in found["projector"]["how"]
     assert ("share of greedy tokens" in found["end to end"]["how"]) == (mmproj == "f32"), (
         "only float32 must answer every token"
@@ -271,9 +272,12 @@ def test_a_fault_of_the_engine_shows_in_its_own_stage(
 ) -> None:
     stage, method, change = FAULTS[fault]
     run_tower = VisionSession.run_tower
-    patches = stages.patches
+    patches = vision_parity.patches
     if method == "preprocess":
-        for module in ("edgemed.stages.patches", "edgemed.vision.patches"):
+        for module in (
+            "edgemed.verification.vision_parity.patches",
+            "edgemed.onnx.vision_encoder.patches",
+        ):
             monkeypatch.setattr(
                 module,
                 lambda image, v: replace(found := patches(image, v), pixels=change(found.pixels)),
@@ -296,11 +300,11 @@ def test_a_fault_of_the_engine_shows_in_its_own_stage(
 
 def test_relative_error_by_hand() -> None:
     right = np.array([[3.0, 4.0]], np.float32)
-    assert stages.relative(right, right) == 0
-    assert stages.relative(np.array([[3.0, 4.5]], np.float32), right) == pytest.approx(0.125)
+    assert vision_parity.relative(right, right) == 0
+    assert vision_parity.relative(np.array([[3.0, 4.5]], np.float32), right) == pytest.approx(0.125)
     spiked = np.ones((100, 100), np.float32)
     spiked[0, 0] = 300
-    assert stages.relative(spiked + np.float32(0.01), spiked) == pytest.approx(
+    assert vision_parity.relative(spiked + np.float32(0.01), spiked) == pytest.approx(
         1 / np.sqrt(9999 + 9e4)
     ), "beside the one large value alone it would be 3e-5"
 
@@ -430,9 +434,9 @@ def test_run_reports_stages_and_a_question_about_an_image(
     sees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    from edgemed import run as run_module
-    from edgemed.recipe import read_recipe
-    from edgemed.report import markdown, render
+    from edgemed.pipeline import runner as run_module
+    from edgemed.pipeline.recipe import read_recipe
+    from edgemed.reporting.report import markdown, render
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
@@ -498,8 +502,8 @@ def test_run_reports_stages_and_a_question_about_an_image(
 
 
 def test_bench_of_an_image(engine: Engine) -> None:
-    from edgemed.bench import bench
-    from edgemed.recipe import BenchSpec
+    from edgemed.benchmarking.bench import bench
+    from edgemed.pipeline.recipe import BenchSpec
 
     found = {r["name"]: r for r in bench(engine, BenchSpec((16,), 4, 3, 1, image=112))}
     parts = [
@@ -532,8 +536,8 @@ def test_bench_of_an_image(engine: Engine) -> None:
 def test_a_second_question_costs_no_second_look(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgemed.bench import image_questions
-    from edgemed.recipe import BenchSpec
+    from edgemed.benchmarking.bench import image_questions
+    from edgemed.pipeline.recipe import BenchSpec
 
     looks = []
     run_tower = VisionSession.run_tower

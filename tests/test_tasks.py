@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 
 from edgemed import plugins
-from edgemed.data import read_jsonl
+from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
-from edgemed.task import Questions, describe, questions
+from edgemed.evaluation.task import Questions, describe, questions
 
 ROW = {
     "id": "1",

@@ -19,18 +19,19 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from edgemed import api, store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import attention, logits
-from edgemed.engine import Engine, export, open_engine
+from edgemed import api
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine, export, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.graph import Graph, Precision
-from edgemed.grid import rtn
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import attention, logits
+from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.onnx.decoder_graph import Graph, Precision
+from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
 from edgemed.targets.tensorrt import PROFILES, Params
-from edgemed.trt_dialect import NOWHERE, PlainDialect, rows_offered
-from edgemed.trt_parser import check, read_table, versions
-from edgemed.weights import Dense, Packed, Weights
+from edgemed.tensorrt.dialect import NOWHERE, PlainDialect, rows_offered
+from edgemed.tensorrt.parser_check import check, read_table, versions
 
 IDS = tokens(CONTEXT, seed=4)
 
@@ -180,7 +181,7 @@ def test_attention_with_fewer_key_heads(tmp_path: Path, kv_heads: int, floats: s
     """One attention alone, past and new rows, against torch; rows behind the past are garbage that
     must not be seen.
     """
-    from edgemed.family import all_families
+    from edgemed.models.architecture import all_families
 
     family = next(iter(all_families().values()))
     d = replace(
@@ -544,7 +545,7 @@ def test_build_without_tensorrt(unbuilt: Path) -> None:
 
 
 def test_verify_names_the_stand_in(model: Path, tmp_path: Path) -> None:
-    from edgemed.verify import Limits, verify
+    from edgemed.verification.parity import Limits, verify
 
     engine = api.export(str(model), "tensorrt", tmp_path / "engine", precision="fp16")
     result = verify(engine, engine.reference(), Limits())
@@ -657,11 +658,11 @@ def test_precision_and_profile_unknown(
 
 
 def test_the_same_answers_as_the_onnx_engine(tmp_path: Path) -> None:
-    from edgemed.data import texts
-    from edgemed.recipe import Stage
-    from edgemed.run import run_step
+    from edgemed.data.text_sets import texts
+    from edgemed.models.tokenizer import encode
+    from edgemed.pipeline.recipe import Stage
+    from edgemed.pipeline.runner import run_step
     from edgemed.targets.onnx import Params as Onnx
-    from edgemed.tokenizer import encode
 
     source = Path(__file__).resolve().parent.parent / "recipes" / "quickstart" / "model"
     params = quantize.Params(

@@ -15,16 +15,17 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import plugins, tower
-from edgemed.checkpoint import Checkpoint, open_checkpoint
-from edgemed.engine import export
-from edgemed.graph import Graph, Precision
-from edgemed.images import patches
-from edgemed.ort_dialect import OrtDialect
-from edgemed.trt_stand_in import started
-from edgemed.vision import eyes_of
-from edgemed.vision_graph import TOWERS
-from edgemed.weights import Weights
+from edgemed import plugins
+from edgemed.engines.engine import export
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.weights import Weights
+from edgemed.onnx.decoder_graph import Graph, Precision
+from edgemed.onnx.ort_dialect import OrtDialect
+from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.onnx.vision_graph import TOWERS
+from edgemed.tensorrt.ort_emulation import started
+from edgemed.vision import torch_encoder
+from edgemed.vision.preprocessing import patches
 
 LIMITS = {"fp32": 1e-5, "fp16": 2e-3, "int8": 3e-2, "w8a8": 4e-2}
 
@@ -47,7 +48,7 @@ def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (84, 140, 3), dtype=np.uint8))
     # One colour: every patch is the same, and so is every row of what follows.
     for image in (noise, Image.new("RGB", (56, 56), "black")):
-        right = tower.features(Weights(source), patches(image, eyes.v))["features"].numpy()
+        right = torch_encoder.features(Weights(source), patches(image, eyes.v))["features"].numpy()
         found = eyes.features(image)[0]
         assert np.linalg.norm(found - right) / np.linalg.norm(right) < LIMITS[kind]
 

@@ -21,16 +21,17 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from edgemed import api, store
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import logits
-from edgemed.engine import Engine, export, finish, open_engine
+from edgemed import api
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine, export, finish, open_engine
+from edgemed.engines.reference import make_reference
 from edgemed.errors import EdgemedError
-from edgemed.reference import make_reference
-from edgemed.scoring import Reader
-from edgemed.session import Sampling, generate
+from edgemed.evaluation.option_scoring import Reader
+from edgemed.inference.session import Sampling, generate
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
 from edgemed.targets.tensorrt import Params
-from edgemed.weights import Weights
 
 IDS = tokens(CONTEXT, seed=3)
 
@@ -40,7 +41,7 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """Unbuilt engines, copied by each test."""
     folder = tmp_path_factory.mktemp("made")
     checkpoint = open_checkpoint(model)
-    from edgemed.decoder import TorchSession
+    from edgemed.models.torch_decoder import TorchSession
 
     reference = make_reference(
         TorchSession(Weights(checkpoint)), np.array([IDS[:48], IDS[48:96]]), 16, 8
@@ -187,7 +188,7 @@ def test_build_verb_verifies_and_measures(
 ) -> None:
     fake_tensorrt.install(monkeypatch)
     # The bandwidth of this machine's memory takes long to measure and says nothing about a GPU.
-    monkeypatch.setattr("edgemed.bench.read_bandwidth", lambda threads: 10.0)
+    monkeypatch.setattr("edgemed.benchmarking.bench.read_bandwidth", lambda threads: 10.0)
     engine = engine_of(made, "fp16", tmp_path)
     found = api.build(engine.path)
     assert found["verify"]["passed"]
@@ -412,7 +413,7 @@ def test_a_signed_engine_is_signed_again_after_building(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cryptography")
-    from edgemed import signature
+    from edgemed.provenance import signature
 
     fake_tensorrt.install(monkeypatch)
     engine = engine_of(made, "fp32", tmp_path)

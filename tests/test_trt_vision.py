@@ -21,23 +21,24 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import store, tower
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession
-from edgemed.engine import Engine, export, finish, open_engine
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine, export, finish, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.family import Vision
-from edgemed.grid import rtn
-from edgemed.images import fitted_size, most_features, patches, vision_of
-from edgemed.session import Pictures, Sampling, Session, generate
+from edgemed.inference.session import Pictures, Sampling, Session, generate
+from edgemed.models.architecture import Vision
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Dense, Weights
+from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.onnx.vision_graph import build_vision
+from edgemed.quantization.grids import rtn
 from edgemed.targets import tensorrt as target
 from edgemed.targets.tensorrt import PROFILES, Params
-from edgemed.trt_build import patch_range
-from edgemed.trt_dialect import PlainDialect
-from edgemed.trt_parser import check, read_table
-from edgemed.vision import eyes_of
-from edgemed.vision_graph import build_vision
-from edgemed.weights import Dense, Weights
+from edgemed.tensorrt.build import patch_range
+from edgemed.tensorrt.dialect import PlainDialect
+from edgemed.tensorrt.parser_check import check, read_table
+from edgemed.vision import torch_encoder
+from edgemed.vision.preprocessing import fitted_size, most_features, patches, vision_of
 
 TOKEN = 260
 BEFORE = 262
@@ -186,8 +187,8 @@ def test_int8_tower_carries_its_integers(engines: dict[str, Path], sees: tuple[P
     eyes = eyes_of(open_engine(engines["int4"]), 1)
     weights = Rounded(open_checkpoint(sees[0]))
     for size in SIZES[:2]:
-        right = tower.features(weights, patches(noise(*size), eyes.v))["features"].numpy()
-        plain = tower.features(Weights(weights.checkpoint), patches(noise(*size), eyes.v))[
+        right = torch_encoder.features(weights, patches(noise(*size), eyes.v))["features"].numpy()
+        plain = torch_encoder.features(Weights(weights.checkpoint), patches(noise(*size), eyes.v))[
             "features"
         ].numpy()
         found = eyes.features(noise(*size))[0]
@@ -413,7 +414,7 @@ def test_lower_precisions_stay_near(engines: dict[str, Path], sees: tuple[Path, 
     eyes = eyes_of(engine, 1)
     session = engine.open(1)
     seen, scores, _ = answers(session, eyes, prompt(2), images, 1)
-    rounded = tower.TorchEyes(weights)
+    rounded = torch_encoder.TorchEyes(weights)
     rounded.v = eyes.v
     source = TorchSession(weights)
     tokens_, pictures = rounded.see(prompt(2), images)
@@ -489,7 +490,7 @@ def test_norms_and_softmax_are_float32(engines: dict[str, Path]) -> None:
 def test_a_problem_names_its_graph(
     sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgemed import trt_parser
+    from edgemed.tensorrt import parser_check
 
     table = read_table("10.3")
     # Each of these operators is in one graph alone: the decoder has RMS norms, and only the
@@ -498,7 +499,7 @@ def test_a_problem_names_its_graph(
         lacking = replace(
             table, operators={**table.operators, op: {**table.operators[op], "types": []}}
         )
-        monkeypatch.setattr(trt_parser, "read_table", lambda version, lacking=lacking: lacking)
+        monkeypatch.setattr(parser_check, "read_table", lambda version, lacking=lacking: lacking)
         with pytest.raises(
             EdgemedError,
             match=rf"TensorRT 10.3 would not parse {graph}.onnx: .*operator {op} is not parsed",
@@ -612,8 +613,8 @@ def test_build_verb_finishes_and_verifies_what_it_sees(
     sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgemed import api
-    from edgemed.image_reference import make_image_reference
-    from edgemed.reference import make_reference
+    from edgemed.engines.image_reference import make_image_reference
+    from edgemed.engines.reference import make_reference
 
     fake_tensorrt.install(monkeypatch)
     weights = Weights(open_checkpoint(sees[0]))
@@ -623,7 +624,7 @@ def test_build_verb_finishes_and_verifies_what_it_sees(
     def look(image: Any) -> tuple[Any, np.ndarray, np.ndarray]:
         found = patches(image, v)
         return found, *(
-            tower.features(weights, found)[part].numpy() for part in ("tower", "features")
+            torch_encoder.features(weights, found)[part].numpy() for part in ("tower", "features")
         )
 
     images = make_image_reference(
@@ -652,18 +653,18 @@ def test_build_verb_finishes_and_verifies_what_it_sees(
 def test_an_interrupted_build_leaves_nothing(
     engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    from edgemed import trt_build
+    from edgemed.tensorrt import build
 
     fake_tensorrt.install(monkeypatch)
     engine = open_engine(shutil.copytree(engines["fp32"], tmp_path / "engine"))
-    whole = trt_build.serialized
+    whole = build.serialized
 
     def stopped(trt: Any, engine: Engine, name: str, *rest: Any) -> Any:
         if name == at:
             raise KeyboardInterrupt
         return whole(trt, engine, name, *rest)
 
-    monkeypatch.setattr(trt_build, "serialized", stopped)
+    monkeypatch.setattr(build, "serialized", stopped)
     with pytest.raises(KeyboardInterrupt):
         finish(engine, 300)
     left = sorted(
@@ -671,7 +672,7 @@ def test_an_interrupted_build_leaves_nothing(
     )
     assert left == ["timing-10.3.0.30-8.7.cache"], "kernel timings are kept, and whole"
     assert engine.stand_in, "kernel timings are kept, and whole"
-    monkeypatch.setattr(trt_build, "serialized", whole)
+    monkeypatch.setattr(build, "serialized", whole)
     finish(engine, 300)
     assert not engine.stand_in
 
@@ -701,7 +702,7 @@ def test_memory_of_the_tower_is_said(
         eyes_of(engine)
     here.driver.memory = 1 << 30
     shutil.rmtree(engine.path / "on-device" / "plan")
-    monkeypatch.setattr("edgemed.trt_build.score_bytes", lambda v, context: 2 << 30)
+    monkeypatch.setattr("edgemed.tensorrt.build.score_bytes", lambda v, context: 2 << 30)
     with pytest.raises(
         EdgemedError,
         match=r"building tower.onnx needs about 28\d\d MB of GPU memory.*fewer max_pixels",

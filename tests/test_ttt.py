@@ -18,16 +18,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from edgemed.checkpoint import open_checkpoint
-from edgemed.decoder import TorchSession
+from edgemed.data.image_text_windows import IGNORED
 from edgemed.errors import EdgemedError
-from edgemed.run import evaluate_opened, open_source
-from edgemed.sights import IGNORED
-from edgemed.strategy import Settings
-from edgemed.task import questions
-from edgemed.tokenizer import open_tokenizer
-from edgemed.ttt import Adapt, Learner, Library, compare
-from edgemed.weights import Weights
+from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.task import questions
+from edgemed.evaluation.test_time_training import Adapt, Learner, Library, compare
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.torch_decoder import TorchSession
+from edgemed.models.weights import Weights
+from edgemed.pipeline.runner import evaluate_opened, open_source
 
 IDS = tokens(50)
 

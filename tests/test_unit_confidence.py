@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from edgemed.confidence import (
+from edgemed.errors import EdgemedError
+from edgemed.evaluation.confidence import (
     brier,
     calibration_error,
     coverage,
@@ -15,7 +16,6 @@ from edgemed.confidence import (
     reliability,
     summary,
 )
-from edgemed.errors import EdgemedError
 
 
 def item(gold: int, answer: int, *shares: float) -> dict:

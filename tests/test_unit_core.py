@@ -13,14 +13,15 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from edgemed import params, store
-from edgemed.data import read_card, texts
+from edgemed import params
+from edgemed.artifacts import store
+from edgemed.data.text_sets import read_card, texts
+from edgemed.engines.reference import Reference, windows_of
 from edgemed.errors import EdgemedError, nearest, need
-from edgemed.evaluate import evaluate, judge, majority, pair, part_of, source_key
-from edgemed.recipe import override, read_recipe
-from edgemed.reference import Reference, windows_of
-from edgemed.task import Example, Prompt, Questions, Task, questions
-from edgemed.tokenizer import chat_text
+from edgemed.evaluation.evaluate import evaluate, judge, majority, pair, part_of, source_key
+from edgemed.evaluation.task import Example, Prompt, Questions, Task, questions
+from edgemed.models.tokenizer import chat_text
+from edgemed.pipeline.recipe import override, read_recipe
 
 # --- errors and parameters
 

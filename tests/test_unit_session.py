@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgemed.errors import EdgemedError
-from edgemed.session import Sampling, check_room, generate, pick
+from edgemed.inference.session import Sampling, check_room, generate, pick
 
 
 class Toy:

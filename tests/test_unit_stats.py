@@ -13,8 +13,8 @@ from functools import cache, lru_cache
 import numpy as np
 import pytest
 
-from edgemed import exact, stats
 from edgemed.errors import EdgemedError
+from edgemed.evaluation import exact_tests, paired_statistics
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
@@ -63,12 +63,12 @@ def test_wilson() -> None:
         (40_000, 100_000, 0.95),
     ):
         assert np.allclose(
-            stats.wilson(k, n, confidence),
+            paired_statistics.wilson(k, n, confidence),
             proportion.proportion_confint(k, n, 1 - confidence, method="wilson"),
             atol=1e-12,
         )
         assert np.allclose(
-            stats.wilson(k, n, confidence),
+            paired_statistics.wilson(k, n, confidence),
             scipy_stats.binomtest(k, n).proportion_ci(confidence, method="wilson"),
             atol=1e-12,
         )
@@ -79,7 +79,7 @@ def test_wilson() -> None:
         (0, 20, 0, 0.1611),
         (1, 29, 0.0061, 0.1718),
     ):
-        assert np.allclose(stats.wilson(k, n), (low, high), atol=5.1e-5)
+        assert np.allclose(paired_statistics.wilson(k, n), (low, high), atol=5.1e-5)
 
 
 def test_mcnemar() -> None:
@@ -95,9 +95,9 @@ def test_mcnemar() -> None:
         (52_000, 48_000),
     ):
         expected = scipy_stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1
-        assert stats.mcnemar(lost, gained) == pytest.approx(expected, rel=1e-6)
+        assert paired_statistics.mcnemar(lost, gained) == pytest.approx(expected, rel=1e-6)
         if lost + gained:
-            assert stats.mcnemar(lost, gained) == pytest.approx(
+            assert paired_statistics.mcnemar(lost, gained) == pytest.approx(
                 tables.mcnemar([[9, lost], [gained, 9]], exact=True).pvalue, rel=1e-6
             )
 
@@ -107,8 +107,10 @@ def test_holm() -> None:
     random = np.random.default_rng(3)
     for size in (1, 2, 4, 9):
         ps = (random.random(size) ** 3).tolist()
-        assert np.allclose(stats.holm(ps), multitest.multipletests(ps, method="holm")[1])
-    assert stats.holm([0.04, 0.01, 0.04]) == [0.08, 0.03, 0.08]
+        assert np.allclose(
+            paired_statistics.holm(ps), multitest.multipletests(ps, method="holm")[1]
+        )
+    assert paired_statistics.holm([0.04, 0.01, 0.04]) == [0.08, 0.03, 0.08]
 
 
 # --- published examples. (a, b, c, d): both, only first, only second, neither; the difference is
@@ -140,7 +142,9 @@ def test_holm() -> None:
 )
 def test_tango(table: tuple[int, ...], confidence: float, low: float, high: float) -> None:
     _, first, second, _ = table
-    assert np.allclose(stats.tango(second, first, sum(table), confidence), (low, high), atol=5.1e-4)
+    assert np.allclose(
+        paired_statistics.tango(second, first, sum(table), confidence), (low, high), atol=5.1e-4
+    )
 
 
 # Newcombe, Statist. Med. 17:2635 (1998), Table III, method 10. One of its 36 limits (0.8736, lower,
@@ -171,26 +175,26 @@ NEWCOMBE = [
 @pytest.mark.parametrize(("table", "low", "high"), NEWCOMBE)
 def test_newcombe(table: tuple[int, ...], low: float | None, high: float) -> None:
     both, first, second, neither = table
-    found = stats.newcombe(both, second, first, neither)
+    found = paired_statistics.newcombe(both, second, first, neither)
     assert found[1] == pytest.approx(high, abs=5.1e-5)
     assert low is None or found[0] == pytest.approx(low, abs=5.1e-5)
 
 
 def test_newcombe_other_source() -> None:
     # Fagerland, Lydersen and Laake 2014, and the R package contingencytables (test-ch8.R).
-    assert np.allclose(stats.newcombe(1, 7, 1, 12), (-0.507, -0.026), atol=5.1e-4)
-    assert np.allclose(stats.newcombe(59, 16, 6, 80), (-0.1186, -0.0046), atol=5.1e-5)
+    assert np.allclose(paired_statistics.newcombe(1, 7, 1, 12), (-0.507, -0.026), atol=5.1e-4)
+    assert np.allclose(paired_statistics.newcombe(59, 16, 6, 80), (-0.1186, -0.0046), atol=5.1e-5)
 
 
 # --- the score statistic and the exact test
 
 
 def test_score_without_margin_is_mcnemars() -> None:
-    assert exact.score(5, 12, 40, 0.0) == pytest.approx(7 / np.sqrt(17))
-    assert exact.score(0, 0, 40, 0.0) == 0
+    assert exact_tests.score(5, 12, 40, 0.0) == pytest.approx(7 / np.sqrt(17))
+    assert exact_tests.score(0, 0, 40, 0.0) == 0
     # With no changed answer the variance under H0 is that of a binomial with one kind of change
     # only.
-    assert exact.score(0, 0, 100, 0.04) == pytest.approx(4 / np.sqrt(100 * 0.04 * 0.96))
+    assert exact_tests.score(0, 0, 100, 0.04) == pytest.approx(4 / np.sqrt(100 * 0.04 * 0.96))
 
 
 @pytest.mark.parametrize("loss", [-0.9, -0.2, -0.02, 0.0, 0.001, 0.02, 0.1, 0.5])
@@ -200,7 +204,7 @@ def test_score_grows_with_every_gain_and_falls_with_every_loss(loss: float) -> N
     """
     for n in (7, 40, 90):
         lost, gained = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
-        z = np.where(lost + gained <= n, exact.score(lost, gained, n, loss), np.nan)
+        z = np.where(lost + gained <= n, exact_tests.score(lost, gained, n, loss), np.nan)
         with np.errstate(invalid="ignore"):
             assert np.nanmax(z[1:] - z[:-1]) <= 1e-9
             assert np.nanmin(z[:, 1:] - z[:, :-1]) >= -1e-9
@@ -215,9 +219,12 @@ def test_region_is_the_sum_over_all_outcomes() -> None:
         changed = random.uniform(abs(loss), 1, 2)
         all_lost, all_gained = outcomes(n)
         inside = (
-            exact.score(all_lost, all_gained, n, loss) >= exact.score(lost, gained, n, loss) - 1e-9
+            exact_tests.score(all_lost, all_gained, n, loss)
+            >= exact_tests.score(lost, gained, n, loss) - 1e-9
         )
-        found = exact.region(lost, gained, n, loss, (changed + loss) / 2, (changed - loss) / 2)
+        found = exact_tests.region(
+            lost, gained, n, loss, (changed + loss) / 2, (changed - loss) / 2
+        )
         for share, p in zip(changed, found, strict=True):
             assert p == pytest.approx(
                 probability(all_lost, all_gained, n, (share + loss) / 2, (share - loss) / 2)[
@@ -233,12 +240,12 @@ def test_no_changed_answer() -> None:
     """
     assert (
         0.98**149
-        < exact.p_loss_at_least(0, 0, 149, 0.02)
+        < exact_tests.p_loss_at_least(0, 0, 149, 0.02)
         <= 0.05
         < 0.98**148
-        < exact.p_loss_at_least(0, 0, 148, 0.02)
+        < exact_tests.p_loss_at_least(0, 0, 148, 0.02)
     )
-    assert stats.items_needed(0, 0, 20, 0.02, 0.05) == 149
+    assert paired_statistics.items_needed(0, 0, 20, 0.02, 0.05) == 149
 
 
 def critical(n: int, margin: float, alpha: float, inferior: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -250,7 +257,7 @@ def critical(n: int, margin: float, alpha: float, inferior: bool) -> tuple[np.nd
     for changed in range(n + 1):
         # Enough to look near the previous border: it moves by at most a few.
         def p(k: int, changed: int = changed) -> float:
-            return exact.p_loss_at_least(k, changed - k, n, -margin if inferior else margin)
+            return exact_tests.p_loss_at_least(k, changed - k, n, -margin if inferior else margin)
 
         while most < changed and p(most + 1) <= alpha:
             most += 1
@@ -284,7 +291,7 @@ def test_wrong_verdicts_are_at_most_alpha(n: int, margin: float, alpha: float) -
         assert worst_rate(*critical(n, margin, alpha, inferior), n, margin) <= alpha
     if n == 133:
         lost, gained = outcomes(n)
-        plain = exact.score(lost, gained, n, margin) >= scipy_stats.norm.isf(alpha)
+        plain = exact_tests.score(lost, gained, n, margin) >= scipy_stats.norm.isf(alpha)
         assert worst_rate(lost[plain], gained[plain], n, margin) > 1.3 * alpha
 
 
@@ -292,7 +299,7 @@ def test_gate_of_four_bad_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four engines that lose exactly the margin, on the same items: a pass among them, and a fail
     among them, at most in alpha of all runs.
     """
-    monkeypatch.setattr(stats, "items_needed", lambda *_: None)
+    monkeypatch.setattr(paired_statistics, "items_needed", lambda *_: None)
     n = 120
     margin = 0.05
     alpha = 0.05
@@ -301,8 +308,8 @@ def test_gate_of_four_bad_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     @cache
     def pair(lost: int, gained: int) -> dict:
         ps = {
-            "p": exact.p_loss_at_least(lost, gained, n, margin),
-            "p_inferior": exact.p_loss_at_least(gained, lost, n, -margin),
+            "p": exact_tests.p_loss_at_least(lost, gained, n, margin),
+            "p_inferior": exact_tests.p_loss_at_least(gained, lost, n, -margin),
         }
         return {
             "n": n,
@@ -323,9 +330,9 @@ def test_gate_of_four_bad_engines(monkeypatch: pytest.MonkeyPatch) -> None:
         counts = [(int((u < 0.09).sum()), int((u > 0.96).sum())) for u in luck]
         verdicts = {
             row["verdict"]
-            for row in stats.gate([(("e", "t", "s"), pair(*c)) for c in counts], margin, alpha)[
-                "comparisons"
-            ]
+            for row in paired_statistics.gate(
+                [(("e", "t", "s"), pair(*c)) for c in counts], margin, alpha
+            )["comparisons"]
         }
         for verdict in rates:
             rates[verdict] += verdict in verdicts
@@ -343,7 +350,7 @@ def test_lower_limit_covers() -> None:
     lost, gained = outcomes(n)
     limits = np.array(
         [
-            exact.lower_limit(int(b), int(c), n, alpha, -0.1)
+            exact_tests.lower_limit(int(b), int(c), n, alpha, -0.1)
             for b, c in zip(lost, gained, strict=True)
         ]
     )
@@ -367,7 +374,7 @@ def test_lower_limit_covers() -> None:
     [(0, 0, 149), (0, 0, 148), (2, 1, 200), (10, 3, 200), (30, 5, 200), (0, 6, 60), (9, 9, 40)],
 )
 def test_limits_agree_with_the_tests(lost: int, gained: int, n: int) -> None:
-    made = stats.paired(*answers(lost, gained, n), 0.02, 0.05)["noninferiority"]
+    made = paired_statistics.paired(*answers(lost, gained, n), 0.02, 0.05)["noninferiority"]
     assert (made["lower"] >= -0.02) == (made["p"] <= 0.05)
     assert (made["upper"] <= -0.02) == (made["p_inferior"] <= 0.05)
     assert made["lower"] < (gained - lost) / n < made["upper"]
@@ -388,10 +395,10 @@ def test_limits_agree_with_the_tests(lost: int, gained: int, n: int) -> None:
 def test_items_needed_decide_in_four_of_five(
     lost: int, gained: int, n: int, margin: float, alpha: float
 ) -> None:
-    assert stats.decided(lost, gained, n, margin, alpha) is None
-    size = stats.items_needed(lost, gained, n, margin, alpha)
+    assert paired_statistics.decided(lost, gained, n, margin, alpha) is None
+    size = paired_statistics.items_needed(lost, gained, n, margin, alpha)
     decided = lru_cache(maxsize=None)(
-        lambda b, c: stats.decided(b, c, size, margin, alpha) is not None
+        lambda b, c: paired_statistics.decided(b, c, size, margin, alpha) is not None
     )
     draws = np.random.default_rng(1).multinomial(
         size, [lost / n, gained / n, 1 - (lost + gained) / n], 300
@@ -400,8 +407,8 @@ def test_items_needed_decide_in_four_of_five(
 
 
 def test_no_number_of_items_decides_a_loss_of_the_margin() -> None:
-    assert stats.items_needed(4, 0, 200, 0.02, 0.05) is None
-    assert stats.items_needed(9, 3, 300, 0.02, 0.05) is None
+    assert paired_statistics.items_needed(4, 0, 200, 0.02, 0.05) is None
+    assert paired_statistics.items_needed(9, 3, 300, 0.02, 0.05) is None
 
 
 @pytest.mark.parametrize(
@@ -414,9 +421,9 @@ def test_minimum_detectable_is_found_in_four_of_five(
     """Or more often, where no answer changed: there the approximation names a loss somewhat larger
     than needed.
     """
-    loss = stats.minimum_detectable(changed, n, alpha)
+    loss = paired_statistics.minimum_detectable(changed, n, alpha)
     share = max(changed / n, loss)
-    found = lru_cache(maxsize=None)(lambda b, c: exact.p_loss_at_least(c, b, n, 0.0) <= alpha)
+    found = lru_cache(maxsize=None)(lambda b, c: exact_tests.p_loss_at_least(c, b, n, 0.0) <= alpha)
     draws = np.random.default_rng(2).multinomial(
         n, [(share + loss) / 2, (share - loss) / 2, 1 - share], 300
     )
@@ -424,8 +431,8 @@ def test_minimum_detectable_is_found_in_four_of_five(
 
 
 def test_minimum_detectable_of_hardly_any_items() -> None:
-    assert stats.minimum_detectable(0, 2, 0.05) is None
-    assert 0.5 < stats.minimum_detectable(0, 6, 0.05) < 1
+    assert paired_statistics.minimum_detectable(0, 2, 0.05) is None
+    assert 0.5 < paired_statistics.minimum_detectable(0, 6, 0.05) < 1
 
 
 # --- paired and gate
@@ -449,7 +456,7 @@ def test_paired_counts_by_hand() -> None:
         ]
         for side in (source, engine)
     ]
-    found = stats.paired(*made, 0.1, 0.05)
+    found = paired_statistics.paired(*made, 0.1, 0.05)
     expected = {
         "n": 8,
         "both": 2,
@@ -466,10 +473,10 @@ def test_paired_counts_by_hand() -> None:
     assert {key: found[key] for key in expected} == expected
     assert found["difference"] == {
         "value": -0.125,
-        "interval": stats.tango(2, 1, 8),
+        "interval": paired_statistics.tango(2, 1, 8),
         "method": "Tango score, 95 %",
     }
-    assert found["newcombe"] == stats.newcombe(2, 2, 1, 3)
+    assert found["newcombe"] == paired_statistics.newcombe(2, 2, 1, 3)
     assert [
         (
             row["value"],
@@ -506,7 +513,7 @@ def test_worst_subgroup_needs_ten_items_and_ties_go_to_the_larger() -> None:
             }
     for i in (0, 1, 2, 5, 15, 16):
         engine[i]["answer"] = 0
-    found = stats.paired(source, engine, 0.02, 0.05)
+    found = paired_statistics.paired(source, engine, 0.02, 0.05)
     assert found["worst"]["value"] == "large"
     assert found["worst"]["difference"] == -0.1
     assert min(row["difference"] for row in found["subgroups"]) == -0.6
@@ -524,7 +531,7 @@ def test_worst_subgroup_needs_ten_items_and_ties_go_to_the_larger() -> None:
     ],
 )
 def test_degenerate_tables(lost: int, gained: int, n: int, verdict: str) -> None:
-    found = stats.paired(*answers(lost, gained, n), 0.02, 0.05)
+    found = paired_statistics.paired(*answers(lost, gained, n), 0.02, 0.05)
     assert found["verdict"] == verdict
     assert (found["items_needed"] is None) == (verdict != "undecided")
     numbers = [
@@ -552,26 +559,26 @@ def test_paired_refuses() -> None:
         (float("nan"), 0.05, "margin of nan"),
     ):
         with pytest.raises(EdgemedError, match=said):
-            stats.paired(source, engine, margin, alpha)
+            paired_statistics.paired(source, engine, margin, alpha)
         with pytest.raises(EdgemedError, match=said):
-            stats.gate([], margin, alpha)
+            paired_statistics.gate([], margin, alpha)
     with pytest.raises(EdgemedError, match="no items"):
-        stats.paired([], [], 0.02, 0.05)
+        paired_statistics.paired([], [], 0.02, 0.05)
     with pytest.raises(EdgemedError, match="no items"):
-        stats.wilson(0, 0)
+        paired_statistics.wilson(0, 0)
     with pytest.raises(EdgemedError, match="4 items of the source, 3 of the engine"):
-        stats.paired(source, engine[:3], 0.02, 0.05)
+        paired_statistics.paired(source, engine[:3], 0.02, 0.05)
     with pytest.raises(EdgemedError, match="item 3: id '2' of the source, 'x' of the engine"):
-        stats.paired(
+        paired_statistics.paired(
             source, [*engine[:2], {**engine[2], "id": "x"}, {**engine[3], "gold": 7}], 0.02, 0.05
         )
     with pytest.raises(EdgemedError, match="item 4: gold 1 of the source, 7 of the engine"):
-        stats.paired(source, [*engine[:3], {**engine[3], "gold": 7}], 0.02, 0.05)
+        paired_statistics.paired(source, [*engine[:3], {**engine[3], "gold": 7}], 0.02, 0.05)
 
 
 def test_gate() -> None:
     pairs = {
-        name: stats.paired(*answers(*counts), 0.02, 0.05)
+        name: paired_statistics.paired(*answers(*counts), 0.02, 0.05)
         for name, counts in {
             "same": (0, 0, 400),
             "close": (0, 0, 160),
@@ -582,7 +589,7 @@ def test_gate() -> None:
     assert [pair["verdict"] for pair in pairs.values()] == ["pass", "pass", "fail", "undecided"]
 
     def judge(*names: str) -> dict:
-        return stats.gate(
+        return paired_statistics.gate(
             [((name, "medqa", "zero-shot"), pairs[name]) for name in names], 0.02, 0.05
         )
 
@@ -621,6 +628,6 @@ def test_gate() -> None:
         "minimum_detectable",
     }
     with pytest.raises(EdgemedError, match="nothing to compare"):
-        stats.gate([], 0.02, 0.05)
+        paired_statistics.gate([], 0.02, 0.05)
     with pytest.raises(EdgemedError, match="same medqa zero-shot was compared at margin 0.02"):
-        stats.gate([(("same", "medqa", "zero-shot"), pairs["same"])], 0.03, 0.05)
+        paired_statistics.gate([(("same", "medqa", "zero-shot"), pairs["same"])], 0.03, 0.05)

@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 
 from edgemed.errors import EdgemedError
-from edgemed.scoring import Reader, chosen, fitted, option_tokens
-from edgemed.session import Sampling, check_room, log_softmax
-from edgemed.strategy import CONCLUDE, THINK, Answerer, Neighbours, Settings, combine, parse
-from edgemed.task import Example, Prompt, Questions, Task
+from edgemed.evaluation.option_scoring import Reader, chosen, fitted, option_tokens
+from edgemed.evaluation.prompting import (
+    CONCLUDE,
+    THINK,
+    Answerer,
+    Neighbours,
+    Settings,
+    combine,
+    parse,
+)
+from edgemed.evaluation.task import Example, Prompt, Questions, Task
+from edgemed.inference.session import Sampling, check_room, log_softmax
 
 WIDTH = 300
 

@@ -12,10 +12,10 @@ from conftest import write_model
 
 torch = pytest.importorskip("torch")
 
-from edgemed.checkpoint import Writer, narrowed, open_checkpoint
 from edgemed.errors import EdgemedError
-from edgemed.grid import block_ints, ggml_q8, rtn, scale_of
-from edgemed.weights import Packed, Weights, pack, unpack
+from edgemed.models.checkpoint import Writer, narrowed, open_checkpoint
+from edgemed.models.weights import Packed, Weights, pack, unpack
+from edgemed.quantization.grids import block_ints, ggml_q8, rtn, scale_of
 
 
 def test_packing_puts_the_first_value_in_the_lowest_bits() -> None:

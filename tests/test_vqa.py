@@ -16,13 +16,15 @@ from conftest import IMAGE
 
 Image = pytest.importorskip("PIL.Image")
 
-from edgemed import free_text, plugins, stats, store
+from edgemed import plugins
+from edgemed.artifacts import store
 from edgemed.errors import EdgemedError
-from edgemed.evaluate import evaluate, pair, source_key, title
-from edgemed.scoring import Reader, behind, shared
-from edgemed.session import Pictures
-from edgemed.strategy import Settings
-from edgemed.task import Questions, questions
+from edgemed.evaluation import answer_matching, paired_statistics
+from edgemed.evaluation.evaluate import evaluate, pair, source_key, title
+from edgemed.evaluation.option_scoring import Reader, behind, shared
+from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.task import Questions, questions
+from edgemed.inference.session import Pictures
 
 ROW = {
     "id": "1",
@@ -236,21 +238,21 @@ def test_parts(folder: Path) -> None:
 
 
 def test_exact_match_and_recall_by_hand() -> None:
-    assert free_text.exact("The left lung.", "Left Lung")
-    assert not free_text.exact("left lung lobe", "left lung")
-    assert free_text.recall("it is the left one", "left lung") == 0.5
-    assert free_text.recall("left left", "left left lung lung") == 0.5
-    assert free_text.recall("", "x") == 0.0
+    assert answer_matching.exact("The left lung.", "Left Lung")
+    assert not answer_matching.exact("left lung lobe", "left lung")
+    assert answer_matching.recall("it is the left one", "left lung") == 0.5
+    assert answer_matching.recall("left left", "left left lung lung") == 0.5
+    assert answer_matching.recall("", "x") == 0.0
 
 
 def test_legacy_scores_flatter_as_published() -> None:
-    assert free_text.legacy_closed("The chest is NORMAL", "No")
-    assert not free_text.legacy_closed("yes", "no")
+    assert answer_matching.legacy_closed("The chest is NORMAL", "No")
+    assert not answer_matching.legacy_closed("yes", "no")
     # Three hits of a repeated word against one missing: 3 / 4, where half the words are there.
-    assert free_text.legacy_open("left left left", "left lung") == 0.75
-    assert free_text.recall("left left left", "left lung") == 0.5
-    assert free_text.legacy_open("two masses", "2 masses") == 1.0
-    assert free_text.legacy_open("", "x") == 0.0
+    assert answer_matching.legacy_open("left left left", "left lung") == 0.75
+    assert answer_matching.recall("left left left", "left lung") == 0.5
+    assert answer_matching.legacy_open("two masses", "2 masses") == 1.0
+    assert answer_matching.legacy_open("", "x") == 0.0
 
 
 def test_scores_of_closed_and_open_questions(folder: Path) -> None:
@@ -297,8 +299,8 @@ def test_set_accuracy_and_confusion_by_hand() -> None:
 def test_a_report_shows_a_sets_own_metrics() -> None:
     from report_documents import document
 
-    from edgemed.card import result_of
-    from edgemed.report import render
+    from edgemed.provenance.model_card import result_of
+    from edgemed.reporting.report import render
 
     run = document(tasks=(("vqa_rad", 100, 2, 0.4, ()),), strategies=("zero-shot",))
     results = [*run["source_evals"], *(r for e in run["engines"] for r in e["evals"])]
@@ -326,7 +328,7 @@ def test_two_wrong_wordings_are_a_changed_answer() -> None:
         {"id": "1", "gold": 0, "answer": 1, "said": "left"},
         {"id": "2", "gold": 0, "answer": 0, "said": "lung"},
     ]
-    found = stats.paired(items, [{**items[0], "said": "right"}, items[1]], None, 0.05)
+    found = paired_statistics.paired(items, [{**items[0], "said": "right"}, items[1]], None, 0.05)
     assert (found["changed"], found["changed_both_wrong"], found["only_source"]) == (1, 1, 0)
 
 
@@ -374,8 +376,8 @@ def test_what_two_prompts_share() -> None:
 @pytest.fixture(scope="module")
 def engine(sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("onnxruntime")
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.engine import export
+    from edgemed.engines.engine import export
+    from edgemed.models.checkpoint import open_checkpoint
 
     return export(
         open_checkpoint(sees),
@@ -386,8 +388,8 @@ def engine(sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def opened(model: Path | Any, asked: Questions) -> Any:
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.run import open_source, start_engine
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.pipeline.runner import open_source, start_engine
 
     return (
         open_source(open_checkpoint(model), asked.sees)
@@ -403,7 +405,7 @@ def result(
     strategy: str = "zero-shot",
     key: str = "k",
 ) -> dict[str, Any]:
-    from edgemed.run import evaluate_opened
+    from edgemed.pipeline.runner import evaluate_opened
 
     model = opened(model, asked)
     try:
@@ -440,7 +442,7 @@ def test_engine_answers_as_its_source(sees: Path, engine: Any, folder: Path) -> 
 
 def test_open_questions_are_paired_like_others(sees: Path, engine: Any) -> None:
     asked = questions("slake", 4)
-    from edgemed.checkpoint import open_checkpoint
+    from edgemed.models.checkpoint import open_checkpoint
 
     source = result(sees, asked, key=source_key(open_checkpoint(sees).hashes()))
     found = pair(result(engine, asked), source, store.read_manifest(engine.path), None, 0.05)
@@ -622,8 +624,8 @@ def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
 
 
 def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: Path) -> None:
-    from edgemed.recipe import read_recipe
-    from edgemed.run import check_inputs
+    from edgemed.pipeline.recipe import read_recipe
+    from edgemed.pipeline.runner import check_inputs
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
@@ -635,7 +637,7 @@ def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: P
 
 def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: Path) -> None:
     from edgemed.api import evaluate_tasks
-    from edgemed.recipe import EvalSpec
+    from edgemed.pipeline.recipe import EvalSpec
 
     found = evaluate_tasks(
         engine.path,

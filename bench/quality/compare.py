@@ -268,8 +268,8 @@ def make(name: str, work: Path, model: Path) -> dict[str, Any] | None:
 
 def calibration_tokens(work: Path, model: Path) -> Path:
     """The calibration windows as token ids, the very ones edgemed calibrates on."""
-    from edgemed.data import calibration_windows
-    from edgemed.tokenizer import open_tokenizer
+    from edgemed.data.text_sets import calibration_windows
+    from edgemed.models.tokenizer import open_tokenizer
 
     file = work / "tokens.json"
     file.write_text(
@@ -295,9 +295,9 @@ def tensor_bytes(file: Path) -> int:
 
 def size_of(path: Path) -> dict[str, Any]:
     """Bytes of all tensors, and bits per weight over the layers' matrices."""
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.lora import adapter_tensors
-    from edgemed.weights import Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.lora import adapter_tensors
+    from edgemed.models.weights import Weights
 
     if (path / "model.gguf").is_file():
         from gguf import GGUFReader
@@ -367,9 +367,9 @@ def told(path: Path) -> dict[str, Any]:
 
 def weights_of(path: Path, source: Path) -> Any:
     """What was made, as float weights behind edgemed's own reader."""
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.lora import answering
-    from edgemed.weights import Dense, Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.lora import answering
+    from edgemed.models.weights import Dense, Weights
 
     if not (path / "model.gguf").is_file():
         return answering(open_checkpoint(path))
@@ -377,7 +377,7 @@ def weights_of(path: Path, source: Path) -> Any:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    from edgemed.gguf_layout import layout
+    from edgemed.gguf.tensor_map import layout
 
     weights = Weights(open_checkpoint(source), fold=True)
     tensors = {t.name: t for t in GGUFReader(path / "model.gguf").tensors}
@@ -407,8 +407,8 @@ def weights_of(path: Path, source: Path) -> Any:
 
 def held_out(model: Path) -> dict[str, np.ndarray]:
     """card -> windows int64 [n, WINDOW] of its held-out texts, at most MOST."""
-    from edgemed.data import texts
-    from edgemed.tokenizer import encode, open_tokenizer
+    from edgemed.data.text_sets import texts
+    from edgemed.models.tokenizer import encode, open_tokenizer
 
     tokenizer = open_tokenizer(model, json.loads((model / "config.json").read_text())["vocab_size"])
     found = {}
@@ -424,7 +424,7 @@ def held_out(model: Path) -> dict[str, np.ndarray]:
 
 def answers(session: Any, windows: np.ndarray) -> Iterator[np.ndarray]:
     """Log-probabilities float32 [WINDOW, vocab] of each window."""
-    from edgemed.session import log_softmax
+    from edgemed.inference.session import log_softmax
 
     for window in windows:
         session.rewind(0)
@@ -440,12 +440,12 @@ def evaluated(
     base: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """({'kl', 'kl_windows', 'section', ...}, the section task's result)."""
-    from edgemed import stats
-    from edgemed.decoder import TorchSession
-    from edgemed.run import Opened, evaluate_opened
-    from edgemed.strategy import Settings
-    from edgemed.task import questions
-    from edgemed.tokenizer import open_tokenizer
+    from edgemed.evaluation import paired_statistics
+    from edgemed.evaluation.prompting import Settings
+    from edgemed.evaluation.task import questions
+    from edgemed.models.tokenizer import open_tokenizer
+    from edgemed.models.torch_decoder import TorchSession
+    from edgemed.pipeline.runner import Opened, evaluate_opened
 
     weights = weights_of(path, model)
     session = TorchSession(weights, resident=True)
@@ -471,7 +471,7 @@ def evaluated(
     )
     facts["section"] = result["accuracy"]
     if base:
-        paired = stats.paired(base["items"], result["items"], 0.03, 0.05)
+        paired = paired_statistics.paired(base["items"], result["items"], 0.03, 0.05)
         facts["paired"] = {
             key: paired[key]
             for key in (
@@ -536,9 +536,9 @@ def main() -> None:
     model = source_model(args.work)
     windows = held_out(model)
     rows = {}
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.decoder import TorchSession
-    from edgemed.weights import Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.torch_decoder import TorchSession
+    from edgemed.models.weights import Weights
 
     made = {
         name: found for name in args.only or CONTENDERS if (found := make(name, args.work, model))

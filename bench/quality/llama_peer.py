@@ -32,10 +32,10 @@ def against_ours(file: Path, model: Path, windows: list[list[int]]) -> dict[str,
     """
     from gguf import GGUFReader
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.gguf_layout import layout
-    from edgemed.importance import importance
-    from edgemed.weights import Weights
+    from edgemed.gguf.tensor_map import layout
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.weights import Weights
+    from edgemed.quantization.importance_matrix import importance
 
     weights = Weights(open_checkpoint(model), fold=True)
     ours = importance(weights, windows)
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--card", required=True)
     parser.add_argument("--type", required=True)
     args = parser.parse_args()
-    from edgemed.data import texts
+    from edgemed.data.text_sets import texts
 
     windows = json.loads(args.tokens.read_text())
     args.out.mkdir(parents=True)

@@ -27,14 +27,14 @@ GROUP = 64
 def main() -> None:
     import torch
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.data import calibration_windows
-    from edgemed.decoder import block, embed, load_layer, norm, top
-    from edgemed.gptq import Solution
-    from edgemed.grid import rtn
-    from edgemed.sensitivity import sensitivities
-    from edgemed.tokenizer import open_tokenizer
-    from edgemed.weights import Weights
+    from edgemed.data.text_sets import calibration_windows
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.tokenizer import open_tokenizer
+    from edgemed.models.torch_decoder import block, embed, load_layer, norm, top
+    from edgemed.models.weights import Weights
+    from edgemed.quantization.gptq import Solution
+    from edgemed.quantization.grids import rtn
+    from edgemed.quantization.sensitivity import sensitivities
 
     weights = Weights(open_checkpoint(MODEL), fold=True)
     d = weights.decoder

@@ -33,7 +33,7 @@ def shaped(out: Path, layers: int) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from edgemed.random_weights import make_random, reference_config
+    from edgemed.models.random_weights import make_random, reference_config
 
     if out.is_dir():
         return out
@@ -78,9 +78,9 @@ def divergence(
     """
     import torch
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.decoder import logits
-    from edgemed.weights import Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.torch_decoder import logits
+    from edgemed.models.weights import Weights
 
     tokens = torch.from_numpy(windows)
     found = {}
@@ -105,9 +105,9 @@ def output_errors(
     """
     import torch
 
-    from edgemed.checkpoint import open_checkpoint
-    from edgemed.decoder import block, embed, linear, load_layer
-    from edgemed.weights import Weights
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.torch_decoder import block, embed, linear, load_layer
+    from edgemed.models.weights import Weights
 
     # Folded, as edgemed's result is: GPT-2's rounded q rows are then those of the same float matrix
     # in both.

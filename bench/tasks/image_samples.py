@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
-from edgemed.calibrate import words
-from edgemed.task import questions
+from edgemed.data.calibration_cards import words
+from edgemed.evaluation.task import questions
 
 PROJECT = Path(__file__).resolve().parents[2]
 SAMPLES = PROJECT / "edgemed" / "tasks" / "samples"

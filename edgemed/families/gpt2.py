@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.family import Decoder, Family, Part, whole
+from edgemed.models.architecture import Decoder, Family, Part, whole
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")

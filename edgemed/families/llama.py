@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.family import (
+from edgemed.models.architecture import (
     Decoder,
     Family,
     Part,

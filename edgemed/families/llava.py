@@ -12,9 +12,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.clip import MARKER, clip_parts, clip_vision, tower_numbers
 from edgemed.errors import EdgemedError
-from edgemed.family import Decoder, Family, Part, Vision, all_families, checked, relocated, whole
+from edgemed.models.architecture import (
+    Decoder,
+    Family,
+    Part,
+    Vision,
+    all_families,
+    checked,
+    relocated,
+    whole,
+)
+from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
 
 TOWER = (
     "vision_tower.vision_model.",

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.clip import MARKER, clip_parts, clip_vision, tower_numbers
 from edgemed.errors import EdgemedError
-from edgemed.family import (
+from edgemed.models.architecture import (
     Decoder,
     Experts,
     Family,
@@ -28,6 +27,7 @@ from edgemed.family import (
     inverse_frequencies,
     whole,
 )
+from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
 
 # model_type -> family of its text model; '' is Qwen (1), which is described here because nothing
 # else has it

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.family import (
+from edgemed.models.architecture import (
     Decoder,
     Family,
     Part,

@@ -16,21 +16,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgemed import answers, refit, store
-from edgemed.checkpoint import Checkpoint, open_checkpoint
+from edgemed.artifacts import store
 from edgemed.console import say
-from edgemed.cut import Shape, choose, cut, parameters, smaller
-from edgemed.data import read_card, texts
+from edgemed.data.image_text_windows import IGNORED, digest, look, pictured
+from edgemed.data.text_sets import read_card, texts
+from edgemed.distillation import image_answers, quantized_student
+from edgemed.distillation.objective import Lesson, Objective, last_good, measure, pupil, trainer
+from edgemed.distillation.pruning import Shape, choose, cut, parameters, smaller
+from edgemed.distillation.student import adapted, load, write
+from edgemed.distillation.teacher import Cache, Teacher, key, number, written
 from edgemed.errors import EdgemedError, need
-from edgemed.lesson import Lesson, Objective, last_good, measure, pupil, trainer
-from edgemed.lora import answering
-from edgemed.quiet import quiet_and_offline
-from edgemed.session import Sampling
-from edgemed.sights import IGNORED, digest, look, pictured
-from edgemed.student import adapted, load, write
-from edgemed.teacher import Cache, Teacher, key, number, written
-from edgemed.tokenizer import encode, open_tokenizer
-from edgemed.weights import Weights
+from edgemed.inference.session import Sampling
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.hf_offline import quiet_and_offline
+from edgemed.models.lora import answering
+from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.weights import Weights
 
 IMPORTANCE = 16  # windows that neurons and heads are judged on
 
@@ -196,8 +197,8 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     """
     weights = Weights(checkpoint)
     if params.train != "weights":
-        refit.check(weights, params.train)
-        params = replace(params, teacher=params.teacher or refit.source_of(checkpoint))
+        quantized_student.check(weights, params.train)
+        params = replace(params, teacher=params.teacher or quantized_student.source_of(checkpoint))
     teacher = answering(open_checkpoint(params.teacher)) if params.teacher else weights
     shape = choose(
         weights,
@@ -549,7 +550,7 @@ def _looked(
         return [
             row
             for found, file in zip((train, held), files, strict=True)
-            for row in answers.written(teacher, params.calibration, found, sampling, file)
+            for row in image_answers.written(teacher, params.calibration, found, sampling, file)
         ]
 
     tokens, labels, ours = look(
@@ -709,12 +710,12 @@ def _wrote(model: Any, student: Weights, params: Params, out: Path) -> dict[str,
         return {"written": write(model, student, out, params.dtype)}
     if params.train == "lora":
         return {
-            "written": refit.write_beside(model, student, out, params.dtype),
-            "trained": refit.trained_beside(out),
+            "written": quantized_student.write_beside(model, student, out, params.dtype),
+            "trained": quantized_student.trained_beside(out),
         }
     return {
-        "written": refit.write(model, student, out),
-        "trained": refit.trained(student, params.train == "scales+norms"),
+        "written": quantized_student.write(model, student, out),
+        "trained": quantized_student.trained(student, params.train == "scales+norms"),
     }
 
 
@@ -746,7 +747,7 @@ def _pupil_of(student: Weights, params: Params, work: Path) -> Any:
     """The student in transformers, with what is not to be trained frozen."""
     if params.train == "weights":
         return load(student)
-    model = load(student, refit.expanded(student, work / "expanded"))
+    model = load(student, quantized_student.expanded(student, work / "expanded"))
     if params.train != "lora":
-        refit.freeze(model, student, params.train == "scales+norms")
+        quantized_student.freeze(model, student, params.train == "scales+norms")
     return model

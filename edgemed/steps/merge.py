@@ -14,19 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemed.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
 from edgemed.console import say, track
-from edgemed.data import calibration_windows, card_names
-from edgemed.decoder import logits
-from edgemed.deltas import check, shared_delta
+from edgemed.data.image_text_windows import calibration_digests
+from edgemed.data.text_sets import calibration_windows, card_names
 from edgemed.errors import EdgemedError, nearest, need
-from edgemed.experts import dense
-from edgemed.lora import OWN_BASE, adapter_config, adapter_hashes, adapter_tensors, quantized_base
-from edgemed.qlora import difference
-from edgemed.quiet import quiet_and_offline
-from edgemed.sights import calibration_digests
-from edgemed.tokenizer import open_tokenizer
-from edgemed.weights import Weights
+from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
+from edgemed.models.hf_offline import quiet_and_offline
+from edgemed.models.lora import (
+    OWN_BASE,
+    adapter_config,
+    adapter_hashes,
+    adapter_tensors,
+    quantized_base,
+)
+from edgemed.models.qlora import difference
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.torch_decoder import logits
+from edgemed.models.weights import Weights
+from edgemed.moe.densify import dense
+from edgemed.moe.shared_expert_base import check, shared_delta
 
 if TYPE_CHECKING:
     import torch

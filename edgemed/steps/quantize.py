@@ -16,29 +16,37 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemed import bnb, store
-from edgemed.activations import Activations, begin
-from edgemed.allocate import Option, allocate, budget_bytes
-from edgemed.checkpoint import Checkpoint, Writer, narrowed
+from edgemed.artifacts import store
 from edgemed.console import track
-from edgemed.data import card_names
-from edgemed.decoder import shown
+from edgemed.data.image_text_windows import calibration, calibration_digests
+from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError, need
-from edgemed.formats import size
-from edgemed.gptq import Solution, solve
-from edgemed.layerwise import Rounded, awq_layer, gptq_layer, integers, own_of, rtn_layer
-from edgemed.lora import FOLDED
-from edgemed.resume import Layers
-from edgemed.sensitivity import sensitivities
-from edgemed.sights import calibration, calibration_digests
-from edgemed.smooth import smooth_layer
-from edgemed.step_memory import spilled
-from edgemed.weights import Weights, pack, stride
+from edgemed.formatting import size
+from edgemed.models import bitsandbytes
+from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
+from edgemed.models.lora import FOLDED
+from edgemed.models.torch_decoder import shown
+from edgemed.models.weights import Weights, pack, stride
+from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
+from edgemed.quantization.gptq import Solution, solve
+from edgemed.quantization.hidden_states import Activations, begin
+from edgemed.quantization.layer_progress import Layers
+from edgemed.quantization.layerwise import (
+    Rounded,
+    awq_layer,
+    gptq_layer,
+    integers,
+    own_of,
+    rtn_layer,
+)
+from edgemed.quantization.memory_budget import spilled
+from edgemed.quantization.sensitivity import sensitivities
+from edgemed.quantization.smoothquant import smooth_layer
 
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.decoder import Window
+    from edgemed.models.torch_decoder import Window
 
     Windows = Sequence[Window]
     # canonical matrix -> (bits, group size, -1 for one per row)
@@ -188,7 +196,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
 
 def _check_bnb(params: Params) -> None:
     """Raise EdgemedError where a parameter of another method is given: it would have no effect."""
-    own = (4, bnb.BLOCK) if params.method == "bnb-nf4" else (8, -1)
+    own = (4, bitsandbytes.BLOCK) if params.method == "bnb-nf4" else (8, -1)
     if (params.bits, params.group) not in (own, (Params.bits, Params.group)):
         raise EdgemedError(
             f"quantize: {params.method} has {own[0]} bits and"
@@ -219,7 +227,11 @@ def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[
     matrices = {key: name for name in _layer_matrices(weights) for key in weights.keys[name]}
     uneven = (
         next(
-            (key for key, name in matrices.items() if weights.parts[name].shape[1] % bnb.BLOCK),
+            (
+                key
+                for key, name in matrices.items()
+                if weights.parts[name].shape[1] % bitsandbytes.BLOCK
+            ),
             None,
         )
         if kind == "nf4"
@@ -228,7 +240,7 @@ def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[
     if uneven:
         columns = weights.parts[matrices[uneven]].shape[1]
         raise EdgemedError(
-            f"'{uneven}': rows of {columns} weights are no multiple of {bnb.BLOCK}, and"
+            f"'{uneven}': rows of {columns} weights are no multiple of {bitsandbytes.BLOCK}, and"
             " bitsandbytes 0.50.2 expands such wrongly on a CPU",
             "Use bnb-int8, gptq or rtn",
         )
@@ -239,7 +251,7 @@ def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[
     }
     writer = Writer(
         out,
-        config | {"dtype": dtype, "quantization_config": bnb.config(kind, double, dtype)},
+        config | {"dtype": dtype, "quantization_config": bitsandbytes.config(kind, double, dtype)},
         weights.checkpoint.path,
     )
     errors = {}
@@ -252,9 +264,13 @@ def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[
             writer.add(tensor, value)
             continue
         value = value.T.contiguous() if weights.parts[matrices[key]].conv1d else value
-        made = bnb.nf4(value, double) if kind == "nf4" else bnb.int8(tensor, value)
+        made = (
+            bitsandbytes.nf4(value, double) if kind == "nf4" else bitsandbytes.int8(tensor, value)
+        )
         errors[key] = {
-            "weight": float((bnb.expand(made) - value.float()).norm() / value.float().norm())
+            "weight": float(
+                (bitsandbytes.expand(made) - value.float()).norm() / value.float().norm()
+            )
         }
         held = held + sum(t.nbytes for t in made.values())
         count = count + value.numel()

@@ -22,13 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemed import gguf_adapter, gguf_budget, gguf_file, gguf_gptq, lora, mmproj, store
-from edgemed.engine import Engine
+from edgemed.artifacts import store
+from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
-from edgemed.family import all_families
-from edgemed.ggml_session import ARCH, KEY, GgmlSession, refuses
-from edgemed.ggml_session import FILE as GRAPH
-from edgemed.gguf_layout import (
+from edgemed.gguf import bit_allocation, gptq, lora_files, mmproj, writer
+from edgemed.gguf.ggml_session import ARCH, KEY, GgmlSession, refuses
+from edgemed.gguf.ggml_session import FILE as GRAPH
+from edgemed.gguf.llama_session import CACHE_BYTES, FILE, HEAD, LlamaSession, cache_type
+from edgemed.gguf.quant_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
+from edgemed.gguf.tensor_map import (
     ROPE,
     Centred,
     Place,
@@ -38,15 +40,15 @@ from edgemed.gguf_layout import (
     own_graph,
     rescaled,
 )
-from edgemed.gguf_types import FILE_TYPES, FLOATS, Model, needs_imatrix, tensor_types
-from edgemed.llama import CACHE_BYTES, FILE, HEAD, LlamaSession, cache_type
-from edgemed.ort_dialect import OrtDialect
-from edgemed.tokenizer import open_tokenizer
-from edgemed.vision_graph import TOWERS, build_vision
+from edgemed.models import lora
+from edgemed.models.architecture import all_families
+from edgemed.models.tokenizer import open_tokenizer
+from edgemed.onnx.ort_dialect import OrtDialect
+from edgemed.onnx.vision_graph import TOWERS, build_vision
 
 if TYPE_CHECKING:
-    from edgemed.session import Pictures
-    from edgemed.weights import Weights
+    from edgemed.inference.session import Pictures
+    from edgemed.models.weights import Weights
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
 EXACT = {"F32": 5e-3}
@@ -150,10 +152,10 @@ def inputs(params: Params) -> dict[str, str]:
     if params.imatrix is None:
         return found
     if params.imatrix.endswith(".npz"):
-        from edgemed import importance
+        from edgemed.quantization import importance_matrix
 
-        return found | {"imatrix": importance.digest(Path(params.imatrix))}
-    from edgemed.sights import calibration_digests
+        return found | {"imatrix": importance_matrix.digest(Path(params.imatrix))}
+    from edgemed.data.image_text_windows import calibration_digests
 
     return found | {
         name.replace("calibration", "imatrix"): sha
@@ -167,7 +169,7 @@ def supports(weights: Weights, params: Params) -> str | None:
     """
     d = weights.source
     if lora.carried(weights.checkpoint, params.adapters) and (
-        reason := gguf_adapter.refused(weights)
+        reason := lora_files.refused(weights)
     ):
         return reason
     lora.read_loras(weights, params.adapters)
@@ -237,7 +239,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
     with _rounded(folded, params, columns, tensors, out) as (rounded, errors):
-        gguf_file.write(
+        writer.write(
             out / (GRAPH if own else FILE),
             ARCH if own else folded.family.gguf_arch,
             lambda writer: describe(writer, folded, file_type(params)),
@@ -253,7 +255,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         )
     seen = build_eyes(weights, out, params) if weights.vision else {}
     factors = {
-        one.name: gguf_adapter.write(out, one, folded)
+        one.name: lora_files.write(out, one, folded)
         for one in lora.read_loras(folded, params.adapters)
     }
     own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
@@ -266,7 +268,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         else 1
     )
     carried = (
-        "/".join(sorted({gguf_file.carried_type(bits) for bits, _ in weights.packings()}))
+        "/".join(sorted({writer.carried_type(bits) for bits, _ in weights.packings()}))
         if params.from_checkpoint
         else None
     )
@@ -350,7 +352,7 @@ def plan(
     params: Params,
     columns: Mapping[str, np.ndarray],
     chosen: Mapping[str, str] | None = None,
-) -> tuple[list[gguf_file.Tensor], dict[str, str]]:
+) -> tuple[list[writer.Tensor], dict[str, str]]:
     """Every tensor of the file in order, and which of them could not have the wanted type (tensor
     -> 'wanted -> given').
 
@@ -387,7 +389,7 @@ def plan(
     }
     if apart:
         types["token_embd.weight"] = "F16"
-    types |= {t: gguf_file.carried_type(bits) for t, bits in packed.items()} | dict(chosen or {})
+    types |= {t: writer.carried_type(bits) for t, bits in packed.items()} | dict(chosen or {})
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
     blind = [
         t
@@ -401,7 +403,7 @@ def plan(
         )
     reader = Reader(weights)
     tensors = [
-        gguf_file.Tensor(
+        writer.Tensor(
             t,
             place.shape,
             types[t],
@@ -414,7 +416,7 @@ def plan(
     factors = rescaled(d)
     return (
         [
-            gguf_file.Tensor(
+            writer.Tensor(
                 ROPE,
                 factors.shape,
                 "F32",
@@ -428,7 +430,7 @@ def plan(
 
 def _budgeted(
     weights: Weights, params: Params, columns: Mapping[str, np.ndarray], out: Path
-) -> gguf_budget.Chosen:
+) -> bit_allocation.Chosen:
     places = layout(weights.family, weights.decoder, weights.parts)
     shapes = {t: place.shape for t, place in places.items()}
     types, _ = tensor_types(
@@ -440,7 +442,7 @@ def _budgeted(
         ),
         file_type(params),
     )
-    return gguf_budget.choose(
+    return bit_allocation.choose(
         weights,
         _calibration(weights, params),
         places,
@@ -456,9 +458,9 @@ def _rounded(
     weights: Weights,
     params: Params,
     columns: Mapping[str, np.ndarray],
-    tensors: list[gguf_file.Tensor],
+    tensors: list[writer.Tensor],
     out: Path,
-) -> AbstractContextManager[tuple[list[gguf_file.Tensor], dict[str, Any]]]:
+) -> AbstractContextManager[tuple[list[writer.Tensor], dict[str, Any]]]:
     """The tensors to write and what rounding them changed; by llama.cpp's own routine they are
     rounded as they are written.
     """
@@ -472,13 +474,11 @@ def _rounded(
         }
     )
     places = layout(weights.family, weights.decoder, weights.parts)
-    return gguf_gptq.rounded(
-        weights, _calibration(weights, params), places, tensors, columns, out, key
-    )
+    return gptq.rounded(weights, _calibration(weights, params), places, tensors, columns, out, key)
 
 
 def _calibration(weights: Weights, params: Params) -> list[tuple[list[int], Pictures | None]]:
-    from edgemed.sights import calibration
+    from edgemed.data.image_text_windows import calibration
 
     return calibration(
         weights, params.imatrix, params.samples, min(params.length, weights.decoder.context)
@@ -496,12 +496,12 @@ def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | No
 def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
     if params.imatrix is None:
         return {}
-    from edgemed import importance
+    from edgemed.quantization import importance_matrix
 
     if params.imatrix.endswith(".npz"):
-        columns = importance.load(Path(params.imatrix))
+        columns = importance_matrix.load(Path(params.imatrix))
     else:
-        columns = importance.importance(weights, _calibration(weights, params))
+        columns = importance_matrix.importance(weights, _calibration(weights, params))
     for name, part in weights.parts.items():
         if (
             name.startswith("layers.")
@@ -525,7 +525,7 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
     )
     if own_graph(weights.family, weights.source):
         writer.add_string(KEY, json.dumps(asdict(d)))
-    gguf_file.describe_decoder(
+    writer.describe_decoder(
         writer,
         d,
         FILE_TYPES[wanted][0],
@@ -534,11 +534,11 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
     if checkpoint.random_weights:
         # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
         if weights.vision:
-            gguf_file.describe_bytes(writer, weights.decoder.vocab, weights.family.gguf_pre)
+            writer.describe_bytes(writer, weights.decoder.vocab, weights.family.gguf_pre)
         else:
             writer.add_tokenizer_model("no_vocab")
         return
-    gguf_file.describe_tokenizer(
+    writer.describe_tokenizer(
         writer,
         open_tokenizer(checkpoint.path, d.vocab),
         d.vocab,
@@ -568,7 +568,7 @@ def self_check() -> str:
     the first quantized prompt.
     """
     need("gguf", "build")
-    version = gguf_file.runtime().__version__
+    version = writer.runtime().__version__
     with tempfile.TemporaryDirectory() as folder:
         for wanted in PROBES:
             write_probe(Path(folder), wanted)
@@ -619,7 +619,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
     types, _ = tensor_types(Model(shapes, d.layers), wanted)
     random = np.random.default_rng(0)
     tensors = [
-        gguf_file.Tensor(
+        writer.Tensor(
             t,
             s,
             types[t],
@@ -630,10 +630,10 @@ def write_probe(folder: Path, wanted: str) -> Engine:
     (folder / wanted).mkdir()
 
     def metadata(writer: Any) -> None:
-        gguf_file.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
+        writer.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
         writer.add_tokenizer_model("no_vocab")
 
-    gguf_file.write(folder / wanted / FILE, family.gguf_arch, metadata, tensors, threads=1)
+    writer.write(folder / wanted / FILE, family.gguf_arch, metadata, tensors, threads=1)
     return probe_engine(folder, wanted)
 
 

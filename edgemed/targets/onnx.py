@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemed import lora, ort_adapter
-from edgemed.data import card_names
+from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError, need
-from edgemed.graph import w8a8_refused
-from edgemed.grid import Ints, labelled, named
-from edgemed.ort_dialect import ROPE, WIDE_SUMS, OrtDialect
-from edgemed.session import Pictures, Positions, check_room, feature_rows, looked_up
+from edgemed.inference.session import Pictures, Positions, check_room, feature_rows, looked_up
+from edgemed.models import lora
+from edgemed.onnx import lora_files
+from edgemed.onnx.decoder_graph import w8a8_refused
+from edgemed.onnx.ort_dialect import ROPE, WIDE_SUMS, OrtDialect
+from edgemed.quantization.grids import Ints, labelled, named
 
 if TYPE_CHECKING:
-    from edgemed.engine import Engine
-    from edgemed.weights import Weights
+    from edgemed.engines.engine import Engine
+    from edgemed.models.weights import Weights
 
 # Largest logit error against the float32 source, for precisions that must be exact.
 EXACT = {"fp32": 1e-3}
@@ -91,7 +92,7 @@ def inputs(params: Params) -> dict[str, str]:
         )
     found = lora.inputs(params.adapters)
     if params.calibration:
-        from edgemed.sights import calibration_digests
+        from edgemed.data.image_text_windows import calibration_digests
 
         found |= calibration_digests(params.calibration)
     return found
@@ -171,8 +172,8 @@ def supports(weights: Weights, params: Params) -> str | None:
 
 def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.onnx (+ .data); returns the facts for engine.json and the manifest."""
-    from edgemed.graph import Precision, build_decoder
-    from edgemed.vision_graph import TOWERS, build_vision
+    from edgemed.onnx.decoder_graph import Precision, build_decoder
+    from edgemed.onnx.vision_graph import TOWERS, build_vision
 
     if weights.decoder.experts and weights.decoder.experts.density:
         # ONNX Runtime has no product with a sparse matrix on CPUs
@@ -197,7 +198,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     graph = build_decoder(
         weights, out, precision, dialect, frozenset(part for one in loras for part in one.factors)
     )
-    factors = {one.name: ort_adapter.write(out, one, floats) for one in loras}
+    factors = {one.name: lora_files.write(out, one, floats) for one in loras}
     own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
     origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
     label = (
@@ -225,7 +226,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
 
 
 def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
-    from edgemed.kv_scales import kv_scales
+    from edgemed.quantization.kv_cache_scales import kv_scales
 
     if weights.checkpoint.random_weights:
         # Such a model is measured for speed and has no tokenizer: any tokens do.
@@ -235,7 +236,7 @@ def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.nd
             .integers(0, weights.decoder.vocab, (1, min(32, params.length)))
             .tolist(),
         )
-    from edgemed.sights import calibration
+    from edgemed.data.image_text_windows import calibration
 
     return kv_scales(
         weights,
@@ -390,7 +391,7 @@ class OrtSession:
             self.rewind(0)
 
     def _adapt(self, adapter: str | None) -> None:
-        for name, value in ort_adapter.read(self.folder, adapter, self.session, self.cuda).items():
+        for name, value in lora_files.read(self.folder, adapter, self.session, self.cuda).items():
             self.binding.bind_ortvalue_input(name, value)
 
     def _bound(self, name: str, array: np.ndarray) -> np.ndarray:
@@ -518,7 +519,7 @@ def self_check() -> str:
 
 
 def _product(ort: Any, folder: Path, x: np.ndarray, ints: Ints) -> np.ndarray:
-    from edgemed.graph import Graph, Precision
+    from edgemed.onnx.decoder_graph import Graph, Precision
 
     graph = Graph(folder, Precision(bits=ints.bits, group=ints.block))
     dialect = OrtDialect()

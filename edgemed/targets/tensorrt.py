@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemed.engine import pixels_of
+from edgemed.engines.engine import pixels_of
 from edgemed.errors import EdgemedError
-from edgemed.graph import w8a8_refused
-from edgemed.grid import labelled, named
+from edgemed.onnx.decoder_graph import w8a8_refused
+from edgemed.quantization.grids import labelled, named
 
 if TYPE_CHECKING:
-    from edgemed.engine import Engine
-    from edgemed.family import Vision
-    from edgemed.session import Session
-    from edgemed.weights import Weights
+    from edgemed.engines.engine import Engine
+    from edgemed.inference.session import Session
+    from edgemed.models.architecture import Vision
+    from edgemed.models.weights import Weights
 
 # Largest logit error against the float32 source, for precisions that must be exact.
 EXACT = {"fp32": 1e-3}
@@ -154,8 +154,8 @@ def vision_seen(weights: Weights, params: Params) -> Vision:
 
 def images_refused(v: Vision, context: int) -> str | None:
     """Why no image, or not the largest one, can be read, or None."""
-    from edgemed.images import most_features
-    from edgemed.trt_build import patch_range, score_bytes
+    from edgemed.tensorrt.build import patch_range, score_bytes
+    from edgemed.vision.preprocessing import most_features
 
     fewest = most_features(v) if v.size else -(-v.pixels[0] // (v.patch * v.merge) ** 2)
     if fewest > context:
@@ -180,10 +180,10 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
 
     Raises EdgemedError where the profile's TensorRT would not parse a graph.
     """
-    from edgemed.graph import Precision, build_decoder
-    from edgemed.trt_build import SEEING, score_bytes
-    from edgemed.trt_dialect import PlainDialect, rows_offered
-    from edgemed.trt_parser import estimate
+    from edgemed.onnx.decoder_graph import Precision, build_decoder
+    from edgemed.tensorrt.build import SEEING, score_bytes
+    from edgemed.tensorrt.dialect import PlainDialect, rows_offered
+    from edgemed.tensorrt.parser_check import estimate
 
     weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
     d = weights.decoder
@@ -253,8 +253,8 @@ def build_eyes(weights: Weights, out: Path, params: Params) -> int:
     """Write tower.onnx and projector.onnx; returns their weight bytes. Sums and norms are float32,
     as in the decoder; int8 has one scale per output.
     """
-    from edgemed.trt_dialect import PlainDialect
-    from edgemed.vision_graph import build_vision
+    from edgemed.onnx.vision_graph import build_vision
+    from edgemed.tensorrt.dialect import PlainDialect
 
     bits = 8 if params.tower == "int8" else None
     return build_vision(
@@ -272,7 +272,7 @@ def parsed(file: Path, profile: str) -> dict[str, Any]:
     """The parser check of one graph. Raises EdgemedError where the profile's TensorRT would not
     parse it.
     """
-    from edgemed.trt_parser import check, read_table
+    from edgemed.tensorrt.parser_check import check, read_table
 
     report = check(file, read_table(PROFILES[profile]))
     if report["problems"]:
@@ -293,10 +293,10 @@ exec python3 -m edgemed build "$(dirname "$0")" "$@"
 def open(engine: Engine, threads: int | None) -> Session:
     """TensorRT where the engine is built, ONNX Runtime on the same graph where it is not."""
     if engine.stand_in:
-        from edgemed.trt_stand_in import StandIn
+        from edgemed.tensorrt.ort_emulation import StandIn
 
         return StandIn(engine, threads)
-    from edgemed.trt_session import TrtSession
+    from edgemed.tensorrt.session import TrtSession
 
     return TrtSession(engine)
 
@@ -305,7 +305,7 @@ def finish(engine: Engine, out: Path, workspace_mb: int | None = None) -> dict[s
     """On the device: compile every graph NAME.onnx into `out`/NAME.plan; returns the facts for its
     manifest. Raises EdgemedError as trt_build.compile_plan.
     """
-    from edgemed.trt_build import compile_plan
+    from edgemed.tensorrt.build import compile_plan
 
     return compile_plan(engine, out, PROFILES[engine.params["profile"]], workspace_mb)
 
@@ -314,7 +314,7 @@ def identity(engine: Engine) -> dict[str, Any]:
     """What a plan is tied to on this machine: TensorRT version, GPU and its architecture. Raises
     EdgemedError where one is missing.
     """
-    from edgemed.trt_build import identity as of_machine
+    from edgemed.tensorrt.build import identity as of_machine
 
     return of_machine(engine.params["runtime"], PROFILES[engine.params["profile"]])
 
@@ -326,7 +326,7 @@ def self_check() -> str:
     import importlib.util
 
     if importlib.util.find_spec("tensorrt") is not None:
-        from edgemed.trt_build import identity as of_machine
+        from edgemed.tensorrt.build import identity as of_machine
 
         facts = of_machine("tensorrt", None)
         return (
@@ -335,6 +335,6 @@ def self_check() -> str:
         )
     if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
         return "TensorRT is not installed: engines stay unbuilt"
-    from edgemed.trt_stand_in import self_check as stand_in_check
+    from edgemed.tensorrt.ort_emulation import self_check as stand_in_check
 
     return f"TensorRT is not installed, engines stay unbuilt; {stand_in_check()}"

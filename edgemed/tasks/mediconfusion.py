@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgemed.task import Example, Task, bracketed_choice, image_names, multiple_choice, text
+from edgemed.evaluation.task import (
+    Example,
+    Task,
+    bracketed_choice,
+    image_names,
+    multiple_choice,
+    text,
+)
 
 
 def example(row: Mapping[str, Any]) -> Example:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.task import Example, Prompt, Task, lettered, letters, multiple_choice
+from edgemed.evaluation.task import Example, Prompt, Task, lettered, letters, multiple_choice
 
 
 def example(row: Mapping[str, Any]) -> Example:

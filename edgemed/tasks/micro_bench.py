@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.task import Example, Task, bracketed_choice, image_names, multiple_choice
+from edgemed.evaluation.task import Example, Task, bracketed_choice, image_names, multiple_choice
 
 
 def example(row: Mapping[str, Any]) -> Example:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.task import LETTERS, Example, Task, bracketed_choice, multiple_choice, text
+from edgemed.evaluation.task import LETTERS, Example, Task, bracketed_choice, multiple_choice, text
 
 MODALITIES = {"mr": "MRI", "ct": "CT", "x-ray": "X-ray"}
 

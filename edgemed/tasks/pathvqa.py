@@ -8,8 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.free_text import YES_NO, closed_and_open, closed_or_open, normalised, render
-from edgemed.task import Example, Task, image_names, text
+from edgemed.evaluation.answer_matching import (
+    YES_NO,
+    closed_and_open,
+    closed_or_open,
+    normalised,
+    render,
+)
+from edgemed.evaluation.task import Example, Task, image_names, text
 
 
 def example(row: Mapping[str, Any]) -> Example:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.task import Example, Prompt, Task, choice, text
+from edgemed.evaluation.task import Example, Prompt, Task, choice, text
 
 ANSWERS = ("yes", "no", "maybe")
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.free_text import closed_and_open, closed_or_open, render
-from edgemed.task import Example, Task, text
+from edgemed.evaluation.answer_matching import closed_and_open, closed_or_open, render
+from edgemed.evaluation.task import Example, Task, text
 
 
 def official(row: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.task import Example, Prompt, Task, lettered, letters, multiple_choice
+from edgemed.evaluation.task import Example, Prompt, Task, lettered, letters, multiple_choice
 
 COUNTRIES = ("brazil", "israel", "japan", "spain")
 

@@ -1,0 +1,269 @@
+"""Speed and memory of an engine, measured through the same session primitives for every runtime.
+
+Every number is a record with unit, rounds and spread, and the bandwidth ceiling is measured in the
+same process, because machines are noisy and a speed without its ceiling says little. It should run
+in a fresh process: peak memory is the process's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgemed.artifacts import store
+from edgemed.benchmarking.machine_state import Conditions
+from edgemed.engines.engine import Engine, require_built
+from edgemed.errors import EdgemedError, need
+from edgemed.hardware.device import machine, read_bandwidth
+from edgemed.inference.session import Session
+from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.pipeline.recipe import BenchSpec
+from edgemed.vision.preprocessing import fitted_size, vision_of
+
+# Together they draw the distribution of a latency, without keeping every value.
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+
+
+def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
+    """Measure load, first token, prefill, step latency, decoding, memory, energy and the bandwidth
+    ceiling, and of engines that see questions about an image; one record per number.
+
+    Every record carries `state`: temperature, clocks and throttling around the measurement, and why
+    energy was not measured where it was not.
+
+    Raises EdgemedError where the engine is unbuilt, or prompt and answer, or image and question, do
+    not fit the context.
+    """
+    require_built(engine, "bench")
+    threads = plan.threads or machine()["physical_cores"]
+    longest = max(plan.prompt)
+    if longest >= engine.context:
+        raise EdgemedError(
+            f"a prompt of {longest} tokens does not fit the engine's context of {engine.context}",
+            "Bench shorter prompts",
+        )
+    if (
+        engine.vision
+        and plan.image
+        and (needed := image_tokens(engine, plan.image) + min(plan.prompt)) > engine.context
+    ):
+        raise EdgemedError(
+            f"an image of {plan.image} x {plan.image} pixels and a question are {needed} tokens,"
+            f" {engine.context} fit",
+            "Bench a smaller image with --image SIDE, or none with --image 0",
+        )
+    conditions = Conditions()
+    before = store.peak_memory()
+    started = time.perf_counter()
+    session = engine.open(threads)
+    load = time.perf_counter() - started
+    measured = [
+        ("load_seconds", "s", [load], {"before_load_bytes": before, "page_cache": "as found"})
+    ]
+    try:
+        tokens = np.random.default_rng(0).integers(0, engine.vocab, longest).tolist()
+        conditions.begin(session, tokens)
+        for length in plan.prompt:
+            times = prefills(session, tokens[:length], plan.runs)
+            measured.append(("first_token_seconds", "s", times, {"prompt": length}))
+            measured.append(
+                (
+                    "prefill_tokens_per_second",
+                    "tok/s",
+                    [length / t for t in times],
+                    {"prompt": length},
+                )
+            )
+        if engine.head == "lm":
+            measured += decoding(session, tokens[: min(plan.prompt)], plan)
+        if engine.vision and plan.image:
+            measured += image_questions(engine, session, plan, threads)
+        measured.append(
+            (
+                "peak_memory_bytes",
+                "B",
+                [store.peak_memory()],
+                {"what": "resident set of the whole process, interpreter included"},
+            )
+        )
+        start = tokens[: min(plan.prompt)]
+        measured += conditions.end(
+            session,
+            tokens,
+            start,
+            min(plan.generate, engine.context - len(start) - 1) if engine.head == "lm" else 0,
+        )
+    finally:
+        session.close()
+    measured += conditions.rest()
+    measured.append(("file_bytes", "B", [store.size_of(store.read_manifest(engine.path))], {}))
+    bandwidth = read_bandwidth(threads)
+    ceiling = bandwidth * 1e9 / engine.bytes_per_token
+    measured.append(
+        (
+            "bandwidth_gb_s",
+            "GB/s",
+            [bandwidth],
+            {"what": "best read bandwidth measured in this process"},
+        )
+    )
+    measured.append(
+        (
+            "ceiling_tokens_per_second",
+            "tok/s",
+            [ceiling],
+            {
+                "bytes_per_token": engine.bytes_per_token,
+                "what": "bandwidth / weight bytes per token",
+            },
+        )
+    )
+    speed = next(
+        (
+            np.median(values)
+            for name, _, values, _ in measured
+            if name == "decode_tokens_per_second"
+        ),
+        None,
+    )
+    if speed is not None:
+        measured.append(("ceiling_share", "1", [float(speed) / ceiling], {}))
+    common = {"threads": threads, "runs": plan.runs}
+    state = conditions.state()
+    return [
+        record(engine, name, unit, values, {**how, **common}, state)
+        for name, unit, values, how in measured
+    ]
+
+
+def prefills(session: Session, tokens: Sequence[int], runs: int) -> list[float]:
+    """Seconds from an empty cache to the first token's scores, after one warm-up."""
+    times = []
+    for round_number in range(runs + 1):
+        session.rewind(0)
+        started = time.perf_counter()
+        int(session.prefill(tokens)[0].argmax())
+        if round_number:
+            times.append(time.perf_counter() - started)
+    return times
+
+
+def decoding(
+    session: Session, prompt: Sequence[int], plan: BenchSpec
+) -> list[tuple[str, str, list[float], dict[str, Any]]]:
+    """Greedy decoding: latency of each token in milliseconds (all rounds together) and tokens per
+    second per round.
+    """
+    new = min(plan.generate, session.context - len(prompt) - 1)
+    latencies: list[float] = []
+    speeds = []
+    for round_number in range(plan.runs + 1):
+        session.rewind(0)
+        token = int(session.prefill(prompt)[0].argmax())
+        marks = [time.perf_counter()]
+        for _ in range(new):
+            token = int(session.step(token).argmax())
+            marks.append(time.perf_counter())
+        if round_number:
+            latencies += (np.diff(marks) * 1e3).tolist()
+            speeds.append(new / (marks[-1] - marks[0]))
+    how = {"prompt": len(prompt), "generate": new}
+    return [
+        ("step_milliseconds", "ms", latencies, how),
+        ("decode_tokens_per_second", "tok/s", speeds, how),
+    ]
+
+
+def image_questions(
+    engine: Engine, session: Session, plan: BenchSpec, threads: int
+) -> list[tuple[str, str, list[float], dict[str, Any]]]:
+    """Two questions about the same image, in each round about another: seconds of every part of the
+    first, and to the first token of both.
+
+    The second finds the image's features kept and reads the whole prompt again.
+    """
+    pil = need("PIL.Image", "vision")
+    random = np.random.default_rng(0)
+    started = time.perf_counter()
+    eyes = eyes_of(engine, threads)
+    found: dict[str, list[float]] = {"load": [time.perf_counter() - started]}
+    try:
+        for round_number in range(plan.runs + 1):
+            image = pil.fromarray(
+                random.integers(0, 256, (plan.image, plan.image, 3), dtype=np.uint8)
+            )
+            for question in ("first_token", "second_question"):
+                words = random.integers(0, engine.vocab - 1, min(plan.prompt)).tolist()
+                session.rewind(0)
+                marks = [time.perf_counter()]
+                tokens, pictures = eyes.see(
+                    [eyes.v.token, *(word + (word >= eyes.v.token) for word in words)], [image]
+                )
+                marks.append(time.perf_counter())
+                int(session.prefill(tokens, pictures=pictures)[0].argmax())
+                marks.append(time.perf_counter())
+                spent = {question: marks[2] - marks[0]} | (
+                    {**eyes.seconds, "prefill": marks[2] - marks[1]}
+                    if question == "first_token"
+                    else {}
+                )
+                for name, seconds in spent.items() if round_number else ():
+                    found.setdefault(name, []).append(seconds)
+    finally:
+        eyes.close()
+    how = {"image": plan.image, "features": len(pictures.features), "tokens": len(tokens)}
+    # A runtime that computes tower and projector in one gives no seconds of the latter.
+    return [
+        (f"image_{name}_seconds", "s", values, how) for name, values in found.items() if any(values)
+    ]
+
+
+def image_tokens(engine: Engine, side: int) -> int:
+    """Tokens that an image of side x side pixels takes. Raises EdgemedError for a side below 1."""
+    if side < 1:
+        raise EdgemedError(
+            f"an image of {side} x {side} pixels is none",
+            "Bench one with --image SIDE, or none with --image 0",
+        )
+    v = vision_of(engine.vision)
+    width, height = fitted_size(side, side, v)
+    return width * height // (v.patch * v.merge) ** 2
+
+
+def record(
+    engine: Engine,
+    name: str,
+    unit: str,
+    values: list[float],
+    how: dict[str, Any],
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """One number: the median of `values`, with its spread and everything needed to read it."""
+    array = np.array(values, float)
+    spread = {
+        "min": float(array.min()),
+        "median": float(np.median(array)),
+        "max": float(array.max()),
+    }
+    if len(values) >= 20:
+        spread |= {f"p{p}": float(np.percentile(array, p)) for p in PERCENTILES}
+    return {
+        "name": name,
+        "value": spread["median"],
+        "unit": unit,
+        "n": len(values),
+        "spread": spread,
+        "how": how,
+        "engine": engine.name,
+        "engine_key": engine.key,
+        "precision": engine.precision,
+        "target": engine.target,
+        "random_weights": engine.random_weights,
+        "machine": machine(),
+        "state": state,
+        "versions": store.versions(),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

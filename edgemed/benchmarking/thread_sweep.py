@@ -1,0 +1,225 @@
+"""Speed by number of threads and by group of cores, and the choice of how idle threads wait.
+
+Both must be settled before a runtime is loaded, so every point runs in a process of its own; points
+are measured in turns, forwards and backwards, so that a machine growing warm or busy hits all of
+them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from edgemed.benchmarking.bench import decoding, prefills
+from edgemed.console import track
+from edgemed.engines.engine import open_engine
+from edgemed.errors import EdgemedError, nearest
+from edgemed.hardware import thermal
+from edgemed.hardware.device import machine
+from edgemed.pipeline.recipe import BenchSpec
+
+# 'auto' leaves the libraries' own choice: llama.cpp's threads spin briefly (llama.library), ONNX
+# Runtime's until the next operator.
+WAITS = ("auto", "active", "passive")
+FULLY = 16  # up to so many threads every count is measured
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting: threads, and the cores they may use (empty: all). label: 'all', or the cores as
+    '4-7'.
+    """
+
+    threads: int
+    cores: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        if not self.cores:
+            return "all"
+        whole = len(self.cores) > 1 and self.cores == tuple(
+            range(self.cores[0], self.cores[-1] + 1)
+        )
+        return f"{self.cores[0]}-{self.cores[-1]}" if whole else ",".join(map(str, self.cores))
+
+
+def environment(wait: str) -> dict[str, str]:
+    """The environment in which OpenMP (and ONNX Runtime's session) waits as asked: spinning,
+    'active', or sleeping, 'passive'.
+
+    Raises EdgemedError for another word.
+    """
+    if wait not in WAITS:
+        raise EdgemedError(f"unknown way to wait '{wait}'", nearest(wait, WAITS))
+    if wait == "auto":
+        return dict(os.environ)
+    # A spin count would overrule the policy.
+    return {
+        **{key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"},
+        "OMP_WAIT_POLICY": wait,
+    }
+
+
+def points(logical: int, physical: int, groups: Sequence[Sequence[int]]) -> list[Point]:
+    """1 to `logical` threads on all cores (beyond 16 in steps of an eighth, `physical` among them),
+    then every group of unlike cores by itself.
+    """
+    counts = {
+        *range(1, min(logical, FULLY) + 1),
+        *range(FULLY, logical + 1, max(1, logical // 8)),
+        physical,
+        logical,
+    }
+    found = [Point(n) for n in sorted(counts)]
+    return found + [
+        Point(n, tuple(group))
+        for group in groups
+        if len(groups) > 1
+        for n in range(1, len(group) + 1)
+    ]
+
+
+def sweep(what: str, path: Path, plan: BenchSpec, wait: str = "auto") -> list[dict[str, Any]]:
+    """Measure every point in `plan.runs` rounds; one row per point with medians, extremes and
+    'best' where it won. what: 'threads'.
+
+    Raises EdgemedError for anything else to sweep, for a plan that fixes the threads, and where a
+    point cannot be measured.
+    """
+    if what != "threads":
+        raise EdgemedError(f"cannot sweep '{what}'", nearest(what, ["threads"]))
+    if plan.threads:
+        raise EdgemedError(
+            "--threads and --sweep threads contradict each other", "Leave one of them out"
+        )
+    engine = open_engine(path, check=True)
+    facts = machine()
+    if max(plan.prompt) >= engine.context:
+        raise EdgemedError(
+            f"a prompt of {max(plan.prompt)} tokens does not fit the engine's context of"
+            f" {engine.context}",
+            "Sweep with a shorter prompt",
+        )
+    chosen = points(facts["logical_cores"], facts["physical_cores"], thermal.clusters())
+    variables = environment(wait)
+    speeds: dict[Point, list[dict[str, float]]] = {point: [] for point in chosen}
+    turns = [
+        point for n in range(plan.runs) for point in (chosen if n % 2 == 0 else reversed(chosen))
+    ]
+    for point in track(turns, "sweep"):
+        speeds[point].append(one(path, point, plan, variables))
+    rows = [
+        {"threads": point.threads, "cores": point.label, **spread(values)}
+        for point, values in speeds.items()
+    ]
+    for name in ("decode", "prefill"):
+        known = [row for row in rows if f"{name}_tokens_per_second" in row]
+        for row in rows:
+            row.setdefault("best", "")
+        if known:
+            winner = max(known, key=lambda row: row[f"{name}_tokens_per_second"])
+            winner["best"] = f"{winner['best']} and {name}" if winner["best"] else name
+    return rows
+
+
+def spread(values: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Median, lowest and highest of each speed over the rounds, in tokens per second."""
+    found = {}
+    for name in values[0]:
+        rounds = [value[name] for value in values]
+        found |= {
+            name: float(np.median(rounds)),
+            f"{name}_min": min(rounds),
+            f"{name}_max": max(rounds),
+        }
+    return found
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a person reads it: median (lowest to highest)."""
+    found = {"threads": row["threads"], "cores": row["cores"]}
+    for name in ("decode", "prefill"):
+        key = f"{name}_tokens_per_second"
+        if key in row:
+            found[f"{name} tok/s"] = (
+                f"{row[key]:.4g} ({row[f'{key}_min']:.4g} to {row[f'{key}_max']:.4g})"
+            )
+    return found | {"best": row["best"]}
+
+
+def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) -> dict[str, float]:
+    """One point measured once, in a fresh process."""
+    order = {
+        "engine": str(path),
+        "threads": point.threads,
+        "cores": point.cores,
+        "prompt": max(plan.prompt),
+        "generate": plan.generate,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from edgemed.benchmarking.thread_sweep import child; child()"],
+        input=json.dumps(order),
+        capture_output=True,
+        text=True,
+        env=variables,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise EdgemedError(
+            f"{point.threads} threads on cores {point.label} failed: {said[-1]}",
+            f"Run it alone: edgemed bench {path} --threads {point.threads}",
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child() -> None:
+    """The fresh process: reads its order from standard input, prints tokens per second as one line
+    of JSON.
+    """
+    order = json.load(sys.stdin)
+    if order["cores"]:
+        os.sched_setaffinity(0, order["cores"])
+    engine = open_engine(order["engine"])
+    session = engine.open(order["threads"])
+    tokens = np.random.default_rng(0).integers(0, engine.vocab, order["prompt"]).tolist()
+    found = {"prefill_tokens_per_second": order["prompt"] / prefills(session, tokens, 1)[0]}
+    if engine.head == "lm":
+        measured = {
+            name: values
+            for name, _, values, _ in decoding(
+                session, tokens, BenchSpec((order["prompt"],), order["generate"], 1)
+            )
+        }
+        found = {"decode_tokens_per_second": measured["decode_tokens_per_second"][0]} | found
+    session.close()
+    print(json.dumps(found))
+
+
+def bench_afresh(engine: Path, plan: BenchSpec, wait: str, as_json: bool) -> NoReturn:
+    """Replace this process by `edgemed bench ENGINE`: how threads wait is read when a runtime is
+    loaded, and making an engine loads much.
+    """
+    command = [
+        "bench",
+        str(engine),
+        "--generate",
+        str(plan.generate),
+        "--runs",
+        str(plan.runs),
+        "--image",
+        str(plan.image or 0),
+        *(["--json"] if as_json else []),
+    ]
+    command += [part for length in plan.prompt for part in ("--prompt", str(length))] + (
+        ["--threads", str(plan.threads)] if plan.threads else []
+    )
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "edgemed", *command], environment(wait))

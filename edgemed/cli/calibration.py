@@ -1,0 +1,134 @@
+"""The verbs about calibration text: a card from one's own data, and what a card shares with
+evaluations.
+
+A group of its own on the command line, because both are about text and neither runs a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgemed.cli.options import Json
+from edgemed.console import show
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Calibration cards: make one from your own text, check one against evaluations.",
+)
+
+
+@app.command()
+def make(
+    file: Annotated[
+        Path,
+        typer.Option(
+            "--from",
+            help=(
+                '.jsonl file with rows {"text": ...} or {"messages": [...]}, or .txt file with a'
+                " blank line between texts."
+            ),
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="The card's name.")],
+    source: Annotated[
+        str, typer.Option(help="Where the text comes from, as the card shall say it.")
+    ],
+    licence: Annotated[str, typer.Option(help="Its licence, or under which terms it may be used.")],
+    language: Annotated[str, typer.Option(help="Language code.")] = "en",
+    heldout: Annotated[
+        float, typer.Option(help="Share of the texts held out for verification.")
+    ] = 0.2,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory whose tokenizer counts tokens.")
+    ] = None,
+    allow_traces: Annotated[
+        bool,
+        typer.Option(
+            "--allow-traces", help="Make the card although texts look like data of patients."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to make; default: calibration/NAME.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Make a calibration card from your own text: split, hashed, and refused where it looks like
+    data of patients.
+    """
+    from edgemed.data.calibration_cards import Source
+    from edgemed.data.calibration_cards import make as make_card
+    from edgemed.models.checkpoint import open_checkpoint
+    from edgemed.models.tokenizer import open_tokenizer
+
+    tokenizer = None
+    if model:
+        checkpoint = open_checkpoint(model)
+        tokenizer = open_tokenizer(checkpoint.path, checkpoint.config.get("vocab_size"))
+    out = out or Path("calibration") / name
+    card = make_card(
+        file,
+        out,
+        Source(
+            name,
+            source,
+            licence,
+            language,
+        ),
+        heldout,
+        allow_traces,
+        tokenizer,
+    )
+    show(
+        {
+            "card": str(out),
+            **{
+                f"{split} {key}": value
+                for split, facts in card["files"].items()
+                for key, value in facts.items()
+                if key != "file"
+            },
+            **card["made_from"],
+        },
+        json_,
+    )
+
+
+@app.command()
+def check(
+    card: Annotated[
+        str, typer.Argument(help="Card name, directory with a card.yaml, or .jsonl / .txt file.")
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME[/PART][:FILE]; may be repeated; default: every shipped sample."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Which evaluation questions share 13 words in a row with a card, and what in it looks like
+    data of patients; exits with 1 where one shares them with its calibration texts.
+    """
+    from edgemed.data.calibration_cards import check as check_card
+
+    found = check_card(card, task or ())
+    if json_:
+        show(found, True)
+    else:
+        show([{**row, "first": ", ".join(row["first"])} for row in found["overlap"]], False)
+        show(
+            {
+                "texts that look like data of patients": len(
+                    {(t["split"], t["text"]) for t in found["traces"]}
+                ),
+                "kinds": ", ".join(sorted({t["kind"] for t in found["traces"]})),
+            },
+            False,
+        )
+    sys.exit(
+        1
+        if any(row["overlapping"] for row in found["overlap"] if row["split"] == "calibration")
+        else 0
+    )

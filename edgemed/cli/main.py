@@ -1,0 +1,511 @@
+"""The command line: thin verbs over the same functions the Python API offers.
+
+Everything heavy is imported inside the verb that needs it, so that --help answers at once;
+EdgemedError becomes one line and exit code 1, any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgemed.cli import calibration, experts, planning, proof, provenance
+from edgemed.cli.options import (
+    AcceptUndecided,
+    Adapter,
+    EngineDir,
+    Json,
+    Model,
+    Out,
+    Sets,
+    Threads,
+    settings,
+)
+from edgemed.console import show
+from edgemed.errors import EdgemedError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=(
+        "Tiny medical language models on small devices: merge, quantize, compile, and prove it did"
+        " not get worse."
+    ),
+)
+
+
+def main() -> None:
+    try:
+        app()
+    except EdgemedError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except SystemExit as end:
+        # typer turns Ctrl-C into exit code 130 without a word.
+        if end.code == 130:
+            typer.echo(
+                "interrupted; finished steps are kept, run the same command again to go on",
+                err=True,
+            )
+        raise
+
+
+for verb in (planning.doctor, planning.inspect, planning.plan, experts.experts):
+    app.command()(verb)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.")],
+    sets: Sets = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")
+    ] = None,
+    accept_undecided: AcceptUndecided = False,
+    json_: Json = False,
+) -> None:
+    """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
+    from edgemed.pipeline.recipe import read_recipe
+    from edgemed.pipeline.runner import run as run_recipe
+
+    work = work or Path("runs") / Path(recipe).stem
+    report = run_recipe(read_recipe(recipe, sets or ()), work)
+    document = json.loads((work / "report.json").read_text(encoding="utf-8"))
+    if json_:
+        show(document, True)
+    else:
+        show([summary(engine) for engine in document["engines"]], False)
+        typer.echo(f"report: {report}")
+    if any(engine["verify"] and not engine["verify"]["passed"] for engine in document["engines"]):
+        sys.exit(1)
+    proof.leave(document["gate"], accept_undecided)
+
+
+def summary(engine: dict[str, Any]) -> dict[str, Any]:
+    values = {record["name"]: record["value"] for record in engine["records"]}
+    row = {
+        "engine": engine["name"],
+        "precision": engine["precision"],
+        "MB": round(engine["bytes"] / 1e6, 1),
+    }
+    if engine["verify"]:
+        row |= {
+            "verified": engine["verify"]["passed"],
+            "top-1": round(engine["verify"]["top1"], 4),
+            "mean KL": round(engine["verify"]["mean_kl"], 5),
+        }
+    row |= {
+        label: round(values[name], 1)
+        for name, label in (("decode_tokens_per_second", "tok/s"),)
+        if name in values
+    }
+    # of several strategies, the first stays
+    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}
+    return row | ({"not worse": engine["gate"]["verdict"]} if engine["gate"] else {})
+
+
+@app.command()
+def merge(
+    model: Model,
+    out: Out,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter directory.")] = None,
+    alpha: Annotated[float, typer.Option(help="1 merges fully, 0 leaves the base.")] = 1.0,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Instead of an adapter: 'dense': one MLP per mixture; 'shared_delta': and small"
+                " differences (--set rank=64)."
+            )
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="With experts: text that measures the error; card name, .jsonl or .txt file."
+        ),
+    ] = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Merge a PEFT adapter into its base model, and check that the answers are the adapter's; or
+    experts into one MLP each layer.
+    """
+    step(
+        "merge",
+        model,
+        out,
+        settings(sets, adapter=adapter, alpha=alpha, experts=experts, calibration=calibration),
+        json_,
+    )
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="gptq, awq, rtn, auto, bnb-nf4 or bnb-int8.")
+    ] = "gptq",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group: Annotated[
+        int, typer.Option(help="Weights per scale: 32, 64, 128 or -1 (whole row).")
+    ] = 128,
+    calibration: Annotated[
+        str | None, typer.Option(help="Card name, .jsonl or .txt file; all but rtn need one.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Bits chosen per matrix within this: 4.5bpw, or 1.6GB.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Resident memory at most, such as 4GB.")
+    ] = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Quantize the matrices of a checkpoint, alike or mixed within a budget, in the AutoGPTQ
+    checkpoint layout, or in bitsandbytes'.
+    """
+    step(
+        "quantize",
+        model,
+        out,
+        settings(
+            sets,
+            method=method,
+            bits=bits,
+            group=group,
+            calibration=calibration,
+            budget=budget,
+            max_memory=max_memory,
+        ),
+        json_,
+    )
+
+
+@app.command()
+def distill(
+    model: Model,
+    out: Out,
+    calibration: Annotated[
+        str, typer.Option(help="Text to learn on: card name, .jsonl or .txt file.")
+    ],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")],
+    rate: Annotated[float, typer.Option(help="Largest learning rate.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Teacher's directory; default: MODEL, of which a part is kept."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers of MODEL the student keeps: a count, or indices as 0,2,4."),
+    ] = None,
+    target_params: Annotated[
+        str | None,
+        typer.Option(help="Parameters of the student at most, as 30M: depth and width are chosen."),
+    ] = None,
+    loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl or jsd.")] = "forward_kl",
+    mode: Annotated[
+        str, typer.Option(help="logits, or sequence for different tokenizers.")
+    ] = "logits",
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Distill a teacher into a smaller student; a killed run goes on when the same command is given
+    again.
+    """
+    try:
+        chosen = [int(layer) for layer in layers.split(",")] if layers else None
+    except ValueError:
+        raise EdgemedError(
+            f"--layers {layers} is neither a count nor indices",
+            "For example --layers 3, or --layers 0,2,4",
+        ) from None
+    student = {"layers": chosen, "target_params": target_params}
+    step(
+        "distill",
+        model,
+        out,
+        settings(
+            sets,
+            calibration=calibration,
+            steps=steps,
+            rate=rate,
+            teacher=teacher,
+            loss=loss,
+            mode=mode,
+            **student,
+        ),
+        json_,
+    )
+
+
+def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool) -> None:
+    from edgemed import params, plugins
+    from edgemed.artifacts import store
+    from edgemed.pipeline.recipe import Stage
+    from edgemed.pipeline.runner import open_model, run_step
+
+    stage = Stage(name, params.build(plugins.load("steps", name).Params, values, name))
+    done = run_step(stage, open_model(model, out.parent), out.parent, out)
+    manifest = store.read_manifest(done.path)
+    show(
+        {
+            key: manifest[key]
+            for key in ("stage", "params", "notes", "wall_seconds", "peak_memory_bytes")
+        },
+        as_json,
+    )
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str | None, typer.Argument(help="Model directory, hub id or random:NAME.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="onnx, llamacpp or tensorrt.")] = "onnx",
+    out: Annotated[Path, typer.Option(help="Engine directory to make.")] = Path("engine"),
+    random_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="True dimensions of this model with random weights, for latency and memory only."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "Held-out texts for the reference answers that travel along; 'none' leaves them"
+                " out."
+            )
+        ),
+    ] = "pubmedqa-abstracts",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Float checkpoint to take reference answers from; default: MODEL itself."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PEFT LoRA that travels along unmerged, as NAME=DIRECTORY; may be repeated."
+        ),
+    ] = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Compile a checkpoint to one engine directory that travels to the device."""
+    from edgemed.api import export as export_engine
+    from edgemed.artifacts import store
+    from edgemed.console import say
+
+    if (model is None) == (random_weights is None):
+        raise EdgemedError(
+            "give either MODEL or --random-weights NAME",
+            "For example: edgemed export ./BioMedLM --target onnx --out engine",
+        )
+    named = dict(pair.split("=", 1) for pair in adapter or () if "=" in pair)
+    if len(named) < len(adapter or ()):
+        raise EdgemedError(
+            f"--adapter {', '.join(adapter)}: each must be NAME=DIRECTORY, and no name given twice",
+            "For example --adapter sections=recipes/quickstart/adapter",
+        )
+    values = settings(sets, adapters=named or None)
+    engine = export_engine(
+        model or f"random:{random_weights}",
+        target,
+        out,
+        prompts=None if prompts == "none" else prompts,
+        source=source,
+        **values,
+    )
+    notes = store.read_manifest(engine.path)["notes"]
+    # A tensor that could not have the type asked for is said aloud: the engine is larger than its
+    # name says.
+    for change in sorted(set(notes.get("fallbacks", {}).values())):
+        say(
+            f"{change}:"
+            f" {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}"
+        )
+    shown = {
+        "engine": str(engine.path),
+        "target": engine.target,
+        "precision": engine.precision,
+        "random_weights": engine.random_weights,
+    }
+    show(
+        shown
+        | (
+            {"unbuilt": f"on the device run: edgemed build {engine.path}"}
+            if engine.stand_in
+            else {}
+        ),
+        json_,
+    )
+
+
+@app.command()
+def build(
+    engine: EngineDir,
+    workspace_mb: Annotated[
+        int | None,
+        typer.Option(
+            help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's."
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")
+    ] = True,
+    json_: Json = False,
+) -> None:
+    """On the device: compile an exported engine for this GPU, then verify and measure it."""
+    from edgemed.api import build as build_engine
+
+    found = build_engine(engine, workspace_mb, measure)
+    if json_:
+        show(found, True)
+    else:
+        plan = found["plan"]
+        verified = found["verify"]
+        show(
+            {
+                **plan["params"],
+                **plan["notes"],
+                "verified": None if verified is None else verified["passed"],
+            },
+            False,
+        )
+        show(
+            [
+                {
+                    "what": r["name"],
+                    "value": f"{r['value']:.4g}",
+                    "unit": r["unit"],
+                    "n": r["n"],
+                    "prompt": r["how"].get("prompt", ""),
+                }
+                for r in found["records"]
+            ],
+            False,
+        )
+    sys.exit(0 if found["verify"] is None or found["verify"]["passed"] else 1)
+
+
+for verb in (proof.verify, proof.bench):
+    app.command()(verb)
+app.command(name="eval")(proof.eval_)
+app.command()(proof.ttt)
+app.command()(proof.report)
+
+
+@app.command()
+def generate(
+    engine: EngineDir,
+    prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
+    adapter: Adapter = None,
+    seed: int = 0,
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """Continue a text or answer about images, offline, printing words as they come."""
+    from edgemed.api import stream
+    from edgemed.inference.session import Sampling
+
+    words = stream(
+        engine,
+        prompt,
+        Sampling(
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            max_tokens,
+        ),
+        threads,
+        image or (),
+        template,
+        adapter,
+    )
+    if json_:
+        show({"prompt": prompt, "text": "".join(words)}, True)
+        return
+    for word in words:
+        typer.echo(word, nl=False)
+        sys.stdout.flush()
+    typer.echo("")
+
+
+@app.command()
+def chat(
+    engine: EngineDir,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    adapter: Adapter = None,
+    threads: Threads = None,
+) -> None:
+    """Talk to an engine, offline; an empty line or Ctrl-D ends."""
+    from edgemed.api import chat as talk
+    from edgemed.inference.session import Sampling
+
+    talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
+
+
+app.add_typer(calibration.app, name="calibrate")
+for verb in (provenance.card, provenance.keygen, provenance.sign):
+    app.command()(verb)
+
+
+@app.command(name="list")
+def list_(json_: Json = False) -> None:
+    """Everything edgemed knows by name: families, steps, targets, tasks, devices, text sets,
+    recipes.
+    """
+    from edgemed import plugins
+    from edgemed.data.text_sets import card_names
+
+    known = {kind: plugins.names(kind) for kind in (*plugins.CODE_KINDS, "devices")}
+    show(
+        known
+        | {
+            "text sets": card_names(),
+            "recipes": sorted(p.stem for p in plugins.shared("recipes").glob("*.yaml")),
+        },
+        json_,
+    )
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+    json_: Json = False,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from edgemed import plugins
+    from edgemed.pipeline.recipe import find_recipe
+
+    if name:
+        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return
+    found = [
+        {"recipe": p.stem, "what": p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")}
+        for p in sorted(plugins.shared("recipes").glob("*.yaml"))
+    ]
+    show(found, json_)

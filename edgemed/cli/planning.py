@@ -1,0 +1,146 @@
+"""The verbs for the time before anything is built: what this machine is, what a model is, and what
+would run where.
+
+They stand apart from cli.py because none of them makes or runs an engine; cli.py puts them on the
+same command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgemed.cli.options import Json, Model
+from edgemed.console import show
+from edgemed.errors import EdgemedError
+
+
+def doctor(
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help=(
+                "Measure this machine instead (about two minutes): bandwidth, products, calls,"
+                " memory."
+            ),
+        ),
+    ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="With --measure: seconds instead of minutes, and less exact."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --measure: write a device file for `edgemed plan --device` and recipes."
+        ),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Look at this machine: CPU, memory, GPUs, runtimes and their self-checks; what is missing and
+    the command that adds it.
+    """
+    from dataclasses import asdict
+
+    from edgemed.hardware.doctor import examine
+
+    if (out or quick) and not measure:
+        raise EdgemedError(
+            "--out and --quick belong to --measure",
+            "For example: edgemed doctor --measure --out board.yaml",
+        )
+    if not measure:
+        show([asdict(finding) for finding in examine()], json_)
+        return
+    from edgemed.benchmarking.device_profile import measured
+
+    show(measured(out, quick), json_)
+
+
+def inspect(model: Model, json_: Json = False) -> None:
+    """Family, parameters, memory per precision, and which targets are possible and why not."""
+    from edgemed.planning.inspect import inspect
+
+    show(inspect(model), json_)
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="Model directory, hub id, random:NAME, or a recipe.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Device name, or a file written by `edgemed doctor --measure`; default: the"
+                " recipe's."
+            )
+        ),
+    ] = None,
+    ttft: Annotated[
+        str | None, typer.Option(help="Time to the first token at most, such as 1s or 800ms.")
+    ] = None,
+    tps: Annotated[float | None, typer.Option(help="Tokens per second at least.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory at most while running, such as 6GB or 6GiB.")
+    ] = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt length in tokens, without images; default: 512, or half the context."
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images in the prompt.")] = 0,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens the KV cache holds; default: two sizes are planned.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Only this precision.")] = None,
+    power: Annotated[
+        str | None, typer.Option(help="Power mode of the device; default: the highest.")
+    ] = None,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Show instead how far predictions are from measurements."),
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Predict memory and speed of every engine of a model on a device, and print the recipe of the
+    best; or, with --validate, the error of such predictions.
+    """
+    from edgemed import units
+    from edgemed.console import wide
+
+    if validate:
+        from edgemed.planning.validation import validation
+
+        if json_:
+            show(validation(), True)
+            return
+        for name, table in validation().items():
+            typer.echo("\n".join([name, *(wide(table) or ["none"]), ""]))
+        return
+    from edgemed.planning.planner import Wishes, lines, plan_for
+
+    if model is None:
+        raise EdgemedError(
+            "give a MODEL or a recipe, or --validate",
+            "For example: edgemed plan random:biomedlm --device jetson-orin-nano-8gb --tps 15",
+        )
+    wishes = Wishes(
+        prompt,
+        images,
+        context,
+        units.seconds(ttft, "--ttft") if ttft else None,
+        tps,
+        units.size(memory, "--memory") if memory else None,
+        precision,
+    )
+    found = plan_for(model, device, wishes, power)
+    if json_:
+        show(found, True)
+        return
+    for line in lines(found):
+        typer.echo(line)

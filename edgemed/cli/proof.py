@@ -1,0 +1,481 @@
+"""The verbs that prove something about an engine: parity, speed and memory, accuracy with its
+verdict, and the report of it all.
+
+They stand apart from cli.py, which puts them on the same command line, because they are what the
+others exist for and grow with every measurement.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgemed.cli.options import AcceptUndecided, Adapter, EngineDir, Json, Sets, Threads, settings
+from edgemed.cli.provenance import signed as check_signature
+from edgemed.console import show
+from edgemed.errors import EdgemedError
+
+
+def verify(
+    engine: Annotated[Path | None, typer.Argument(help="Engine directory.")] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Only re-check every file of this artifact against its manifest."),
+    ] = None,
+    max_kl: Annotated[
+        float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")
+    ] = 0.05,
+    min_top1: Annotated[
+        float, typer.Option(help="Limit on top-1 agreement with the source.")
+    ] = 0.9,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "The signer's public.pem: first check the signature, and name every file changed"
+                " since."
+            )
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Only this one of the engine's adapters ('base': none); default: the engine as it"
+                " is used where none is named, and every other adapter."
+            )
+        ),
+    ] = None,
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """Compare an engine with the float32 source's answers it carries; or, with --manifest, re-check
+    every byte of an artifact.
+    """
+    from edgemed.artifacts import store
+    from edgemed.engines.engine import open_engine
+    from edgemed.verification.parity import Limits, with_adapters
+    from edgemed.verification.parity import verify as verify_engine
+
+    if (engine is None) == (manifest is None):
+        raise EdgemedError(
+            "give either ENGINE or --manifest DIR",
+            "For example: edgemed verify runs/quickstart/engines/onnx-int4",
+        )
+    signed = check_signature(engine or manifest, key, json_)
+    if manifest is not None:
+        problems = store.check_manifest(manifest)
+        show(
+            {
+                "artifact": str(manifest),
+                "files": len(store.read_manifest(manifest)["files"]),
+                **signed,
+                "intact": not problems,
+                "problems": problems,
+            },
+            json_,
+        )
+        sys.exit(1 if problems else 0)
+    opened = open_engine(engine, check=True)
+    limits = Limits(max_kl, min_top1)
+    result = verify_engine(opened, opened.reference(adapter), limits, threads, adapter)
+    result = result if adapter else with_adapters(opened, result, limits, threads)
+    if json_:
+        show(result | signed, True)
+    else:
+        show(
+            {key: value for key, value in result.items() if key not in ("stages", "adapters")}
+            | signed,
+            False,
+        )
+        show([stage_row(row) for row in result.get("stages", [])], False)
+        for own in result.get("adapters", {}).values():
+            show({key: value for key, value in own.items() if key != "stages"}, False)
+            show([stage_row(row) for row in own.get("stages", [])], False)
+    sys.exit(0 if result["passed"] else 1)
+
+
+def stage_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One stage as a person reads it."""
+    return {
+        "stage": row["stage"],
+        "parity": "passed" if row["passed"] else "failed",
+        "error": f"{row['error']:.2e}",
+        "limit": f"{row['limit']:.2g}",
+        "how": row["how"],
+    }
+
+
+def bench(
+    engine: Annotated[Path | None, typer.Argument(help="Engine directory.")] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(help="Make and bench an engine of these true dimensions with random weights."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="With --random-weights: the target.")] = "onnx",
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")
+    ] = None,
+    generate: Annotated[int, typer.Option(help="New tokens per round.")] = 64,
+    runs: Annotated[int, typer.Option(help="Counted rounds after one warm-up.")] = 5,
+    image: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Engines that see: side in pixels of an image to ask about besides; 0: none.",
+        ),
+    ] = 448,
+    threads: Threads = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "'threads': speeds by number of threads instead, and by group of cores where cores"
+                " differ; --runs rounds in turns."
+            )
+        ),
+    ] = None,
+    wait: Annotated[
+        str, typer.Option(help="How idle threads wait: auto, active (spin) or passive (sleep).")
+    ] = "auto",
+    work: Annotated[
+        Path, typer.Option(help="With --random-weights: where checkpoint and engine are kept.")
+    ] = Path("runs/random"),
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Measure load time, first token, prefill, step latency, decoding speed, memory, energy and the
+    bandwidth ceiling.
+    """
+    from edgemed.pipeline.recipe import BenchSpec
+
+    if (engine is None) == (random_weights is None):
+        raise EdgemedError(
+            "give either ENGINE or --random-weights NAME",
+            "For example: edgemed bench --random-weights biomedlm --target onnx --set"
+            " precision=int4",
+        )
+    if random_weights:
+        from edgemed.pipeline.runner import random_engine
+
+        engine = random_engine(random_weights, target, settings(sets), work)
+    plan = BenchSpec(
+        tuple(prompt or (32, 128)),
+        generate,
+        runs,
+        threads,
+        image,
+    )
+    if sweep:
+        from edgemed.benchmarking.thread_sweep import shown
+        from edgemed.benchmarking.thread_sweep import sweep as sweep_engine
+
+        rows = sweep_engine(sweep, engine, plan, wait)
+        show(rows if json_ else [shown(row) for row in rows], json_)
+    elif random_weights or wait != "auto":
+        from edgemed.benchmarking.thread_sweep import bench_afresh
+
+        bench_afresh(engine, plan, wait, json_)
+    else:
+        bench_here(engine, plan, json_)
+
+
+def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
+    from edgemed.artifacts import store
+    from edgemed.benchmarking.bench import bench as bench_engine
+    from edgemed.benchmarking.machine_state import sentences
+    from edgemed.engines.engine import open_engine
+
+    opened = open_engine(engine, check=True)
+    store.reset_peak_memory()
+    records = bench_engine(opened, plan)
+    store.append_records(engine, records)
+    if as_json:
+        show(records, True)
+        return
+    if opened.random_weights:
+        typer.echo("random weights: these numbers say something about latency and memory only")
+    show(
+        [
+            {
+                "what": r["name"],
+                "value": f"{r['value']:.4g}",
+                "unit": r["unit"],
+                "n": r["n"],
+                "prompt": prompt_of(r["how"]),
+            }
+            for r in records
+        ],
+        False,
+    )
+    for line in sentences(records[0]["state"]):
+        typer.echo(line)
+
+
+def prompt_of(how: dict[str, Any]) -> Any:
+    """What was asked, for a table: tokens of the prompt, or the image and its tokens."""
+    return (
+        f"{how['tokens']} with an image of {how['image']} x {how['image']}"
+        if "image" in how
+        else how.get("prompt", "")
+    )
+
+
+def eval_(
+    engine: EngineDir,
+    task: Annotated[
+        list[str],
+        typer.Option(
+            help=(
+                "Task as NAME, NAME/LANGUAGE or NAME/PART, or NAME:FILE.jsonl for your own rows;"
+                " may be repeated."
+            )
+        ),
+    ],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Prompt strategy: zero-shot, random-3, nearest-3/cot, self-consistency-5, ...; may"
+                " be repeated, the first is judged."
+            )
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Float checkpoint the engine was made from, evaluated too (needs edgemed[build])."
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the source's results, written with --out where the source was evaluated."
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest loss of accuracy that counts as not worse, e.g. 0.02; gives a verdict."
+        ),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="How often a worse engine may pass.")] = 0.05,
+    scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    accept_undecided: AcceptUndecided = False,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help=(
+                "Put the results and the verdict into the engine's manifest; sign it again"
+                " afterwards."
+            ),
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the whole result, every item included, to this JSON file."),
+    ] = None,
+    adapter: Adapter = None,
+    threads: Threads = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Accuracy of the engine that ships; with --source or --against, paired with its float
+    checkpoint, and with --margin judged.
+    """
+    from edgemed import params
+    from edgemed.api import evaluate_tasks
+    from edgemed.pipeline.recipe import EvalSpec
+
+    values = settings(
+        sets,
+        tasks=task,
+        strategies=strategy,
+        limit=limit,
+        margin=margin,
+        alpha=alpha,
+        scoring=scoring,
+    )
+    if margin is not None and not (source or against):
+        raise EdgemedError(
+            "a verdict needs the source's answers", "Give --source MODEL or --against FILE"
+        )
+    if record and adapter:
+        raise EdgemedError(
+            "the manifest holds results of the engine's base only",
+            "Give --out FILE instead of --record, or leave --adapter out",
+        )
+    found = evaluate_tasks(
+        engine, params.build(EvalSpec, values, "eval"), source, against, threads, adapter
+    )
+    if record:
+        from edgemed.engines.engine import open_engine
+        from edgemed.evaluation.evaluate import part_of
+        from edgemed.provenance.record import record as put
+
+        put(engine, found["engine"], part_of(found["gate"], open_engine(engine).name))
+    if out:
+        from edgemed.artifacts.store import write_json
+
+        write_json(out, found)
+    if json_:
+        show(found, True)
+    else:
+        results = (*found["source"], *found["engine"])
+        show([result_row(result) for result in results], False)
+        # Metrics of a task's own differ from task to task: a line each.
+        if own := [
+            {
+                "task": r["task"],
+                "model": r["model"],
+                "metric": name,
+                "value": s["value"],
+                "n": s["n"],
+            }
+            for r in results
+            for name, s in r["scores"].items()
+        ]:
+            show(own, False)
+        if found["gate"]:
+            show([verdict_row(row) for row in found["gate"]["comparisons"]], False)
+    leave(found["gate"], accept_undecided)
+
+
+def ttt(
+    model: Annotated[
+        str, typer.Argument(help="Float checkpoint of a language model; engines cannot learn.")
+    ],
+    task: Annotated[str, typer.Option(help="Multiple-choice text task, as in edgemed eval.")],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts to learn from: a card or .jsonl file; default: the task's solved examples."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option(help="Nearest texts to learn from, a step on each.")] = 1,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write both results, every item included, to this JSON file."),
+    ] = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Test-time training: answer each question after a LoRA step on the texts nearest to it, put
+    back afterwards, against the plain answers.
+    """
+    from edgemed import params
+    from edgemed.artifacts import store
+    from edgemed.evaluation.task import questions
+    from edgemed.evaluation.test_time_training import Adapt, compare
+    from edgemed.models.checkpoint import open_checkpoint
+
+    found = compare(
+        open_checkpoint(model),
+        questions(task, limit),
+        params.build(Adapt, settings(sets, text=text, k=k, rate=rate), "ttt"),
+    )
+    if out:
+        store.write_json(out, found)
+    if json_:
+        show(found, True)
+        return
+    show(
+        [result_row(found["plain"]), result_row(found["trained"] | {"paired": found["paired"]})],
+        False,
+    )
+    difference = found["paired"]["difference"]["value"]
+    low, high = found["paired"]["difference"]["interval"]
+    typer.echo(
+        f"difference {difference:+.4f} (95 % {low:+.4f} to {high:+.4f}, McNemar p"
+        f" {found['paired']['mcnemar_p']:.3g}), {found['times']:.1f} times the seconds of a plain"
+        " answer"
+    )
+
+
+def result_row(result: dict[str, Any]) -> dict[str, Any]:
+    """One result as a person reads it."""
+    low, high = result["interval"]
+    row = {
+        "task": result["task"] + " (synthetic)" * result["synthetic"],
+        "model": result["model"],
+        "strategy": result["strategy"],
+        "n": result["n"],
+        "accuracy": f"{result['accuracy']:.4f}",
+    }
+    row |= {
+        "95 %": f"{low:.3f}-{high:.3f}",
+        "majority": round(result["majority"], 4),
+        "cut": result["truncated"],
+        "s/question": result["seconds_per_question"],
+    }
+    paired = result["paired"]
+    return row | {
+        "lost": paired["only_source"] if paired else None,
+        "gained": paired["only_engine"] if paired else None,
+    }
+
+
+def verdict_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One comparison of the gate as a person reads it."""
+    low, high = row["interval"]
+    need = {"more items": row["items_needed"]} if row["verdict"] == "undecided" else {}
+    return {
+        "engine": row["engine"],
+        "task": row["task"],
+        "verdict": row["verdict"],
+        "difference": f"{row['difference']:+.4f}",
+        "95 %": f"{low:+.3f} to {high:+.3f}",
+        "p": row["p_holm"],
+        **need,
+    }
+
+
+def leave(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
+    """End with the gate's exit code: 1 failed, 3 undecided."""
+    if not gate or gate["verdict"] == "pass":
+        return
+    if gate["verdict"] == "fail":
+        sys.exit(1)
+    if not accept_undecided:
+        typer.echo(
+            "undecided: too few items to say that an engine is not worse; --accept-undecided lets"
+            " this pass",
+            err=True,
+        )
+        sys.exit(3)
+
+
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(help="Directories of finished runs, or of engines with their records."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Page to write, FILE.html; default: report.html in the run, or compare.html."
+        ),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Render the report of one run again, or compare several runs and engines on one page; Markdown
+    and JSON lie beside it.
+    """
+    from edgemed.reporting.compare_runs import comparison, read_runs, write_comparison
+    from edgemed.reporting.report import write
+
+    runs = read_runs(directories)
+    alone = len(runs) == 1 and (directories[0] / "report.json").is_file()
+    if json_:
+        show(runs[0].document if alone else comparison(runs), True)
+    elif alone and out is None:
+        typer.echo(str(write(runs[0].document, directories[0])))
+    else:
+        typer.echo(str(write_comparison(runs, out or Path("compare.html"))))

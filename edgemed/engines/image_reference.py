@@ -1,0 +1,158 @@
+"""What the float32 source sees and says on a few images: the part of the reference answers that
+engines with a vision tower carry besides.
+
+Every stage has its own yardstick (pixels, tower, projector, scores, greedy answers), so that an
+engine that answers wrongly is found out where it goes wrong; and the images travel as plain arrays,
+so that a device needs neither torch nor the source to repeat the check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemed.console import track
+from edgemed.errors import need
+from edgemed.inference.session import Pictures, Session
+from edgemed.vision.preprocessing import Patches, fitted_size, placed
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from edgemed.models.architecture import Vision
+
+SCORED = 8  # answer positions whose scores are kept: with a vocabulary of 150,000 each takes 0.6 MB
+STAGED = ("pixels", "tower", "features")
+# one RGB image -> what its tower reads, what it gives, what the projector makes of it
+Look = Callable[["Image.Image"], tuple[Patches, np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ImageReference:
+    """pictures: uint8 [height, width, 3] each. prompts int32 [images, longest]: one question about
+    each, an image token where it stands, -1 behind the end.
+
+    greedy int32 [images, new]: the source's answers. The rest is of the first images only, where it
+    was trimmed: pixels, tower and features, float32, what the source's tower reads, what it gives
+    and what the projector makes of it; logits float32 [images, positions, vocab]: scores behind the
+    prompt and behind each of the first tokens of the answer.
+    """
+
+    pictures: tuple[np.ndarray, ...]
+    prompts: np.ndarray
+    greedy: np.ndarray
+    logits: np.ndarray
+    pixels: tuple[np.ndarray, ...]
+    tower: tuple[np.ndarray, ...]
+    features: tuple[np.ndarray, ...]
+
+    def trim(self, scored: int) -> ImageReference:
+        """The same with pixels, tower, features and logits of fewer images, small enough to travel;
+        all images and answers stay.
+        """
+        return replace(
+            self,
+            logits=self.logits[:scored],
+            **{name: getattr(self, name)[:scored] for name in STAGED},
+        )
+
+    def tokens(self, n: int) -> list[int]:
+        """The prompt about image n, one token where the image stands."""
+        return [int(token) for token in self.prompts[n] if token >= 0]
+
+    def image(self, n: int) -> Image.Image:
+        return need("PIL.Image", "vision").fromarray(self.pictures[n])
+
+    def shown(
+        self, n: int, v: Vision, parts: int, context: int
+    ) -> tuple[list[int], Pictures | None]:
+        """(prompt about image n, the source's own features in it), as VisionSession.see. Raises
+        EdgemedError where they do not fit the context.
+        """
+        return placed(
+            self.tokens(n), [(self.features[n], grid_of(self.pictures[n], v))], v, parts, context
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored, by name."""
+        lists = {"pictures": self.pictures, **{name: getattr(self, name) for name in STAGED}}
+        return {
+            "image_prompts": self.prompts,
+            "image_greedy": self.greedy,
+            "image_logits": self.logits,
+        } | {
+            f"image_{name}_{n}": array
+            for name, arrays in lists.items()
+            for n, array in enumerate(arrays)
+        }
+
+    @staticmethod
+    def of(arrays: Mapping[str, np.ndarray]) -> ImageReference | None:
+        """The same from what was stored, None where there is none. Raises KeyError where a part is
+        missing.
+        """
+        if "image_prompts" not in arrays:
+            return None
+        images = len(arrays["image_prompts"])
+        scored = len(arrays["image_logits"])
+        lists = {name: tuple(arrays[f"image_{name}_{n}"] for n in range(scored)) for name in STAGED}
+        return ImageReference(
+            tuple(arrays[f"image_pictures_{n}"] for n in range(images)),
+            *(arrays[f"image_{name}"] for name in ("prompts", "greedy", "logits")),
+            **lists,
+        )
+
+
+def grid_of(picture: np.ndarray, v: Vision) -> tuple[int, int]:
+    """(rows, columns) of features that an image of this size becomes."""
+    width, height = fitted_size(picture.shape[1], picture.shape[0], v)
+    return height // (v.patch * v.merge), width // (v.patch * v.merge)
+
+
+def make_image_reference(
+    session: Session,
+    look: Look,
+    asked: Sequence[tuple[Sequence[int], np.ndarray]],
+    new: int,
+    v: Vision,
+    parts: int,
+) -> ImageReference:
+    """Show the source its images. session, look: the float32 source; asked: (prompt with one image
+    token, uint8 picture); new: greedy tokens per answer.
+
+    parts: of a rotary position. Stop tokens are not honoured: every answer has the same number of
+    tokens to compare. Raises EdgemedError as placed.
+    """
+    pil = need("PIL.Image", "vision")
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*STAGED, "logits", "greedy")}
+    for tokens, picture in track(list(asked), "reference answers about images"):
+        patches, tower, features = look(pil.fromarray(picture))
+        prompt, pictures = placed(
+            tokens, [(features, grid_of(picture, v))], v, parts, session.context
+        )
+        session.rewind(0)
+        scores = session.prefill(prompt, pictures=pictures)[-1]
+        kept = [scores.copy()]
+        said = []
+        while session.head == "lm" and len(said) < new:
+            said.append(int(scores.argmax()))
+            if len(said) < new:
+                scores = session.step(said[-1])
+                if len(kept) < SCORED:
+                    kept += [scores.copy()]
+        for name, array in zip(found, (patches.pixels, tower, features, kept, said), strict=True):
+            found[name].append(np.array(array, np.int32 if name == "greedy" else np.float32))
+    longest = max((len(tokens) for tokens, _ in asked), default=0)
+    prompts = np.array(
+        [[*tokens, *[-1] * (longest - len(tokens))] for tokens, _ in asked], np.int32
+    ).reshape(len(asked), longest)
+    return ImageReference(
+        tuple(np.array(picture, np.uint8) for _, picture in asked),
+        prompts,
+        np.array(found["greedy"], np.int32).reshape(len(asked), -1 if asked else 0),
+        np.array(found["logits"], np.float32),
+        **{name: tuple(found[name]) for name in STAGED},
+    )

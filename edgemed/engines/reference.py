@@ -1,0 +1,136 @@
+"""What the float32 source answers on held-out text: the yardstick that travels inside every engine.
+
+It is computed once per source checkpoint, before any quantization, and stored as plain arrays so
+that a device can verify its engine without torch and without the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgemed.console import track
+from edgemed.engines.image_reference import ImageReference
+from edgemed.errors import EdgemedError
+from edgemed.inference.session import Sampling, Session, generate
+
+FILE = "reference.npz"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """windows int32 [prompts, width]: held-out tokens. prompt: tokens of each window that start a
+    greedy answer.
+
+    greedy int32 [prompts, new]: the source's greedy continuation (empty for a head). logits float32
+    [scored, positions, vocab]: the source's scores over the first `scored` windows (for a head:
+    [prompts, 1, scores], read from the last token). images: what it sees and says on images, None
+    where it reads text only.
+    """
+
+    windows: np.ndarray
+    prompt: int
+    greedy: np.ndarray
+    logits: np.ndarray
+    images: ImageReference | None = None
+
+    def trim(self, scored: int) -> Reference:
+        """The same with logits of fewer windows and images, small enough to travel."""
+        return Reference(
+            self.windows,
+            self.prompt,
+            self.greedy,
+            self.logits[:scored],
+            self.images.trim(scored) if self.images else None,
+        )
+
+    def digest(self) -> str:
+        whole = hashlib.sha256()
+        for array in (self.windows, np.int64(self.prompt), self.greedy, self.logits):
+            whole.update(np.ascontiguousarray(array).tobytes())
+        # Only of models that see: the digest of a text model's answers, and with it the key of its
+        # engines, stays what it was.
+        for name, array in self.images.arrays().items() if self.images else ():
+            whole.update(f"{name}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return whole.hexdigest()
+
+    def save(self, directory: Path) -> None:
+        np.savez_compressed(
+            Path(directory) / FILE,
+            windows=self.windows,
+            prompt=self.prompt,
+            greedy=self.greedy,
+            logits=self.logits,
+            **(self.images.arrays() if self.images else {}),
+        )
+
+    @staticmethod
+    def load(directory: Path) -> Reference:
+        """Raises EdgemedError where the engine carries no reference (made from random weights, or
+        exported without one), or a damaged one.
+        """
+        path = Path(directory) / FILE
+        if not path.is_file():
+            raise EdgemedError(
+                f"{directory} carries no reference answers",
+                "Export it with --prompts NAME, or verify against a source with --source MODEL",
+            )
+        try:
+            with np.load(path) as arrays:
+                return Reference(
+                    arrays["windows"],
+                    int(arrays["prompt"]),
+                    arrays["greedy"],
+                    arrays["logits"],
+                    ImageReference.of(arrays),
+                )
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
+            raise EdgemedError(
+                f"{path} is damaged:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                "Copy or export the engine again",
+            ) from None
+
+
+def windows_of(texts: Sequence[Sequence[int]], count: int, width: int, where: str) -> np.ndarray:
+    """The first `width` tokens of the first `count` texts that are long enough, int32 [count,
+    width].
+
+    Raises EdgemedError where there are not enough long texts.
+    """
+    long = [text[:width] for text in texts if len(text) >= width]
+    if len(long) < count:
+        raise EdgemedError(
+            f"{where}: {len(long)} texts have at least {width} tokens, {count} are asked for",
+            "Ask for fewer or shorter windows, or add texts",
+        )
+    return np.array(long[:count], dtype=np.int32)
+
+
+def make_reference(session: Session, windows: np.ndarray, prompt: int, new: int) -> Reference:
+    """Run the source over the windows. `session` is the float32 source; new: greedy tokens per
+    prompt.
+    """
+    greedy = []
+    logits = []
+    for window in track(list(windows), "reference answers"):
+        tokens = [int(t) for t in window]
+        session.rewind(0)
+        logits.append(session.prefill(tokens, every=session.head == "lm").copy())
+        if session.head == "lm":
+            session.rewind(0)
+            # Stop tokens are not honoured here: every prompt gives the same number of tokens to
+            # compare.
+            greedy.append(list(generate(session, tokens[:prompt], Sampling(max_tokens=new))))
+    return Reference(
+        np.asarray(windows, np.int32),
+        prompt,
+        np.array(greedy, np.int32).reshape(len(greedy), -1),
+        np.array(logits, np.float32),
+    )

@@ -1,0 +1,158 @@
+"""Scores of answers a model writes itself: exact match and word recall, and beside them what the
+papers computed.
+
+Only exact match decides right or wrong here, so that an engine and its source can be paired item by
+item. The legacy scores are for comparing with published numbers: they count 'no' inside 'normal' as
+right, and reward long answers, so they are never what a gate judges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgemed.evaluation.task import Example, Prompt
+
+NUMBERS = {
+    "none": "0",
+    **{
+        word: str(n)
+        for n, word in enumerate(
+            ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        )
+    },
+}
+BRIEFLY = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's wording
+YES_NO = ("yes", "no")
+Pairs = Sequence[tuple[Example, Mapping[str, Any]]]
+
+
+def closed_or_open(
+    identity: str,
+    question: str,
+    answer: str,
+    closed: bool,
+    groups: Mapping[str, str],
+    images: tuple[str, ...],
+) -> Example:
+    """A question of a set like VQA-RAD. Only yes and no are options; a closed question with another
+    answer ('left or right?') is written like an open one.
+
+    Raises ValueError for a blank answer.
+    """
+    if not normalised(answer):
+        raise ValueError("'answer' is blank")
+    groups = {"kind": "closed" if closed else "open", **groups}
+    if closed and normalised(answer) in YES_NO:
+        return Example(
+            identity,
+            question,
+            YES_NO,
+            YES_NO.index(normalised(answer)),
+            groups,
+            images,
+        )
+    return Example(
+        identity,
+        question,
+        (),
+        0,
+        groups,
+        images,
+        answer.strip(),
+    )
+
+
+def render(example: Example) -> Prompt:
+    """Task.render of such a set."""
+    return Prompt(example.question + BRIEFLY, tuple(f" {option}" for option in example.options))
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation and articles, white space single: how SQuAD compares answers
+    (Rajpurkar et al. 2016).
+    """
+    words = re.sub(r"[^\w\s]", " ", text.casefold()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def exact(said: str, reference: str) -> bool:
+    """Whether the whole answer is the reference, both normalised."""
+    return normalised(said) == normalised(reference)
+
+
+def recall(said: str, reference: str) -> float:
+    """Share of the reference's words that the answer holds, each as often as the reference has it;
+    0..1.
+    """
+    wanted = Counter(normalised(reference).split())
+    found = Counter(normalised(said).split())
+    return (wanted & found).total() / wanted.total() if wanted else 0.0
+
+
+def legacy_closed(said: str, reference: str) -> bool:
+    """Med-MoE's closed accuracy: the reference somewhere inside the answer, lower case, so that
+    'no' is found in 'normal' (its run_eval.py).
+    """
+    return reference.lower() in said.lower()
+
+
+def legacy_open(said: str, reference: str) -> float:
+    """LLaVA-Med's open recall: words of the answer that the reference has, counted as often as they
+    are said, over those plus the reference's missing ones (its calculate_f1score), so that
+    repeating a word helps; VQA's word normalisation without its table of contractions.
+    """
+    wanted, found = (
+        Counter(NUMBERS.get(word, word) for word in normalised(text).split())
+        for text in (reference, said)
+    )
+    if not wanted or not found:
+        return 0.0
+    hits = sum(found[word] for word in found if word in wanted)
+    missing = sum(wanted[word] for word in wanted if word not in found)
+    return hits / (hits + missing)
+
+
+def said(example: Example, item: Mapping[str, Any]) -> str:
+    """The answer as words: what was written, else the option chosen, '' where there was none."""
+    if item.get("text") is not None:
+        return item["text"]
+    return example.options[item["answer"]] if example.options and item["answer"] >= 0 else ""
+
+
+def right_answer(example: Example) -> str:
+    return example.options[example.gold] if example.options else example.reference
+
+
+def closed_and_open(pairs: Pairs) -> dict[str, dict[str, Any]]:
+    """Task.scores of a set with closed and open questions (groups 'kind'): closed accuracy, open
+    exact match and recall, and both legacy scores.
+    """
+    kinds: dict[str, list[tuple[Example, Mapping[str, Any], str, str]]] = {"closed": [], "open": []}
+    for example, item in pairs:
+        kinds[example.groups["kind"]].append(
+            (example, item, said(example, item), right_answer(example))
+        )
+    measured = {
+        "closed_accuracy": (
+            "closed",
+            lambda example, item, words, right: item["answer"] == example.gold,
+        ),
+        "open_exact": ("open", lambda example, item, words, right: item["answer"] == example.gold),
+        "open_recall": ("open", lambda example, item, words, right: recall(words, right)),
+        "legacy_closed": (
+            "closed",
+            lambda example, item, words, right: legacy_closed(words, right),
+        ),
+        "legacy_open": ("open", lambda example, item, words, right: legacy_open(words, right)),
+    }
+    return {
+        name: mean([value(*row) for row in kinds[kind]]) for name, (kind, value) in measured.items()
+    }
+
+
+def mean(values: Sequence[float]) -> dict[str, Any]:
+    """{'value': mean or None where there is nothing, 'n'}."""
+    return {"value": sum(values) / len(values) if values else None, "n": len(values)}

@@ -1,0 +1,257 @@
+"""Accuracy of an engine, or of its source, on the same items, and what changed between the two.
+
+The engine that ships is what is scored, through the same two session primitives for every runtime.
+A result names the items and the model it belongs to, so that only an engine and its own source, on
+the very same items, are ever paired.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from edgemed.artifacts import lineage, store
+from edgemed.console import track
+from edgemed.errors import EdgemedError
+from edgemed.evaluation import answer_matching, confidence, paired_statistics
+from edgemed.evaluation.prompting import Answer, Answerer, Eyes, Settings, Strategy, parse
+from edgemed.evaluation.task import Example, Questions
+from edgemed.hardware.device import machine
+from edgemed.hardware.power_sensors import Meter
+from edgemed.inference.session import Session
+
+SCORING = {
+    "sum": "sum of option token log-likelihoods",
+    "normalised": "option log-likelihood per character",
+    "generated": "the option a greedily generated answer names",
+    "choice": "multiple-choice head",
+    "classes": "sequence-classification head",
+}
+OPEN = "exact match of a greedily generated answer"
+SOURCE = "source (float32)"
+
+
+def evaluate(
+    session: Session,
+    tokenizer: Any,
+    questions: Questions,
+    model: str,
+    model_key: str,
+    strategy: Strategy | str = "zero-shot",
+    settings: Settings = Settings(),
+    stop: frozenset[int] = frozenset(),
+    eyes: Eyes | None = None,
+    before: Callable[[Example], None] | None = None,
+) -> dict[str, Any]:
+    """Answer every question. Contexts that do not fit lose their first tokens, options and prompts
+    with images never; how many did is reported.
+
+    eyes: needed where the task shows images. before: what is done to the session before each
+    question; its time counts. model_key: the engine's key, or source_key of a checkpoint. Returns
+    the result mapping of docs/report.md. Raises EdgemedError where this engine or task cannot
+    follow the strategy.
+    """
+    strategy = parse(strategy) if isinstance(strategy, str) else strategy
+    answerer = Answerer(
+        session,
+        tokenizer,
+        questions,
+        settings,
+        stop,
+        eyes,
+    )
+    answerer.check(strategy)
+    items = []
+    truncated = 0
+    started = time.perf_counter()
+    label = (
+        f"{questions.task.name}{' (synthetic sample)' if questions.synthetic else ''},"
+        f" {strategy.name}, on {model}"
+    )
+    with Meter(on_gpu=getattr(session, "device", "cpu") == "cuda") as meter:
+        for example in track(questions.examples, label):
+            if before:
+                before(example)
+                answerer.reader.forget()
+            found = answerer.answer(example, strategy)
+            truncated += found.cut
+            items.append(item_of(example, found))
+    seconds = time.perf_counter() - started
+    n = len(items)
+    correct = sum(item["answer"] == item["gold"] for item in items)
+    return {
+        "task": questions.task.name,
+        "language": questions.language,
+        "part": questions.part,
+        "synthetic": questions.synthetic,
+        "task_sha256": questions.sha256,
+        "task_key": questions.key,
+        "model": model,
+        "model_key": model_key,
+        "strategy": strategy.name,
+        "scoring": scoring_of(questions, session.head, settings),
+        "settings": settings_of(strategy, settings, questions.sees),
+        "n": n,
+        "correct": correct,
+        "accuracy": correct / n,
+        "interval": list(paired_statistics.wilson(correct, n)),
+        "majority": majority(questions),
+        "truncated": truncated,
+        "unparsed": sum(item["answer"] < 0 for item in items),
+        "seconds": round(seconds, 3),
+        "seconds_per_question": seconds / n,
+        "tokens_read": answerer.reader.tokens_read,
+        "tokens_generated": answerer.reader.tokens_generated,
+        "joules": meter.joules,
+        "joules_per_question": None if meter.joules is None else meter.joules / n,
+        "machine": machine()["label"],
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "calibration": confidence.summary(items),
+        "items": items,
+        "paired": None,
+        "scores": (
+            questions.task.scores(list(zip(questions.examples, items, strict=True)))
+            if questions.task.scores
+            else {}
+        ),
+    }
+
+
+def item_of(example: Example, found: Answer) -> dict[str, Any]:
+    """One item of a result. text: what was written; said: the same normalised, of an open question,
+    so that two wrong answers can be told apart.
+    """
+    item = {
+        "id": example.id,
+        "gold": example.gold,
+        "answer": found.option,
+        "scores": [round(score, 6) for score in found.scores],
+        "groups": dict(example.groups),
+    }
+    item |= {} if found.text is None else {"text": found.text}
+    return item | ({} if example.options else {"said": answer_matching.normalised(found.text)})
+
+
+def scoring_of(questions: Questions, head: str, settings: Settings) -> str:
+    """How the answers were scored, in words."""
+    said = SCORING[settings.scoring if head == "lm" else head]
+    opened = sum(not example.options for example in questions.examples)
+    if opened == len(questions.examples):
+        return OPEN
+    return f"{said}; open questions: {OPEN}" if opened else said
+
+
+def settings_of(strategy: Strategy, settings: Settings, sees: bool = False) -> dict[str, Any]:
+    """What a strategy besides its name depends on, for the record. sees: whether the task shows
+    images, whose models reason when they generate.
+    """
+    parts = (strategy, *strategy.members)
+    found: dict[str, Any] = {}
+    if any(p.k or p.votes > 1 for p in parts):
+        found["seed"] = settings.seed
+    if any(p.shots == "nearest" for p in parts):
+        found["nearest_by"] = "TF-IDF over character trigrams"
+    if any(p.reason for p in parts) or (sees and settings.scoring == "generated"):
+        found["rationale_tokens"] = settings.rationale
+    if any(p.reason and p.votes > 1 for p in parts):
+        found["temperature"] = settings.temperature
+    return found
+
+
+def majority(questions: Questions) -> float:
+    """Accuracy of always giving the most frequent answer."""
+    golds = [
+        (example.gold, answer_matching.normalised(example.reference))
+        for example in questions.examples
+    ]
+    return max(golds.count(gold) for gold in set(golds)) / len(golds)
+
+
+def source_key(files: Mapping[str, str]) -> str:
+    """Name of a checkpoint by its contents. files: file -> sha256."""
+    return store.digest(dict(files))
+
+
+def adapter_of(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Input -> sha256 of the files of one of an engine's adapters."""
+    return {
+        file: sha for file, sha in manifest["inputs"].items() if file.startswith(f"adapter/{name}/")
+    }
+
+
+def pair(
+    engine: Mapping[str, Any],
+    source: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    margin: float | None,
+    alpha: float,
+    adapter: str | None = None,
+) -> dict[str, Any]:
+    """The engine's result with what changed against its source, item by item. manifest: the
+    engine's; adapter: the one both were evaluated with.
+
+    margin None: the statistics are given, and no verdict. Raises EdgemedError where the two results
+    do not belong together.
+    """
+    where = f"{engine['task']} on {engine['model']}"
+    own = adapter_of(manifest, adapter) if adapter else {}
+    if source["model_key"] not in {
+        source_key(lineage.read(made) | own) for _, made in lineage.ancestors(manifest)
+    }:
+        raise EdgemedError(
+            f"{where}: the result of '{source['model']}' is not that of a source of this engine",
+            "Pair an engine only with the checkpoint it was made from",
+        )
+    for key, what in (
+        ("task_key", "another version, part or file of the task"),
+        ("strategy", "another strategy"),
+        ("scoring", "another scoring"),
+        ("settings", "other settings"),
+    ):
+        if engine[key] != source[key]:
+            raise EdgemedError(
+                f"{where}: the source was evaluated on {what}", "Evaluate both the same way"
+            )
+    found = paired_statistics.paired(source["items"], engine["items"], margin, alpha)
+    return {**engine, "paired": {**found, "source_model": source["model"]}}
+
+
+def judge(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], margin: float, alpha: float
+) -> dict[str, Any] | None:
+    """The gate over engines. results: engine name -> its paired results. Only the first strategy of
+    each task is judged: it is the one that ships.
+
+    Returns None where nothing was paired.
+    """
+    compared = []
+    seen = set()
+    for engine, rows in results.items():
+        for row in rows:
+            if row["paired"] and (engine, row["task_key"]) not in seen:
+                seen.add((engine, row["task_key"]))
+                compared.append(((engine, title(row), row["strategy"]), row["paired"]))
+    return paired_statistics.gate(compared, margin, alpha) if compared else None
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """A task by name, and its language or part where only one was asked for."""
+    asked = result["language"] or result.get("part")  # results of earlier versions name no part
+    return f"{result['task']}/{asked}" if asked else result["task"]
+
+
+def part_of(gate: Mapping[str, Any] | None, engine: str) -> dict[str, Any] | None:
+    """One engine's share of the gate: its comparisons and the worst of their verdicts; the
+    correction is that over all engines.
+    """
+    own = [row for row in gate["comparisons"] if row["engine"] == engine] if gate else []
+    if not own:
+        return None
+    verdicts = {row["verdict"] for row in own}
+    verdict = next(v for v in ("fail", "undecided", "pass") if v in verdicts)
+    return {
+        **{key: gate[key] for key in ("margin", "alpha", "correction")},
+        "verdict": verdict,
+        "comparisons": own,
+    }

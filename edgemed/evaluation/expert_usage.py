@@ -1,0 +1,140 @@
+"""What a mixture's experts are used for: tokens per expert by task and language, and what the
+authors' noise in choosing them does to answers.
+
+Run on the float reference with a task's own questions, so that an expert nobody needs, or a
+language that knows only one, is seen before anything is merged or quantized.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from edgemed.console import track
+from edgemed.data.text_sets import calibration_windows, read_card
+from edgemed.errors import EdgemedError
+from edgemed.evaluation.evaluate import SOURCE
+from edgemed.evaluation.prompting import Answerer, Settings, parse
+from edgemed.evaluation.task import questions
+from edgemed.models.checkpoint import Checkpoint
+from edgemed.models.weights import Weights
+from edgemed.moe.routing import Load, Noisy
+from edgemed.pipeline.runner import evaluate_opened, open_source
+
+
+def load(
+    source: Checkpoint,
+    tasks: Sequence[str] = (),
+    cards: Sequence[str] = (),
+    limit: int | None = None,
+    samples: int = 16,
+    length: int = 256,
+) -> list[dict[str, Any]]:
+    """One row per task or card, language and sparse layer: tokens per expert, their shares, entropy
+    in nats and the effective number of experts exp(entropy).
+
+    Of a task all that is read for its questions counts (image features, question, options; a
+    beginning read once for several counts once), of a card `samples` windows of `length` tokens. A
+    token counts for each expert it chose. Raises EdgemedError for a model without experts, and
+    where nothing is to be read.
+    """
+    weights = Weights(source)
+    if weights.decoder.experts is None:
+        raise EdgemedError(f"{source.path} has no mixtures of experts", "Give a model that has")
+    if not tasks and not cards:
+        raise EdgemedError(
+            "neither a task nor a text set is given",
+            "For example --task cells, or --calibration medquad-answers",
+        )
+    every = [questions(task, limit) for task in tasks]
+    route = Load()
+    opened = open_source(source, any(asked.sees for asked in every), route)
+    try:
+        for spec, asked in zip(tasks, every, strict=True):
+            answerer = Answerer(
+                opened.session,
+                opened.tokenizer,
+                asked,
+                Settings(),
+                frozenset() if opened.eos is None else frozenset({opened.eos}),
+                opened.eyes,
+            )
+            answerer.check(parse("zero-shot"))
+            for example in track(asked.examples, f"count the experts of {spec}"):
+                route.group = (
+                    spec,
+                    example.groups.get("language") or asked.language or asked.task.languages[0],
+                )
+                answerer.answer(example, parse("zero-shot"))
+        for name in cards:
+            route.group = (name, str(read_card(name).facts.get("language", "")))
+            for window in track(
+                calibration_windows(name, opened.tokenizer, samples, length),
+                f"count the experts of {name}",
+            ):
+                opened.session.rewind(0)
+                opened.session.prefill(window)
+    finally:
+        opened.close()
+    active = weights.decoder.experts.active
+    return [
+        {"of": name, "language": language, "layer": n, **_row(counts.tolist(), active)}
+        for (name, language), layers in route.tokens.items()
+        for n, counts in sorted(layers.items())
+    ]
+
+
+def _row(tokens: list[int], active: int) -> dict[str, Any]:
+    shares = [count / sum(tokens) for count in tokens]
+    entropy = -sum(share * math.log(share) for share in shares if share)
+    return {
+        "tokens": sum(tokens) // active,
+        "experts": tokens,
+        "shares": shares,
+        "entropy": entropy,
+        "effective": math.exp(entropy),
+    }
+
+
+def spread(
+    source: Checkpoint, task: str, seeds: int, scale: float = 1.0, limit: int | None = None
+) -> dict[str, Any]:
+    """What routing.Noisy with seeds 0 to seeds - 1 does to a task: accuracy without noise and of
+    each seed, and the share of questions whose answer is another than without noise.
+
+    Raises EdgemedError as Noisy and evaluate.
+    """
+    if seeds < 1:
+        raise EdgemedError(f"{seeds} seeds of noise", "Give 1 or more")
+    d = Weights(source).decoder
+    asked = questions(task, limit)
+    routes = [None, *(Noisy(d, seed, scale) for seed in range(seeds))]
+    results = []
+    for route in routes:
+        opened = open_source(source, asked.sees, route)
+        results.append(evaluate_opened(opened, asked, SOURCE, "", "zero-shot", Settings()))
+        opened.close()
+    plain = results[0]
+    noisy = results[1:]
+    changed = [
+        sum(
+            a["answer"] != b["answer"] for a, b in zip(plain["items"], result["items"], strict=True)
+        )
+        / plain["n"]
+        for result in noisy
+    ]
+    found = [result["accuracy"] for result in noisy]
+    return {
+        "task": task,
+        "n": plain["n"],
+        "scale": scale,
+        "accuracy": plain["accuracy"],
+        "interval": plain["interval"],
+        "noisy": found,
+        "mean": statistics.mean(found),
+        "deviation": statistics.stdev(found) if seeds > 1 else None,
+        "changed": changed,
+        "mean_changed": statistics.mean(changed),
+    }

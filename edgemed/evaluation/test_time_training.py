@@ -1,0 +1,254 @@
+"""Test-time training in the form that fits a small device's maker: for each question a LoRA takes a
+gradient step on the nearest text, answers, and is put back.
+
+FineMedLM-o1 (Yu et al. 2025, arXiv 2501.09213) does so with all weights and a large model; here
+only a LoRA moves, so that putting it back is exact and cheap. Engines do not learn: this runs the
+float checkpoint in transformers, and says what the steps cost and whether they gained anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemed.data.image_text_windows import IGNORED
+from edgemed.data.text_sets import texts
+from edgemed.errors import EdgemedError, need
+from edgemed.evaluation import paired_statistics
+from edgemed.evaluation.evaluate import SOURCE, evaluate, source_key
+from edgemed.evaluation.prompting import Neighbours
+from edgemed.evaluation.task import Example, Questions
+from edgemed.inference.session import Pictures, check_room
+from edgemed.models.checkpoint import Checkpoint
+from edgemed.models.hf_offline import quiet_and_offline
+from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.weights import Weights
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """k: nearest texts, one optimizer step on each, the nearest last, repeated `steps` times. rate:
+    AdamW's, its moments new for every question; rank: the LoRA's (alpha 2 rank, all linear layers).
+    text: a text set or .jsonl file, all of whose tokens are learned; None: the task's solved
+    examples, of which the answer alone is. length: tokens of a text at most, its first ones, of a
+    solved example its last ones.
+    """
+
+    k: int = 1
+    steps: int = 1
+    rate: float = 1e-3
+    rank: int = 8
+    text: str | None = None
+    length: int = 256
+
+
+class Learner:
+    """A float checkpoint in transformers as a Session (session.py), with a LoRA that learns and is
+    put back.
+    """
+
+    def __init__(self, weights: Weights, rank: int, seed: int = 0):
+        """Raises EdgemedError for a checkpoint that is quantized, sees, has another head, or that
+        transformers cannot open as it is.
+        """
+        peft = need("peft", "build")
+        torch = need("torch", "build")
+        transformers = need("transformers", "build")
+        d = weights.decoder
+        path = weights.checkpoint.path
+        wrong = (
+            "is quantized"
+            if weights.quantization
+            else "sees"
+            if weights.vision
+            else f"has a '{d.head}' head"
+            if d.head != "lm"
+            else ""
+        )
+        if wrong:
+            raise EdgemedError(
+                f"test-time training takes float text models, and {path} {wrong}",
+                "Give the float checkpoint of a language model",
+            )
+        with quiet_and_offline():
+            base, info = getattr(transformers, weights.family.auto_classes["lm"]).from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+            if info["missing_keys"]:
+                raise EdgemedError(
+                    "transformers finds no weights for"
+                    f" {', '.join(sorted(info['missing_keys'])[:3])} in {path}",
+                    "Give a model in transformers' own layout",
+                )
+            torch.manual_seed(seed)
+            turned = any(type(module).__name__ == "Conv1D" for module in base.modules())
+            self.model = peft.get_peft_model(
+                base,
+                peft.LoraConfig(
+                    r=rank,
+                    lora_alpha=2 * rank,
+                    target_modules="all-linear",
+                    fan_in_fan_out=turned,
+                ),
+            ).eval()
+        self.learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.start = [p.detach().clone() for p in self.learned]
+        self.head = d.head
+        self.width = d.vocab
+        self.context = d.context
+        self.cache = transformers.DynamicCache()
+        self.position = 0
+
+    def learn(
+        self, windows: Sequence[tuple[list[int], list[int]]], steps: int, rate: float
+    ) -> list[float]:
+        """One AdamW step on each window (tokens, labels; IGNORED where nothing is learned), `steps`
+        times over; the losses before each. Dropout is off.
+        """
+        torch = need("torch", "build")
+        optimizer = torch.optim.AdamW(self.learned, rate, weight_decay=0.0)
+        losses = []
+        for tokens, labels in list(windows) * steps:
+            loss = self.model(
+                input_ids=torch.tensor([tokens]), labels=torch.tensor([labels]), use_cache=False
+            ).loss
+            if not torch.isfinite(loss):
+                raise EdgemedError(
+                    f"test-time training: the loss is {loss.item()}", "Try a lower rate"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        self.rewind(0)  # what the cache holds, other weights computed
+        return losses
+
+    def restore(self) -> None:
+        """Exactly the weights it began with: the base never moves, and the LoRA is copied back."""
+        torch = need("torch", "build")
+        with torch.no_grad():
+            for parameter, value in zip(self.learned, self.start, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+        self.rewind(0)
+
+    def prefill(
+        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+    ) -> np.ndarray:
+        torch = need("torch", "build")
+        check_room(self, tokens)
+        if pictures:
+            raise EdgemedError("this model reads text only", "Ask it without an image")
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.tensor([list(tokens)]),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=0 if every else 1,
+            )
+        self.position += len(tokens)
+        return out.logits[0].numpy()
+
+    def step(self, token: int) -> np.ndarray:
+        return self.prefill([token])[0]
+
+    def rewind(self, position: int) -> None:
+        if not position:
+            self.cache = type(self.cache)()
+        elif position < self.position:
+            self.cache.crop(position - self.position)  # below 0: so many tokens are taken off
+        self.position = position
+
+    def close(self) -> None:
+        del self.model
+
+
+class Library:
+    """The texts a model may learn from, as windows, found by their likeness to a question."""
+
+    def __init__(self, questions: Questions, adapt: Adapt, tokenizer: Any):
+        """Raises EdgemedError where there are fewer than k texts."""
+        self.questions = questions
+        self.adapt = adapt
+        self.tokenizer = tokenizer
+        self.found: list[Any] = texts(adapt.text) if adapt.text else list(questions.shots)
+        if len(self.found) < adapt.k:
+            said = adapt.text or f"task {questions.task.name} with its solved examples"
+            raise EdgemedError(
+                f"test-time training on {adapt.k} texts: {said} has {len(self.found)}",
+                "Give text: a card or .jsonl file, or a smaller k",
+            )
+        self.neighbours = Neighbours([text if adapt.text else text.question for text in self.found])
+
+    def nearest(self, question: str) -> list[tuple[list[int], list[int]]]:
+        """Windows (tokens, labels) of the k most alike, the most alike last."""
+        return [
+            self._window(self.found[i])
+            for i in self.neighbours.order(question)[: self.adapt.k][::-1]
+        ]
+
+    def _window(self, found: Any) -> tuple[list[int], list[int]]:
+        if self.adapt.text:
+            tokens = encode(self.tokenizer, found)[: self.adapt.length]
+            return tokens, tokens
+        prompt = self.questions.task.render(found)
+        context = encode(self.tokenizer, prompt.context)
+        whole = encode(self.tokenizer, prompt.context + prompt.options[found.gold])
+        labels = [IGNORED] * len(context) + whole[len(context) :]
+        return whole[-self.adapt.length :], labels[-self.adapt.length :]
+
+
+def compare(
+    checkpoint: Checkpoint,
+    questions: Questions,
+    adapt: Adapt,
+    margin: float | None = None,
+    alpha: float = 0.05,
+) -> dict[str, Any]:
+    """The same questions answered plainly and after test-time training: {'plain', 'trained',
+    'paired', 'times', 'adapt'}.
+
+    plain, trained: results as evaluate gives them; paired: stats.paired of the two; times: seconds
+    of a question over those of a plain one. Raises EdgemedError for parameters out of range, a
+    checkpoint that cannot learn, and a task with images or too few texts.
+    """
+    if min(adapt.k, adapt.steps, adapt.rank) < 1 or adapt.rate <= 0 or adapt.length < 2:
+        raise EdgemedError(
+            "test-time training: k, steps and rank must be at least 1, rate above 0 and length at"
+            " least 2",
+            "For example k 1, steps 1, rate 1e-3, rank 8",
+        )
+    if questions.sees or any(not example.options for example in questions.examples):
+        raise EdgemedError(
+            f"test-time training is for multiple-choice text tasks, and task {questions.task.name}"
+            " is none",
+            "Choose another task",
+        )
+    weights = Weights(checkpoint)
+    tokenizer = open_tokenizer(checkpoint.path, weights.decoder.vocab)
+    library = Library(questions, adapt, tokenizer)
+    session = Learner(weights, adapt.rank)
+    key = source_key(checkpoint.hashes())
+
+    def before(example: Example) -> None:
+        session.restore()
+        session.learn(library.nearest(example.question), adapt.steps, adapt.rate)
+
+    plain = evaluate(session, tokenizer, questions, SOURCE, key)
+    trained = evaluate(session, tokenizer, questions, SOURCE, key, before=before) | {
+        "strategy": f"ttt-{adapt.k}"
+    }
+    session.close()
+    return {
+        "plain": plain,
+        "trained": trained,
+        "paired": paired_statistics.paired(plain["items"], trained["items"], margin, alpha),
+        "times": trained["seconds_per_question"] / plain["seconds_per_question"],
+        "adapt": asdict(adapt),
+    }

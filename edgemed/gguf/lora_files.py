@@ -1,0 +1,105 @@
+"""LoRA adapters of a GGUF engine: one file of factors each, in llama.cpp's own adapter format,
+loaded beside the model.
+
+A factor must lie as the matrix it changes does in the base's file, so its rows go through the same
+table of places: cut apart, interleaved, or left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemed.errors import EdgemedError, need
+from edgemed.gguf import writer
+from edgemed.gguf.tensor_map import interleaved, layout, own_graph
+from edgemed.models.lora import FOLDER
+
+if TYPE_CHECKING:
+    from edgemed.models.lora import Lora
+    from edgemed.models.weights import Weights
+
+FILE = "adapter.gguf"
+
+
+def refused(weights: Weights) -> str | None:
+    """Why this model's file cannot have adapters beside it, or None."""
+    if own_graph(weights.family, weights.source):
+        return "edgemed's own ggml graph knows no adapters; merge the adapter first (edgemed merge)"
+    if weights.family.gguf_centred:
+        return (
+            "the mean is taken out of this model's weights for llama.cpp, which an adapter does not"
+            " know of; merge the adapter first (edgemed merge)"
+        )
+    return None
+
+
+def write(out: Path, lora: Lora, weights: Weights) -> int:
+    """Write adapters/NAME/adapter.gguf for a base whose file was written from `weights` (folded);
+    returns the bytes of its factors, which are float32.
+    """
+    gguf = need("gguf", "build")
+    tensors = []
+    for tensor, place in layout(weights.family, weights.decoder, weights.parts).items():
+        if place.part not in lora.factors or not tensor.endswith(".weight"):
+            continue
+        a, b = (factor.numpy() for factor in lora.factors[place.part])
+        b = interleaved(b, place)
+        # Of modules that are joined in a part, this tensor has the factors of one.
+        own = b.any(axis=0)
+        if own.any():
+            for suffix, factor in (("lora_a", a[own]), ("lora_b", b[:, own])):
+                tensors.append(
+                    writer.Tensor(
+                        f"{tensor}.{suffix}",
+                        factor.shape,
+                        "F32",
+                        partial(np.ascontiguousarray, factor),
+                    )
+                )
+    file = out / FOLDER / lora.name / FILE
+    file.parent.mkdir(parents=True)
+
+    def describe(writer: Any) -> None:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        # The scale is in the factors already, and may differ from matrix to matrix; 0 is
+        # llama.cpp's word for that.
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+
+    writer.write(file, weights.family.gguf_arch, describe, tensors)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def load(
+    lib: Any, model: Any, engine: Path, names: tuple[str, ...], errors: list[str]
+) -> dict[str, Any]:
+    """name -> llama.cpp's handle of every adapter of an engine; they are freed with the model.
+    Raises EdgemedError for one that cannot be loaded.
+    """
+    found = {}
+    for name in names:
+        file = engine / FOLDER / name / FILE
+        errors.clear()
+        found[name] = lib.llama_adapter_lora_init(model, str(file).encode())
+        if not found[name]:
+            raise EdgemedError(
+                f"llama.cpp cannot load {file}: {'; '.join(errors) or 'no reason given'}",
+                "Export the engine again",
+            )
+    return found
+
+
+def use(lib: Any, context: Any, adapter: Any) -> None:
+    """Let a context compute with one adapter at its full strength, or with none."""
+    handles, scales = (
+        ((ctypes.POINTER(ctypes.c_void_p) * 1)(adapter), (ctypes.c_float * 1)(1.0))
+        if adapter
+        else (None, None)
+    )
+    if code := lib.llama_set_adapters_lora(context, handles, 1 if adapter else 0, scales):
+        raise RuntimeError(f"llama_set_adapters_lora gave {code}")

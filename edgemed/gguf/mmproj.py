@@ -1,0 +1,176 @@
+"""Writes a vision tower and its projector as the GGUF file that llama.cpp's programs call mmproj,
+so that a llama.cpp engine sees without ONNX Runtime.
+
+Names, types and metadata are those of llama.cpp's own converter (conversion/qwenvl.py and
+clip-impl.h of the version inside llama-cpp-python 0.3.36); the file is written tensor by tensor
+like the text model's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgemed.errors import need
+from edgemed.gguf import writer
+from edgemed.gguf.quant_types import FILE_TYPES
+from edgemed.gguf.tensor_map import Place, Reader
+from edgemed.models.architecture import inverse_frequencies
+
+if TYPE_CHECKING:
+    from edgemed.models.weights import Weights
+
+FILE = "mmproj.gguf"
+ARCH = "clip"
+# canonical part -> llama.cpp's tensor
+LAYER = {
+    "attn_norm": "ln1",
+    "qkv": "attn_qkv",
+    "o": "attn_out",
+    "mlp_norm": "ln2",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+AROUND = {"projector.norm": "v.post_ln", "projector.first": "mm.0", "projector.second": "mm.2"}
+# The convolution over patches of a still image: one tensor for each of the two frames it is stacked
+# in.
+PATCH = ("v.patch_embd.weight", "v.patch_embd.weight.1")
+# llama.cpp asks every tower for the side of its images; of Qwen2-VL's, which takes any, its
+# converter says this and nothing reads it.
+SIDE = 560
+
+
+def refused(weights: Weights) -> str | None:
+    """Why this model's tower cannot be an mmproj file that llama.cpp computes rightly, or None."""
+    v = weights.vision
+    if not v:
+        return "this model reads text only, so there is nothing to write an mmproj file from"
+    if not v.frequencies:
+        return (
+            "llama.cpp computes CLIP towers wrongly: it puts the class token behind the patches and"
+            " shifts their positions (llama.cpp issue 25814); use vision=onnx, which is exact"
+        )
+    if not weights.family.gguf_projector:
+        return f"llama.cpp knows no projector of family {weights.family.name}; use vision=onnx"
+    # What clip_graph_qwen2vl has built in.
+    built_in = {
+        "merge 2": v.merge == 2,
+        "temporal 2": v.temporal == 2,
+        "activation quick_gelu": v.activation == "quick_gelu",
+        "no norm before the first layer": not v.pre_norm,
+        "a norm before the projector": v.projector_norm,
+        "images of any size": not v.size,
+        "rotary theta 10000": np.allclose(
+            v.frequencies, inverse_frequencies(v.width // v.heads // 2, 1e4)
+        ),
+        # It takes up and down for swapped where their shapes cannot tell.
+        "an MLP wider than its input": v.ffn != v.width,
+    }
+    if missing := [what for what, there in built_in.items() if not there]:
+        return (
+            f"llama.cpp's {weights.family.gguf_projector} graph needs {', '.join(missing)}; use"
+            " vision=onnx"
+        )
+    return None
+
+
+def write(weights: Weights, out: Path, wanted: Literal["f32", "f16", "q8_0"]) -> int:
+    """Write mmproj.gguf into `out`; returns its weight bytes. wanted: type of the matrices; norms
+    and biases stay float32.
+    """
+    tensors = plan(weights, wanted)
+    writer.write(out / FILE, ARCH, lambda writer: describe(writer, weights, wanted), tensors)
+    return sum(t.nbytes for t in tensors)
+
+
+def plan(weights: Weights, wanted: str) -> list[writer.Tensor]:
+    """Every tensor of the file in order. The patch convolution is float16 in an f16 file, else
+    float32; a row that Q8_0 does not divide is float16.
+    """
+    reader = Reader(weights)
+    v = weights.vision
+    kind = FILE_TYPES[wanted][1]
+    shape = (v.width, 3, v.patch, v.patch)
+    found = [
+        writer.Tensor(
+            name,
+            shape,
+            "F16" if kind == "F16" else "F32",
+            partial(_frame, weights, frame),
+        )
+        for frame, name in enumerate(PATCH)
+    ]
+
+    def add(stem: str, place: Place, norm: bool) -> None:
+        matrix = "F32" if norm else "F16" if kind == "Q8_0" and place.shape[-1] % 32 else kind
+        found.append(
+            writer.Tensor(
+                f"{stem}.weight",
+                place.shape,
+                matrix,
+                partial(reader.read, place, False, 0),
+            )
+        )
+        found.append(
+            writer.Tensor(
+                f"{stem}.bias",
+                place.shape[:1],
+                "F32",
+                partial(reader.read, place, True, 0),
+            )
+        )
+
+    for n in range(v.layers):
+        for last, tensor in LAYER.items():
+            name = f"vision.layers.{n}.{last}"
+            stem = f"v.blk.{n}.{tensor}"
+            part = weights.parts[name]
+            if last == "qkv":
+                for number, one in enumerate("qkv"):
+                    add(
+                        stem.replace("qkv", one),
+                        Place(name, (v.width, v.width), number * v.width),
+                        False,
+                    )
+            else:
+                add(stem, Place(name, part.shape), part.kind == "norm")
+    for last, stem in AROUND.items():
+        part = weights.parts[f"vision.{last}"]
+        add(stem, Place(f"vision.{last}", part.shape), part.kind == "norm")
+    return found
+
+
+def _frame(weights: Weights, frame: int) -> np.ndarray:
+    v = weights.vision
+    return np.ascontiguousarray(
+        weights.matrix("vision.patch")
+        .dense()
+        .numpy()
+        .reshape(v.width, 3, v.temporal, v.patch, v.patch)[:, :, frame]
+    )
+
+
+def describe(writer: Any, weights: Weights, wanted: str) -> None:
+    """GGUF metadata: the tower's numbers."""
+    gguf = need("gguf", "build")
+    v = weights.vision
+    checkpoint = weights.checkpoint
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_name(str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))
+    writer.add_file_type(FILE_TYPES[wanted][0])
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(weights.family.gguf_projector)
+    writer.add_vision_projection_dim(weights.decoder.hidden)
+    writer.add_vision_image_size(SIDE)
+    writer.add_vision_patch_size(v.patch)
+    writer.add_vision_embedding_length(v.width)
+    writer.add_vision_feed_forward_length(v.ffn)
+    writer.add_vision_block_count(v.layers)
+    writer.add_vision_head_count(v.heads)
+    writer.add_vision_attention_layernorm_eps(v.norm_eps)
+    writer.add_vision_image_mean(list(v.mean))
+    writer.add_vision_image_std(list(v.std))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -1,0 +1,260 @@
+"""CLIP's vision transformer as Vision values and parts, wherever a checkpoint keeps it: what every
+family with such a tower shares.
+
+A family says under which roots the tower may lie, which layer's output it reads and how images get
+square; numbers come from config.json where it has them and from the tensors' shapes where it does
+not, as in the checkpoints of LLaVA's authors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from edgemed.errors import EdgemedError
+from edgemed.models.architecture import Decoder, Part, Vision, whole
+
+MARKER = "<image>"  # what LLaVA and its descendants write where an image stands
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
+# openai/clip-vit-large-patch14-336 config.json: what these models use, where neither config nor
+# tensors are at hand (--random-weights)
+LARGE_336 = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+    "image_size": 336,
+}
+HEAD = 64  # elements of a head in every published CLIP tower
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def tower_numbers(
+    config: Mapping[str, Any] | None, shapes: Shapes, roots: tuple[str, ...], named: str = ""
+) -> dict[str, Any]:
+    """The tower's numbers under transformers' names. config: a CLIPVisionConfig's mapping, or None:
+    they are read off the tensors.
+
+    named: the tower's name in config.json, for the error. Raises EdgemedError where the checkpoint
+    holds no such tower.
+    """
+    if config is not None:
+        if config.get("model_type", "clip_vision_model") != "clip_vision_model":
+            raise EdgemedError(
+                f"config.json: a vision tower of type '{config['model_type']}' is not supported",
+                "Known: clip_vision_model",
+            )
+        return {**config, **{key: whole(config, key) for key in LARGE_336}}
+    if not shapes:
+        return dict(LARGE_336)
+    root = next(
+        (root for root in roots if f"{root}embeddings.patch_embedding.weight" in shapes), None
+    )
+    if root is None:
+        raise EdgemedError(
+            f"the checkpoint has no vision tower ('{roots[0]}embeddings.patch_embedding.weight' is"
+            f" missing){f'; config.json names {named}' if named else ''}",
+            "Put that CLIP model's folder beside the weights and call it vision_tower",
+        )
+    try:
+        width, _, patch, _ = shapes[f"{root}embeddings.patch_embedding.weight"]
+        positions, _ = shapes[f"{root}embeddings.position_embedding.weight"]
+        ffn, _ = shapes[f"{root}encoder.layers.0.mlp.fc1.weight"]
+    except (KeyError, ValueError):
+        raise EdgemedError(
+            f"the tensors under '{root}' are no CLIP vision tower", "Download the checkpoint again"
+        ) from None
+    layers = next(
+        n
+        for n in range(len(shapes))
+        if f"{root}encoder.layers.{n}.layer_norm1.weight" not in shapes
+    )
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(width // HEAD, 1),
+        "intermediate_size": ffn,
+        "patch_size": patch,
+        "image_size": math.isqrt(positions - 1) * patch,
+    }
+
+
+def clip_vision(
+    tower: Mapping[str, Any], preprocessor: Mapping[str, Any], layer: Any, pad: bool, **rest: Any
+) -> Vision:
+    """Vision values. tower: see tower_numbers; layer: whose output is read, counted from the
+    embeddings as 0, or from the end as below 0 (transformers' hidden_states); pad: whether images
+    are padded to a square, which preprocessor_config.json may say too. rest: Vision's token,
+    projector_hidden and so on.
+
+    Raises EdgemedError for a layer or a rule of resizing that is not supported.
+    """
+    depth = tower["num_hidden_layers"]
+    width = tower["hidden_size"]
+    size = tower["image_size"]
+    layers = layer if not isinstance(layer, int) or layer >= 0 else depth + 1 + layer
+    if not isinstance(layer, int) or not 1 <= layers <= depth:
+        raise EdgemedError(
+            f"config.json: features of layer {layer} of a tower of {depth} are not supported",
+            f"Known: one layer, from 1 to {depth} or from -{depth} to -1",
+        )
+    activation = tower.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise EdgemedError(
+            f"config.json: hidden_act '{activation}' of the vision tower is not supported",
+            "Known: quick_gelu, gelu",
+        )
+    return Vision(
+        width=width,
+        layers=layers,
+        spare=depth - layers,
+        heads=tower["num_attention_heads"],
+        ffn=tower["intermediate_size"],
+        norm_eps=tower.get("layer_norm_eps", 1e-5),
+        activation=activation,
+        patch=tower["patch_size"],
+        size=size,
+        fit=square_rule(preprocessor, size, pad),
+        pre_norm=True,
+        mean=tuple(preprocessor.get("image_mean") or MEAN),
+        std=tuple(preprocessor.get("image_std") or STD),
+        **rest,
+    )
+
+
+def square_rule(preprocessor: Mapping[str, Any], size: int, pad: bool) -> str:
+    """Vision.fit from preprocessor_config.json. Raises EdgemedError for another rule or size than
+    the tower's, which would be another image.
+    """
+    asked = preprocessor.get("size") or size
+    crop = preprocessor.get("crop_size") or size
+    asked = {"shortest_edge": asked} if isinstance(asked, int) else asked
+    crop = {crop} if isinstance(crop, int) else set(crop.values())
+    wanted = {
+        "resample": (3, None),
+        "do_resize": (True, None),
+        "do_rescale": (True, None),
+        "do_normalize": (True, None),
+    }
+    odd = [
+        f"{key} {preprocessor[key]}"
+        for key, known in wanted.items()
+        if preprocessor.get(key) not in known
+    ]
+    if set(asked.values()) != {size} or set(asked) not in ({"shortest_edge"}, {"height", "width"}):
+        odd += [f"size {asked}"]
+    cropped = preprocessor.get("do_center_crop", True)
+    if cropped and crop != {size}:
+        odd += [f"crop_size {preprocessor['crop_size']}"]
+    pad = pad or bool(preprocessor.get("do_pad"))
+    if not pad and not cropped and "shortest_edge" in asked:
+        odd += ["do_center_crop false"]
+    if odd:
+        raise EdgemedError(
+            f"preprocessor_config.json: {odd[0]} is not supported",
+            f"Known: bicubic, to the tower's {size} x {size}, padded or centre-cropped",
+        )
+    return "pad" if pad else "crop" if "shortest_edge" in asked else "stretch"
+
+
+def clip_parts(
+    v: Vision, d: Decoder, roots: tuple[str, ...], projector: tuple[str, str]
+) -> dict[str, Part]:
+    """The tower's and the two-layer projector's parts. roots: what may stand before 'embeddings.'
+    and 'encoder.'; projector: modules of its two matrices, alternatives parted by '|'. Layers
+    behind the one that is read, and the last norm, are 'vision.spare.*'.
+    """
+
+    def at(module: str) -> tuple[str]:
+        return ("|".join(root + module for root in roots),)
+
+    w = v.width
+    places = (v.size // v.patch) ** 2 + 1
+    found = {
+        "vision.class": Part(
+            at("embeddings.class_embedding"),
+            "table",
+            (1, w),
+            stored_shape=(w,),
+            bare=True,
+        ),
+        "vision.patch": Part(
+            at("embeddings.patch_embedding"),
+            "matrix",
+            (w, v.patch_size),
+            stored_shape=(w, 3, v.patch, v.patch),
+        ),
+        "vision.positions": Part(at("embeddings.position_embedding"), "table", (places, w)),
+        # as it is spelt there
+        "vision.pre_norm": Part(
+            at("pre_layrnorm"),
+            "norm",
+            (w,),
+            bias=True,
+        ),
+    }
+    for n in range(v.layers + v.spare):
+        name = f"vision.layers.{n}" if n < v.layers else f"vision.spare.layers.{n}"
+        layer = f"encoder.layers.{n}"
+        found |= {
+            f"{name}.attn_norm": Part(
+                at(f"{layer}.layer_norm1"),
+                "norm",
+                (w,),
+                bias=True,
+            ),
+            f"{name}.qkv": Part(
+                tuple(at(f"{layer}.self_attn.{part}_proj")[0] for part in "qkv"),
+                "matrix",
+                (3 * w, w),
+                bias=True,
+                rows=(w, w, w),
+            ),
+            f"{name}.o": Part(
+                at(f"{layer}.self_attn.out_proj"),
+                "matrix",
+                (w, w),
+                bias=True,
+            ),
+            f"{name}.mlp_norm": Part(
+                at(f"{layer}.layer_norm2"),
+                "norm",
+                (w,),
+                bias=True,
+            ),
+            f"{name}.up": Part(
+                at(f"{layer}.mlp.fc1"),
+                "matrix",
+                (v.ffn, w),
+                bias=True,
+            ),
+            f"{name}.down": Part(
+                at(f"{layer}.mlp.fc2"),
+                "matrix",
+                (w, v.ffn),
+                bias=True,
+            ),
+        }
+    return found | {
+        "vision.spare.post_norm": Part(
+            at("post_layernorm"),
+            "norm",
+            (w,),
+            bias=True,
+        ),
+        "vision.projector.first": Part(
+            (projector[0],),
+            "matrix",
+            (v.projector_hidden, w),
+            bias=True,
+        ),
+        "vision.projector.second": Part(
+            (projector[1],),
+            "matrix",
+            (d.hidden, v.projector_hidden),
+            bias=True,
+        ),
+    }

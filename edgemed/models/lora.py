@@ -1,0 +1,460 @@
+"""LoRA adapters as plain factors beside the canonical matrices, for engines that carry several and
+switch between them.
+
+A merged engine holds one task; factors of a few megabytes beside one base hold many. Only what is
+truly W + B A can be kept apart like that, so anything else a PEFT adapter may hold is refused here
+and belongs to the merge step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemed.artifacts.store import MANIFEST, digest, file_sha256, read_manifest
+from edgemed.errors import EdgemedError, need
+from edgemed.models.checkpoint import ADAPTERS, Checkpoint
+from edgemed.models.weights import Dense, Packed, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    # canonical part -> (A [rank, in], B [out, rank]), float32
+    Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# where LLaVA's training code puts the projector it trained with the adapter
+BESIDE = "non_lora_trainables.bin"
+FOLDER = ADAPTERS  # of an engine, as of a checkpoint: one folder in it per adapter
+# what an engine is without its adapters, as the name of one: also where it is otherwise used with
+# one of them
+BASE = "base"
+# in adapter_config.json: the quantized checkpoint whose integers an adapter was trained beside
+OWN_BASE = "edgemed_base"
+# in config.json: what a quantize step multiplied into the weights, which an adapter of the float
+# base does not know
+FOLDED = "edgemed_folded"
+# Keys of a LoRA config that say where factors belong, how they were trained or how large they are.
+# With any other one set, it is more than factors.
+PLAIN = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "megatron_config",
+    "megatron_core",
+    OWN_BASE,
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+    "init_lora_weights",
+}
+# Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, ...) take the first factors
+# out of the base's own weights.
+BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+MERGE = "Merge it instead: edgemed merge MODEL --adapter DIR"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter. factors: canonical part -> (A, B), the scale multiplied into B; the part's
+    matrix becomes W + B A.
+    """
+
+    name: str
+    factors: Factors
+
+
+def adapter_files(adapter: str) -> tuple[Path, Path]:
+    """(config, weights) of a PEFT directory. Raises EdgemedError where one is missing, or weights
+    lie there that peft does not know.
+    """
+    path = Path(adapter)
+    if not path.is_dir():
+        raise EdgemedError(
+            f"adapter directory {path} does not exist",
+            f"Give a PEFT directory ({CONFIG} and {WEIGHTS[0]})",
+        )
+    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if not (path / CONFIG).is_file():
+        raise EdgemedError(
+            f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained"
+        )
+    if found is None:
+        raise EdgemedError(
+            f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained"
+        )
+    if (path / BESIDE).is_file():
+        raise EdgemedError(
+            f"{path / BESIDE} holds weights that peft does not know and a merge would lose",
+            "Merge the adapter with the code that trained it",
+        )
+    return path / CONFIG, found
+
+
+def adapter_hashes(adapter: str) -> dict[str, str]:
+    """file -> sha256 of a PEFT directory's config and weights."""
+    return {file.name: file_sha256(file) for file in adapter_files(adapter)}
+
+
+def adapter_config(adapter: str) -> dict[str, Any]:
+    """What adapter_config.json says. Raises EdgemedError where it is no JSON object with a
+    peft_type.
+    """
+    file, _ = adapter_files(adapter)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EdgemedError(f"{file} is damaged: {error!r}", "Copy the adapter again") from None
+    return values
+
+
+def quantized_base(values: Mapping[str, Any]) -> str | None:
+    """Why an adapter's config makes one think that it was trained on a quantized base, None where
+    nothing does: peft itself does not write it down.
+    """
+    base = str(values.get("base_model_name_or_path") or "")
+    file = Path(base) / "config.json"
+    try:
+        method = (
+            json.loads(file.read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+            if base and file.is_file()
+            else None
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        method = None
+    if method:
+        return f"its base {base} is quantized ({method})"
+    if re.search(r"(?i)(bnb|nf4|gptq|awq|[48][-_]?bit|int[48])(?![a-z])", base.rpartition("/")[2]):
+        return f"its base is called '{base}'"
+    return (
+        "it began as LoftQ, for a rounded base"
+        if values.get("init_lora_weights") == "loftq"
+        else None
+    )
+
+
+def adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
+    """Every tensor of an adapter. Raises EdgemedError for a damaged file, NaN or Inf."""
+    torch = need("torch", "build")
+    safetensors = need("safetensors", "build")
+    _, file = adapter_files(adapter)
+    try:
+        if file.suffix == ".safetensors":
+            tensors = need("safetensors.torch", "build").load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise EdgemedError(
+            f"{file} is damaged: {str(error).splitlines()[0]}", "Copy the adapter again"
+        ) from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise EdgemedError(
+                f"{file.name}: tensor '{name}' holds NaN or Inf",
+                "The adapter is damaged; do not deploy it",
+            )
+    return tensors
+
+
+def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
+    """sha256 of every file of the adapters a target's parameters name, for its key and manifest.
+    Raises EdgemedError for a missing one, or a name that no folder can have.
+    """
+    found = {}
+    for name, path in (adapters or {}).items():
+        if not re.fullmatch(r"\w[\w.-]*", name) or name == BASE:
+            raise EdgemedError(
+                f"adapters: '{name}' cannot be the name of an adapter",
+                f"Use letters, digits, '-', '_' and '.', and not '{BASE}', which is the engine"
+                " without any",
+            )
+        found |= {f"adapter/{name}/{file}": sha for file, sha in adapter_hashes(path).items()}
+    return found
+
+
+def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[str, str]:
+    """name -> PEFT directory of every adapter an engine of this checkpoint carries: its own first,
+    then those a target's parameters name.
+
+    Raises EdgemedError where one of these has the own one's name.
+    """
+    own = {checkpoint.adapter.name: str(checkpoint.adapter)} if checkpoint.adapter else {}
+    if twice := own.keys() & (adapters or {}).keys():
+        raise EdgemedError(
+            f"adapters: {checkpoint.path} brings an adapter '{twice.pop()}' of its own",
+            "Give yours another name; the own one need not be given",
+        )
+    return own | dict(adapters or {})
+
+
+def read_loras(weights: Weights, adapters: Mapping[str, str] | None) -> list[Lora]:
+    """Those of `carried`, read. Raises EdgemedError as carried and read_lora."""
+    return [
+        read_lora(weights, name, path)
+        for name, path in carried(weights.checkpoint, adapters).items()
+    ]
+
+
+def base_of(checkpoint: Checkpoint) -> str:
+    """What an adapter of this very quantized checkpoint is told it by: a digest of its weight
+    files, whatever their names, and of how they are packed.
+    """
+    files = sorted(
+        file_sha256(file) for file in {entry.file for entry in checkpoint.tensors.values()}
+    )
+    return digest(
+        {"files": files, "quantization_config": checkpoint.config.get("quantization_config")}
+    )
+
+
+def _folded_unsaid(checkpoint: Checkpoint) -> bool:
+    """Whether this is a checkpoint of an older quantize step that changed what an adapter reads or
+    writes: its manifest knows, its config.json does not.
+    """
+    if not (checkpoint.path / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(checkpoint.path)
+    return manifest["stage"] == "quantize" and (
+        manifest["notes"].get("folded_attention_scale", False) or "awq_alpha" in manifest["notes"]
+    )
+
+
+def read_lora(weights: Weights, name: str, path: str) -> Lora:
+    """One adapter in the layout of `weights`: factors of joined modules side by side, q rows
+    multiplied with what is folded into the base's, unless it was trained on this very base, folded
+    and rounded as it is.
+
+    Raises EdgemedError for an adapter of another base, of another kind than plain LoRA, damaged, or
+    on weights other than a layer's attention and MLP.
+    """
+    where = f"adapter '{name}' ({path})"
+    values = adapter_config(path)
+    _check_plain(where, values)
+    folded = _folded(weights.checkpoint, where, values.get(OWN_BASE))
+    torch = need("torch", "build")
+    found = {}
+    pairs = dict(_pairs(weights, where, values, adapter_tensors(path)))
+    for part in {part for part, _ in pairs}:
+        rows = weights.parts[part].rows or weights.parts[part].shape[:1]
+        columns = weights.parts[part].shape[1]
+        own = [
+            pairs.get((part, i), (torch.zeros(0, columns), torch.zeros(count, 0)))
+            for i, count in enumerate(rows)
+        ]
+        a = torch.cat([a for a, _ in own])
+        b = torch.block_diag(*(b for _, b in own))
+        if part.endswith(".qkv"):
+            layer = int(part.split(".")[1])
+            factor = (weights.source.fold_factor(layer) if weights.fold else 1.0) * (
+                folded["q"][layer] if "q" in folded else 1.0
+            )
+            b[: weights.source.q_size] *= factor
+        found[part] = (a, b)
+    if not any(b.any() for _, b in found.values()):
+        raise EdgemedError(
+            f"{where} changes nothing: all its factors B are zero",
+            "Give the adapter as it was after training",
+        )
+    return Lora(name, {part: found[part] for part in weights.parts if part in found})
+
+
+def _folded(checkpoint: Checkpoint, where: str, own_base: str | None) -> Mapping[str, Any]:
+    """What was multiplied into the weights of this base that the adapter does not know. Raises
+    EdgemedError where it cannot be used on it.
+    """
+    if own_base is not None:
+        if own_base != base_of(checkpoint):
+            problem = (
+                f"{where} was trained beside the integers of one quantized checkpoint, to make good"
+                f" what rounding did there, and {checkpoint.path} is another"
+            )
+            raise EdgemedError(
+                problem,
+                "Give the quantized checkpoint it was trained on, or train it again on this one"
+                " (distill: {train: lora})",
+            )
+        return {}
+    folded = checkpoint.config.get(FOLDED, {})
+    if folded.get("inputs"):
+        raise EdgemedError(
+            f"{where}: this base's inputs were rescaled when it was quantized (awq, smoothquant),"
+            " and an adapter reads the original ones",
+            "Quantize the base with gptq or rtn",
+        )
+    if not folded and _folded_unsaid(checkpoint):
+        raise EdgemedError(
+            f"{where}: {checkpoint.path} was quantized before edgemed wrote down what it folds into"
+            " the weights",
+            "Quantize the base again",
+        )
+    return folded
+
+
+def _check_plain(where: str, values: Mapping[str, Any]) -> None:
+    if values["peft_type"] != "LORA":
+        raise EdgemedError(
+            f"{where}: a {values['peft_type']} adapter is not a product of two factors added to a"
+            " matrix, and cannot be switched in an engine",
+            MERGE,
+        )
+    extra = next(
+        (
+            key
+            for key, value in values.items()
+            if key not in PLAIN and value not in (None, False, "none", [], {})
+        ),
+        None,
+    )
+    if extra:
+        raise EdgemedError(
+            f"{where}: with {extra} {json.dumps(values[extra])} it is more than two factors added"
+            " to a matrix, and cannot be switched in an engine",
+            MERGE,
+        )
+    if values.get("init_lora_weights") not in BEGINNINGS:
+        raise EdgemedError(
+            f"{where}: init_lora_weights '{values['init_lora_weights']}' changes the base's own"
+            " weights, so the adapter cannot be switched in an engine",
+            MERGE,
+        )
+
+
+def _pairs(
+    weights: Weights, where: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]]:
+    """((canonical part, number of its module), (A, B with its scale)) of every module the adapter
+    changes.
+    """
+    places = _places(weights)
+    other = f"{where} does not belong to {weights.checkpoint.path}"
+    hint = "Give the base model the adapter was trained on"
+    for name in tensors:
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if not found:
+            raise EdgemedError(
+                f"{where}: '{name}' is no factor of a matrix, and cannot be switched in an engine",
+                MERGE,
+            )
+        module, factor = found.groups()
+        if module not in places:
+            raise EdgemedError(f"{other}: there is no '{module}'", hint)
+        part, index = places[module]
+        if (
+            not part.startswith("layers.")
+            or ".experts." in part
+            or ".shared." in part
+            or weights.parts[part].kind != "matrix"
+        ):
+            raise EdgemedError(
+                f"{where}: it changes '{module}', and only attention and dense MLP matrices can be"
+                " switched in an engine",
+                MERGE,
+            )
+        twin = f"base_model.model.{module}.lora_{'B' if factor == 'A' else 'A'}.weight"
+        if twin not in tensors:
+            raise EdgemedError(
+                f"{where}: it has '{name}' without its other factor", "Copy the adapter again"
+            )
+        if factor == "B":
+            continue
+        shape = weights.parts[part]
+        a = tensors[name].float()
+        b = tensors[twin].float()
+        wanted = ((shape.rows or shape.shape)[index], shape.shape[1])
+        if (
+            a.ndim != 2
+            or b.ndim != 2
+            or (b.shape[0], a.shape[1]) != wanted
+            or a.shape[0] != b.shape[1]
+        ):
+            raise EdgemedError(
+                f"{other}: factors of '{module}' are {list(a.shape)} and {list(b.shape)}, its"
+                f" matrix is {list(wanted)}",
+                hint,
+            )
+        yield (part, index), (a, b * scale_of(values, module, a.shape[0]))
+
+
+def scale_of(values: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023); alpha may
+    differ by module, as peft matches its patterns.
+    """
+    patterns = values.get("alpha_pattern") or {}
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = values.get("lora_alpha", 8) if key is None else patterns[key]
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+def _places(weights: Weights) -> dict[str, tuple[str, int]]:
+    """Every name a module may have in transformers' model -> (canonical part, number of the module
+    in it). A tied output matrix has a name there too.
+    """
+    return {"lm_head": ("lm_head", 0)} | {
+        prefix + choice: (name, index)
+        for name, part in weights.parts.items()
+        for index, module in enumerate(part.modules)
+        for choice in module.split("|")
+        for prefix in weights.family.prefixes
+    }
+
+
+def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Weights:
+    """A checkpoint as it answers: with an adapter (name, PEFT directory), with its own where it has
+    one and no other is given, or alone.
+
+    An adapter that was trained to make good what rounding did has the float checkpoint itself for
+    its source.
+    """
+    if (
+        adapter
+        and OWN_BASE in adapter_config(adapter[1])
+        and "quantization_config" not in source.config
+    ):
+        adapter = None
+    own = source.adapter
+    adapter = adapter or ((own.name, str(own)) if own else None)
+    return Adapted(source, *adapter) if adapter else Weights(source)
+
+
+class Adapted(Weights):
+    """A checkpoint with one adapter added to its matrices: what the adapted float32 source answers
+    is read from it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, path: str):
+        super().__init__(checkpoint)
+        self.factors = read_lora(self, name, path).factors
+
+    def matrix(self, name: str) -> Dense | Packed:
+        found = super().matrix(name)
+        if name not in self.factors:
+            return found
+        a, b = self.factors[name]
+        return Dense(found.dense() + b @ a, found.bias)

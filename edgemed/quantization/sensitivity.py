@@ -1,0 +1,165 @@
+"""What rounding a matrix costs the whole model: the KL divergence of its answers, to second order,
+for every matrix in one pass down and one back up.
+
+Rounding matrix W to W + D moves its outputs by D x. The answers' KL divergence is then half the
+Fisher information of that move; taken row by row and token by token (as K-FAC does: Martens and
+Grosse 2015, arXiv 1503.05671) it needs two moments, of the inputs and of the gradients at the
+outputs. Measuring the divergence itself would take one pass per matrix and precision: tests hold
+the two against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemed.console import track
+from edgemed.errors import need
+from edgemed.models.torch_decoder import block, linear, load_layer, norm, shown, top
+from edgemed.models.weights import Weights
+from edgemed.quantization.gptq import Hessian
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgemed.models.torch_decoder import Layer, Window
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one matrix. weight float32 [out, in]; moment float32 [in, in], 2 X^T X / n of its inputs;
+    gradient float32 [out]: mean square of d log p(token) / d output per token, tokens drawn from
+    the model's own answers.
+    """
+
+    weight: torch.Tensor
+    moment: torch.Tensor
+    gradient: torch.Tensor
+
+    def loss(self, rounded: torch.Tensor, rows: slice = slice(None)) -> float:
+        """KL divergence in nats per token that `rounded` float32 [rows, in] in place of those rows
+        of the weight is expected to cost.
+        """
+        delta = rounded - self.weight[rows]
+        # Half the Fisher information, and half again because the moment is twice the mean square.
+        return float(self.gradient[rows] @ ((delta @ self.moment) * delta).sum(1)) / 4
+
+
+def sensitivities(
+    weights: Weights, windows: Sequence[Window], folder: Path
+) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
+    """(layer, matrix -> Sensitivity) from the last layer to the first; one layer in memory at a
+    time. windows: all of the same length.
+
+    folder: where the hidden states between layers lie meanwhile.
+    """
+    torch = need("torch", "build")
+    d = weights.decoder
+    with torch.no_grad():
+        hidden, angles = zip(*shown(weights, windows), strict=True)
+        x = torch.cat(hidden)
+        for n in track(range(d.layers), "sensitivity, forward"):
+            torch.save(x, folder / f"hidden-{n}")
+            layer = load_layer(weights, n)
+            x = torch.cat(
+                [
+                    block(d, layer, n, row, angles=turned)
+                    for row, turned in zip(x.split(1), angles, strict=True)
+                ]
+            )
+    gradient = _at_the_top(weights, x)
+    for n in track(range(d.layers - 1, -1, -1), "sensitivity, backward"):
+        file = folder / f"hidden-{n}"
+        gradient, found = _through(weights, n, torch.load(file), gradient, angles)
+        file.unlink()
+        yield n, found
+
+
+def _at_the_top(weights: Weights, x: torch.Tensor) -> torch.Tensor:
+    """d log p(drawn answer) / d hidden state, float32 [windows, tokens, hidden]. A head that gives
+    scores, not words, is asked at the last token for its scores' own change (a random mix of them,
+    whose square is in the mean that of all).
+    """
+    torch = need("torch", "build")
+    d = weights.decoder
+    (final, matrix, bias) = top(weights)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for row in x.split(1):
+        row = row.detach().requires_grad_()
+        scores = torch.nn.functional.linear(norm(d, final, "final_norm", row), matrix, bias)[0]
+        if d.head == "lm":
+            logs = scores.log_softmax(-1)
+            drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+            logs.gather(1, drawn).sum().backward()
+        else:
+            (scores[-1] @ torch.randn(scores.shape[1], generator=generator)).backward()
+        found.append(row.grad)
+    return torch.cat(found)
+
+
+def _through(
+    weights: Weights,
+    n: int,
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    angles: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor, dict[str, Sensitivity]]:
+    """Layer n backwards: the gradient at its input, and what its matrices saw. The layer is
+    computed anew, so nothing but its input is kept.
+    """
+    torch = need("torch", "build")
+    d = weights.decoder
+    layer = load_layer(weights, n)
+    names = d.matrices(n)
+    inputs = {name: Hessian(layer[name][0].shape[1]) for name in names}
+    squares = {name: torch.zeros(layer[name][0].shape[0]) for name in names}
+
+    def product(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
+        inputs[name].add(x.detach())
+
+        def arrived(gradient: torch.Tensor) -> None:
+            squares[name] += gradient.reshape(-1, gradient.shape[-1]).square().sum(0)
+
+        y = linear(layer, name, x)
+        y.register_hook(arrived)
+        return y
+
+    found = []
+    for row, above, turned in zip(x.split(1), gradient.split(1), angles, strict=True):
+        row = row.detach().requires_grad_()
+        block(d, layer, n, row, product=product, angles=turned).backward(above)
+        found.append(row.grad)
+    # A share of all tokens, also for an expert that only some of them reach: what they do not use
+    # costs them nothing.
+    tokens = x.shape[0] * x.shape[1]
+    seen = {
+        name: Sensitivity(layer[name][0], inputs[name].moment, squares[name] / tokens)
+        for name in names
+    }
+    return torch.cat(found), seen | {
+        name: _unreached(name, seen, inputs) for name in names if not inputs[name].rows
+    }
+
+
+def _unreached(
+    name: str, seen: Mapping[str, Sensitivity], inputs: Mapping[str, Hessian]
+) -> Sensitivity:
+    """That no calibration token chose an expert does not make it worthless: it is taken for the
+    mean of the layer's other experts, all inputs and outputs alike.
+    """
+    torch = need("torch", "build")
+    weight = seen[name].weight
+    part = name.rpartition(".")[2]
+    others = [
+        seen[other]
+        for other in seen
+        if other.startswith("experts.") and other.endswith(f".{part}") and inputs[other].rows
+    ]
+    moment = sum(float(other.moment.diagonal().mean()) for other in others) / len(others)
+    gradient = sum(float(other.gradient.mean()) for other in others) / len(others)
+    return Sensitivity(
+        weight, moment * torch.eye(weight.shape[1]), torch.full((weight.shape[0],), gradient)
+    )

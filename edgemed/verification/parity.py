@@ -1,0 +1,203 @@
+"""Does the engine say what its float32 source says? Divergence, agreement and greedy answers on
+held-out text, and on images where it sees.
+
+It needs only a running engine and the reference answers that travel inside it, so the same check
+runs where the engine was built and on the device. An engine that fails it is not benchmarked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgemed import plugins
+from edgemed.console import track
+from edgemed.engines.engine import Engine
+from edgemed.engines.reference import Reference
+from edgemed.errors import EdgemedError
+from edgemed.inference.session import Sampling, Session, generate, log_softmax
+from edgemed.verification.vision_parity import problems as stage_problems
+from edgemed.verification.vision_parity import stages
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine must keep. max_kl: mean KL divergence from the source, nats; min_top1: share
+    of positions with the same most likely token. Exact engines (a target's EXACT precisions) must
+    besides give every greedy token and stay within a logit error.
+    """
+
+    max_kl: float = 0.05
+    min_top1: float = 0.9
+
+
+def verify(
+    engine: Engine,
+    reference: Reference,
+    limits: Limits,
+    threads: int | None = None,
+    adapter: str | None = None,
+) -> dict[str, Any]:
+    """Compare an engine with the reference answers; see the keys of the result for what is measured
+    ('stages' only for engines that see).
+
+    adapter: one of the engine's, whose answers the reference then holds ('base': none); of an
+    engine that sees, what lies in front of its decoder is then passed over, because no adapter
+    reaches it.
+
+    Raises EdgemedError where the reference does not belong to this engine's vocabulary, or shows no
+    images to an engine that sees.
+    """
+    if reference.logits.shape[-1] != engine.width:
+        raise EdgemedError(
+            f"{engine.path}: the engine gives {engine.width} scores, its reference"
+            f" {reference.logits.shape[-1]}",
+            "Export the engine again",
+        )
+    if engine.vision and reference.images is None:
+        raise EdgemedError(
+            f"{engine.path} sees, and its reference answers say nothing about images (an earlier"
+            " edgemed made them)",
+            "Export the engine again",
+        )
+    session = engine.open(threads, adapter)
+    try:
+        measured = compare(session, reference)
+        if engine.head == "lm":
+            measured |= greedy(session, reference)
+        if engine.vision:
+            measured["stages"] = stages(
+                engine,
+                session,
+                reference.images,
+                exact_error(engine),
+                limits.max_kl,
+                limits.min_top1,
+                threads,
+                tower=not adapter,
+            )
+    finally:
+        session.close()
+    problems = judge(engine, measured, limits) + stage_problems(measured.get("stages", []))
+    used = adapter or engine.default
+    return {
+        "engine": engine.name,
+        "engine_key": engine.key,
+        **({"adapter": used} if used else {}),
+        "prompts": len(reference.windows),
+        "reference": reference.digest(),
+        "ran_on": engine.stand_in or engine.target,
+        **measured,
+        "limits": {
+            "max_kl": limits.max_kl,
+            "min_top1": limits.min_top1,
+            "max_logit_error": exact_error(engine),
+        },
+        "passed": not problems,
+        "problems": problems,
+    }
+
+
+def with_adapters(
+    engine: Engine, result: dict[str, Any], limits: Limits, threads: int | None = None
+) -> dict[str, Any]:
+    """A result of verify and, under 'adapters', one for each further adapter against what the
+    source with it answers; failed where one is.
+    """
+    found = {
+        name: verify(engine, engine.reference(name), limits, threads, name)
+        for name in engine.adapters
+        if name != engine.default
+    }
+    if not found:
+        return result
+    problems = [f"{name}: {problem}" for name, own in found.items() for problem in own["problems"]]
+    return {
+        **result,
+        "adapters": found,
+        "problems": [*result["problems"], *problems],
+        "passed": not problems and result["passed"],
+    }
+
+
+def compare(session: Session, reference: Reference) -> dict[str, Any]:
+    """KL(source || engine) per position in nats, top-1 agreement and logit error over the scored
+    windows.
+    """
+    kl = []
+    same = []
+    error = 0.0
+    for window, expected in track(
+        list(zip(reference.windows, reference.logits, strict=False)), "parity"
+    ):
+        session.rewind(0)
+        found = session.prefill([int(t) for t in window], every=session.head == "lm")
+        p = log_softmax(expected)
+        q = log_softmax(found)
+        kl.append((np.exp(p) * (p - q)).sum(-1))
+        same.append(expected.argmax(-1) == found.argmax(-1))
+        error = max(error, float(np.abs(expected - found).max()))
+    kl = np.concatenate(kl)
+    same = np.concatenate(same)
+    if not np.isfinite(kl).all():
+        raise EdgemedError(
+            "the engine gives NaN or infinite scores", "Do not deploy it; export it again"
+        )
+    return {
+        "positions": int(kl.size),
+        "mean_kl": float(kl.mean()),
+        "max_kl": float(kl.max()),
+        "top1": float(same.mean()),
+        "max_logit_error": error,
+    }
+
+
+def greedy(session: Session, reference: Reference) -> dict[str, Any]:
+    """How long the engine's greedy answers stay the source's, over all prompts."""
+    matches = []
+    new = reference.greedy.shape[1]
+    for window, expected in track(
+        list(zip(reference.windows, reference.greedy, strict=True)), "greedy answers"
+    ):
+        session.rewind(0)
+        answer = list(
+            generate(
+                session, [int(t) for t in window[: reference.prompt]], Sampling(max_tokens=new)
+            )
+        )
+        different = np.flatnonzero(np.array(answer) != expected)
+        matches.append(int(different[0]) if different.size else new)
+    return {
+        "greedy_tokens": new * len(matches),
+        "greedy_same": sum(matches),
+        "greedy_match_mean": float(np.mean(matches)),
+        "greedy_new": new,
+    }
+
+
+def exact_error(engine: Engine) -> float | None:
+    """The largest logit error allowed where the precision is float32, None for a quantized
+    engine.
+    """
+    return plugins.load("targets", engine.target).EXACT.get(engine.precision)
+
+
+def judge(engine: Engine, measured: dict[str, Any], limits: Limits) -> list[str]:
+    """One sentence per limit broken."""
+    problems = []
+    if measured["mean_kl"] > limits.max_kl:
+        problems.append(f"mean KL {measured['mean_kl']:.4f} is above {limits.max_kl}")
+    if measured["top1"] < limits.min_top1:
+        problems.append(f"top-1 agreement {measured['top1']:.4f} is below {limits.min_top1}")
+    allowed = exact_error(engine)
+    if allowed is not None:
+        if measured["max_logit_error"] > allowed:
+            problems.append(f"logit error {measured['max_logit_error']:.2e} is above {allowed}")
+        if measured.get("greedy_same", 0) != measured.get("greedy_tokens", 0):
+            problems.append(
+                f"{measured['greedy_tokens'] - measured['greedy_same']} of"
+                f" {measured['greedy_tokens']} greedy tokens differ from float32"
+            )
+    return problems
