@@ -42,15 +42,15 @@ def engine_worker(pipe: Any, path: str, threads: int) -> None:
     """Answer 'prefill' and 'decode' with seconds, 'memory' with peak resident bytes."""
     import numpy as np
 
-    from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
+    from edgemed.hardware import process_memory
 
     engine = open_engine(path)
     session = engine.open(threads)
     tokens = np.random.default_rng(0).integers(0, engine.vocab, PROMPT).tolist()
     while (order := pipe.recv()) != "stop":
         if order == "memory":
-            pipe.send(store.peak_memory())
+            pipe.send(process_memory.peak_memory())
             continue
         session.rewind(0)
         started = time.perf_counter()

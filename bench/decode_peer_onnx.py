@@ -16,7 +16,7 @@ from records import paired_ratio, save, spread
 
 from edgemed.engines.engine import Engine, open_engine
 from edgemed.onnx.ort_dialect import ROPE
-from edgemed.targets.onnx import rope_tables
+from edgemed.onnx.ort_session import rope_tables
 
 START = 32
 

@@ -23,12 +23,13 @@ from records import save
 
 from edgemed.artifacts import store
 from edgemed.evaluation.evaluate import SOURCE
+from edgemed.evaluation.opened_model import evaluate_opened, open_source
 from edgemed.evaluation.paired_statistics import paired
 from edgemed.evaluation.prompting import Settings
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.pipeline.recipe import Stage
-from edgemed.pipeline.runner import evaluate_opened, open_source, run_step
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, merge
 
 HERE = Path(__file__).resolve().parent

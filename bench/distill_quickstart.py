@@ -20,10 +20,11 @@ import torch
 from records import save
 from scipy.stats import t as student_t
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
 from edgemed.distillation.pruning import choose, cut
 from edgemed.evaluation.evaluate import evaluate
+from edgemed.evaluation.opened_model import open_source
 from edgemed.evaluation.prompting import Settings
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import open_checkpoint
@@ -31,7 +32,7 @@ from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import Weights
 from edgemed.pipeline.recipe import Stage
-from edgemed.pipeline.runner import open_source, run_step
+from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, merge
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +194,7 @@ def main():
         [],
     ).path
     facts = {
-        "model": store.digest(open_checkpoint(options.model).hashes()),
+        "model": hashing.digest(open_checkpoint(options.model).hashes()),
         "steps": options.steps,
         "seeds": options.seeds,
         "settings": {**COMMON, "rates": RATES},

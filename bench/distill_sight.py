@@ -18,13 +18,13 @@ import torch
 from distill_quickstart import interval
 from records import save
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.data.image_text_windows import IGNORED, look
 from edgemed.data.text_sets import read_card, read_jsonl
 from edgemed.distillation import image_answers
 from edgemed.distillation.pruning import choose, cut
 from edgemed.distillation.teacher import Teacher
-from edgemed.inference.session import Sampling
+from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.weights import Weights
 from edgemed.pipeline.recipe import Stage
@@ -163,7 +163,7 @@ def main():
     save(
         "distill_sight",
         {
-            "model": store.digest(weights.checkpoint.hashes()),
+            "model": hashing.digest(weights.checkpoint.hashes()),
             "card": CARD,
             "steps": options.steps,
             "seeds": options.seeds,

@@ -83,7 +83,7 @@ def ours(checkpoint: Path) -> tuple[list[list[int]], dict[str, Any]]:
     """(prompts of held-out text, what edgemed's torch session says about them)."""
     from edgemed.data.text_sets import texts
     from edgemed.engines.reference import windows_of
-    from edgemed.inference.session import Sampling, generate
+    from edgemed.inference.decoding import Sampling, generate
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.tokenizer import encode, open_tokenizer
     from edgemed.models.torch_decoder import TorchSession

@@ -258,8 +258,8 @@ def measure_eyes(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str
 
 def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[str, Any]:
     """Measure one engine directory or one torch checkpoint in this process; sizes in bytes."""
-    from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
+    from edgemed.hardware import process_memory
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.weights import Weights
 
@@ -296,7 +296,7 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
         "load_seconds": load,
         "by_prompt": measured,
         "bytes_per_token": per_token,
-        "host_peak_memory_bytes": store.peak_memory(),
+        "host_peak_memory_bytes": process_memory.peak_memory(),
         "gpu_memory_bytes": None if before is None or after is None else after - before,
         "gpu_memory": "in use after the last round less before loading, all programs",
         **eyes,

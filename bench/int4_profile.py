@@ -32,6 +32,7 @@ from records import paired_ratio, save, spread
 
 from edgemed.engines.engine import Engine, open_engine
 from edgemed.hardware.device import last_level_cache, read_bandwidth
+from edgemed.onnx import ort_session
 from edgemed.onnx.decoder_graph import Graph, Precision
 from edgemed.quantization.grids import Ints
 from edgemed.targets import onnx as target
@@ -115,10 +116,10 @@ def huge_bytes() -> int:
 @contextlib.contextmanager
 def opened(
     engine: Engine, threads: int, settings: dict[str, str], huge: bool = True, profile: str = ""
-) -> Iterator[target.OrtSession]:
+) -> Iterator[ort_session.OrtSession]:
     """The target's own session with other settings of onnxruntime, or without huge pages."""
     make = ort.InferenceSession
-    collapse = target._use_huge_pages
+    collapse = ort_session._use_huge_pages
 
     def changed(path: str, options: ort.SessionOptions, **rest: Any) -> ort.InferenceSession:
         for name, value in settings.items():
@@ -130,17 +131,17 @@ def opened(
 
     ort.InferenceSession = changed
     if not huge:
-        target._use_huge_pages = lambda: None
+        ort_session._use_huge_pages = lambda: None
     try:
         session = engine.open(threads)
     finally:
         ort.InferenceSession = make
-        target._use_huge_pages = collapse
+        ort_session._use_huge_pages = collapse
     yield session
     session.close()
 
 
-def steps(session: target.OrtSession, new: int) -> list[float]:
+def steps(session: ort_session.OrtSession, new: int) -> list[float]:
     """Seconds of each of `new` greedy steps after a prompt, which is read only the first time."""
     if session.position < PROMPT:
         session.prefill([i * 37 % session.width for i in range(PROMPT)])
@@ -274,7 +275,7 @@ def speed(folder: Path, size: int, threads: int, huge: bool) -> dict[str, float]
         str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
     if huge:
-        target._use_huge_pages()
+        ort_session._use_huge_pages()
     binding = session.io_binding()
     for given in session.get_inputs():
         binding.bind_cpu_input(given.name, np.ones(given.shape, np.float32))

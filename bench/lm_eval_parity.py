@@ -27,7 +27,8 @@ from typing import Any
 from records import save
 
 from edgemed.engines.engine import Engine, export
-from edgemed.evaluation.prompting import Answerer, Settings, parse
+from edgemed.evaluation.answerer import Answerer
+from edgemed.evaluation.prompting import Settings, parse
 from edgemed.evaluation.task import Example, Questions, describe, questions
 from edgemed.inference.session import Session
 from edgemed.models.checkpoint import open_checkpoint

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from records import paired_ratio, save, spread
 
+from edgemed.hardware import process_memory
+
 CONTEXT = 1024
 PROMPT = 64
 NEW = 64
@@ -50,7 +52,6 @@ def resident() -> dict[str, int]:
 
 
 def export_worker(pipe: Any, model: str, target: tuple[str, dict[str, Any]], cache: Path) -> None:
-    from edgemed.artifacts import store
     from edgemed.pipeline.runner import random_engine
 
     started = time.perf_counter()
@@ -59,7 +60,7 @@ def export_worker(pipe: Any, model: str, target: tuple[str, dict[str, Any]], cac
         {
             "path": str(path),
             "seconds": time.perf_counter() - started,
-            "peak_memory_bytes": store.peak_memory(),
+            "peak_memory_bytes": process_memory.peak_memory(),
         }
     )
 
@@ -81,10 +82,10 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
     session.prefill(ids[:1])
     for token in ids[1 : 1 + NEW]:
         session.step(token)
-    found |= {"after 64 tokens": resident(), "text_peak_bytes": store.peak_memory()}
+    found |= {"after 64 tokens": resident(), "text_peak_bytes": process_memory.peak_memory()}
     session.rewind(0)
     session.prefill(ids[:PROMPT])
-    found["prompt_peak_bytes"] = store.peak_memory()
+    found["prompt_peak_bytes"] = process_memory.peak_memory()
     if engine.vision:
         eyes = eyes_of(engine, threads)
         picture = Image.fromarray(
@@ -102,7 +103,7 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
             "with an image": resident(),
         }
     found |= {
-        "peak_memory_bytes": store.peak_memory(),
+        "peak_memory_bytes": process_memory.peak_memory(),
         "file_bytes": store.size_of(store.read_manifest(engine.path)),
         "bytes_per_token": engine.bytes_per_token,
     }

@@ -17,7 +17,8 @@ from records import paired_ratio, save, spread
 from edgemed.engines.engine import Engine, open_engine
 from edgemed.evaluation.option_scoring import Reader
 from edgemed.evaluation.task import questions
-from edgemed.inference.session import Session, log_softmax
+from edgemed.inference.decoding import log_softmax
+from edgemed.inference.session import Session
 from edgemed.models.tokenizer import encode
 
 # Four answers of several tokens each, so that the shared way has something to read per option.

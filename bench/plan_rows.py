@@ -65,8 +65,8 @@ def worker(pipe: Any, path: str, threads: int, rounds: int) -> None:
     """
     import numpy as np
 
-    from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
+    from edgemed.hardware import process_memory
     from edgemed.hardware.device import read_bandwidth
 
     engine = open_engine(path)
@@ -75,7 +75,7 @@ def worker(pipe: Any, path: str, threads: int, rounds: int) -> None:
     clock = time.process_time if threads == 1 else time.perf_counter
     found: dict[str, list[float]] = {"prefill_ms": [], "decode_tok_s": [], "bandwidth_gb_s": []}
     session.step(int(session.prefill(tokens)[0].argmax()))
-    peak = store.peak_memory()  # before the buffer of the bandwidth measurement
+    peak = process_memory.peak_memory()  # before the buffer of the bandwidth measurement
     for round_number in range(rounds + 1):
         bandwidth = read_alone() if threads == 1 else read_bandwidth(threads, 10)
         session.rewind(0)

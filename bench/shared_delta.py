@@ -22,12 +22,12 @@ from records import paired_ratio, save, spread
 from edgemed import plugins
 from edgemed.engines.engine import export, open_engine
 from edgemed.evaluation.evaluate import SOURCE
+from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
 from edgemed.evaluation.paired_statistics import paired
+from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.params import build
-from edgemed.pipeline.recipe import EvalSpec
-from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
 
 MODEL = Path(__file__).parents[1] / "recipes" / "quickstart-moe" / "model"
 TEXT = {"calibration": "medquad-answers", "samples": 16, "length": 256}

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from records import paired_ratio, save, spread
 
+from edgemed.hardware import process_memory
+
 BEFORE = 32
 # bytes of text, each a token: a system prompt, and MedVLM-R1's question template is about as long
 QUESTION = 96
@@ -146,7 +148,7 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
         pipe.send((spent, [first, *found]))
     pipe.send(
         {
-            "peak_memory_bytes": store.peak_memory(),
+            "peak_memory_bytes": process_memory.peak_memory(),
             "open_seconds": opened,
             "tokens": held,
             "bytes": store.size_of(store.read_manifest(engine.path)),
@@ -183,11 +185,10 @@ def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
         found = loop.write(first, new)
         spent["decode"] = time.perf_counter() - started
         pipe.send((spent, [first, *found]))
-    from edgemed.artifacts import store
 
     pipe.send(
         {
-            "peak_memory_bytes": store.peak_memory(),
+            "peak_memory_bytes": process_memory.peak_memory(),
             "open_seconds": opened,
             "spinning": os.environ.get("GOMP_SPINCOUNT"),
         }
@@ -198,7 +199,6 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> Non
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from edgemed.artifacts import store
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.weights import Weights
     from edgemed.vision.preprocessing import feature_count, patches
@@ -255,7 +255,7 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> Non
                 tokens.append(int(token))
             spent["decode"] = time.perf_counter() - started
         pipe.send((spent, tokens))
-    pipe.send({"peak_memory_bytes": store.peak_memory(), "open_seconds": opened})
+    pipe.send({"peak_memory_bytes": process_memory.peak_memory(), "open_seconds": opened})
 
 
 def turns(

@@ -78,13 +78,13 @@ def main() -> None:
     from edgemed import params as strict
     from edgemed.engines.engine import export
     from edgemed.evaluation import paired_statistics
+    from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
     from edgemed.evaluation.prompting import Settings
     from edgemed.evaluation.task import questions
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.random_weights import make_random
     from edgemed.models.torch_decoder import TorchSession
     from edgemed.models.weights import Weights
-    from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
     from edgemed.targets import onnx
 
     parser = argparse.ArgumentParser(

@@ -16,16 +16,18 @@ from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
 from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
+from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
+from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
-from edgemed.inference.session import Pictures, Sampling, Session, generate
+from edgemed.hardware import process_memory
+from edgemed.inference.decoding import Sampling, generate
+from edgemed.inference.session import Pictures, Session
 from edgemed.models import lora
 from edgemed.models.architecture import Family
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import chat_text, encode
 from edgemed.models.weights import Weights
 from edgemed.onnx.vision_encoder import eyes_of
-from edgemed.pipeline.recipe import EvalSpec
-from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
 from edgemed.planning.inspect import inspect
 from edgemed.provenance import record
 from edgemed.vision.image_io import open_image
@@ -63,8 +65,9 @@ def export(
     prompts: text set for the reference answers that travel along (None: none). source: float
     checkpoint they come from. Raises EdgemedError for everything a person can put right.
     """
-    from edgemed.pipeline.recipe import VerifySpec
-    from edgemed.pipeline.runner import answers, image_answers, open_model
+    from edgemed.pipeline.references import answers, image_answers
+    from edgemed.pipeline.runner import open_model
+    from edgemed.verification.spec import VerifySpec
 
     out = Path(out)
     module = plugins.load("targets", target)
@@ -106,8 +109,8 @@ def build(
     failed. Raises EdgemedError as engine.finish.
     """
     from edgemed.benchmarking.bench import bench, image_tokens
+    from edgemed.benchmarking.spec import BenchSpec
     from edgemed.engines.reference import FILE as REFERENCE
-    from edgemed.pipeline.recipe import BenchSpec
     from edgemed.verification.parity import Limits, verify
 
     opened = open_engine(engine, check=True)
@@ -119,7 +122,7 @@ def build(
     )
     records: list[dict[str, Any]] = []
     if measure and (result is None or result["passed"]):
-        store.reset_peak_memory()
+        process_memory.reset_peak_memory()
         lengths = tuple(
             length
             for length in BenchSpec().prompt
@@ -132,7 +135,7 @@ def build(
             else 0
         )
         records = bench(opened, BenchSpec(lengths, image=side))
-        store.append_records(opened.path, records)
+        records.append_records(opened.path, records)
     return {"plan": plan, "verify": result, "records": records}
 
 

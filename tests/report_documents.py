@@ -13,7 +13,7 @@ import json
 import random
 from dataclasses import asdict
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing
 from edgemed.evaluation import confidence, paired_statistics
 from edgemed.hardware.device import read_device
 
@@ -69,7 +69,7 @@ FLOATS = ("onnx-fp32", "gguf-f16")
 
 
 def sha(*parts: object) -> str:
-    return store.digest([str(part) for part in parts])
+    return hashing.digest([str(part) for part in parts])
 
 
 def manifest(
@@ -398,7 +398,7 @@ def document(
         merge,
         {"bits": 4, "group": 64, "method": "gptq"},
     )
-    source_key = store.digest({name: entry["sha256"] for name, entry in made.items()})
+    source_key = hashing.digest({name: entry["sha256"] for name, entry in made.items()})
     source = [
         result(task, s, drawn(task, s), "source (float32)", source_key, 0.9)
         for task in tasks

@@ -17,7 +17,7 @@ from edgemed import plugins
 from edgemed.artifacts import store
 from edgemed.engines.engine import export, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Sampling, generate
+from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.lora import FOLDED, Adapted, read_lora
 from edgemed.models.torch_decoder import logits

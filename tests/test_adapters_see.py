@@ -28,9 +28,9 @@ from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.weights import Weights
-from edgemed.pipeline.recipe import VerifySpec
-from edgemed.pipeline.runner import answers, image_answers
+from edgemed.pipeline.references import answers, image_answers
 from edgemed.verification.parity import Limits, verify, with_adapters
+from edgemed.verification.spec import VerifySpec
 
 SPEC = VerifySpec(
     "medquad-answers",

@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from edgemed import plugins
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
 from edgemed.distillation import quantized_student, student
 from edgemed.engines.engine import export
@@ -328,7 +328,7 @@ def test_a_recipe_trains_it_and_its_engines_use_it(model: Path, text: str, tmp_p
     # The teacher was found behind two quantized checkpoints: it is the float student of the first
     # step.
     float_files = next(step for step in report["steps"] if step["stage"] == "distill")["files"]
-    assert report["steps"][-1]["notes"]["teacher"] == store.digest(
+    assert report["steps"][-1]["notes"]["teacher"] == hashing.digest(
         {name: entry["sha256"] for name, entry in float_files.items()}
     )
     engine = tmp_path / "work" / "engines" / "with"

@@ -11,19 +11,10 @@ from typer.testing import CliRunner
 
 from edgemed import plugins
 from edgemed.cli.main import app
-from edgemed.data.calibration_cards import (
-    GRAM,
-    Source,
-    check,
-    every_task,
-    grams,
-    make,
-    overlap,
-    traces_of,
-    words,
-)
+from edgemed.data.calibration_cards import Source, make, traces_of, words
 from edgemed.data.text_sets import calibration_windows, card_names, read_card, texts
 from edgemed.errors import EdgemedError
+from edgemed.evaluation.contamination import GRAM, check, every_task, grams, overlap
 from edgemed.evaluation.task import questions
 from edgemed.models.tokenizer import open_tokenizer
 

@@ -27,10 +27,7 @@ from edgemed.data.text_sets import card_names, read_card, texts
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.task import Task, describe, questions
-from edgemed.inference.session import (
-    Sampling,
-    generate,
-)
+from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.architecture import Decoder, Family, all_families
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession, logits

@@ -30,7 +30,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
 from edgemed.distillation import pruning as cutting
 from edgemed.distillation.divergences import coarse, divergence, kl, softened, top
@@ -38,7 +38,7 @@ from edgemed.distillation.objective import Lesson, Objective, batch_loss, measur
 from edgemed.distillation.student import load
 from edgemed.distillation.teacher import CHUNK, Cache, Teacher, number, written
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Sampling
+from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import Weights
@@ -635,8 +635,8 @@ verify: {{prompts: pubmedqa-sections, count: 2, width: 48, prompt: 8, new: 8}}
     assert step["stage"] == "distill"
     assert step["notes"]["after"]["kl"] < step["notes"]["before"]["kl"]
     assert report["engines"][0]["verify"]["passed"]
-    assert step["inputs"]["calibration"] == store.file_sha256(Path(text))
-    assert step["inputs"]["teacher/model.safetensors"] == store.file_sha256(
+    assert step["inputs"]["calibration"] == hashing.file_sha256(Path(text))
+    assert step["inputs"]["teacher/model.safetensors"] == hashing.file_sha256(
         large / "model.safetensors"
     )
     assert "| teacher | large, licence cc-by-4.0 |" in (

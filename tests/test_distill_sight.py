@@ -35,7 +35,8 @@ from edgemed.distillation.objective import Lesson, Objective, batch_loss, measur
 from edgemed.distillation.student import load
 from edgemed.distillation.teacher import CHUNK, Cache, Teacher
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Pictures, Sampling
+from edgemed.inference.decoding import Sampling
+from edgemed.inference.session import Pictures
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession

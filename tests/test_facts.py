@@ -12,9 +12,10 @@ from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
 from edgemed.hardware.device import GIB, Device, fits, read_device
 from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.parameter_count import parameters
 from edgemed.models.random_weights import make_random
 from edgemed.models.weights import Weights
-from edgemed.planning.inspect import inspect, parameters
+from edgemed.planning.inspect import inspect
 from edgemed.plugins import load
 
 CONFIG = {

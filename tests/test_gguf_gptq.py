@@ -15,7 +15,7 @@ from conftest import tiny_config
 pytest.importorskip("llama_cpp")
 
 from edgemed import plugins
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.gguf import gptq
@@ -258,7 +258,7 @@ def test_a_killed_export_goes_on_with_the_same_result(tmp_path, monkeypatch):
     )
     again = exported(checkpoint, tmp_path / "again", type="q3_k_m", rounding="gptq")
     assert begun == [4, 5]
-    assert store.file_sha256(again.path / "model.gguf") == store.file_sha256(
+    assert hashing.file_sha256(again.path / "model.gguf") == hashing.file_sha256(
         whole.path / "model.gguf"
     )
     assert not list(tmp_path.glob(".*layers"))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgemed.hardware import doctor, jetpack
+from edgemed.hardware import doctor, jetpack, jetson
 
 R36 = (
     "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan "
@@ -51,7 +51,7 @@ def test_releases(
     monkeypatch, tmp_path, release: str, package: str | None, expected: tuple
 ) -> None:
     machine(monkeypatch, tmp_path, release, package)
-    found = jetpack.read_jetson(tmp_path)
+    found = jetson.read_jetson(tmp_path)
     assert (found.l4t, found.jetpack, found.package, found.tensorrt, found.profile) == expected
 
 
@@ -71,7 +71,7 @@ def test_doctor_says_what_is_missing(monkeypatch, tmp_path) -> None:
 
 
 def test_elsewhere(tmp_path) -> None:
-    assert jetpack.read_jetson(tmp_path) is None
+    assert jetson.read_jetson(tmp_path) is None
     assert doctor.jetpack(tmp_path) == []
     # Without the package the real command says so, and that is no error.
-    assert isinstance(jetpack.installed_jetpack(), str)
+    assert isinstance(jetson.installed_jetpack(), str)

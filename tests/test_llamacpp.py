@@ -19,17 +19,19 @@ gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
 from edgemed import plugins
-from edgemed.artifacts.store import file_sha256, read_manifest
+from edgemed.artifacts.hashing import file_sha256
+from edgemed.artifacts.store import read_manifest
 from edgemed.engines.engine import Engine, export, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.gguf import llama_session, writer
+from edgemed.gguf import llama_session, preserved_integers, writer
 from edgemed.gguf.quant_types import FILE_TYPES, Model, needs_imatrix, tensor_types
 from edgemed.gguf.tensor_map import NAMES
 from edgemed.models.architecture import all_families
 from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
+from edgemed.models.gptq_packing import pack
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Packed, Weights, pack
+from edgemed.models.weights import Packed, Weights
 from edgemed.quantization import importance_matrix
 from edgemed.quantization.grids import rtn
 from edgemed.targets import llamacpp
@@ -671,4 +673,4 @@ def test_carried_needs_scales_that_fit_float16() -> None:
         None,
     )
     with pytest.raises(EdgemedError, match="a scale does not fit"):
-        writer.carried(matrix, "m", matrix.bits)
+        preserved_integers.carried(matrix, "m", matrix.bits)

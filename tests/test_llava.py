@@ -20,7 +20,7 @@ from edgemed import plugins
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.families.llava import FAMILY
-from edgemed.inference.session import Sampling, generate
+from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession
 from edgemed.models.weights import Weights
@@ -680,7 +680,8 @@ def test_conversation_forms(config: dict[str, Any], form: str, text: str) -> Non
 
 
 def test_numbers_of_the_published_models() -> None:
-    from edgemed.planning.inspect import described, inspect, parameters, seen
+    from edgemed.models.parameter_count import parameters
+    from edgemed.planning.inspect import described, inspect, seen
 
     weights = Weights(described("huatuogpt-vision-7b"))
     # Qwen2-7B's 7,615,616,512, CLIP-ViT-L/14-336's 303,507,456 and the projector's 3584 * (1024 +
@@ -895,9 +896,9 @@ def test_a_question_about_an_image_is_answered_as_its_source_does(
     exact: tuple[Engine, Any, float], model: tuple[Path, Any], tmp_path: Path
 ) -> None:
     from edgemed.api import stream
+    from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
     from edgemed.evaluation.prompting import Settings
     from edgemed.evaluation.task import questions
-    from edgemed.pipeline.runner import evaluate_opened, open_source, start_engine
 
     for seed in (1, 2):
         noise(seed, 70, 50).save(tmp_path / f"{seed}.png")

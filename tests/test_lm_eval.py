@@ -162,7 +162,7 @@ def ask(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def rows_of(session: Any, tokens: list[int]) -> np.ndarray:
-    from edgemed.inference.session import log_softmax
+    from edgemed.inference.decoding import log_softmax
 
     session.rewind(0)
     return log_softmax(session.prefill(tokens, every=True))
@@ -247,7 +247,7 @@ def test_rolling(lm: Any, plain: Any) -> None:
 
 @real
 def test_generation(lm: Any, plain: Any) -> None:
-    from edgemed.inference.session import Sampling, generate
+    from edgemed.inference.decoding import Sampling, generate
 
     def greedy(text: str, most: int) -> str:
         plain.rewind(0)
@@ -376,7 +376,8 @@ def test_every_prompt_is_worded_as_lm_evals_own(
 @real
 def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
     from edgemed.engines.engine import open_engine
-    from edgemed.evaluation.prompting import Answerer, Settings, parse
+    from edgemed.evaluation.answerer import Answerer
+    from edgemed.evaluation.prompting import Settings, parse
     from edgemed.evaluation.task import questions
 
     asked = questions("headqa/en", 6)

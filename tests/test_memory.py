@@ -28,18 +28,19 @@ CONFIG = {
 PRELUDE = """
 import sys, torch, onnx
 from edgemed.artifacts import store
+from edgemed.hardware import process_memory
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.weights import Weights
 torch.set_num_threads(1)
 checkpoint, out = open_checkpoint(sys.argv[1]), sys.argv[2]
-store.reset_peak_memory(); before = store.peak_memory()
+process_memory.reset_peak_memory(); before = process_memory.peak_memory()
 """
 REFERENCE = (
     PRELUDE
     + """
 from edgemed.models.torch_decoder import logits
 logits(Weights(checkpoint), torch.zeros(2, 64, dtype=torch.int64))
-print(store.peak_memory() - before)
+print(process_memory.peak_memory() - before)
 """
 )
 EXPORT = (
@@ -50,7 +51,7 @@ from edgemed.engines.engine import export
 target = plugins.load("targets", sys.argv[3])
 from edgemed.params import build
 export(checkpoint, sys.argv[3], build(target.Params, {sys.argv[4]: sys.argv[5]}, "test"), out)
-print(store.peak_memory() - before)
+print(process_memory.peak_memory() - before)
 """
 )
 
@@ -96,7 +97,7 @@ from edgemed.steps import quantize
 limit = before + int(sys.argv[4])
 Path(out).mkdir()
 notes = quantize.run(checkpoint, Path(out), quantize.Params("gptq", calibration=sys.argv[3], samples=96, length=128, clip=False, max_memory=f"{limit // 1000}KB"))
-print(json.dumps(notes["spilled"]), store.peak_memory() - limit)
+print(json.dumps(notes["spilled"]), process_memory.peak_memory() - limit)
 """
 )
 

@@ -22,10 +22,7 @@ from edgemed.artifacts import store
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.gguf import mmproj
-from edgemed.inference.session import (
-    Sampling,
-    generate,
-)
+from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import TorchSession

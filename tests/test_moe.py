@@ -22,16 +22,17 @@ import onnx
 from edgemed import plugins
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Sampling, generate
+from edgemed.inference.decoding import Sampling, generate
+from edgemed.models import parameter_count
 from edgemed.models.architecture import Decoder, Experts
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import TorchSession, logits, mlp
 from edgemed.models.weights import Weights
+from edgemed.onnx.ort_cpu_types import nested
 from edgemed.onnx.vision_encoder import VisionSession
 from edgemed.planning import inspect
 from edgemed.quantization.importance_matrix import importance
 from edgemed.steps import quantize
-from edgemed.tensorrt.parser_check import nested
 from edgemed.vision.torch_encoder import TorchEyes
 
 ORACLES = ROOT / "tests" / "data" / "moe"
@@ -156,7 +157,9 @@ def test_published_sizes(name: str, billions: float) -> None:
     d = inspect.dimensions(Weights(inspect.described(name)))
     weights = sum(
         weight
-        for part, (kind, weight, _) in inspect.sizes(Weights(inspect.described(name))).items()
+        for part, (kind, weight, _) in parameter_count.sizes(
+            Weights(inspect.described(name))
+        ).items()
         if part.startswith("layers.") and kind in ("matrix", "router")
     )
     assert d.matrices + d.expert_layers * d.experts * d.expert == weights

@@ -26,11 +26,12 @@ pytest.importorskip("onnxruntime")
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
+from edgemed.models.gptq_packing import pack
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Dense, Packed, Weights, pack
+from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.onnx import ort_session
 from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
-from edgemed.targets import onnx as target
 from edgemed.targets.onnx import Params
 
 TOKENS = tokens(100)
@@ -332,7 +333,7 @@ def onnxruntime_view(pointer: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_weights_move_into_huge_pages_unchanged() -> None:
-    switch = target.PAGES / "enabled"
+    switch = ort_session.PAGES / "enabled"
     version = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
     if (
         platform.system() != "Linux"
@@ -347,7 +348,7 @@ def test_weights_move_into_huge_pages_unchanged() -> None:
     buffer[:] = content
     buffer.madvise(mmap.MADV_HUGEPAGE)
     small = huge_bytes()
-    target._use_huge_pages()
+    ort_session._use_huge_pages()
     assert buffer[:] == content
     assert huge_bytes() - small >= len(content) // 2
 

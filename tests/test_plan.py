@@ -12,12 +12,14 @@ import yaml
 from conftest import ROOT
 
 from edgemed import plugins, units
+from edgemed.cli import planning
 from edgemed.errors import EdgemedError
 from edgemed.hardware.device import GIB, power_mode_of, read_device, usable
+from edgemed.models.parameter_count import sizes
 from edgemed.models.random_weights import make_random
 from edgemed.pipeline.recipe import parse
 from edgemed.planning import planner
-from edgemed.planning.inspect import dimensions, engine_bytes, sizes
+from edgemed.planning.inspect import dimensions, engine_bytes
 from edgemed.planning.planner import CHOICES, Wishes
 from edgemed.plugins import load
 
@@ -237,15 +239,15 @@ def test_a_device_file_too_short_to_plan_says_what_is_missing(tmp_path):
 def test_a_recipe_brings_model_and_device(tmp_path, small):
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {small.path}\ndevice: {BOARD}\nengines: [onnx]\n")
-    found = planner.plan_for(str(file), None, Wishes())
+    found = planning.plan_for(str(file), None, Wishes())
     assert found["model"] == str(small.path)
     assert found["device"] == BOARD
     assert (
-        planner.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"]
+        planning.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"]
         == "raspberry-pi-5-8gb"
     )
     with pytest.raises(EdgemedError, match="no device is said.*jetson-thor"):
-        planner.plan_for(str(small.path), None, Wishes())
+        planning.plan_for(str(small.path), None, Wishes())
 
 
 def test_profiles_follow_the_newest_tensorrt_edgemed_knows():

@@ -23,7 +23,8 @@ import pytest
 from conftest import cli, leftovers, refused
 
 from edgemed import plugins
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
+from edgemed.artifacts.records import append_records
 from edgemed.errors import EdgemedError
 from edgemed.provenance import ml_bom, model_card, signature
 from edgemed.provenance import record as provenance
@@ -58,7 +59,7 @@ ENGINE = {
 
 def hashes(folder: Path, prefix: str) -> dict[str, str]:
     return {
-        f"{prefix}/{file.name}": store.file_sha256(file)
+        f"{prefix}/{file.name}": hashing.file_sha256(file)
         for file in sorted(folder.iterdir())
         if file.name != "README.md"
     }
@@ -89,7 +90,7 @@ def make_engine(root: Path, **facts: object) -> Path:
         (
             "quantize",
             {"bits": 4, "calibration": "pubmedqa-sections"},
-            {"calibration": store.file_sha256(calibration)},
+            {"calibration": hashing.file_sha256(calibration)},
         ),
     ):
         with store.building(
@@ -105,7 +106,7 @@ def make_engine(root: Path, **facts: object) -> Path:
         "onnx",
         {"precision": "int4"},
         {
-            "checkpoint/model.safetensors": store.file_sha256(last / "model.safetensors"),
+            "checkpoint/model.safetensors": hashing.file_sha256(last / "model.safetensors"),
             "reference": "ab" * 32,
         },
         parent,
@@ -226,7 +227,7 @@ def evaluated(**changes: object) -> dict:
     return {
         "task": "pubmedqa",
         "language": None,
-        "task_sha256": store.file_sha256(sample),
+        "task_sha256": hashing.file_sha256(sample),
         "task_key": "k",
         "model": "onnx-int4",
         "model_key": "x",
@@ -262,7 +263,7 @@ def evaluated(**changes: object) -> dict:
 def documented(engine: Path, **changes: object) -> Path:
     """The engine with everything a run attaches to it."""
     made = engine.parent.parent
-    store.append_records(
+    append_records(
         engine,
         [
             record(engine, "decode_tokens_per_second", 431.0, "tok/s", prompt=32, generate=64),
@@ -507,7 +508,7 @@ def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
     assert made["licenses"][0]["license"]["name"] == "bigscience-bloom-rail-1.0"
     listed = {c["name"]: c["hashes"][0]["content"] for c in made["components"]}
     there = {
-        str(p.relative_to(engine)): store.file_sha256(p) for p in engine.rglob("*") if p.is_file()
+        str(p.relative_to(engine)): hashing.file_sha256(p) for p in engine.rglob("*") if p.is_file()
     }
     assert listed == {
         name: sha
@@ -518,7 +519,7 @@ def test_bill_names_every_file_and_all_it_came_from(engine: Path) -> None:
     root = engine.parent.parent
     for name, folder in (("BioTiny", root / "BioTiny"), ("lora", root / "lora")):
         assert {c["name"]: c["hashes"][0]["content"] for c in components[name]["components"]} == {
-            p.name: store.file_sha256(p) for p in folder.iterdir() if p.name != "README.md"
+            p.name: hashing.file_sha256(p) for p in folder.iterdir() if p.name != "README.md"
         }
     assert components["lora"]["licenses"][0]["license"]["id"] == "MIT"
     assert {a["name"] for a in made["pedigree"]["ancestors"]} == {"BioTiny", "lora"}
@@ -586,7 +587,7 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
     provenance.write(engine, {})
     assert before == {name: (engine / name).read_bytes() for name in before}
     assert manifest == store.read_manifest(engine)
-    store.append_records(
+    append_records(
         engine,
         [
             record(
@@ -679,7 +680,9 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
     ) as work:
         (work.path / "model.safetensors").write_text("noise")
     inputs = {
-        "checkpoint/model.safetensors": store.file_sha256(tmp_path / "random" / "model.safetensors")
+        "checkpoint/model.safetensors": hashing.file_sha256(
+            tmp_path / "random" / "model.safetensors"
+        )
     }
     with store.building(
         tmp_path / "engine", "engine", "onnx", {}, inputs, store.read_manifest(tmp_path / "random")
@@ -704,7 +707,7 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
 def test_no_ceiling_for_weights_that_fit_the_cache(engine: Path) -> None:
     ceiling = record(engine, "ceiling_tokens_per_second", 5000.0, "tok/s")
     for cache, shown in ((999, True), (1001, False)):
-        store.append_records(engine, [{**ceiling, "machine": {**MACHINE, "cache_bytes": cache}}])
+        append_records(engine, [{**ceiling, "machine": {**MACHINE, "cache_bytes": cache}}])
         provenance.write(engine, {})
         assert ("at most by that bandwidth" in (engine / model_card.FILE).read_text()) is shown
         assert ("ceiling_tokens" in (engine / ml_bom.FILE).read_text()) is shown
@@ -832,7 +835,7 @@ def test_nothing_is_written_about_an_altered_engine(engine: Path) -> None:
 def test_card_from_the_command_line(engine: Path) -> None:
     source = engine.parent.parent / "BioTiny"
     foreign = {**record(engine, "decode_tokens_per_second", 88.0, "tok/s"), "engine_key": "another"}
-    store.append_records(
+    append_records(
         engine,
         [record(engine, "decode_tokens_per_second", 77.0, "tok/s", prompt=8, generate=4), foreign],
     )
@@ -868,7 +871,7 @@ def signed(engine: Path, keys: Path) -> Path:
 def test_card_says_when_it_outdates_a_signature(signed: Path, keys: Path) -> None:
     assert "signature" not in json.loads(cli("card", signed, "--json").stdout)
     assert problems(signed, keys) == []
-    store.append_records(signed, [record(signed, "first_token_seconds", 0.0123, "s", prompt=8)])
+    append_records(signed, [record(signed, "first_token_seconds", 0.0123, "s", prompt=8)])
     assert (
         json.loads(cli("card", signed, "--json").stdout)["signature"]
         == "no longer fits: sign again"
@@ -973,7 +976,7 @@ def test_a_link_to_a_directory_is_not_signed(engine: Path, keys: Path, tmp_path:
 
 
 def test_measuring_after_signing_is_named(signed: Path, keys: Path) -> None:
-    store.append_records(signed, [record(signed, "decode_tokens_per_second", 512.0, "tok/s")])
+    append_records(signed, [record(signed, "decode_tokens_per_second", 512.0, "tok/s")])
     assert problems(signed, keys) == [
         "records.jsonl was altered after signing: sign again if these measurements are yours"
     ]
@@ -982,7 +985,7 @@ def test_measuring_after_signing_is_named(signed: Path, keys: Path) -> None:
     assert not store.check_manifest(signed)
     (signed / "records.jsonl").unlink()
     signature.sign(signed, keys / "private.pem")
-    store.append_records(signed, [record(signed, "decode_tokens_per_second", 512.0, "tok/s")])
+    append_records(signed, [record(signed, "decode_tokens_per_second", 512.0, "tok/s")])
     assert problems(signed, keys) == [
         "records.jsonl was added after signing: sign again if these measurements are yours"
     ]
@@ -1006,7 +1009,7 @@ def test_swapping_manifest_and_file_together_is_seen(signed: Path, keys: Path) -
     (signed / "model.onnx").write_bytes(b"other weights")
     manifest = store.read_manifest(signed)
     manifest["files"]["model.onnx"] = {
-        "sha256": store.file_sha256(signed / "model.onnx"),
+        "sha256": hashing.file_sha256(signed / "model.onnx"),
         "bytes": 13,
     }
     store.write_json(signed / "manifest.json", manifest)

@@ -12,10 +12,11 @@ from edgemed import plugins
 from edgemed.data.text_sets import calibration_windows
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.gptq_packing import pack, unpack
 from edgemed.models.random_weights import make_random
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import block, load_layer, logits
-from edgemed.models.weights import Packed, Weights, pack, unpack
+from edgemed.models.weights import Packed, Weights
 from edgemed.quantization import awq
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
 from edgemed.quantization.gptq import Hessian, Solution, output_error, root_of, solve

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from edgemed import params as strict
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
 from edgemed.distillation import quantized_student, student
 from edgemed.errors import EdgemedError
@@ -216,7 +216,7 @@ def test_a_recipe_finds_the_float_checkpoint_by_itself(
     ).path
     start = packed(float_copy, tmp_path / "packed", 3)
     notes = run(start, tmp_path / "out", small(text))
-    assert notes["teacher"] == store.digest(open_checkpoint(float_copy).hashes())
+    assert notes["teacher"] == hashing.digest(open_checkpoint(float_copy).hashes())
 
 
 def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import cli, refused
 from report_documents import MACHINE, ORIN, TASKS, document, records
 from test_report import read
 
-from edgemed.artifacts import store
+from edgemed.artifacts.records import append_records
 from edgemed.errors import EdgemedError
 from edgemed.reporting import compare_runs
 
@@ -41,7 +41,7 @@ def save_engine(folder, engine, found, **sections):
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({**engine["manifest"], **sections}))
     (folder / "engine.json").write_text(json.dumps(FACTS))
-    store.append_records(folder, found)
+    append_records(folder, found)
     return folder
 
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from edgemed.benchmarking import machine_state, thread_sweep
+from edgemed.benchmarking.spec import BenchSpec
 from edgemed.errors import EdgemedError
 from edgemed.hardware import device, doctor, jetson, nvml, power_sensors, thermal
 from edgemed.hardware.sysfs import number
-from edgemed.pipeline.recipe import BenchSpec, Recipe
-from edgemed.pipeline.runner import not_measured
+from edgemed.pipeline.recipe import Recipe
+from edgemed.pipeline.report_document import not_measured
 
 DATA = Path(__file__).parent / "data" / "sensors"
 

@@ -20,7 +20,7 @@ pytest.importorskip("onnxruntime")
 
 from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import log_softmax
+from edgemed.inference.decoding import log_softmax
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import block, embed, linear, load_layer, logits, norm, top
 from edgemed.models.weights import Weights

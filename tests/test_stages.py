@@ -25,10 +25,10 @@ from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.weights import Weights
 from edgemed.onnx.vision_encoder import VisionSession
-from edgemed.pipeline.recipe import VerifySpec
-from edgemed.pipeline.runner import answers, image_answers
+from edgemed.pipeline.references import answers, image_answers
 from edgemed.verification import vision_parity
 from edgemed.verification.parity import Limits, verify
+from edgemed.verification.spec import VerifySpec
 
 SPEC = VerifySpec(
     "medquad-answers",
@@ -503,7 +503,7 @@ def test_run_reports_stages_and_a_question_about_an_image(
 
 def test_bench_of_an_image(engine: Engine) -> None:
     from edgemed.benchmarking.bench import bench
-    from edgemed.pipeline.recipe import BenchSpec
+    from edgemed.benchmarking.spec import BenchSpec
 
     found = {r["name"]: r for r in bench(engine, BenchSpec((16,), 4, 3, 1, image=112))}
     parts = [
@@ -537,7 +537,7 @@ def test_a_second_question_costs_no_second_look(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgemed.benchmarking.bench import image_questions
-    from edgemed.pipeline.recipe import BenchSpec
+    from edgemed.benchmarking.spec import BenchSpec
 
     looks = []
     run_tower = VisionSession.run_tower

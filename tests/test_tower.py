@@ -20,10 +20,10 @@ from edgemed.engines.engine import export
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.weights import Weights
 from edgemed.onnx.decoder_graph import Graph, Precision
+from edgemed.onnx.ort_cpu_types import started
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_encoder import eyes_of
 from edgemed.onnx.vision_graph import TOWERS
-from edgemed.tensorrt.ort_emulation import started
 from edgemed.vision import torch_encoder
 from edgemed.vision.preprocessing import patches
 

@@ -22,12 +22,12 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from edgemed import api
-from edgemed.artifacts import store
+from edgemed.artifacts import records, store
 from edgemed.engines.engine import Engine, export, finish, open_engine
 from edgemed.engines.reference import make_reference
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.option_scoring import Reader
-from edgemed.inference.session import Sampling, generate
+from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import Weights
@@ -195,7 +195,7 @@ def test_build_verb_verifies_and_measures(
     assert found["verify"]["ran_on"] == "tensorrt"
     names = {record["name"] for record in found["records"]}
     assert {"decode_tokens_per_second", "first_token_seconds"} <= names
-    assert store.read_records(engine.path)[0]["target"] == "tensorrt"
+    assert records.read_records(engine.path)[0]["target"] == "tensorrt"
     assert not store.check_manifest(engine.path)
     session = open_engine(engine.path).open()
     assert len(list(generate(session, IDS[:10], Sampling(max_tokens=5)))) == 5

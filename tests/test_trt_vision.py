@@ -24,7 +24,8 @@ Image = pytest.importorskip("PIL.Image")
 from edgemed.artifacts import store
 from edgemed.engines.engine import Engine, export, finish, open_engine
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Pictures, Sampling, Session, generate
+from edgemed.inference.decoding import Sampling, generate
+from edgemed.inference.session import Pictures, Session
 from edgemed.models.architecture import Vision
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession

@@ -20,6 +20,7 @@ pytest.importorskip("peft")
 
 from edgemed.data.image_text_windows import IGNORED
 from edgemed.errors import EdgemedError
+from edgemed.evaluation.opened_model import evaluate_opened, open_source
 from edgemed.evaluation.prompting import Settings
 from edgemed.evaluation.task import questions
 from edgemed.evaluation.test_time_training import Adapt, Learner, Library, compare
@@ -27,7 +28,6 @@ from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
 from edgemed.models.weights import Weights
-from edgemed.pipeline.runner import evaluate_opened, open_source
 
 IDS = tokens(50)
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from edgemed import params
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, records, store
 from edgemed.data.text_sets import read_card, texts
 from edgemed.engines.reference import Reference, windows_of
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.evaluation.evaluate import evaluate, judge, majority, pair, part_of, source_key
 from edgemed.evaluation.task import Example, Prompt, Questions, Task, questions
+from edgemed.hardware import process_memory
 from edgemed.models.tokenizer import chat_text
 from edgemed.pipeline.recipe import override, read_recipe
 
@@ -143,17 +144,17 @@ def test_store_sees_every_change(tmp_path: Path) -> None:
 
 def test_digest_ignores_order_only() -> None:
     assert (
-        store.digest({"a": 1, "b": [1, 2]})
-        == store.digest({"b": [1, 2], "a": 1})
-        != store.digest({"a": 1, "b": [2, 1]})
+        hashing.digest({"a": 1, "b": [1, 2]})
+        == hashing.digest({"b": [1, 2], "a": 1})
+        != hashing.digest({"a": 1, "b": [2, 1]})
     )
 
 
 def test_records_are_appended(tmp_path: Path) -> None:
-    assert store.read_records(tmp_path) == []
+    assert records.read_records(tmp_path) == []
     for value in (1, 2):
-        store.append_records(tmp_path, [{"value": value, "unit": "µs"}])
-    assert [record["value"] for record in store.read_records(tmp_path)] == [1, 2]
+        records.append_records(tmp_path, [{"value": value, "unit": "µs"}])
+    assert [record["value"] for record in records.read_records(tmp_path)] == [1, 2]
 
 
 # --- recipes
@@ -447,5 +448,5 @@ def test_freed_memory_goes_back_to_the_system():
     blocks = [bytearray(b"x" * 100_000) for _ in range(3000)]
     del blocks[:-1]
     before = psutil.Process().memory_info().rss
-    store.return_memory()
+    process_memory.return_memory()
     assert before - psutil.Process().memory_info().rss > 200_000_000

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Sampling, check_room, generate, pick
+from edgemed.inference.decoding import Sampling, generate, pick
+from edgemed.inference.session import check_room
 
 
 class Toy:

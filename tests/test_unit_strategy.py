@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 
 from edgemed.errors import EdgemedError
+from edgemed.evaluation.answerer import Answerer
+from edgemed.evaluation.few_shot import Neighbours
 from edgemed.evaluation.option_scoring import Reader, chosen, fitted, option_tokens
-from edgemed.evaluation.prompting import (
-    CONCLUDE,
-    THINK,
-    Answerer,
-    Neighbours,
-    Settings,
-    combine,
-    parse,
-)
+from edgemed.evaluation.prompting import CONCLUDE, THINK, Settings, combine, parse
 from edgemed.evaluation.task import Example, Prompt, Questions, Task
-from edgemed.inference.session import Sampling, check_room, log_softmax
+from edgemed.inference.decoding import Sampling, log_softmax
+from edgemed.inference.session import check_room
 
 WIDTH = 300
 

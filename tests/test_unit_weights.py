@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Writer, narrowed, open_checkpoint
-from edgemed.models.weights import Packed, Weights, pack, unpack
+from edgemed.models.gptq_packing import pack, unpack
+from edgemed.models.weights import Packed, Weights
 from edgemed.quantization.grids import block_ints, ggml_q8, rtn, scale_of
 
 

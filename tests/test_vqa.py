@@ -388,8 +388,8 @@ def engine(sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def opened(model: Path | Any, asked: Questions) -> Any:
+    from edgemed.evaluation.opened_model import open_source, start_engine
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.pipeline.runner import open_source, start_engine
 
     return (
         open_source(open_checkpoint(model), asked.sees)
@@ -405,7 +405,7 @@ def result(
     strategy: str = "zero-shot",
     key: str = "k",
 ) -> dict[str, Any]:
-    from edgemed.pipeline.runner import evaluate_opened
+    from edgemed.evaluation.opened_model import evaluate_opened
 
     model = opened(model, asked)
     try:
@@ -637,7 +637,7 @@ def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: P
 
 def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: Path) -> None:
     from edgemed.api import evaluate_tasks
-    from edgemed.pipeline.recipe import EvalSpec
+    from edgemed.evaluation.spec import EvalSpec
 
     found = evaluate_tasks(
         engine.path,

@@ -424,7 +424,7 @@ def held_out(model: Path) -> dict[str, np.ndarray]:
 
 def answers(session: Any, windows: np.ndarray) -> Iterator[np.ndarray]:
     """Log-probabilities float32 [WINDOW, vocab] of each window."""
-    from edgemed.inference.session import log_softmax
+    from edgemed.inference.decoding import log_softmax
 
     for window in windows:
         session.rewind(0)
@@ -441,11 +441,11 @@ def evaluated(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """({'kl', 'kl_windows', 'section', ...}, the section task's result)."""
     from edgemed.evaluation import paired_statistics
+    from edgemed.evaluation.opened_model import Opened, evaluate_opened
     from edgemed.evaluation.prompting import Settings
     from edgemed.evaluation.task import questions
     from edgemed.models.tokenizer import open_tokenizer
     from edgemed.models.torch_decoder import TorchSession
-    from edgemed.pipeline.runner import Opened, evaluate_opened
 
     weights = weights_of(path, model)
     session = TorchSession(weights, resident=True)

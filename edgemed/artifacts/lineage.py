@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing
 from edgemed.formatting import percent
 
 Json = Mapping[str, Any]
@@ -40,7 +40,7 @@ def read(manifest: Json) -> dict[str, str]:
 
 def made_from(manifest: Json) -> str:
     """Content key of that checkpoint."""
-    return store.digest(read(manifest))
+    return hashing.digest(read(manifest))
 
 
 def source_of(manifest: Json, known: Collection[str]) -> str:
@@ -67,7 +67,7 @@ def tree(document: Json) -> dict[str, Any]:
     root = node(
         "model",
         source["path"] or "model, known by its files only",
-        store.digest(source["files"]),
+        hashing.digest(source["files"]),
         source["family"],
         source["files"],
     )

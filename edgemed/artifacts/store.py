@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -24,10 +23,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from edgemed.artifacts.hashing import canonical, digest, file_sha256
+from edgemed.artifacts.records import RECORDS
 from edgemed.errors import EdgemedError
+from edgemed.hardware.process_memory import peak_memory, reset_peak_memory
 
 MANIFEST = "manifest.json"
-RECORDS = "records.jsonl"
 # what a device adds to an engine: artifacts of their own, each with its own manifest
 ON_DEVICE = "on-device"
 SIGNATURE = "signature.json"
@@ -70,37 +71,6 @@ PACKAGES = (
 )
 
 
-def canonical(value: Any) -> bytes:
-    """A JSON-able value in its one canonical form: keys sorted, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON-able value in canonical form."""
-    return hashlib.sha256(canonical(value)).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file; remembered within the process while size and modification time stay the
-    same.
-    """
-    facts = os.stat(path)
-    return _sha256(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
-
-
-def forget_hashes() -> None:
-    """Read every file anew from here on: a modification time can be set back, and a signature must
-    not rest on it.
-    """
-    _sha256.cache_clear()
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256(path: str, size: int, modified: int, inode: int) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that can influence a result, and of Python and the platform."""
     found = {
@@ -113,53 +83,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def files_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """name -> {sha256, bytes} of every file that belongs to an artifact (those BESIDE it and what a
-    device added excluded).
-    """
-    found = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name not in BESIDE and not name.startswith(f"{ON_DEVICE}/"):
-            found[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-    return found
-
-
 def size_of(manifest: Mapping[str, Any]) -> int:
     """Bytes of what was built; documents attached afterwards are not counted."""
     return sum(entry["bytes"] for entry in manifest["files"].values() if not entry.get("attached"))
-
-
-def reset_peak_memory() -> None:
-    """Start a new peak-memory measurement; Linux only, elsewhere the peak stays that of the whole
-    process.
-    """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process since reset_peak_memory()."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if platform.system() == "Darwin" else 1024
-    )
-
-
-def return_memory() -> None:
-    """Give what was freed back to the system. glibc keeps blocks of up to 32 MB for later; where
-    their sizes change, as between matrices, that adds up to hundreds of MB.
-    """
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 @dataclass
@@ -454,27 +380,13 @@ def check_manifest(directory: Path) -> list[str]:
     return problems
 
 
-def append_records(directory: Path, records: list[dict[str, Any]]) -> None:
-    """Add measured numbers beside an engine. One record is one number: name, value, unit, n,
-    spread, how, versions.
+def files_of(directory: Path) -> dict[str, dict[str, Any]]:
+    """name -> {sha256, bytes} of every file that belongs to an artifact (those BESIDE it and what a
+    device added excluded).
     """
-    with open(Path(directory) / RECORDS, "a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def read_records(directory: Path) -> list[dict[str, Any]]:
-    """All records beside an engine. Raises EdgemedError naming a line that is not one, such as the
-    last before a power cut.
-    """
-    path = Path(directory) / RECORDS
-    found = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1
-    ):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise EdgemedError(
-                f"{path} line {number} is not JSON ({error})", "Remove that line"
-            ) from None
+    found = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name not in BESIDE and not name.startswith(f"{ON_DEVICE}/"):
+            found[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     return found

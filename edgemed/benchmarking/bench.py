@@ -15,12 +15,13 @@ import numpy as np
 
 from edgemed.artifacts import store
 from edgemed.benchmarking.machine_state import Conditions
+from edgemed.benchmarking.spec import BenchSpec
 from edgemed.engines.engine import Engine, require_built
 from edgemed.errors import EdgemedError, need
+from edgemed.hardware import process_memory
 from edgemed.hardware.device import machine, read_bandwidth
 from edgemed.inference.session import Session
 from edgemed.onnx.vision_encoder import eyes_of
-from edgemed.pipeline.recipe import BenchSpec
 from edgemed.vision.preprocessing import fitted_size, vision_of
 
 # Together they draw the distribution of a latency, without keeping every value.
@@ -56,7 +57,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
             "Bench a smaller image with --image SIDE, or none with --image 0",
         )
     conditions = Conditions()
-    before = store.peak_memory()
+    before = process_memory.peak_memory()
     started = time.perf_counter()
     session = engine.open(threads)
     load = time.perf_counter() - started
@@ -85,7 +86,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
             (
                 "peak_memory_bytes",
                 "B",
-                [store.peak_memory()],
+                [process_memory.peak_memory()],
                 {"what": "resident set of the whole process, interpreter included"},
             )
         )

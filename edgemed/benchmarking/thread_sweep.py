@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from edgemed.benchmarking.bench import decoding, prefills
+from edgemed.benchmarking.spec import BenchSpec
 from edgemed.console import track
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware import thermal
 from edgemed.hardware.device import machine
-from edgemed.pipeline.recipe import BenchSpec
 
 # 'auto' leaves the libraries' own choice: llama.cpp's threads spin briefly (llama.library), ONNX
 # Runtime's until the next operator.

@@ -427,7 +427,7 @@ def generate(
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
-    from edgemed.inference.session import Sampling
+    from edgemed.inference.decoding import Sampling
 
     words = stream(
         engine,
@@ -463,7 +463,7 @@ def chat(
 ) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
-    from edgemed.inference.session import Sampling
+    from edgemed.inference.decoding import Sampling
 
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
 

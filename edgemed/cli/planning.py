@@ -8,13 +8,17 @@ same command line.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgemed import plugins
 from edgemed.cli.options import Json, Model
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+
+if TYPE_CHECKING:
+    from edgemed.planning.planner import Wishes
 
 
 def doctor(
@@ -122,7 +126,7 @@ def plan(
         for name, table in validation().items():
             typer.echo("\n".join([name, *(wide(table) or ["none"]), ""]))
         return
-    from edgemed.planning.planner import Wishes, lines, plan_for
+    from edgemed.planning.planner import Wishes, lines
 
     if model is None:
         raise EdgemedError(
@@ -144,3 +148,26 @@ def plan(
         return
     for line in lines(found):
         typer.echo(line)
+
+
+def plan_for(
+    model: str, device: str | None, wishes: Wishes, power: str | None = None
+) -> dict[str, Any]:
+    """`plan` for a model or for a recipe's model and, where none is given, its device. Raises
+    EdgemedError as plan does, and where no device is said.
+    """
+    from edgemed.hardware.device import read_device
+    from edgemed.pipeline.recipe import read_recipe
+    from edgemed.planning import planner
+
+    if Path(model).suffix == ".yaml" or (
+        not Path(model).exists()
+        and model in {p.stem for p in plugins.shared("recipes").glob("*.yaml")}
+    ):
+        recipe = read_recipe(model)
+        model = recipe.model
+        device = device or recipe.device
+    if device is None:
+        known = ", ".join(n for n in plugins.names("devices") if read_device(n).memory_gb)
+        raise EdgemedError("no device is said", f"Add --device NAME. Known: {known}")
+    return planner.plan(model, device, wishes, power)

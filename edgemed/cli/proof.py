@@ -150,7 +150,7 @@ def bench(
     """Measure load time, first token, prefill, step latency, decoding speed, memory, energy and the
     bandwidth ceiling.
     """
-    from edgemed.pipeline.recipe import BenchSpec
+    from edgemed.benchmarking.spec import BenchSpec
 
     if (engine is None) == (random_weights is None):
         raise EdgemedError(
@@ -184,15 +184,16 @@ def bench(
 
 
 def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
-    from edgemed.artifacts import store
     from edgemed.benchmarking.bench import bench as bench_engine
     from edgemed.benchmarking.machine_state import sentences
     from edgemed.engines.engine import open_engine
 
     opened = open_engine(engine, check=True)
-    store.reset_peak_memory()
+    from edgemed.hardware import process_memory
+
+    process_memory.reset_peak_memory()
     records = bench_engine(opened, plan)
-    store.append_records(engine, records)
+    records.append_records(engine, records)
     if as_json:
         show(records, True)
         return
@@ -290,7 +291,7 @@ def eval_(
     """
     from edgemed import params
     from edgemed.api import evaluate_tasks
-    from edgemed.pipeline.recipe import EvalSpec
+    from edgemed.evaluation.spec import EvalSpec
 
     values = settings(
         sets,

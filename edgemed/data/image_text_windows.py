@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing
 from edgemed.console import track
 from edgemed.data.text_sets import calibration_windows, read_card, read_jsonl
 from edgemed.errors import EdgemedError, need
@@ -100,7 +100,7 @@ def digest(name: str, rows: Sequence[dict[str, Any]]) -> str:
     missing.
     """
     album = album_of(name)
-    return store.digest(
+    return hashing.digest(
         [hashlib.sha256(album.read(image)).hexdigest() for row in rows for image in images_of(row)]
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemed import plugins
-from edgemed.artifacts.store import file_sha256
+from edgemed.artifacts.hashing import file_sha256
 from edgemed.errors import EdgemedError, nearest
 from edgemed.models.tokenizer import NAMES, chat_text, encode
 from edgemed.vision.image_io import Album

@@ -17,7 +17,7 @@ from edgemed.console import track
 from edgemed.data.image_text_windows import IGNORED, album_of, asked
 from edgemed.distillation.teacher import continuation, kept
 from edgemed.errors import need
-from edgemed.inference.session import Sampling
+from edgemed.inference.decoding import Sampling
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
 from edgemed.models.weights import Weights

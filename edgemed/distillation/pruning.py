@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.errors import EdgemedError, need
 from edgemed.models.architecture import Decoder, Family
 from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
@@ -253,7 +253,7 @@ def cut(weights: Weights, shape: Shape, out: Path, windows: Sequence[Sequence[in
     config = config_of(weights, shape)
     student = weights.family.decoder(config, {})
     windows = [list(map(int, window)) for window in windows]
-    inputs = weights.checkpoint.hashes() | {"windows": store.digest(windows)}
+    inputs = weights.checkpoint.hashes() | {"windows": hashing.digest(windows)}
     with store.building(out, "checkpoint", "cut", asdict(shape), inputs) as work:
         if work is not None:
             _write(

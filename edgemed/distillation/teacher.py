@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing
 from edgemed.console import say, track
 from edgemed.distillation.divergences import softened
 from edgemed.distillation.divergences import top as likeliest
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import Pictures, Sampling, generate
+from edgemed.inference.decoding import Sampling, generate
+from edgemed.inference.session import Pictures
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import (
     TorchSession,
@@ -352,4 +353,4 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 def key(weights: Weights, facts: Mapping[str, Any]) -> str:
     """Content key of something a teacher computed: its files and what was asked."""
-    return store.digest({"teacher": weights.checkpoint.hashes(), **facts})[:12]
+    return hashing.digest({"teacher": weights.checkpoint.hashes(), **facts})[:12]

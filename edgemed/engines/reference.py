@@ -18,7 +18,8 @@ import numpy as np
 from edgemed.console import track
 from edgemed.engines.image_reference import ImageReference
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Sampling, Session, generate
+from edgemed.inference.decoding import Sampling, generate
+from edgemed.inference.session import Session
 
 FILE = "reference.npz"
 

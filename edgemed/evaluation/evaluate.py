@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from edgemed.artifacts import lineage, store
+from edgemed.artifacts import hashing, lineage
 from edgemed.console import track
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, confidence, paired_statistics
-from edgemed.evaluation.prompting import Answer, Answerer, Eyes, Settings, Strategy, parse
+from edgemed.evaluation.answerer import Answerer
+from edgemed.evaluation.prompting import Answer, Eyes, Settings, Strategy, parse
 from edgemed.evaluation.task import Example, Questions
 from edgemed.hardware.device import machine
 from edgemed.hardware.power_sensors import Meter
@@ -170,7 +171,7 @@ def majority(questions: Questions) -> float:
 
 def source_key(files: Mapping[str, str]) -> str:
     """Name of a checkpoint by its contents. files: file -> sha256."""
-    return store.digest(dict(files))
+    return hashing.digest(dict(files))
 
 
 def adapter_of(manifest: Mapping[str, Any], name: str) -> dict[str, str]:

@@ -15,13 +15,14 @@ from typing import Any
 from edgemed.console import track
 from edgemed.data.text_sets import calibration_windows, read_card
 from edgemed.errors import EdgemedError
+from edgemed.evaluation.answerer import Answerer
 from edgemed.evaluation.evaluate import SOURCE
-from edgemed.evaluation.prompting import Answerer, Settings, parse
+from edgemed.evaluation.opened_model import evaluate_opened, open_source
+from edgemed.evaluation.prompting import Settings, parse
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.weights import Weights
 from edgemed.moe.routing import Load, Noisy
-from edgemed.pipeline.runner import evaluate_opened, open_source
 
 
 def load(

@@ -16,7 +16,7 @@ import numpy as np
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluation.option_scoring import Reader
-from edgemed.inference.session import Sampling, continued, log_softmax
+from edgemed.inference.decoding import Sampling, continued, log_softmax
 from edgemed.models import tokenizer
 from edgemed.models.tokenizer import chat_text, encode
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.task import Prompt
-from edgemed.inference.session import Pictures, Sampling, Session, continued, log_softmax
+from edgemed.inference.decoding import Sampling, continued, log_softmax
+from edgemed.inference.session import Pictures, Session
 from edgemed.models.architecture import Vision
 from edgemed.models.tokenizer import encode
 from edgemed.vision.preprocessing import prompt_tokens

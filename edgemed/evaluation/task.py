@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemed import plugins
-from edgemed.artifacts.store import digest, file_sha256
+from edgemed.artifacts.hashing import digest, file_sha256
 from edgemed.data.text_sets import read_rows
 from edgemed.errors import EdgemedError, nearest
 from edgemed.vision.image_io import Album

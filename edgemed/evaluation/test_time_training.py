@@ -19,7 +19,7 @@ from edgemed.data.text_sets import texts
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluation import paired_statistics
 from edgemed.evaluation.evaluate import SOURCE, evaluate, source_key
-from edgemed.evaluation.prompting import Neighbours
+from edgemed.evaluation.few_shot import Neighbours
 from edgemed.evaluation.task import Example, Questions
 from edgemed.inference.session import Pictures, check_room
 from edgemed.models.checkpoint import Checkpoint

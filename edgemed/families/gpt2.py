@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Family, Part, whole
+from edgemed.models.architecture import Decoder, Family, Part
+from edgemed.models.family_helpers import whole
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")

@@ -10,17 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.models.architecture import (
-    Decoder,
-    Family,
-    Part,
-    checked,
-    first_token,
-    head_of,
-    rotary,
-    usual_parts,
-    whole,
-)
+from edgemed.models.architecture import Decoder, Family, Part
+from edgemed.models.family_helpers import checked, first_token, head_of, rotary, usual_parts, whole
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:

@@ -13,17 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import (
-    Decoder,
-    Family,
-    Part,
-    Vision,
-    all_families,
-    checked,
-    relocated,
-    whole,
-)
+from edgemed.models.architecture import Decoder, Family, Part, Vision, all_families
 from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
+from edgemed.models.family_helpers import checked, relocated, whole
 
 TOWER = (
     "vision_tower.vision_model.",

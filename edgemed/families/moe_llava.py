@@ -15,19 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import (
-    Decoder,
-    Experts,
-    Family,
-    Part,
-    Vision,
-    all_families,
-    checked,
-    first_token,
-    inverse_frequencies,
-    whole,
-)
+from edgemed.models.architecture import Decoder, Experts, Family, Part, Vision, all_families
 from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
+from edgemed.models.family_helpers import checked, first_token, inverse_frequencies, whole
 
 # model_type -> family of its text model; '' is Qwen (1), which is described here because nothing
 # else has it

@@ -13,11 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import (
-    Decoder,
-    Family,
-    Part,
-    Vision,
+from edgemed.models.architecture import Decoder, Family, Part, Vision
+from edgemed.models.family_helpers import (
     checked,
     first_token,
     inverse_frequencies,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgemed.errors import EdgemedError
-from edgemed.gguf.writer import library_folder, library_name
+from edgemed.gguf.library import library_folder, library_name
 
 P = ctypes.c_void_p
 N = ctypes.c_int

@@ -18,7 +18,7 @@ from edgemed.errors import need
 from edgemed.gguf import writer
 from edgemed.gguf.quant_types import FILE_TYPES
 from edgemed.gguf.tensor_map import Place, Reader
-from edgemed.models.architecture import inverse_frequencies
+from edgemed.models.family_helpers import inverse_frequencies
 
 if TYPE_CHECKING:
     from edgemed.models.weights import Weights

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemed.gguf import writer
+from edgemed.gguf import preserved_integers
 from edgemed.models.architecture import Decoder, Family, Part
 from edgemed.models.weights import Dense, Packed, Weights
 
@@ -241,7 +241,7 @@ class Reader:
                 matrix.group,
                 None,
             )
-            return writer.carried(cut, place.part, bits)
+            return preserved_integers.carried(cut, place.part, bits)
         return interleaved(self.weight.numpy(), place)
 
     def _part(self, name: str, packed: bool) -> tuple[torch.Tensor | Packed, torch.Tensor | None]:

@@ -20,7 +20,7 @@ from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.hardware import jetson, power_sensors, thermal
 from edgemed.hardware.device import gpus, machine, read_device
-from edgemed.hardware.jetpack import describe, read_jetson
+from edgemed.hardware.jetson import describe, read_jetson
 from edgemed.hardware.sysfs import text
 
 # Distributions, and the extra of pyproject.toml that brings each. The core's own are listed by

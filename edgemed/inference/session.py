@@ -7,7 +7,7 @@ how the options of a question share its context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -131,79 +131,3 @@ def feature_rows(tokens: Sequence[int], pictures: Pictures | None, sees: bool) -
     check_pictures(tokens, pictures)
     seen = np.array(tokens) == pictures.token
     return np.where(seen, np.cumsum(seen) - 1, -1)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts
-    off.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens: int = 256
-
-
-def generate(
-    session: Session,
-    prompt: Sequence[int],
-    sampling: Sampling,
-    stop: frozenset[int] = frozenset(),
-    pictures: Pictures | None = None,
-) -> Iterator[int]:
-    """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
-    if session.head != "lm":
-        raise EdgemedError(
-            f"this engine has a '{session.head}' head and cannot generate text", "Use edgemed eval"
-        )
-    yield from continued(
-        session,
-        (session.prefill(prompt, pictures=pictures) if pictures else session.prefill(prompt))[-1],
-        sampling,
-        stop,
-    )
-
-
-def continued(
-    session: Session, scores: np.ndarray, sampling: Sampling, stop: frozenset[int] = frozenset()
-) -> Iterator[int]:
-    """The same where the prompt has been read already; scores [vocab] are those after its last
-    token.
-    """
-    random = np.random.default_rng(sampling.seed)
-    for count in range(sampling.max_tokens):
-        token = pick(scores, sampling, random)
-        if token in stop:
-            return
-        yield token
-        if session.position >= session.context or count + 1 == sampling.max_tokens:
-            return
-        scores = session.step(token)
-
-
-def pick(scores: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """One token id from logits [vocab]: temperature, then top-k, then nucleus (Holtzman et al.
-    2020).
-    """
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    scaled = scores.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    weights /= weights.sum()
-    if sampling.top_p < 1:
-        kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-        order = order[:kept]
-        weights = weights[:kept] / weights[:kept].sum()
-    return int(random.choice(order, p=weights))
-
-
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    """Log-probabilities along the last axis, float64."""
-    scores = scores.astype(np.float64)
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemed.artifacts.store import file_sha256
+from edgemed.artifacts.hashing import file_sha256
 from edgemed.errors import EdgemedError, need
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Part, Vision, whole
+from edgemed.models.architecture import Decoder, Part, Vision
+from edgemed.models.family_helpers import whole
 
 MARKER = "<image>"  # what LLaVA and its descendants write where an image stands
 MEAN = (0.48145466, 0.4578275, 0.40821073)

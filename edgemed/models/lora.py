@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemed.artifacts.store import MANIFEST, digest, file_sha256, read_manifest
+from edgemed.artifacts.hashing import digest, file_sha256
+from edgemed.artifacts.store import MANIFEST, read_manifest
 from edgemed.errors import EdgemedError, need
 from edgemed.models.checkpoint import ADAPTERS, Checkpoint
 from edgemed.models.weights import Dense, Packed, Weights

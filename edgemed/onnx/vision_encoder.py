@@ -19,7 +19,7 @@ from edgemed.errors import EdgemedError
 from edgemed.gguf.mtmd_vision import MtmdEyes
 from edgemed.inference.session import Pictures
 from edgemed.models.architecture import Family
-from edgemed.tensorrt.ort_emulation import started
+from edgemed.onnx.ort_cpu_types import started
 from edgemed.tensorrt.vision_encoder import TrtGraphs
 from edgemed.vision.preprocessing import (
     Kept,

@@ -9,84 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from edgemed import params as strict
 from edgemed import plugins
+from edgemed.benchmarking.spec import BenchSpec
 from edgemed.errors import EdgemedError, nearest
-from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.spec import EvalSpec
 from edgemed.hardware.device import read_device
+from edgemed.verification.spec import VerifySpec
 
 PATH_KEYS = ("adapter", "calibration", "imatrix", "teacher")
 SECTIONS = ("model", "device", "title", "steps", "engines", "verify", "bench", "eval")
-
-
-@dataclass(frozen=True)
-class VerifySpec:
-    """prompts: card of held-out text. count windows of `width` tokens; greedy answers of `new`
-    tokens after `prompt` tokens.
-
-    max_kl: limit on the mean KL divergence (nats); min_top1: on top-1 agreement. carried: windows
-    whose logits travel in the engine. Of models that see besides: images of the shipped card,
-    answered with image_new greedy tokens each; 0: none.
-    """
-
-    prompts: str
-    max_kl: float = 0.05
-    min_top1: float = 0.9
-    count: int = 20
-    width: int = 96
-    prompt: int = 32
-    new: int = 64
-    carried: int = 2
-    images: int = 10
-    image_new: int = 48
-
-
-@dataclass(frozen=True)
-class BenchSpec:
-    """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after
-    one warm-up round.
-
-    image: side in pixels of the image that an engine that sees is asked about besides; 0: none.
-    max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as
-    fast enough in the report; None: no target.
-    """
-
-    prompt: tuple[int, ...] = (32, 128)
-    generate: int = 64
-    runs: int = 5
-    threads: int | None = None
-    image: int | None = 448
-    max_first_token: float | None = None
-    min_tokens_per_second: float | None = None
-
-
-@dataclass(frozen=True)
-class EvalSpec:
-    """tasks: NAME[/LANGUAGE][:FILE.jsonl]. limit: only the first rows (for a quick look; said in
-    the result). strategies: prompt strategies, of which the first is the one the gate judges.
-    margin: largest loss of accuracy that counts as not worse (0.02: two points); None: no gate.
-    alpha: how often a worse engine may pass. The rest is strategy.Settings.
-    """
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    strategies: tuple[str, ...] = ("zero-shot",)
-    margin: float | None = None
-    alpha: float = 0.05
-    scoring: Literal["sum", "normalised", "generated"] = "sum"
-    rationale: int = 96
-    temperature: float = 0.7
-    seed: int = 0
-
-    def settings(self) -> Settings:
-        return Settings(
-            self.scoring,
-            self.rationale,
-            self.temperature,
-            self.seed,
-        )
 
 
 @dataclass(frozen=True)

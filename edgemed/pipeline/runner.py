@@ -13,60 +13,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgemed import params as strict
 from edgemed import plugins
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.console import say
-from edgemed.data.text_sets import IMAGES, image_questions, read_card, texts
-from edgemed.engines.engine import Engine, check_supported, export, pixels_of
-from edgemed.engines.image_reference import ImageReference, make_image_reference
-from edgemed.engines.reference import Reference, make_reference, windows_of
+from edgemed.data.text_sets import IMAGES, image_questions, read_card
+from edgemed.engines.engine import Engine, export
+from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, need
-from edgemed.evaluation.evaluate import SOURCE, evaluate, judge, pair, part_of, source_key
-from edgemed.evaluation.prompting import Eyes, Settings, parse
+from edgemed.evaluation.evaluate import SOURCE, judge, pair, part_of, source_key
+from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
+from edgemed.evaluation.prompting import parse
+from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import Questions, questions
 from edgemed.hardware.device import machine, read_device
-from edgemed.inference.session import Session
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
-from edgemed.models.lora import adapter_hashes, answering
 from edgemed.models.random_weights import make_random
-from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.weights import Weights
-from edgemed.onnx.vision_encoder import eyes_of
-from edgemed.pipeline.recipe import EvalSpec, Recipe, Stage, VerifySpec
-from edgemed.planning.inspect import parameters
+from edgemed.pipeline.recipe import Recipe, Stage
+from edgemed.pipeline.references import adapted_references, reference_for, with_images
+from edgemed.pipeline.report_document import describe, entry, not_measured
 from edgemed.provenance import record
 from edgemed.reporting.report import write
-from edgemed.reporting.verdicts import on_device
 from edgemed.verification.parity import Limits, verify, with_adapters
-from edgemed.vision.preprocessing import Patches, check_places, patches, prompt_tokens
 
 if TYPE_CHECKING:
-    from edgemed.models.torch_decoder import Route
+    pass
 
 RANDOM = "random:"
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model ready to be evaluated. eos: its end-of-text token; eyes: where it shall see."""
-
-    session: Session
-    tokenizer: Any
-    eos: int | None
-    eyes: Eyes | None = None
-
-    def close(self) -> None:
-        self.session.close()
-        if self.eyes:
-            self.eyes.close()
 
 
 @dataclass
@@ -232,142 +211,9 @@ def run_step(
 
 
 def short(stage: Stage, inputs: Mapping[str, str]) -> str:
-    return store.digest(
+    return hashing.digest(
         {"plugin": stage.plugin, "params": asdict(stage.params), "inputs": dict(inputs)}
     )[:12]
-
-
-def reference_for(
-    source: Checkpoint, spec: VerifySpec, cache: Path, adapter: tuple[str, str] | None = None
-) -> Reference:
-    """The float32 source's answers on held-out text, with an adapter or as it is, made once per
-    source and specification and kept in `cache`.
-    """
-    inputs = (
-        source.hashes()
-        | {"heldout": read_card(spec.prompts).digest("heldout")}
-        | (adapter_hashes(adapter[1]) if adapter else {})
-    )
-    settings = {
-        k: v for k, v in asdict(spec).items() if k in ("prompts", "count", "width", "prompt", "new")
-    }
-    final = cache / f"reference-{store.digest([settings, inputs])[:12]}"
-    with store.building(final, "reference", "reference", settings, inputs) as work:
-        say(
-            f"reference answers{f' with {adapter[0]}' if adapter else ''}:"
-            f" {'reused' if work is None else 'running'} [dim]{final}[/dim]"
-        )
-        if work is not None:
-            answers(source, spec, adapter).save(work.path)
-    return Reference.load(final)
-
-
-def adapted_references(
-    source: Checkpoint, stage: Stage, spec: VerifySpec, cache: Path
-) -> dict[str, Reference]:
-    """adapter -> what the source with it answers, for every adapter that an engine is given, kept
-    in `cache`.
-    """
-    given = (stage.params.adapters or {}).items()
-    return {
-        one[0]: (
-            with_images(
-                reference_for(source, spec, cache, one), source, stage, spec, cache, one
-            ).trim(spec.carried)
-        )
-        for one in given
-    }
-
-
-def answers(
-    source: Checkpoint, spec: VerifySpec, adapter: tuple[str, str] | None = None
-) -> Reference:
-    """Run the float32 source, with an adapter (name, PEFT directory) or as it is, over the held-out
-    windows of `spec`.
-    """
-    from edgemed.models.torch_decoder import TorchSession
-
-    weights = answering(source, adapter)
-    tokenizer = open_tokenizer(source.path, weights.decoder.vocab)
-    windows = windows_of(
-        [encode(tokenizer, t) for t in texts(spec.prompts, "heldout")],
-        spec.count,
-        spec.width,
-        spec.prompts,
-    )
-    return make_reference(TorchSession(weights), windows, spec.prompt, spec.new)
-
-
-def with_images(
-    reference: Reference,
-    source: Checkpoint,
-    stage: Stage,
-    spec: VerifySpec,
-    cache: Path,
-    adapter: tuple[str, str] | None = None,
-) -> Reference:
-    """The same with the source's answers about images as this engine resizes them, with an adapter
-    or as it is, kept in `cache`; a text model's as they are.
-    """
-    weights = Weights(source)
-    if not weights.vision:
-        return reference
-    check_supported(stage.plugin, weights, stage.params)
-    pixels = pixels_of(weights.vision, stage.params)
-    inputs = (
-        source.hashes()
-        | {split: read_card(IMAGES).digest(split) for split in read_card(IMAGES).files}
-        | (adapter_hashes(adapter[1]) if adapter else {})
-    )
-    settings = {"images": spec.images, "image_new": spec.image_new, "pixels": list(pixels)}
-    final = cache / f"images-{store.digest([settings, inputs])[:12]}"
-    with store.building(final, "reference", "images", settings, inputs) as work:
-        say(
-            f"reference answers about images{f' with {adapter[0]}' if adapter else ''}:"
-            f" {'reused' if work is None else 'running'} [dim]{final}[/dim]"
-        )
-        if work is not None:
-            replace(reference, images=image_answers(source, spec, pixels, adapter)).save(work.path)
-    return replace(reference, images=Reference.load(final).images)
-
-
-def image_answers(
-    source: Checkpoint,
-    spec: VerifySpec,
-    pixels: tuple[int, int],
-    adapter: tuple[str, str] | None = None,
-) -> ImageReference:
-    """Show the float32 source, with an adapter or as it is, the images of `spec`, resized to
-    `pixels` (least, most). Raises EdgemedError where the card has fewer.
-    """
-    from edgemed.models.torch_decoder import TorchSession
-    from edgemed.vision import torch_encoder
-
-    weights = answering(source, adapter)
-    v = replace(weights.vision, pixels=pixels)
-    tokenizer = open_tokenizer(source.path, weights.decoder.vocab)
-    family = weights.family
-
-    def look(image: Any) -> tuple[Patches, Any, Any]:
-        found = patches(image, v)
-        made = torch_encoder.features(weights, found)
-        return found, made["tower"].numpy(), made["features"].numpy()
-
-    asked = [
-        (prompt_tokens(tokenizer, family.chat(question, 1, v.conversation), v), image)
-        for question, image in image_questions(spec.images)
-    ]
-    for tokens, _ in asked:
-        check_places(tokens, v.token, 1)
-    parts = max(weights.decoder.rope_axes, default=0) + 1
-    return make_image_reference(
-        TorchSession(weights),
-        look,
-        [(tokens, np.asarray(image)) for tokens, image in asked],
-        spec.image_new,
-        v,
-        parts,
-    )
 
 
 def run_target(
@@ -423,7 +269,7 @@ def cached(
     cache: Path, stage: str, params: Mapping[str, Any], inputs: Mapping[str, Any], compute: Any
 ) -> dict[str, Any]:
     """A deterministic result, computed once for its inputs."""
-    final = cache / f"{stage}-{store.digest([params, inputs])[:12]}"
+    final = cache / f"{stage}-{hashing.digest([params, inputs])[:12]}"
     with store.building(final, "result", stage, params, inputs) as work:
         if work is not None:
             store.write_json(work.path / "result.json", compute())
@@ -526,52 +372,6 @@ def evals_of(
     return found
 
 
-def open_source(
-    source: Checkpoint,
-    sees: bool = False,
-    route: Route | None = None,
-    adapter: tuple[str, str] | None = None,
-) -> Opened:
-    """The float32 source, with an adapter (name, PEFT directory) or as it is, as a session, with
-    its tokenizer and end-of-text token.
-
-    sees: with its eyes; raises EdgemedError where it has none. route: as TorchSession.
-    """
-    from edgemed.models.torch_decoder import TorchSession
-    from edgemed.vision.torch_encoder import TorchEyes
-
-    weights = answering(source, adapter)
-    eyes = TorchEyes(weights) if sees else None
-    return Opened(
-        TorchSession(weights, route=route),
-        open_tokenizer(source.path, weights.decoder.vocab),
-        weights.decoder.eos,
-        eyes,
-    )
-
-
-def start_engine(
-    engine: Engine, sees: bool = False, threads: int | None = None, adapter: str | None = None
-) -> Opened:
-    """An engine, with one of its adapters or as its base, in the same form."""
-    eyes = eyes_of(engine, threads) if sees else None
-    return Opened(
-        engine.open(threads, adapter),
-        engine.tokenizer(),
-        engine.eos,
-        eyes,
-    )
-
-
-def evaluate_opened(
-    opened: Opened, asked: Questions, name: str, key: str, strategy: str, settings: Settings
-) -> dict[str, Any]:
-    stop = frozenset() if opened.eos is None else frozenset({opened.eos})
-    return evaluate(
-        opened.session, opened.tokenizer, asked, name, key, strategy, settings, stop, opened.eyes
-    )
-
-
 def run_gate(
     engines: list[Engine], evals: list[list[dict[str, Any]]], recipe: Recipe
 ) -> dict[str, Any] | None:
@@ -588,108 +388,3 @@ def run_gate(
         if part := part_of(gate, engine.name):
             say(f"gate: {engine.name} [{colours[part['verdict']]}]{part['verdict']}[/]")
     return gate
-
-
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    weights = Weights(checkpoint)
-    return {
-        "path": str(checkpoint.path),
-        "family": weights.family.name,
-        "parameters": parameters(weights),
-        "files": checkpoint.hashes(),
-        "random_weights": checkpoint.random_weights,
-    }
-
-
-def entry(
-    engine: Engine,
-    verified: dict[str, Any] | None,
-    records: list[dict[str, Any]],
-    evals: list[dict[str, Any]],
-    gate: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    manifest = store.read_manifest(engine.path)
-    return {
-        "name": engine.name,
-        "target": engine.target,
-        "precision": engine.precision,
-        "path": str(engine.path),
-        "bytes": store.size_of(manifest),
-        "manifest": manifest,
-        "verify": verified,
-        "records": records,
-        "evals": evals,
-        "gate": part_of(gate, engine.name),
-        "stages": verified.get("stages", []) if verified else [],
-    }
-
-
-def not_measured(
-    recipe: Recipe,
-    engines: list[Engine],
-    verified: list[dict[str, Any] | None],
-    records: list[list[dict[str, Any]]],
-) -> list[str]:
-    """What a reader might take for granted and nobody measured."""
-    device = asdict(read_device(recipe.device)) if recipe.device else None
-    missing = (
-        []
-        if on_device(device, machine())
-        else [
-            f"Nothing was run on {recipe.device}: speeds and memory are those of the machine named"
-            " below."
-        ]
-    )
-    reasons = dict.fromkeys(found[0]["state"]["energy_reason"] for found in records if found)
-    missing += (
-        [f"Energy was not measured: {reason}." for reason in reasons if reason]
-        if reasons
-        else ["Energy was not measured."]
-    )
-    missing += [
-        f"{e.name}: not measured at full clocks: {'; '.join(held)}."
-        for e, found in zip(engines, records, strict=True)
-        if found and (held := found[0]["state"]["throttling"])
-    ]
-    missing += [
-        f"{e.name}: not benchmarked, because it failed verification."
-        for e, v in zip(engines, verified, strict=True)
-        if v and not v["passed"] and recipe.bench
-    ]
-    missing += [
-        f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was"
-        f" measured; parity is that of {e.stand_in}."
-        for e in engines
-        if e.stand_in
-    ]
-    missing += [
-        f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured."
-        for e in engines
-        if e.random_weights
-    ]
-    missing += (
-        []
-        if recipe.verify
-        else ["Engines were not verified against their source (no verify: in the recipe)."]
-    )
-    if recipe.verify and not recipe.verify.images and any(e.vision for e in engines):
-        missing += ["Engines that see were not shown images in verification (images: 0)."]
-    missing += (
-        [] if recipe.bench else ["Speed and memory were not measured (no bench: in the recipe)."]
-    )
-    missing += [] if recipe.eval else ["Accuracy was not measured (no eval: in the recipe)."]
-    if recipe.eval and recipe.eval.margin is None:
-        missing += [
-            "Whether an engine is not worse was not judged (no margin: in the recipe's eval)."
-        ]
-    stand_ins = (
-        [spec for spec in recipe.eval.tasks if questions(spec, 1).synthetic] if recipe.eval else []
-    )
-    missing += [
-        f"{spec}: asked on the shipped synthetic stand-in, which says nothing about accuracy; name"
-        " a file of the real set."
-        for spec in stand_ins
-    ]
-    if recipe.eval and recipe.eval.limit:
-        missing += [f"Only the first {recipe.eval.limit} rows of each task were asked."]
-    return missing

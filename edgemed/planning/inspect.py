@@ -21,6 +21,7 @@ from edgemed.gguf.tensor_map import layout
 from edgemed.hardware.device import Device, fits, read_device, usable
 from edgemed.models.architecture import Decoder, Family, every_part, family_of
 from edgemed.models.checkpoint import Checkpoint, Entry, open_checkpoint
+from edgemed.models.parameter_count import SPARE, parameters, sizes
 from edgemed.models.random_weights import MARK, reference_config
 from edgemed.models.weights import Weights
 from edgemed.planning.roofline import Dimensions, Vision
@@ -32,7 +33,6 @@ GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5,
 # Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
 REPACKED = ("Q4_K", "Q8_0")
 MB = 1e6
-SPARE = "vision.spare."  # layers of a vision tower that are stored and never read
 
 
 def inspect(model: str) -> dict[str, Any]:
@@ -115,33 +115,6 @@ def architecture(d: Decoder) -> dict[str, Any]:
     return {name: getattr(d, name) for name in names} | (
         {"experts": asdict(d.experts)} if d.experts else {}
     )
-
-
-def sizes(weights: Weights) -> dict[str, tuple[str, int, int]]:
-    """canonical part -> (kind, weights, biases) in elements; a matrix that is the embedding table
-    is not counted again.
-
-    Taken from the architecture, so that packed integers count as the weights they stand for.
-    """
-    found = {}
-    seen = set()
-    for name, part in weights.parts.items():
-        keys = weights.keys[name]
-        if keys in seen:
-            continue
-        seen.add(keys)
-        biases = (
-            part.shape[0] if any(f"{key}.bias" in weights.checkpoint.tensors for key in keys) else 0
-        )
-        found[name] = (part.kind, math.prod(part.shape), biases)
-    return found
-
-
-def parameters(weights: Weights) -> int:
-    """Number of weights and biases, tied tensors counted once, stored buffers that carry no
-    information not counted.
-    """
-    return sum(weight + bias for _, weight, bias in sizes(weights).values())
 
 
 def stored(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:

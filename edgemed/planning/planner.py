@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from edgemed import plugins
@@ -28,7 +27,6 @@ from edgemed.hardware.device import (
 )
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.weights import Weights
-from edgemed.pipeline.recipe import read_recipe
 from edgemed.planning.inspect import MB, described, dimensions, engine_bytes, largest_matrix
 from edgemed.planning.roofline import (
     Constants,
@@ -229,25 +227,6 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
         "left_out": left_out,
         "notes": notes(device, mode, chosen, wishes),
     }
-
-
-def plan_for(
-    model: str, device: str | None, wishes: Wishes, power: str | None = None
-) -> dict[str, Any]:
-    """`plan` for a model or for a recipe's model and, where none is given, its device. Raises
-    EdgemedError as plan does, and where no device is said.
-    """
-    if Path(model).suffix == ".yaml" or (
-        not Path(model).exists()
-        and model in {p.stem for p in plugins.shared("recipes").glob("*.yaml")}
-    ):
-        recipe = read_recipe(model)
-        model = recipe.model
-        device = device or recipe.device
-    if device is None:
-        known = ", ".join(n for n in plugins.names("devices") if read_device(n).memory_gb)
-        raise EdgemedError("no device is said", f"Add --device NAME. Known: {known}")
-    return plan(model, device, wishes, power)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

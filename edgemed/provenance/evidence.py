@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgemed.artifacts import lineage, store
+from edgemed.artifacts import lineage, records, store
 from edgemed.engines.engine import ENGINE
 from edgemed.errors import EdgemedError
 
@@ -120,7 +120,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
         )
     held = {**manifest, **sections}
     newest: dict[tuple[Any, ...], Json] = {}
-    for record in store.read_records(directory):
+    for record in records.read_records(directory):
         if record["engine_key"] == manifest["key"]:
             newest[
                 record["machine"]["label"],

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing
 from edgemed.errors import need
 from edgemed.provenance import evidence as facts_of
 from edgemed.provenance.evidence import Evidence, Json
@@ -119,7 +119,7 @@ def engine_component(evidence: Evidence, card: bytes) -> Component:
     ancestors = [
         Component(
             name=source_name(evidence),
-            version=store.digest(evidence.origin)[:12],
+            version=hashing.digest(evidence.origin)[:12],
             type=ComponentType.MACHINE_LEARNING_MODEL,
             description="the source checkpoint",
         )
@@ -129,7 +129,7 @@ def engine_component(evidence: Evidence, card: bytes) -> Component:
             ancestors.append(
                 Component(
                     name=named(manifest, kind),
-                    version=store.digest(files)[:12],
+                    version=hashing.digest(files)[:12],
                     type=ComponentType.MACHINE_LEARNING_MODEL,
                     description=kind,
                 )
@@ -165,7 +165,7 @@ def materials(
     needed: dict[str, list[str]] = {}
     before: list[str] = []
     if facts_of.steps(evidence)[0] is evidence.chain[0]:
-        source = f"source/{store.digest(evidence.origin)[:12]}"
+        source = f"source/{hashing.digest(evidence.origin)[:12]}"
         found[source] = model(
             source,
             source_name(evidence),
@@ -200,7 +200,7 @@ def materials(
             )
         needed[reference] = before
         for kind, files in facts_of.brought(manifest).items():
-            other = f"{kind}/{store.digest(files)[:12]}"
+            other = f"{kind}/{hashing.digest(files)[:12]}"
             name = named(manifest, kind)
             licence = next((a for a in evidence.source["adapters"] if a["name"] == name), {})
             found[other] = model(other, name, files, kind, licence, {})
@@ -242,7 +242,7 @@ def model(
 
     return Component(
         name=name,
-        version=store.digest(dict(files))[:12],
+        version=hashing.digest(dict(files))[:12],
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=reference,
         description=description,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import plugins
-from edgemed.artifacts import lineage, store
+from edgemed.artifacts import hashing, lineage, store
 from edgemed.data.text_sets import IMAGES, card_names, read_card
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
@@ -91,7 +91,7 @@ def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
     wrong = [
         name
         for name, sha in origin(chained).items()
-        if not (path / name).is_file() or store.file_sha256(path / name) != sha
+        if not (path / name).is_file() or hashing.file_sha256(path / name) != sha
     ]
     if wrong:
         raise EdgemedError(
@@ -163,7 +163,7 @@ def datasets(
         for result in evals
         if re.search(r"\b(random|nearest)-", result["strategy"])
     }:
-        sha = store.file_sha256(
+        sha = hashing.file_sha256(
             plugins.ROOT / "tasks" / "samples" / plugins.load("tasks", name).TASK.shots
         )
         found.append(

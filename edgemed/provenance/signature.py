@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, records, store
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, need
 
@@ -86,7 +86,7 @@ def sign(engine: Path, key: Path, password: bytes | None = None) -> dict[str, An
             f"the private key {key} lies inside the engine",
             "Move it out: it would travel to every device",
         )
-    store.forget_hashes()
+    hashing.forget_hashes()
     opened = open_engine(engine, check=True)
     files = hashes(engine)
     if odd := [name for name, sha in files.items() if sha is None]:
@@ -105,7 +105,7 @@ def sign(engine: Path, key: Path, password: bytes | None = None) -> dict[str, An
     store.put(
         engine,
         store.SIGNATURE,
-        {"statement": statement, "signature": private.sign(store.canonical(statement)).hex()},
+        {"statement": statement, "signature": private.sign(hashing.canonical(statement)).hex()},
     )
     return statement
 
@@ -120,7 +120,7 @@ def check(directory: Path, key: Path) -> dict[str, Any]:
     directory = Path(directory)
     public = _public_key(Path(key))
     statement = _statement(directory, public)
-    store.forget_hashes()
+    hashing.forget_hashes()
     signed = statement["files"]
     found = hashes(directory)
     problems = [f"{name} is missing" for name in signed if name not in found]
@@ -134,7 +134,7 @@ def check(directory: Path, key: Path) -> dict[str, Any]:
     problems = [
         (
             f"{problem}: sign again if these measurements are yours"
-            if problem.startswith(f"{store.RECORDS} was ")
+            if problem.startswith(f"{records.RECORDS} was ")
             else problem
         )
         for problem in problems
@@ -164,7 +164,7 @@ def hashes(directory: Path) -> dict[str, str | None]:
         for path in sorted(directory.rglob("*")):
             name = path.relative_to(directory).as_posix()
             if name != store.SIGNATURE and (path.is_symlink() or not path.is_dir()):
-                found[name] = store.file_sha256(path) if path.is_file() else None
+                found[name] = hashing.file_sha256(path) if path.is_file() else None
     except OSError as error:
         raise EdgemedError(
             f"{error.filename} cannot be read: {error.strerror}", "Check its permissions"
@@ -221,7 +221,7 @@ def _statement(directory: Path, public: Ed25519PublicKey) -> dict[str, Any]:
             "Give the signer's public key, or do not trust this engine",
         )
     try:
-        public.verify(signature, store.canonical(statement))
+        public.verify(signature, hashing.canonical(statement))
     except invalid:
         plain = False
     if not plain:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemed.artifacts.store import file_sha256
+from edgemed.artifacts.hashing import file_sha256
 from edgemed.console import track
 from edgemed.errors import EdgemedError, need
 from edgemed.models.torch_decoder import block, linear, load_layer, shown

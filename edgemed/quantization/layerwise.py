@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgemed.artifacts import store
 from edgemed.errors import EdgemedError, need
+from edgemed.hardware import process_memory
 from edgemed.models.torch_decoder import (
     activate,
     attention,
@@ -149,7 +149,7 @@ def gptq_layer(
     experts = None
     said = None
     for name in d.matrices(n):
-        store.return_memory()
+        process_memory.return_memory()
         if name.startswith("experts.") and experts is None:
             experts, said = reached(
                 d, layer, (feed(d, n, layer, "router", row) for _, row in x), params

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts import lineage, store
+from edgemed.artifacts.records import read_records
 from edgemed.engines.engine import ENGINE
 from edgemed.errors import EdgemedError
 from edgemed.reporting import report
@@ -83,7 +84,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
     if manifest["kind"] != "engine" or not (directory / ENGINE).is_file():
         raise EdgemedError(f"{directory} is a {manifest['kind']}, not a run or an engine", FIX)
     facts = read_json(directory / ENGINE)
-    records = store.read_records(directory)
+    records = read_records(directory)
     own = [record for record in records if record["engine_key"] == manifest["key"]]
     machines = list(dict.fromkeys(machine_name(record["machine"]) for record in own)) or [None]
     evals = manifest.get("evals") or []

@@ -16,17 +16,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing
 from edgemed.console import say
 from edgemed.data.image_text_windows import IGNORED, digest, look, pictured
 from edgemed.data.text_sets import read_card, texts
 from edgemed.distillation import image_answers, quantized_student
-from edgemed.distillation.objective import Lesson, Objective, last_good, measure, pupil, trainer
+from edgemed.distillation.hf_trainer import last_good, trainer
+from edgemed.distillation.objective import Lesson, Objective, measure, pupil
 from edgemed.distillation.pruning import Shape, choose, cut, parameters, smaller
 from edgemed.distillation.student import adapted, load, write
 from edgemed.distillation.teacher import Cache, Teacher, key, number, written
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import Sampling
+from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
 from edgemed.models.lora import answering
@@ -213,7 +214,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         "inputs": inputs(params),
         "out": out.name,
     }
-    work = out.parent / f".distill-{store.digest(facts)[:12]}"
+    work = out.parent / f".distill-{hashing.digest(facts)[:12]}"
     whole = shape == Shape(
         tuple(range(weights.source.layers)), weights.source.ffn, weights.source.kv_heads
     )
@@ -236,7 +237,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             shutil.rmtree(work)  # nothing that a second run could go on from
         raise
     notes |= {
-        "teacher": store.digest(teacher.checkpoint.hashes()),
+        "teacher": hashing.digest(teacher.checkpoint.hashes()),
         "teacher_parameters": parameters(teacher.family, teacher.source),
         "seed": params.seed,
         "parameters": parameters(student.family, student.source),
@@ -502,7 +503,7 @@ def _cached(
     theirs, in the windows' order; of those only the answers are kept.
     """
     facts = {
-        "windows": store.digest(lesson.tokens.tolist()),
+        "windows": hashing.digest(lesson.tokens.tolist()),
         "k": params.top_k,
         "temperature": params.temperature,
         "vocab": lesson.objective.vocab,
@@ -517,7 +518,7 @@ def _cached(
         )
     counted = np.zeros(lesson.tokens.shape, bool)
     counted[:, :-1] = lesson.labels[:, 1:] != IGNORED
-    facts |= {"images": images, "counted": store.digest(np.flatnonzero(counted).tolist())}
+    facts |= {"images": images, "counted": hashing.digest(np.flatnonzero(counted).tolist())}
     return Cache(
         shared / f"teacher-{key(teacher, facts)}",
         lesson.tokens,

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.console import track
 from edgemed.data.image_text_windows import calibration, calibration_digests
 from edgemed.data.text_sets import card_names
@@ -24,9 +24,10 @@ from edgemed.errors import EdgemedError, need
 from edgemed.formatting import size
 from edgemed.models import bitsandbytes
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
+from edgemed.models.gptq_packing import pack, stride
 from edgemed.models.lora import FOLDED
 from edgemed.models.torch_decoder import shown
-from edgemed.models.weights import Weights, pack, stride
+from edgemed.models.weights import Weights
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
 from edgemed.quantization.gptq import Solution, solve
 from edgemed.quantization.hidden_states import Activations, begin
@@ -150,7 +151,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     told = {name: value for name, value in asdict(params).items() if name != "max_memory"}
     with Layers(
         out,
-        store.digest(
+        hashing.digest(
             {"params": told, "inputs": checkpoint.hashes() | digests, "versions": store.versions()}
         ),
     ) as kept:

@@ -22,10 +22,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemed.artifacts import store
+from edgemed.artifacts import hashing, store
 from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
-from edgemed.gguf import bit_allocation, gptq, lora_files, mmproj, writer
+from edgemed.gguf import (
+    bit_allocation,
+    gptq,
+    library,
+    lora_files,
+    metadata,
+    mmproj,
+    preserved_integers,
+    writer,
+)
 from edgemed.gguf.ggml_session import ARCH, KEY, GgmlSession, refuses
 from edgemed.gguf.ggml_session import FILE as GRAPH
 from edgemed.gguf.llama_session import CACHE_BYTES, FILE, HEAD, LlamaSession, cache_type
@@ -268,7 +277,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         else 1
     )
     carried = (
-        "/".join(sorted({writer.carried_type(bits) for bits, _ in weights.packings()}))
+        "/".join(sorted({preserved_integers.carried_type(bits) for bits, _ in weights.packings()}))
         if params.from_checkpoint
         else None
     )
@@ -389,7 +398,9 @@ def plan(
     }
     if apart:
         types["token_embd.weight"] = "F16"
-    types |= {t: writer.carried_type(bits) for t, bits in packed.items()} | dict(chosen or {})
+    types |= {t: preserved_integers.carried_type(bits) for t, bits in packed.items()} | dict(
+        chosen or {}
+    )
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
     blind = [
         t
@@ -466,7 +477,7 @@ def _rounded(
     """
     if params.rounding == "nearest":
         return nullcontext((tensors, {}))
-    key = store.digest(
+    key = hashing.digest(
         {
             "params": asdict(params),
             "inputs": weights.checkpoint.hashes() | inputs(params),
@@ -525,7 +536,7 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
     )
     if own_graph(weights.family, weights.source):
         writer.add_string(KEY, json.dumps(asdict(d)))
-    writer.describe_decoder(
+    metadata.describe_decoder(
         writer,
         d,
         FILE_TYPES[wanted][0],
@@ -534,11 +545,11 @@ def describe(writer: Any, weights: Weights, wanted: str) -> None:
     if checkpoint.random_weights:
         # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
         if weights.vision:
-            writer.describe_bytes(writer, weights.decoder.vocab, weights.family.gguf_pre)
+            metadata.describe_bytes(writer, weights.decoder.vocab, weights.family.gguf_pre)
         else:
             writer.add_tokenizer_model("no_vocab")
         return
-    writer.describe_tokenizer(
+    metadata.describe_tokenizer(
         writer,
         open_tokenizer(checkpoint.path, d.vocab),
         d.vocab,
@@ -568,7 +579,7 @@ def self_check() -> str:
     the first quantized prompt.
     """
     need("gguf", "build")
-    version = writer.runtime().__version__
+    version = library.runtime().__version__
     with tempfile.TemporaryDirectory() as folder:
         for wanted in PROBES:
             write_probe(Path(folder), wanted)
@@ -630,7 +641,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
     (folder / wanted).mkdir()
 
     def metadata(writer: Any) -> None:
-        writer.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
+        metadata.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
         writer.add_tokenizer_model("no_vocab")
 
     writer.write(folder / wanted / FILE, family.gguf_arch, metadata, tensors, threads=1)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.inference.session import Pictures, Positions, check_room, feature_rows
-from edgemed.onnx.ort_dialect import WIDE_SUMS
+from edgemed.onnx.ort_cpu_types import started
 from edgemed.tensorrt.dialect import BLOCK, NOWHERE, rows_offered
-from edgemed.tensorrt.parser_check import nested
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -101,68 +100,6 @@ class StandIn:
 
     def close(self) -> None:
         del self.session
-
-
-def started(file: Path, wide: bool, threads: int | None, integers: bool = False) -> Any:
-    """An ONNX Runtime session over a graph. wide: it holds bfloat16; integers: products of 8-bit
-    integers. Raises EdgemedError where it cannot be loaded.
-    """
-    ort = need("onnxruntime", "onnx")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # ONNX Runtime fuses DequantizeLinear + MatMul and would round activations to int8, which
-    # TensorRT does not.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if integers:
-        options.add_session_config_entry(*WIDE_SUMS)
-    try:
-        return ort.InferenceSession(
-            widened(file) if wide else str(file), options, providers=["CPUExecutionProvider"]
-        )
-    except EdgemedError:
-        raise
-    except Exception as error:
-        # onnxruntime raises a dozen unrelated exception types for a model it cannot load
-        raise EdgemedError(
-            f"onnxruntime {ort.__version__} cannot load {file}: {str(error).splitlines()[0]}",
-            "Export the engine again",
-        ) from error
-
-
-def widened(file: Path) -> bytes:
-    """The same graph with bfloat16 widened to float32, which ONNX Runtime's CPU kernels lack:
-    weights keep their bfloat16 values, activations are not rounded.
-
-    Raises EdgemedError where the graph is too large for one in-memory model (2 GB in float32).
-    """
-    onnx = need("onnx", "build")
-    model = onnx.load(str(file))
-    narrow = onnx.TensorProto.BFLOAT16
-    wide = onnx.TensorProto.FLOAT
-    parts = list(nested(onnx, model.graph))
-    for tensor in (tensor for part in parts for tensor in part.initializer):
-        if tensor.data_type == narrow:
-            tensor.CopyFrom(
-                onnx.numpy_helper.from_array(
-                    onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name
-                )
-            )
-    for value in (value for part in parts for value in (*part.input, *part.output)):
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = wide
-    for node in (node for part in parts for node in part.node):
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
-                attribute.i = wide
-    if model.ByteSize() >= 1 << 31:
-        raise EdgemedError(
-            f"{file}: too large to widen from bfloat16 to float32 in memory, and ONNX Runtime's CPU"
-            " has no bfloat16",
-            "Check parity with precision=fp16, or on the device after edgemed build",
-        )
-    return model.SerializeToString()
 
 
 def self_check() -> str:

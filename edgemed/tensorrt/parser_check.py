@@ -19,6 +19,7 @@ import numpy as np
 
 from edgemed import params, plugins
 from edgemed.errors import EdgemedError, need
+from edgemed.onnx.ort_cpu_types import nested
 
 # ONNX's element types by TensorRT's names.
 TYPES = {
@@ -162,15 +163,6 @@ def check(file: Path, table: Table) -> dict[str, Any]:
         "inferred": inferred,
         "problems": problems,
     }
-
-
-def nested(onnx: Any, graph: Any) -> Iterator[Any]:
-    """A graph and every graph inside it, which the ways of an If are."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from nested(onnx, attribute.g)
 
 
 class _Graph:

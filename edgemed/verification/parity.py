@@ -17,7 +17,8 @@ from edgemed.console import track
 from edgemed.engines.engine import Engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Sampling, Session, generate, log_softmax
+from edgemed.inference.decoding import Sampling, generate, log_softmax
+from edgemed.inference.session import Session
 from edgemed.verification.vision_parity import problems as stage_problems
 from edgemed.verification.vision_parity import stages
 

@@ -16,7 +16,8 @@ import numpy as np
 from edgemed.console import track
 from edgemed.engines.image_reference import ImageReference
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Pictures, Sampling, Session, generate, log_softmax
+from edgemed.inference.decoding import Sampling, generate, log_softmax
+from edgemed.inference.session import Pictures, Session
 from edgemed.onnx.vision_encoder import VisionSession, eyes_of
 from edgemed.vision.preprocessing import Patches, patches
 

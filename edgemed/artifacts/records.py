@@ -1,0 +1,40 @@
+"""Records: one measured number a line, beside the artifact it belongs to.
+
+They are appended after an artifact is finished, so no manifest lists them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgemed.errors import EdgemedError
+
+RECORDS = "records.jsonl"
+
+
+def append_records(directory: Path, records: list[dict[str, Any]]) -> None:
+    """Add measured numbers beside an engine. One record is one number: name, value, unit, n,
+    spread, how, versions.
+    """
+    with open(Path(directory) / RECORDS, "a", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """All records beside an engine. Raises EdgemedError naming a line that is not one, such as the
+    last before a power cut.
+    """
+    path = Path(directory) / RECORDS
+    found = []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1
+    ):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise EdgemedError(
+                f"{path} line {number} is not JSON ({error})", "Remove that line"
+            ) from None
+    return found

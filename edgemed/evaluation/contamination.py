@@ -1,0 +1,89 @@
+"""Whether a calibration set holds questions of a task.
+
+Texts overlap where they share thirteen words in a row (Brown et al. 2020, arXiv 2005.14165).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from edgemed import plugins
+from edgemed.data.calibration_cards import traces_of, words
+from edgemed.data.text_sets import Card, read_card, texts_of
+from edgemed.evaluation.task import questions
+
+# Words in a row that two texts must share to count as overlapping (Brown et al. 2020, arXiv
+# 2005.14165, appendix C).
+GRAM = 13
+
+
+def grams(text: str) -> set[str]:
+    """Every GRAM words in a row; of a shorter text, that text itself where it has at least half as
+    many.
+    """
+    found = words(text)
+    if len(found) < GRAM:
+        return {" ".join(found)} if 2 * len(found) >= GRAM else set()
+    return {" ".join(found[i : i + GRAM]) for i in range(len(found) - GRAM + 1)}
+
+
+def overlap(card: Card, splits: Iterable[str], specs: Iterable[str]) -> list[dict[str, Any]]:
+    """One row per task and split: how many of its questions share GRAM words in a row with the
+    card's texts, and which do first.
+
+    A question is its words without the task's wording, with its options and its reference answer
+    each by themselves. Raises EdgemedError as task.questions.
+    """
+    found = []
+    held = {
+        split: set().union(*(grams(text) for text in texts_of(card.file(split))))
+        for split in splits
+    }
+    for spec in specs:
+        asked = questions(spec)
+        for split, known in held.items():
+            hits = [
+                e.id
+                for e in asked.examples
+                if any(grams(part) & known for part in (e.question, *e.options, e.reference))
+            ]
+            found.append(
+                {
+                    "task": spec,
+                    "split": split,
+                    "questions": len(asked.examples),
+                    "overlapping": len(hits),
+                    "first": hits[:3],
+                }
+            )
+    return found
+
+
+def every_task() -> list[str]:
+    """All shipped samples, with each part of those that have parts."""
+    found = []
+    for name in plugins.names("tasks"):
+        parts = plugins.load("tasks", name).TASK.parts
+        found += [f"{name}/{part}" for part in parts] or [name]
+    return found
+
+
+def check(name: str, specs: Iterable[str] = ()) -> dict[str, Any]:
+    """What a card shares with evaluations (every shipped sample where none is named) and what in it
+    looks like data of patients.
+    """
+    card = read_card(name)
+    for split in card.files:
+        card.digest(split)
+    traces = [
+        {"split": split, "text": number, "kind": kind}
+        for split in card.files
+        for number, kind in traces_of(texts_of(card.file(split)))
+    ]
+    return {
+        "card": card.name,
+        "words_in_a_row": GRAM,
+        "overlap": overlap(card, card.files, list(specs) or every_task()),
+        "traces": traces,
+    }

@@ -1,0 +1,135 @@
+"""What a GGUF file says of its model and tokenizer.
+
+llama.cpp decides by these keys how it reads the tensors, so a wrong one is a wrong model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from edgemed.errors import EdgemedError, need
+
+if TYPE_CHECKING:
+    from edgemed.models.architecture import Decoder
+
+
+def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None:
+    """The graph's numbers. file_type: llama_ftype, which llama.cpp only shows."""
+    writer.add_name(name)
+    writer.add_block_count(d.layers)
+    writer.add_context_length(d.context)
+    writer.add_embedding_length(d.hidden)
+    writer.add_feed_forward_length(d.ffn)
+    writer.add_head_count(d.heads)
+    writer.add_head_count_kv(d.kv_heads)
+    (writer.add_layer_norm_rms_eps if d.norm == "rmsnorm" else writer.add_layer_norm_eps)(
+        d.norm_eps
+    )
+    if d.positions == "rope":
+        writer.add_key_length(d.head_dim)
+        writer.add_value_length(d.head_dim)
+        writer.add_rope_dimension_count(2 * len(d.rope_frequencies))
+        writer.add_rope_freq_base(d.rope_theta)
+        writer.add_parallel_residual(d.parallel)
+        if d.rope_axes:
+            # llama.cpp counts four parts of a position, the last always empty.
+            writer.add_rope_dimension_sections([*(d.rope_axes.count(axis) for axis in range(3)), 0])
+    if d.experts:
+        writer.add_expert_count(d.experts.count)
+        writer.add_expert_used_count(d.experts.active)
+    writer.add_vocab_size(d.vocab)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(need("gguf", "build").GGML_QUANT_VERSION)
+
+
+def describe_tokenizer(writer: Any, tokenizer: Any, vocab: int, pre: str, where: str) -> None:
+    """Tokens, their kinds and the merges (or scores) of a BPE tokenizer, byte-level or
+    SentencePiece's. Raises EdgemedError for another kind.
+    """
+    kinds = need("gguf", "build").TokenType
+    told = json.loads(tokenizer.to_str())
+    model = told["model"]
+    if model["type"] != "BPE":
+        raise EdgemedError(
+            f"{where}: a {model['type']} tokenizer cannot be written into GGUF yet",
+            "Only BPE is supported, byte-level or SentencePiece's",
+        )
+    names = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    added = tokenizer.get_added_tokens_decoder()
+    types = [
+        (
+            kinds.UNUSED
+            if i not in names
+            else (
+                kinds.NORMAL
+                if i not in added
+                else kinds.CONTROL
+                if added[i].special
+                else kinds.USER_DEFINED
+            )
+        )
+        for i in range(vocab)
+    ]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        types = [
+            (
+                kinds.UNKNOWN
+                if names.get(i) == model.get("unk_token")
+                else kinds.BYTE
+                if re.fullmatch("<0x[0-9A-F]{2}>", names.get(i, ""))
+                else kind
+            )
+            for i, kind in enumerate(types)
+        ]
+        # llama.cpp joins the pair whose result has the highest score: the order of the merges, as
+        # negative numbers.
+        scores = {
+            "".join(merge): -float(number) for number, merge in reversed(list(enumerate(merges)))
+        }
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(
+            [scores.get(names.get(i, ""), -float(len(merges))) for i in range(vocab)]
+        )
+        writer.add_add_space_prefix(prefixed(told))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    # The embedding may have more rows than the tokenizer has entries; llama.cpp wants a name for
+    # each.
+    writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(vocab)])
+    writer.add_token_types([int(kind) for kind in types])
+
+
+def prefixed(told: Mapping[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a space in front of a text, as told in
+    tokenizer.json.
+    """
+    normalizer = told.get("normalizer") or {}
+    before = told.get("pre_tokenizer") or {}
+    return (
+        any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+        or before.get("prepend_scheme", "never") != "never"
+    )
+
+
+def describe_bytes(writer: Any, vocab: int, pre: str) -> None:
+    """A stand-in where a model has no tokenizer: the 256 bytes and names without meaning.
+    llama.cpp's multimodal library aborts without any vocabulary.
+    """
+    kinds = need("gguf", "build").TokenType
+    alphabet = sorted(need("tokenizers.pre_tokenizers", "build").ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*alphabet, *(f"[PAD{i}]" for i in range(len(alphabet), vocab))][:vocab])
+    writer.add_token_types(
+        [int(kinds.NORMAL if i < len(alphabet) else kinds.UNUSED) for i in range(vocab)]
+    )
+    # llama.cpp wants one; this one joins what never stands side by side, and its result is no
+    # token.
+    writer.add_token_merges([f"{alphabet[-1]} {alphabet[-1]}"])

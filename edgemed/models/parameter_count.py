@@ -1,0 +1,39 @@
+"""How many parameters a checkpoint has, and in which tensors.
+
+Counted from the shapes of the family's parts, so that nothing has to be read.
+"""
+
+from __future__ import annotations
+
+import math
+
+from edgemed.models.weights import Weights
+
+SPARE = "vision.spare."  # layers of a vision tower that are stored and never read
+
+
+def sizes(weights: Weights) -> dict[str, tuple[str, int, int]]:
+    """canonical part -> (kind, weights, biases) in elements; a matrix that is the embedding table
+    is not counted again.
+
+    Taken from the architecture, so that packed integers count as the weights they stand for.
+    """
+    found = {}
+    seen = set()
+    for name, part in weights.parts.items():
+        keys = weights.keys[name]
+        if keys in seen:
+            continue
+        seen.add(keys)
+        biases = (
+            part.shape[0] if any(f"{key}.bias" in weights.checkpoint.tensors for key in keys) else 0
+        )
+        found[name] = (part.kind, math.prod(part.shape), biases)
+    return found
+
+
+def parameters(weights: Weights) -> int:
+    """Number of weights and biases, tied tensors counted once, stored buffers that carry no
+    information not counted.
+    """
+    return sum(weight + bias for _, weight, bias in sizes(weights).values())

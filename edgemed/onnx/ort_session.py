@@ -1,0 +1,256 @@
+"""A decoder on ONNX Runtime, its cache bound without copies.
+
+Buffers are private lazily-resident pages: a cache at its full length is paid for as it fills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemed.errors import EdgemedError, need
+from edgemed.inference.session import Pictures, Positions, check_room, feature_rows, looked_up
+from edgemed.onnx import lora_files
+from edgemed.onnx.ort_dialect import ROPE, WIDE_SUMS
+
+if TYPE_CHECKING:
+    from edgemed.engines.engine import Engine
+
+
+# Linux's advice to move pages into huge ones now; Python's mmap module does not know it.
+MADV_COLLAPSE = 25
+
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+CACHES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
+
+def rope_tables(engine: Engine) -> list[np.ndarray]:
+    """cos and sin float64 [context, pairs] of plain positions; [] where the model has no rotary
+    ones.
+    """
+    angles = np.arange(engine.context)[:, None] * np.array(engine.rope_frequencies)
+    return [np.cos(angles), np.sin(angles)] if engine.rope_frequencies else []
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    # Pages become resident as the context fills. Huge pages would make the whole buffer resident at
+    # the first token, because every head writes at its own distant place.
+    buffer = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        buffer.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(buffer, dtype).reshape(shape)
+
+
+def _use_huge_pages() -> None:
+    """Move this process's large private memory into huge pages, where Linux has them and can (6.1
+    or newer); nothing is lost where not.
+    """
+    # Every weight is read once per token, and with pages of 4 KB the CPU's prefetch stops at the
+    # end of each. onnxruntime allocates the weights itself, so what it has allocated is moved
+    # afterwards. What that gains and costs: docs/measuring.md.
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        if "[never]" not in (PAGES / "enabled").read_text():
+            size = int((PAGES / "hpage_pmd_size").read_text())
+            lines = Path("/proc/self/maps").read_text().splitlines()
+    for line in lines:
+        addresses, rights, _, _, inode, *_ = line.split()
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if rights == "rw-p" and inode == "0" and end - start >= 2 * size:
+            # One by one: the kernel gives up a whole range at the first page it finds no room for.
+            for page in range(-(-start // size) * size, end - size + 1, size):
+                ctypes.CDLL(None).madvise(
+                    ctypes.c_void_p(page), ctypes.c_size_t(size), MADV_COLLAPSE
+                )
+
+
+class OrtSession:
+    """A Session on ONNX Runtime. All buffers are bound once; a step writes one token id and reads
+    one row of scores.
+    """
+
+    def __init__(self, engine: Engine, threads: int | None):
+        ort = need("onnxruntime", "onnx")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3
+        self.cuda = engine.params.get("provider") == "cuda"
+        self.device = "cuda" if self.cuda else "cpu"
+        if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise EdgemedError(
+                f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider",
+                "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'",
+            )
+        if self.cuda and hasattr(ort, "preload_dlls"):
+            # CUDA and cuDNN from the wheels beside it, where the system has none
+            ort.preload_dlls()
+        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+            # These threads are not OpenMP's, but whoever asks for that policy means them too.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if engine.params.get("precision") == "w8a8":
+            options.add_session_config_entry(*WIDE_SUMS)
+        try:
+            self.session = ort.InferenceSession(
+                str(engine.path / "model.onnx"),
+                options,
+                providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"],
+            )
+        except Exception as error:
+            # onnxruntime raises a dozen unrelated exception types for a model it cannot load
+            raise EdgemedError(
+                f"onnxruntime {ort.__version__} cannot load {engine.path}:"
+                f" {str(error).splitlines()[0]}",
+                "Export the engine again",
+            ) from error
+        if self.cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            # onnxruntime only logs this and would run everything on the CPU.
+            raise EdgemedError(
+                f"onnxruntime {ort.__version__} cannot start CUDA here",
+                "Install the CUDA and cuDNN it was built for (its log names the missing library)",
+            )
+        if not self.cuda:
+            _use_huge_pages()
+        self.head = engine.head
+        self.width = engine.width
+        self.context = engine.context
+        self.position = 0
+        self.ort = ort
+        self.binding = self.session.io_binding()
+        # The arena would keep the largest prefill's buffers for good; a device wants that memory
+        # back.
+        self.shrinking = ort.RunOptions()
+        self.shrinking.add_run_config_entry(
+            "memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0"
+        )
+        for value in self.session.get_inputs():
+            if value.name.startswith("past."):
+                dtype = CACHES[value.type]
+                shape = (1, value.shape[1], self.context, value.shape[3])
+                if self.cuda:
+                    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
+                else:
+                    buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
+                self.binding.bind_ortvalue_input(value.name, buffer)
+                self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
+        self.rope = rope_tables(engine)
+        for name, table in zip(ROPE, self.rope, strict=False):
+            kind = next(value.type for value in self.session.get_inputs() if value.name == name)
+            table = table.astype(np.float16 if kind == "tensor(float16)" else np.float32)
+            self.rope[ROPE.index(name)] = self._bound(name, table)
+        self.frequencies = np.array(engine.rope_frequencies)
+        self.axes = list(engine.rope_axes)
+        self.counted = Positions(max(self.axes) + 1, self.context) if self.axes else None
+        self.sees = engine.vision is not None
+        self.hidden = next(
+            (v.shape[1] for v in self.session.get_inputs() if v.name == "features"), 0
+        )
+        if self.sees:
+            self._bound("features", np.zeros((1, self.hidden), np.float32))
+        self.last = self._bound("last_index", np.zeros(1, np.int32))
+        self.total = self._bound("total", np.zeros(1, np.int32))
+        self.shape: tuple[int, int] | None = None
+        self.folder = engine.path
+        self.adapter = None
+        self._adapt(None)
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with one of the engine's adapters, or (None) the base. What was read with the other
+        weights is forgotten.
+        """
+        if adapter != self.adapter:
+            self._adapt(adapter)
+            self.adapter = adapter
+            self.rewind(0)
+
+    def _adapt(self, adapter: str | None) -> None:
+        for name, value in lora_files.read(self.folder, adapter, self.session, self.cuda).items():
+            self.binding.bind_ortvalue_input(name, value)
+
+    def _bound(self, name: str, array: np.ndarray) -> np.ndarray:
+        # OrtValues made from numpy arrays share their memory: writing the array is writing the
+        # input.
+        self.binding.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(array))
+        return array
+
+    def _shape(self, new: int, selected: int) -> None:
+        if self.shape == (new, selected):
+            return
+        self.tokens = self._bound("tokens", np.zeros((1, new), np.int64))
+        self.positions = self._bound("positions", np.zeros((1, new), np.int64))
+        self.select = self._bound("select", np.zeros(selected, np.int64))
+        self.feature_rows = (
+            self._bound("feature_rows", np.full((1, new), -1, np.int64)) if self.sees else None
+        )
+        self.scores = np.zeros((1, selected, self.width), np.float32)
+        self.binding.bind_ortvalue_output(
+            "scores", self.ort.OrtValue.ortvalue_from_numpy(self.scores)
+        )
+        self.shape = (new, selected)
+
+    def _place(self, start: int, count: int, pictures: Pictures | None) -> None:
+        # Where images shift what positions mean, the rows of the rotary tables are those tokens',
+        # not those places'.
+        placed = self.counted.add(start, count, pictures.positions if pictures else None)
+        angles = placed[self.axes].T * self.frequencies
+        self.rope[0][start : start + count] = np.cos(angles)
+        self.rope[1][start : start + count] = np.sin(angles)
+
+    def _show(self, tokens: Sequence[int], pictures: Pictures) -> None:
+        self.feature_rows[0] = feature_rows(tokens, pictures, self.sees)
+        self._bound("features", np.ascontiguousarray(pictures.features, np.float32))
+
+    def prefill(
+        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+    ) -> np.ndarray:
+        check_room(self, tokens)
+        new = len(tokens)
+        end = self.position + len(tokens)
+        self._shape(new, new if every else 1)
+        self.tokens[0] = looked_up(tokens, pictures)
+        self.positions[0] = np.arange(self.position, end)
+        self.select[:] = np.arange(new) if every else new - 1
+        self.last[0] = end - 1
+        self.total[0] = end
+        if self.counted:
+            self._place(self.position, new, pictures)
+        if pictures:
+            self._show(tokens, pictures)
+        elif self.sees:
+            self.feature_rows[:] = -1
+        self.session.run_with_iobinding(self.binding, self.shrinking if new > 1 else None)
+        self.position = end
+        return self.scores[0]
+
+    def step(self, token: int) -> np.ndarray:
+        if self.shape != (1, 1) or self.position >= self.context:
+            return self.prefill([token])[0]
+        position = self.position
+        self.tokens[0, 0] = token
+        self.positions[0, 0] = position
+        self.select[0] = 0
+        self.last[0] = position
+        self.total[0] = position + 1
+        if self.counted:
+            self._place(position, 1, None)
+        self.session.run_with_iobinding(self.binding)
+        self.position = position + 1
+        return self.scores[0, 0]
+
+    def rewind(self, position: int) -> None:
+        self.position = position
+
+    def close(self) -> None:
+        del self.binding, self.session
