@@ -3,8 +3,8 @@ before and after, and beside it learning from the answers alone.
 
 Teacher and start are the quickstart's mixture and the average of its experts (merge: {experts:
 dense}); both arms begin with the same weights, see the same pictures in the same order and take the
-same steps. Pictures and questions are the training part of bench/tiny/cells.py; the task's 234
-pictures are in neither.
+same steps. ImageEmbeddings and questions are the training part of bench/tiny/cells.py; the task's
+234 pictures are in neither.
 
     python bench/distill_experts.py --data DATA --work DIR [--only distilled]
 """

@@ -30,7 +30,7 @@ from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, merge
@@ -63,7 +63,7 @@ def join_texts(work):
 
 def heldout(model, card):
     """int64 [WINDOWS, LENGTH] of a card's held-out texts."""
-    weights = Weights(open_checkpoint(model))
+    weights = CanonicalWeights(open_checkpoint(model))
     tokenizer = open_tokenizer(model, weights.decoder.vocab)
     stream = [
         token
@@ -78,7 +78,7 @@ def measured(model, teacher, windows):
     total = {"kl": 0.0, "cross_entropy": 0.0}
     for part in windows.split(8):
         ours, theirs = (
-            torch.log_softmax(logits(Weights(open_checkpoint(path)), part)[:, :-1], -1)
+            torch.log_softmax(logits(CanonicalWeights(open_checkpoint(path)), part)[:, :-1], -1)
             for path in (model, teacher)
         )
         total["kl"] += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
@@ -186,7 +186,7 @@ def main():
     started = time.perf_counter()
     windows = {card: heldout(options.model, card) for card in CARDS}
     join_texts(options.work)
-    weights = Weights(open_checkpoint(options.model))
+    weights = CanonicalWeights(open_checkpoint(options.model))
     cut_out = cut(
         weights,
         choose(weights, COMMON["layers"], None, None, None),

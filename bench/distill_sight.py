@@ -26,7 +26,7 @@ from edgemed.distillation.pruning import choose, cut
 from edgemed.distillation.teacher import Teacher
 from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import open_checkpoint
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill
@@ -52,7 +52,7 @@ def heldout(model, work):
     """{name: (tokens, labels, sights)} of the card's held-out rows, with the card's answers and
     with the teacher's own.
     """
-    weights = Weights(open_checkpoint(model))
+    weights = CanonicalWeights(open_checkpoint(model))
     rows = read_jsonl(read_card(CARD).file("heldout"))
     told = image_answers.written(
         weights, CARD, rows, Sampling(1.0, max_tokens=LENGTH), work / "heldout.jsonl"
@@ -73,9 +73,9 @@ def measured(model, teacher, parts):
         seen = sights.of(range(len(tokens)), "cpu")
         ours, theirs = (
             torch.log_softmax(
-                Teacher(Weights(open_checkpoint(path)))(torch.from_numpy(tokens), (), seen)[0][
-                    :, :-1
-                ][counted],
+                Teacher(CanonicalWeights(open_checkpoint(path)))(
+                    torch.from_numpy(tokens), (), seen
+                )[0][:, :-1][counted],
                 -1,
             ).double()
             for path in (model, teacher)
@@ -125,7 +125,7 @@ def main():
     options.work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     parts = heldout(options.model, options.work)
-    weights = Weights(open_checkpoint(options.model))
+    weights = CanonicalWeights(open_checkpoint(options.model))
     cut_out = cut(
         weights,
         choose(weights, COMMON["layers"], None, None, None),

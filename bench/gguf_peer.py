@@ -64,14 +64,14 @@ def prepare(work: Path) -> tuple[Path, Path]:
     from edgemed.data.text_sets import texts
     from edgemed.models.checkpoint import Writer, open_checkpoint
     from edgemed.models.random_weights import make_random
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     source = make_random("biomedlm", work / "source")
     folded = work / "folded"
     if (folded / "model.safetensors.index.json").is_file():
         return source.path, folded
     folded.mkdir()
-    weights = Weights(source, fold=True)
+    weights = CanonicalWeights(source, fold=True)
     config = {
         **weights.family.folded(source.config),
         "n_ctx": weights.decoder.context,

@@ -86,9 +86,9 @@ def outside(checkpoint: Path, peer: Path) -> None:
 
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.torch_decoder import logits
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
-    weights = Weights(open_checkpoint(checkpoint))
+    weights = CanonicalWeights(open_checkpoint(checkpoint))
     tokens = torch.randint(
         weights.decoder.vocab,
         (WINDOWS, min(WIDTH, weights.decoder.context)),

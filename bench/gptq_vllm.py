@@ -87,9 +87,9 @@ def ours(checkpoint: Path) -> tuple[list[list[int]], dict[str, Any]]:
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.tokenizer import encode, open_tokenizer
     from edgemed.models.torch_decoder import TorchSession
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
-    weights = Weights(open_checkpoint(checkpoint))
+    weights = CanonicalWeights(open_checkpoint(checkpoint))
     tokenizer = open_tokenizer(checkpoint, weights.decoder.vocab)
     session = TorchSession(weights)
     prompts = windows_of(

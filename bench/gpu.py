@@ -237,18 +237,18 @@ def measure_eyes(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str
     """
     from PIL import Image
 
-    from edgemed.onnx.vision_encoder import eyes_of
+    from edgemed.onnx.vision_encoder import open_vision
 
-    eyes = eyes_of(engine)
+    vision_encoder = open_vision(engine)
     random = np.random.default_rng(0)
     found = []
     for _ in range(plan["runs"] + 1):
-        tokens, _ = eyes.see(
-            [eyes.v.token],
+        tokens, _ = vision_encoder.see(
+            [vision_encoder.v.token],
             [Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8))],
         )
-        found.append(dict(eyes.seconds))
-    eyes.close()
+        found.append(dict(vision_encoder.seconds))
+    vision_encoder.close()
     return {
         "image": f"{side} x {side}",
         "features": len(tokens),
@@ -261,7 +261,7 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
     from edgemed.engines.engine import open_engine
     from edgemed.hardware import process_memory
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     if runtime == "llamacpp" and plan is REAL:
         import llama_cpp
@@ -274,9 +274,9 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
     before = nvml.memory()
     started = time.perf_counter()
     per_token = None
-    eyes = {}
+    vision_encoder = {}
     if runtime == "torch":
-        d = Weights(open_checkpoint(path)).decoder
+        d = CanonicalWeights(open_checkpoint(path)).decoder
         session = Torch(path, kind)
         vocab = d.vocab
         context = d.context
@@ -291,7 +291,7 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
     after = nvml.memory()
     session.close()
     if runtime != "torch" and engine.vision:
-        eyes = {"by_image": measure_eyes(engine, plan)}
+        vision_encoder = {"by_image": measure_eyes(engine, plan)}
     return {
         "load_seconds": load,
         "by_prompt": measured,
@@ -299,7 +299,7 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
         "host_peak_memory_bytes": process_memory.peak_memory(),
         "gpu_memory_bytes": None if before is None or after is None else after - before,
         "gpu_memory": "in use after the last round less before loading, all programs",
-        **eyes,
+        **vision_encoder,
     }
 
 

@@ -46,7 +46,7 @@ def main() -> None:
     from edgemed.engines.engine import export
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.torch_decoder import TorchSession
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,7 +58,7 @@ def main() -> None:
     checkpoint = open_checkpoint(source_model(args.work.resolve()))
     windows = held_out(checkpoint.path)
     source = {
-        card: list(answers(TorchSession(Weights(checkpoint), resident=True), rows))
+        card: list(answers(TorchSession(CanonicalWeights(checkpoint), resident=True), rows))
         for card, rows in windows.items()
     }
     rows = {}

@@ -34,7 +34,7 @@ from edgemed.inference.session import Session
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.plugins import load
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -270,7 +270,7 @@ def main() -> None:
     folder = arguments.work / f"tasks-{time.time_ns()}"
     folder.mkdir(parents=True)
     names = write_tasks(asked, folder.resolve())
-    weights = Weights(open_checkpoint(arguments.model))
+    weights = CanonicalWeights(open_checkpoint(arguments.model))
     facts: dict[str, Any] = {
         "lm_eval": metadata.version("lm_eval"),
         "threads": THREADS,

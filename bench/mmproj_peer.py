@@ -21,7 +21,7 @@ from records import save
 
 from edgemed.gguf import mmproj
 from edgemed.models.checkpoint import open_checkpoint
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 
 def fields(file: Path) -> dict[str, object]:
@@ -53,7 +53,7 @@ def main() -> None:
     source = args.work / "source"
     theirs = args.work / "theirs.gguf"
     source.mkdir(parents=True)
-    weights = Weights(open_checkpoint(args.checkpoint))
+    weights = CanonicalWeights(open_checkpoint(args.checkpoint))
     for file in args.checkpoint.iterdir():
         (source / file.name).symlink_to(file.resolve())
     if not (source / "preprocessor_config.json").exists():

@@ -71,7 +71,7 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
 
     from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
-    from edgemed.onnx.vision_encoder import eyes_of
+    from edgemed.onnx.vision_encoder import open_vision
 
     engine = open_engine(path)
     found = {"before": resident()}
@@ -87,14 +87,15 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
     session.prefill(ids[:PROMPT])
     found["prompt_peak_bytes"] = process_memory.peak_memory()
     if engine.vision:
-        eyes = eyes_of(engine, threads)
+        vision_encoder = open_vision(engine, threads)
         picture = Image.fromarray(
             np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8)
         )
         session.rewind(0)
         started = time.perf_counter()
-        tokens, pictures = eyes.see(
-            [eyes.v.token, *(n + (n >= eyes.v.token) for n in ids[:32])], [picture]
+        tokens, pictures = vision_encoder.see(
+            [vision_encoder.v.token, *(n + (n >= vision_encoder.v.token) for n in ids[:32])],
+            [picture],
         )
         session.prefill(tokens, pictures=pictures)
         found |= {

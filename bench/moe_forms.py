@@ -20,8 +20,8 @@ import onnxruntime as ort
 import torch
 from records import paired_ratio, save, spread
 
-from edgemed.models.architecture import Decoder
-from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.models.architecture import DecoderConfig
+from edgemed.models.weights import CanonicalWeights, Dense, Packed
 from edgemed.onnx.decoder_graph import Graph, Precision, mlp, one_mlp, shares, used
 from edgemed.onnx.ort_dialect import MS, OrtDialect
 from edgemed.planning.inspect import described
@@ -32,7 +32,7 @@ class Random:
     for and the same each time.
     """
 
-    def __init__(self, d: Decoder, biases: bool, bits: int, group: int):
+    def __init__(self, d: DecoderConfig, biases: bool, bits: int, group: int):
         self.decoder = d
         self.biases = biases
         self.bits = bits
@@ -314,7 +314,7 @@ def build(
 
 
 def main() -> None:
-    published = Weights(described(args.model))
+    published = CanonicalWeights(described(args.model))
     d = published.source
     d = replace(
         d,

@@ -42,7 +42,7 @@ class StockLoop:
         settings.warmup = False
         # What its own default, a trial during the warm-up on a large image, comes to on a CPU.
         settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.eyes = mtmd.mtmd_init_from_file(
+        self.vision_encoder = mtmd.mtmd_init_from_file(
             str(folder / "mmproj.gguf").encode(), self.model, settings
         )
         self.width = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
@@ -63,13 +63,17 @@ class StockLoop:
         )
         said = mtmd.mtmd_input_text(text.encode(), len(text.encode()), False, True)
         if mtmd.mtmd_tokenize(
-            self.eyes, chunks, ctypes.byref(said), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1
+            self.vision_encoder,
+            chunks,
+            ctypes.byref(said),
+            (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap),
+            1,
         ):
             raise SystemExit("mtmd_tokenize failed")
         tokenized = time.perf_counter()
         past = lib.llama_pos(0)
         if mtmd.mtmd_helper_eval_chunks(
-            self.eyes, self.ctx, chunks, 0, 0, BATCH, True, ctypes.byref(past)
+            self.vision_encoder, self.ctx, chunks, 0, 0, BATCH, True, ctypes.byref(past)
         ):
             raise SystemExit("mtmd_helper_eval_chunks failed")
         token = self._best()

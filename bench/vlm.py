@@ -101,13 +101,13 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
     from edgemed.evaluation.option_scoring import Reader
-    from edgemed.onnx.vision_encoder import eyes_of
+    from edgemed.onnx.vision_encoder import open_vision
 
     engine = open_engine(path)
     engine = replace(engine, params={**engine.params, "vision": eyes_on})
     started = time.perf_counter()
     session = engine.open(threads)
-    eyes = eyes_of(engine, threads)
+    vision_encoder = open_vision(engine, threads)
     opened = time.perf_counter() - started
     bare = bare_of(engine, session, threads)
     while order := pipe.recv():
@@ -116,12 +116,12 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
         reader = Reader(session)
         spent = {}
         started = time.perf_counter()
-        tokens, pictures = eyes.see(prompt(eyes.v, number), [picture])
+        tokens, pictures = vision_encoder.see(prompt(vision_encoder.v, number), [picture])
         seen = time.perf_counter()
         first = int(reader.read(tokens, pictures).argmax())
         spent |= {
             "ttft": time.perf_counter() - started,
-            **eyes.seconds,
+            **vision_encoder.seconds,
             "prefill": time.perf_counter() - seen,
         }
         held = session.position
@@ -135,13 +135,13 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
         session.rewind(held)
         # A second question about this image: its features are kept, and a reader that holds the
         # prompt reads only what is new.
-        second = prompt(eyes.v, number + 1000)
+        second = prompt(vision_encoder.v, number + 1000)
         started = time.perf_counter()
-        reader.read(*eyes.see(second, [picture]))
+        reader.read(*vision_encoder.see(second, [picture]))
         spent["second"] = time.perf_counter() - started
         session.rewind(0)
         started = time.perf_counter()
-        tokens, pictures = eyes.see(second, [picture])
+        tokens, pictures = vision_encoder.see(second, [picture])
         session.prefill(tokens, pictures=pictures)
         spent["second, prompt read anew"] = time.perf_counter() - started
         spent["bare decode"] = bare.run(new)
@@ -200,11 +200,11 @@ def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> Non
     from transformers import AutoModelForImageTextToText
 
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.vision.preprocessing import feature_count, patches
 
     torch.set_num_threads(threads)
-    v = Weights(open_checkpoint(path)).vision
+    v = CanonicalWeights(open_checkpoint(path)).vision
     started = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16).eval()
     opened = time.perf_counter() - started

@@ -84,7 +84,7 @@ def main() -> None:
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.random_weights import make_random
     from edgemed.models.torch_decoder import TorchSession
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.targets import onnx
 
     parser = argparse.ArgumentParser(
@@ -134,7 +134,7 @@ def main() -> None:
     windows = held_out(checkpoint.path)
     section = questions("section")
     source = {
-        card: list(answers(TorchSession(Weights(checkpoint), resident=True), rows))
+        card: list(answers(TorchSession(CanonicalWeights(checkpoint), resident=True), rows))
         for card, rows in windows.items()
     }
     base = evaluate_opened(

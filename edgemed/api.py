@@ -21,13 +21,13 @@ from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
 from edgemed.hardware import process_memory
 from edgemed.inference.decoding import Sampling, generate
-from edgemed.inference.session import Pictures, Session
+from edgemed.inference.session import ImageEmbeddings, Session
 from edgemed.models import lora
-from edgemed.models.architecture import Family
+from edgemed.models.architecture import Architecture
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import chat_text, encode
-from edgemed.models.weights import Weights
-from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.models.weights import CanonicalWeights
+from edgemed.onnx.vision_encoder import open_vision
 from edgemed.planning.inspect import inspect
 from edgemed.provenance import record
 from edgemed.vision.image_io import open_image
@@ -78,9 +78,11 @@ def export(
     adapted = {}
     if prompts and not checkpoint.random_weights:
         origin = open_model(source, out.parent) if source else checkpoint
-        seen = Weights(checkpoint).vision
+        seen = CanonicalWeights(checkpoint).vision
         spec = VerifySpec(prompts, **EXPORT_REFERENCE)
-        check_supported(target, Weights(checkpoint), built)  # before an hour of reference answers
+        check_supported(
+            target, CanonicalWeights(checkpoint), built
+        )  # before an hour of reference answers
         told = {}
         for one in (None, *(built.adapters or {}).items()):
             images = (
@@ -167,8 +169,8 @@ def evaluate_tasks(
     bases = []
     results = []
     every = [questions(task, spec.limit) for task in spec.tasks]
-    sees = any(asked.sees for asked in every)
-    model = start_engine(opened, sees, threads, adapter)
+    has_vision = any(asked.has_vision for asked in every)
+    model = start_engine(opened, has_vision, threads, adapter)
     name = opened.name
     key = opened.key
     manifest = store.read_manifest(opened.path)
@@ -178,7 +180,7 @@ def evaluate_tasks(
         name = f"{name}+{adapter}"
         key = source_key({"engine": key} | own)
     base_model = (
-        open_source(open_checkpoint(source), sees, adapter=_exported(opened, adapter, own))
+        open_source(open_checkpoint(source), has_vision, adapter=_exported(opened, adapter, own))
         if source
         else None
     )
@@ -291,13 +293,13 @@ def stream(
             "Use edgemed bench; it is good for latency and memory only",
         )
     pictures = [open_image(image) for image in images]
-    eyes = eyes_of(opened, threads) if pictures else None
+    vision_encoder = open_vision(opened, threads) if pictures else None
     text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
     v = vision_of(opened.vision) if opened.vision else None
     tokens = prompt_tokens(opened.tokenizer(), text, v)
     if v:
         check_places(tokens, v.token, len(pictures))
-    tokens, seen = eyes.see(tokens, pictures) if eyes else (tokens, None)
+    tokens, seen = vision_encoder.see(tokens, pictures) if vision_encoder else (tokens, None)
     session = opened.open(threads, adapter)
     try:
         yield from _words(opened, session, tokens, sampling, seen)
@@ -311,7 +313,7 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
     """
     if template == "none":
         return text
-    family: Family = plugins.load("families", engine.family).FAMILY
+    family: Architecture = plugins.load("families", engine.family).FAMILY
     known = [
         name for name, there in (("chat", family.chat), ("reasoning", family.reasoning)) if there
     ] + ["none"]
@@ -331,7 +333,7 @@ def _words(
     session: Session,
     tokens: Sequence[int],
     sampling: Sampling,
-    pictures: Pictures | None = None,
+    pictures: ImageEmbeddings | None = None,
 ) -> Iterator[str]:
     tokenizer = engine.tokenizer()
     found = []

@@ -230,7 +230,7 @@ def write_pictures(folder: Path, question: str) -> str:
     return str(folder / "rows.jsonl")
 
 
-def write_seeing(path: Path, **config: object) -> Path:
+def write_vision_model(path: Path, **config: object) -> Path:
     """A tiny model that sees, whose tokenizer knows the tokens around an image."""
     from tokenizers import Tokenizer
 
@@ -252,10 +252,12 @@ def write_seeing(path: Path, **config: object) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with room for an image of its largest size."""
     pytest.importorskip("torch")
-    return write_seeing(tmp_path_factory.mktemp("sees") / "model", max_position_embeddings=1024)
+    return write_vision_model(
+        tmp_path_factory.mktemp("sees") / "model", max_position_embeddings=1024
+    )
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

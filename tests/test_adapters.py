@@ -21,7 +21,7 @@ from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.lora import FOLDED, Adapted, read_lora
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.steps import merge, quantize
@@ -38,7 +38,7 @@ TARGETS = {
     "qwen2": ["q_proj", "k_proj", "v_proj", "up_proj"],
 }
 IDS = tokens(60)
-EXACT = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
+FP32_TOLERANCE = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
 QUICKSTART = ROOT / "recipes" / "quickstart"
 
 
@@ -86,14 +86,19 @@ def case(request, tmp_path_factory):
     return model, {name: str(folder / name) for name in configs}, scores
 
 
-@pytest.mark.parametrize("target", EXACT)
+@pytest.mark.parametrize("target", FP32_TOLERANCE)
 def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path):
     model, adapters, scores = case
     module = plugins.load("targets", target)
     checkpoint = open_checkpoint(model)
-    plain = export(checkpoint, target, module.Params(**EXACT[target]), tmp_path / "plain").open(1)
+    plain = export(
+        checkpoint, target, module.Params(**FP32_TOLERANCE[target]), tmp_path / "plain"
+    ).open(1)
     engine = export(
-        checkpoint, target, module.Params(**EXACT[target], adapters=adapters), tmp_path / "engine"
+        checkpoint,
+        target,
+        module.Params(**FP32_TOLERANCE[target], adapters=adapters),
+        tmp_path / "engine",
     )
     assert tuple(engine.adapters) == ("first", "second")
     assert open_engine(tmp_path / "engine", check=True) == engine
@@ -118,7 +123,7 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
         merged = export(
             open_checkpoint(merged_folder),
             target,
-            module.Params(**EXACT[target]),
+            module.Params(**FP32_TOLERANCE[target]),
             tmp_path / f"engine-{name}",
         ).open(1)
         assert np.abs(merged.prefill(IDS, every=True) - found).max() < bound * np.abs(right).max()
@@ -134,13 +139,13 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
         opened.close()
 
 
-@pytest.mark.parametrize("target", EXACT)
+@pytest.mark.parametrize("target", FP32_TOLERANCE)
 def test_a_switch_forgets_the_cache_and_staying_keeps_it(case, target, tmp_path):
     model, adapters, scores = case
     engine = export(
         open_checkpoint(model),
         target,
-        plugins.load("targets", target).Params(**EXACT[target], adapters=adapters),
+        plugins.load("targets", target).Params(**FP32_TOLERANCE[target], adapters=adapters),
         tmp_path / "engine",
     )
     session = engine.open(1, "first")
@@ -202,7 +207,7 @@ class Rounded(Adapted):
         from edgemed.models.weights import Dense
         from edgemed.quantization.grids import rtn
 
-        exact = Weights.matrix(self, name)
+        exact = CanonicalWeights.matrix(self, name)
         if name == "lm_head":
             return Dense(on_q8_grid(exact.dense()), exact.bias)
         q, scales = rtn(exact.dense(), 4, 32)
@@ -238,14 +243,16 @@ def test_factors_follow_what_a_quantize_step_folds(tmp_path):
     right = logits(source, torch.tensor([IDS]))[0]
     found = logits(Adapted(packed, "a", str(tmp_path / "adapter")), torch.tensor([IDS]))[0]
     base = (
-        logits(Weights(packed), torch.tensor([IDS]))[0]
-        - logits(Weights(open_checkpoint(model)), torch.tensor([IDS]))[0]
+        logits(CanonicalWeights(packed), torch.tensor([IDS]))[0]
+        - logits(CanonicalWeights(open_checkpoint(model)), torch.tensor([IDS]))[0]
     )
     assert (found - right).abs().max() < 3 * base.abs().max(), (
         "with the factor forgotten it is many times the rounding"
     )
     plain = source.factors["layers.1.qkv"]
-    folded = read_lora(Weights(packed), "a", str(tmp_path / "adapter")).factors["layers.1.qkv"]
+    folded = read_lora(CanonicalWeights(packed), "a", str(tmp_path / "adapter")).factors[
+        "layers.1.qkv"
+    ]
     assert torch.allclose(plain[1][:64] / 2, folded[1][:64])
     assert torch.equal(plain[1][64:], folded[1][64:])
 
@@ -279,7 +286,9 @@ def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
     with pytest.raises(
         EdgemedError, match="inputs were rescaled when it was quantized.*gptq or rtn"
     ):
-        read_lora(Weights(open_checkpoint(tmp_path / "packed")), "a", str(tmp_path / "adapter"))
+        read_lora(
+            CanonicalWeights(open_checkpoint(tmp_path / "packed")), "a", str(tmp_path / "adapter")
+        )
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])
@@ -313,7 +322,7 @@ def test_a_base_that_an_older_step_quantized_is_refused(tmp_path, method):
     assert config.pop(FOLDED)
     (packed / "config.json").write_text(json.dumps(config))
     with pytest.raises(EdgemedError, match="before edgemed wrote down what it folds"):
-        read_lora(Weights(open_checkpoint(packed)), "a", str(tmp_path / "adapter"))
+        read_lora(CanonicalWeights(open_checkpoint(packed)), "a", str(tmp_path / "adapter"))
 
 
 def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
@@ -324,7 +333,7 @@ def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
     from edgemed.data.text_sets import texts
     from edgemed.models.tokenizer import encode
 
-    for target, params in EXACT.items():
+    for target, params in FP32_TOLERANCE.items():
         module = plugins.load("targets", target)
         session = export(
             checkpoint,

@@ -29,7 +29,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import ADAPTER, open_checkpoint
 from edgemed.models.lora import FOLDED, OWN_BASE, answering, read_lora
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, merge, quantize
@@ -42,7 +42,7 @@ CASES = {
     "grouped": ("llama", {"num_key_value_heads": 1}, "rtn"),
     "rescaled": ("gpt2", {}, "awq"),
 }
-EXACT = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
+FP32_TOLERANCE = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
 CARRIED = {"onnx": {"accuracy_level": 1}, "llamacpp": {"from_checkpoint": True}}
 
 
@@ -109,7 +109,7 @@ def pefts(folder: Path, work: Path) -> np.ndarray:
     """Scores float32 [60, vocab] of peft's model: the integers as floats, and the adapter in `out`
     on them.
     """
-    weights = Weights(open_checkpoint(folder / "packed"))
+    weights = CanonicalWeights(open_checkpoint(folder / "packed"))
     base = student.load(weights, quantized_student.expanded(weights, work / "expanded"))
     model = peft.PeftModel.from_pretrained(base, folder / "out" / "adapters" / "qad").eval()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def pefts(folder: Path, work: Path) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("target", EXACT)
+@pytest.mark.parametrize("target", FP32_TOLERANCE)
 def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
     case: Path, target: str, tmp_path: Path
 ) -> None:
@@ -129,7 +129,7 @@ def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
         np.abs(logits(answering(trained), torch.tensor([IDS]))[0].numpy() - right).max()
         < 1e-4 * np.abs(right).max()
     )
-    engine = export(trained, target, module.Params(**EXACT[target]), tmp_path / "engine")
+    engine = export(trained, target, module.Params(**FP32_TOLERANCE[target]), tmp_path / "engine")
     assert list(engine.adapters) == ["qad"]
     assert engine.default == "qad"
     session = engine.open(1)
@@ -137,7 +137,9 @@ def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
     session.use(None)
     base = session.prefill(IDS, every=True).copy()
     session.close()
-    rounded = logits(Weights(open_checkpoint(case / "packed")), torch.tensor([IDS]))[0].numpy()
+    rounded = logits(CanonicalWeights(open_checkpoint(case / "packed")), torch.tensor([IDS]))[
+        0
+    ].numpy()
     bound = 5e-3 if target == "llamacpp" else 1e-5
     assert np.abs(right - rounded).max() > 0.2 * np.abs(right).max(), (
         "the adapter changes little, so little would be tested"
@@ -179,7 +181,7 @@ def test_what_is_folded_into_the_base_is_not_folded_into_its_own_adapter(case: P
     """The training saw the folded q rows; on the float base the same file would have to be folded,
     and is refused there instead.
     """
-    packed = Weights(open_checkpoint(case / "packed"))
+    packed = CanonicalWeights(open_checkpoint(case / "packed"))
     factors = read_lora(packed, "a", str(case / "out" / "adapters" / "qad")).factors
     raw = peft.load_peft_weights(str(case / "out" / "adapters" / "qad"))
     name = next(
@@ -291,10 +293,12 @@ def test_the_divergence_falls_and_nothing_but_the_adapter_is_trained(
         "parameters": factors,
         "bytes": factors * {"float32": 4, "float16": 2}[dtype],
     }
-    right = torch.log_softmax(logits(Weights(open_checkpoint(model)), torch.tensor([IDS])), -1)
+    right = torch.log_softmax(
+        logits(CanonicalWeights(open_checkpoint(model)), torch.tensor([IDS])), -1
+    )
     without, with_it = (
         float((right.exp() * (right - torch.log_softmax(logits(w, torch.tensor([IDS])), -1))).sum())
-        for w in (Weights(out), answering(out))
+        for w in (CanonicalWeights(out), answering(out))
     )
     assert without != with_it
     with pytest.raises(EdgemedError, match="has been trained with a LoRA beside it"):

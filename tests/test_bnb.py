@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import cli, refused, rewrite, tokens, write_model, write_seeing
+from conftest import cli, refused, rewrite, tokens, write_model, write_vision_model
 
 from edgemed import plugins
 from edgemed.artifacts import store
@@ -19,7 +19,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models import bitsandbytes
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.inspect import inspect
 from edgemed.steps import merge, quantize
 
@@ -95,7 +95,7 @@ def test_transformers_loads_it_and_would_have_made_the_same(case, tmp_path):
 
 def test_it_is_read_as_transformers_computes_it(case):
     model, ours, notes, options = case
-    weights = Weights(open_checkpoint(ours))
+    weights = CanonicalWeights(open_checkpoint(ours))
     loaded = load(ours)
     found = logits(weights, IDS)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_it_is_read_as_transformers_computes_it(case):
     # Its products round more than weights: LLM.int8() the activations to 8 bits, 4-bit kernels of
     # some CPUs activations and scales to bfloat16.
     assert (found - rounded).abs().max() < 0.08 * right.abs().max()
-    source = Weights(open_checkpoint(model))
+    source = CanonicalWeights(open_checkpoint(model))
     for name, part in weights.parts.items():
         if name.startswith("layers.") and part.kind == "matrix":
             error = float(
@@ -173,7 +173,7 @@ def test_engines_take_it_expanded_and_say_so(tmp_path, capsys, target, params, p
         in said
     )
     if precision != "int4 g32":
-        right = logits(Weights(checkpoint), IDS)[0].numpy()
+        right = logits(CanonicalWeights(checkpoint), IDS)[0].numpy()
         session = engine.open(1)
         assert np.abs(session.prefill(IDS[0].tolist(), every=True) - right).max() < 1e-4
         session.close()
@@ -216,7 +216,9 @@ def test_wrong_requests_are_refused(tmp_path):
     )
     reason("double_quant has no effect with bnb-int8", method="bnb-int8", double_quant=True)
     reason(
-        "has a vision tower.*gptq, awq or rtn", write_seeing(tmp_path / "sees"), method="bnb-nf4"
+        "has a vision tower.*gptq, awq or rtn",
+        write_vision_model(tmp_path / "sees"),
+        method="bnb-nf4",
     )
     reason(
         "rows of 96 weights are no multiple of 64.*bnb-int8",
@@ -284,11 +286,11 @@ def test_damaged_layouts_are_refused(tmp_path):
     for name, (change, match) in damages.items():
         damaged = rewrite(tmp_path / "nf4", tmp_path / name, change)
         with pytest.raises(EdgemedError, match=match):
-            logits(Weights(open_checkpoint(damaged)), IDS)
+            logits(CanonicalWeights(open_checkpoint(damaged)), IDS)
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "hqq"
     (tmp_path / "nf4" / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         EdgemedError, match="'hqq', which edgemed does not read. Known: gptq, bitsandbytes"
     ):
-        Weights(open_checkpoint(tmp_path / "nf4"))
+        CanonicalWeights(open_checkpoint(tmp_path / "nf4"))

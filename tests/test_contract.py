@@ -28,10 +28,10 @@ from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.task import Task, describe, questions
 from edgemed.inference.decoding import Sampling, generate
-from edgemed.models.architecture import Decoder, Family, all_families
+from edgemed.models.architecture import Architecture, DecoderConfig, all_families
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession, logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import PATH_KEYS, read_recipe
 
 FAMILIES, STEPS, TARGETS, TASKS = (
@@ -56,12 +56,12 @@ def filled(value: object) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_value(name: str) -> None:
     family = plugins.load("families", name).FAMILY
-    assert isinstance(family, Family)
+    assert isinstance(family, Architecture)
     assert family.name == name
     assert family.model_types
     filled(family)
     d = family.decoder(family.reference_config, {})
-    assert isinstance(d, Decoder)
+    assert isinstance(d, DecoderConfig)
     assert len(d.score_scale) == d.layers
     assert d.heads % d.kv_heads == 0
     parts = family.parts(d)
@@ -101,7 +101,7 @@ def transformers_model(name: str, auto: str, path: Path, dtype: str = "float32",
 def compare(path: Path, model, head: bool = False) -> None:
     with torch.inference_mode():
         right = model(input_ids=torch.tensor([IDS])).logits[0]
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     found = logits(weights, torch.tensor([IDS]))[0]
     found = found[-1] if head else found
     assert (found - right.reshape(found.shape)).abs().max() < 1e-4
@@ -134,7 +134,7 @@ def test_family_classes_head_equals_transformers(name: str, tmp_path: Path) -> N
     model = transformers_model(
         name, all_families()[name].auto_classes["classes"], tmp_path, num_labels=3
     )
-    weights = Weights(open_checkpoint(tmp_path))
+    weights = CanonicalWeights(open_checkpoint(tmp_path))
     assert (weights.decoder.head, weights.decoder.head_size) == ("classes", 3)
     compare(tmp_path, model, head=True)
 
@@ -182,11 +182,11 @@ def test_family_key_prefixes_and_file_kinds(name: str, tmp_path: Path) -> None:
 def test_folding_changes_no_score(name: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", family=name)
     plain, folded = (
-        logits(Weights(open_checkpoint(path), fold=fold), torch.tensor([IDS]))
+        logits(CanonicalWeights(open_checkpoint(path), fold=fold), torch.tensor([IDS]))
         for fold in (False, True)
     )
     assert (plain - folded).abs().max() < 1e-4
-    d = Weights(open_checkpoint(path), fold=True).decoder
+    d = CanonicalWeights(open_checkpoint(path), fold=True).decoder
     assert set(d.score_scale) == {d.head_dim**-0.5}
 
 
@@ -223,9 +223,9 @@ def check_params(module: ModuleType) -> None:
 def test_target_module(name: str) -> None:
     module = plugins.load("targets", name)
     check_params(module)
-    assert isinstance(module.EXACT, dict)
-    assert module.EXACT
-    assert all(0 < error < 0.1 for error in module.EXACT.values())
+    assert isinstance(module.FP32_TOLERANCE, dict)
+    assert module.FP32_TOLERANCE
+    assert all(0 < error < 0.1 for error in module.FP32_TOLERANCE.values())
     assert isinstance(module.label(module.Params()), str)
     assert isinstance(module.self_check(), str)
     runtime, extra = module.RUNTIME
@@ -274,9 +274,9 @@ def exact_params(name: str, model: Path, folder: Path):
             if typing.get_origin(arg) is typing.Literal
             for c in typing.get_args(arg)
         ):
-            if str(choice).upper() in {precision.upper() for precision in module.EXACT}:
+            if str(choice).upper() in {precision.upper() for precision in module.FP32_TOLERANCE}:
                 return module.Params(**{field: choice})
-    raise AssertionError(f"{name}: no parameter gives one of {list(module.EXACT)}")
+    raise AssertionError(f"{name}: no parameter gives one of {list(module.FP32_TOLERANCE)}")
 
 
 @pytest.fixture(
@@ -291,21 +291,25 @@ def exact(
     folder = tmp_path_factory.mktemp("exact")
     path = write_model(folder / "model", family=family)
     if reason := plugins.load("targets", target).supports(
-        Weights(open_checkpoint(path)), exact_params(target, path, folder)
+        CanonicalWeights(open_checkpoint(path)), exact_params(target, path, folder)
     ):
         pytest.skip(f"{target} does not take {family}: {reason}")
     engine = export(
         open_checkpoint(path), target, exact_params(target, path, folder), folder / "engine"
     )
     ids = tokens(CONTEXT, seed=2)
-    return engine, logits(Weights(open_checkpoint(path)), torch.tensor([ids]))[0].numpy(), ids
+    return (
+        engine,
+        logits(CanonicalWeights(open_checkpoint(path)), torch.tensor([ids]))[0].numpy(),
+        ids,
+    )
 
 
 def test_exact_engine_speaks_the_session_protocol(
     exact: tuple[Engine, np.ndarray, list[int]],
 ) -> None:
     engine, right, ids = exact
-    bound = plugins.load("targets", engine.target).EXACT[engine.precision]
+    bound = plugins.load("targets", engine.target).FP32_TOLERANCE[engine.precision]
     session = engine.open(1)
     try:
         assert (session.head, session.width, session.context, session.position) == (
@@ -340,7 +344,7 @@ def test_exact_engine_speaks_the_session_protocol(
 
 def test_exact_engine_gives_every_greedy_token(exact: tuple[Engine, np.ndarray, list[int]]) -> None:
     engine, _, ids = exact
-    source = TorchSession(Weights(open_checkpoint(engine.path.parent / "model")))
+    source = TorchSession(CanonicalWeights(open_checkpoint(engine.path.parent / "model")))
     session = engine.open(1)
     try:
         for start in range(0, 60, 20):
@@ -465,7 +469,7 @@ def test_images_of_a_task_open(name: str) -> None:
     pytest.importorskip("PIL")
     for spec in (name, *(f"{name}/{part}" for part in plugins.load("tasks", name).TASK.parts)):
         asked = questions(spec)
-        assert asked.sees
+        assert asked.has_vision
         assert all(example.images for example in asked.examples)
         for example in (asked.examples[0], asked.examples[-1]):
             assert all(

@@ -23,7 +23,7 @@ from conftest import (
     tokens,
     write_model,
     write_pictures,
-    write_seeing,
+    write_vision_model,
 )
 
 torch = pytest.importorskip("torch")
@@ -41,7 +41,7 @@ from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.quantization.importance_matrix import importance
@@ -196,12 +196,12 @@ def lesson(teacher: Path, **changes: object) -> Lesson:
         np.concatenate([rows, rows]),
         np.concatenate([rows, rows]),
         2,
-        Teacher(Weights(open_checkpoint(teacher))),
+        Teacher(CanonicalWeights(open_checkpoint(teacher))),
     )
 
 
 def student_of(path: Path, pairs: tuple[tuple[int, int], ...] = ()) -> torch.nn.Module:
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     return pupil(
         load(weights),
         weights.decoder.layers,
@@ -241,7 +241,9 @@ def test_the_batch_loss_mixes_temperature_labels_and_hidden_states(
 
 
 def test_held_out_values_are_kl_and_cross_entropy(teacher: Path, model: Path) -> None:
-    z_p, z_q = (logits(Weights(open_checkpoint(path)), IDS)[:, :-1] for path in (teacher, model))
+    z_p, z_q = (
+        logits(CanonicalWeights(open_checkpoint(path)), IDS)[:, :-1] for path in (teacher, model)
+    )
     found = measure(lesson(teacher), student_of(model), 1, "cpu")
     assert found["kl"] == pytest.approx(
         float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-5
@@ -257,7 +259,7 @@ def test_a_teacher_gives_transformers_scores_and_hidden_states(teacher: Path) ->
         right = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)(
             input_ids=IDS, output_hidden_states=True
         )
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     resident = Teacher(weights)
     streamed = Teacher(weights)
     streamed.layers = None
@@ -282,7 +284,7 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
     # own probabilities.
     begin = IDS[:1, :9].expand(512, 9)
     counts = torch.bincount(sample(ours, begin, 8, VOCAB, 0)[:, 8], minlength=VOCAB) / 512
-    p = torch.softmax(logits(Weights(open_checkpoint(model)), IDS[:1, :8])[0, -1], -1)
+    p = torch.softmax(logits(CanonicalWeights(open_checkpoint(model)), IDS[:1, :8])[0, -1], -1)
     assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / 512)
     assert int(sample(ours, begin, 8, 5, 0)[:, 8:].max()) < 5, (
         "a token that the teacher does not have"
@@ -291,7 +293,9 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
     place = 3
     found = batch_loss(lesson(teacher, on_policy=1.0, labels=0.5), ours, [0, 1], place, "cpu")
     rows = sample(ours, IDS, 8, VOCAB, place)
-    z_p, z_q = (logits(Weights(open_checkpoint(path)), rows)[:, 7:-1] for path in (teacher, model))
+    z_p, z_q = (
+        logits(CanonicalWeights(open_checkpoint(path)), rows)[:, 7:-1] for path in (teacher, model)
+    )
     assert found.item() == pytest.approx(
         float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-4
     )
@@ -302,7 +306,7 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
 
 def shape_of(path: Path, **asked: object) -> cutting.Shape:
     return cutting.choose(
-        Weights(open_checkpoint(path)),
+        CanonicalWeights(open_checkpoint(path)),
         asked.get("layers", ()),
         asked.get("ffn"),
         asked.get("heads"),
@@ -313,9 +317,9 @@ def shape_of(path: Path, **asked: object) -> cutting.Shape:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "phi", "stablelm"])
 def test_nothing_cut_is_the_same_model(family: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", family=family)
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     student = cutting.cut(weights, shape_of(path), tmp_path / "student", [])
-    assert (logits(Weights(student), IDS) - logits(weights, IDS)).abs().max() == 0
+    assert (logits(CanonicalWeights(student), IDS) - logits(weights, IDS)).abs().max() == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "phi", "stablelm"])
@@ -328,8 +332,8 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
 
     sizes = {"n_layer": 5} if family == "gpt2" else {"num_hidden_layers": 5}
     path = write_model(tmp_path / "model", family=family, **sizes)
-    weights = Weights(open_checkpoint(path))
-    student = Weights(
+    weights = CanonicalWeights(open_checkpoint(path))
+    student = CanonicalWeights(
         cutting.cut(weights, shape_of(path, layers=(0, 3, 4)), tmp_path / "student", [])
     )
     assert student.decoder.layers == 3
@@ -363,9 +367,11 @@ def test_what_adds_nothing_is_cut_first(tmp_path: Path) -> None:
         tmp_path / "full", family="llama", num_attention_heads=4, num_key_value_heads=2
     )
     path = rewrite(full, tmp_path / "model", dead)
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     shape = shape_of(path, ffn=128 - len(range(1, 128, 3)), heads=2)
-    student = Weights(cutting.cut(weights, shape, tmp_path / "student", [tokens(32, seed=4)]))
+    student = CanonicalWeights(
+        cutting.cut(weights, shape, tmp_path / "student", [tokens(32, seed=4)])
+    )
     assert (
         student.decoder.heads,
         student.decoder.kv_heads,
@@ -376,7 +382,7 @@ def test_what_adds_nothing_is_cut_first(tmp_path: Path) -> None:
 
 
 def test_importance_is_the_rule_in_the_docs(teacher: Path) -> None:
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     windows = [tokens(32, seed=5)]
     kept = cutting.kept(weights, shape_of(teacher, ffn=100), windows)
     squares = importance(weights, windows)
@@ -392,7 +398,7 @@ def test_target_params_is_kept_and_nearly_reached(family: str) -> None:
     from edgemed.models.architecture import all_families
     from edgemed.planning.inspect import described
 
-    weights = Weights(described(all_families()[family].reference_name))
+    weights = CanonicalWeights(described(all_families()[family].reference_name))
     d = weights.source
     whole = cutting.parameters(weights.family, weights.source)
     for share in (0.9, 0.5, 0.3):
@@ -434,7 +440,7 @@ def test_numbers_with_units() -> None:
 
 
 def test_the_cache_gives_what_the_teacher_says(teacher: Path, tmp_path: Path) -> None:
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     windows = np.array([tokens(24, seed=n) for n in range(CHUNK + 3)], np.int32)
     cache = Cache(tmp_path / "cache", windows, VOCAB, 20, 2.0)
     assert cache.nbytes == windows.size * (20 * (2 + 2) + 8)
@@ -458,7 +464,7 @@ def test_the_cache_gives_what_the_teacher_says(teacher: Path, tmp_path: Path) ->
 def test_the_cache_goes_on_after_a_kill_and_is_bounded(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     windows = np.array([tokens(16, seed=n) for n in range(2 * CHUNK)], np.int32)
     cache = Cache(tmp_path / "cache", windows, VOCAB, 8, 1.0)
     with pytest.raises(
@@ -483,7 +489,7 @@ def test_the_cache_goes_on_after_a_kill_and_is_bounded(
 
 
 def test_what_a_teacher_writes_is_kept_line_by_line(teacher: Path, tmp_path: Path) -> None:
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     some = ["one text of many", "another one", "and a third text"]
     rows = written(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "a.jsonl")
     assert [row["prompt"] for row in rows] == ["one ", "anot", "and "]
@@ -527,7 +533,7 @@ def test_every_kind_of_run_comes_nearer_to_the_teacher(
     ), "the best checkpoint is what was kept"
     assert (notes["bound"] is None) == (name != "top-k")
     assert notes["tokens"] == 12 * 4 * 48 * params.accumulate
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     with torch.no_grad():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(
             input_ids=IDS
@@ -650,9 +656,9 @@ verify: {{prompts: pubmedqa-sections, count: 2, width: 48, prompt: 8, new: 8}}
 
 
 @pytest.fixture(scope="module")
-def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("PIL")
-    path = write_seeing(tmp_path_factory.mktemp("sees") / "model", num_hidden_layers=4)
+    path = write_vision_model(tmp_path_factory.mktemp("sees") / "model", num_hidden_layers=4)
     (path / "preprocessor_config.json").write_text(
         json.dumps({"min_pixels": 28 * 28, "max_pixels": 56 * 56})
     )
@@ -668,19 +674,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 SEEN = {"length": 192, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 5}
 
 
-def test_student_and_teacher_see_what_the_reference_sees(sees: Path, pictures: str) -> None:
+def test_student_and_teacher_see_what_the_reference_sees(vision_model: Path, pictures: str) -> None:
     """The training graphs of both, on windows with one or two images, against TorchSession, which
     is held against transformers.
     """
     from edgemed.data.image_text_windows import look, pictured
-    from edgemed.inference.session import Pictures
+    from edgemed.inference.session import ImageEmbeddings
     from edgemed.models.torch_decoder import TorchSession
 
-    weights = Weights(open_checkpoint(sees))
+    weights = CanonicalWeights(open_checkpoint(vision_model))
     rows = pictured(pictures)[5:8]
     tokens, labels, sights = look(weights, pictures, rows, 192, 10**9)
     teacher = Teacher(weights)
-    ours = student_of(sees)
+    ours = student_of(vision_model)
     with torch.no_grad():
         found = list(
             (
@@ -698,7 +704,9 @@ def test_student_and_teacher_see_what_the_reference_sees(sees: Path, pictures: s
         right = session.prefill(
             tokens[n, :end].tolist(),
             every=True,
-            pictures=Pictures(sights.features[n], sights.positions[n, :, :end], sights.token),
+            pictures=ImageEmbeddings(
+                sights.features[n], sights.positions[n, :, :end], sights.token
+            ),
         )
         assert all(np.abs(scores[n, :end].numpy() - right).max() < 1e-4 for scores in found)
     swapped = (
@@ -721,13 +729,13 @@ def test_student_and_teacher_see_what_the_reference_sees(sees: Path, pictures: s
     ids=["layers", "hidden", "lora"],
 )
 def test_a_model_that_sees_is_distilled_on_images(
-    changes: dict, sees: Path, pictures: str, tmp_path: Path
+    changes: dict, vision_model: Path, pictures: str, tmp_path: Path
 ) -> None:
-    path, notes = run(sees, tmp_path / "out", small(pictures, **{**SEEN, **changes}))
+    path, notes = run(vision_model, tmp_path / "out", small(pictures, **{**SEEN, **changes}))
     assert notes["after"]["kl"] < 0.9 * notes["before"]["kl"]
     assert notes["windows"]["held_out"] == 2
-    before = Weights(open_checkpoint(sees))
-    after = Weights(open_checkpoint(path))
+    before = CanonicalWeights(open_checkpoint(vision_model))
+    after = CanonicalWeights(open_checkpoint(path))
     assert after.decoder.layers == 2, "the images are resized as before"
     assert after.vision == before.vision, "the images are resized as before"
     name = "vision.layers.1.up"
@@ -738,16 +746,18 @@ def test_a_model_that_sees_is_distilled_on_images(
     assert len(manifest["inputs"]["images"]) == 64
 
 
-def test_another_model_that_sees_can_teach(sees: Path, pictures: str, tmp_path: Path) -> None:
+def test_another_model_that_sees_can_teach(
+    vision_model: Path, pictures: str, tmp_path: Path
+) -> None:
     student = write_model(tmp_path / "student", family="qwen2_vl", seed=5)
     for name in ("tokenizer.json", "preprocessor_config.json"):
-        (student / name).write_bytes((sees / name).read_bytes())
-    _, notes = run(student, tmp_path / "out", small(pictures, **SEEN, teacher=str(sees)))
+        (student / name).write_bytes((vision_model / name).read_bytes())
+    _, notes = run(student, tmp_path / "out", small(pictures, **SEEN, teacher=str(vision_model)))
     assert notes["after"]["kl"] < notes["before"]["kl"]
 
 
 def test_bad_input_with_images(
-    sees: Path, teacher: Path, pictures: str, text: str, tmp_path: Path
+    vision_model: Path, teacher: Path, pictures: str, text: str, tmp_path: Path
 ) -> None:
     wrong(
         teacher,
@@ -756,14 +766,14 @@ def test_bad_input_with_images(
         small(pictures, layers=(2,)),
     )
     wrong(
-        sees,
+        vision_model,
         tmp_path,
         "row '0' is .* tokens long, length is 40",
         small(pictures, **{**SEEN, "length": 40}, layers=(2,)),
     )
-    wrong(sees, tmp_path, "only layers can be left out", small(pictures, **SEEN, ffn=64))
+    wrong(vision_model, tmp_path, "only layers can be left out", small(pictures, **SEEN, ffn=64))
     wrong(
-        sees,
+        vision_model,
         tmp_path,
         "the image features of 1 rows take",
         small(pictures, **SEEN, layers=(2,), cache_limit="1KB"),
@@ -772,9 +782,11 @@ def test_bad_input_with_images(
     rows.write_text(
         json.dumps({"id": 1, "image": "gone.png", "question": "?", "answer": "!"}) + "\n"
     )
-    wrong(sees, tmp_path, "image 'gone.png' is not in", small(str(rows), layers=(2,)))
+    wrong(vision_model, tmp_path, "image 'gone.png' is not in", small(str(rows), layers=(2,)))
     rows.write_text(json.dumps({"id": 1, "image": "gone.png", "question": "?"}) + "\n")
-    wrong(sees, tmp_path, "row 1 is no question about an image", small(str(rows), layers=(2,)))
+    wrong(
+        vision_model, tmp_path, "row 1 is no question about an image", small(str(rows), layers=(2,))
+    )
 
 
 # --- bad input, one line each

@@ -23,10 +23,10 @@ from edgemed.distillation.objective import pupil
 from edgemed.distillation.student import load
 from edgemed.distillation.teacher import Teacher
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Pictures
+from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, merge
@@ -85,7 +85,7 @@ def test_both_see_what_the_reference_sees(teacher: Path, dense: Path, pictures: 
     """
     rows = pictured(pictures)[:2]
     for path, is_student in ((teacher, False), (dense, True)):
-        weights = Weights(open_checkpoint(path))
+        weights = CanonicalWeights(open_checkpoint(path))
         tokens, labels, sights = look(weights, pictures, rows, 224, 10**9)
         assert (tokens == weights.vision.token).any()
         assert weights.vision.token >= weights.decoder.vocab
@@ -102,7 +102,7 @@ def test_both_see_what_the_reference_sees(teacher: Path, dense: Path, pictures: 
             )
         for n in range(2):
             end = np.flatnonzero(labels[n] != -100)[-1] + 1
-            seen = Pictures(sights.features[n], sights.positions[n, :, :end], sights.token)
+            seen = ImageEmbeddings(sights.features[n], sights.positions[n, :, :end], sights.token)
             assert (
                 np.abs(
                     found[n, :end].numpy()
@@ -133,13 +133,16 @@ def test_the_dense_model_comes_nearer_to_its_experts(
     before = load_file(dense / "model.safetensors")
     after = load_file(path / "model.safetensors")
     assert set(after) == {key for key in before if not key.endswith("position_ids")}
-    eyes = [key for key in after if "image_tower" in key or "mm_projector" in key]
-    assert eyes
-    assert all(torch.equal(after[key], before[key]) for key in eyes)
+    vision_encoder = [key for key in after if "image_tower" in key or "mm_projector" in key]
+    assert vision_encoder
+    assert all(torch.equal(after[key], before[key]) for key in vision_encoder)
     assert not torch.equal(
         after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"]
     )
-    assert Weights(open_checkpoint(path)).decoder == Weights(open_checkpoint(dense)).decoder
+    assert (
+        CanonicalWeights(open_checkpoint(path)).decoder
+        == CanonicalWeights(open_checkpoint(dense)).decoder
+    )
     assert not any(ROUTER in key for key in after)
     assert any(name.startswith("teacher/") for name in store.read_manifest(path)["inputs"])
 

@@ -20,7 +20,7 @@ from conftest import (
     distilled_whole_and_killed,
     write_model,
     write_pictures,
-    write_seeing,
+    write_vision_model,
 )
 
 torch = pytest.importorskip("torch")
@@ -36,22 +36,22 @@ from edgemed.distillation.student import load
 from edgemed.distillation.teacher import CHUNK, Cache, Teacher
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling
-from edgemed.inference.session import Pictures
+from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill
-from edgemed.vision.torch_encoder import TorchEyes
+from edgemed.vision.torch_encoder import TorchVisionEncoder
 
 LENGTH = 176
 SMALL = {"length": LENGTH, "batch": 4, "steps": 10, "rate": 2e-3, "evaluate_every": 5}
 
 
 def sight(path: Path, **changes: object) -> Path:
-    path = write_seeing(path, **changes)
+    path = write_vision_model(path, **changes)
     (path / "preprocessor_config.json").write_text(
         json.dumps({"min_pixels": 28 * 28, "max_pixels": 56 * 56})
     )
@@ -92,7 +92,7 @@ def lesson(
     **changes: float,
 ) -> Lesson:
     """Every row is both trained on and held out; both see with their own eyes."""
-    weights = [Weights(open_checkpoint(path)) for path in (student, teacher)]
+    weights = [CanonicalWeights(open_checkpoint(path)) for path in (student, teacher)]
     chosen = pictured(pictures)[rows] * 2
     (tokens, labels, ours), (_, _, theirs) = (
         look(one, pictures, chosen, LENGTH, 10**9) for one in weights
@@ -116,7 +116,7 @@ def lesson(
 
 
 def learner(path: Path) -> torch.nn.Module:
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     return pupil(load(weights), weights.decoder.layers, (), (weights.decoder.hidden,) * 2)
 
 
@@ -129,7 +129,7 @@ def scores(path: Path, tokens: np.ndarray, sights: Sights) -> torch.Tensor:
     """The reference session's, float32 [rows, tokens, vocab], one row at a time; what comes after
     the images it places itself.
     """
-    session = TorchSession(Weights(open_checkpoint(path)))
+    session = TorchSession(CanonicalWeights(open_checkpoint(path)))
     found = []
     for n, row in enumerate(tokens):
         session.rewind(0)
@@ -137,7 +137,9 @@ def scores(path: Path, tokens: np.ndarray, sights: Sights) -> torch.Tensor:
         seen = session.prefill(
             row[:end].tolist(),
             every=True,
-            pictures=Pictures(sights.features[n], sights.positions[n, :, :end], sights.token),
+            pictures=ImageEmbeddings(
+                sights.features[n], sights.positions[n, :, :end], sights.token
+            ),
         ).copy()
         found.append(np.concatenate([seen, session.prefill(row[end:].tolist(), every=True)]))
     return torch.from_numpy(np.stack(found))
@@ -157,7 +159,7 @@ def kl_of(z_p: torch.Tensor, z_q: torch.Tensor, at: np.ndarray) -> float:
 def test_the_cache_keeps_what_the_teacher_says_where_answers_are(
     teacher: Path, pictures: str, tmp_path: Path
 ) -> None:
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     tokens, labels, sights = look(weights, pictures, pictured(pictures), LENGTH, 10**9)
     at = counted(labels)
     rows = [1, 7, CHUNK + 2]
@@ -244,7 +246,7 @@ def test_a_student_answers_as_the_reference_would(
     """Each probability it drew from, against the reference session on what came of it: questions of
     different lengths, images in their places, one image token never drawn.
     """
-    weights = Weights(open_checkpoint(student))
+    weights = CanonicalWeights(open_checkpoint(student))
     tokens, labels, sights = look(weights, pictures, pictured(pictures)[5:9], LENGTH, 10**9)
     begins = (labels != IGNORED).argmax(1)
     drawn = []
@@ -296,7 +298,7 @@ def test_a_student_answers_as_the_reference_would(
 
 
 def test_an_answer_ends_where_the_student_ends_it(student: Path, pictures: str) -> None:
-    weights = Weights(open_checkpoint(student))
+    weights = CanonicalWeights(open_checkpoint(student))
     tokens, labels, sights = look(weights, pictures, pictured(pictures)[5:9], LENGTH, 10**9)
     begins = torch.from_numpy((labels != IGNORED).argmax(1))
     ours = load(weights)
@@ -355,18 +357,18 @@ def test_a_teacher_answers_as_transformers_does_and_line_by_line(
 ) -> None:
     from edgemed.vision.preprocessing import patches
 
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     rows = pictured(pictures)[5:9]
     # So cold that the likeliest token is all there is.
     told = image_answers.written(
         weights, pictures, rows, Sampling(1e-4, seed=3, max_tokens=12), tmp_path / "cold.jsonl"
     )
-    eyes = TorchEyes(weights)
+    vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(teacher, VOCAB)
     album = album_of(pictures)
     model = transformers.AutoModelForImageTextToText.from_pretrained(teacher, dtype=torch.float32)
     for row, found in zip(rows, told, strict=True):
-        begin, _ = asked(eyes, tokenizer, album, row)
+        begin, _ = asked(vision_encoder, tokenizer, album, row)
         seen = [
             patches(album.open(name), weights.vision)
             for name in row.get("images", [row.get("image")])
@@ -408,7 +410,7 @@ def test_windows_of_answers_that_were_written(teacher: Path, pictures: str) -> N
     """Cut where the window ends, closed only where the teacher closed them; an answer without a
     token teaches nothing.
     """
-    weights = Weights(open_checkpoint(teacher))
+    weights = CanonicalWeights(open_checkpoint(teacher))
     rows = pictured(pictures)[:3]
     told = [
         {"text": "yes", "ended": True},
@@ -450,7 +452,7 @@ def test_every_lesson_with_images_comes_nearer_to_the_teacher(
 ) -> None:
     path, notes = run(teacher, tmp_path / "out", pictures, layers=(2,), **RUNS[name])
     assert notes["after"]["kl"] < 0.95 * notes["before"]["kl"]
-    assert Weights(open_checkpoint(path)).decoder.layers == 2
+    assert CanonicalWeights(open_checkpoint(path)).decoder.layers == 2
     assert (notes["bound"] is None) == (name != "top-k")
     assert notes["windows"] == {
         "training": 18,

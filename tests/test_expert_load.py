@@ -24,7 +24,7 @@ from edgemed.evaluation.expert_usage import load, spread
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession, load_layer, routed
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.moe.routing import Load, Noisy
 
 IDS = tokens(40)
@@ -135,7 +135,7 @@ def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> 
 
 
 def test_counting_changes_no_score(model: Path) -> None:
-    weights = Weights(open_checkpoint(model))
+    weights = CanonicalWeights(open_checkpoint(model))
     counted = Load(("x",))
     assert np.array_equal(
         TorchSession(weights, route=counted).prefill(IDS, every=True),
@@ -145,7 +145,7 @@ def test_counting_changes_no_score(model: Path) -> None:
 
 
 def test_noise_of_scale_zero_is_the_deterministic_choice(model: Path) -> None:
-    weights = Weights(open_checkpoint(model))
+    weights = CanonicalWeights(open_checkpoint(model))
     plain = TorchSession(weights).prefill(IDS, every=True)
     assert (
         np.abs(
@@ -167,7 +167,7 @@ def test_the_second_expert_is_drawn_as_gumbel_noise_draws(model: Path) -> None:
     """The argmax of scores + Gumbel noise among three is a draw from the softmax of their scores
     (Gumbel 1954): frequencies of 20,000 draws, and gates from the scores alone.
     """
-    weights = Weights(open_checkpoint(model))
+    weights = CanonicalWeights(open_checkpoint(model))
     layer = load_layer(weights, 0)
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(3))
     scores = (x @ layer["router"][0].T)[0]

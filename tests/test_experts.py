@@ -21,7 +21,7 @@ from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession, logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.steps import merge
 
 IDS = tokens(40)
@@ -34,7 +34,7 @@ def dense(model: Path, out: Path, **params: object) -> dict:
 
 
 def scores(path: Path) -> torch.Tensor:
-    return logits(Weights(open_checkpoint(path)), torch.tensor([IDS]))[0]
+    return logits(CanonicalWeights(open_checkpoint(path)), torch.tensor([IDS]))[0]
 
 
 def experts_alike(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def experts_alike(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_model_of_equal_experts_stays_the_same_function(name: str, tmp_path: Path) -> None:
     model = rewrite(write(tmp_path / "source", name), tmp_path / "model", experts_alike)
     notes = dense(model, tmp_path / "out", weights="usage", **CALIBRATION)
-    assert Weights(open_checkpoint(tmp_path / "out")).decoder.experts is None
+    assert CanonicalWeights(open_checkpoint(tmp_path / "out")).decoder.experts is None
     assert (scores(tmp_path / "out") - scores(model)).abs().max() < 1e-5
     assert set(notes["layers"]) == {"layers.0", "layers.2"}
     assert all(found["error"] < 1e-5 for found in notes["layers"].values())
@@ -143,8 +143,8 @@ def test_a_meta_expert_stands_beside_the_average(name: str, tmp_path: Path) -> N
     assert (one_mlp(after, at.format(1), x) - one_mlp(before, at.format(1), x)).abs().max() < 1e-5
     assert notes["wider"] == 2
     assert (
-        Weights(open_checkpoint(tmp_path / "out")).decoder.ffn
-        == 2 * Weights(open_checkpoint(model)).decoder.ffn
+        CanonicalWeights(open_checkpoint(tmp_path / "out")).decoder.ffn
+        == 2 * CanonicalWeights(open_checkpoint(model)).decoder.ffn
     )
 
 
@@ -191,7 +191,7 @@ def test_the_dense_model_exports_to_onnx(name: str, tmp_path: Path) -> None:
     assert (
         np.abs(
             session.prefill(IDS, every=True)
-            - TorchSession(Weights(checkpoint)).prefill(IDS, every=True)
+            - TorchSession(CanonicalWeights(checkpoint)).prefill(IDS, every=True)
         ).max()
         < 1e-3
     )
@@ -274,4 +274,4 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert "layers.2" in json.dumps(manifest)
-    assert Weights(open_checkpoint(tmp_path / "out")).decoder.experts is None
+    assert CanonicalWeights(open_checkpoint(tmp_path / "out")).decoder.experts is None

@@ -14,7 +14,7 @@ from edgemed.hardware.device import GIB, Device, fits, read_device
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.parameter_count import parameters
 from edgemed.models.random_weights import make_random
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.inspect import inspect
 from edgemed.plugins import load
 
@@ -96,7 +96,7 @@ def test_a_packed_checkpoint_counts_its_weights_not_its_words(small, tmp_path):
     assert found["quantization"]["bits"] == 4
     assert found["quantization"]["group_size"] == 64
     assert found["stored"]["mb"] < 0.6 * base["stored"]["mb"]
-    assert parameters(Weights(open_checkpoint(packed.path))) == base["parameters"]
+    assert parameters(CanonicalWeights(open_checkpoint(packed.path))) == base["parameters"]
 
 
 def test_impossible_targets_say_why(tmp_path):

@@ -25,7 +25,7 @@ from edgemed.gguf.writer import Encoder
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.gptq import Hessian, output_error
 from edgemed.targets import llamacpp
 from edgemed.targets.llamacpp import Params
@@ -154,7 +154,9 @@ def exported(checkpoint: Checkpoint, out: Path, **values: object) -> Engine:
 
 
 def divergence(checkpoint: Checkpoint, engine: Engine, tokens: list[int]) -> float:
-    source = logits(Weights(checkpoint), torch.tensor([tokens]))[0].double().log_softmax(-1)
+    source = (
+        logits(CanonicalWeights(checkpoint), torch.tensor([tokens]))[0].double().log_softmax(-1)
+    )
     session = engine.open(1)
     found = torch.from_numpy(session.prefill(tokens, every=True).copy()).double().log_softmax(-1)
     session.close()
@@ -225,7 +227,7 @@ def test_every_family_can_be_rounded_so(tmp_path, monkeypatch, family):
     assert (
         found["gptq"]
         < 1.05 * found["nearest"]
-        < (0.1 if Weights(checkpoint).decoder.experts else 0.01)
+        < (0.1 if CanonicalWeights(checkpoint).decoder.experts else 0.01)
     )
 
 
@@ -272,7 +274,7 @@ def test_where_it_would_have_no_effect_it_is_refused(tmp_path):
         ("calibration text", {"imatrix": "x.npz"}),
     ):
         reason = llamacpp.supports(
-            Weights(checkpoint), Params(**{**TEXT, "rounding": "gptq", **values})
+            CanonicalWeights(checkpoint), Params(**{**TEXT, "rounding": "gptq", **values})
         )
         assert reason
         assert said in reason

@@ -20,7 +20,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import TorchSession, block, load_layer, norm, shown, top
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.hidden_states import Activations
 from edgemed.quantization.importance_matrix import importance
 from edgemed.quantization.layerwise import awq_layer, gptq_layer, integers
@@ -28,7 +28,7 @@ from edgemed.quantization.sensitivity import sensitivities
 from edgemed.quantization.smoothquant import smooth_layer
 from edgemed.steps import quantize
 from edgemed.vision.preprocessing import prompt_tokens
-from edgemed.vision.torch_encoder import TorchEyes
+from edgemed.vision.torch_encoder import TorchVisionEncoder
 
 CARD = "vqa-rad-questions"
 SAMPLES = 3
@@ -36,25 +36,25 @@ LENGTH = 400
 
 
 @pytest.fixture(scope="module")
-def weights(sees: Path) -> Weights:
-    return Weights(open_checkpoint(sees), fold=True)
+def weights(vision_model: Path) -> CanonicalWeights:
+    return CanonicalWeights(open_checkpoint(vision_model), fold=True)
 
 
 @pytest.fixture(scope="module")
-def windows(weights: Weights) -> list:
+def windows(weights: CanonicalWeights) -> list:
     return calibration(weights, CARD, SAMPLES, LENGTH)
 
 
-def scored(weights: Weights, x: torch.Tensor) -> np.ndarray:
+def scored(weights: CanonicalWeights, x: torch.Tensor) -> np.ndarray:
     final, matrix, bias = top(weights)
     return torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)[
         0
     ].numpy()
 
 
-def test_a_window_is_the_beginning_of_its_turns(weights: Weights, windows: list) -> None:
+def test_a_window_is_the_beginning_of_its_turns(weights: CanonicalWeights, windows: list) -> None:
     """Turn after turn, as if the whole conversation were one prompt."""
-    eyes = TorchEyes(weights)
+    vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
     album = album_of(CARD)
     rows = iter(pictured(CARD))
@@ -66,17 +66,19 @@ def test_a_window_is_the_beginning_of_its_turns(weights: Weights, windows: list)
         len(t) == LENGTH == p.positions.shape[1] and len(p.features) == t.count(p.token)
         for t, p in windows
     )
-    while not images or len(eyes.see(ids, images)[0]) < LENGTH:
+    while not images or len(vision_encoder.see(ids, images)[0]) < LENGTH:
         row = next(rows)
         ids += (
             prompt_tokens(
-                tokenizer, eyes.family.chat(row["question"], 1, eyes.v.conversation), eyes.v
+                tokenizer,
+                vision_encoder.family.chat(row["question"], 1, vision_encoder.v.conversation),
+                vision_encoder.v,
             )
             + encode(tokenizer, row["answer"])
             + [weights.decoder.eos]
         )
         images.append(album.open(row["image"]))
-    whole, pictures = eyes.see(ids, images)
+    whole, pictures = vision_encoder.see(ids, images)
     assert len(images) > 1, "a window that holds one turn would not show how they are joined"
     assert tokens == whole[:LENGTH]
     assert np.array_equal(seen.positions, pictures.positions[:, :LENGTH])
@@ -86,7 +88,7 @@ def test_a_window_is_the_beginning_of_its_turns(weights: Weights, windows: list)
     )
 
 
-def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> None:
+def test_passes_over_them_are_the_models(weights: CanonicalWeights, windows: list) -> None:
     d = weights.decoder
     session = TorchSession(weights)
     squares = torch.zeros(d.hidden)
@@ -107,7 +109,7 @@ def test_passes_over_them_are_the_models(weights: Weights, windows: list) -> Non
 
 @pytest.mark.parametrize("method", [gptq_layer, awq_layer, smooth_layer])
 def test_rounded_layers_see_the_same_positions(
-    weights: Weights, windows: list, tmp_path: Path, method
+    weights: CanonicalWeights, windows: list, tmp_path: Path, method
 ) -> None:
     d = weights.decoder
     session = TorchSession(weights)
@@ -146,7 +148,9 @@ def test_rounded_layers_see_the_same_positions(
     assert errors[True] < 0.05 < errors[False], "eight bits cost little, other positions do not"
 
 
-def test_sensitivity_reads_the_same_inputs(weights: Weights, windows: list, tmp_path: Path) -> None:
+def test_sensitivity_reads_the_same_inputs(
+    weights: CanonicalWeights, windows: list, tmp_path: Path
+) -> None:
     columns = importance(weights, windows)
     for n, found in sensitivities(weights, windows, tmp_path):
         for name, sensitivity in found.items():
@@ -156,7 +160,9 @@ def test_sensitivity_reads_the_same_inputs(weights: Weights, windows: list, tmp_
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "budget"])
-def test_a_model_that_sees_is_quantized_on_images(sees: Path, tmp_path: Path, method: str) -> None:
+def test_a_model_that_sees_is_quantized_on_images(
+    vision_model: Path, tmp_path: Path, method: str
+) -> None:
     text = (
         {"method": "auto", "budget": "5bpw"}
         if method == "budget"
@@ -169,13 +175,13 @@ def test_a_model_that_sees_is_quantized_on_images(sees: Path, tmp_path: Path, me
         length=LENGTH,
     )
     (tmp_path / "packed").mkdir()
-    notes = quantize.run(open_checkpoint(sees), tmp_path / "packed", params)
+    notes = quantize.run(open_checkpoint(vision_model), tmp_path / "packed", params)
     assert set(quantize.inputs(params)) == {"calibration", "images"}
-    assert Weights(open_checkpoint(tmp_path / "packed")).vision
+    assert CanonicalWeights(open_checkpoint(tmp_path / "packed")).vision
     assert all(0 < found["output"] < 0.2 for found in notes["errors"].values())
 
 
-def test_several_sets_take_turns(weights: Weights, windows: list) -> None:
+def test_several_sets_take_turns(weights: CanonicalWeights, windows: list) -> None:
     mixed = calibration(weights, f"{CARD},medquad-answers", 5, LENGTH)
     assert [pictures is not None for _, pictures in mixed] == [True, False, True, False, True]
     assert mixed[2][0] == windows[1][0]
@@ -187,19 +193,21 @@ def test_several_sets_take_turns(weights: Weights, windows: list) -> None:
     }
 
 
-def test_a_file_with_a_comma_in_its_name_is_one_set(weights: Weights, tmp_path: Path) -> None:
+def test_a_file_with_a_comma_in_its_name_is_one_set(
+    weights: CanonicalWeights, tmp_path: Path
+) -> None:
     file = tmp_path / "notes, 2026.jsonl"
     file.write_text(json.dumps({"text": "a" * 64}) + "\n")
     assert len(calibration(weights, str(file), 1, 32)) == 1
     assert set(calibration_digests(str(file))) == {"calibration"}
 
 
-def test_bad_input(weights: Weights, tmp_path: Path) -> None:
+def test_bad_input(weights: CanonicalWeights, tmp_path: Path) -> None:
     with pytest.raises(EdgemedError, match="for 11 windows of 1000 tokens, 500 are asked for"):
         calibration(weights, CARD, 500, 1000)
     with pytest.raises(EdgemedError, match="1 samples of 2 calibration sets leave one out"):
         calibration(weights, f"medquad-answers,{CARD}", 1, 16)
-    text = Weights(open_checkpoint(write_model(tmp_path / "text")))
+    text = CanonicalWeights(open_checkpoint(write_model(tmp_path / "text")))
     with pytest.raises(EdgemedError, match="has images, and .* reads text only"):
         calibration(text, CARD, 1, 16)
     row = read_jsonl(Path(__file__).parent.parent / "calibration" / CARD / "calibration.jsonl")[0]

@@ -13,7 +13,7 @@ import pytest
 Image = pytest.importorskip("PIL.Image")
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Vision
+from edgemed.models.architecture import VisionConfig
 from edgemed.vision.image_io import open_image
 from edgemed.vision.preprocessing import (
     axial_positions,
@@ -23,7 +23,7 @@ from edgemed.vision.preprocessing import (
     token_positions,
 )
 
-SEES = Vision(
+SEES = VisionConfig(
     width=32,
     layers=1,
     heads=2,

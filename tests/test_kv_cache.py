@@ -23,7 +23,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.kv_cache_scales import kv_scales
 from edgemed.targets import onnx as target
 from edgemed.targets.onnx import Params
@@ -57,14 +57,14 @@ class Rounding:
 @pytest.fixture(scope="module", params=FAMILIES)
 def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Weights, Engine]:
+) -> tuple[CanonicalWeights, Engine]:
     folder = tmp_path_factory.mktemp(f"kv-{request.param}")
     text = folder / "text.txt"
     text.write_text("The patient was given aspirin and sent home after an hour of rest. " * 30)
     checkpoint = open_checkpoint(
         write_model(folder / "model", family=request.param, **FAMILIES[request.param])
     )
-    return Weights(checkpoint), export(
+    return CanonicalWeights(checkpoint), export(
         checkpoint,
         "onnx",
         Params(
@@ -78,7 +78,7 @@ def made(
     )
 
 
-def test_the_cache_is_rounded_channel_by_channel(made: tuple[Weights, Engine]) -> None:
+def test_the_cache_is_rounded_channel_by_channel(made: tuple[CanonicalWeights, Engine]) -> None:
     weights, engine = made
     stored = {
         t.name: onnx.numpy_helper.to_array(t, str(engine.path))
@@ -112,7 +112,7 @@ def test_the_cache_is_rounded_channel_by_channel(made: tuple[Weights, Engine]) -
 
 
 def test_the_manifest_says_how_large_the_cache_is(
-    made: tuple[Weights, Engine], tmp_path: Path
+    made: tuple[CanonicalWeights, Engine], tmp_path: Path
 ) -> None:
     weights, engine = made
     d = weights.decoder
@@ -137,7 +137,7 @@ def test_the_manifest_says_how_large_the_cache_is(
     }
 
 
-def test_scales_are_the_largest_magnitudes(made: tuple[Weights, Engine]) -> None:
+def test_scales_are_the_largest_magnitudes(made: tuple[CanonicalWeights, Engine]) -> None:
     """Against a cache filled by the decoder itself: values exactly, keys by the length of each
     rotated pair.
     """

@@ -31,7 +31,7 @@ from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
 from edgemed.models.gptq_packing import pack
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Packed
 from edgemed.quantization import importance_matrix
 from edgemed.quantization.grids import rtn
 from edgemed.targets import llamacpp
@@ -67,7 +67,7 @@ def tensors_of(engine: Engine) -> dict[str, object]:
 
 
 def expected(checkpoint: Checkpoint, tokens: list[int]) -> np.ndarray:
-    return logits(Weights(checkpoint), torch.tensor([tokens]))[0].numpy()
+    return logits(CanonicalWeights(checkpoint), torch.tensor([tokens]))[0].numpy()
 
 
 def test_f32_logits_prefill_step_and_rewind(model: Checkpoint, engine: Engine) -> None:
@@ -152,7 +152,7 @@ def test_short_context_and_other_caches(model: Checkpoint, tmp_path: Path) -> No
 
 
 def test_importance_is_the_mean_square_of_the_inputs(model: Checkpoint) -> None:
-    weights = Weights(model)
+    weights = CanonicalWeights(model)
     windows = [TOKENS[:50], TOKENS[50:80]]
     columns = importance_matrix.importance(weights, windows)
     assert set(columns) == {
@@ -199,7 +199,9 @@ def test_bit_identical_with_importance(
     small: tuple[Checkpoint, Engine], tmp_path: Path, kind: str
 ) -> None:
     model, source = small
-    columns = importance_matrix.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]])
+    columns = importance_matrix.importance(
+        CanonicalWeights(model), [[t % 128 for t in TOKENS[:200]]]
+    )
     importance_matrix.save(tmp_path / "importance.npz", columns)
     made = export(
         model, "llamacpp", Params(kind, imatrix=str(tmp_path / "importance.npz")), tmp_path / kind
@@ -217,7 +219,7 @@ def test_mixtures_at_sixteen_layers(tmp_path: Path) -> None:
     )
     source = export(model, "llamacpp", Params("f32"), tmp_path / "f32")
     columns = {"layers.0.qkv": np.ones(256, np.float32)}
-    weights = Weights(model)
+    weights = CanonicalWeights(model)
     shapes = {
         t: place.shape
         for t, place in llamacpp.layout(weights.family, weights.decoder, weights.parts).items()
@@ -332,7 +334,9 @@ def test_importance_changed_in_place_makes_a_new_engine(
 ) -> None:
     model = small[0]
     file = tmp_path / "importance.npz"
-    columns = importance_matrix.importance(Weights(model), [[t % 128 for t in TOKENS[:200]]])
+    columns = importance_matrix.importance(
+        CanonicalWeights(model), [[t % 128 for t in TOKENS[:200]]]
+    )
     params = Params("q2_k_s", imatrix=str(file))
     importance_matrix.save(file, columns)
     first, again = (
@@ -423,7 +427,7 @@ def packed_checkpoint(
         "desc_act": order,
         "checkpoint_format": "gptq",
     }
-    weights = Weights(source, fold=True)
+    weights = CanonicalWeights(source, fold=True)
     writer = Writer(
         out, {**weights.family.folded(source.config), "quantization_config": quantization}
     )
@@ -466,7 +470,7 @@ def test_from_checkpoint_carries_the_integers(
     packed = packed_checkpoint(model, tmp_path / "packed", bits, group)
     engine = export(packed, "llamacpp", Params(from_checkpoint=True), tmp_path / "engine")
     found = tensors_of(engine)
-    weights = Weights(packed, fold=True)
+    weights = CanonicalWeights(packed, fold=True)
     for name in ("layers.0.qkv", "layers.1.qkv", "layers.3.o", "layers.2.up", "layers.3.down"):
         _, layer, part = name.split(".")
         tensor = found[f"blk.{layer}.{NAMES[part][0]}.weight"]
@@ -511,7 +515,7 @@ def test_one_quantization_two_engines(model: Checkpoint, tmp_path: Path) -> None
     writer.write(
         twin.path / "model.gguf",
         "gpt2",
-        lambda writer: llamacpp.describe(writer, Weights(packed), "f32"),
+        lambda writer: llamacpp.describe(writer, CanonicalWeights(packed), "f32"),
         floats,
     )
     scores = []

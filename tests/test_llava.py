@@ -23,10 +23,10 @@ from edgemed.families.llava import FAMILY
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
-from edgemed.onnx.vision_encoder import VisionSession
+from edgemed.models.weights import CanonicalWeights
+from edgemed.onnx.vision_encoder import OnnxVisionEncoder
 from edgemed.vision.preprocessing import fitted_size, patches, prompt_tokens, resized
-from edgemed.vision.torch_encoder import TorchEyes, features
+from edgemed.vision.torch_encoder import TorchVisionEncoder, features
 
 VOCAB = 288
 IMAGE = 258
@@ -228,7 +228,7 @@ def test_every_layout_gives_transformers_numbers(tmp_path: Path, text: str) -> N
         tmp_path / "saved", tmp_path / "authors", ROOTS, authors_config(f"llava_{text}")
     )
     for name, path in layouts.items():
-        weights = Weights(open_checkpoint(path))
+        weights = CanonicalWeights(open_checkpoint(path))
         assert weights.vision.layers == 2, name
         assert weights.vision.spare == 1, name
         found = patches(noise(2), weights.vision)
@@ -239,9 +239,9 @@ def test_every_layout_gives_transformers_numbers(tmp_path: Path, text: str) -> N
         ids = [5, 6, *[IMAGE] * 16, 7, 8, 9]
         with torch.inference_mode():
             right = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].numpy()
-        eyes = TorchEyes(weights)
+        vision_encoder = TorchVisionEncoder(weights)
         session = TorchSession(weights)
-        tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8, 9], [noise(2)])
+        tokens, pictures = vision_encoder.see([5, 6, vision_encoder.v.token, 7, 8, 9], [noise(2)])
         assert (
             np.abs(session.prefill(tokens, every=True, pictures=pictures) - right).max() < 1e-3
         ), name
@@ -275,15 +275,15 @@ def exact(
 
 def test_exact_engine_sees_as_transformers(exact: tuple[Engine, Any, float]) -> None:
     engine, model, bound = exact
-    eyes = VisionSession(engine, 1)
+    vision_encoder = OnnxVisionEncoder(engine, 1)
     session = engine.open(1)
     try:
         for seed, size in enumerate([(60, 60), (100, 37), (30, 200)]):
-            found = patches(noise(seed, *size), eyes.v)
-            tower, seen, pixels = their_features(model, found, eyes.v)
-            assert close(eyes.run_tower(found), tower) < 1e-4
-            assert close(eyes.run_projector(tower.numpy()), seen) < 1e-4
-            tokens, pictures = eyes.see([5, 6, IMAGE, 7, 8, 9], [noise(seed, *size)])
+            found = patches(noise(seed, *size), vision_encoder.v)
+            tower, seen, pixels = their_features(model, found, vision_encoder.v)
+            assert close(vision_encoder.run_tower(found), tower) < 1e-4
+            assert close(vision_encoder.run_projector(tower.numpy()), seen) < 1e-4
+            tokens, pictures = vision_encoder.see([5, 6, IMAGE, 7, 8, 9], [noise(seed, *size)])
             with torch.inference_mode():
                 right = (
                     model(input_ids=torch.tensor([tokens]), pixel_values=pixels).logits[0].numpy()
@@ -310,23 +310,26 @@ def test_exact_engine_sees_as_transformers(exact: tuple[Engine, Any, float]) -> 
 
 def test_two_images_in_one_prompt(exact: tuple[Engine, Any, float]) -> None:
     engine, model, bound = exact
-    eyes = VisionSession(engine, 1)
+    vision_encoder = OnnxVisionEncoder(engine, 1)
     session = engine.open(1)
     try:
-        text = FAMILY.chat("Which is larger?", 2, eyes.v.conversation)
-        ids = prompt_tokens(engine.tokenizer(), text, eyes.v)
+        text = FAMILY.chat("Which is larger?", 2, vision_encoder.v.conversation)
+        ids = prompt_tokens(engine.tokenizer(), text, vision_encoder.v)
         assert ids[0] == 1
         assert ids.count(IMAGE) == 2
         assert engine.tokenizer().decode(ids[1:], skip_special_tokens=False) == text
-        tokens, pictures = eyes.see(ids, [noise(1), noise(2)])
+        tokens, pictures = vision_encoder.see(ids, [noise(1), noise(2)])
         pixels = torch.cat(
-            [their_features(model, patches(noise(seed), eyes.v), eyes.v)[2] for seed in (1, 2)]
+            [
+                their_features(model, patches(noise(seed), vision_encoder.v), vision_encoder.v)[2]
+                for seed in (1, 2)
+            ]
         )
         with torch.inference_mode():
             right = model(input_ids=torch.tensor([tokens]), pixel_values=pixels).logits[0].numpy()
         assert np.abs(session.prefill(tokens, every=True, pictures=pictures) - right).max() < bound
         session.rewind(0)
-        tokens, swapped = eyes.see(ids, [noise(2), noise(1)])
+        tokens, swapped = vision_encoder.see(ids, [noise(2), noise(1)])
         assert (
             np.abs(session.prefill(tokens, pictures=swapped)[-1] - right[-1]).max() > 10 * bound
         ), "the order of the images matters"
@@ -347,13 +350,13 @@ def test_smaller_engines_stay_near(
     model: tuple[Path, Any], tmp_path: Path, target: str, params: dict[str, Any], most: float
 ) -> None:
     engine = engine_of(model[0], target, tmp_path / "engine", **params)
-    weights = Weights(open_checkpoint(model[0]))
+    weights = CanonicalWeights(open_checkpoint(model[0]))
     logits = []
-    for eyes, session in (
-        (VisionSession(engine, 1), engine.open(1)),
-        (TorchEyes(weights), TorchSession(weights)),
+    for vision_encoder, session in (
+        (OnnxVisionEncoder(engine, 1), engine.open(1)),
+        (TorchVisionEncoder(weights), TorchSession(weights)),
     ):
-        tokens, pictures = eyes.see([5, IMAGE, 7, 8], [noise(4)])
+        tokens, pictures = vision_encoder.see([5, IMAGE, 7, 8], [noise(4)])
         logits.append(session.prefill(tokens, every=True, pictures=pictures).copy())
         session.close()
     error = float(np.abs(logits[0] - logits[1]).mean())
@@ -408,10 +411,10 @@ def seeing(
 
 def asked(path: Path) -> np.ndarray:
     """Logits of a checkpoint for a prompt with one image."""
-    weights = Weights(open_checkpoint(path))
-    eyes = TorchEyes(weights)
+    weights = CanonicalWeights(open_checkpoint(path))
+    vision_encoder = TorchVisionEncoder(weights)
     session = TorchSession(weights)
-    tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8], [noise(5, 80, 60)])
+    tokens, pictures = vision_encoder.see([5, 6, vision_encoder.v.token, 7, 8], [noise(5, 80, 60)])
     return session.prefill(tokens, every=True, pictures=pictures)
 
 
@@ -421,7 +424,7 @@ def test_merge_keeps_the_tower(seeing: Path, tmp_path: Path, alpha: float) -> No
     transformers = pytest.importorskip("transformers")
     from edgemed.steps import merge
 
-    weights = Weights(open_checkpoint(seeing))
+    weights = CanonicalWeights(open_checkpoint(seeing))
     text = (
         weights.family.text_config(weights.checkpoint.config)
         if weights.family.text_config
@@ -449,7 +452,7 @@ def test_merge_keeps_the_tower(seeing: Path, tmp_path: Path, alpha: float) -> No
         merge.Params(str(tmp_path / "adapter"), alpha=alpha),
     )
     assert notes["check_written"]["max_abs_error"] < 1e-4
-    done = Weights(open_checkpoint(tmp_path / "merged"))
+    done = CanonicalWeights(open_checkpoint(tmp_path / "merged"))
     assert done.vision == weights.vision
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
     for name in weights.parts:
@@ -493,7 +496,7 @@ def test_quantize_keeps_the_tower(seeing: Path, tmp_path: Path, method: str) -> 
         )
     )
     (tmp_path / "packed").mkdir()
-    source = Weights(open_checkpoint(seeing))
+    source = CanonicalWeights(open_checkpoint(seeing))
     quantize.run(
         source.checkpoint,
         tmp_path / "packed",
@@ -506,7 +509,7 @@ def test_quantize_keeps_the_tower(seeing: Path, tmp_path: Path, method: str) -> 
             length=32,
         ),
     )
-    done = Weights(open_checkpoint(tmp_path / "packed"))
+    done = CanonicalWeights(open_checkpoint(tmp_path / "packed"))
     assert done.vision == source.vision
     assert done.parts.keys() == source.parts.keys()
     for name, part in source.parts.items():
@@ -525,8 +528,8 @@ def test_quantize_keeps_the_tower(seeing: Path, tmp_path: Path, method: str) -> 
     pytest.importorskip("onnxruntime")
     engine = engine_of(tmp_path / "packed", "onnx", tmp_path / "engine")
     session = engine.open(1)
-    eyes = VisionSession(engine, 1)
-    tokens, pictures = eyes.see([5, 6, eyes.v.token, 7, 8], [noise(5, 80, 60)])
+    vision_encoder = OnnxVisionEncoder(engine, 1)
+    tokens, pictures = vision_encoder.see([5, 6, vision_encoder.v.token, 7, 8], [noise(5, 80, 60)])
     assert engine.precision == "int8 g32"
     assert (
         np.abs(
@@ -617,7 +620,7 @@ def test_authors_layout_from_text_to_answer(model: tuple[Path, Any], tmp_path: P
     """
     path = renamed(model[0], tmp_path / "model", ROOTS, authors_config())
     tokenizer = sentencepiece(path)
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     v = weights.vision
     assert (v.token, v.start, v.conversation, v.fit) == (VOCAB, (1,), "vicuna", "pad")
     text = FAMILY.chat("Is the liver enlarged?", 1, v.conversation)
@@ -625,14 +628,14 @@ def test_authors_layout_from_text_to_answer(model: tuple[Path, Any], tmp_path: P
     ids = prompt_tokens(tokenizer, text, v)
     assert ids == [1, *tokenizer.encode(before).ids, VOCAB, *tokenizer.encode(after).ids]
     source = TorchSession(weights)
-    tokens, pictures = TorchEyes(weights).see(ids, [noise(3)])
+    tokens, pictures = TorchVisionEncoder(weights).see(ids, [noise(3)])
     right = source.prefill(tokens, pictures=pictures)[-1].copy()
     for target, params in (("onnx", {"precision": "fp32"}), ("llamacpp", {"type": "f32"})):
         engine = engine_of(path, target, tmp_path / target, **params)
         session = engine.open(1)
-        eyes = VisionSession(engine, 1)
-        assert prompt_tokens(engine.tokenizer(), text, eyes.v) == ids
-        tokens, pictures = eyes.see(ids, [noise(3)])
+        vision_encoder = OnnxVisionEncoder(engine, 1)
+        assert prompt_tokens(engine.tokenizer(), text, vision_encoder.v) == ids
+        tokens, pictures = vision_encoder.see(ids, [noise(3)])
         assert np.abs(session.prefill(tokens, pictures=pictures)[-1] - right).max() < 5e-3
         session.close()
 
@@ -683,7 +686,7 @@ def test_numbers_of_the_published_models() -> None:
     from edgemed.models.parameter_count import parameters
     from edgemed.planning.inspect import described, inspect, seen
 
-    weights = Weights(described("huatuogpt-vision-7b"))
+    weights = CanonicalWeights(described("huatuogpt-vision-7b"))
     # Qwen2-7B's 7,615,616,512, CLIP-ViT-L/14-336's 303,507,456 and the projector's 3584 * (1024 +
     # 1) + 3584 * (3584 + 1)
     assert parameters(weights) == 7_615_616_512 + 303_507_456 + 3584 * 1025 + 3584 * 3585
@@ -744,7 +747,7 @@ def test_a_tower_in_a_folder_of_its_own(model: tuple[Path, Any], tmp_path: Path)
             " beside the weights and call it vision_tower"
         ),
     ):
-        Weights(open_checkpoint(path))
+        CanonicalWeights(open_checkpoint(path))
     (path / "vision_tower").mkdir()
     inside = {key.split("vision_tower.vision_tower.")[1]: t for key, t in tower.items()} | {
         "logit_scale": torch.ones(())
@@ -753,7 +756,7 @@ def test_a_tower_in_a_folder_of_its_own(model: tuple[Path, Any], tmp_path: Path)
     (path / "vision_tower" / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.5, 0.5], "size": 56, "crop_size": 56})
     )
-    assert Weights(open_checkpoint(path)).vision.mean == (0.5, 0.5, 0.5)
+    assert CanonicalWeights(open_checkpoint(path)).vision.mean == (0.5, 0.5, 0.5)
     assert "vision_tower/pytorch_model.bin" in open_checkpoint(path).hashes()
     (path / "vision_tower" / "preprocessor_config.json").unlink()
     config = authors_config(image_aspect_ratio="square")
@@ -834,12 +837,12 @@ def test_what_processor_config_says_comes_first(model: tuple[Path, Any], tmp_pat
     (path / "processor_config.json").write_text(
         json.dumps({"image_processor": {"image_mean": [0.2, 0.2, 0.2]}, "patch_size": 14})
     )
-    assert Weights(open_checkpoint(path)).vision.mean == (0.2, 0.2, 0.2)
+    assert CanonicalWeights(open_checkpoint(path)).vision.mean == (0.2, 0.2, 0.2)
     (path / "processor_config.json").write_text(json.dumps({"patch_size": 14}))
-    assert Weights(open_checkpoint(path)).vision.mean == (0.1, 0.1, 0.1)
+    assert CanonicalWeights(open_checkpoint(path)).vision.mean == (0.1, 0.1, 0.1)
     (path / "processor_config.json").write_text("[]")
     with pytest.raises(EdgemedError, match="processor_config.json is not a JSON object"):
-        Weights(open_checkpoint(path))
+        CanonicalWeights(open_checkpoint(path))
 
 
 def test_images_that_cannot_be_squared() -> None:
@@ -860,16 +863,16 @@ def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path
 
     engine, *_ = exact
     noise(1).save(tmp_path / "a.png")
-    eyes = VisionSession(engine, 1)
+    vision_encoder = OnnxVisionEncoder(engine, 1)
     session = engine.open(1)
     try:
         for ids, images in (([5, IMAGE, IMAGE], 1), ([5, 6], 1), ([5, IMAGE], 2)):
             with pytest.raises(
                 EdgemedError, match=f"places for {ids.count(IMAGE)} images, {images} were given"
             ):
-                eyes.see(ids, [noise(1)] * images)
+                vision_encoder.see(ids, [noise(1)] * images)
         with pytest.raises(EdgemedError, match="are 386 tokens long, 384 fit"):
-            eyes.see([5, *[IMAGE] * 24, 6], [noise(1)] * 24)
+            vision_encoder.see([5, *[IMAGE] * 24, 6], [noise(1)] * 24)
     finally:
         session.close()
     with pytest.raises(EdgemedError, match="places for 1 images, 0 were given"):
@@ -903,8 +906,8 @@ def test_a_question_about_an_image_is_answered_as_its_source_does(
     for seed in (1, 2):
         noise(seed, 70, 50).save(tmp_path / f"{seed}.png")
     engine = exact[0]
-    weights = Weights(open_checkpoint(model[0]))
-    tokens, pictures = TorchEyes(weights).see(
+    weights = CanonicalWeights(open_checkpoint(model[0]))
+    tokens, pictures = TorchVisionEncoder(weights).see(
         prompt_tokens(engine.tokenizer(), FAMILY.chat("What?", 1, "vicuna"), weights.vision),
         [Image.open(tmp_path / "1.png")],
     )
@@ -945,7 +948,7 @@ def test_every_kind_of_image_file_becomes_features(
 ) -> None:
     from edgemed.vision.image_io import open_image
 
-    eyes = VisionSession(exact[0], 1)
+    vision_encoder = OnnxVisionEncoder(exact[0], 1)
     noise(1).convert("CMYK").save(tmp_path / "cmyk.jpg")
     Image.fromarray(np.linspace(1000, 3000, 400).astype(np.uint16).reshape(20, 20)).save(
         tmp_path / "deep.png"
@@ -954,7 +957,7 @@ def test_every_kind_of_image_file_becomes_features(
     frames = [Image.new("P", (5, 5), shade) for shade in (10, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     for name in ("cmyk.jpg", "deep.png", "dot.png", "moving.gif"):
-        found, grid = eyes.features(open_image(tmp_path / name))
+        found, grid = vision_encoder.features(open_image(tmp_path / name))
         assert found.shape == (16, 64)
         assert np.isfinite(found).all()
         assert grid == (4, 4)

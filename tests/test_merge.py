@@ -15,7 +15,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.steps import merge
 
 peft = pytest.importorskip("peft")
@@ -92,7 +92,7 @@ def merged(base, out, adapter_path, **params):
 
 
 def base_scores(base):
-    return logits(Weights(base), TOKENS)
+    return logits(CanonicalWeights(base), TOKENS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +102,7 @@ def test_merged_scores_are_the_adapters(base, tmp_path, kind):
     assert (base_scores(base) - expected).abs().max() > 0.01, (
         "the adapter changes nothing, so nothing would be tested"
     )
-    assert (logits(Weights(checkpoint), TOKENS) - expected).abs().max() < 1e-4
+    assert (logits(CanonicalWeights(checkpoint), TOKENS) - expected).abs().max() < 1e-4
     assert notes["check_merge"]["max_abs_error"] <= notes["check_merge"]["bound"]
     assert all(entry.dtype == "float32" for entry in checkpoint.tensors.values())
 
@@ -158,7 +158,7 @@ def test_an_adapter_brings_its_classification_head(base, tmp_path):
         num_labels=3,
     )
     checkpoint, _ = merged(base, tmp_path / "out", path)
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     assert (weights.decoder.head, weights.decoder.head_size) == ("classes", 3)
     assert (logits(weights, TOKENS)[:, -1] - expected).abs().max() < 1e-4
 
@@ -177,7 +177,7 @@ def test_a_choice_head_stored_under_biomedlms_name(base, tmp_path):
     source = open_checkpoint(folder)
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
     checkpoint, notes = merged(source, tmp_path / "out", path)
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     assert weights.decoder.head == "choice"
     assert torch.equal(weights.matrix("head").weight, head)
     assert notes["check_written"]["max_abs_error"] < 1e-4

@@ -20,7 +20,7 @@ from edgemed.gguf.tensor_map import layout
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Dense, Weights
+from edgemed.models.weights import CanonicalWeights, Dense
 from edgemed.steps import quantize
 from edgemed.targets import llamacpp, onnx, tensorrt
 
@@ -73,7 +73,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return packed(tmp_path_factory.mktemp("mixed"), MIXED)
 
 
-class Carried(Weights):
+class Carried(CanonicalWeights):
     """The checkpoint as an ONNX engine sees it: its output matrix on the grid of Q8_0."""
 
     def matrix(self, name: str) -> Dense:
@@ -99,14 +99,14 @@ def test_the_config_names_what_differs(mixed: Checkpoint) -> None:
         "group_size": 32,
     }
     assert len(quantization["dynamic"]) == 3 + 1 + 2 + 1 + 1  # q, k, v; o; gate, up; down; down
-    weights = Weights(mixed)
+    weights = CanonicalWeights(mixed)
     assert {name: weights.packing(weights.keys[name][0]) for name in MIXED} == MIXED
     assert weights.packings() == set(MIXED.values())
 
 
 def test_patterns_are_read_as_gptqmodel_reads_them(mixed: Checkpoint) -> None:
     """The first that matches from the beginning counts; what it does not name stays."""
-    weights = Weights(mixed)
+    weights = CanonicalWeights(mixed)
     weights.quantization = weights.quantization | {
         "dynamic": {
             r".*layers\.1\..*": {"group_size": 32},
@@ -144,7 +144,7 @@ def test_tensorrt_carries_what_it_has(mixed: Checkpoint, tmp_path: Path) -> None
         export(mixed, "tensorrt", tensorrt.Params(), tmp_path / "none")
     plain = packed(tmp_path, PLAIN)
     engine = export(plain, "tensorrt", tensorrt.Params(activations="fp32"), tmp_path / "engine")
-    right = logits(Weights(plain), torch.tensor([TOKENS]))[0].numpy()
+    right = logits(CanonicalWeights(plain), torch.tensor([TOKENS]))[0].numpy()
     assert np.abs(scores(engine) - right).max() < 1e-3
     assert engine.precision == "int4/8 mixed fp32"
 
@@ -152,7 +152,7 @@ def test_tensorrt_carries_what_it_has(mixed: Checkpoint, tmp_path: Path) -> None
 def test_gguf_carries_every_width(mixed: Checkpoint, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     engine = export(mixed, "llamacpp", llamacpp.Params(from_checkpoint=True), tmp_path / "engine")
-    weights = Weights(mixed)
+    weights = CanonicalWeights(mixed)
     tensors = {t.name: t for t in gguf.GGUFReader(engine.path / "model.gguf").tensors}
     places = layout(weights.family, weights.decoder, weights.parts)
     assert engine.precision == "Q4_0/Q8_0 carried"
@@ -212,7 +212,7 @@ def test_the_choice_is_expected_to_beat_the_mixture_of_its_size(
     import gguf
 
     _, _facts = budgeted
-    weights = Weights(open_checkpoint(TRAINED), fold=True)
+    weights = CanonicalWeights(open_checkpoint(TRAINED), fold=True)
     mixture = export(
         open_checkpoint(TRAINED), "llamacpp", llamacpp.Params("q4_k_m"), tmp_path / "mixture"
     )

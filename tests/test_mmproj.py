@@ -26,7 +26,7 @@ from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.vision import torch_encoder
 from edgemed.vision.preprocessing import patches
 
@@ -66,8 +66,10 @@ def made(source: Checkpoint, out: Path, **params: object) -> Engine:
     )
 
 
-def right(source: Checkpoint, eyes: Any, image: Any) -> np.ndarray:
-    return torch_encoder.features(Weights(source), patches(image, eyes.v))["features"].numpy()
+def right(source: Checkpoint, vision_encoder: Any, image: Any) -> np.ndarray:
+    return torch_encoder.features(CanonicalWeights(source), patches(image, vision_encoder.v))[
+        "features"
+    ].numpy()
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -79,51 +81,56 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 def test_features_equal_the_torch_tower(
     source: Checkpoint, tmp_path: Path, kind: str, limit: float
 ) -> None:
-    from edgemed.onnx.vision_encoder import eyes_of
+    from edgemed.onnx.vision_encoder import open_vision
 
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj=kind)
-    eyes = eyes_of(engine, 1)
+    vision_encoder = open_vision(engine, 1)
     try:
-        assert type(eyes).__name__ == "MtmdEyes"
+        assert type(vision_encoder).__name__ == "MtmdVisionEncoder"
         for size in SIZES:
-            expected = right(source, eyes, noise(*size))
-            found, (rows, columns) = eyes.features(noise(*size))
+            expected = right(source, vision_encoder, noise(*size))
+            found, (rows, columns) = vision_encoder.features(noise(*size))
             assert found.shape == expected.shape, size
             assert rows * columns == len(found), size
             assert error(found, expected) < limit, size
     finally:
-        eyes.close()
+        vision_encoder.close()
 
 
 def test_an_engine_with_these_eyes_answers_as_its_source(
     source: Checkpoint, tmp_path: Path
 ) -> None:
-    from edgemed.onnx.vision_encoder import eyes_of
+    from edgemed.onnx.vision_encoder import open_vision
 
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj="f32")
     prompt = [5, 9, BEFORE, TOKEN, AFTER, 30, BEFORE, TOKEN, AFTER, 77]
     images = [noise(140, 84), noise(60, 60)]
     answers = []
-    for eyes, session in (
-        (eyes_of(engine, 1), engine.open(1)),
-        (torch_encoder.TorchEyes(Weights(source)), TorchSession(Weights(source))),
+    for vision_encoder, session in (
+        (open_vision(engine, 1), engine.open(1)),
+        (
+            torch_encoder.TorchVisionEncoder(CanonicalWeights(source)),
+            TorchSession(CanonicalWeights(source)),
+        ),
     ):
-        tokens, pictures = eyes.see(prompt, images)
+        tokens, pictures = vision_encoder.see(prompt, images)
         answers.append(
             (
                 tokens,
                 list(generate(session, tokens, Sampling(max_tokens=24), frozenset(), pictures)),
             )
         )
-        spent = getattr(eyes, "seconds", {"preprocess": 1.0, "tower": 1.0, "projector": 0.0})
+        spent = getattr(
+            vision_encoder, "seconds", {"preprocess": 1.0, "tower": 1.0, "projector": 0.0}
+        )
         assert spent["preprocess"] > 0, "tower and projector are one graph"
         assert spent["tower"] > 0, "tower and projector are one graph"
         assert spent["projector"] == 0.0, "tower and projector are one graph"
-        eyes.see(prompt, images)
+        vision_encoder.see(prompt, images)
         session.close()
-        if hasattr(eyes, "seconds"):
-            assert set(eyes.seconds.values()) == {0.0}, "kept"
-        eyes.close()
+        if hasattr(vision_encoder, "seconds"):
+            assert set(vision_encoder.seconds.values()) == {0.0}, "kept"
+        vision_encoder.close()
     assert answers[0] == answers[1]
     assert len(set(answers[0][1])) > 3
 
@@ -156,7 +163,7 @@ def test_which_files_are_written(source: Checkpoint, tmp_path: Path) -> None:
 def test_the_file_is_what_llamacpps_converter_writes(
     source: Checkpoint, tmp_path: Path, kind: str
 ) -> None:
-    weights = Weights(source)
+    weights = CanonicalWeights(source)
     mmproj.write(weights, tmp_path, kind)
     reader = gguf.GGUFReader(tmp_path / "mmproj.gguf")
     v = weights.vision
@@ -212,13 +219,18 @@ def test_the_file_is_what_llamacpps_converter_writes(
 def test_random_weights_see_too(tmp_path: Path) -> None:
     from conftest import tiny_config
 
-    from edgemed.onnx.vision_encoder import eyes_of
+    from edgemed.onnx.vision_encoder import open_vision
 
     source = make_random(tiny_config("qwen2_vl"), tmp_path / "random", "float32")
     engine = made(source, tmp_path / "engine", vision="mtmd")
-    eyes = eyes_of(engine, 1)
-    assert error(eyes.features(noise(84, 84))[0], right(source, eyes, noise(84, 84))) < 2e-3
-    eyes.close()
+    vision_encoder = open_vision(engine, 1)
+    assert (
+        error(
+            vision_encoder.features(noise(84, 84))[0], right(source, vision_encoder, noise(84, 84))
+        )
+        < 2e-3
+    )
+    vision_encoder.close()
 
 
 @pytest.mark.parametrize(
@@ -237,7 +249,7 @@ def test_random_weights_see_too(tmp_path: Path) -> None:
 def test_towers_that_llamacpp_would_compute_wrongly(
     source: Checkpoint, changes: dict[str, object], family: dict[str, object], said: str
 ) -> None:
-    weights = Weights(source)
+    weights = CanonicalWeights(source)
     odd = SimpleNamespace(
         vision=replace(weights.vision, **changes),
         family=replace(weights.family, **family),
@@ -250,15 +262,15 @@ def test_towers_that_llamacpp_would_compute_wrongly(
 
 
 def test_bad_input_is_one_line(source: Checkpoint, model: Path, tmp_path: Path) -> None:
-    from edgemed.gguf.mtmd_vision import MtmdEyes
+    from edgemed.gguf.mtmd_vision import MtmdVisionEncoder
 
     for params in ({"vision": "mtmd"}, {"mmproj": "f16"}):
         with pytest.raises(EdgemedError, match="reads text only, so there is nothing"):
             made(open_checkpoint(model), tmp_path / "text", **params)
     with pytest.raises(EdgemedError, match="reads text only"):
-        MtmdEyes(made(open_checkpoint(model), tmp_path / "plain"))
+        MtmdVisionEncoder(made(open_checkpoint(model), tmp_path / "plain"))
     engine = made(source, tmp_path / "engine", vision="mtmd")
     file = engine.path / "mmproj.gguf"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(EdgemedError, match="libmtmd cannot load .*mmproj.gguf"):
-        MtmdEyes(engine)
+        MtmdVisionEncoder(engine)

@@ -24,16 +24,16 @@ from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.models import parameter_count
-from edgemed.models.architecture import Decoder, Experts
+from edgemed.models.architecture import DecoderConfig, ExpertsConfig
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import TorchSession, logits, mlp
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.ort_cpu_types import nested
-from edgemed.onnx.vision_encoder import VisionSession
+from edgemed.onnx.vision_encoder import OnnxVisionEncoder
 from edgemed.planning import inspect
 from edgemed.quantization.importance_matrix import importance
 from edgemed.steps import quantize
-from edgemed.vision.torch_encoder import TorchEyes
+from edgemed.vision.torch_encoder import TorchVisionEncoder
 
 ORACLES = ROOT / "tests" / "data" / "moe"
 IDS = tokens(40)
@@ -45,7 +45,7 @@ def test_one_layer_gives_the_authors_vectors(base: str, meta: bool) -> None:
     from safetensors.torch import load_file
 
     stored = load_file(ORACLES / f"moe_{base}_{'medmoe' if meta else 'tinymed'}.safetensors")
-    experts = Experts(
+    experts = ExpertsConfig(
         4,
         1 if meta else 2,
         (0,),
@@ -54,7 +54,7 @@ def test_one_layer_gives_the_authors_vectors(base: str, meta: bool) -> None:
         router_bias=meta,
     )
     gated = base == "stablelm"
-    d = Decoder(
+    d = DecoderConfig(
         64,
         1,
         1,
@@ -113,9 +113,9 @@ def test_logits_equal_the_reference(name: str, tmp_path: Path) -> None:
         right = reference(path, json.loads((path / "config.json").read_text()), base)(
             input_ids=torch.tensor([IDS])
         ).logits[0]
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     d = weights.decoder
-    assert d.experts == Experts(4, 1 if meta else 2, (0, 2), not meta, meta, meta)
+    assert d.experts == ExpertsConfig(4, 1 if meta else 2, (0, 2), not meta, meta, meta)
     assert d.parallel == (base == "Phi")
     assert (logits(weights, torch.tensor([IDS]))[0] - right).abs().max() < 1e-4
     session = TorchSession(weights)
@@ -136,13 +136,13 @@ def test_logits_equal_the_reference(name: str, tmp_path: Path) -> None:
 def test_a_model_without_experts(kind: str, name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model", name, model_type=kind)
     assert not any("deepspeed" in key for key in open_checkpoint(path).tensors)
-    assert Weights(open_checkpoint(path)).decoder.experts is None
+    assert CanonicalWeights(open_checkpoint(path)).decoder.experts is None
     with torch.inference_mode():
         right = reference(path, json.loads((path / "config.json").read_text()), MODELS[name][0])(
             input_ids=torch.tensor([IDS])
         ).logits[0]
     assert (
-        logits(Weights(open_checkpoint(path)), torch.tensor([IDS]))[0] - right
+        logits(CanonicalWeights(open_checkpoint(path)), torch.tensor([IDS]))[0] - right
     ).abs().max() < 1e-4
 
 
@@ -154,11 +154,11 @@ def test_published_sizes(name: str, billions: float) -> None:
     found = inspect.inspect(f"random:{name}")
     assert round(found["parameters"] / 1e9, 2) == billions
     assert found["architecture"]["experts"]["count"] == 4
-    d = inspect.dimensions(Weights(inspect.described(name)))
+    d = inspect.dimensions(CanonicalWeights(inspect.described(name)))
     weights = sum(
         weight
         for part, (kind, weight, _) in parameter_count.sizes(
-            Weights(inspect.described(name))
+            CanonicalWeights(inspect.described(name))
         ).items()
         if part.startswith("layers.") and kind in ("matrix", "router")
     )
@@ -175,7 +175,7 @@ def test_image_features_equal_transformers(tmp_path: Path) -> None:
     path = write(
         tmp_path / "model", "moe-tinymed", mm_image_tower="/nowhere/clip", image_aspect_ratio="pad"
     )
-    weights = Weights(open_checkpoint(path))
+    weights = CanonicalWeights(open_checkpoint(path))
     v = weights.vision
     read = weights.checkpoint.read
     tower = CLIPVisionModel(CLIPVisionConfig(**tiny_config("moe-tinymed")["vision_config"])).eval()
@@ -228,7 +228,7 @@ def medmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(path: Path, *named: str) -> None:
     with pytest.raises(EdgemedError) as error:
-        Weights(open_checkpoint(path))
+        CanonicalWeights(open_checkpoint(path))
     assert "\n" not in str(error.value), str(error.value)
     assert all(name in str(error.value) for name in named), str(error.value)
 
@@ -389,7 +389,7 @@ def test_experts_in_files_that_name_different_bases(tinymed: Path, tmp_path: Pat
         ("same", dict.fromkeys("0123", "phi-2")),
         ("rest", {**dict.fromkeys("0123", "phi-2"), "rest": "clip"}),
     ):
-        assert Weights(open_checkpoint(sharded(name, bases))).decoder.experts.count == 4
+        assert CanonicalWeights(open_checkpoint(sharded(name, bases))).decoder.experts.count == 4
     refused(
         sharded("other", {**dict.fromkeys("013", "stablelm-2-1_6b"), "2": "phi-2"}),
         "layer 0, expert 2",
@@ -406,17 +406,17 @@ def test_nan_in_one_expert(tinymed: Path, tmp_path: Path) -> None:
         EdgemedError,
         match=r"model\.layers\.2\.mlp\..*deepspeed_experts\.1\.up_proj\.weight' holds 8192 NaN",
     ):
-        logits(Weights(open_checkpoint(path)), torch.tensor([IDS]))
+        logits(CanonicalWeights(open_checkpoint(path)), torch.tensor([IDS]))
 
 
 # --- quantizing
 
 
-def quantized(path: Path, out: Path, **values: object) -> tuple[dict, Weights]:
+def quantized(path: Path, out: Path, **values: object) -> tuple[dict, CanonicalWeights]:
     out.mkdir()
     return quantize.run(
         open_checkpoint(path), out, quantize.Params(**{"bits": 8, "group": 64, **values})
-    ), Weights(open_checkpoint(out))
+    ), CanonicalWeights(open_checkpoint(out))
 
 
 def card(folder: Path) -> str:
@@ -457,7 +457,7 @@ def test_gptq_counts_the_tokens_of_every_expert(name: str, tmp_path: Path) -> No
         assert layer["rounded"] == [e for e, count in enumerate(layer["tokens"]) if count < 50]
     assert any(layer["rounded"] for layer in said.values())
     assert any(len(layer["rounded"]) < 4 for layer in said.values())
-    plain = Weights(open_checkpoint(path))
+    plain = CanonicalWeights(open_checkpoint(path))
     rounded = quantized(path, tmp_path / "rtn", method="rtn")[1]
     for n in (0, 2):
         for expert in range(4):
@@ -511,7 +511,7 @@ def test_experts_can_be_calibrated_on_tokens_that_did_not_choose_them(tmp_path: 
 
 
 def test_importance_is_of_the_tokens_that_reached_an_expert(tinymed: Path) -> None:
-    weights = Weights(open_checkpoint(tinymed))
+    weights = CanonicalWeights(open_checkpoint(tinymed))
     seen = {}
     from edgemed.models import torch_decoder as module
 
@@ -534,7 +534,7 @@ def test_importance_is_of_the_tokens_that_reached_an_expert(tinymed: Path) -> No
 
 def answers_as(checkpoint: Checkpoint, engine: Engine) -> None:
     """The engine's greedy tokens are the checkpoint's."""
-    source = TorchSession(Weights(checkpoint))
+    source = TorchSession(CanonicalWeights(checkpoint))
     session = engine.open(1)
     said = []
     for each in (source, session):
@@ -565,7 +565,7 @@ def test_an_engine_gives_the_models_scores_and_tokens(
     checkpoint = open_checkpoint(write(tmp_path / "model", name))
     module = plugins.load("targets", target)
     engine = export(checkpoint, target, module.Params(precision="fp32"), tmp_path / "engine")
-    right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+    right = logits(CanonicalWeights(checkpoint), torch.tensor([IDS]))[0].numpy()
     assert np.abs(scores(engine) - right).max() < 1e-4
     answers_as(checkpoint, engine)
 
@@ -581,7 +581,7 @@ def test_the_experts_integers_are_carried(
     module = plugins.load("targets", target)
     wide = {"accuracy_level": 1} if target == "onnx" else {"activations": "fp32"}
     engine = export(checkpoint, target, module.Params(**wide), tmp_path / "engine")
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     expected = logits(weights, torch.tensor([IDS]))[0].numpy()
     found = scores(engine)
     if target == "tensorrt":
@@ -615,7 +615,7 @@ def test_tensorrt_graphs_parse_and_may_compute_all_experts(
     pytest.importorskip("onnxruntime")
     module = plugins.load("targets", "tensorrt")
     found = []
-    right = logits(Weights(open_checkpoint(tinymed)), torch.tensor([IDS]))[0].numpy()
+    right = logits(CanonicalWeights(open_checkpoint(tinymed)), torch.tensor([IDS]))[0].numpy()
     for experts, profile in (("chosen", "jetpack6"), ("chosen", "trt11"), ("all", "jetpack7")):
         engine = export(
             open_checkpoint(tinymed),
@@ -655,7 +655,7 @@ def test_an_expert_that_nobody_chose_is_not_computed(tinymed: Path, tmp_path: Pa
     session = ort.InferenceSession(
         str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
-    d = Weights(open_checkpoint(tinymed)).decoder
+    d = CanonicalWeights(open_checkpoint(tinymed)).decoder
     feeds = {
         "tokens": np.array([[5]]),
         "positions": np.array([[0]]),
@@ -710,7 +710,7 @@ def test_stock_llamacpp_computes_what_it_has_a_graph_for(
 ) -> None:
     pytest.importorskip("llama_cpp")
     checkpoint = open_checkpoint(write(tmp_path / "model", name, **changes))
-    right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+    right = logits(CanonicalWeights(checkpoint), torch.tensor([IDS]))[0].numpy()
     # ggml reads GELU from a float16 table
     assert np.abs(scores(gguf(checkpoint, tmp_path / "f32", type="f32")) - right).max() < 5e-3
     for wanted in ("q8_0", "q4_k_m"):
@@ -752,7 +752,7 @@ def test_every_expert_has_its_own_importance(tinymed: Path, tmp_path: Path) -> N
         engine = gguf(
             checkpoint, tmp_path / kind, type="q4_k_m", imatrix=imatrix, samples=2, length=40
         )
-        right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+        right = logits(CanonicalWeights(checkpoint), torch.tensor([IDS]))[0].numpy()
         assert np.median(np.abs(scores(engine) - right)) < 0.8
     plain, weighted = (
         (tmp_path / kind / "model.gguf").read_bytes() for kind in ("plain", "weighted")
@@ -765,7 +765,7 @@ def test_every_expert_has_its_own_importance(tinymed: Path, tmp_path: Path) -> N
 def test_a_graph_of_our_own_where_llamacpp_has_none(name: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     checkpoint = open_checkpoint(write(tmp_path / "model", name))
-    right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+    right = logits(CanonicalWeights(checkpoint), torch.tensor([IDS]))[0].numpy()
     engine = gguf(checkpoint, tmp_path / "f32", type="f32")
     assert [file.name for file in engine.path.glob("*.gguf")] == ["graph.gguf"]
     assert np.abs(scores(engine) - right).max() < 5e-3
@@ -786,7 +786,7 @@ def test_our_own_graph_speaks_the_session_protocol(medmoe: Path, tmp_path: Path)
     checkpoint = open_checkpoint(write(tmp_path / "long", "med-moe", max_position_embeddings=300))
     ids = tokens(300, seed=3)
     session = gguf(checkpoint, tmp_path / "engine", type="f32").open(1)
-    right = logits(Weights(checkpoint), torch.tensor([ids]))[0].numpy()
+    right = logits(CanonicalWeights(checkpoint), torch.tensor([ids]))[0].numpy()
     assert np.abs(session.prefill(ids[:270], every=True) - right[:270]).max() < 1e-3
     session.rewind(100)
     assert np.abs(session.prefill(ids[100:255])[0] - right[254]).max() < 1e-3
@@ -834,7 +834,7 @@ def test_our_own_graph_carries_integers(medmoe: Path, tmp_path: Path) -> None:
         json.loads((engine.path / "manifest.json").read_text())["notes"]["types"]["Q8_0"]
         == 3 * 4 + 2 * (3 + 3) + 3 + 1
     )
-    right = logits(Weights(checkpoint), torch.tensor([IDS]))[0].numpy()
+    right = logits(CanonicalWeights(checkpoint), torch.tensor([IDS]))[0].numpy()
     assert np.median(np.abs(scores(engine) - right)) < 0.1
 
 
@@ -877,17 +877,17 @@ def test_a_question_about_an_image(tmp_path: Path, name: str, target: str) -> No
         else module.Params(precision="fp32", tower="fp32")
     )
     engine = export(checkpoint, target, params, tmp_path / "engine")
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (70, 50, 3), dtype=np.uint8)
     )
     prompt = [*IDS[:6], weights.vision.token, *IDS[6:12]]
     found = []
-    for eyes, session in (
-        (TorchEyes(weights), TorchSession(weights)),
-        (VisionSession(engine, 1), engine.open(1)),
+    for vision_encoder, session in (
+        (TorchVisionEncoder(weights), TorchSession(weights)),
+        (OnnxVisionEncoder(engine, 1), engine.open(1)),
     ):
-        ids, pictures = eyes.see(prompt, [picture])
+        ids, pictures = vision_encoder.see(prompt, [picture])
         assert len(ids) == 12 + (weights.vision.size // weights.vision.patch) ** 2
         found.append(
             [

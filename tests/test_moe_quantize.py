@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import block, load_layer, logits, norm, routed
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization import awq
 from edgemed.quantization.memory_budget import held as held_by
 from edgemed.quantization.sensitivity import sensitivities
@@ -53,7 +53,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-def quantized(checkpoint: Checkpoint, out: Path, **values: object) -> tuple[dict, Weights]:
+def quantized(checkpoint: Checkpoint, out: Path, **values: object) -> tuple[dict, CanonicalWeights]:
     out.mkdir()
     notes = quantize.run(
         checkpoint,
@@ -62,13 +62,13 @@ def quantized(checkpoint: Checkpoint, out: Path, **values: object) -> tuple[dict
             **{"bits": 4, "group": 32, "samples": 4, "length": 40, "expert_tokens": 50, **values}
         ),
     )
-    return notes, Weights(open_checkpoint(out))
+    return notes, CanonicalWeights(open_checkpoint(out))
 
 
 def test_folded_scales_change_neither_the_layer_nor_the_choice_of_experts(
     model: Checkpoint,
 ) -> None:
-    weights = Weights(model, fold=True)
+    weights = CanonicalWeights(model, fold=True)
     d = weights.decoder
     random = torch.Generator().manual_seed(0)
     layer = load_layer(weights, 2)
@@ -97,7 +97,7 @@ def test_folded_scales_change_neither_the_layer_nor_the_choice_of_experts(
 
 def test_awq_scales_router_and_experts_alike(model: Checkpoint, text: str, tmp_path: Path) -> None:
     notes, weights = quantized(model, tmp_path / "awq", method="awq", calibration=text)
-    source = Weights(model, fold=True)
+    source = CanonicalWeights(model, fold=True)
     d = weights.decoder
     plain = quantized(model, tmp_path / "rtn", method="rtn")[1]
     norms = "attn_norm" if d.parallel else "mlp_norm"
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_and_still_knows_its_experts(
     computed = []
     killed = [1]
 
-    def counted(weights: Weights, n: int, *rest: object) -> object:
+    def counted(weights: CanonicalWeights, n: int, *rest: object) -> object:
         if n in killed:
             raise KeyboardInterrupt
         computed.append(n)
@@ -195,7 +195,7 @@ def test_a_budget_counts_every_expert(model: Checkpoint, text: str, tmp_path: Pa
 
 
 def test_an_expert_nobody_chose_counts_as_the_mean_of_the_others(tmp_path: Path) -> None:
-    weights = Weights(open_checkpoint(write(tmp_path / "model", "moe-tinymed")), fold=True)
+    weights = CanonicalWeights(open_checkpoint(write(tmp_path / "model", "moe-tinymed")), fold=True)
     matrix = weights.matrix
     norms = weights.norm
 
@@ -253,7 +253,7 @@ def test_gguf_carries_experts_of_several_widths(tmp_path: Path) -> None:
     from edgemed.targets import llamacpp
 
     source = open_checkpoint(write(tmp_path / "model", "med-moe"))
-    names = quantize._layer_matrices(Weights(source))
+    names = quantize._layer_matrices(CanonicalWeights(source))
     mixed = {
         name: (8, 32) if ".experts.1.up" in name else (2, 32) if ".experts.2." in name else (4, 32)
         for name in names
@@ -293,7 +293,7 @@ def test_gguf_carries_experts_of_several_widths(tmp_path: Path) -> None:
 def test_the_memory_of_a_sparse_layer_is_that_of_all_its_experts(
     model: Checkpoint, text: str, tmp_path: Path
 ) -> None:
-    weights = Weights(model, fold=True)
+    weights = CanonicalWeights(model, fold=True)
     d = weights.decoder
     sizes = [
         sum(math.prod(weights.parts[f"layers.{n}.{name}"].shape) for name in d.matrices(n))

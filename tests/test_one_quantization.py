@@ -94,9 +94,9 @@ def test_the_integers_are_the_same(engines: dict[str, Path]) -> None:
     import onnx
 
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
-    weights = Weights(open_checkpoint(engines["checkpoint"]))
+    weights = CanonicalWeights(open_checkpoint(engines["checkpoint"]))
     graph = {
         t.name: onnx.numpy_helper.to_array(t, str(engines["onnx"]))
         for t in onnx.load(

@@ -28,7 +28,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
 from edgemed.models.gptq_packing import pack
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Dense, Packed
 from edgemed.onnx import ort_session
 from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
@@ -37,8 +37,12 @@ from edgemed.targets.onnx import Params
 TOKENS = tokens(100)
 
 
-def expected(weights: Weights | Path, ids: list[int] = TOKENS) -> np.ndarray:
-    weights = weights if isinstance(weights, Weights) else Weights(open_checkpoint(weights))
+def expected(weights: CanonicalWeights | Path, ids: list[int] = TOKENS) -> np.ndarray:
+    weights = (
+        weights
+        if isinstance(weights, CanonicalWeights)
+        else CanonicalWeights(open_checkpoint(weights))
+    )
     return logits(weights, torch.tensor([ids]))[0].numpy()
 
 
@@ -50,7 +54,7 @@ def scores(engine: Engine, ids: list[int] = TOKENS) -> np.ndarray:
         session.close()
 
 
-class Rounded(Weights):
+class Rounded(CanonicalWeights):
     """A checkpoint as an int8/int4 engine sees it: matrices rounded to nearest, float16 tables,
     output matrix on the Q8_0 grid.
     """
@@ -86,7 +90,7 @@ def test_float_parity(tmp_path: Path, precision: str, bound: float, scaled: bool
     checkpoint = open_checkpoint(
         write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=scaled)
     )
-    right = expected(Weights(checkpoint))
+    right = expected(CanonicalWeights(checkpoint))
     assert (
         np.abs(
             scores(export(checkpoint, "onnx", Params(precision), tmp_path / "engine")) - right
@@ -96,7 +100,7 @@ def test_float_parity(tmp_path: Path, precision: str, bound: float, scaled: bool
     other = replace(
         checkpoint, config={**checkpoint.config, "scale_attn_by_inverse_layer_idx": not scaled}
     )
-    assert np.abs(expected(Weights(other)) - right).max() > 0.2, (
+    assert np.abs(expected(CanonicalWeights(other)) - right).max() > 0.2, (
         "the scale by layer makes no difference here, so nothing was tested"
     )
 
@@ -143,7 +147,7 @@ class Carried(Rounded):
 
 def test_packed_integers_are_carried_bit_for_bit(packed: Checkpoint, tmp_path: Path) -> None:
     engine = export(packed, "onnx", Params(accuracy_level=1), tmp_path / "engine")
-    weights = Weights(packed)
+    weights = CanonicalWeights(packed)
     stored = initializers(engine)
     for n in range(weights.decoder.layers):
         for name in weights.decoder.matrices(n):
@@ -174,7 +178,7 @@ def old_checkpoint(
     """What AutoGPTQ wrote for desc_act and asymmetric quantization, made by hand: zeros of their
     own, groups numbered freely.
     """
-    source = Weights(open_checkpoint(model))
+    source = CanonicalWeights(open_checkpoint(model))
     group = 32
     random = torch.Generator().manual_seed(3)
     config = {
@@ -233,7 +237,7 @@ def test_old_checkpoints(
     model: Path, tmp_path: Path, bits: int, asymmetric: bool, act_order: bool
 ) -> None:
     checkpoint = old_checkpoint(model, tmp_path / "old", bits, asymmetric, act_order)
-    matrix = Weights(checkpoint).matrix("layers.0.qkv")
+    matrix = CanonicalWeights(checkpoint).matrix("layers.0.qkv")
     assert matrix.symmetric is not asymmetric
     assert (matrix.g_idx is not None) is act_order
     engine = export(checkpoint, "onnx", Params(accuracy_level=1), tmp_path / "engine")
@@ -253,11 +257,11 @@ def test_heads(model: Path, tmp_path: Path, classes: int, precision: str) -> Non
         checkpoint, "onnx", Params(precision, 32, accuracy_level=1), tmp_path / "engine"
     )
     assert (engine.head, engine.width) == (("classes", 3) if classes == 3 else ("choice", 1))
-    weights = Weights(checkpoint) if precision == "fp32" else Rounded(checkpoint)
+    weights = CanonicalWeights(checkpoint) if precision == "fp32" else Rounded(checkpoint)
     if precision == "int4":
         plain = weights.matrix
         weights.matrix = lambda name: (
-            Weights.matrix(weights, name) if name == "head" else plain(name)
+            CanonicalWeights.matrix(weights, name) if name == "head" else plain(name)
         )
     session = engine.open(1)
     right = expected(weights)

@@ -19,7 +19,7 @@ from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.qlora import Trained
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.steps import merge
 
 peft = pytest.importorskip("peft")
@@ -93,8 +93,8 @@ def test_the_difference_is_that_from_the_trained_model(folder, tmp_path, kind):
     ).eval()
     with torch.no_grad():
         right = torch.cat([trained(input_ids=row).logits for row in windows.split(1)])
-    found = logits(Trained(open_checkpoint(out), Weights(base), kind), windows)
-    ours = logits(Weights(open_checkpoint(out)), windows)
+    found = logits(Trained(open_checkpoint(out), CanonicalWeights(base), kind), windows)
+    ours = logits(CanonicalWeights(open_checkpoint(out)), windows)
     said = notes["trained_on"]
     assert (found - right).abs().max() < 1e-5 * right.abs().max() < (ours - right).abs().max()
     p = right.double().log_softmax(-1)

@@ -15,7 +15,7 @@ from edgemed.models.checkpoint import Writer, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Packed
 from edgemed.quantization.gptq import Hessian, output_error, solve
 from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
@@ -157,8 +157,8 @@ def test_what_is_written_is_what_is_read(base, tmp_path, bits, clip, group):
     checkpoint, notes = quantized(
         base, tmp_path / "q", method="rtn", bits=bits, group=group, clip=clip
     )
-    weights = Weights(checkpoint)
-    source = Weights(base, fold=True)
+    weights = CanonicalWeights(checkpoint)
+    source = CanonicalWeights(base, fold=True)
     assert weights.decoder == source.decoder, (
         "the attention scale must be folded before the integers are chosen"
     )
@@ -235,7 +235,7 @@ def test_the_dense_weights_are_what_transformers_computes_with(base, tmp_path, t
     checkpoint, _ = quantized(
         base, tmp_path / "q", method="gptq", group=32, calibration=text, samples=8, length=32
     )
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).float().eval()
     state = {
@@ -275,9 +275,9 @@ def test_heads_are_kept(base, tmp_path, text, classes):
         samples=8,
         length=32,
     )
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     assert weights.decoder.head == ("choice" if classes == 1 else "classes")
-    expected = logits(Weights(source), TOKENS)
+    expected = logits(CanonicalWeights(source), TOKENS)
     assert (logits(weights, TOKENS) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
@@ -336,7 +336,7 @@ def trained():
     if not (TRAINED / "config.json").is_file():
         pytest.skip("recipes/quickstart/model is not there")
     source = open_checkpoint(TRAINED)
-    weights = Weights(source)
+    weights = CanonicalWeights(source)
     tokenizer = open_tokenizer(TRAINED, weights.decoder.vocab)
     stream = [
         t for text in texts("pubmedqa-abstracts", "heldout") for t in encode(tokenizer, text + "\n")
@@ -347,7 +347,7 @@ def trained():
 
 def divergence(trained, checkpoint):
     _, windows, expected = trained
-    found = logits(Weights(checkpoint), windows).log_softmax(-1)
+    found = logits(CanonicalWeights(checkpoint), windows).log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
@@ -390,7 +390,7 @@ def test_a_tiny_memory_limit_spills_and_gives_the_same_weights(base, tmp_path, t
     for windows, expected in ((8, False), (10**5, True)):
         assert (
             quantize.spilled(
-                Weights(base, fold=True),
+                CanonicalWeights(base, fold=True),
                 True,
                 quantize.Params(**asked | {"samples": windows, "length": 64}, max_memory=limit),
             )
@@ -469,7 +469,7 @@ def test_what_was_begun_with_other_parameters_is_not_continued(base, tmp_path, m
 def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text, target):
     params = {"method": "auto", "target": target, "calibration": text, "samples": 8, "length": 32}
     checkpoint, notes = quantized(base, tmp_path / "q", **params, budget="5.2bpw")
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     found = {name: weights.packing(weights.keys[name][0]) for name in notes["packings"]}
     assert found == {name: tuple(packing) for name, packing in notes["packings"].items()}
     assert len(set(found.values())) > 1
@@ -490,7 +490,7 @@ def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text
     again, told = quantized(base, tmp_path / "again", **params, budget=f"{notes['bytes'] / 1000}KB")
     assert told["packings"] == notes["packings"]
     assert again.hashes() == checkpoint.hashes()
-    plain = logits(Weights(base), TOKENS)
+    plain = logits(CanonicalWeights(base), TOKENS)
     assert (logits(weights, TOKENS) - plain).abs().mean() < 0.2 * plain.abs().mean()
 
 

@@ -16,7 +16,7 @@ from edgemed.models.gptq_packing import pack, unpack
 from edgemed.models.random_weights import make_random
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import block, load_layer, logits
-from edgemed.models.weights import Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Packed
 from edgemed.quantization import awq
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
 from edgemed.quantization.gptq import Hessian, Solution, output_error, root_of, solve
@@ -227,7 +227,7 @@ def test_clipping_lowers_what_gptq_leaves(bits):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folded_scales_change_nothing_but_the_weights(tmp_path, kind):
-    weights = Weights(make_random(KINDS[kind], tmp_path / "m", "float32"), fold=True)
+    weights = CanonicalWeights(make_random(KINDS[kind], tmp_path / "m", "float32"), fold=True)
     d = weights.decoder
     x = normal(2, 12, 64)
     layer = load_layer(weights, 0)
@@ -315,7 +315,7 @@ def test_budgets_are_read_strictly():
 def trained():
     if not (TRAINED / "config.json").is_file():
         pytest.skip("recipes/quickstart/model is not there")
-    weights = Weights(open_checkpoint(TRAINED), fold=True)
+    weights = CanonicalWeights(open_checkpoint(TRAINED), fold=True)
     return weights, torch.tensor(
         calibration_windows(
             "pubmedqa-abstracts", open_tokenizer(TRAINED, weights.decoder.vocab), 8, 64
@@ -325,7 +325,7 @@ def trained():
 
 def test_the_sensitivity_is_the_gradient_torch_finds(tmp_path):
     """Rows of one matrix against autograd over the whole model, tokens drawn alike."""
-    weights = Weights(make_random(KINDS["llama"], tmp_path / "m", "float32"), fold=True)
+    weights = CanonicalWeights(make_random(KINDS["llama"], tmp_path / "m", "float32"), fold=True)
     windows = torch.randint(256, (3, 10), generator=torch.Generator().manual_seed(1))
     found = dict(sensitivities(weights, windows, tmp_path))
     assert list(found) == [1, 0]
@@ -376,7 +376,7 @@ def test_the_expected_divergence_is_the_measured_one(trained, tmp_path):
         for name, sensitivity in found.items():
             rounded = Solution(*rtn(sensitivity.weight, 3, 64)).dense(3)
             expected.append(sensitivity.loss(rounded))
-            held = Weights(weights.checkpoint, fold=True)
+            held = CanonicalWeights(weights.checkpoint, fold=True)
             whole = held.matrix
             part = f"layers.{n}.{name}"
             held.matrix = lambda asked, whole=whole, part=part, rounded=rounded: (

@@ -148,10 +148,10 @@ def test_int4_engines_carry_the_same_integers(work: Path, report: dict) -> None:
     from gguf import GGUFReader
 
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     (packed,) = (work / "store").glob("quantize-*")
-    weights = Weights(open_checkpoint(packed))
+    weights = CanonicalWeights(open_checkpoint(packed))
     graph = onnx.load(work / "engines" / "onnx-int4" / "model.onnx")
     stored = {
         t.name: onnx.numpy_helper.to_array(t, str(work / "engines" / "onnx-int4"))

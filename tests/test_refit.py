@@ -26,7 +26,7 @@ from edgemed.distillation import quantized_student, student
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.pipeline.runner import run_step
 from edgemed.steps import distill, quantize
@@ -86,8 +86,10 @@ def run(model: Path, out: Path, params: distill.Params) -> dict:
     )["notes"]
 
 
-def opened(path: Path, folder: Path, norms: bool = False) -> tuple[Weights, torch.nn.Module]:
-    weights = Weights(open_checkpoint(path))
+def opened(
+    path: Path, folder: Path, norms: bool = False
+) -> tuple[CanonicalWeights, torch.nn.Module]:
+    weights = CanonicalWeights(open_checkpoint(path))
     model = student.load(weights, quantized_student.expanded(weights, folder))
     quantized_student.freeze(model, weights, norms)
     return weights, model.eval()
@@ -170,10 +172,12 @@ def test_integers_stay_and_the_divergence_falls(
         for n in before.tensors
         if n.endswith(".scales")
     )
-    right = torch.log_softmax(logits(Weights(open_checkpoint(model)), IDS), -1)
+    right = torch.log_softmax(logits(CanonicalWeights(open_checkpoint(model)), IDS), -1)
     divergences = [
         float(
-            (right.exp() * (right - torch.log_softmax(logits(Weights(c), IDS), -1))).sum(-1).mean()
+            (right.exp() * (right - torch.log_softmax(logits(CanonicalWeights(c), IDS), -1)))
+            .sum(-1)
+            .mean()
         )
         for c in (before, after)
     ]
@@ -192,7 +196,7 @@ def test_engines_carry_the_trained_scales(model: Path, text: str, tmp_path: Path
     session = engine.open(1)
     found = session.prefill(IDS[0].tolist(), every=True).copy()
     session.close()
-    right = logits(Weights(trained), IDS[:1])[0].numpy()
+    right = logits(CanonicalWeights(trained), IDS[:1])[0].numpy()
     assert engine.precision == "int4 g32"
     assert found.shape == (40, VOCAB)
     # embedding and output matrix are rounded besides
@@ -234,7 +238,7 @@ def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: str, tmp_path:
     assert whole == killed
 
 
-def test_what_is_refused(model: Path, sees: Path, text: str, tmp_path: Path) -> None:
+def test_what_is_refused(model: Path, vision_model: Path, text: str, tmp_path: Path) -> None:
     start = packed(model, tmp_path / "packed", 4)
     quick = [
         "--calibration",
@@ -263,9 +267,9 @@ def test_what_is_refused(model: Path, sees: Path, text: str, tmp_path: Path) -> 
     )
     with pytest.raises(EdgemedError, match="layers, ffn, .*and a merged lora"):
         distill.inputs(small(text, lora=4))
-    seeing = packed(sees, tmp_path / "seeing", 4)
+    seeing = packed(vision_model, tmp_path / "seeing", 4)
     with pytest.raises(EdgemedError, match="is for text models without experts"):
-        run(seeing, tmp_path / "out", small(text, teacher=str(sees)))
+        run(seeing, tmp_path / "out", small(text, teacher=str(vision_model)))
     assert (
         strict.build(
             distill.Params,

@@ -764,7 +764,7 @@ def test_a_report_says_why_there_is_no_energy_and_what_held_the_clocks_down():
 
     recipe = Recipe("model", (), (), bench=BenchSpec())
     engines = [
-        types.SimpleNamespace(name=name, random_weights=False, stand_in="")
+        types.SimpleNamespace(name=name, random_weights=False, emulation="")
         for name in ("a", "b", "c")
     ]
     said = not_measured(

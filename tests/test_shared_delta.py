@@ -22,7 +22,7 @@ from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession, logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.moe import shared_expert_base
 from edgemed.planning import inspect
 from edgemed.steps import merge, quantize
@@ -38,7 +38,7 @@ def shared(model: Path, out: Path, **params: object) -> dict:
 
 
 def scores(path: Path, whole: bool = False) -> torch.Tensor:
-    return logits(Weights(open_checkpoint(path), whole=whole), torch.tensor([IDS]))[0]
+    return logits(CanonicalWeights(open_checkpoint(path), whole=whole), torch.tensor([IDS]))[0]
 
 
 def expanded(path: Path) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def test_the_checkpoint_is_the_model_with_summed_experts(
         for key in before
         if "deepspeed_experts" not in key or key.endswith(".bias")
     )
-    session = TorchSession(Weights(open_checkpoint(tmp_path / "out")))
+    session = TorchSession(CanonicalWeights(open_checkpoint(tmp_path / "out")))
     assert np.abs(session.prefill(IDS[:30], every=True) - right[:30].numpy()).max() < 1e-4
     assert np.abs(session.step(IDS[30]) - right[30].numpy()).max() < 1e-4
 
@@ -274,7 +274,7 @@ def test_what_is_stored_is_smaller_and_counted(tmp_path: Path) -> None:
         found["out"]["memory"]["int4 g128"]["weights_mb"]
         < found["model"]["memory"]["int4 g128"]["weights_mb"]
     )
-    d = inspect.dimensions(Weights(open_checkpoint(tmp_path / "out")))
+    d = inspect.dimensions(CanonicalWeights(open_checkpoint(tmp_path / "out")))
     assert d.expert == 6 * (64 + 256) + 6 * (128 + 64)
     assert d.experts == 4
 
@@ -325,12 +325,12 @@ def test_a_damaged_checkpoint(tmp_path: Path) -> None:
             json.dumps(config | {"moe": config["moe"] | {"shared_delta": said}})
         )
         with pytest.raises(EdgemedError, match="neither a rank nor a density"):
-            Weights(open_checkpoint(tmp_path / "rank"))
+            CanonicalWeights(open_checkpoint(tmp_path / "rank"))
     (tmp_path / "rank" / "config.json").write_text(
         json.dumps(config | {"moe": config["moe"] | {"shared_delta": {"rank": 5}}})
     )
     with pytest.raises(EdgemedError, match=r"has shape \[4, 64\], config.json asks for \[5, 64\]"):
-        Weights(open_checkpoint(tmp_path / "rank"))
+        CanonicalWeights(open_checkpoint(tmp_path / "rank"))
     stored = load_file(tmp_path / "density" / "model.safetensors")
     key = f"model.layers.2.mlp.{EXPERT}1.down_delta.columns"
     stored[key][3, 5] = 128
@@ -356,7 +356,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         "--json",
     )
     assert done.returncode == 0, done.stderr
-    assert Weights(open_checkpoint(tmp_path / "out")).decoder.experts.rank == 8
+    assert CanonicalWeights(open_checkpoint(tmp_path / "out")).decoder.experts.rank == 8
     done = cli("merge", model, "--out", tmp_path / "no", "--experts", "shared_delta")
     assert done.returncode == 1
     assert "neither rank nor density" in done.stderr.strip().splitlines()[-1]

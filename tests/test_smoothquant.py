@@ -23,7 +23,7 @@ from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import log_softmax
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import block, embed, linear, load_layer, logits, norm, top
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.smoothquant import scale
 from edgemed.steps import quantize
 from edgemed.targets import onnx, tensorrt
@@ -59,7 +59,7 @@ def outliers(model: Path, out: Path) -> Path:
 @pytest.fixture(scope="module", params=FAMILIES)
 def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Weights, Checkpoint, Path]:
+) -> tuple[CanonicalWeights, Checkpoint, Path]:
     """(source, its smoothquant checkpoint, the calibration text)."""
     folder = tmp_path_factory.mktemp(f"smooth-{request.param}")
     text = folder / "text.txt"
@@ -79,11 +79,15 @@ def made(
             length=64,
         ),
     )
-    return Weights(open_checkpoint(source), fold=True), open_checkpoint(folder / "out"), text
+    return (
+        CanonicalWeights(open_checkpoint(source), fold=True),
+        open_checkpoint(folder / "out"),
+        text,
+    )
 
 
 def by_hand(
-    weights: Weights, rounded: Callable[[str, torch.Tensor], torch.Tensor], grid: bool
+    weights: CanonicalWeights, rounded: Callable[[str, torch.Tensor], torch.Tensor], grid: bool
 ) -> np.ndarray:
     """Scores of IDS where what each matrix reads is first put through rounded(canonical name,
     x).
@@ -142,9 +146,9 @@ def test_the_scale_is_equation_4() -> None:
     )
 
 
-def test_norms_take_what_weights_give_back(made: tuple[Weights, Checkpoint, Path]) -> None:
+def test_norms_take_what_weights_give_back(made: tuple[CanonicalWeights, Checkpoint, Path]) -> None:
     source, checkpoint, _ = made
-    smoothed = Weights(checkpoint)
+    smoothed = CanonicalWeights(checkpoint)
     for n in range(source.decoder.layers):
         for of, read in (("attn_norm", "qkv"), ("mlp_norm", "up")):
             s = source.norm(f"layers.{n}.{of}")[0] / smoothed.norm(f"layers.{n}.{of}")[0]
@@ -162,10 +166,12 @@ def test_norms_take_what_weights_give_back(made: tuple[Weights, Checkpoint, Path
             assert float(s.max() / s.min()) > 1.5
 
 
-def test_ranges_are_what_the_smoothed_matrices_read(made: tuple[Weights, Checkpoint, Path]) -> None:
+def test_ranges_are_what_the_smoothed_matrices_read(
+    made: tuple[CanonicalWeights, Checkpoint, Path],
+) -> None:
     """On the calibration text itself, computed by the source with the norms of the result."""
     source, checkpoint, _ = made
-    smoothed = Weights(checkpoint)
+    smoothed = CanonicalWeights(checkpoint)
     assert set(smoothed.activation_ranges) == {
         f"layers.{n}.{name}"
         for n in range(source.decoder.layers)
@@ -184,21 +190,23 @@ def test_ranges_are_what_the_smoothed_matrices_read(made: tuple[Weights, Checkpo
     ), (largest, smoothed.activation_ranges)
 
 
-def test_onnx_rounds_token_by_token(made: tuple[Weights, Checkpoint, Path], tmp_path: Path) -> None:
+def test_onnx_rounds_token_by_token(
+    made: tuple[CanonicalWeights, Checkpoint, Path], tmp_path: Path
+) -> None:
     _, checkpoint, _ = made
     found = scores(checkpoint, "onnx", onnx.Params("w8a8", accuracy_level=1), tmp_path / "engine")
-    right = by_hand(Weights(checkpoint), per_token, grid=True)
-    exact = by_hand(Weights(checkpoint), lambda name, x: x, grid=True)
+    right = by_hand(CanonicalWeights(checkpoint), per_token, grid=True)
+    exact = by_hand(CanonicalWeights(checkpoint), lambda name, x: x, grid=True)
     # A value on the border between two integers may fall to either side; what is left out would
     # show ten times as much.
     assert kl(right, found) < 0.05 * kl(right, exact)
 
 
 def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(
-    made: tuple[Weights, Checkpoint, Path], tmp_path: Path
+    made: tuple[CanonicalWeights, Checkpoint, Path], tmp_path: Path
 ) -> None:
     _, checkpoint, _ = made
-    ranges = Weights(checkpoint).activation_ranges
+    ranges = CanonicalWeights(checkpoint).activation_ranges
 
     def static(name: str, x: torch.Tensor) -> torch.Tensor:
         return (x / (ranges[name] / 127)).round().clamp(-128, 127) * (ranges[name] / 127)
@@ -209,8 +217,8 @@ def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(
         tensorrt.Params(precision="w8a8", activations="fp32"),
         tmp_path / "engine",
     )
-    right = by_hand(Weights(checkpoint), static, grid=False)
-    exact = by_hand(Weights(checkpoint), lambda name, x: x, grid=False)
+    right = by_hand(CanonicalWeights(checkpoint), static, grid=False)
+    exact = by_hand(CanonicalWeights(checkpoint), lambda name, x: x, grid=False)
     assert kl(right, found) < 0.05 * kl(right, exact)
     text = (tmp_path / "engine" / "manifest.json").read_text()
     assert '"precision"' in text
@@ -218,7 +226,7 @@ def test_tensorrt_rounds_with_the_scales_of_the_checkpoint(
 
 
 def test_smoothing_pays_where_channels_stand_out(
-    made: tuple[Weights, Checkpoint, Path], tmp_path: Path
+    made: tuple[CanonicalWeights, Checkpoint, Path], tmp_path: Path
 ) -> None:
     source, checkpoint, _ = made
     if source.decoder.gated:

@@ -23,8 +23,8 @@ from edgemed.engines.image_reference import SCORED
 from edgemed.engines.reference import FILE, Reference
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
-from edgemed.models.weights import Weights
-from edgemed.onnx.vision_encoder import VisionSession
+from edgemed.models.weights import CanonicalWeights
+from edgemed.onnx.vision_encoder import OnnxVisionEncoder
 from edgemed.pipeline.references import answers, image_answers
 from edgemed.verification import vision_parity
 from edgemed.verification.parity import Limits, verify
@@ -40,20 +40,21 @@ STAGES = ["pixels", "tower", "projector", "decoder", "end to end"]
 
 
 @pytest.fixture(scope="module")
-def reference(sees: Path) -> Reference:
+def reference(vision_model: Path) -> Reference:
     """The source's answers as a recipe makes them by default: 10 images, 48 tokens about each."""
-    source = open_checkpoint(sees)
+    source = open_checkpoint(vision_model)
     return replace(
-        answers(source, SPEC), images=image_answers(source, SPEC, Weights(source).vision.pixels)
+        answers(source, SPEC),
+        images=image_answers(source, SPEC, CanonicalWeights(source).vision.pixels),
     )
 
 
 def made(
-    sees: Path, reference: Reference | None, out: Path, target: str = "onnx", **params: Any
+    vision_model: Path, reference: Reference | None, out: Path, target: str = "onnx", **params: Any
 ) -> Engine:
     pytest.importorskip("llama_cpp" if target == "llamacpp" else "onnxruntime")
     return export(
-        open_checkpoint(sees),
+        open_checkpoint(vision_model),
         target,
         plugins.load("targets", target).Params(**params),
         out,
@@ -62,8 +63,12 @@ def made(
 
 
 @pytest.fixture(scope="module")
-def engine(sees: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return made(sees, reference, tmp_path_factory.mktemp("engines") / "fp32", precision="fp32")
+def engine(
+    vision_model: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Engine:
+    return made(
+        vision_model, reference, tmp_path_factory.mktemp("engines") / "fp32", precision="fp32"
+    )
 
 
 def by_stage(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,15 +79,15 @@ def by_stage(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 # --- the source against transformers, and exact engines against both
 
 
-def test_source_answers_as_transformers(sees: Path, reference: Reference) -> None:
+def test_source_answers_as_transformers(vision_model: Path, reference: Reference) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    v = Weights(open_checkpoint(sees)).vision
+    v = CanonicalWeights(open_checkpoint(vision_model)).vision
     images = reference.images
     process = Qwen2VLImageProcessorPil(min_pixels=v.pixels[0], max_pixels=v.pixels[1])
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        sees, dtype=torch.float32
+        vision_model, dtype=torch.float32
     ).eval()
     assert images.greedy.shape == (10, 48)
     assert len(images.logits) == 10
@@ -123,10 +128,10 @@ def test_source_answers_as_transformers(sees: Path, reference: Reference) -> Non
     ("target", "params"), [("onnx", {"precision": "fp32"}), ("llamacpp", {"type": "f32"})]
 )
 def test_exact_engines_answer_every_token(
-    sees: Path, reference: Reference, tmp_path: Path, target: str, params: dict[str, Any]
+    vision_model: Path, reference: Reference, tmp_path: Path, target: str, params: dict[str, Any]
 ) -> None:
     result = verify(
-        made(sees, reference, tmp_path / "engine", target, **params), reference, Limits(), 1
+        made(vision_model, reference, tmp_path / "engine", target, **params), reference, Limits(), 1
     )
     found = by_stage(result)
     assert result["passed"]
@@ -145,10 +150,10 @@ def test_exact_engines_answer_every_token(
     ("tower", "least", "most"), [("fp16", 1e-5, 2e-3), ("int8", 1e-3, 3e-2), ("w8a8", 1e-3, 6e-2)]
 )
 def test_narrow_towers_have_limits_of_their_own(
-    sees: Path, reference: Reference, tmp_path: Path, tower: str, least: float, most: float
+    vision_model: Path, reference: Reference, tmp_path: Path, tower: str, least: float, most: float
 ) -> None:
     result = verify(
-        made(sees, reference, tmp_path / "engine", precision="fp32", tower=tower),
+        made(vision_model, reference, tmp_path / "engine", precision="fp32", tower=tower),
         reference,
         Limits(),
         1,
@@ -164,10 +169,17 @@ def test_narrow_towers_have_limits_of_their_own(
     assert "of 480 greedy tokens" in found["end to end"]["how"]
 
 
-def test_a_bfloat16_tower(sees: Path, reference: Reference, tmp_path: Path) -> None:
+def test_a_bfloat16_tower(vision_model: Path, reference: Reference, tmp_path: Path) -> None:
     found = by_stage(
         verify(
-            made(sees, reference, tmp_path / "engine", "tensorrt", precision="fp32", tower="bf16"),
+            made(
+                vision_model,
+                reference,
+                tmp_path / "engine",
+                "tensorrt",
+                precision="fp32",
+                tower="bf16",
+            ),
             reference,
             Limits(),
             1,
@@ -181,11 +193,11 @@ def test_a_bfloat16_tower(sees: Path, reference: Reference, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("mmproj", "most"), [("f32", 2e-3), ("f16", 3e-3), ("q8_0", 3e-2)])
 def test_libmtmds_tower_and_projector_are_one_stage(
-    sees: Path, reference: Reference, tmp_path: Path, mmproj: str, most: float
+    vision_model: Path, reference: Reference, tmp_path: Path, mmproj: str, most: float
 ) -> None:
     result = verify(
         made(
-            sees,
+            vision_model,
             reference,
             tmp_path / "engine",
             "llamacpp",
@@ -209,9 +221,9 @@ def test_libmtmds_tower_and_projector_are_one_stage(
 
 
 def test_quantized_decoder_is_held_to_divergence(
-    sees: Path, reference: Reference, tmp_path: Path
+    vision_model: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    quantized = made(sees, reference, tmp_path / "engine", precision="int8", group=32)
+    quantized = made(vision_model, reference, tmp_path / "engine", precision="int8", group=32)
     found = by_stage(verify(quantized, reference, Limits(), 1))
     assert found["tower"]["limit"] == 1e-4
     assert 0 < found["decoder"]["error"] < found["decoder"]["limit"] == 0.05
@@ -271,7 +283,7 @@ def test_a_fault_of_the_engine_shows_in_its_own_stage(
     engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     stage, method, change = FAULTS[fault]
-    run_tower = VisionSession.run_tower
+    run_tower = OnnxVisionEncoder.run_tower
     patches = vision_parity.patches
     if method == "preprocess":
         for module in (
@@ -284,15 +296,17 @@ def test_a_fault_of_the_engine_shows_in_its_own_stage(
             )
     elif method == "axes":
         monkeypatch.setattr(
-            VisionSession,
+            OnnxVisionEncoder,
             "run_tower",
             lambda self, found: run_tower(
                 self, replace(found, rows=found.columns, columns=found.rows)
             ),
         )
     else:
-        right = getattr(VisionSession, method)
-        monkeypatch.setattr(VisionSession, method, lambda self, given: change(right(self, given)))
+        right = getattr(OnnxVisionEncoder, method)
+        monkeypatch.setattr(
+            OnnxVisionEncoder, method, lambda self, given: change(right(self, given))
+        )
     result = verify(engine, reference.trim(2), Limits(), 1)
     assert not result["passed"]
     assert [row["stage"] for row in result["stages"] if not row["passed"]] == [stage, "end to end"]
@@ -323,7 +337,7 @@ def test_wrong_answers_and_scores(
     )
     assert [row["stage"] for row in result["stages"] if not row["passed"]] == ["decoder"]
     monkeypatch.setattr(
-        VisionSession,
+        OnnxVisionEncoder,
         "run_tower",
         lambda self, found: np.full((len(found.pixels), self.v.width), np.nan, np.float32),
     )
@@ -376,30 +390,36 @@ def test_the_carried_reference_is_checked_without_torch(engine: Engine) -> None:
     assert (engine.path / FILE).stat().st_size < 2e6
 
 
-def test_no_images_asked_for(sees: Path, reference: Reference, tmp_path: Path) -> None:
-    source = open_checkpoint(sees)
+def test_no_images_asked_for(vision_model: Path, reference: Reference, tmp_path: Path) -> None:
+    source = open_checkpoint(vision_model)
     none = replace(
         reference,
-        images=image_answers(source, replace(SPEC, images=0), Weights(source).vision.pixels),
+        images=image_answers(
+            source, replace(SPEC, images=0), CanonicalWeights(source).vision.pixels
+        ),
     )
-    engine = made(sees, none, tmp_path / "engine", precision="fp32")
+    engine = made(vision_model, none, tmp_path / "engine", precision="fp32")
     assert verify(engine, engine.reference(), Limits(), 1)["stages"] == []
 
 
-def test_the_engines_own_size_of_images(sees: Path, reference: Reference, tmp_path: Path) -> None:
+def test_the_engines_own_size_of_images(
+    vision_model: Path, reference: Reference, tmp_path: Path
+) -> None:
     with pytest.raises(EdgemedError, match="image 1 becomes 48 patches, in its reference 192"):
         verify(
-            made(sees, reference, tmp_path / "other", precision="fp32", max_pixels=64 * 196),
+            made(
+                vision_model, reference, tmp_path / "other", precision="fp32", max_pixels=64 * 196
+            ),
             reference,
             Limits(),
             1,
         )
-    source = open_checkpoint(sees)
+    source = open_checkpoint(vision_model)
     small = replace(
         reference, images=image_answers(source, replace(SPEC, images=2), (3136, 64 * 196))
     )
     assert verify(
-        made(sees, small, tmp_path / "own", precision="fp32", max_pixels=64 * 196),
+        made(vision_model, small, tmp_path / "own", precision="fp32", max_pixels=64 * 196),
         small,
         Limits(),
         1,
@@ -409,11 +429,11 @@ def test_the_engines_own_size_of_images(sees: Path, reference: Reference, tmp_pa
 # --- through the command line, a run and its report, and the bench
 
 
-def test_exported_verified_and_shown(sees: Path, tmp_path: Path) -> None:
+def test_exported_verified_and_shown(vision_model: Path, tmp_path: Path) -> None:
     from edgemed.api import export as export_model
 
     engine = export_model(
-        str(sees), "onnx", tmp_path / "engine", "medquad-answers", precision="fp32"
+        str(vision_model), "onnx", tmp_path / "engine", "medquad-answers", precision="fp32"
     )
     done = cli("verify", engine.path, "--threads", 1)
     assert done.returncode == 0, done.stderr
@@ -431,7 +451,7 @@ def test_exported_verified_and_shown(sees: Path, tmp_path: Path) -> None:
 
 
 def test_run_reports_stages_and_a_question_about_an_image(
-    sees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vision_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
     from edgemed.pipeline import runner as run_module
@@ -440,7 +460,7 @@ def test_run_reports_stages_and_a_question_about_an_image(
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"model: {sees}\nengines:\n- onnx: {{precision: fp32}}\n- onnx: {{precision: fp32, tower:"
+        f"model: {vision_model}\nengines:\n- onnx: {{precision: fp32}}\n- onnx: {{precision: fp32, tower:"
         " fp16, max_pixels: 12544, name: small}\nverify: {prompts: medquad-answers, count: 2,"
         " width: 48, new: 8, images: 3, image_new: 12}\nbench: {prompt: [8], generate: 4, runs:"
         " 2, image: 56, threads: 1}\n"
@@ -540,9 +560,9 @@ def test_a_second_question_costs_no_second_look(
     from edgemed.benchmarking.spec import BenchSpec
 
     looks = []
-    run_tower = VisionSession.run_tower
+    run_tower = OnnxVisionEncoder.run_tower
     monkeypatch.setattr(
-        VisionSession,
+        OnnxVisionEncoder,
         "run_tower",
         lambda self, found: looks.append(found.pixels) or run_tower(self, found),
     )
@@ -559,7 +579,7 @@ def test_a_second_question_costs_no_second_look(
 
 
 def test_faults_end_in_one_line(
-    sees: Path, engine: Engine, reference: Reference, tmp_path: Path
+    vision_model: Path, engine: Engine, reference: Reference, tmp_path: Path
 ) -> None:
     with pytest.raises(
         EdgemedError, match="sees, and its reference answers say nothing about images"
@@ -571,7 +591,7 @@ def test_faults_end_in_one_line(
         image_questions(11)
     with pytest.raises(EdgemedError, match="with question and answer takes .* tokens, 192 fit"):
         verify(
-            made(sees, reference, tmp_path / "short", precision="fp32", context=192),
+            made(vision_model, reference, tmp_path / "short", precision="fp32", context=192),
             reference,
             Limits(),
             1,

@@ -25,7 +25,7 @@ from edgemed.engines.engine import Engine, export, open_engine
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import attention, logits
-from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Dense, Packed
 from edgemed.onnx.decoder_graph import Graph, Precision
 from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
@@ -36,7 +36,7 @@ from edgemed.tensorrt.parser_check import check, read_table, versions
 IDS = tokens(CONTEXT, seed=4)
 
 
-def expected(weights: Weights, ids: list[int] = IDS[:100]) -> np.ndarray:
+def expected(weights: CanonicalWeights, ids: list[int] = IDS[:100]) -> np.ndarray:
     return logits(weights, torch.tensor([ids]))[0].numpy()
 
 
@@ -48,7 +48,7 @@ def scores(engine: Engine, ids: list[int] = IDS[:100]) -> np.ndarray:
         session.close()
 
 
-class Rounded(Weights):
+class Rounded(CanonicalWeights):
     """A float checkpoint as an int8 (one scale per output) or int4 engine sees it; tables and
     output matrix stay float.
     """
@@ -73,14 +73,14 @@ def test_float_parity(tmp_path: Path, precision: str, bound: float, scaled: bool
     checkpoint = open_checkpoint(
         write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=scaled)
     )
-    right = expected(Weights(checkpoint))
+    right = expected(CanonicalWeights(checkpoint))
     engine = export(checkpoint, "tensorrt", Params(precision=precision), tmp_path / "engine")
     assert np.abs(scores(engine) - right).max() < bound
     assert engine.precision == precision
     other = replace(
         checkpoint, config={**checkpoint.config, "scale_attn_by_inverse_layer_idx": not scaled}
     )
-    assert np.abs(expected(Weights(other)) - right).max() > 0.2, (
+    assert np.abs(expected(CanonicalWeights(other)) - right).max() > 0.2, (
         "the scale by layer makes no difference here, so nothing was tested"
     )
 
@@ -100,7 +100,7 @@ def test_rounded_parity(model: Path, tmp_path: Path, precision: str, bits: int, 
     )
     right = expected(weights)
     assert np.abs(scores(engine) - right).max() < 1e-3
-    assert np.abs(right - expected(Weights(weights.checkpoint))).max() > 0.05
+    assert np.abs(right - expected(CanonicalWeights(weights.checkpoint))).max() > 0.05
     half = export(
         weights.checkpoint, "tensorrt", Params(precision=precision, group=group), tmp_path / "half"
     )
@@ -116,7 +116,7 @@ def test_packed_integers_are_carried_bit_for_bit(
     quantize.run(open_checkpoint(model), tmp_path / "packed", quantize.Params("rtn", bits, group))
     checkpoint = open_checkpoint(tmp_path / "packed")
     engine = export(checkpoint, "tensorrt", Params(activations="fp32"), tmp_path / "engine")
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     stored = {
         t.name: onnx.numpy_helper.to_array(t, str(engine.path))
         for t in onnx.load(engine.path / "model.onnx").graph.initializer
@@ -151,7 +151,7 @@ def test_heads(model: Path, tmp_path: Path, classes: int, precision: str) -> Non
         tmp_path / "engine",
     )
     assert (engine.head, engine.width) == (("classes", 3) if classes == 3 else ("choice", 1))
-    weights = Weights(checkpoint) if precision == "fp32" else Rounded(checkpoint)
+    weights = CanonicalWeights(checkpoint) if precision == "fp32" else Rounded(checkpoint)
     session = engine.open(1)
     assert np.abs(session.prefill(IDS[:60])[0] - expected(weights, IDS[:60])[-1]).max() < 1e-3
     session.close()
@@ -168,7 +168,8 @@ def test_context_can_be_shorter_than_the_models(model: Path, tmp_path: Path) -> 
     session.prefill(IDS[:69])
     assert engine.context == 70
     assert (
-        np.abs(session.step(IDS[69]) - expected(Weights(open_checkpoint(model)))[69]).max() < 1e-4
+        np.abs(session.step(IDS[69]) - expected(CanonicalWeights(open_checkpoint(model)))[69]).max()
+        < 1e-4
     )
     with pytest.raises(EdgemedError, match="71 tokens, 70 fit"):
         session.step(0)
@@ -232,7 +233,7 @@ def test_float16_scores_do_not_overflow(tmp_path: Path) -> None:
     """Queries and keys of size 200 in 64 dimensions: a plain product would be 2.5 million, float16
     ends at 65504.
     """
-    d = Weights(open_checkpoint(write_model(tmp_path / "model"))).decoder
+    d = CanonicalWeights(open_checkpoint(write_model(tmp_path / "model"))).decoder
     d = replace(
         d, hidden=64, layers=1, heads=1, kv_heads=1, head_dim=64, score_scale=(64**-0.5 / 32,)
     )
@@ -505,7 +506,7 @@ def test_unbuilt_engine_says_so(unbuilt: Path) -> None:
     engine = open_engine(unbuilt)
     notes = store.read_manifest(unbuilt)["notes"]
     assert (
-        engine.stand_in
+        engine.emulation
         == "ONNX Runtime on the same graph, not TensorRT"
         == json.loads((unbuilt / "engine.json").read_text())["unbuilt"]
     )
@@ -610,7 +611,7 @@ def test_checkpoints_it_cannot_carry(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "engine").exists()
     # float16 weights expand the very same integers.
     engine = export(asymmetric, "tensorrt", Params(precision="fp16"), tmp_path / "half")
-    assert np.abs(scores(engine) - expected(Weights(asymmetric))).max() < 0.1
+    assert np.abs(scores(engine) - expected(CanonicalWeights(asymmetric))).max() < 0.1
     grouped = old_checkpoint(model, tmp_path / "grouped", 8, asymmetric=False, act_order=False)
     with pytest.raises(
         EdgemedError, match="int8 with one scale per output, this checkpoint has groups of 32"

@@ -18,11 +18,11 @@ Image = pytest.importorskip("PIL.Image")
 from edgemed import plugins
 from edgemed.engines.engine import export
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.decoder_graph import Graph, Precision
 from edgemed.onnx.ort_cpu_types import started
 from edgemed.onnx.ort_dialect import OrtDialect
-from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.onnx.vision_encoder import open_vision
 from edgemed.onnx.vision_graph import TOWERS
 from edgemed.vision import torch_encoder
 from edgemed.vision.preprocessing import patches
@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.mark.parametrize("kind", sorted(TOWERS))
 def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind: str) -> None:
-    eyes = eyes_of(
+    vision_encoder = open_vision(
         export(
             source, "onnx", plugins.load("targets", "onnx").Params(tower=kind), tmp_path / "engine"
         ),
@@ -48,8 +48,10 @@ def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (84, 140, 3), dtype=np.uint8))
     # One colour: every patch is the same, and so is every row of what follows.
     for image in (noise, Image.new("RGB", (56, 56), "black")):
-        right = torch_encoder.features(Weights(source), patches(image, eyes.v))["features"].numpy()
-        found = eyes.features(image)[0]
+        right = torch_encoder.features(CanonicalWeights(source), patches(image, vision_encoder.v))[
+            "features"
+        ].numpy()
+        found = vision_encoder.features(image)[0]
         assert np.linalg.norm(found - right) / np.linalg.norm(right) < LIMITS[kind]
 
 

@@ -30,7 +30,7 @@ from edgemed.evaluation.option_scoring import Reader
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.targets.tensorrt import Params
 
 IDS = tokens(CONTEXT, seed=3)
@@ -44,7 +44,7 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     from edgemed.models.torch_decoder import TorchSession
 
     reference = make_reference(
-        TorchSession(Weights(checkpoint)), np.array([IDS[:48], IDS[48:96]]), 16, 8
+        TorchSession(CanonicalWeights(checkpoint)), np.array([IDS[:48], IDS[48:96]]), 16, 8
     )
     for name, params in (
         ("fp32", Params(precision="fp32", prefill=40)),
@@ -64,7 +64,7 @@ def test_build_makes_the_documented_calls(
 ) -> None:
     here = fake_tensorrt.install(monkeypatch)
     engine = engine_of(made, "fp32", tmp_path)
-    assert engine.stand_in
+    assert engine.emulation
     assert open_engine(engine.path, check=True)
     plan = finish(engine, 300)
     assert here.log[0] == ("network", 2), "strongly typed"
@@ -89,7 +89,7 @@ def test_build_makes_the_documented_calls(
     assert "peak_gpu_memory_bytes" in plan["notes"]
     assert list(plan["files"]) == ["model.plan"]
     built = open_engine(engine.path, check=True)
-    assert not built.stand_in, "the exported engine stays what it was"
+    assert not built.emulation, "the exported engine stays what it was"
     assert built.key == engine.key, "the exported engine stays what it was"
     # The same again is found finished; the kernel timings are used when another TensorRT builds
     # anew.
@@ -107,7 +107,7 @@ def test_session_computes_what_the_source_computes(
     here = fake_tensorrt.install(monkeypatch)
     engine = engine_of(made, "fp32", tmp_path)
     finish(engine)
-    right = logits(Weights(open_checkpoint(model)), torch.tensor([IDS]))[0].numpy()
+    right = logits(CanonicalWeights(open_checkpoint(model)), torch.tensor([IDS]))[0].numpy()
     session = engine.open()
     assert (session.head, session.width, session.context, session.position) == (
         "lm",
@@ -175,7 +175,7 @@ def test_an_engine_that_cannot_be_captured_still_runs(
     finish(engine)
     here.driver.capturable = False
     session = engine.open()
-    plain = logits(Weights(open_checkpoint(model)), torch.tensor([IDS]))[0].numpy()
+    plain = logits(CanonicalWeights(open_checkpoint(model)), torch.tensor([IDS]))[0].numpy()
     session.prefill(IDS[:20])
     for position in range(20, 24):
         assert np.abs(session.step(IDS[position]) - plain[position]).max() < 1e-3
@@ -351,7 +351,7 @@ def test_tensorrt_says_no(
     with pytest.raises(EdgemedError, match=said):
         finish(engine)
     assert not (engine.path / "on-device" / "plan").exists()
-    assert engine.stand_in
+    assert engine.emulation
     assert not here.driver.blocks, "GPU memory is given back"
 
 
@@ -386,7 +386,7 @@ def test_heads_run_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (
         np.abs(
             session.prefill(IDS[:30])[0]
-            - logits(Weights(checkpoint), torch.tensor([IDS[:30]]))[0, -1].numpy()
+            - logits(CanonicalWeights(checkpoint), torch.tensor([IDS[:30]]))[0, -1].numpy()
         ).max()
         < 1e-3
     )
@@ -401,8 +401,8 @@ def test_int4_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Params(precision="int4", group=32),
         tmp_path / "engine",
     )
-    stand_in = engine.open(1)
-    right = stand_in.prefill(IDS[:90], every=True)
+    emulation = engine.open(1)
+    right = emulation.prefill(IDS[:90], every=True)
     finish(engine)
     session = engine.open()
     assert np.abs(session.prefill(IDS[:90], every=True) - right).max() < 0.05

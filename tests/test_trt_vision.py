@@ -25,12 +25,12 @@ from edgemed.artifacts import store
 from edgemed.engines.engine import Engine, export, finish, open_engine
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate
-from edgemed.inference.session import Pictures, Session
-from edgemed.models.architecture import Vision
+from edgemed.inference.session import ImageEmbeddings, Session
+from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Dense, Weights
-from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.models.weights import CanonicalWeights, Dense
+from edgemed.onnx.vision_encoder import open_vision
 from edgemed.onnx.vision_graph import build_vision
 from edgemed.quantization.grids import rtn
 from edgemed.targets import tensorrt as target
@@ -67,7 +67,7 @@ def error(found: np.ndarray, right: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def sees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A tiny random Qwen2-VL saved by transformers, and the model itself."""
     transformers = pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("sees") / "model"
@@ -88,10 +88,12 @@ def sees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.fixture(scope="module")
-def engines(sees: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def engines(
+    vision_model: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Unbuilt engines."""
     folder = tmp_path_factory.mktemp("engines")
-    checkpoint = open_checkpoint(sees[0])
+    checkpoint = open_checkpoint(vision_model[0])
     kinds = {
         "fp32": Params(
             precision="fp32",
@@ -116,7 +118,7 @@ def engines(sees: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def theirs(
-    model: Any, images: list[Any], ids: list[int], v: Vision, new: int = 0
+    model: Any, images: list[Any], ids: list[int], v: VisionConfig, new: int = 0
 ) -> tuple[np.ndarray, list[int]]:
     """transformers' logits [T, vocab] of a prompt whose image tokens stand once for each feature,
     and its greedy continuation.
@@ -149,28 +151,28 @@ def theirs(
 
 @pytest.mark.parametrize(("kind", "bound"), [("fp32", 1e-4), ("fp16", 2e-3), ("bf16", 1e-2)])
 def test_tower_and_projector_equal_transformers(
-    engines: dict[str, Path], sees: tuple[Path, Any], kind: str, bound: float
+    engines: dict[str, Path], vision_model: tuple[Path, Any], kind: str, bound: float
 ) -> None:
-    eyes = eyes_of(open_engine(engines[kind]), 1)
-    visual = sees[1].model.visual
+    vision_encoder = open_vision(open_engine(engines[kind]), 1)
+    visual = vision_model[1].model.visual
     for size in SIZES:
-        found = patches(noise(*size), eyes.v)
+        found = patches(noise(*size), vision_encoder.v)
         with torch.inference_mode():
             right = visual(
                 torch.from_numpy(found.pixels),
                 grid_thw=torch.tensor([[1, found.rows, found.columns]]),
             )
-        ours = eyes.run_tower(found)
+        ours = vision_encoder.run_tower(found)
         assert ours.shape == (len(found.pixels), 64), size
         assert error(ours, right.last_hidden_state.numpy()) < bound, size
-        features, grid = eyes.features(noise(*size))
+        features, grid = vision_encoder.features(noise(*size))
         assert features.dtype == np.float32, size
         assert grid == (found.rows // 2, found.columns // 2), size
         assert error(features, right.pooler_output.numpy()) < bound, size
-    eyes.close()
+    vision_encoder.close()
 
 
-class Rounded(Weights):
+class Rounded(CanonicalWeights):
     """What a decoder in int4 of 32 and a tower in int8, one scale per output, hold; tables, patches
     and output matrix stay float.
     """
@@ -184,21 +186,25 @@ class Rounded(Weights):
         return Dense((q.float() - (1 << bits - 1)) * scale.repeat_interleave(group, 1), matrix.bias)
 
 
-def test_int8_tower_carries_its_integers(engines: dict[str, Path], sees: tuple[Path, Any]) -> None:
-    eyes = eyes_of(open_engine(engines["int4"]), 1)
-    weights = Rounded(open_checkpoint(sees[0]))
+def test_int8_tower_carries_its_integers(
+    engines: dict[str, Path], vision_model: tuple[Path, Any]
+) -> None:
+    vision_encoder = open_vision(open_engine(engines["int4"]), 1)
+    weights = Rounded(open_checkpoint(vision_model[0]))
     for size in SIZES[:2]:
-        right = torch_encoder.features(weights, patches(noise(*size), eyes.v))["features"].numpy()
-        plain = torch_encoder.features(Weights(weights.checkpoint), patches(noise(*size), eyes.v))[
+        right = torch_encoder.features(weights, patches(noise(*size), vision_encoder.v))[
             "features"
         ].numpy()
-        found = eyes.features(noise(*size))[0]
+        plain = torch_encoder.features(
+            CanonicalWeights(weights.checkpoint), patches(noise(*size), vision_encoder.v)
+        )["features"].numpy()
+        found = vision_encoder.features(noise(*size))[0]
         assert error(found, right) < 5e-3 < error(plain, right)
         assert error(found, plain) < 0.1
-    eyes.close()
+    vision_encoder.close()
 
 
-def clip_weights(layers: int = 3) -> tuple[Any, Any, Vision]:
+def clip_weights(layers: int = 3) -> tuple[Any, Any, VisionConfig]:
     """(a source of tensors under our names, transformers' tiny random CLIP tower, its Vision):
     learned positions, a class token, one size.
     """
@@ -218,7 +224,7 @@ def clip_weights(layers: int = 3) -> tuple[Any, Any, Vision]:
         parameter.data += 0.1 * torch.randn_like(parameter)
     projector = [torch.nn.Linear(48, 64), torch.nn.Linear(64, 64)]
     # LLaVA reads the layer before the last.
-    v = Vision(
+    v = VisionConfig(
         width=48,
         layers=layers - 1,
         heads=3,
@@ -329,12 +335,12 @@ def test_a_clip_tower_equals_transformers(
 
 
 def answers(
-    session: Session, eyes: Any, ids: list[int], images: list[Any], new: int
+    session: Session, vision_encoder: Any, ids: list[int], images: list[Any], new: int
 ) -> tuple[list[int], np.ndarray, list[int]]:
     """(tokens, scores of all of them, greedy continuation) of a prompt with images, from the
     start.
     """
-    seen, pictures = eyes.see(ids, images)
+    seen, pictures = vision_encoder.see(ids, images)
     session.rewind(0)
     scores = session.prefill(seen, every=True, pictures=pictures).copy()
     session.rewind(0)
@@ -342,10 +348,10 @@ def answers(
 
 
 def test_unbuilt_engine_answers_as_transformers(
-    engines: dict[str, Path], sees: tuple[Path, Any]
+    engines: dict[str, Path], vision_model: tuple[Path, Any]
 ) -> None:
     engine = open_engine(engines["fp32"])
-    eyes = eyes_of(engine, 1)
+    vision_encoder = open_vision(engine, 1)
     session = engine.open(1)
     for images in (
         [noise(*SIZES[0])],
@@ -353,23 +359,23 @@ def test_unbuilt_engine_answers_as_transformers(
         [noise(*SIZES[3]), noise(*SIZES[1])],
         [],
     ):
-        seen, scores, greedy = answers(session, eyes, prompt(len(images)), images, 24)
-        right, continued = theirs(sees[1], images, seen, eyes.v, 24)
+        seen, scores, greedy = answers(session, vision_encoder, prompt(len(images)), images, 24)
+        right, continued = theirs(vision_model[1], images, seen, vision_encoder.v, 24)
         assert np.abs(scores - right).max() < 1e-3, len(images)
         assert greedy == continued, len(images)
     session.close()
 
 
-def asked_twice(session: Session, eyes: Any) -> tuple[list[int], np.ndarray, np.ndarray]:
+def asked_twice(session: Session, vision_encoder: Any) -> tuple[list[int], np.ndarray, np.ndarray]:
     """A question behind two images, and another after going back to the end of the second image;
     scores of the last tokens.
     """
     images = [noise(*SIZES[0]), noise(*SIZES[1])]
-    seen, pictures = eyes.see(prompt(2), images)
+    seen, pictures = vision_encoder.see(prompt(2), images)
     session.rewind(0)
     first = session.prefill(
         [*seen, *TEXT],
-        pictures=Pictures(
+        pictures=ImageEmbeddings(
             pictures.features,
             np.hstack(
                 [
@@ -386,37 +392,49 @@ def asked_twice(session: Session, eyes: Any) -> tuple[list[int], np.ndarray, np.
     return seen, first, np.array(second)
 
 
-def test_second_question_after_going_back(engines: dict[str, Path], sees: tuple[Path, Any]) -> None:
+def test_second_question_after_going_back(
+    engines: dict[str, Path], vision_model: tuple[Path, Any]
+) -> None:
     engine = open_engine(engines["fp32"])
-    eyes = eyes_of(engine, 1)
+    vision_encoder = open_vision(engine, 1)
     session = engine.open(1)
-    seen, first, second = asked_twice(session, eyes)
+    seen, first, second = asked_twice(session, vision_encoder)
     images = [noise(*SIZES[0]), noise(*SIZES[1])]
-    assert np.abs(first - theirs(sees[1], images, [*seen, *TEXT], eyes.v)[0][-1]).max() < 1e-3
     assert (
-        np.abs(second - theirs(sees[1], images, [*seen, *TEXT[::-1], 3], eyes.v)[0][-2:]).max()
+        np.abs(
+            first - theirs(vision_model[1], images, [*seen, *TEXT], vision_encoder.v)[0][-1]
+        ).max()
+        < 1e-3
+    )
+    assert (
+        np.abs(
+            second
+            - theirs(vision_model[1], images, [*seen, *TEXT[::-1], 3], vision_encoder.v)[0][-2:]
+        ).max()
         < 1e-3
     )
     session.close()
 
 
-def test_lower_precisions_stay_near(engines: dict[str, Path], sees: tuple[Path, Any]) -> None:
+def test_lower_precisions_stay_near(
+    engines: dict[str, Path], vision_model: tuple[Path, Any]
+) -> None:
     images = [noise(*SIZES[0]), noise(*SIZES[1])]
-    weights = Rounded(open_checkpoint(sees[0]))
+    weights = Rounded(open_checkpoint(vision_model[0]))
     for kind, bound in (("fp16", 0.06), ("bf16", 0.4)):
         engine = open_engine(engines[kind])
-        eyes = eyes_of(engine, 1)
+        vision_encoder = open_vision(engine, 1)
         session = engine.open(1)
-        seen, scores, _ = answers(session, eyes, prompt(2), images, 1)
-        right, _ = theirs(sees[1], images, seen, eyes.v)
+        seen, scores, _ = answers(session, vision_encoder, prompt(2), images, 1)
+        right, _ = theirs(vision_model[1], images, seen, vision_encoder.v)
         assert np.abs(scores - right).max() < bound, kind
         session.close()
     engine = open_engine(engines["int4"])
-    eyes = eyes_of(engine, 1)
+    vision_encoder = open_vision(engine, 1)
     session = engine.open(1)
-    seen, scores, _ = answers(session, eyes, prompt(2), images, 1)
-    rounded = torch_encoder.TorchEyes(weights)
-    rounded.v = eyes.v
+    seen, scores, _ = answers(session, vision_encoder, prompt(2), images, 1)
+    rounded = torch_encoder.TorchVisionEncoder(weights)
+    rounded.v = vision_encoder.v
     source = TorchSession(weights)
     tokens_, pictures = rounded.see(prompt(2), images)
     right = source.prefill(tokens_, every=True, pictures=pictures)
@@ -424,7 +442,7 @@ def test_lower_precisions_stay_near(engines: dict[str, Path], sees: tuple[Path, 
     assert (
         np.abs(scores - right).max()
         < 0.1
-        < np.abs(scores - theirs(sees[1], images, seen, eyes.v)[0]).max()
+        < np.abs(scores - theirs(vision_model[1], images, seen, vision_encoder.v)[0]).max()
     )
     session.close()
 
@@ -437,10 +455,10 @@ def test_lower_precisions_stay_near(engines: dict[str, Path], sees: tuple[Path, 
     ("precision", "kind"), [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("int4", "int8")]
 )
 def test_three_graphs_pass_every_table(
-    sees: tuple[Path, Any], tmp_path: Path, profile: Any, precision: Any, kind: Any
+    vision_model: tuple[Path, Any], tmp_path: Path, profile: Any, precision: Any, kind: Any
 ) -> None:
     engine = export(
-        open_checkpoint(sees[0]),
+        open_checkpoint(vision_model[0]),
         "tensorrt",
         Params(profile, precision, 32, tower=kind, **LIMITS),
         tmp_path / "engine",
@@ -489,7 +507,7 @@ def test_norms_and_softmax_are_float32(engines: dict[str, Path]) -> None:
 
 
 def test_a_problem_names_its_graph(
-    sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vision_model: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgemed.tensorrt import parser_check
 
@@ -505,7 +523,9 @@ def test_a_problem_names_its_graph(
             EdgemedError,
             match=rf"TensorRT 10.3 would not parse {graph}.onnx: .*operator {op} is not parsed",
         ):
-            export(open_checkpoint(sees[0]), "tensorrt", Params(**LIMITS), tmp_path / "engine")
+            export(
+                open_checkpoint(vision_model[0]), "tensorrt", Params(**LIMITS), tmp_path / "engine"
+            )
         assert not (tmp_path / "engine").exists()
 
 
@@ -537,19 +557,19 @@ def test_three_plans_are_built(
         b"timings",
         b"timings",
     ]
-    decoder, eyes, projector = (entry[1] for entry in here.log if entry[0] == "profiles")
+    decoder, vision_encoder, projector = (entry[1] for entry in here.log if entry[0] == "profiles")
     assert decoder[0]["features"] == ((40, 64),) * 3
     assert decoder[1]["features"] == ((1, 64),) * 3
     assert decoder[0]["rope_positions"] == ((3, 1), (3, 40), (3, 40))
     assert decoder[1]["feature_rows"] == ((1, 1),) * 3
-    assert eyes == [
+    assert vision_encoder == [
         {
             "pixels": ((4, 1176), (256, 1176), (452, 1176)),
             **dict.fromkeys(("cos", "sin"), ((4, 16), (256, 16), (452, 16))),
         }
     ]
     assert projector == [{"tower": ((4, 64), (256, 64), (452, 64))}]
-    assert not engine.stand_in
+    assert not engine.emulation
     assert [
         f.name
         for f in (engine.path / "on-device").iterdir()
@@ -559,19 +579,19 @@ def test_three_plans_are_built(
 
 def test_built_engine_sees_and_answers_as_transformers(
     engines: dict[str, Path],
-    sees: tuple[Path, Any],
+    vision_model: tuple[Path, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here, engine = built(engines, tmp_path, monkeypatch)
-    eyes = eyes_of(engine)
+    vision_encoder = open_vision(engine)
     session = engine.open()
-    assert type(eyes.graphs).__name__ == "TrtGraphs"
+    assert type(vision_encoder.graphs).__name__ == "TensorRTVisionGraphs"
     # 60 and 15 features: both run across parts of 40 tokens
     images = [noise(*SIZES[2]), noise(*SIZES[0])]
     for shown in (images, images[1:], []):
-        seen, scores, greedy = answers(session, eyes, prompt(len(shown)), shown, 30)
-        right, continued = theirs(sees[1], shown, seen, eyes.v, 30)
+        seen, scores, greedy = answers(session, vision_encoder, prompt(len(shown)), shown, 30)
+        right, continued = theirs(vision_model[1], shown, seen, vision_encoder.v, 30)
         assert np.abs(scores - right).max() < 1e-3
         assert greedy == continued
     assert {
@@ -579,24 +599,32 @@ def test_built_engine_sees_and_answers_as_transformers(
         for entry in here.log
         if entry[0] == "execute" and entry[2] in ("tower", "projector")
     } == {"tower", "projector"}
-    seen, first, second = asked_twice(session, eyes)
+    seen, first, second = asked_twice(session, vision_encoder)
     shown = [noise(*SIZES[0]), noise(*SIZES[1])]
-    assert np.abs(first - theirs(sees[1], shown, [*seen, *TEXT], eyes.v)[0][-1]).max() < 1e-3
     assert (
-        np.abs(second - theirs(sees[1], shown, [*seen, *TEXT[::-1], 3], eyes.v)[0][-2:]).max()
+        np.abs(
+            first - theirs(vision_model[1], shown, [*seen, *TEXT], vision_encoder.v)[0][-1]
+        ).max()
+        < 1e-3
+    )
+    assert (
+        np.abs(
+            second
+            - theirs(vision_model[1], shown, [*seen, *TEXT[::-1], 3], vision_encoder.v)[0][-2:]
+        ).max()
         < 1e-3
     )
     # An image whose last feature is the only token of its part is read by the decode profile.
-    seen, pictures = eyes.see([5, BEFORE, TOKEN], [noise(*SIZES[0])])
+    seen, pictures = vision_encoder.see([5, BEFORE, TOKEN], [noise(*SIZES[0])])
     session.rewind(0)
-    alone = Pictures(pictures.features[:-1], pictures.positions[:, :-1], TOKEN)
+    alone = ImageEmbeddings(pictures.features[:-1], pictures.positions[:, :-1], TOKEN)
     session.prefill(seen[:-1], pictures=alone)
-    last = Pictures(
+    last = ImageEmbeddings(
         pictures.features[-1:],
         pictures.positions[:, -1:] - pictures.positions[:, :-1].max() - 1,
         TOKEN,
     )
-    source = TorchSession(Weights(open_checkpoint(sees[0])))
+    source = TorchSession(CanonicalWeights(open_checkpoint(vision_model[0])))
     source.prefill(seen[:-1], pictures=alone)
     assert (
         np.abs(
@@ -606,19 +634,19 @@ def test_built_engine_sees_and_answers_as_transformers(
         < 1e-3
     )
     session.close()
-    eyes.close()
+    vision_encoder.close()
     assert not here.driver.blocks, "everything is given back"
 
 
 def test_build_verb_finishes_and_verifies_what_it_sees(
-    sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vision_model: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgemed import api
     from edgemed.engines.image_reference import make_image_reference
     from edgemed.engines.reference import make_reference
 
     fake_tensorrt.install(monkeypatch)
-    weights = Weights(open_checkpoint(sees[0]))
+    weights = CanonicalWeights(open_checkpoint(vision_model[0]))
     params = Params(precision="fp32", tower="fp32", **LIMITS)
     v = target.vision_seen(weights, params)
 
@@ -672,10 +700,10 @@ def test_an_interrupted_build_leaves_nothing(
         f.name for f in (engine.path / "on-device").iterdir() if not f.name.endswith(".lock")
     )
     assert left == ["timing-10.3.0.30-8.7.cache"], "kernel timings are kept, and whole"
-    assert engine.stand_in, "kernel timings are kept, and whole"
+    assert engine.emulation, "kernel timings are kept, and whole"
     monkeypatch.setattr(build, "serialized", whole)
     finish(engine, 300)
-    assert not engine.stand_in
+    assert not engine.emulation
 
 
 def test_a_missing_or_foreign_plan(
@@ -686,10 +714,10 @@ def test_a_missing_or_foreign_plan(
     with pytest.raises(EdgemedError, match="tower.plan is missing"):
         open_engine(engine.path, check=True)
     with pytest.raises(EdgemedError, match="tower.plan is missing. Remove .* edgemed build"):
-        eyes_of(engine)
+        open_vision(engine)
     fake_tensorrt.install(monkeypatch, gpu="Thor", capability=(11, 0))
     with pytest.raises(EdgemedError, match="was built for Orin"):
-        eyes_of(engine)
+        open_vision(engine)
 
 
 def test_memory_of_the_tower_is_said(
@@ -700,7 +728,7 @@ def test_memory_of_the_tower_is_said(
     with pytest.raises(
         EdgemedError, match=r"images and activations of the tower need \d.\d MB of GPU memory"
     ):
-        eyes_of(engine)
+        open_vision(engine)
     here.driver.memory = 1 << 30
     shutil.rmtree(engine.path / "on-device" / "plan")
     monkeypatch.setattr("edgemed.tensorrt.build.score_bytes", lambda v, context: 2 << 30)
@@ -724,7 +752,7 @@ def test_a_bf16_tower_before_ampere(
 
 
 def test_no_image_becomes_more_features_than_expected() -> None:
-    v = Vision(
+    v = VisionConfig(
         width=32,
         layers=1,
         heads=2,
@@ -767,15 +795,15 @@ def test_no_image_becomes_more_features_than_expected() -> None:
 
 
 def test_images_meet_an_engine_that_reads_text(
-    model: Path, sees: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, vision_model: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_tensorrt.install(monkeypatch)
     engine = export(
         open_checkpoint(model), "tensorrt", Params(precision="fp32"), tmp_path / "engine"
     )
     with pytest.raises(EdgemedError, match="reads text only"):
-        eyes_of(engine)
-    pictures = Pictures(np.zeros((1, 64), np.float32), np.arange(3)[None], 7)
+        open_vision(engine)
+    pictures = ImageEmbeddings(np.zeros((1, 64), np.float32), np.arange(3)[None], 7)
     unbuilt = engine.open(1)
     finish(engine, 300)
     for session in (unbuilt, engine.open()):
@@ -793,19 +821,19 @@ def test_images_that_do_not_fit(
         if kind == "plan"
         else (None, open_engine(engines["fp32"]))
     )
-    eyes = eyes_of(engine, 1)
+    vision_encoder = open_vision(engine, 1)
     session = engine.open(1)
     with pytest.raises(EdgemedError, match="places for 1 images, 2 were given"):
-        eyes.see(prompt(1), [noise(60, 60)] * 2)
-    seen, pictures = eyes.see(prompt(1), [noise(60, 60)])
+        vision_encoder.see(prompt(1), [noise(60, 60)] * 2)
+    seen, pictures = vision_encoder.see(prompt(1), [noise(60, 60)])
     with pytest.raises(EdgemedError, match="has room for 5 image features, the images have 4"):
         session.prefill([*seen, TOKEN], pictures=pictures)
     with pytest.raises(EdgemedError, match=r"prompt and images are \d+ tokens long, 640 fit"):
-        eyes.see(prompt(12), [noise(333, 200)] * 12)
+        vision_encoder.see(prompt(12), [noise(333, 200)] * 12)
     assert session.position == 0
     if kind == "plan":
         v = vision_of(engine.vision)
-        eyes.v = replace(v, pixels=(v.pixels[0], 10**7))
+        vision_encoder.v = replace(v, pixels=(v.pixels[0], 10**7))
         with pytest.raises(
             EdgemedError,
             match=(
@@ -813,7 +841,7 @@ def test_images_that_do_not_fit(
                 r" fewer max_pixels"
             ),
         ):
-            eyes.see(prompt(1), [noise(1000, 1000)])
+            vision_encoder.see(prompt(1), [noise(1000, 1000)])
     session.close()
 
 
@@ -821,11 +849,11 @@ def test_an_image_token_may_lie_outside_the_vocabulary(
     engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, engine = built(engines, tmp_path, monkeypatch)
-    stand_in = open_engine(engines["fp32"])
-    eyes = eyes_of(stand_in, 1)
+    emulation = open_engine(engines["fp32"])
+    vision_encoder = open_vision(emulation, 1)
     found = []
-    seen, pictures = eyes.see(prompt(1), [noise(60, 60)])
-    for session in (stand_in.open(1), engine.open()):
+    seen, pictures = vision_encoder.see(prompt(1), [noise(60, 60)])
+    for session in (emulation.open(1), engine.open()):
         for token in (TOKEN, -200):
             session.rewind(0)
             found.append(
@@ -853,7 +881,7 @@ def test_an_image_token_may_lie_outside_the_vocabulary(
     ],
 )
 def test_limits_it_cannot_keep(
-    sees: tuple[Path, Any],
+    vision_model: tuple[Path, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     params: dict[str, int],
@@ -861,7 +889,7 @@ def test_limits_it_cannot_keep(
 ) -> None:
     monkeypatch.setattr(target, "SCORES", 10**9)
     with pytest.raises(EdgemedError, match=said):
-        export(open_checkpoint(sees[0]), "tensorrt", Params(**params), tmp_path / "engine")
+        export(open_checkpoint(vision_model[0]), "tensorrt", Params(**params), tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 
 

@@ -27,14 +27,14 @@ from edgemed.evaluation.test_time_training import Adapt, Learner, Library, compa
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 IDS = tokens(50)
 
 
 @pytest.fixture
 def learner(model: Path) -> Learner:
-    return Learner(Weights(open_checkpoint(model)), 4)
+    return Learner(CanonicalWeights(open_checkpoint(model)), 4)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def asked(tmp_path: Path):
 
 
 def test_plain_answers_are_the_decoders(model: Path, learner: Learner) -> None:
-    session = TorchSession(Weights(open_checkpoint(model)))
+    session = TorchSession(CanonicalWeights(open_checkpoint(model)))
     right = session.prefill(IDS, every=True).copy()
     assert np.abs(learner.prefill(IDS[:30], every=True) - right[:30]).max() < 1e-3
     assert np.abs(learner.step(IDS[30]) - right[30]).max() < 1e-3
@@ -168,7 +168,7 @@ def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, as
     assert last["trained"]["items"][0]["scores"] == found["trained"]["items"][-1]["scores"]
 
 
-def test_what_is_refused(model: Path, sees: Path, asked, tmp_path: Path) -> None:
+def test_what_is_refused(model: Path, vision_model: Path, asked, tmp_path: Path) -> None:
     refused(
         cli("ttt", model, "--task", "section", "--limit", 1, "--set", "steps=0"),
         "k, steps and rank must be at least 1",
@@ -184,9 +184,9 @@ def test_what_is_refused(model: Path, sees: Path, asked, tmp_path: Path) -> None
     with pytest.raises(EdgemedError, match=r"on 3 texts: .*few.jsonl has 1"):
         compare(open_checkpoint(model), asked, Adapt(k=3, text=str(few)))
     with pytest.raises(EdgemedError, match="takes float text models"):
-        compare(open_checkpoint(sees), asked, Adapt())
+        compare(open_checkpoint(vision_model), asked, Adapt())
     with pytest.raises(EdgemedError, match="the loss is nan"):
-        wrong = Learner(Weights(open_checkpoint(model)), 4)
+        wrong = Learner(CanonicalWeights(open_checkpoint(model)), 4)
         wrong.learn([(IDS, [IGNORED] * 50)], 1, 1e-3)
 
 

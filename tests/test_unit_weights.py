@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Writer, narrowed, open_checkpoint
 from edgemed.models.gptq_packing import pack, unpack
-from edgemed.models.weights import Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Packed
 from edgemed.quantization.grids import block_ints, ggml_q8, rtn, scale_of
 
 
@@ -114,7 +114,7 @@ def test_sum_that_overflows_is_no_infinite_weight(tmp_path: Path) -> None:
 
 def test_weights_are_read_in_one_layout(model: Path) -> None:
     checkpoint = open_checkpoint(model)
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     for name, part in weights.parts.items():
         found = (
             weights.table(name)
@@ -133,4 +133,4 @@ def test_weights_are_read_in_one_layout(model: Path) -> None:
 def test_quantized_by_another_method_is_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(EdgemedError, match="quantized with 'awq'.*Known: gptq"):
-        Weights(open_checkpoint(path))
+        CanonicalWeights(open_checkpoint(path))

@@ -24,7 +24,7 @@ from edgemed.evaluation.evaluate import evaluate, pair, source_key, title
 from edgemed.evaluation.option_scoring import Reader, behind, shared
 from edgemed.evaluation.prompting import Settings
 from edgemed.evaluation.task import Questions, questions
-from edgemed.inference.session import Pictures
+from edgemed.inference.session import ImageEmbeddings
 
 ROW = {
     "id": "1",
@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 def test_images_lie_beside_the_rows_or_in_the_zip(folder: Path) -> None:
     beside = questions(f"micro_bench:{write(folder, ROW)}")
     (picture,) = beside.pictures(beside.examples[0])
-    assert beside.sees
+    assert beside.has_vision
     assert np.array_equal(np.asarray(picture), np.asarray(noise(0)))
     packed = folder / "packed"
     packed.mkdir()
@@ -335,10 +335,10 @@ def test_two_wrong_wordings_are_a_changed_answer() -> None:
 # --- what a reader may keep
 
 
-def pictures(*values: float, start: int = 3) -> Pictures:
+def pictures(*values: float, start: int = 3) -> ImageEmbeddings:
     """Images of two features each, text of `start` tokens before and one token behind each."""
     count = start + 3 * len(values)
-    return Pictures(
+    return ImageEmbeddings(
         np.repeat(np.array(values, np.float32), 2)[:, None], np.arange(count)[None], IMAGE
     )
 
@@ -359,7 +359,7 @@ def test_what_two_prompts_share() -> None:
             one,
             [1, 2, 3, IMAGE, IMAGE, IMAGE, IMAGE, 4],
             pictures(1.0),
-            Pictures(np.ones((4, 1), np.float32), np.arange(8)[None], IMAGE),
+            ImageEmbeddings(np.ones((4, 1), np.float32), np.arange(8)[None], IMAGE),
         )
         == 3
     ), "a larger image is read as a whole"
@@ -374,13 +374,13 @@ def test_what_two_prompts_share() -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def engine(vision_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("onnxruntime")
     from edgemed.engines.engine import export
     from edgemed.models.checkpoint import open_checkpoint
 
     return export(
-        open_checkpoint(sees),
+        open_checkpoint(vision_model),
         "onnx",
         plugins.load("targets", "onnx").Params(precision="fp32"),
         tmp_path_factory.mktemp("engines") / "fp32",
@@ -392,9 +392,9 @@ def opened(model: Path | Any, asked: Questions) -> Any:
     from edgemed.models.checkpoint import open_checkpoint
 
     return (
-        open_source(open_checkpoint(model), asked.sees)
+        open_source(open_checkpoint(model), asked.has_vision)
         if isinstance(model, Path)
-        else start_engine(model, asked.sees, 1)
+        else start_engine(model, asked.has_vision, 1)
     )
 
 
@@ -414,19 +414,19 @@ def result(
         model.close()
 
 
-def test_engine_answers_as_its_source(sees: Path, engine: Any, folder: Path) -> None:
+def test_engine_answers_as_its_source(vision_model: Path, engine: Any, folder: Path) -> None:
     rows = [{**ROW, "id": str(n), "image": f"{'ab'[n % 2]}.png", "answer": n % 2} for n in range(4)]
     asked = questions(f"micro_bench:{write(folder, *rows)}")
     for settings in (Settings(), Settings("normalised"), Settings("generated", rationale=4)):
         ours = result(engine, asked, settings)
-        theirs = result(sees, asked, settings)
+        theirs = result(vision_model, asked, settings)
         assert [i["answer"] for i in ours["items"]] == [i["answer"] for i in theirs["items"]]
         for one, other in zip(ours["items"], theirs["items"], strict=True):
             assert np.allclose(one["scores"], other["scores"], atol=2e-3)
     assert ours["unparsed"] == 4, "random weights write no answer tags"
     assert ours["accuracy"] == 0.0, "random weights write no answer tags"
     assert ours["settings"] == {"rationale_tokens": 4}, "random weights write no answer tags"
-    likelihood = result(sees, asked)
+    likelihood = result(vision_model, asked)
     same, other = (
         np.array([i["scores"] for i in likelihood["items"] if int(i["id"]) % 2 == n])
         for n in (0, 1)
@@ -437,14 +437,14 @@ def test_engine_answers_as_its_source(sees: Path, engine: Any, folder: Path) -> 
     assert not np.allclose(same[0], other[0], atol=1e-2), (
         "the image decides, and the same image says the same"
     )
-    assert len(result(sees, asked, strategy="vote-3")["items"][0]["scores"]) == 2
+    assert len(result(vision_model, asked, strategy="vote-3")["items"][0]["scores"]) == 2
 
 
-def test_open_questions_are_paired_like_others(sees: Path, engine: Any) -> None:
+def test_open_questions_are_paired_like_others(vision_model: Path, engine: Any) -> None:
     asked = questions("slake", 4)
     from edgemed.models.checkpoint import open_checkpoint
 
-    source = result(sees, asked, key=source_key(open_checkpoint(sees).hashes()))
+    source = result(vision_model, asked, key=source_key(open_checkpoint(vision_model).hashes()))
     found = pair(result(engine, asked), source, store.read_manifest(engine.path), None, 0.05)
     assert found["paired"]["n"] == 4
     assert found["paired"]["changed"] == 0
@@ -486,7 +486,7 @@ class Says:
     ],
 )
 def test_how_a_written_answer_is_read(
-    sees: Path, folder: Path, task: str, said: str, answer: int
+    vision_model: Path, folder: Path, task: str, said: str, answer: int
 ) -> None:
     row = (
         ROW
@@ -499,7 +499,7 @@ def test_how_a_written_answer_is_read(
         }
     )
     asked = questions(f"{'pathvqa' if task == 'open' else task}:{write(folder, row)}")
-    model = opened(sees, asked)
+    model = opened(vision_model, asked)
     found = evaluate(
         model.session,
         Says(model.tokenizer, said),
@@ -507,36 +507,36 @@ def test_how_a_written_answer_is_read(
         "m",
         "k",
         settings=Settings("generated", rationale=1),
-        eyes=model.eyes,
+        vision_encoder=model.vision_encoder,
     )
     assert found["items"][0]["answer"] == answer
     assert found["unparsed"] == (answer < 0)
 
 
-def test_prompt_is_the_familys(sees: Path, folder: Path) -> None:
+def test_prompt_is_the_familys(vision_model: Path, folder: Path) -> None:
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     shown = []
-    model = opened(sees, asked)
-    see = model.eyes.see
-    model.eyes.see = lambda tokens, images: (
+    model = opened(vision_model, asked)
+    see = model.vision_encoder.see
+    model.vision_encoder.see = lambda tokens, images: (
         shown.append(model.tokenizer.decode(tokens, skip_special_tokens=False))
         or see(tokens, images)
     )
-    evaluate(model.session, model.tokenizer, asked, "m", "k", eyes=model.eyes)
-    family = model.eyes.family
+    evaluate(model.session, model.tokenizer, asked, "m", "k", vision_encoder=model.vision_encoder)
+    family = model.vision_encoder.family
     assert shown == [family.chat(family.reasoning("Which organ?\nA) Liver\nB) Heart"), 1)]
     assert family.opening == "<answer>"
 
 
-def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) -> None:
+def test_a_reader_never_takes_one_image_for_another(vision_model: Path, folder: Path) -> None:
     asked = questions(f"micro_bench:{write(folder, ROW)}")
-    model = opened(sees, asked)
+    model = opened(vision_model, asked)
 
     def scores(reader: Reader, seed: int, question: str) -> np.ndarray:
         tokens = model.tokenizer.encode(
-            model.eyes.family.chat(question, 1), add_special_tokens=False
+            model.vision_encoder.family.chat(question, 1), add_special_tokens=False
         ).ids
-        return reader.read(*model.eyes.see(tokens, [noise(seed)])).copy()
+        return reader.read(*model.vision_encoder.see(tokens, [noise(seed)])).copy()
 
     kept = Reader(model.session)
     found = [
@@ -557,12 +557,12 @@ def test_a_reader_never_takes_one_image_for_another(sees: Path, folder: Path) ->
 
 
 def test_text_and_images_meet_the_wrong_model(
-    sees: Path, engine: Any, model: Path, folder: Path
+    vision_model: Path, engine: Any, model: Path, folder: Path
 ) -> None:
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     text = questions("pubmedqa", 1)
     text = replace(text, examples=(replace(text.examples[0], question="Is it?"),))
-    assert len(result(sees, text)["items"]) == len(result(engine, text)["items"]) == 1, (
+    assert len(result(vision_model, text)["items"]) == len(result(engine, text)["items"]) == 1, (
         "a model that sees reads text as well"
     )
     with pytest.raises(EdgemedError, match="reads text only"):
@@ -574,17 +574,17 @@ def test_text_and_images_meet_the_wrong_model(
         evaluate(plain.session, plain.tokenizer, asked, "m", "k")
     for strategy in ("random-2", "cot", "self-consistency-2"):
         with pytest.raises(EdgemedError, match="task micro_bench"):
-            result(sees, asked, strategy=strategy)
+            result(vision_model, asked, strategy=strategy)
 
 
-def test_an_image_is_never_cut(sees: Path, folder: Path, tmp_path: Path) -> None:
+def test_an_image_is_never_cut(vision_model: Path, folder: Path, tmp_path: Path) -> None:
     noise(3, 900).save(folder / "a.png")
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     with pytest.raises(
         EdgemedError,
         match="prompt and images are .* tokens long, 1024 fit .*largest image alone is 1024",
     ):
-        result(sees, asked)
+        result(vision_model, asked)
     noise(3, 60).save(folder / "a.png")
     asked = questions(f"micro_bench:{folder / 'rows.jsonl'}")
     with pytest.raises(
@@ -594,15 +594,15 @@ def test_an_image_is_never_cut(sees: Path, folder: Path, tmp_path: Path) -> None
             " into 1024"
         ),
     ):
-        result(sees, asked, Settings("generated", rationale=1000))
+        result(vision_model, asked, Settings("generated", rationale=1000))
 
 
 def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
-    sees: Path, folder: Path
+    vision_model: Path, folder: Path
 ) -> None:
     asked = questions(f"micro_bench:{write(folder, ROW)}")
-    model = opened(sees, asked)
-    model.eyes.family = replace(model.eyes.family, reasoning=None, answer=None)
+    model = opened(vision_model, asked)
+    model.vision_encoder.family = replace(model.vision_encoder.family, reasoning=None, answer=None)
     found = evaluate(
         model.session,
         Says(model.tokenizer, "B."),
@@ -610,14 +610,14 @@ def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
         "m",
         "k",
         settings=Settings("generated"),
-        eyes=model.eyes,
+        vision_encoder=model.vision_encoder,
     )
     assert found["items"][0]["answer"] == 1
     assert (
         len(
-            evaluate(model.session, model.tokenizer, asked, "m", "k", eyes=model.eyes)["items"][0][
-                "scores"
-            ]
+            evaluate(
+                model.session, model.tokenizer, asked, "m", "k", vision_encoder=model.vision_encoder
+            )["items"][0]["scores"]
         )
         == 2
     )
@@ -635,7 +635,9 @@ def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: P
         check_inputs(read_recipe(recipe))
 
 
-def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: Path) -> None:
+def test_evaluated_together_paired_and_judged(
+    engine: Any, vision_model: Path, folder: Path
+) -> None:
     from edgemed.api import evaluate_tasks
     from edgemed.evaluation.spec import EvalSpec
 
@@ -646,7 +648,7 @@ def test_evaluated_together_paired_and_judged(engine: Any, sees: Path, folder: P
             limit=1,
             margin=0.5,
         ),
-        str(sees),
+        str(vision_model),
         threads=1,
     )
     assert [title(r) for r in found["engine"]] == [

@@ -297,7 +297,7 @@ def size_of(path: Path) -> dict[str, Any]:
     """Bytes of all tensors, and bits per weight over the layers' matrices."""
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.lora import adapter_tensors
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     if (path / "model.gguf").is_file():
         from gguf import GGUFReader
@@ -314,7 +314,7 @@ def size_of(path: Path) -> dict[str, Any]:
             ),
         }
     checkpoint = open_checkpoint(path)
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     count = sum(
         int(np.prod(part.shape))
         for name, part in weights.parts.items()
@@ -369,7 +369,7 @@ def weights_of(path: Path, source: Path) -> Any:
     """What was made, as float weights behind edgemed's own reader."""
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.lora import answering
-    from edgemed.models.weights import Dense, Weights
+    from edgemed.models.weights import CanonicalWeights, Dense
 
     if not (path / "model.gguf").is_file():
         return answering(open_checkpoint(path))
@@ -379,7 +379,7 @@ def weights_of(path: Path, source: Path) -> Any:
 
     from edgemed.gguf.tensor_map import layout
 
-    weights = Weights(open_checkpoint(source), fold=True)
+    weights = CanonicalWeights(open_checkpoint(source), fold=True)
     tensors = {t.name: t for t in GGUFReader(path / "model.gguf").tensors}
     places = layout(weights.family, weights.decoder, weights.parts)
 
@@ -441,7 +441,7 @@ def evaluated(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """({'kl', 'kl_windows', 'section', ...}, the section task's result)."""
     from edgemed.evaluation import paired_statistics
-    from edgemed.evaluation.opened_model import Opened, evaluate_opened
+    from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened
     from edgemed.evaluation.prompting import Settings
     from edgemed.evaluation.task import questions
     from edgemed.models.tokenizer import open_tokenizer
@@ -462,7 +462,7 @@ def evaluated(
         facts["kl_windows"][card] = kl
         facts["kl"][card] = float(np.mean(kl)) if kl else 0.0
     result = evaluate_opened(
-        Opened(session, open_tokenizer(model, weights.decoder.vocab), weights.decoder.eos),
+        OpenedModel(session, open_tokenizer(model, weights.decoder.vocab), weights.decoder.eos),
         questions("section"),
         name,
         name,
@@ -538,12 +538,12 @@ def main() -> None:
     rows = {}
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.torch_decoder import TorchSession
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     made = {
         name: found for name in args.only or CONTENDERS if (found := make(name, args.work, model))
     }
-    session = TorchSession(Weights(open_checkpoint(model)), resident=True)
+    session = TorchSession(CanonicalWeights(open_checkpoint(model)), resident=True)
     sources = {card: list(answers(session, w)) for card, w in windows.items()}
     _, base = evaluated("source", model, model, windows, sources, None)
     for name, found in made.items():

@@ -34,10 +34,10 @@ def against_ours(file: Path, model: Path, windows: list[list[int]]) -> dict[str,
 
     from edgemed.gguf.tensor_map import layout
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.quantization.importance_matrix import importance
 
-    weights = Weights(open_checkpoint(model), fold=True)
+    weights = CanonicalWeights(open_checkpoint(model), fold=True)
     ours = importance(weights, windows)
     theirs = {t.name: t.data for t in GGUFReader(file).tensors}
     differences = []

@@ -31,12 +31,12 @@ def main() -> None:
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.tokenizer import open_tokenizer
     from edgemed.models.torch_decoder import block, embed, load_layer, norm, top
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.quantization.gptq import Solution
     from edgemed.quantization.grids import rtn
     from edgemed.quantization.sensitivity import sensitivities
 
-    weights = Weights(open_checkpoint(MODEL), fold=True)
+    weights = CanonicalWeights(open_checkpoint(MODEL), fold=True)
     d = weights.decoder
     windows = torch.tensor(
         calibration_windows(CARD, open_tokenizer(MODEL, d.vocab), WINDOWS, LENGTH)

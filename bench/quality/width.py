@@ -80,14 +80,14 @@ def divergence(
 
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.torch_decoder import logits
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     tokens = torch.from_numpy(windows)
     found = {}
-    source = logits(Weights(open_checkpoint(model)), tokens)
+    source = logits(CanonicalWeights(open_checkpoint(model)), tokens)
     logs = source.log_softmax(-1)
     for name, path in made.items():
-        answer = logits(Weights(open_checkpoint(path)), tokens)
+        answer = logits(CanonicalWeights(open_checkpoint(path)), tokens)
         kl = (logs.exp() * (logs - answer.log_softmax(-1))).sum(-1).mean(-1)
         found[name] = {
             "kl": float(kl.mean()),
@@ -107,12 +107,12 @@ def output_errors(
 
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.torch_decoder import block, embed, linear, load_layer
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
     # Folded, as edgemed's result is: GPT-2's rounded q rows are then those of the same float matrix
     # in both.
-    weights = Weights(open_checkpoint(model))
-    others = {name: Weights(open_checkpoint(path)) for name, path in made.items()}
+    weights = CanonicalWeights(open_checkpoint(model))
+    others = {name: CanonicalWeights(open_checkpoint(path)) for name, path in made.items()}
     found = {name: {} for name in made}
     with torch.inference_mode():
         x = embed(weights, torch.from_numpy(windows))

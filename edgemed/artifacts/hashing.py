@@ -31,7 +31,7 @@ def file_sha256(path: Path) -> str:
     return _sha256(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
-def forget_hashes() -> None:
+def clear_hash_cache() -> None:
     """Read every file anew from here on: a modification time can be set back, and a signature must
     not rest on it.
     """

@@ -21,7 +21,7 @@ from edgemed.errors import EdgemedError, need
 from edgemed.hardware import process_memory
 from edgemed.hardware.device import machine, read_bandwidth
 from edgemed.inference.session import Session
-from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.onnx.vision_encoder import open_vision
 from edgemed.vision.preprocessing import fitted_size, vision_of
 
 # Together they draw the distribution of a latency, without keeping every value.
@@ -189,7 +189,7 @@ def image_questions(
     pil = need("PIL.Image", "vision")
     random = np.random.default_rng(0)
     started = time.perf_counter()
-    eyes = eyes_of(engine, threads)
+    vision_encoder = open_vision(engine, threads)
     found: dict[str, list[float]] = {"load": [time.perf_counter() - started]}
     try:
         for round_number in range(plan.runs + 1):
@@ -200,21 +200,25 @@ def image_questions(
                 words = random.integers(0, engine.vocab - 1, min(plan.prompt)).tolist()
                 session.rewind(0)
                 marks = [time.perf_counter()]
-                tokens, pictures = eyes.see(
-                    [eyes.v.token, *(word + (word >= eyes.v.token) for word in words)], [image]
+                tokens, pictures = vision_encoder.see(
+                    [
+                        vision_encoder.v.token,
+                        *(word + (word >= vision_encoder.v.token) for word in words),
+                    ],
+                    [image],
                 )
                 marks.append(time.perf_counter())
                 int(session.prefill(tokens, pictures=pictures)[0].argmax())
                 marks.append(time.perf_counter())
                 spent = {question: marks[2] - marks[0]} | (
-                    {**eyes.seconds, "prefill": marks[2] - marks[1]}
+                    {**vision_encoder.seconds, "prefill": marks[2] - marks[1]}
                     if question == "first_token"
                     else {}
                 )
                 for name, seconds in spent.items() if round_number else ():
                     found.setdefault(name, []).append(seconds)
     finally:
-        eyes.close()
+        vision_encoder.close()
     how = {"image": plan.image, "features": len(pictures.features), "tokens": len(tokens)}
     # A runtime that computes tower and projector in one gives no seconds of the latter.
     return [

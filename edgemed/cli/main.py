@@ -344,7 +344,7 @@ def export(
         shown
         | (
             {"unbuilt": f"on the device run: edgemed build {engine.path}"}
-            if engine.stand_in
+            if engine.emulation
             else {}
         ),
         json_,

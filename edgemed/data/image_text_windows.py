@@ -19,12 +19,12 @@ from edgemed.artifacts import hashing
 from edgemed.console import track
 from edgemed.data.text_sets import calibration_windows, read_card, read_jsonl
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import Pictures, Positions
+from edgemed.inference.session import ImageEmbeddings, Positions
 from edgemed.models.tokenizer import encode, open_tokenizer
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.vision.image_io import Album
 from edgemed.vision.preprocessing import prompt_tokens
-from edgemed.vision.torch_encoder import TorchEyes
+from edgemed.vision.torch_encoder import TorchVisionEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -127,8 +127,8 @@ def calibration_digests(names: str) -> dict[str, str]:
 
 
 def calibration(
-    weights: Weights, names: str, samples: int, length: int
-) -> list[tuple[list[int], Pictures | None]]:
+    weights: CanonicalWeights, names: str, samples: int, length: int
+) -> list[tuple[list[int], ImageEmbeddings | None]]:
     """`samples` windows of `length` tokens of a calibration set, or of several (with commas
     between) in turns.
 
@@ -150,8 +150,8 @@ def calibration(
 
 
 def _of_one(
-    weights: Weights, name: str, samples: int, length: int
-) -> list[tuple[list[int], Pictures | None]]:
+    weights: CanonicalWeights, name: str, samples: int, length: int
+) -> list[tuple[list[int], ImageEmbeddings | None]]:
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
     rows = pictured(name)
     if not rows:
@@ -166,14 +166,14 @@ def _of_one(
             f"calibration set '{name}' has images, and {weights.checkpoint.path} reads text only",
             "Calibrate on text",
         )
-    eyes = TorchEyes(weights)
+    vision_encoder = TorchVisionEncoder(weights)
     album = album_of(name)
     found = []
     turns = []
     for row in track(rows, "looks at images"):
-        turns.append(_turn(eyes, tokenizer, album, row))
+        turns.append(_turn(vision_encoder, tokenizer, album, row))
         if sum(len(tokens) for tokens, _ in turns) >= length:
-            found.append(_joined(turns, eyes, length))
+            found.append(_joined(turns, vision_encoder, length))
             turns = []
             if len(found) == samples:
                 return found
@@ -185,45 +185,53 @@ def _of_one(
 
 
 def _joined(
-    turns: Sequence[tuple[list[int], Pictures]], eyes: TorchEyes, length: int
-) -> tuple[list[int], Pictures]:
+    turns: Sequence[tuple[list[int], ImageEmbeddings]],
+    vision_encoder: TorchVisionEncoder,
+    length: int,
+) -> tuple[list[int], ImageEmbeddings]:
     """Chat turns one after the other, cut at `length` tokens."""
-    held = Positions(eyes.parts, sum(len(tokens) for tokens, _ in turns))
+    held = Positions(vision_encoder.parts, sum(len(tokens) for tokens, _ in turns))
     tokens: list[int] = []
     for more, seen in turns:
         held.add(len(tokens), len(more), seen.positions)
         tokens += more
     tokens = tokens[:length]
-    features = np.concatenate([seen.features for _, seen in turns])[: tokens.count(eyes.v.token)]
-    return tokens, Pictures(features, held.held[:, :length], eyes.v.token)
+    features = np.concatenate([seen.features for _, seen in turns])[
+        : tokens.count(vision_encoder.v.token)
+    ]
+    return tokens, ImageEmbeddings(features, held.held[:, :length], vision_encoder.v.token)
 
 
 def asked(
-    eyes: TorchEyes, tokenizer: Any, album: Album, row: dict[str, Any]
-) -> tuple[list[int], Pictures]:
+    vision_encoder: TorchVisionEncoder, tokenizer: Any, album: Album, row: dict[str, Any]
+) -> tuple[list[int], ImageEmbeddings]:
     """(tokens, pictures) of one row's question as a chat turn in the model's own form, up to where
     the answer begins.
     """
     images = [album.open(image) for image in images_of(row)]
-    return eyes.see(
+    return vision_encoder.see(
         prompt_tokens(
-            tokenizer, eyes.family.chat(row["question"], len(images), eyes.v.conversation), eyes.v
+            tokenizer,
+            vision_encoder.family.chat(row["question"], len(images), vision_encoder.v.conversation),
+            vision_encoder.v,
         ),
         images,
     )
 
 
-def _placed(eyes: TorchEyes, prompt: int, seen: Pictures, length: int) -> np.ndarray:
+def _placed(
+    vision_encoder: TorchVisionEncoder, prompt: int, seen: ImageEmbeddings, length: int
+) -> np.ndarray:
     """Positions int64 [parts, length] of a question of `prompt` tokens and of what comes after it,
     whatever that is.
     """
-    held = Positions(eyes.parts, length)
+    held = Positions(vision_encoder.parts, length)
     held.add(0, prompt, seen.positions)
     held.add(prompt, length - prompt)
     return held.held
 
 
-def _answer(weights: Weights, tokenizer: Any, text: str, ended: bool = True) -> list[int]:
+def _answer(weights: CanonicalWeights, tokenizer: Any, text: str, ended: bool = True) -> list[int]:
     found = encode(tokenizer, text)
     eos = weights.decoder.eos
     if weights.vision.token in found:
@@ -235,16 +243,18 @@ def _answer(weights: Weights, tokenizer: Any, text: str, ended: bool = True) -> 
 
 
 def _turn(
-    eyes: TorchEyes, tokenizer: Any, album: Album, row: dict[str, Any]
-) -> tuple[list[int], Pictures]:
+    vision_encoder: TorchVisionEncoder, tokenizer: Any, album: Album, row: dict[str, Any]
+) -> tuple[list[int], ImageEmbeddings]:
     """(tokens, pictures) of one row as a chat turn, the answer at its end."""
-    prompt, seen = asked(eyes, tokenizer, album, row)
-    whole = prompt + _answer(eyes.weights, tokenizer, row["answer"])
-    return whole, Pictures(seen.features, _placed(eyes, len(prompt), seen, len(whole)), seen.token)
+    prompt, seen = asked(vision_encoder, tokenizer, album, row)
+    whole = prompt + _answer(vision_encoder.weights, tokenizer, row["answer"])
+    return whole, ImageEmbeddings(
+        seen.features, _placed(vision_encoder, len(prompt), seen, len(whole)), seen.token
+    )
 
 
 def look(
-    weights: Weights,
+    weights: CanonicalWeights,
     name: str,
     rows: Sequence[dict[str, Any]],
     length: int,
@@ -258,14 +268,14 @@ def look(
     of the rows', cut at `length`; called when all questions are known to fit. Raises EdgemedError
     for a row longer than `length`, images that take more, or one that cannot be opened.
     """
-    eyes = TorchEyes(weights)
+    vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
     album = album_of(name)
     turns = []
     said = []
     held = 0
     for n, row in enumerate(track(rows, "looks at images")):
-        turns.append(asked(eyes, tokenizer, album, row))
+        turns.append(asked(vision_encoder, tokenizer, album, row))
         said += [] if written else [_answer(weights, tokenizer, row["answer"])]
         held += turns[-1][1].features.nbytes
         whole = len(turns[-1][0]) + (1 if written else len(said[-1]))
@@ -296,7 +306,9 @@ def look(
         whole = (prompt + answer)[:length]
         ids[: len(whole)] = whole
         counted[len(prompt) : len(whole)] = whole[len(prompt) :]
-    positions = np.stack([_placed(eyes, len(prompt), seen, length) for prompt, seen in turns])
+    positions = np.stack(
+        [_placed(vision_encoder, len(prompt), seen, length) for prompt, seen in turns]
+    )
     return (
         tokens,
         labels,

@@ -20,8 +20,8 @@ from edgemed.errors import need
 from edgemed.inference.decoding import Sampling
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
-from edgemed.models.weights import Weights
-from edgemed.vision.torch_encoder import TorchEyes
+from edgemed.models.weights import CanonicalWeights
+from edgemed.vision.torch_encoder import TorchVisionEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,11 @@ def sampled(
 
 
 def written(
-    weights: Weights, name: str, rows: Sequence[dict[str, Any]], sampling: Sampling, file: Path
+    weights: CanonicalWeights,
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    sampling: Sampling,
+    file: Path,
 ) -> list[dict[str, Any]]:
     """What the teacher answers to the rows of a set about its images: rows {"prompt": the question,
     "text", "ended"}, kept in `file` line by line.
@@ -114,11 +118,11 @@ def written(
 
     def more(start: int) -> Iterator[dict[str, Any]]:
         tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-        eyes = TorchEyes(weights)
+        vision_encoder = TorchVisionEncoder(weights)
         album = album_of(name)
         session = TorchSession(weights)
         for n in track(range(start, len(rows)), "teacher answers"):
-            begin, pictures = asked(eyes, tokenizer, album, rows[n])
+            begin, pictures = asked(vision_encoder, tokenizer, album, rows[n])
             yield {"prompt": rows[n]["question"]} | continuation(
                 session, tokenizer, begin, replace(sampling, seed=sampling.seed + n), pictures
             )

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgemed.artifacts import hashing, store
 from edgemed.errors import EdgemedError, need
-from edgemed.models.architecture import Decoder, Family
+from edgemed.models.architecture import Architecture, DecoderConfig
 from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.importance_matrix import importance
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Shape:
     kv_heads: int
 
 
-def parameters(family: Family, d: Decoder) -> int:
+def parameters(family: Architecture, d: DecoderConfig) -> int:
     """Weights and biases of a decoder as its family stores them, tied ones counted once."""
     found = {}
     for part in family.parts(d).values():
@@ -57,7 +57,7 @@ def parameters(family: Family, d: Decoder) -> int:
     return sum(found.values())
 
 
-def smaller(d: Decoder, shape: Shape) -> Decoder:
+def smaller(d: DecoderConfig, shape: Shape) -> DecoderConfig:
     """The numbers of the student. Its attention scales are set when its config is read."""
     return replace(
         d,
@@ -77,7 +77,11 @@ def evenly(count: int, layers: int) -> tuple[int, ...]:
 
 
 def choose(
-    weights: Weights, layers: Sequence[int], ffn: int | None, heads: int | None, target: int | None
+    weights: CanonicalWeights,
+    layers: Sequence[int],
+    ffn: int | None,
+    heads: int | None,
+    target: int | None,
 ) -> Shape:
     """The shape asked for. layers: one number is a count, several are indices, none keeps all;
     heads: query heads to keep; target: parameters at most.
@@ -116,7 +120,7 @@ def choose(
     return Shape(tuple(layers) or every.layers, ffn or d.ffn, (heads or d.heads) // group)
 
 
-def solve(family: Family, d: Decoder, target: int) -> Shape:
+def solve(family: Architecture, d: DecoderConfig, target: int) -> Shape:
     """The shape of at most `target` parameters: for each depth the widest MLP (a multiple of 64)
     that fits, and of those the one whose share of neurons is nearest to its share of layers, in
     doubt the deeper. Heads are left alone.
@@ -145,7 +149,7 @@ def solve(family: Family, d: Decoder, target: int) -> Shape:
     return min(fitting, key=lambda entry: entry[:2])[2]
 
 
-def config_of(weights: Weights, shape: Shape) -> dict[str, Any]:
+def config_of(weights: CanonicalWeights, shape: Shape) -> dict[str, Any]:
     """The source's config with the student's sizes. Raises EdgemedError where the architecture
     cannot say them.
     """
@@ -192,7 +196,7 @@ def _with(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def kept(
-    weights: Weights, shape: Shape, windows: Sequence[Sequence[int]]
+    weights: CanonicalWeights, shape: Shape, windows: Sequence[Sequence[int]]
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """layer -> (neurons, key/value heads) to keep, rising int64.
 
@@ -223,7 +227,9 @@ def kept(
     return found
 
 
-def cut(weights: Weights, shape: Shape, out: Path, windows: Sequence[Sequence[int]]) -> Checkpoint:
+def cut(
+    weights: CanonicalWeights, shape: Shape, out: Path, windows: Sequence[Sequence[int]]
+) -> Checkpoint:
     """Write the student to `out` in float32 (reused where it is already there). windows: tokens
     that importance is measured on.
 
@@ -267,10 +273,10 @@ def cut(weights: Weights, shape: Shape, out: Path, windows: Sequence[Sequence[in
 
 
 def _write(
-    weights: Weights,
+    weights: CanonicalWeights,
     shape: Shape,
     keep: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
-    student: Decoder,
+    student: DecoderConfig,
     writer: Writer,
 ) -> None:
     written: set[str] = set()
@@ -298,7 +304,7 @@ def _write(
 
 
 def _selection(
-    d: Decoder, neurons: torch.Tensor, heads: torch.Tensor
+    d: DecoderConfig, neurons: torch.Tensor, heads: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     # Canonical rows and columns of each matrix that stay. A key/value head's columns of `o` are
     # those of all query heads that read it.
@@ -315,7 +321,7 @@ def _selection(
 
 
 def _copy(
-    weights: Weights,
+    weights: CanonicalWeights,
     name: str,
     writer: Writer,
     written: set[str],

@@ -26,7 +26,7 @@ from edgemed.models.checkpoint import (
     read_tensors,
 )
 from edgemed.models.lora import CONFIG, FOLDER, OWN_BASE, WEIGHTS, answering, base_of
-from edgemed.models.weights import Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Packed
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def source_of(checkpoint: Checkpoint) -> str:
     )
 
 
-def check(student: Weights, train: str) -> None:
+def check(student: CanonicalWeights, train: str) -> None:
     """Raise EdgemedError for a student whose scales, or a LoRA beside whose integers, cannot be
     trained.
     """
@@ -75,12 +75,12 @@ def check(student: Weights, train: str) -> None:
     if student.vision or student.decoder.experts:
         raise EdgemedError(
             f"distill: train: {train} is for text models without experts, and {path}"
-            f" {'sees' if student.vision else 'has experts'}",
+            f" {'has_vision' if student.vision else 'has experts'}",
             "Distill the float checkpoint, then quantize",
         )
 
 
-def packed_modules(weights: Weights) -> dict[str, bool]:
+def packed_modules(weights: CanonicalWeights) -> dict[str, bool]:
     """Key of every packed module -> whether its float weight would lie [in, out]."""
     return {
         key: weights.parts[name].conv1d
@@ -90,7 +90,7 @@ def packed_modules(weights: Weights) -> dict[str, bool]:
     }
 
 
-def expanded(weights: Weights, folder: Path) -> Path:
+def expanded(weights: CanonicalWeights, folder: Path) -> Path:
     """Write the checkpoint with its integers as float32 weights into `folder`, for transformers to
     open.
     """
@@ -151,7 +151,7 @@ def scaled(matrix: Packed, conv1d: bool) -> torch.nn.Module:
     return Scaled()
 
 
-def freeze(model: torch.nn.Module, weights: Weights, norms: bool) -> None:
+def freeze(model: torch.nn.Module, weights: CanonicalWeights, norms: bool) -> None:
     """Leave of `model`, opened from what expanded() wrote, only scales to be trained; norms: its
     norms and the biases of its packed modules too.
 
@@ -185,7 +185,7 @@ def freeze(model: torch.nn.Module, weights: Weights, norms: bool) -> None:
             parameter.requires_grad = True
 
 
-def write(model: torch.nn.Module, weights: Weights, out: Path) -> dict[str, float]:
+def write(model: torch.nn.Module, weights: CanonicalWeights, out: Path) -> dict[str, float]:
     """Write what was learned: scales, norms and biases in float16, everything else as it was.
     Returns {max_abs_error, largest_score} on random tokens.
 
@@ -219,11 +219,11 @@ def write(model: torch.nn.Module, weights: Weights, out: Path) -> dict[str, floa
                 learned.copy_(value.float())
             writer.add(name, value)
         writer.close()
-    return same_scores(model, Weights(open_checkpoint(out)), True)
+    return same_scores(model, CanonicalWeights(open_checkpoint(out)), True)
 
 
 def write_beside(
-    model: torch.nn.Module, weights: Weights, out: Path, dtype: str
+    model: torch.nn.Module, weights: CanonicalWeights, out: Path, dtype: str
 ) -> dict[str, float]:
     """Write the quantized checkpoint as it was, file by file, and the LoRA of a peft model trained
     on it into adapters/qad. dtype: of the factors.
@@ -268,7 +268,7 @@ def write_beside(
     return same_scores(model, answering(open_checkpoint(out)), True)
 
 
-def trained(weights: Weights, norms: bool) -> dict[str, Any]:
+def trained(weights: CanonicalWeights, norms: bool) -> dict[str, Any]:
     """What of a quantized student is trained, in numbers."""
     shapes = {name: entry.shape for name, entry in weights.checkpoint.tensors.items()}
     scales = sum(

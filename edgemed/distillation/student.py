@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgemed.errors import EdgemedError, need
 from edgemed.models.checkpoint import Writer, narrowed, open_checkpoint
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 
 
-def load(weights: Weights, path: Path | None = None) -> Any:
+def load(weights: CanonicalWeights, path: Path | None = None) -> Any:
     """The student in transformers, float32; path: of a copy that transformers reads instead.
     Dropout is off: the target is the teacher's own distribution, and what fits it must not be
     blurred.
@@ -69,7 +69,7 @@ def load(weights: Weights, path: Path | None = None) -> Any:
     return model
 
 
-def _text_config(weights: Weights) -> dict[str, Any] | None:
+def _text_config(weights: CanonicalWeights) -> dict[str, Any] | None:
     """Under which transformers reads the text model alone, None where it knows the whole
     checkpoint.
     """
@@ -98,7 +98,9 @@ def adapted(model: Any, rank: int, seed: int) -> Any:
     )
 
 
-def write(model: torch.nn.Module, student: Weights, out: Path, dtype: str) -> dict[str, float]:
+def write(
+    model: torch.nn.Module, student: CanonicalWeights, out: Path, dtype: str
+) -> dict[str, float]:
     """Write the student and hold what was written against it: {max_abs_error, largest_score} on
     random tokens.
 
@@ -126,10 +128,10 @@ def write(model: torch.nn.Module, student: Weights, out: Path, dtype: str) -> di
         if key in student.checkpoint.tensors and key not in written:
             writer.add(key, narrowed(key, student.checkpoint.read(key), dtype))
     writer.close()
-    return same_scores(model, Weights(open_checkpoint(out)), dtype == "float32")
+    return same_scores(model, CanonicalWeights(open_checkpoint(out)), dtype == "float32")
 
 
-def same_scores(model: torch.nn.Module, written: Weights, exact: bool) -> dict[str, float]:
+def same_scores(model: torch.nn.Module, written: CanonicalWeights, exact: bool) -> dict[str, float]:
     """Hold what was written against the trained model: {max_abs_error, largest_score} on random
     tokens.
 

@@ -24,7 +24,7 @@ from edgemed.distillation.divergences import softened
 from edgemed.distillation.divergences import top as likeliest
 from edgemed.errors import EdgemedError, need
 from edgemed.inference.decoding import Sampling, generate
-from edgemed.inference.session import Pictures
+from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import (
     TorchSession,
@@ -35,7 +35,7 @@ from edgemed.models.torch_decoder import (
     rope_angles,
     top,
 )
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class Teacher:
     chosen layers.
     """
 
-    def __init__(self, weights: Weights, device: str = "cpu"):
+    def __init__(self, weights: CanonicalWeights, device: str = "cpu"):
         """All layers stay in memory where they fit in 60 % of what is free; else each window reads
         them again.
         """
@@ -199,7 +199,7 @@ class Cache:
         """
         return int(self.counted.sum()) * self.entry.itemsize
 
-    def fill(self, weights: Weights, limit: int, device: str = "cpu") -> int:
+    def fill(self, weights: CanonicalWeights, limit: int, device: str = "cpu") -> int:
         """Compute the chunks that are not there yet; returns at how many positions. limit: bytes
         the cache may take.
 
@@ -279,7 +279,12 @@ class Cache:
 
 
 def written(
-    weights: Weights, texts: Sequence[str], prompt: int, new: int, sampling: Sampling, file: Path
+    weights: CanonicalWeights,
+    texts: Sequence[str],
+    prompt: int,
+    new: int,
+    sampling: Sampling,
+    file: Path,
 ) -> list[dict[str, Any]]:
     """What the teacher writes after the first `prompt` tokens of each text: rows {"prompt", "text",
     "ended"}, kept in `file` line by line.
@@ -306,7 +311,7 @@ def continuation(
     tokenizer: Any,
     begin: list[int],
     sampling: Sampling,
-    pictures: Pictures | None = None,
+    pictures: ImageEmbeddings | None = None,
 ) -> dict[str, Any]:
     """{"text", "ended"}: what the teacher says after the tokens `begin`, in which it sees
     `pictures`, and whether it ended that itself.
@@ -351,6 +356,6 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
 
-def key(weights: Weights, facts: Mapping[str, Any]) -> str:
+def key(weights: CanonicalWeights, facts: Mapping[str, Any]) -> str:
     """Content key of something a teacher computed: its files and what was asked."""
     return hashing.digest({"teacher": weights.checkpoint.hashes(), **facts})[:12]

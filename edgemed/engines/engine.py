@@ -21,11 +21,11 @@ from edgemed.console import say
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
 from edgemed.inference.session import Session
-from edgemed.models.architecture import Vision
+from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import BASE, FOLDER, adapter_config, carried, quantized_base
 from edgemed.models.tokenizer import open_tokenizer
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 ENGINE = "engine.json"
 PLAN = "plan"
@@ -71,7 +71,7 @@ class Engine:
     unbuilt: str = ""
 
     @property
-    def stand_in(self) -> str:
+    def emulation(self) -> str:
         """What open() runs instead of the engine's own runtime, '' where the engine is built."""
         return (
             "" if (self.path / store.ON_DEVICE / PLAN / store.MANIFEST).is_file() else self.unbuilt
@@ -131,7 +131,7 @@ def export(
     `out` holds something else.
     """
     module = plugins.load("targets", target)
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     d = weights.decoder
     check_supported(target, weights, params)
     tokenizer = None if checkpoint.random_weights else open_tokenizer(checkpoint.path, d.vocab)
@@ -199,13 +199,13 @@ def export(
     return open_engine(out)
 
 
-def check_supported(target: str, weights: Weights, params: Any) -> None:
+def check_supported(target: str, weights: CanonicalWeights, params: Any) -> None:
     """Raise EdgemedError where a target cannot carry this model."""
     if reason := plugins.load("targets", target).supports(weights, params):
         raise EdgemedError(f"target {target} cannot take {weights.checkpoint.path}: {reason}")
 
 
-def pixels_of(vision: Vision, params: Any) -> tuple[int, int]:
+def pixels_of(vision: VisionConfig, params: Any) -> tuple[int, int]:
     """(least, most) pixels of an image: the target's parameters min_pixels and max_pixels, or the
     model's own.
 
@@ -267,7 +267,7 @@ def require_built(engine: Engine, verb: str) -> None:
     """Raise EdgemedError where an engine still has to be compiled on its device, before `verb`
     would tell something about another runtime.
     """
-    if engine.stand_in:
+    if engine.emulation:
         raise EdgemedError(
             f"{engine.path} is unbuilt: {engine.target} has not compiled it yet, so there is"
             f" nothing to {verb}",

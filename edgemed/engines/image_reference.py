@@ -16,13 +16,13 @@ import numpy as np
 
 from edgemed.console import track
 from edgemed.errors import need
-from edgemed.inference.session import Pictures, Session
+from edgemed.inference.session import ImageEmbeddings, Session
 from edgemed.vision.preprocessing import Patches, fitted_size, placed
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from edgemed.models.architecture import Vision
+    from edgemed.models.architecture import VisionConfig
 
 SCORED = 8  # answer positions whose scores are kept: with a vocabulary of 150,000 each takes 0.6 MB
 STAGED = ("pixels", "tower", "features")
@@ -67,9 +67,9 @@ class ImageReference:
         return need("PIL.Image", "vision").fromarray(self.pictures[n])
 
     def shown(
-        self, n: int, v: Vision, parts: int, context: int
-    ) -> tuple[list[int], Pictures | None]:
-        """(prompt about image n, the source's own features in it), as VisionSession.see. Raises
+        self, n: int, v: VisionConfig, parts: int, context: int
+    ) -> tuple[list[int], ImageEmbeddings | None]:
+        """(prompt about image n, the source's own features in it), as OnnxVisionEncoder.see. Raises
         EdgemedError where they do not fit the context.
         """
         return placed(
@@ -106,7 +106,7 @@ class ImageReference:
         )
 
 
-def grid_of(picture: np.ndarray, v: Vision) -> tuple[int, int]:
+def grid_of(picture: np.ndarray, v: VisionConfig) -> tuple[int, int]:
     """(rows, columns) of features that an image of this size becomes."""
     width, height = fitted_size(picture.shape[1], picture.shape[0], v)
     return height // (v.patch * v.merge), width // (v.patch * v.merge)
@@ -117,7 +117,7 @@ def make_image_reference(
     look: Look,
     asked: Sequence[tuple[Sequence[int], np.ndarray]],
     new: int,
-    v: Vision,
+    v: VisionConfig,
     parts: int,
 ) -> ImageReference:
     """Show the source its images. session, look: the float32 source; asked: (prompt with one image

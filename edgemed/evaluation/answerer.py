@@ -22,15 +22,15 @@ from edgemed.evaluation.prompting import (
     THINK,
     WRITTEN,
     Answer,
-    Eyes,
     Settings,
     Strategy,
+    VisionEncoder,
     combine,
 )
 from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, describe
 from edgemed.inference.decoding import Sampling
 from edgemed.inference.session import Session
-from edgemed.models.architecture import Family
+from edgemed.models.architecture import Architecture
 from edgemed.models.tokenizer import encode
 from edgemed.vision.preprocessing import prompt_tokens
 
@@ -45,7 +45,7 @@ class Answerer:
         questions: Questions,
         settings: Settings,
         stop: frozenset[int] = frozenset(),
-        eyes: Eyes | None = None,
+        vision_encoder: VisionEncoder | None = None,
     ):
         """eyes: needed only where the task shows images."""
         self.session = session
@@ -54,7 +54,7 @@ class Answerer:
         self.settings = settings
         self.stop = stop
         self.task: Task = questions.task
-        self.eyes = eyes
+        self.vision_encoder = vision_encoder
         self.reader = Reader(session)
         self.pools: dict[str | None, tuple[Example, ...]] = {}
         self.neighbours: dict[str | None, Neighbours] = {}
@@ -78,14 +78,16 @@ class Answerer:
                 f" same question {strategy.votes} times",
                 f"Use self-consistency-{strategy.votes}",
             )
-        if self.questions.sees and (
-            self.eyes is None or self.eyes.family.chat is None or self.session.head != "lm"
+        if self.questions.has_vision and (
+            self.vision_encoder is None
+            or self.vision_encoder.family.chat is None
+            or self.session.head != "lm"
         ):
             raise EdgemedError(
                 f"task {self.task.name} shows images, and this model reads text only",
                 "Evaluate it on a text task, or give a model that sees",
             )
-        if self.questions.sees and (strategy.k or strategy.reason):
+        if self.questions.has_vision and (strategy.k or strategy.reason):
             raise EdgemedError(
                 f"task {self.task.name} shows images, and {strategy.name} is a strategy for text",
                 "Use zero-shot or vote-N; with scoring: generated the model reasons in its own"
@@ -215,7 +217,7 @@ class Answerer:
         EdgemedError where it does not fit.
         """
         prompt = self.task.render(example)
-        family = self.eyes.family
+        family = self.vision_encoder.family
         listed = self.task.lettered and bool(example.options)
         reasons = listed and family.reasoning is not None
         asked = (
@@ -225,12 +227,12 @@ class Answerer:
             if reasons
             else prompt.context + ONE_LETTER
         )
-        text = family.chat(asked, len(example.images), self.eyes.v.conversation)
+        text = family.chat(asked, len(example.images), self.vision_encoder.v.conversation)
         opening = family.opening if reasons else "" if text[-1:].isspace() else " "
         prompt = Prompt(text, tuple(opening + option.lstrip() for option in prompt.options))
-        context = prompt_tokens(self.tokenizer, text, self.eyes.v)
-        options = option_tokens(self.tokenizer, prompt, context, example.id, self.eyes.v)
-        tokens, pictures = self.eyes.see(context, self.questions.pictures(example))
+        context = prompt_tokens(self.tokenizer, text, self.vision_encoder.v)
+        options = option_tokens(self.tokenizer, prompt, context, example.id, self.vision_encoder.v)
+        tokens, pictures = self.vision_encoder.see(context, self.questions.pictures(example))
         written = self.settings.scoring == "generated" or not options
         most = (
             WRITTEN + (self.settings.rationale if reasons else 0)
@@ -256,7 +258,7 @@ class Answerer:
             ]
         return Answer(int(np.argmax(scores)), tuple(scores), False)
 
-    def _read(self, example: Example, said: str, family: Family | None) -> Answer:
+    def _read(self, example: Example, said: str, family: Architecture | None) -> Answer:
         """What a written answer means. family: whose answer form was asked for, None for plain
         words or a plain letter.
         """

@@ -16,7 +16,7 @@ from edgemed.console import track
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, confidence, paired_statistics
 from edgemed.evaluation.answerer import Answerer
-from edgemed.evaluation.prompting import Answer, Eyes, Settings, Strategy, parse
+from edgemed.evaluation.prompting import Answer, Settings, Strategy, VisionEncoder, parse
 from edgemed.evaluation.task import Example, Questions
 from edgemed.hardware.device import machine
 from edgemed.hardware.power_sensors import Meter
@@ -42,7 +42,7 @@ def evaluate(
     strategy: Strategy | str = "zero-shot",
     settings: Settings = Settings(),
     stop: frozenset[int] = frozenset(),
-    eyes: Eyes | None = None,
+    vision_encoder: VisionEncoder | None = None,
     before: Callable[[Example], None] | None = None,
 ) -> dict[str, Any]:
     """Answer every question. Contexts that do not fit lose their first tokens, options and prompts
@@ -60,7 +60,7 @@ def evaluate(
         questions,
         settings,
         stop,
-        eyes,
+        vision_encoder,
     )
     answerer.check(strategy)
     items = []
@@ -92,7 +92,7 @@ def evaluate(
         "model_key": model_key,
         "strategy": strategy.name,
         "scoring": scoring_of(questions, session.head, settings),
-        "settings": settings_of(strategy, settings, questions.sees),
+        "settings": settings_of(strategy, settings, questions.has_vision),
         "n": n,
         "correct": correct,
         "accuracy": correct / n,
@@ -143,7 +143,7 @@ def scoring_of(questions: Questions, head: str, settings: Settings) -> str:
     return f"{said}; open questions: {OPEN}" if opened else said
 
 
-def settings_of(strategy: Strategy, settings: Settings, sees: bool = False) -> dict[str, Any]:
+def settings_of(strategy: Strategy, settings: Settings, has_vision: bool = False) -> dict[str, Any]:
     """What a strategy besides its name depends on, for the record. sees: whether the task shows
     images, whose models reason when they generate.
     """
@@ -153,7 +153,7 @@ def settings_of(strategy: Strategy, settings: Settings, sees: bool = False) -> d
         found["seed"] = settings.seed
     if any(p.shots == "nearest" for p in parts):
         found["nearest_by"] = "TF-IDF over character trigrams"
-    if any(p.reason for p in parts) or (sees and settings.scoring == "generated"):
+    if any(p.reason for p in parts) or (has_vision and settings.scoring == "generated"):
         found["rationale_tokens"] = settings.rationale
     if any(p.reason and p.votes > 1 for p in parts):
         found["temperature"] = settings.temperature

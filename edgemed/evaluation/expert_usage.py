@@ -21,7 +21,7 @@ from edgemed.evaluation.opened_model import evaluate_opened, open_source
 from edgemed.evaluation.prompting import Settings, parse
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import Checkpoint
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.moe.routing import Load, Noisy
 
 
@@ -41,7 +41,7 @@ def load(
     token counts for each expert it chose. Raises EdgemedError for a model without experts, and
     where nothing is to be read.
     """
-    weights = Weights(source)
+    weights = CanonicalWeights(source)
     if weights.decoder.experts is None:
         raise EdgemedError(f"{source.path} has no mixtures of experts", "Give a model that has")
     if not tasks and not cards:
@@ -51,7 +51,7 @@ def load(
         )
     every = [questions(task, limit) for task in tasks]
     route = Load()
-    opened = open_source(source, any(asked.sees for asked in every), route)
+    opened = open_source(source, any(asked.has_vision for asked in every), route)
     try:
         for spec, asked in zip(tasks, every, strict=True):
             answerer = Answerer(
@@ -60,7 +60,7 @@ def load(
                 asked,
                 Settings(),
                 frozenset() if opened.eos is None else frozenset({opened.eos}),
-                opened.eyes,
+                opened.vision_encoder,
             )
             answerer.check(parse("zero-shot"))
             for example in track(asked.examples, f"count the experts of {spec}"):
@@ -109,12 +109,12 @@ def spread(
     """
     if seeds < 1:
         raise EdgemedError(f"{seeds} seeds of noise", "Give 1 or more")
-    d = Weights(source).decoder
+    d = CanonicalWeights(source).decoder
     asked = questions(task, limit)
     routes = [None, *(Noisy(d, seed, scale) for seed in range(seeds))]
     results = []
     for route in routes:
-        opened = open_source(source, asked.sees, route)
+        opened = open_source(source, asked.has_vision, route)
         results.append(evaluate_opened(opened, asked, SOURCE, "", "zero-shot", Settings()))
         opened.close()
     plain = results[0]

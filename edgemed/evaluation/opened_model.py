@@ -10,74 +10,82 @@ from typing import TYPE_CHECKING, Any
 
 from edgemed.engines.engine import Engine
 from edgemed.evaluation.evaluate import evaluate
-from edgemed.evaluation.prompting import Eyes, Settings
+from edgemed.evaluation.prompting import Settings, VisionEncoder
 from edgemed.evaluation.task import Questions
 from edgemed.inference.session import Session
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import answering
 from edgemed.models.tokenizer import open_tokenizer
-from edgemed.onnx.vision_encoder import eyes_of
+from edgemed.onnx.vision_encoder import open_vision
 
 if TYPE_CHECKING:
     from edgemed.models.torch_decoder import Route
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model ready to be evaluated. eos: its end-of-text token; eyes: where it shall see."""
 
     session: Session
     tokenizer: Any
     eos: int | None
-    eyes: Eyes | None = None
+    vision_encoder: VisionEncoder | None = None
 
     def close(self) -> None:
         self.session.close()
-        if self.eyes:
-            self.eyes.close()
+        if self.vision_encoder:
+            self.vision_encoder.close()
 
 
 def open_source(
     source: Checkpoint,
-    sees: bool = False,
+    has_vision: bool = False,
     route: Route | None = None,
     adapter: tuple[str, str] | None = None,
-) -> Opened:
+) -> OpenedModel:
     """The float32 source, with an adapter (name, PEFT directory) or as it is, as a session, with
     its tokenizer and end-of-text token.
 
     sees: with its eyes; raises EdgemedError where it has none. route: as TorchSession.
     """
     from edgemed.models.torch_decoder import TorchSession
-    from edgemed.vision.torch_encoder import TorchEyes
+    from edgemed.vision.torch_encoder import TorchVisionEncoder
 
     weights = answering(source, adapter)
-    eyes = TorchEyes(weights) if sees else None
-    return Opened(
+    vision_encoder = TorchVisionEncoder(weights) if has_vision else None
+    return OpenedModel(
         TorchSession(weights, route=route),
         open_tokenizer(source.path, weights.decoder.vocab),
         weights.decoder.eos,
-        eyes,
+        vision_encoder,
     )
 
 
 def start_engine(
-    engine: Engine, sees: bool = False, threads: int | None = None, adapter: str | None = None
-) -> Opened:
+    engine: Engine, has_vision: bool = False, threads: int | None = None, adapter: str | None = None
+) -> OpenedModel:
     """An engine, with one of its adapters or as its base, in the same form."""
-    eyes = eyes_of(engine, threads) if sees else None
-    return Opened(
+    vision_encoder = open_vision(engine, threads) if has_vision else None
+    return OpenedModel(
         engine.open(threads, adapter),
         engine.tokenizer(),
         engine.eos,
-        eyes,
+        vision_encoder,
     )
 
 
 def evaluate_opened(
-    opened: Opened, asked: Questions, name: str, key: str, strategy: str, settings: Settings
+    opened: OpenedModel, asked: Questions, name: str, key: str, strategy: str, settings: Settings
 ) -> dict[str, Any]:
     stop = frozenset() if opened.eos is None else frozenset({opened.eos})
     return evaluate(
-        opened.session, opened.tokenizer, asked, name, key, strategy, settings, stop, opened.eyes
+        opened.session,
+        opened.tokenizer,
+        asked,
+        name,
+        key,
+        strategy,
+        settings,
+        stop,
+        opened.vision_encoder,
     )

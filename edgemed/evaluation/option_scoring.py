@@ -17,8 +17,8 @@ import numpy as np
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.task import Prompt
 from edgemed.inference.decoding import Sampling, continued, log_softmax
-from edgemed.inference.session import Pictures, Session
-from edgemed.models.architecture import Vision
+from edgemed.inference.session import ImageEmbeddings, Session
+from edgemed.models.architecture import VisionConfig
 from edgemed.models.tokenizer import encode
 from edgemed.vision.preprocessing import prompt_tokens
 
@@ -37,7 +37,7 @@ class Reader:
         self.held = []
         self.tokens_read = 0
         self.tokens_generated = 0
-        self.seen: Pictures | None = None
+        self.seen: ImageEmbeddings | None = None
         session.rewind(0)
 
     def forget(self) -> None:
@@ -46,7 +46,7 @@ class Reader:
         self.seen = None
         self.session.rewind(0)
 
-    def read(self, tokens: Sequence[int], pictures: Pictures | None = None) -> np.ndarray:
+    def read(self, tokens: Sequence[int], pictures: ImageEmbeddings | None = None) -> np.ndarray:
         """Scores [width] after `tokens`, valid until the next call. A beginning that the session
         already holds is not read again.
 
@@ -72,7 +72,7 @@ class Reader:
         self,
         context: Sequence[int],
         options: Sequence[Sequence[int]],
-        pictures: Pictures | None = None,
+        pictures: ImageEmbeddings | None = None,
     ) -> list[float]:
         """Sum of the token log-probabilities of each option after the context, which is read once.
 
@@ -101,7 +101,7 @@ class Reader:
         context: Sequence[int],
         sampling: Sampling,
         stop: frozenset[int],
-        pictures: Pictures | None = None,
+        pictures: ImageEmbeddings | None = None,
     ) -> list[int]:
         """Tokens generated after the context."""
         scores = self.read(context, pictures)
@@ -113,7 +113,10 @@ class Reader:
 
 
 def shared(
-    held: Sequence[int], tokens: Sequence[int], seen: Pictures | None, pictures: Pictures | None
+    held: Sequence[int],
+    tokens: Sequence[int],
+    seen: ImageEmbeddings | None,
+    pictures: ImageEmbeddings | None,
 ) -> int:
     """How many of the first tokens need not be read again: fewer than all of them, the same images
     in them, and no image begun.
@@ -137,7 +140,9 @@ def shared(
     return same
 
 
-def behind(tokens: Sequence[int], pictures: Pictures | None, start: int) -> Pictures | None:
+def behind(
+    tokens: Sequence[int], pictures: ImageEmbeddings | None, start: int
+) -> ImageEmbeddings | None:
     """The pictures of tokens[start:], positions counted from 0 again; None where no image stands
     there.
     """
@@ -146,7 +151,7 @@ def behind(tokens: Sequence[int], pictures: Pictures | None, start: int) -> Pict
     before = sum(token == pictures.token for token in tokens[:start])
     if before == len(pictures.features):
         return None
-    return Pictures(
+    return ImageEmbeddings(
         pictures.features[before:],
         pictures.positions[:, start:] - (pictures.positions[:, :start].max() + 1),
         pictures.token,
@@ -154,7 +159,11 @@ def behind(tokens: Sequence[int], pictures: Pictures | None, start: int) -> Pict
 
 
 def option_tokens(
-    tokenizer: Any, prompt: Prompt, context: Sequence[int], where: str, v: Vision | None = None
+    tokenizer: Any,
+    prompt: Prompt,
+    context: Sequence[int],
+    where: str,
+    v: VisionConfig | None = None,
 ) -> list[list[int]]:
     """Tokens of each option after the context; v: as for prompt_tokens. Raises EdgemedError for an
     option that tokenizes to nothing.

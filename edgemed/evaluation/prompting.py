@@ -17,8 +17,8 @@ import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import log_softmax
-from edgemed.inference.session import Pictures
-from edgemed.models.architecture import Family, Vision
+from edgemed.inference.session import ImageEmbeddings
+from edgemed.models.architecture import Architecture, VisionConfig
 
 # Kojima et al. 2022; English for every language, as OpenMedLM does.
 THINK = " Let's think step by step."
@@ -79,17 +79,17 @@ class Answer:
     text: str | None = None
 
 
-class Eyes(Protocol):
-    """What turns the images of a prompt into features: vision.VisionSession of an engine,
-    tower.TorchEyes of its source.
+class VisionEncoder(Protocol):
+    """What turns the images of a prompt into features: vision.OnnxVisionEncoder of an engine,
+    tower.TorchVisionEncoder of its source.
     """
 
-    family: Family
-    v: Vision
+    family: Architecture
+    v: VisionConfig
 
     def see(
         self, tokens: Sequence[int], images: Sequence[Any]
-    ) -> tuple[list[int], Pictures | None]: ...
+    ) -> tuple[list[int], ImageEmbeddings | None]: ...
 
     def close(self) -> None: ...
 

@@ -118,7 +118,7 @@ class Questions:
     synthetic: bool = False
 
     @property
-    def sees(self) -> bool:
+    def has_vision(self) -> bool:
         """Whether any question shows an image."""
         return any(example.images for example in self.examples)
 

@@ -21,11 +21,11 @@ from edgemed.evaluation import paired_statistics
 from edgemed.evaluation.evaluate import SOURCE, evaluate, source_key
 from edgemed.evaluation.few_shot import Neighbours
 from edgemed.evaluation.task import Example, Questions
-from edgemed.inference.session import Pictures, check_room
+from edgemed.inference.session import ImageEmbeddings, check_room
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
 from edgemed.models.tokenizer import encode, open_tokenizer
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     pass
@@ -53,7 +53,7 @@ class Learner:
     put back.
     """
 
-    def __init__(self, weights: Weights, rank: int, seed: int = 0):
+    def __init__(self, weights: CanonicalWeights, rank: int, seed: int = 0):
         """Raises EdgemedError for a checkpoint that is quantized, sees, has another head, or that
         transformers cannot open as it is.
         """
@@ -139,7 +139,7 @@ class Learner:
         self.rewind(0)
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         torch = need("torch", "build")
         check_room(self, tokens)
@@ -224,13 +224,13 @@ def compare(
             " least 2",
             "For example k 1, steps 1, rate 1e-3, rank 8",
         )
-    if questions.sees or any(not example.options for example in questions.examples):
+    if questions.has_vision or any(not example.options for example in questions.examples):
         raise EdgemedError(
             f"test-time training is for multiple-choice text tasks, and task {questions.task.name}"
             " is none",
             "Choose another task",
         )
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     tokenizer = open_tokenizer(checkpoint.path, weights.decoder.vocab)
     library = Library(questions, adapt, tokenizer)
     session = Learner(weights, adapt.rank)

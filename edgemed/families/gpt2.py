@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Family, Part
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.family_helpers import whole
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")
 
 
-def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     """Numbers from config.json; the head from the stored tensors, since BioMedLM's head classes are
     not transformers' own.
     """
@@ -42,7 +42,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
     found = next((name for name in HEADS if name in shapes), None)
     outputs = shapes[found][0] if found else 0
-    return Decoder(
+    return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -61,47 +61,47 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def parts(d: Decoder) -> dict[str, Part]:
+def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
     found = {
-        "embed": Part(("wte",), "table", (d.vocab, d.hidden)),
-        "positions": Part(("wpe",), "table", (d.context, d.hidden)),
+        "embed": ParamSpec(("wte",), "table", (d.vocab, d.hidden)),
+        "positions": ParamSpec(("wpe",), "table", (d.context, d.hidden)),
     }
     for n in range(d.layers):
         found |= {
-            f"layers.{n}.attn_norm": Part(
+            f"layers.{n}.attn_norm": ParamSpec(
                 (f"h.{n}.ln_1",),
                 "norm",
                 (d.hidden,),
                 bias=True,
             ),
-            f"layers.{n}.qkv": Part(
+            f"layers.{n}.qkv": ParamSpec(
                 (f"h.{n}.attn.c_attn",),
                 "matrix",
                 (3 * d.hidden, d.hidden),
                 conv1d=True,
                 bias=True,
             ),
-            f"layers.{n}.o": Part(
+            f"layers.{n}.o": ParamSpec(
                 (f"h.{n}.attn.c_proj",),
                 "matrix",
                 (d.hidden, d.hidden),
                 conv1d=True,
                 bias=True,
             ),
-            f"layers.{n}.mlp_norm": Part(
+            f"layers.{n}.mlp_norm": ParamSpec(
                 (f"h.{n}.ln_2",),
                 "norm",
                 (d.hidden,),
                 bias=True,
             ),
-            f"layers.{n}.up": Part(
+            f"layers.{n}.up": ParamSpec(
                 (f"h.{n}.mlp.c_fc",),
                 "matrix",
                 (d.ffn, d.hidden),
                 conv1d=True,
                 bias=True,
             ),
-            f"layers.{n}.down": Part(
+            f"layers.{n}.down": ParamSpec(
                 (f"h.{n}.mlp.c_proj",),
                 "matrix",
                 (d.hidden, d.ffn),
@@ -109,16 +109,18 @@ def parts(d: Decoder) -> dict[str, Part]:
                 bias=True,
             ),
         }
-    found["final_norm"] = Part(
+    found["final_norm"] = ParamSpec(
         ("ln_f",),
         "norm",
         (d.hidden,),
         bias=True,
     )
     if d.head == "lm":
-        found["lm_head"] = Part(("wte",) if d.tied else ("lm_head",), "matrix", (d.vocab, d.hidden))
+        found["lm_head"] = ParamSpec(
+            ("wte",) if d.tied else ("lm_head",), "matrix", (d.vocab, d.hidden)
+        )
     else:
-        found["head"] = Part(
+        found["head"] = ParamSpec(
             ("classifier|score|multiple_choice_head.summary",), "matrix", (d.head_size, d.hidden)
         )
     return found
@@ -128,7 +130,7 @@ def folded(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
 
 
-FAMILY = Family(
+FAMILY = Architecture(
     name="gpt2",
     model_types=("gpt2",),
     decoder=decoder,

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.models.architecture import Decoder, Family, Part
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.family_helpers import checked, first_token, head_of, rotary, usual_parts, whole
 
 
-def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     checked(config, {"hidden_act": "silu"})
     hidden, layers, heads, vocab = (
         whole(config, key)
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     )
     head_dim = config.get("head_dim") or hidden // heads
-    return Decoder(
+    return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -42,13 +42,13 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def parts(d: Decoder) -> dict[str, Part]:
+def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
     # Biases, where a fine-tune's config asks for some, are found in the tensors and read; the
     # published models have none.
     return usual_parts(d, {"norm": False, "qkv": False, "o": False, "mlp": False, "lm_head": False})
 
 
-FAMILY = Family(
+FAMILY = Architecture(
     name="llama",
     model_types=("llama",),
     decoder=decoder,

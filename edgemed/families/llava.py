@@ -13,7 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Family, Part, Vision, all_families
+from edgemed.models.architecture import (
+    Architecture,
+    DecoderConfig,
+    ParamSpec,
+    VisionConfig,
+    all_families,
+)
 from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
 from edgemed.models.family_helpers import checked, relocated, whole
 
@@ -129,7 +135,7 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return kind, {**MODELS[kind][1], **text, "tie_word_embeddings": tied}
 
 
-def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     kind, text = text_model(config)
     found = all_families()[MODELS[kind][0]].decoder(text, {})
     window = text.get("sliding_window") if kind == "mistral" else None
@@ -148,10 +154,10 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**text, "model_type": kind}
 
 
-def variant(config: Mapping[str, Any]) -> Family:
+def variant(config: Mapping[str, Any]) -> Architecture:
     text = all_families()[MODELS[text_model(config)[0]][0]]
 
-    def parts(d: Decoder) -> dict[str, Part]:
+    def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
         return relocated(text.parts(d), TEXT)
 
     return replace(
@@ -163,7 +169,7 @@ def variant(config: Mapping[str, Any]) -> Family:
     )
 
 
-def parts(d: Decoder) -> dict[str, Part]:
+def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
     return variant(REFERENCE).parts(d)
 
 
@@ -171,7 +177,7 @@ def vision(
     config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-) -> Vision:
+) -> VisionConfig:
     kind, text = text_model(config)
     hidden = whole(text, "hidden_size")
     form = conversation(config, kind)
@@ -220,7 +226,7 @@ def vision(
     )
 
 
-def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
+def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
     return clip_parts(v, d, (*TOWER, *ORIGINAL), PROJECTOR)
 
 
@@ -292,7 +298,7 @@ REFERENCE: dict[str, Any] = {
     },
 }
 
-FAMILY = Family(
+FAMILY = Architecture(
     name="llava",
     model_types=tuple(AUTHORS),
     decoder=decoder,

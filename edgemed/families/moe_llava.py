@@ -15,7 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Experts, Family, Part, Vision, all_families
+from edgemed.models.architecture import (
+    Architecture,
+    DecoderConfig,
+    ExpertsConfig,
+    ParamSpec,
+    VisionConfig,
+    all_families,
+)
 from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
 from edgemed.models.family_helpers import checked, first_token, inverse_frequencies, whole
 
@@ -51,7 +58,7 @@ BEFORE = (
 AFTER = " ASSISTANT:"
 
 
-def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     base = BASES[config["model_type"]]
     found = all_families()[base].decoder(config, {}) if base else qwen(config)
     moe = config.get("moe") or {}
@@ -60,7 +67,9 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     return replace(found, experts=experts(moe, shapes, found.layers))
 
 
-def experts(moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth: int) -> Experts:
+def experts(
+    moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth: int
+) -> ExpertsConfig:
     """What config.json's `moe` says, with what only the tensors tell. shapes: {} where there are
     none, and then `meta_expert` (not the authors') is heard.
 
@@ -85,7 +94,7 @@ def experts(moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth
         )
     shared = _stored(shapes, layers, count) if shapes else bool(moe.get("meta_expert"))
     rank, density = _shared_delta(moe.get("shared_delta"))
-    return Experts(
+    return ExpertsConfig(
         count,
         1 if shared else active,
         layers,
@@ -186,7 +195,7 @@ def _stored(shapes: Mapping[str, tuple[int, ...]], layers: tuple[int, ...], coun
     return bool(meta)
 
 
-def qwen(config: Mapping[str, Any]) -> Decoder:
+def qwen(config: Mapping[str, Any]) -> DecoderConfig:
     """Qwen (1)'s text model: Qwen2's with q, k and v in one matrix; intermediate_size counts gate
     and up together.
     """
@@ -197,7 +206,7 @@ def qwen(config: Mapping[str, Any]) -> Decoder:
     )
     head_dim = config.get("kv_channels", hidden // heads)
     theta = float(config.get("rotary_emb_base", 10000.0))
-    return Decoder(
+    return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -219,41 +228,41 @@ def qwen(config: Mapping[str, Any]) -> Decoder:
     )
 
 
-def qwen_parts(d: Decoder) -> dict[str, Part]:
-    found = {"embed": Part(("transformer.wte",), "table", (d.vocab, d.hidden))}
+def qwen_parts(d: DecoderConfig) -> dict[str, ParamSpec]:
+    found = {"embed": ParamSpec(("transformer.wte",), "table", (d.vocab, d.hidden))}
     for n in range(d.layers):
         name = f"layers.{n}"
         at = f"transformer.h.{n}"
         found |= {
-            f"{name}.attn_norm": Part((f"{at}.ln_1",), "norm", (d.hidden,)),
-            f"{name}.qkv": Part(
+            f"{name}.attn_norm": ParamSpec((f"{at}.ln_1",), "norm", (d.hidden,)),
+            f"{name}.qkv": ParamSpec(
                 (f"{at}.attn.c_attn",),
                 "matrix",
                 (d.q_size + 2 * d.kv_size, d.hidden),
                 bias=True,
             ),
-            f"{name}.o": Part((f"{at}.attn.c_proj",), "matrix", (d.hidden, d.q_size)),
-            f"{name}.mlp_norm": Part((f"{at}.ln_2",), "norm", (d.hidden,)),
+            f"{name}.o": ParamSpec((f"{at}.attn.c_proj",), "matrix", (d.hidden, d.q_size)),
+            f"{name}.mlp_norm": ParamSpec((f"{at}.ln_2",), "norm", (d.hidden,)),
             # c_proj(w1(x) * silu(w2(x))): w2 is the gate.
-            f"{name}.up": Part(
+            f"{name}.up": ParamSpec(
                 (f"{at}.mlp.w2", f"{at}.mlp.w1"),
                 "matrix",
                 (2 * d.ffn, d.hidden),
                 rows=(d.ffn, d.ffn),
             ),
-            f"{name}.down": Part((f"{at}.mlp.c_proj",), "matrix", (d.hidden, d.ffn)),
+            f"{name}.down": ParamSpec((f"{at}.mlp.c_proj",), "matrix", (d.hidden, d.ffn)),
         }
     return found | {
-        "final_norm": Part(("transformer.ln_f",), "norm", (d.hidden,)),
-        "lm_head": Part(("lm_head",), "matrix", (d.vocab, d.hidden)),
+        "final_norm": ParamSpec(("transformer.ln_f",), "norm", (d.hidden,)),
+        "lm_head": ParamSpec(("lm_head",), "matrix", (d.vocab, d.hidden)),
     }
 
 
-def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
+def with_experts(d: DecoderConfig, parts: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
     """A dense model's parts with those of the experts where the MLPs of sparse layers were; every
     expert is called as the MLP is.
     """
-    found: dict[str, Part] = {}
+    found: dict[str, ParamSpec] = {}
     for name, part in parts.items():
         layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
         if not d.sparse(layer) or not name.endswith((".up", ".down")):
@@ -261,7 +270,7 @@ def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
             continue
         stem, _, last = name.rpartition(".")
         if last == "up":
-            found[f"{stem}.router"] = Part(
+            found[f"{stem}.router"] = ParamSpec(
                 (part.modules[0].partition("mlp.")[0] + ROUTER,),
                 "router",
                 (d.experts.count, d.hidden),
@@ -281,7 +290,7 @@ def with_experts(d: Decoder, parts: Mapping[str, Part]) -> dict[str, Part]:
     return found
 
 
-def delta_parts(e: Experts, part: Part, name: str, place: str) -> dict[str, Part]:
+def delta_parts(e: ExpertsConfig, part: ParamSpec, name: str, place: str) -> dict[str, ParamSpec]:
     """What one expert adds to a shared matrix, `part` being that of a dense model; its bias stays
     its own.
     """
@@ -295,7 +304,7 @@ def delta_parts(e: Experts, part: Part, name: str, place: str) -> dict[str, Part
         else {"values": ("delta", (rows, kept)), "columns": ("index", (rows, kept))}
     )
     found = {
-        f"{name}.{form}": Part(
+        f"{name}.{form}": ParamSpec(
             (at + form,),
             kind,
             shape,
@@ -306,7 +315,7 @@ def delta_parts(e: Experts, part: Part, name: str, place: str) -> dict[str, Part
     biases = tuple(module.replace("mlp.", place) + ".bias" for module in part.modules)
     return found | (
         {
-            f"{name}.bias": Part(
+            f"{name}.bias": ParamSpec(
                 biases,
                 "delta",
                 (rows,),
@@ -346,11 +355,11 @@ def without_experts(config: Mapping[str, Any], times: int) -> dict[str, Any]:
     )
 
 
-def variant(config: Mapping[str, Any]) -> Family:
+def variant(config: Mapping[str, Any]) -> Architecture:
     base = BASES[config["model_type"]]
     text = all_families()[base] if base else None
 
-    def parts(d: Decoder) -> dict[str, Part]:
+    def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
         return with_experts(d, text.parts(d) if text else qwen_parts(d))
 
     arch, pre = (text.gguf_arch, text.gguf_pre) if text else ("", "qwen2")
@@ -393,7 +402,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def parts(d: Decoder) -> dict[str, Part]:
+def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
     return variant(TINYMED).parts(d)
 
 
@@ -401,7 +410,7 @@ def vision(
     config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-) -> Vision:
+) -> VisionConfig:
     # mm_image_tower is often a path on the authors' disk; the tower lies in the checkpoint, so only
     # an error ever speaks of it.
     checked(
@@ -426,7 +435,7 @@ def vision(
     )
 
 
-def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
+def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
     return clip_parts(v, d, TOWER, PROJECTOR)
 
 
@@ -515,7 +524,7 @@ QWEN = {
 }
 TINYMED = reference("moe_llava_stablelm", STABLELM, 24)
 
-FAMILY = Family(
+FAMILY = Architecture(
     name="moe_llava",
     model_types=tuple(BASES),
     decoder=decoder,

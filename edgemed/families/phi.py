@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.models.architecture import Decoder, Family, Part
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.family_helpers import checked, first_token, head_of, rotary, usual_parts, whole
 
 
-def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     checked(config, {"hidden_act": "gelu_new", "qk_layernorm": False})
     hidden, layers, heads, vocab = (
         whole(config, key)
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     )
     head_dim = hidden // heads
-    return Decoder(
+    return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -39,14 +39,14 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def parts(d: Decoder) -> dict[str, Part]:
+def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
     bias = dict.fromkeys(("norm", "qkv", "o", "mlp", "lm_head"), True)
     return usual_parts(
         d, bias, o="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", final_norm="final_layernorm"
     )
 
 
-FAMILY = Family(
+FAMILY = Architecture(
     name="phi",
     model_types=("phi",),
     decoder=decoder,

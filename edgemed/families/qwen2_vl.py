@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Family, Part, Vision
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec, VisionConfig
 from edgemed.models.family_helpers import (
     checked,
     first_token,
@@ -34,7 +34,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **config.get("text_config", {})}
 
 
-def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     text = text_config(config)
     checked(text, {"hidden_act": "silu", "use_sliding_window": False})
     hidden, layers, heads, vocab = (
@@ -56,7 +56,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         "rope_scaling": {},
         "rope_parameters": {**rope, "rope_type": "default", "type": "default"},
     }
-    return Decoder(
+    return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -77,7 +77,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def parts(d: Decoder) -> dict[str, Part]:
+def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
     return usual_parts(
         d, {"norm": False, "qkv": True, "o": False, "mlp": False, "lm_head": False}, roots=TEXT
     )
@@ -87,7 +87,7 @@ def vision(
     config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-) -> Vision:
+) -> VisionConfig:
     tower = config["vision_config"]
     width = whole(tower, "embed_dim")
     heads = whole(tower, "num_heads")
@@ -100,7 +100,7 @@ def vision(
         preprocessor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
     )
     half = width // heads // 2
-    return Vision(
+    return VisionConfig(
         width=width,
         layers=whole(tower, "depth"),
         heads=heads,
@@ -124,12 +124,12 @@ def vision(
     )
 
 
-def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
+def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
     def at(module: str) -> tuple[str]:
         return ("|".join(root + module for root in TOWER),)
 
     found = {
-        "vision.patch": Part(
+        "vision.patch": ParamSpec(
             at("patch_embed.proj"),
             "matrix",
             (v.width, v.patch_size),
@@ -139,37 +139,37 @@ def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
     for n in range(v.layers):
         name = f"vision.layers.{n}"
         found |= {
-            f"{name}.attn_norm": Part(
+            f"{name}.attn_norm": ParamSpec(
                 at(f"blocks.{n}.norm1"),
                 "norm",
                 (v.width,),
                 bias=True,
             ),
-            f"{name}.qkv": Part(
+            f"{name}.qkv": ParamSpec(
                 at(f"blocks.{n}.attn.qkv"),
                 "matrix",
                 (3 * v.width, v.width),
                 bias=True,
             ),
-            f"{name}.o": Part(
+            f"{name}.o": ParamSpec(
                 at(f"blocks.{n}.attn.proj"),
                 "matrix",
                 (v.width, v.width),
                 bias=True,
             ),
-            f"{name}.mlp_norm": Part(
+            f"{name}.mlp_norm": ParamSpec(
                 at(f"blocks.{n}.norm2"),
                 "norm",
                 (v.width,),
                 bias=True,
             ),
-            f"{name}.up": Part(
+            f"{name}.up": ParamSpec(
                 at(f"blocks.{n}.mlp.fc1"),
                 "matrix",
                 (v.ffn, v.width),
                 bias=True,
             ),
-            f"{name}.down": Part(
+            f"{name}.down": ParamSpec(
                 at(f"blocks.{n}.mlp.fc2"),
                 "matrix",
                 (v.width, v.ffn),
@@ -178,19 +178,19 @@ def vision_parts(v: Vision, d: Decoder) -> dict[str, Part]:
         }
     merged = v.width * v.merge**2
     return found | {
-        "vision.projector.norm": Part(
+        "vision.projector.norm": ParamSpec(
             at("merger.ln_q"),
             "norm",
             (v.width,),
             bias=True,
         ),
-        "vision.projector.first": Part(
+        "vision.projector.first": ParamSpec(
             at("merger.mlp.0"),
             "matrix",
             (v.projector_hidden, merged),
             bias=True,
         ),
-        "vision.projector.second": Part(
+        "vision.projector.second": ParamSpec(
             at("merger.mlp.2"),
             "matrix",
             (d.hidden, v.projector_hidden),
@@ -228,7 +228,7 @@ def answer(text: str) -> str | None:
     return found[1] if found else None
 
 
-FAMILY = Family(
+FAMILY = Architecture(
     name="qwen2_vl",
     model_types=("qwen2_vl",),
     decoder=decoder,

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.models.architecture import Decoder, Family, Part
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.family_helpers import checked, first_token, head_of, rotary, usual_parts, whole
 
 
-def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     checked(config, {"hidden_act": "silu", "qk_layernorm": False, "use_parallel_residual": False})
     hidden, layers, heads, vocab = (
         whole(config, key)
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     )
     head_dim = hidden // heads
-    return Decoder(
+    return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -40,12 +40,12 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def parts(d: Decoder) -> dict[str, Part]:
+def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
     # Version 1 has no biases on q, k and v: parts may be without theirs.
     return usual_parts(d, {"norm": True, "qkv": True, "o": False, "mlp": False, "lm_head": False})
 
 
-FAMILY = Family(
+FAMILY = Architecture(
     name="stablelm",
     model_types=("stablelm", "stablelm_epoch"),
     decoder=decoder,

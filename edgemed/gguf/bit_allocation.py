@@ -28,7 +28,7 @@ from edgemed.quantization.sensitivity import sensitivities
 
 if TYPE_CHECKING:
     from edgemed.models.torch_decoder import Window
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
 TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
@@ -42,7 +42,7 @@ class Chosen:
 
 
 def choose(
-    weights: Weights,
+    weights: CanonicalWeights,
     windows: Sequence[Window],
     places: Mapping[str, Place],
     types: Mapping[str, str],

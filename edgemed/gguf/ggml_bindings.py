@@ -139,7 +139,7 @@ def library() -> Any:
     return type("Ggml", (), {name: staticmethod(function) for name, function in found.items()})
 
 
-class Weights:
+class GgmlWeights:
     """The tensors of a GGUF file, mapped: pages are read when they are first used, so experts that
     no token chooses stay on disk.
     """

@@ -17,11 +17,11 @@ import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.gguf import ggml_bindings
-from edgemed.gguf.ggml_bindings import F16, F32, I32, I64, NEOX, Weights, view
+from edgemed.gguf.ggml_bindings import F16, F32, I32, I64, NEOX, GgmlWeights, view
 from edgemed.gguf.llama_session import runs
 from edgemed.hardware.device import machine
-from edgemed.inference.session import Pictures, check_pictures, check_room
-from edgemed.models.architecture import Decoder, Experts
+from edgemed.inference.session import ImageEmbeddings, check_image_embeddings, check_room
+from edgemed.models.architecture import DecoderConfig, ExpertsConfig
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -33,7 +33,7 @@ BATCH = 256  # tokens per run, and rows of the cache a graph looks at are a mult
 NODES = 8192  # room for the nodes of a graph
 
 
-def refuses(d: Decoder) -> str | None:
+def refuses(d: DecoderConfig) -> str | None:
     """Why this graph does not compute a decoder, or None."""
     if d.positions != "rope" or d.rope_axes or d.head != "lm" or d.activation == "gelu":
         return (
@@ -48,12 +48,12 @@ def refuses(d: Decoder) -> str | None:
     )
 
 
-def read_decoder(text: str) -> Decoder:
+def read_decoder(text: str) -> DecoderConfig:
     values = json.loads(text)
-    experts = values["experts"] and Experts(
+    experts = values["experts"] and ExpertsConfig(
         **{**values["experts"], "layers": tuple(values["experts"]["layers"])}
     )
-    return Decoder(
+    return DecoderConfig(
         **{
             **values,
             "experts": experts,
@@ -72,13 +72,13 @@ class GgmlSession:
 
     def __init__(self, engine: Engine, threads: int | None):
         self.ggml = ggml_bindings.library()
-        self.weights = Weights(engine.path / FILE, engine.params["repack"])
+        self.weights = GgmlWeights(engine.path / FILE, engine.params["repack"])
         self.d = d = read_decoder(self.weights.text(KEY))
         self.head = "lm"
         self.width = engine.width
         self.context = engine.context
         self.position = 0
-        self.sees = engine.vision is not None
+        self.has_vision = engine.vision is not None
         self.backend = self.ggml.backend_cpu_init()
         self.ggml.backend_cpu_set_n_threads(self.backend, threads or machine()["physical_cores"])
         self.kind = F32 if engine.precision == "F32" else F16
@@ -98,19 +98,19 @@ class GgmlSession:
         self.graph: _Graph | None = None
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         check_room(self, tokens)
         spans = [(0, len(tokens))]
         shown = 0
         kept = []
         if pictures:
-            if not self.sees:
+            if not self.has_vision:
                 raise EdgemedError(
                     "this engine reads text only",
                     "Ask it without an image, or export a model that sees",
                 )
-            check_pictures(tokens, pictures)
+            check_image_embeddings(tokens, pictures)
             spans = runs(tokens, pictures.token)
         for start, end in spans:
             image = pictures is not None and tokens[start] == pictures.token

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemed.models.torch_decoder import Window
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.quantization.layerwise import Rounding
 
     # Writes codes uint8 [blocks, weights] into blocks uint8 [blocks, bytes].
@@ -279,7 +279,7 @@ def _recode(
 
 @contextlib.contextmanager
 def rounded(
-    weights: Weights,
+    weights: CanonicalWeights,
     windows: Sequence[Window],
     places: Mapping[str, Place],
     tensors: Sequence[Tensor],
@@ -317,7 +317,7 @@ def rounded(
 
 
 def _run(
-    weights: Weights,
+    weights: CanonicalWeights,
     windows: Sequence[Window],
     wanted: Mapping[str, tuple[Place, str]],
     importance: Mapping[str, np.ndarray],

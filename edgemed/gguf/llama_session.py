@@ -19,7 +19,7 @@ from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import lora_files
 from edgemed.hardware.device import machine
-from edgemed.inference.session import Pictures, Positions, check_pictures, check_room
+from edgemed.inference.session import ImageEmbeddings, Positions, check_image_embeddings, check_room
 
 FILE = "model.gguf"
 HEAD = "head.npz"
@@ -81,7 +81,7 @@ class LlamaSession:
         self.row = None
         self.hidden = self.lib.llama_model_n_embd(self.model)
         self.centred = engine.centred
-        self.sees = engine.vision is not None
+        self.has_vision = engine.vision is not None
         self.counted = (
             Positions(max(engine.rope_axes) + 1, self.context) if engine.rope_axes else None
         )
@@ -114,10 +114,10 @@ class LlamaSession:
         return params
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         check_room(self, tokens)
-        if pictures and not self.sees:
+        if pictures and not self.has_vision:
             raise EdgemedError(
                 "this engine reads text only",
                 "Ask it without an image, or export a model that sees",
@@ -129,7 +129,7 @@ class LlamaSession:
         )
         spans = [(0, len(tokens), False)]
         if pictures:
-            check_pictures(tokens, pictures)
+            check_image_embeddings(tokens, pictures)
             spans = [
                 (start, end, tokens[start] == pictures.token)
                 for start, end in runs(tokens, pictures.token)

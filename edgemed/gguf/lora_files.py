@@ -21,12 +21,12 @@ from edgemed.models.lora import FOLDER
 
 if TYPE_CHECKING:
     from edgemed.models.lora import Lora
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
 FILE = "adapter.gguf"
 
 
-def refused(weights: Weights) -> str | None:
+def refused(weights: CanonicalWeights) -> str | None:
     """Why this model's file cannot have adapters beside it, or None."""
     if own_graph(weights.family, weights.source):
         return "edgemed's own ggml graph knows no adapters; merge the adapter first (edgemed merge)"
@@ -38,7 +38,7 @@ def refused(weights: Weights) -> str | None:
     return None
 
 
-def write(out: Path, lora: Lora, weights: Weights) -> int:
+def write(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
     """Write adapters/NAME/adapter.gguf for a base whose file was written from `weights` (folded);
     returns the bytes of its factors, which are float32.
     """

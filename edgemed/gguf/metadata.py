@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from edgemed.errors import EdgemedError, need
 
 if TYPE_CHECKING:
-    from edgemed.models.architecture import Decoder
+    from edgemed.models.architecture import DecoderConfig
 
 
-def describe_decoder(writer: Any, d: Decoder, file_type: int, name: str) -> None:
+def describe_decoder(writer: Any, d: DecoderConfig, file_type: int, name: str) -> None:
     """The graph's numbers. file_type: llama_ftype, which llama.cpp only shows."""
     writer.add_name(name)
     writer.add_block_count(d.layers)

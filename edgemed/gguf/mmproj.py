@@ -21,7 +21,7 @@ from edgemed.gguf.tensor_map import Place, Reader
 from edgemed.models.family_helpers import inverse_frequencies
 
 if TYPE_CHECKING:
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
 FILE = "mmproj.gguf"
 ARCH = "clip"
@@ -43,7 +43,7 @@ PATCH = ("v.patch_embd.weight", "v.patch_embd.weight.1")
 SIDE = 560
 
 
-def refused(weights: Weights) -> str | None:
+def refused(weights: CanonicalWeights) -> str | None:
     """Why this model's tower cannot be an mmproj file that llama.cpp computes rightly, or None."""
     v = weights.vision
     if not v:
@@ -77,7 +77,7 @@ def refused(weights: Weights) -> str | None:
     return None
 
 
-def write(weights: Weights, out: Path, wanted: Literal["f32", "f16", "q8_0"]) -> int:
+def write(weights: CanonicalWeights, out: Path, wanted: Literal["f32", "f16", "q8_0"]) -> int:
     """Write mmproj.gguf into `out`; returns its weight bytes. wanted: type of the matrices; norms
     and biases stay float32.
     """
@@ -86,7 +86,7 @@ def write(weights: Weights, out: Path, wanted: Literal["f32", "f16", "q8_0"]) ->
     return sum(t.nbytes for t in tensors)
 
 
-def plan(weights: Weights, wanted: str) -> list[writer.Tensor]:
+def plan(weights: CanonicalWeights, wanted: str) -> list[writer.Tensor]:
     """Every tensor of the file in order. The patch convolution is float16 in an f16 file, else
     float32; a row that Q8_0 does not divide is float16.
     """
@@ -143,7 +143,7 @@ def plan(weights: Weights, wanted: str) -> list[writer.Tensor]:
     return found
 
 
-def _frame(weights: Weights, frame: int) -> np.ndarray:
+def _frame(weights: CanonicalWeights, frame: int) -> np.ndarray:
     v = weights.vision
     return np.ascontiguousarray(
         weights.matrix("vision.patch")
@@ -153,7 +153,7 @@ def _frame(weights: Weights, frame: int) -> np.ndarray:
     )
 
 
-def describe(writer: Any, weights: Weights, wanted: str) -> None:
+def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
     """GGUF metadata: the tower's numbers."""
     gguf = need("gguf", "build")
     v = weights.vision

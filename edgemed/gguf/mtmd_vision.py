@@ -20,8 +20,8 @@ from edgemed.errors import EdgemedError
 from edgemed.gguf import mmproj
 from edgemed.gguf.llama_session import ERRORS, FILE, LOG, library
 from edgemed.hardware.device import machine
-from edgemed.inference.session import Pictures
-from edgemed.models.architecture import Family
+from edgemed.inference.session import ImageEmbeddings
+from edgemed.models.architecture import Architecture
 from edgemed.vision.preprocessing import Kept, Seen, check_places, placed, resized, vision_of
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 IMAGE = 1  # mtmd_input_chunk_type
 
 
-class MtmdEyes:
-    """What VisionSession is to other engines. seconds: what the last call to `see` spent; 'tower'
-    is tower and projector together, all 0 for images that were kept.
+class MtmdVisionEncoder:
+    """What OnnxVisionEncoder is to other engines. seconds: what the last call to `see` spent;
+    'tower' is tower and projector together, all 0 for images that were kept.
     """
 
     def __init__(self, engine: Engine, threads: int | None = None):
@@ -46,7 +46,7 @@ class MtmdEyes:
         self.v = vision_of(engine.vision)
         self.parts = max(engine.rope_axes, default=0) + 1
         self.context = engine.context
-        self.family: Family = plugins.load("families", engine.family).FAMILY
+        self.family: Architecture = plugins.load("families", engine.family).FAMILY
         self.lib = library()
         self.mtmd = multimodal()
         self.vocabulary = self._vocabulary(engine)
@@ -155,8 +155,8 @@ class MtmdEyes:
 
     def see(
         self, tokens: Sequence[int], images: Sequence[Image.Image]
-    ) -> tuple[list[int], Pictures | None]:
-        """As VisionSession.see."""
+    ) -> tuple[list[int], ImageEmbeddings | None]:
+        """As OnnxVisionEncoder.see."""
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         check_places(tokens, self.v.token, len(images))
         return placed(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.gguf import preserved_integers
-from edgemed.models.architecture import Decoder, Family, Part
-from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
+from edgemed.models.weights import CanonicalWeights, Dense, Packed
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Place:
         return slice(self.start, self.start + self.shape[1 if self.stack else 0])
 
 
-def own_graph(family: Family, d: Decoder) -> bool:
+def own_graph(family: Architecture, d: DecoderConfig) -> bool:
     """Whether llama.cpp has no graph for this model, so that edgemed drives one of its own on
     llama.cpp's tensor library (ggml_session.py).
 
@@ -69,7 +69,9 @@ def own_graph(family: Family, d: Decoder) -> bool:
     )
 
 
-def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, Place]:
+def layout(
+    family: Architecture, d: DecoderConfig, parts: Mapping[str, ParamSpec]
+) -> dict[str, Place]:
     """tensor -> where it comes from, in the file's order. A tied output matrix and a classification
     head are not in it.
 
@@ -123,7 +125,7 @@ def layout(family: Family, d: Decoder, parts: Mapping[str, Part]) -> dict[str, P
     return found
 
 
-def _stacked(d: Decoder, name: str, part: Part) -> dict[str, Place]:
+def _stacked(d: DecoderConfig, name: str, part: ParamSpec) -> dict[str, Place]:
     """The tensors that begin with this expert, or with the dense MLP that stands for all of them;
     {} for the others.
     """
@@ -157,7 +159,7 @@ def _stacked(d: Decoder, name: str, part: Part) -> dict[str, Place]:
     return found
 
 
-def rescaled(d: Decoder) -> np.ndarray | None:
+def rescaled(d: DecoderConfig) -> np.ndarray | None:
     """float32 [pairs]: what llama.cpp divides each rotary frequency by, where they are not the
     plain powers of theta; None where they are.
     """
@@ -169,7 +171,7 @@ def rescaled(d: Decoder) -> np.ndarray | None:
     return None if np.abs(factors - 1).max() < 1e-6 else factors.astype(np.float32)
 
 
-class Centred(Weights):
+class Centred(CanonicalWeights):
     """Weights without the mean over the hidden axis in everything that is added to the residual
     stream (Family.gguf_centred): no score changes, for every norm that reads the stream takes its
     mean out anyway. Image features keep theirs: the session takes it out (Engine.centred).
@@ -190,7 +192,7 @@ class Centred(Weights):
         )
 
 
-def carried_bits(weights: Weights, place: Place) -> int:
+def carried_bits(weights: CanonicalWeights, place: Place) -> int:
     """4 or 8: in how many bits a place's packed integers are carried. Experts share one tensor, so
     the widest of them decides.
     """
@@ -202,7 +204,7 @@ def carried_bits(weights: Weights, place: Place) -> int:
 class Reader:
     """Reads the tensors of a file in their order; a part is read once for all its tensors."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: CanonicalWeights):
         self.weights = weights
         self.name = ""
         self.weight: torch.Tensor | Packed | None = None

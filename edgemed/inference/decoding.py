@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgemed.errors import EdgemedError
-from edgemed.inference.session import Pictures, Session
+from edgemed.inference.session import ImageEmbeddings, Session
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def generate(
     prompt: Sequence[int],
     sampling: Sampling,
     stop: frozenset[int] = frozenset(),
-    pictures: Pictures | None = None,
+    pictures: ImageEmbeddings | None = None,
 ) -> Iterator[int]:
     """Yield new tokens until a stop token (not yielded), max_tokens or the end of the context."""
     if session.head != "lm":

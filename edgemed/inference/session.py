@@ -17,7 +17,7 @@ from edgemed.errors import EdgemedError
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageEmbeddings:
     """The images of a prompt, as features. features float32 [n, hidden]: one for each token of the
     prompt whose id is `token`, in order.
 
@@ -64,7 +64,7 @@ class Session(Protocol):
     position: int
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         """Append tokens; scores [1, width] of the last one, or [len(tokens), width] with
         every=True.
@@ -97,7 +97,7 @@ def check_room(session: Session, tokens: Sequence[int]) -> None:
         )
 
 
-def check_pictures(tokens: Sequence[int], pictures: Pictures) -> None:
+def check_image_embeddings(tokens: Sequence[int], pictures: ImageEmbeddings) -> None:
     """Raise EdgemedError where a prompt has another number of image tokens than there are
     features.
     """
@@ -110,7 +110,7 @@ def check_pictures(tokens: Sequence[int], pictures: Pictures) -> None:
         )
 
 
-def looked_up(tokens: Sequence[int], pictures: Pictures | None) -> np.ndarray:
+def embedding_ids(tokens: Sequence[int], pictures: ImageEmbeddings | None) -> np.ndarray:
     """Ids int64 [T] to look up in the embedding: 0 in an image's places, whose own id may lie
     outside the vocabulary.
     """
@@ -118,16 +118,18 @@ def looked_up(tokens: Sequence[int], pictures: Pictures | None) -> np.ndarray:
     return np.where(found == pictures.token, 0, found) if pictures else found
 
 
-def feature_rows(tokens: Sequence[int], pictures: Pictures | None, sees: bool) -> np.ndarray:
+def feature_rows(
+    tokens: Sequence[int], pictures: ImageEmbeddings | None, has_vision: bool
+) -> np.ndarray:
     """Which row of the features stands for each token, int64 [T]; -1 for text. Raises EdgemedError
     where they do not fit, or the engine (sees) takes none.
     """
     if pictures is None:
         return np.full(len(tokens), -1)
-    if not sees:
+    if not has_vision:
         raise EdgemedError(
             "this engine reads text only", "Ask it without an image, or export a model that sees"
         )
-    check_pictures(tokens, pictures)
+    check_image_embeddings(tokens, pictures)
     seen = np.array(tokens) == pictures.token
     return np.where(seen, np.cumsum(seen) - 1, -1)

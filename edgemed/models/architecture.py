@@ -16,7 +16,7 @@ from edgemed.errors import EdgemedError, nearest
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertsConfig:
     """A mixture of experts in place of some layers' MLPs. count: experts of one layer; active: how
     many of them a token uses; layers: which have them.
 
@@ -50,7 +50,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderConfig:
     """Numbers of one decoder-only transformer; all sizes in elements.
 
     score_scale: factor on q.k per layer. norm: 'layernorm' or 'rmsnorm'. positions: 'learned'
@@ -86,7 +86,7 @@ class Decoder:
     head: str = "lm"
     head_size: int = 0
     eos: int | None = None
-    experts: Experts | None = None
+    experts: ExpertsConfig | None = None
 
     @property
     def q_size(self) -> int:
@@ -135,7 +135,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Vision:
+class VisionConfig:
     """Numbers of a vision tower and of the projector behind it; sizes in elements.
 
     layers: those that are computed; spare: stored behind them and never read. patch: pixels per
@@ -186,7 +186,7 @@ class Vision:
 
 
 @dataclass(frozen=True)
-class Part:
+class ParamSpec:
     """One canonical part of a decoder and the checkpoint modules it is made of (joined along the
     output axis).
 
@@ -226,7 +226,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """What is peculiar to one architecture.
 
     decoder(config, tensor_shapes) -> Decoder. parts(decoder) -> canonical name -> Part, canonical
@@ -270,8 +270,8 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    decoder: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Decoder]
-    parts: Callable[[Decoder], dict[str, Part]]
+    decoder: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], DecoderConfig]
+    parts: Callable[[DecoderConfig], dict[str, ParamSpec]]
     prefixes: tuple[str, ...]
     ignored: tuple[str, ...]
     folded: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -284,11 +284,13 @@ class Family:
     gguf_centred: bool = False
     gguf_projector: str = ""
     vision: (
-        Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], Vision]
+        Callable[
+            [Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], VisionConfig
+        ]
         | None
     ) = None
-    vision_parts: Callable[[Vision, Decoder], dict[str, Part]] | None = None
-    variant: Callable[[Mapping[str, Any]], Family] | None = None
+    vision_parts: Callable[[VisionConfig, DecoderConfig], dict[str, ParamSpec]] | None = None
+    variant: Callable[[Mapping[str, Any]], Architecture] | None = None
     text_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] | None = None
     chat: Callable[[str, int, str], str] | None = None
     reasoning: Callable[[str], str] | None = None
@@ -299,18 +301,20 @@ class Family:
     other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def every_part(family: Family, d: Decoder, vision: Vision | None) -> dict[str, Part]:
+def every_part(
+    family: Architecture, d: DecoderConfig, vision: VisionConfig | None
+) -> dict[str, ParamSpec]:
     """All canonical parts of a checkpoint: the text decoder's, and the vision tower's where there
     is one.
     """
     return family.parts(d) | (family.vision_parts(vision, d) if vision else {})
 
 
-def all_families() -> dict[str, Family]:
+def all_families() -> dict[str, Architecture]:
     return {name: plugins.load("families", name).FAMILY for name in plugins.names("families")}
 
 
-def family_of(config: Mapping[str, Any], where: str) -> Family:
+def family_of(config: Mapping[str, Any], where: str) -> Architecture:
     """The family of a config.json. Raises EdgemedError listing the known architectures and the
     nearest.
     """

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Part, Vision
+from edgemed.models.architecture import DecoderConfig, ParamSpec, VisionConfig
 from edgemed.models.family_helpers import whole
 
 MARKER = "<image>"  # what LLaVA and its descendants write where an image stands
@@ -85,7 +85,7 @@ def tower_numbers(
 
 def clip_vision(
     tower: Mapping[str, Any], preprocessor: Mapping[str, Any], layer: Any, pad: bool, **rest: Any
-) -> Vision:
+) -> VisionConfig:
     """Vision values. tower: see tower_numbers; layer: whose output is read, counted from the
     embeddings as 0, or from the end as below 0 (transformers' hidden_states); pad: whether images
     are padded to a square, which preprocessor_config.json may say too. rest: Vision's token,
@@ -108,7 +108,7 @@ def clip_vision(
             f"config.json: hidden_act '{activation}' of the vision tower is not supported",
             "Known: quick_gelu, gelu",
         )
-    return Vision(
+    return VisionConfig(
         width=width,
         layers=layers,
         spare=depth - layers,
@@ -162,8 +162,8 @@ def square_rule(preprocessor: Mapping[str, Any], size: int, pad: bool) -> str:
 
 
 def clip_parts(
-    v: Vision, d: Decoder, roots: tuple[str, ...], projector: tuple[str, str]
-) -> dict[str, Part]:
+    v: VisionConfig, d: DecoderConfig, roots: tuple[str, ...], projector: tuple[str, str]
+) -> dict[str, ParamSpec]:
     """The tower's and the two-layer projector's parts. roots: what may stand before 'embeddings.'
     and 'encoder.'; projector: modules of its two matrices, alternatives parted by '|'. Layers
     behind the one that is read, and the last norm, are 'vision.spare.*'.
@@ -175,22 +175,22 @@ def clip_parts(
     w = v.width
     places = (v.size // v.patch) ** 2 + 1
     found = {
-        "vision.class": Part(
+        "vision.class": ParamSpec(
             at("embeddings.class_embedding"),
             "table",
             (1, w),
             stored_shape=(w,),
             bare=True,
         ),
-        "vision.patch": Part(
+        "vision.patch": ParamSpec(
             at("embeddings.patch_embedding"),
             "matrix",
             (w, v.patch_size),
             stored_shape=(w, 3, v.patch, v.patch),
         ),
-        "vision.positions": Part(at("embeddings.position_embedding"), "table", (places, w)),
+        "vision.positions": ParamSpec(at("embeddings.position_embedding"), "table", (places, w)),
         # as it is spelt there
-        "vision.pre_norm": Part(
+        "vision.pre_norm": ParamSpec(
             at("pre_layrnorm"),
             "norm",
             (w,),
@@ -201,38 +201,38 @@ def clip_parts(
         name = f"vision.layers.{n}" if n < v.layers else f"vision.spare.layers.{n}"
         layer = f"encoder.layers.{n}"
         found |= {
-            f"{name}.attn_norm": Part(
+            f"{name}.attn_norm": ParamSpec(
                 at(f"{layer}.layer_norm1"),
                 "norm",
                 (w,),
                 bias=True,
             ),
-            f"{name}.qkv": Part(
+            f"{name}.qkv": ParamSpec(
                 tuple(at(f"{layer}.self_attn.{part}_proj")[0] for part in "qkv"),
                 "matrix",
                 (3 * w, w),
                 bias=True,
                 rows=(w, w, w),
             ),
-            f"{name}.o": Part(
+            f"{name}.o": ParamSpec(
                 at(f"{layer}.self_attn.out_proj"),
                 "matrix",
                 (w, w),
                 bias=True,
             ),
-            f"{name}.mlp_norm": Part(
+            f"{name}.mlp_norm": ParamSpec(
                 at(f"{layer}.layer_norm2"),
                 "norm",
                 (w,),
                 bias=True,
             ),
-            f"{name}.up": Part(
+            f"{name}.up": ParamSpec(
                 at(f"{layer}.mlp.fc1"),
                 "matrix",
                 (v.ffn, w),
                 bias=True,
             ),
-            f"{name}.down": Part(
+            f"{name}.down": ParamSpec(
                 at(f"{layer}.mlp.fc2"),
                 "matrix",
                 (w, v.ffn),
@@ -240,19 +240,19 @@ def clip_parts(
             ),
         }
     return found | {
-        "vision.spare.post_norm": Part(
+        "vision.spare.post_norm": ParamSpec(
             at("post_layernorm"),
             "norm",
             (w,),
             bias=True,
         ),
-        "vision.projector.first": Part(
+        "vision.projector.first": ParamSpec(
             (projector[0],),
             "matrix",
             (v.projector_hidden, w),
             bias=True,
         ),
-        "vision.projector.second": Part(
+        "vision.projector.second": ParamSpec(
             (projector[1],),
             "matrix",
             (d.hidden, v.projector_hidden),

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Part
+from edgemed.models.architecture import ParamSpec
 from edgemed.models.checkpoint import Checkpoint, metadata
 
 NAME = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(.+)")
@@ -22,7 +22,7 @@ BASE = ("base_model", "base_model_name_or_path")
 
 
 def check(
-    checkpoint: Checkpoint, parts: Mapping[str, Part], keys: Mapping[str, tuple[str, ...]]
+    checkpoint: Checkpoint, parts: Mapping[str, ParamSpec], keys: Mapping[str, tuple[str, ...]]
 ) -> None:
     """Raise EdgemedError naming layer and expert for the first expert that differs from most of its
     layer's in a way other than its numbers.

@@ -12,10 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import Decoder, Part
+from edgemed.models.architecture import DecoderConfig, ParamSpec
 
 
-def relocated(parts: Mapping[str, Part], places: Mapping[str, tuple[str, ...]]) -> dict[str, Part]:
+def relocated(
+    parts: Mapping[str, ParamSpec], places: Mapping[str, tuple[str, ...]]
+) -> dict[str, ParamSpec]:
     """A text model's parts inside a larger checkpoint. places: beginning of a module's name there
     -> what may stand in its stead, first match.
     """
@@ -104,14 +106,14 @@ def checked(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def usual_parts(
-    d: Decoder,
+    d: DecoderConfig,
     bias: Mapping[str, bool],
     o: str = "self_attn.o_proj",
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"),
     down: str = "mlp.down_proj",
     final_norm: str = "norm",
     roots: tuple[str, ...] = ("model.",),
-) -> dict[str, Part]:
+) -> dict[str, ParamSpec]:
     """The parts of a decoder stored in transformers' usual layout (model.layers.N.self_attn.q_proj
     and so on).
 
@@ -122,67 +124,67 @@ def usual_parts(
     def at(module: str) -> str:
         return "|".join(root + module for root in roots)
 
-    found = {"embed": Part((at("embed_tokens"),), "table", (d.vocab, d.hidden))}
+    found = {"embed": ParamSpec((at("embed_tokens"),), "table", (d.vocab, d.hidden))}
     heads = d.q_size
     kv = d.kv_size
     for n in range(d.layers):
         layer = f"layers.{n}."
         qkv = tuple(at(f"{layer}self_attn.{part}_proj") for part in "qkv")
-        found[f"layers.{n}.attn_norm"] = Part(
+        found[f"layers.{n}.attn_norm"] = ParamSpec(
             (at(f"{layer}input_layernorm"),),
             "norm",
             (d.hidden,),
             bias=bias["norm"],
         )
-        found[f"layers.{n}.qkv"] = Part(
+        found[f"layers.{n}.qkv"] = ParamSpec(
             qkv,
             "matrix",
             (heads + 2 * kv, d.hidden),
             bias=bias["qkv"],
             rows=(heads, kv, kv),
         )
-        found[f"layers.{n}.o"] = Part(
+        found[f"layers.{n}.o"] = ParamSpec(
             (at(layer + o),),
             "matrix",
             (d.hidden, heads),
             bias=bias["o"],
         )
         if not d.parallel:
-            found[f"layers.{n}.mlp_norm"] = Part(
+            found[f"layers.{n}.mlp_norm"] = ParamSpec(
                 (at(f"{layer}post_attention_layernorm"),),
                 "norm",
                 (d.hidden,),
                 bias=bias["norm"],
             )
         modules = tuple(at(layer + part) for part in up)
-        found[f"layers.{n}.up"] = Part(
+        found[f"layers.{n}.up"] = ParamSpec(
             modules,
             "matrix",
             (len(up) * d.ffn, d.hidden),
             bias=bias["mlp"],
             rows=(d.ffn,) * len(up),
         )
-        found[f"layers.{n}.down"] = Part(
+        found[f"layers.{n}.down"] = ParamSpec(
             (at(layer + down),),
             "matrix",
             (d.hidden, d.ffn),
             bias=bias["mlp"],
         )
-    found["final_norm"] = Part(
+    found["final_norm"] = ParamSpec(
         (at(final_norm),),
         "norm",
         (d.hidden,),
         bias=bias["norm"],
     )
     if d.head == "lm":
-        found["lm_head"] = Part(
+        found["lm_head"] = ParamSpec(
             (at("embed_tokens"),) if d.tied else ("lm_head",),
             "matrix",
             (d.vocab, d.hidden),
             bias=bias["lm_head"] and not d.tied,
         )
     else:
-        found["head"] = Part(("score",), "matrix", (d.head_size, d.hidden))
+        found["head"] = ParamSpec(("score",), "matrix", (d.head_size, d.hidden))
     return found
 
 

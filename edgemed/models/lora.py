@@ -21,7 +21,7 @@ from edgemed.artifacts.hashing import digest, file_sha256
 from edgemed.artifacts.store import MANIFEST, read_manifest
 from edgemed.errors import EdgemedError, need
 from edgemed.models.checkpoint import ADAPTERS, Checkpoint
-from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Dense, Packed
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +215,7 @@ def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[
     return own | dict(adapters or {})
 
 
-def read_loras(weights: Weights, adapters: Mapping[str, str] | None) -> list[Lora]:
+def read_loras(weights: CanonicalWeights, adapters: Mapping[str, str] | None) -> list[Lora]:
     """Those of `carried`, read. Raises EdgemedError as carried and read_lora."""
     return [
         read_lora(weights, name, path)
@@ -247,7 +247,7 @@ def _folded_unsaid(checkpoint: Checkpoint) -> bool:
     )
 
 
-def read_lora(weights: Weights, name: str, path: str) -> Lora:
+def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
     """One adapter in the layout of `weights`: factors of joined modules side by side, q rows
     multiplied with what is folded into the base's, unless it was trained on this very base, folded
     and rounded as it is.
@@ -348,7 +348,10 @@ def _check_plain(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _pairs(
-    weights: Weights, where: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    weights: CanonicalWeights,
+    where: str,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]]:
     """((canonical part, number of its module), (A, B with its scale)) of every module the adapter
     changes.
@@ -413,7 +416,7 @@ def scale_of(values: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
-def _places(weights: Weights) -> dict[str, tuple[str, int]]:
+def _places(weights: CanonicalWeights) -> dict[str, tuple[str, int]]:
     """Every name a module may have in transformers' model -> (canonical part, number of the module
     in it). A tied output matrix has a name there too.
     """
@@ -426,7 +429,7 @@ def _places(weights: Weights) -> dict[str, tuple[str, int]]:
     }
 
 
-def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Weights:
+def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> CanonicalWeights:
     """A checkpoint as it answers: with an adapter (name, PEFT directory), with its own where it has
     one and no other is given, or alone.
 
@@ -441,10 +444,10 @@ def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Wei
         adapter = None
     own = source.adapter
     adapter = adapter or ((own.name, str(own)) if own else None)
-    return Adapted(source, *adapter) if adapter else Weights(source)
+    return Adapted(source, *adapter) if adapter else CanonicalWeights(source)
 
 
-class Adapted(Weights):
+class Adapted(CanonicalWeights):
     """A checkpoint with one adapter added to its matrices: what the adapted float32 source answers
     is read from it.
     """

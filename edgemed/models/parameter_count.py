@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 SPARE = "vision.spare."  # layers of a vision tower that are stored and never read
 
 
-def sizes(weights: Weights) -> dict[str, tuple[str, int, int]]:
+def sizes(weights: CanonicalWeights) -> dict[str, tuple[str, int, int]]:
     """canonical part -> (kind, weights, biases) in elements; a matrix that is the embedding table
     is not counted again.
 
@@ -32,7 +32,7 @@ def sizes(weights: Weights) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-def parameters(weights: Weights) -> int:
+def parameters(weights: CanonicalWeights) -> int:
     """Number of weights and biases, tied tensors counted once, stored buffers that carry no
     information not counted.
     """

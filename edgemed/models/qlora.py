@@ -15,7 +15,7 @@ from edgemed.errors import need
 from edgemed.models import bitsandbytes
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.models.weights import CanonicalWeights, Dense, Packed
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 BATCH = 4  # windows whose scores are held at once
 
 
-class Trained(Weights):
+class Trained(CanonicalWeights):
     """A merged LoRA checkpoint as the model was in training: round(W) + B A in place of W + B A,
     for every matrix of its layers.
     """
 
-    def __init__(self, merged: Checkpoint, base: Weights, kind: str):
+    def __init__(self, merged: Checkpoint, base: CanonicalWeights, kind: str):
         """kind: 'nf4', 'nf4-double' (scales rounded as well) or 'int8'."""
         super().__init__(merged)
         self.base = base
@@ -53,7 +53,7 @@ class Trained(Weights):
 
 
 def difference(
-    merged: Checkpoint, base: Weights, kind: str, windows: Sequence[Sequence[int]]
+    merged: Checkpoint, base: CanonicalWeights, kind: str, windows: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
     """KL(trained || merged) per position in nats, |merged - trained| / |trained| of all scores, and
     the share of positions with the same most likely token.
@@ -61,7 +61,7 @@ def difference(
     windows: equally long token windows; of a head only the last token of each counts.
     """
     torch = need("torch", "build")
-    ours = Weights(merged)
+    ours = CanonicalWeights(merged)
     trained = Trained(merged, base, kind)
     kl = []
     same = []

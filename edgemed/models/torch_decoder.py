@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.errors import need
-from edgemed.inference.session import Pictures, Positions, check_pictures, check_room, looked_up
-from edgemed.models.architecture import Decoder
-from edgemed.models.weights import Weights
+from edgemed.inference.session import (
+    ImageEmbeddings,
+    Positions,
+    check_image_embeddings,
+    check_room,
+    embedding_ids,
+)
+from edgemed.models.architecture import DecoderConfig
+from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +30,13 @@ if TYPE_CHECKING:
     Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
     Cache = tuple[torch.Tensor, torch.Tensor]
     # token ids, or those and the images among them
-    Window = Sequence[int] | tuple[list[int], Pictures | None]
+    Window = Sequence[int] | tuple[list[int], ImageEmbeddings | None]
     Product = Callable[[Layer, str, torch.Tensor], torch.Tensor]
     # (number of the layer, decoder, layer, x [tokens, hidden]) -> what `routed` gives
-    Route = Callable[[int, Decoder, Layer, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    Route = Callable[[int, DecoderConfig, Layer, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def load_layer(weights: Weights, n: int) -> Layer:
+def load_layer(weights: CanonicalWeights, n: int) -> Layer:
     """(weight, bias) of each part of layer n, float32, quantized matrices expanded."""
     d = weights.source
     norms = [name for name in ("attn_norm", "mlp_norm") if f"layers.{n}.{name}" in weights.parts]
@@ -48,7 +54,7 @@ def load_layer(weights: Weights, n: int) -> Layer:
     return layer
 
 
-def loaded(weights: Weights, n: int) -> int:
+def loaded(weights: CanonicalWeights, n: int) -> int:
     """Numbers of layer n as load_layer holds it: of experts that share a matrix every difference
     whole.
     """
@@ -67,7 +73,7 @@ def loaded(weights: Weights, n: int) -> int:
     )
 
 
-def norm(d: Decoder, layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
+def norm(d: DecoderConfig, layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     weight, bias = layer[name]
     if d.norm == "rmsnorm":
@@ -80,7 +86,7 @@ def linear(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x, *layer[name])
 
 
-def activate(d: Decoder, x: torch.Tensor) -> torch.Tensor:
+def activate(d: DecoderConfig, x: torch.Tensor) -> torch.Tensor:
     """What 'down' reads, from what 'up' gives: [.., ffn], or [.., gate and up] where the MLP is
     gated.
     """
@@ -95,7 +101,7 @@ def activate(d: Decoder, x: torch.Tensor) -> torch.Tensor:
     return gate if x is None else gate * x
 
 
-def rope_angles(d: Decoder, positions: torch.Tensor) -> torch.Tensor:
+def rope_angles(d: DecoderConfig, positions: torch.Tensor) -> torch.Tensor:
     """Rotary angles float32 [tokens, pairs] of positions [parts, tokens] (one part where positions
     are plain numbers).
     """
@@ -104,7 +110,7 @@ def rope_angles(d: Decoder, positions: torch.Tensor) -> torch.Tensor:
     return counted.T.float() * torch.tensor(d.rope_frequencies)
 
 
-def rotated(d: Decoder, x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+def rotated(d: DecoderConfig, x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
     """x [batch, heads, tokens, head_dim] turned by rope_angles, where the model has them."""
     torch = need("torch", "build")
     if angles is None:
@@ -119,7 +125,7 @@ def rotated(d: Decoder, x: torch.Tensor, angles: torch.Tensor | None) -> torch.T
 
 
 def attention(
-    d: Decoder,
+    d: DecoderConfig,
     n: int,
     qkv: torch.Tensor,
     cache: Cache | None = None,
@@ -156,7 +162,7 @@ def attention(
 
 
 def block(
-    d: Decoder,
+    d: DecoderConfig,
     layer: Layer,
     n: int,
     x: torch.Tensor,
@@ -180,7 +186,7 @@ def block(
 
 
 def mlp(
-    d: Decoder,
+    d: DecoderConfig,
     layer: Layer,
     n: int,
     x: torch.Tensor,
@@ -212,7 +218,7 @@ def mlp(
 
 
 def based(
-    d: Decoder,
+    d: DecoderConfig,
     layer: Layer,
     x: torch.Tensor,
     route: tuple[torch.Tensor, torch.Tensor],
@@ -242,12 +248,12 @@ def based(
 
 
 def _one_mlp(
-    d: Decoder, layer: Layer, name: str, x: torch.Tensor, product: Product
+    d: DecoderConfig, layer: Layer, name: str, x: torch.Tensor, product: Product
 ) -> torch.Tensor:
     return product(layer, f"{name}down", activate(d, product(layer, f"{name}up", x)))
 
 
-def routed(d: Decoder, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def routed(d: DecoderConfig, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(gates, experts chosen), each [tokens, active], for x float32 [tokens, hidden]; see Experts.
 
     The authors' top-2 adds noise to the second choice even in evaluation; here it is the second
@@ -257,7 +263,7 @@ def routed(d: Decoder, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, tor
     return (gates / gates.sum(-1, keepdim=True) if d.experts.renormalised else gates), chosen
 
 
-def tables(weights: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+def tables(weights: CanonicalWeights) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of words [vocab, hidden] and, where they are learned, of positions [context, hidden],
     float32.
     """
@@ -267,7 +273,7 @@ def tables(weights: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def embed(
-    weights: Weights,
+    weights: CanonicalWeights,
     tokens: torch.Tensor,
     known: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
@@ -280,7 +286,7 @@ def embed(
 
 
 def shown(
-    weights: Weights, windows: Iterable[Window]
+    weights: CanonicalWeights, windows: Iterable[Window]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """(hidden states float32 [1, tokens, hidden] before the first layer, rotary angles [tokens,
     pairs] or None for plain positions) of each window's tokens and the images among them. The
@@ -292,11 +298,11 @@ def shown(
         tokens, pictures = (
             window if isinstance(window, tuple) else ([int(token) for token in window], None)
         )
-        x = embed(weights, torch.from_numpy(looked_up(tokens, pictures))[None], known)
+        x = embed(weights, torch.from_numpy(embedding_ids(tokens, pictures))[None], known)
         if pictures is None:
             yield x, None
             continue
-        check_pictures(tokens, pictures)
+        check_image_embeddings(tokens, pictures)
         x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(
             np.asarray(pictures.features, np.float32)
         )
@@ -308,14 +314,14 @@ def shown(
         )
 
 
-def top(weights: Weights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
+def top(weights: CanonicalWeights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
     """The final norm, and the matrix [width, hidden] (with bias) that makes scores."""
     name = "lm_head" if weights.decoder.head == "lm" else "head"
     matrix = weights.matrix(name)
     return {"final_norm": weights.norm("final_norm")}, matrix.dense(), matrix.bias
 
 
-def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+def logits(weights: CanonicalWeights, tokens: torch.Tensor) -> torch.Tensor:
     """Scores [batch, tokens, width] of whole sequences, one layer in memory at a time. tokens:
     int64 [batch, tokens].
     """
@@ -337,7 +343,9 @@ class TorchSession:
     against.
     """
 
-    def __init__(self, weights: Weights, resident: bool | None = None, route: Route | None = None):
+    def __init__(
+        self, weights: CanonicalWeights, resident: bool | None = None, route: Route | None = None
+    ):
         """resident: keep all layers in memory; None decides by the memory available. route: who
         chooses experts instead of `routed`.
         """
@@ -364,16 +372,16 @@ class TorchSession:
         self.cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(d.layers)]
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         torch = need("torch", "build")
         check_room(self, tokens)
         with torch.inference_mode():
             end = self.position + len(tokens)
-            x = self.embed[torch.from_numpy(looked_up(tokens, pictures))][None]
+            x = self.embed[torch.from_numpy(embedding_ids(tokens, pictures))][None]
             x = x + self.positions[self.position : end] if self.positions is not None else x
             if pictures:
-                check_pictures(tokens, pictures)
+                check_image_embeddings(tokens, pictures)
                 x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(
                     np.asarray(pictures.features, np.float32)
                 )

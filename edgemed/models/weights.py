@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgemed.errors import EdgemedError, need
 from edgemed.models import bitsandbytes, expert_origin
-from edgemed.models.architecture import Decoder, Family, Part, Vision, every_part, family_of
+from edgemed.models.architecture import (
+    Architecture,
+    DecoderConfig,
+    ParamSpec,
+    VisionConfig,
+    every_part,
+    family_of,
+)
 from edgemed.models.checkpoint import TOWER, Checkpoint
 from edgemed.models.gptq_packing import unpack
 
@@ -66,7 +73,7 @@ class Packed:
         return (self.q.float() - self.zeros.float()[:, index]) * self.scales[:, index]
 
 
-class Weights:
+class CanonicalWeights:
     """Reads the canonical parts of a checkpoint. Shapes are checked against the config when it is
     opened.
     """
@@ -81,17 +88,21 @@ class Weights:
         shape.
         """
         self.checkpoint = checkpoint
-        self.family: Family = family_of(checkpoint.config, str(checkpoint.path / "config.json"))
-        self.source: Decoder = self.family.decoder(checkpoint.config, self._bare_shapes())
+        self.family: Architecture = family_of(
+            checkpoint.config, str(checkpoint.path / "config.json")
+        )
+        self.source: DecoderConfig = self.family.decoder(checkpoint.config, self._bare_shapes())
         self.fold = fold
         plain = (self.source.head_dim**-0.5,) * self.source.layers
-        self.decoder: Decoder = replace(self.source, score_scale=plain) if fold else self.source
-        self.vision: Vision | None = (
+        self.decoder: DecoderConfig = (
+            replace(self.source, score_scale=plain) if fold else self.source
+        )
+        self.vision: VisionConfig | None = (
             self.family.vision(checkpoint.config, _preprocessor(checkpoint), self._bare_shapes())
             if self.family.vision
             else None
         )
-        self.parts: dict[str, Part] = every_part(self.family, self.source, self.vision)
+        self.parts: dict[str, ParamSpec] = every_part(self.family, self.source, self.vision)
         said: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
         method = said.get("quant_method")
         if said and method not in ("gptq", bitsandbytes.METHOD):
@@ -133,7 +144,7 @@ class Weights:
             found[key.removeprefix(prefix)] = entry.shape
         return found
 
-    def _resolve(self, name: str, part: Part) -> tuple[str, ...]:
+    def _resolve(self, name: str, part: ParamSpec) -> tuple[str, ...]:
         tensors = self.checkpoint.tensors
         keys = []
         for module in part.modules:
@@ -162,7 +173,9 @@ class Weights:
                         )
                         raise EdgemedError(problem, "Config and weights do not belong together")
 
-    def _stored(self, key: str, part: Part, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def _stored(
+        self, key: str, part: ParamSpec, weight: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
         """The tensors a module may have, with their shapes."""
         rows = weight[-1] if part.conv1d else weight[0]
         columns = part.shape[-1]

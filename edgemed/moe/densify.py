@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgemed.console import track
 from edgemed.data.image_text_windows import calibration
 from edgemed.errors import EdgemedError, need
-from edgemed.models.architecture import Part, family_of
+from edgemed.models.architecture import ParamSpec, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.models.torch_decoder import linear, load_layer, mlp, routed, shown
-from edgemed.models.weights import Dense, Weights
+from edgemed.models.weights import CanonicalWeights, Dense
 from edgemed.quantization.layerwise import feed
 
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.architecture import Decoder
+    from edgemed.models.architecture import DecoderConfig
 
     # what a layer's MLP reads and gives, each float32 [1, tokens, hidden], window by window
     Seen = list[tuple[torch.Tensor, torch.Tensor]]
@@ -55,7 +55,7 @@ def dense(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[str, Any]
     over all x the layer reads in the source, from the weights as written. Raises EdgemedError for a
     model without experts, gates to be averaged without calibration text, or too little of that.
     """
-    weights = Weights(checkpoint, whole=True)
+    weights = CanonicalWeights(checkpoint, whole=True)
     d = weights.decoder
     if d.experts is None or weights.family.without_experts is None:
         raise EdgemedError(
@@ -105,7 +105,7 @@ def dense(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[str, Any]
     return {"formula": RULE, "wider": wide, "layers": found}
 
 
-def windows(weights: Weights, params: Settings) -> list[torch.Tensor] | None:
+def windows(weights: CanonicalWeights, params: Settings) -> list[torch.Tensor] | None:
     """Hidden states [1, tokens, hidden] of the calibration windows, None without calibration."""
     if not params.calibration:
         return None
@@ -124,7 +124,7 @@ def windows(weights: Weights, params: Settings) -> list[torch.Tensor] | None:
 
 
 def observed(
-    weights: Weights, n: int, rows: list[torch.Tensor]
+    weights: CanonicalWeights, n: int, rows: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], Seen | None, dict[str, Any]]:
     """The source's layer n on its hidden states: those it gives, what a mixture there read and
     gave, how many tokens chose each expert and their mean sum of gates.
@@ -158,17 +158,17 @@ def observed(
     )
 
 
-def shares_of(d: Decoder, tokens: list[int] | None, how: str) -> list[float]:
+def shares_of(d: DecoderConfig, tokens: list[int] | None, how: str) -> list[float]:
     if how == "average":
         return [1 / d.experts.count] * d.experts.count
     return [count / sum(tokens) for count in tokens]
 
 
 def _write_layer(
-    weights: Weights,
+    weights: CanonicalWeights,
     writer: Writer,
     n: int,
-    target: tuple[Mapping[str, Part], str],
+    target: tuple[Mapping[str, ParamSpec], str],
     rule: tuple[list[float], float],
     dtype: str | None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
@@ -222,7 +222,9 @@ def _write_layer(
     return made
 
 
-def _averaged(weights: Weights, n: int, last: str, shares: list[float], gate: float) -> Dense:
+def _averaged(
+    weights: CanonicalWeights, n: int, last: str, shares: list[float], gate: float
+) -> Dense:
     """One matrix of the experts' average; `gate` multiplies what 'down' gives, its bias too."""
     weight = 0
     bias = None
@@ -234,7 +236,7 @@ def _averaged(weights: Weights, n: int, last: str, shares: list[float], gate: fl
     return Dense(weight, bias)
 
 
-def _beside(d: Decoder, last: str, a: Dense, b: Dense) -> Dense:
+def _beside(d: DecoderConfig, last: str, a: Dense, b: Dense) -> Dense:
     """A matrix of the MLP whose output is the sum of two MLPs': theirs along ffn, gate with gate
     where there are gates.
     """
@@ -254,13 +256,13 @@ def _beside(d: Decoder, last: str, a: Dense, b: Dense) -> Dense:
 
 
 def error_of(
-    d: Decoder, layer: dict[str, tuple[torch.Tensor, torch.Tensor | None]], n: int, seen: Seen
+    d: DecoderConfig, layer: dict[str, tuple[torch.Tensor, torch.Tensor | None]], n: int, seen: Seen
 ) -> float:
     wrong = sum(float((mlp(d, layer, n, read) - given).square().sum()) for read, given in seen)
     return (wrong / max(sum(float(given.square().sum()) for _, given in seen), 1e-30)) ** 0.5
 
 
-def copied(weights: Weights, writer: Writer, name: str, dtype: str | None) -> None:
+def copied(weights: CanonicalWeights, writer: Writer, name: str, dtype: str | None) -> None:
     part = weights.parts[name]
     tensors = weights.checkpoint.tensors
     for key in (

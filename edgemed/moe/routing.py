@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgemed.errors import EdgemedError, need
-from edgemed.models.architecture import Decoder
+from edgemed.models.architecture import DecoderConfig
 from edgemed.models.torch_decoder import linear, routed
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Noisy:
     order in which tokens are computed.
     """
 
-    def __init__(self, d: Decoder, seed: int, scale: float = 1.0):
+    def __init__(self, d: DecoderConfig, seed: int, scale: float = 1.0):
         """Raises EdgemedError for a model that chooses another number of experts, which has no such
         noise, or a scale below 0.
         """
@@ -46,7 +46,7 @@ class Noisy:
         self.random = need("torch", "build").Generator().manual_seed(seed)
 
     def __call__(
-        self, n: int, d: Decoder, layer: Layer, x: torch.Tensor
+        self, n: int, d: DecoderConfig, layer: Layer, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         torch = need("torch", "build")
         scores = linear(layer, "router", x)
@@ -71,7 +71,7 @@ class Load:
     tokens: dict[tuple[str, ...], dict[int, torch.Tensor]] = field(default_factory=dict)
 
     def __call__(
-        self, n: int, d: Decoder, layer: Layer, x: torch.Tensor
+        self, n: int, d: DecoderConfig, layer: Layer, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gates, chosen = routed(d, layer, x)
         counts = need("torch", "build").bincount(chosen.flatten(), minlength=d.experts.count)

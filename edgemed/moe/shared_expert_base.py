@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemed.console import track
 from edgemed.errors import EdgemedError, need
-from edgemed.models.architecture import Experts, family_of
+from edgemed.models.architecture import ExpertsConfig, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.models.torch_decoder import activate, linear, load_layer, routed
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.moe.densify import Settings as Average
 from edgemed.moe.densify import copied, error_of, observed, shares_of, windows
 from edgemed.quantization.gptq import Hessian
@@ -72,7 +72,7 @@ def shared_delta(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[st
     in plain weights. Raises EdgemedError for a model without experts, a rank above a matrix', or
     too little text.
     """
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     d = weights.decoder
     if d.experts is None or weights.family.shared_experts is None:
         raise EdgemedError(
@@ -142,7 +142,7 @@ def shared_delta(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[st
     return {"formula": RULE, "rank": params.rank, "density": params.density, "layers": found}
 
 
-def _moments(weights: Weights, n: int, seen: Seen) -> dict[str, Hessian]:
+def _moments(weights: CanonicalWeights, n: int, seen: Seen) -> dict[str, Hessian]:
     """Second moments of what every expert's matrices read, from the tokens that chose it."""
     d = weights.decoder
     layer = load_layer(weights, n)
@@ -162,9 +162,9 @@ def _moments(weights: Weights, n: int, seen: Seen) -> dict[str, Hessian]:
 
 
 def _layer(
-    weights: Weights,
+    weights: CanonicalWeights,
     n: int,
-    e: Experts,
+    e: ExpertsConfig,
     shares: list[float],
     moments: dict[str, Hessian],
     dtype: str | None,
@@ -240,7 +240,7 @@ def sparse(rest: torch.Tensor, moment: torch.Tensor, kept: int) -> dict[str, tor
 
 
 def _loaded(
-    e: Experts, made: dict[str, Any]
+    e: ExpertsConfig, made: dict[str, Any]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """A layer as decoder.load_layer gives it, from what was written."""
     torch = need("torch", "build")

@@ -18,8 +18,8 @@ import numpy as np
 
 from edgemed.console import track
 from edgemed.errors import need
-from edgemed.models.architecture import Decoder
-from edgemed.models.weights import Dense, Packed, Weights
+from edgemed.models.architecture import DecoderConfig
+from edgemed.models.weights import CanonicalWeights, Dense, Packed
 from edgemed.quantization.grids import Ints, block_ints, ggml_q8, labelled, rtn
 
 if TYPE_CHECKING:
@@ -58,24 +58,24 @@ class Dialect(Protocol):
     domains: dict[str, int]
     widths: tuple[int, ...]  # bits per integer of the quantized products it has
 
-    def inputs(self, graph: Graph, d: Decoder) -> None: ...
+    def inputs(self, graph: Graph, d: DecoderConfig) -> None: ...
     def residual_norm(
         self,
         graph: Graph,
-        d: Decoder,
+        d: DecoderConfig,
         name: str,
         x: str,
         add: str | None,
         weight: str,
         bias: str | None,
     ) -> tuple[str, str]: ...
-    def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str: ...
-    def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str: ...
+    def attention(self, graph: Graph, d: DecoderConfig, layer: int, qkv: str) -> str: ...
+    def activation(self, graph: Graph, d: DecoderConfig, name: str, x: str) -> str: ...
     def experts(
-        self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str
+        self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
     ) -> str: ...
     def based(
-        self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str
+        self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
     ) -> str: ...
     def quantized(
         self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None
@@ -253,7 +253,12 @@ class Graph:
 
 
 def linear(
-    graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, exact: bool = False
+    graph: Graph,
+    dialect: Dialect,
+    weights: CanonicalWeights,
+    name: str,
+    x: str,
+    exact: bool = False,
 ) -> str:
     """x [.., in] -> x W^T + b [.., out], in the precision of the graph; exact: in its floats, not
     its integers.
@@ -360,7 +365,7 @@ def quantized_linear(
     )
 
 
-def low_rank(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
+def low_rank(graph: Graph, dialect: Dialect, weights: CanonicalWeights, name: str, x: str) -> str:
     """x [.., in] -> b (a x) + bias [.., out] of an expert's difference 'name'; where the graph has
     integers, in 8 bits of 32 (the rank filled up with zeros).
     """
@@ -396,7 +401,7 @@ def low_rank(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str
     return x
 
 
-def w8a8_refused(weights: Weights) -> str | None:
+def w8a8_refused(weights: CanonicalWeights) -> str | None:
     """Why the layer matrices cannot be products of 8-bit integers, or None."""
     if weights.decoder.experts:
         return (
@@ -429,7 +434,7 @@ def float_linear(
     )
 
 
-def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str:
+def mlp(graph: Graph, dialect: Dialect, weights: CanonicalWeights, n: int, x: str) -> str:
     """What layer n's MLP or mixture of experts gives for x [1, T, hidden]."""
     d = weights.decoder
     name = f"layers.{n}"
@@ -457,7 +462,7 @@ def mlp(graph: Graph, dialect: Dialect, weights: Weights, n: int, x: str) -> str
     )
 
 
-def one_mlp(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str) -> str:
+def one_mlp(graph: Graph, dialect: Dialect, weights: CanonicalWeights, name: str, x: str) -> str:
     """What one MLP, of a layer or an expert, gives for x [.., hidden]."""
     y = activated(
         graph, dialect, weights.decoder, name, linear(graph, dialect, weights, f"{name}.up", x)
@@ -465,7 +470,7 @@ def one_mlp(graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str)
     return linear(graph, dialect, weights, f"{name}.down", y)
 
 
-def activated(graph: Graph, dialect: Dialect, d: Decoder, name: str, y: str) -> str:
+def activated(graph: Graph, dialect: Dialect, d: DecoderConfig, name: str, y: str) -> str:
     """What the MLP's 'down' reads, from what its 'up' gives."""
     if d.gated:
         gate = f"{name}.gate"
@@ -477,7 +482,7 @@ def activated(graph: Graph, dialect: Dialect, d: Decoder, name: str, y: str) -> 
     return dialect.activation(graph, d, f"{name}.act", y)
 
 
-def routed(graph: Graph, weights: Weights, name: str, x: str) -> tuple[str, str]:
+def routed(graph: Graph, weights: CanonicalWeights, name: str, x: str) -> tuple[str, str]:
     """(gates float32, experts chosen int64), each [1, T, active], of x [1, T, hidden]; float32 in
     every precision (family.Experts).
     """
@@ -519,7 +524,7 @@ def routed(graph: Graph, weights: Weights, name: str, x: str) -> tuple[str, str]
     return gates, chosen
 
 
-def shares(graph: Graph, d: Decoder, n: int, gates: str, chosen: str) -> list[str]:
+def shares(graph: Graph, d: DecoderConfig, n: int, gates: str, chosen: str) -> list[str]:
     """For each expert of layer n every token's gate for it, 0 where it chose others: float32 [1, T,
     1]. gates, chosen [1, T, active]: see routed.
     """
@@ -561,7 +566,7 @@ def used(graph: Graph, n: int, share: str) -> str:
     )
 
 
-def embedding(graph: Graph, weights: Weights) -> str:
+def embedding(graph: Graph, weights: CanonicalWeights) -> str:
     """tokens [1, T], positions [1, T] -> hidden states [1, T, hidden]."""
     rows = []
     d = weights.decoder
@@ -579,7 +584,7 @@ def embedding(graph: Graph, weights: Weights) -> str:
     return with_pictures(graph, d, x) if weights.vision else x
 
 
-def with_pictures(graph: Graph, d: Decoder, x: str) -> str:
+def with_pictures(graph: Graph, d: DecoderConfig, x: str) -> str:
     """Image features in their places: input feature_rows int64 [1, T] says which row of features
     [n, hidden] a token is, -1 for text.
     """
@@ -605,7 +610,7 @@ def with_pictures(graph: Graph, d: Decoder, x: str) -> str:
     return graph.node("Where", [seen, picked, x], "hidden")
 
 
-def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
+def scores(graph: Graph, dialect: Dialect, weights: CanonicalWeights, x: str) -> None:
     """Final hidden states [1, T, hidden] -> output 'scores' float32 [1, selected, width]: logits,
     or the scores of a head.
     """
@@ -645,7 +650,7 @@ def scores(graph: Graph, dialect: Dialect, weights: Weights, x: str) -> None:
 
 
 def build_decoder(
-    weights: Weights,
+    weights: CanonicalWeights,
     out: Path,
     precision: Precision,
     dialect: Dialect,

@@ -18,8 +18,8 @@ from edgemed.quantization.grids import Ints
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemed.models.architecture import Decoder, Vision
-    from edgemed.models.weights import Weights
+    from edgemed.models.architecture import DecoderConfig, VisionConfig
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.onnx.decoder_graph import Graph
 
 MS = "com.microsoft"
@@ -45,7 +45,7 @@ class OrtDialect:
     def __init__(self, kv: Sequence[tuple[np.ndarray, np.ndarray]] | None = None):
         self.kv = kv
 
-    def inputs(self, graph: Graph, d: Decoder) -> None:
+    def inputs(self, graph: Graph, d: DecoderConfig) -> None:
         int32 = graph.onnx.TensorProto.INT32
         graph.value("inputs", "last_index", int32, [1])  # index of the newest position: total - 1
         graph.value("inputs", "total", int32, [1])
@@ -64,7 +64,7 @@ class OrtDialect:
     def residual_norm(
         self,
         graph: Graph,
-        d: Decoder,
+        d: DecoderConfig,
         name: str,
         x: str,
         add: str | None,
@@ -93,7 +93,7 @@ class OrtDialect:
         )
         return f"{name}.sum", name
 
-    def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str:
+    def attention(self, graph: Graph, d: DecoderConfig, layer: int, qkv: str) -> str:
         past = [f"past.{layer}.key", f"past.{layer}.value"]
         name = f"layers.{layer}.attention"
         outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
@@ -132,7 +132,7 @@ class OrtDialect:
             **rounding,
         )
 
-    def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str:
+    def tower_attention(self, graph: Graph, v: VisionConfig, name: str, qkv: str) -> str:
         """qkv [patches, 3 * width] -> [patches, width]; every patch sees every other."""
         axis = graph.constant(f"{name}.axis", np.array([0]))
         parts = []
@@ -153,7 +153,7 @@ class OrtDialect:
         )
         return graph.node("Squeeze", [y, axis], f"{name}.flat")
 
-    def turned(self, graph: Graph, v: Vision, x: str) -> str:
+    def turned(self, graph: Graph, v: VisionConfig, x: str) -> str:
         """x [1, patches, width] with rotary angles; row i of cos and sin is patch i's."""
         if "patch.index" not in graph.named:
             graph.named.add("patch.index")
@@ -184,7 +184,7 @@ class OrtDialect:
             interleaved=0,
         )
 
-    def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str:
+    def activation(self, graph: Graph, d: DecoderConfig, name: str, x: str) -> str:
         if d.activation == "silu":
             return graph.node("QuickGelu", [x], name, domain=MS, alpha=1.0)  # x * sigmoid(alpha x)
         return graph.node(
@@ -192,7 +192,7 @@ class OrtDialect:
         )
 
     def experts(
-        self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str
+        self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
     ) -> str:
         """For each expert the rows of the tokens that chose it are gathered, computed, and added to
         their places; of no rows a product reads no weight.
@@ -219,7 +219,7 @@ class OrtDialect:
         )
 
     def chosen(
-        self, graph: Graph, d: Decoder, n: int, gates: str, chosen: str
+        self, graph: Graph, d: DecoderConfig, n: int, gates: str, chosen: str
     ) -> Iterator[tuple[str, str, str]]:
         """(name, places int64 [rows, 1] of the tokens that chose it, their gates [rows, 1]) of each
         expert of layer n.
@@ -257,7 +257,9 @@ class OrtDialect:
             f"{name}.sum",
         )
 
-    def based(self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str) -> str:
+    def based(
+        self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
+    ) -> str:
         """Experts that share a matrix (decoder.based): it is multiplied once, before and after; of
         the differences, those that were chosen.
         """

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import Pictures, Positions, check_room, feature_rows, looked_up
+from edgemed.inference.session import (
+    ImageEmbeddings,
+    Positions,
+    check_room,
+    embedding_ids,
+    feature_rows,
+)
 from edgemed.onnx import lora_files
 from edgemed.onnx.ort_dialect import ROPE, WIDE_SUMS
 
@@ -153,11 +159,11 @@ class OrtSession:
         self.frequencies = np.array(engine.rope_frequencies)
         self.axes = list(engine.rope_axes)
         self.counted = Positions(max(self.axes) + 1, self.context) if self.axes else None
-        self.sees = engine.vision is not None
+        self.has_vision = engine.vision is not None
         self.hidden = next(
             (v.shape[1] for v in self.session.get_inputs() if v.name == "features"), 0
         )
-        if self.sees:
+        if self.has_vision:
             self._bound("features", np.zeros((1, self.hidden), np.float32))
         self.last = self._bound("last_index", np.zeros(1, np.int32))
         self.total = self._bound("total", np.zeros(1, np.int32))
@@ -192,7 +198,9 @@ class OrtSession:
         self.positions = self._bound("positions", np.zeros((1, new), np.int64))
         self.select = self._bound("select", np.zeros(selected, np.int64))
         self.feature_rows = (
-            self._bound("feature_rows", np.full((1, new), -1, np.int64)) if self.sees else None
+            self._bound("feature_rows", np.full((1, new), -1, np.int64))
+            if self.has_vision
+            else None
         )
         self.scores = np.zeros((1, selected, self.width), np.float32)
         self.binding.bind_ortvalue_output(
@@ -200,7 +208,7 @@ class OrtSession:
         )
         self.shape = (new, selected)
 
-    def _place(self, start: int, count: int, pictures: Pictures | None) -> None:
+    def _place(self, start: int, count: int, pictures: ImageEmbeddings | None) -> None:
         # Where images shift what positions mean, the rows of the rotary tables are those tokens',
         # not those places'.
         placed = self.counted.add(start, count, pictures.positions if pictures else None)
@@ -208,18 +216,18 @@ class OrtSession:
         self.rope[0][start : start + count] = np.cos(angles)
         self.rope[1][start : start + count] = np.sin(angles)
 
-    def _show(self, tokens: Sequence[int], pictures: Pictures) -> None:
-        self.feature_rows[0] = feature_rows(tokens, pictures, self.sees)
+    def _show(self, tokens: Sequence[int], pictures: ImageEmbeddings) -> None:
+        self.feature_rows[0] = feature_rows(tokens, pictures, self.has_vision)
         self._bound("features", np.ascontiguousarray(pictures.features, np.float32))
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         check_room(self, tokens)
         new = len(tokens)
         end = self.position + len(tokens)
         self._shape(new, new if every else 1)
-        self.tokens[0] = looked_up(tokens, pictures)
+        self.tokens[0] = embedding_ids(tokens, pictures)
         self.positions[0] = np.arange(self.position, end)
         self.select[:] = np.arange(new) if every else new - 1
         self.last[0] = end - 1
@@ -228,7 +236,7 @@ class OrtSession:
             self._place(self.position, new, pictures)
         if pictures:
             self._show(tokens, pictures)
-        elif self.sees:
+        elif self.has_vision:
             self.feature_rows[:] = -1
         self.session.run_with_iobinding(self.binding, self.shrinking if new > 1 else None)
         self.position = end

@@ -16,11 +16,11 @@ import numpy as np
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError
-from edgemed.gguf.mtmd_vision import MtmdEyes
-from edgemed.inference.session import Pictures
-from edgemed.models.architecture import Family
+from edgemed.gguf.mtmd_vision import MtmdVisionEncoder
+from edgemed.inference.session import ImageEmbeddings
+from edgemed.models.architecture import Architecture
 from edgemed.onnx.ort_cpu_types import started
-from edgemed.tensorrt.vision_encoder import TrtGraphs
+from edgemed.tensorrt.vision_encoder import TensorRTVisionGraphs
 from edgemed.vision.preprocessing import (
     Kept,
     Patches,
@@ -38,20 +38,22 @@ if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
 
 
-def eyes_of(engine: Engine, threads: int | None = None) -> VisionSession | MtmdEyes:
+def open_vision(
+    engine: Engine, threads: int | None = None
+) -> OnnxVisionEncoder | MtmdVisionEncoder:
     """The eyes an engine was exported with, on the runtime it has here. threads: None for as many
     as the runtime takes.
 
     Raises EdgemedError where it reads text only or its files do not load.
     """
     return (
-        MtmdEyes(engine, threads)
+        MtmdVisionEncoder(engine, threads)
         if engine.params.get("vision") == "mtmd"
-        else VisionSession(engine, threads)
+        else OnnxVisionEncoder(engine, threads)
     )
 
 
-class OrtGraphs:
+class OrtVisionGraphs:
     """tower.onnx and projector.onnx of an engine on ONNX Runtime's CPU."""
 
     def __init__(self, engine: Engine, threads: int | None):
@@ -69,7 +71,7 @@ class OrtGraphs:
         del self.sessions
 
 
-class VisionSession:
+class OnnxVisionEncoder:
     """An engine's eyes. family: whose prompts and answers its model knows. seconds: what the last
     call to `see` spent on preprocessing, tower and projector; all 0 for images that were kept.
     """
@@ -83,12 +85,12 @@ class VisionSession:
         self.v = vision_of(engine.vision)
         self.parts = max(engine.rope_axes, default=0) + 1
         self.graphs = (
-            TrtGraphs(engine)
-            if engine.unbuilt and not engine.stand_in
-            else OrtGraphs(engine, threads)
+            TensorRTVisionGraphs(engine)
+            if engine.unbuilt and not engine.emulation
+            else OrtVisionGraphs(engine, threads)
         )
         self.context = engine.context
-        self.family: Family = plugins.load("families", engine.family).FAMILY
+        self.family: Architecture = plugins.load("families", engine.family).FAMILY
         self.kept = Kept(self._computed)
         self.seconds = {"preprocess": 0.0, "tower": 0.0, "projector": 0.0}
 
@@ -127,7 +129,7 @@ class VisionSession:
 
     def see(
         self, tokens: Sequence[int], images: Sequence[Image.Image]
-    ) -> tuple[list[int], Pictures | None]:
+    ) -> tuple[list[int], ImageEmbeddings | None]:
         """(tokens with every image token repeated for its image's features, the features
         themselves).
 

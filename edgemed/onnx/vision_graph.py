@@ -16,8 +16,8 @@ from edgemed.console import track
 from edgemed.onnx.decoder_graph import Graph, Precision, linear
 
 if TYPE_CHECKING:
-    from edgemed.models.architecture import Vision
-    from edgemed.models.weights import Weights
+    from edgemed.models.architecture import VisionConfig
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.onnx.decoder_graph import Dialect
 
 TOWER = "tower.onnx"
@@ -39,11 +39,11 @@ TOWERS: dict[str, dict[str, Any]] = {
 class VisionDialect(Protocol):
     """What a runtime wants besides the decoder's nodes."""
 
-    def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str: ...
+    def tower_attention(self, graph: Graph, v: VisionConfig, name: str, qkv: str) -> str: ...
 
 
 def build_vision(
-    weights: Weights,
+    weights: CanonicalWeights,
     out: Path,
     dialect: Dialect,
     floats: Literal["float32", "float16", "bfloat16"],
@@ -61,7 +61,7 @@ def build_vision(
     stream: format of the residual stream and the norms, '' for floats; integers: matrices and
     activations by rows, so that products are of integers (OrtDialect.integers).
     """
-    v: Vision = weights.vision
+    v: VisionConfig = weights.vision
     precision = Precision(
         floats,
         bits,
@@ -74,7 +74,7 @@ def build_vision(
     )
 
 
-def _tower(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
+def _tower(weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect: Dialect) -> int:
     onnx = graph.onnx.TensorProto
     graph.value("inputs", "pixels", onnx.FLOAT, ["patches", v.patch_size])
     if v.frequencies:
@@ -144,7 +144,7 @@ def _tower(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
     return graph.layer_bytes
 
 
-def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> int:
+def _projector(weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect: Dialect) -> int:
     onnx = graph.onnx.TensorProto
     graph.value("inputs", "tower", onnx.FLOAT, ["patches", v.width])
     x = graph.cast("tower", "float32", graph.stream, "tower.cast")
@@ -169,7 +169,7 @@ def _projector(weights: Weights, v: Vision, graph: Graph, dialect: Dialect) -> i
 
 
 def _linear(
-    graph: Graph, dialect: Dialect, weights: Weights, name: str, x: str, zero: int = MIDDLE
+    graph: Graph, dialect: Dialect, weights: CanonicalWeights, name: str, x: str, zero: int = MIDDLE
 ) -> str:
     if not graph.precision.integers:
         return linear(graph, dialect, weights, name, x)
@@ -184,7 +184,7 @@ def _linear(
     )
 
 
-def _norm(graph: Graph, weights: Weights, v: Vision, name: str, x: str) -> str:
+def _norm(graph: Graph, weights: CanonicalWeights, v: VisionConfig, name: str, x: str) -> str:
     """The norm of x, both in the stream's format."""
     scale = [
         graph.floats(f"{name}.{part}", tensor, stream=True)
@@ -193,7 +193,7 @@ def _norm(graph: Graph, weights: Weights, v: Vision, name: str, x: str) -> str:
     return graph.node("LayerNormalization", [x, *scale], name, epsilon=v.norm_eps, axis=-1)
 
 
-def _read(graph: Graph, weights: Weights, v: Vision, name: str, x: str) -> str:
+def _read(graph: Graph, weights: CanonicalWeights, v: VisionConfig, name: str, x: str) -> str:
     """The same in the format of the activations, as a matrix reads it."""
     return graph.cast(
         _norm(graph, weights, v, name, x), graph.stream, graph.precision.floats, f"{name}.read"
@@ -206,7 +206,7 @@ def _sum(graph: Graph, x: str, branch: str, name: str) -> str:
     )
 
 
-def _activated(graph: Graph, v: Vision, x: str, name: str) -> str:
+def _activated(graph: Graph, v: VisionConfig, x: str, name: str) -> str:
     if v.activation == "gelu":
         return graph.node("Gelu", [x], name)
     scaled = graph.node(

@@ -20,7 +20,7 @@ from edgemed.engines.reference import Reference, make_reference, windows_of
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import adapter_hashes, answering
 from edgemed.models.tokenizer import encode, open_tokenizer
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.verification.spec import VerifySpec
 from edgemed.vision.preprocessing import Patches, check_places, patches, prompt_tokens
@@ -101,7 +101,7 @@ def with_images(
     """The same with the source's answers about images as this engine resizes them, with an adapter
     or as it is, kept in `cache`; a text model's as they are.
     """
-    weights = Weights(source)
+    weights = CanonicalWeights(source)
     if not weights.vision:
         return reference
     check_supported(stage.plugin, weights, stage.params)

@@ -16,7 +16,7 @@ from edgemed.evaluation.task import questions
 from edgemed.hardware.device import machine, read_device
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.parameter_count import parameters
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Recipe
 from edgemed.reporting.verdicts import on_device
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     return {
         "path": str(checkpoint.path),
         "family": weights.family.name,
@@ -92,9 +92,9 @@ def not_measured(
     ]
     missing += [
         f"{e.name}: unbuilt ({e.target} has not compiled it), so neither speed nor accuracy was"
-        f" measured; parity is that of {e.stand_in}."
+        f" measured; parity is that of {e.emulation}."
         for e in engines
-        if e.stand_in
+        if e.emulation
     ]
     missing += [
         f"{e.name}: random weights, so accuracy and parity mean nothing and were not measured."

@@ -34,7 +34,7 @@ from edgemed.evaluation.task import Questions, questions
 from edgemed.hardware.device import machine, read_device
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.random_weights import make_random
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Recipe, Stage
 from edgemed.pipeline.references import adapted_references, reference_for, with_images
 from edgemed.pipeline.report_document import describe, entry, not_measured
@@ -91,7 +91,7 @@ def run(recipe: Recipe, work: Path) -> Path:
     records = [
         (
             bench_engine(engine, recipe)
-            if recipe.bench and not engine.stand_in and (result is None or result["passed"])
+            if recipe.bench and not engine.emulation and (result is None or result["passed"])
             else []
         )
         for engine, result in zip(engines, verified, strict=True)
@@ -134,7 +134,9 @@ def check_inputs(recipe: Recipe) -> None:
     """Find a missing model, adapter, text set, importance or task file in the first second, not
     after an hour of work.
     """
-    weights = None if recipe.model.startswith(RANDOM) else Weights(open_checkpoint(recipe.model))
+    weights = (
+        None if recipe.model.startswith(RANDOM) else CanonicalWeights(open_checkpoint(recipe.model))
+    )
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
     for stage in recipe.engines:
@@ -145,7 +147,7 @@ def check_inputs(recipe: Recipe) -> None:
         if weights and weights.vision:
             image_questions(recipe.verify.images)
     for spec in recipe.eval.tasks if recipe.eval else ():
-        if questions(spec).sees and weights and not weights.vision:
+        if questions(spec).has_vision and weights and not weights.vision:
             raise EdgemedError(
                 f"task {spec} shows images, and {recipe.model} reads text only",
                 "Leave the task out, or give a model that sees",
@@ -245,7 +247,7 @@ def verify_engine(
     inputs = {
         "engine": engine.key,
         "reference": reference.digest(),
-        "ran_on": engine.stand_in or engine.target,
+        "ran_on": engine.emulation or engine.target,
     }
     result = cached(
         cache,
@@ -326,7 +328,7 @@ def run_evals(
         for base in evals_of(None, source, asked, spec, cache):
             source_results.append(base)
         for engine, found in zip(engines, results, strict=True):
-            if engine.stand_in:
+            if engine.emulation:
                 continue
             manifest = store.read_manifest(engine.path)
             for base, result in zip(
@@ -351,7 +353,9 @@ def evals_of(
     def compute(text: str) -> dict[str, Any]:
         nonlocal opened  # opened at the first strategy that is not in the cache, and used for all
         opened = opened or (
-            open_source(source, asked.sees) if engine is None else start_engine(engine, asked.sees)
+            open_source(source, asked.has_vision)
+            if engine is None
+            else start_engine(engine, asked.has_vision)
         )
         return evaluate_opened(opened, asked, name, key, text, settings)
 

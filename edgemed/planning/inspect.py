@@ -19,12 +19,12 @@ from edgemed import plugins
 from edgemed.gguf.quant_types import Model, tensor_types
 from edgemed.gguf.tensor_map import layout
 from edgemed.hardware.device import Device, fits, read_device, usable
-from edgemed.models.architecture import Decoder, Family, every_part, family_of
+from edgemed.models.architecture import Architecture, DecoderConfig, every_part, family_of
 from edgemed.models.checkpoint import Checkpoint, Entry, open_checkpoint
 from edgemed.models.parameter_count import SPARE, parameters, sizes
 from edgemed.models.random_weights import MARK, reference_config
-from edgemed.models.weights import Weights
-from edgemed.planning.roofline import Dimensions, Vision
+from edgemed.models.weights import CanonicalWeights
+from edgemed.planning.roofline import Dimensions, VisionCost
 
 GROUP = 128
 # Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not
@@ -47,7 +47,7 @@ def inspect(model: str) -> dict[str, Any]:
     """
     kind, _, name = str(model).partition(":")
     checkpoint = described(name) if kind == "random" else open_checkpoint(model)
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     d = weights.source
     devices = [read_device(name) for name in plugins.names("devices")]
     return {
@@ -95,7 +95,7 @@ def described(name: str) -> Checkpoint:
     return Checkpoint(Path(f"random:{name}"), config, entries)
 
 
-def architecture(d: Decoder) -> dict[str, Any]:
+def architecture(d: DecoderConfig) -> dict[str, Any]:
     """The numbers of the decoder a person compares models by."""
     names = (
         "layers",
@@ -117,7 +117,7 @@ def architecture(d: Decoder) -> dict[str, Any]:
     )
 
 
-def stored(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
+def stored(checkpoint: Checkpoint, family: Architecture) -> dict[str, Any]:
     """Bytes on disk per dtype, of the tensors the family reads."""
     kinds: dict[str, int] = {}
     for key, entry in checkpoint.tensors.items():
@@ -129,7 +129,7 @@ def stored(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
     }
 
 
-def quantization(weights: Weights) -> dict[str, Any] | None:
+def quantization(weights: CanonicalWeights) -> dict[str, Any] | None:
     """Method, bits and group of a checkpoint that holds integers, method and type of bitsandbytes'
     layouts, None for a float one.
     """
@@ -143,7 +143,7 @@ def quantization(weights: Weights) -> dict[str, Any] | None:
     )
 
 
-def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
+def precisions(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
     """(precision, (weight bytes, KV cache bytes at the full context)) of the engines edgemed can
     make.
 
@@ -163,7 +163,7 @@ def precisions(weights: Weights) -> Iterator[tuple[str, tuple[int, int]]]:
     yield "Q4_K_M", (q4_k_m(weights), kv_cache(d, 2))
 
 
-def kv_cache(d: Decoder, element: int) -> int:
+def kv_cache(d: DecoderConfig, element: int) -> int:
     """2 * layers * kv_heads * head_dim * context * bytes per element."""
     return d.cache_elements(d.context) * element
 
@@ -187,7 +187,7 @@ def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
     return per_weight * weight + 32 * bias
 
 
-def _tied_head(weights: Weights) -> int:
+def _tied_head(weights: CanonicalWeights) -> int:
     # A gathered table and a multiplied matrix need different formats, so an engine holds a tied
     # matrix twice.
     d = weights.source
@@ -198,7 +198,7 @@ def _tied_head(weights: Weights) -> int:
     )
 
 
-def q4_k_m(weights: Weights) -> int:
+def q4_k_m(weights: CanonicalWeights) -> int:
     """Bytes of a Q4_K_M file's tensors, and of the vision tower beside it."""
     size = gguf_size(weights, "q4_k_m")
     return size.total + size.tower
@@ -220,7 +220,7 @@ class Size:
     tower: int = 0
 
 
-def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
+def engine_bytes(weights: CanonicalWeights, target: str, precision: str) -> Size:
     """The size of an engine of this target and precision, as edgemed writes it.
 
     tensorrt keeps embedding and output matrix in float16 and holds a tied one twice; its int8 has
@@ -274,7 +274,7 @@ def engine_bytes(weights: Weights, target: str, precision: str) -> Size:
     )
 
 
-def seen(weights: Weights) -> int:
+def seen(weights: CanonicalWeights) -> int:
     """Weights and biases of the vision tower and projector that an engine has."""
     return sum(
         weight + bias
@@ -283,11 +283,11 @@ def seen(weights: Weights) -> int:
     )
 
 
-def gguf_size(weights: Weights, file_type: str) -> Size:
+def gguf_size(weights: CanonicalWeights, file_type: str) -> Size:
     """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a
     vision tower lies in a file of its own.
     """
-    weights = Weights(weights.checkpoint, whole=True)
+    weights = CanonicalWeights(weights.checkpoint, whole=True)
     d = weights.source
     places = {
         t: math.prod(p.shape)
@@ -316,10 +316,12 @@ def gguf_size(weights: Weights, file_type: str) -> Size:
     )
 
 
-def dimensions(weights: Weights) -> Dimensions:
+def dimensions(weights: CanonicalWeights) -> Dimensions:
     """A checkpoint's decoder as the roofline model sees it."""
     if weights.source.experts and weights.source.experts.density:
-        weights = Weights(weights.checkpoint, whole=True)  # no engine computes sparse differences
+        weights = CanonicalWeights(
+            weights.checkpoint, whole=True
+        )  # no engine computes sparse differences
     d = weights.source
     found = sizes(weights)
     layers = {
@@ -356,7 +358,7 @@ def dimensions(weights: Weights) -> Dimensions:
         if name.startswith(("vision.projector.", "vision.patch"))
     )
     vision = (
-        Vision(
+        VisionCost(
             v.layers,
             v.width,
             v.ffn,
@@ -381,7 +383,7 @@ def dimensions(weights: Weights) -> Dimensions:
     )
 
 
-def largest_matrix(weights: Weights) -> int:
+def largest_matrix(weights: CanonicalWeights) -> int:
     """Weights of the largest single tensor, which is what a streaming build holds in float32."""
     return max(weight for _, weight, _ in sizes(weights).values())
 
@@ -394,7 +396,7 @@ def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[s
     return {name: size / MB for name, size in found.items()} | {"too_big_for": too_big}
 
 
-def possible(weights: Weights, target: str) -> dict[str, Any]:
+def possible(weights: CanonicalWeights, target: str) -> dict[str, Any]:
     """Whether a target, with its default parameters, can carry this model, whether its runtime is
     here, and what to do if not.
     """
@@ -411,7 +413,7 @@ def possible(weights: Weights, target: str) -> dict[str, Any]:
     }
 
 
-def notes(d: Decoder, checkpoint: Checkpoint) -> list[str]:
+def notes(d: DecoderConfig, checkpoint: Checkpoint) -> list[str]:
     """What a person should know before building."""
     found = []
     if len(set(d.score_scale)) > 1:

@@ -26,7 +26,7 @@ from edgemed.hardware.device import (
     usable,
 )
 from edgemed.models.checkpoint import open_checkpoint
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.inspect import MB, described, dimensions, engine_bytes, largest_matrix
 from edgemed.planning.roofline import (
     Constants,
@@ -295,13 +295,13 @@ def row(entry: dict[str, Any], best: bool, front: bool) -> dict[str, Any]:
     }
 
 
-def weights_of(model: str) -> Weights:
+def weights_of(model: str) -> CanonicalWeights:
     """A model's weights, unread: a directory, hub id or random:NAME."""
     kind, _, name = model.partition(":")
-    return Weights(described(name) if kind == "random" else open_checkpoint(model))
+    return CanonicalWeights(described(name) if kind == "random" else open_checkpoint(model))
 
 
-def prompt_tokens(weights: Weights, wishes: Wishes) -> int:
+def prompt_tokens(weights: CanonicalWeights, wishes: Wishes) -> int:
     """Tokens of the request, its images included. Raises EdgemedError for one that is none."""
     prompt = (
         min(512, (wishes.context or weights.source.context) // 2)
@@ -322,7 +322,7 @@ def prompt_tokens(weights: Weights, wishes: Wishes) -> int:
 IMAGE = 448
 
 
-def image_tokens(weights: Weights) -> int:
+def image_tokens(weights: CanonicalWeights) -> int:
     """Tokens of one image: the tower's own size, or 448 x 448 pixels, in patches merged by `merge`
     per side.
     """
@@ -363,7 +363,9 @@ def check_precision(precision: str | None, device: Device) -> None:
         raise EdgemedError(f"edgemed makes no {precision} engines", nearest(precision, known))
 
 
-def why_not(choice: Choice, weights: Weights, device: Device, wishes: Wishes) -> str | None:
+def why_not(
+    choice: Choice, weights: CanonicalWeights, device: Device, wishes: Wishes
+) -> str | None:
     """Why a choice is not planned, or None."""
     if wishes.precision not in (None, choice.precision):
         return f"precision {wishes.precision} was asked for"
@@ -381,7 +383,7 @@ def why_not(choice: Choice, weights: Weights, device: Device, wishes: Wishes) ->
     return module.supports(weights, module.Params(**params_of(choice, weights)))
 
 
-def params_of(choice: Choice, weights: Weights) -> dict[str, Any]:
+def params_of(choice: Choice, weights: CanonicalWeights) -> dict[str, Any]:
     """The target's parameters for this checkpoint: one that holds integers already is carried as it
     is.
     """
@@ -415,7 +417,7 @@ def predict(
     kv: str,
     context: int,
     tokens: int,
-    weights: Weights,
+    weights: CanonicalWeights,
     d: Dimensions,
     device: Device,
     mode: PowerMode,
@@ -656,7 +658,7 @@ def stated_error(device: Device) -> str:
 
 
 def recipe_text(
-    chosen: dict[str, Any], model: str, device: str, weights: Weights, tokens: int
+    chosen: dict[str, Any], model: str, device: str, weights: CanonicalWeights, tokens: int
 ) -> str:
     """The recipe that makes the recommended engine, as YAML text."""
     choice = next(

@@ -28,7 +28,7 @@ LINEAR_EVERY = 4
 
 
 @dataclass(frozen=True)
-class Vision:
+class VisionCost:
     """A vision transformer. merge: patches that become one token of the decoder; projector: weights
     in front of and behind it.
     """
@@ -69,7 +69,7 @@ class Dimensions:
     expert_layers: int = 0
     scan_layers: int = 0
     scan_state: int = 0
-    vision: Vision | None = None
+    vision: VisionCost | None = None
 
     @property
     def per_token(self) -> int:
@@ -130,7 +130,7 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """A device in one power mode under one runtime: bytes/s, operations/s by kernel, seconds per
     layer and step, and per token of a scan.
     """
@@ -160,7 +160,7 @@ def fitted() -> dict[str, Any]:
 
 def place(
     device: Device, mode: PowerMode, runtime: str, known: Constants, precision: str = ""
-) -> Place:
+) -> Placement:
     """What a device gives an engine of `runtime` ('tensorrt', 'mlc', 'vllm', 'llamacpp', 'onnx')
     and, on a CPU, `precision`, in a power mode.
 
@@ -173,7 +173,7 @@ def place(
     )
 
 
-def _gpu(device: Device, mode: PowerMode, runtime: str, known: Constants) -> Place:
+def _gpu(device: Device, mode: PowerMode, runtime: str, known: Constants) -> Placement:
     clock = mode.gpu_mhz or device.gpu_mhz
     fp32 = device.achieved.get("fp32") or device.compute.get("fp32")
     if not clock or not fp32:
@@ -198,7 +198,7 @@ def _gpu(device: Device, mode: PowerMode, runtime: str, known: Constants) -> Pla
     # Blackwell has kernels that scan in chunks; before it every token of a recurrent layer waits
     # for the last.
     scan = 0.0 if float(device.compute_capability) >= 10 else known.scan_cycles * cycle
-    return Place(
+    return Placement(
         bandwidth(device, mode, known) * relative,
         rates,
         known.step_cycles * cycle,
@@ -207,7 +207,7 @@ def _gpu(device: Device, mode: PowerMode, runtime: str, known: Constants) -> Pla
     )
 
 
-def _cpu(device: Device, mode: PowerMode, kind: str, known: Constants) -> Place:
+def _cpu(device: Device, mode: PowerMode, kind: str, known: Constants) -> Placement:
     fp32 = device.achieved.get("fp32") or device.compute.get("fp32", 0) * known.cpu_sheet
     if not fp32:
         raise EdgemedError(
@@ -216,7 +216,7 @@ def _cpu(device: Device, mode: PowerMode, kind: str, known: Constants) -> Place:
         )
     layer = 1e-6 * known.cpu_layer_us
     rate = 1e12 * fp32 * known.cpu_products[kind]
-    return Place(
+    return Placement(
         bandwidth(device, mode, known) * known.cpu_bandwidth[kind],
         {"products": rate, "fp32": 1e12 * fp32},
         layer,
@@ -243,7 +243,7 @@ def bandwidth(device: Device, mode: PowerMode, known: Constants) -> float:
     return 1e9 * reached * (mode.bandwidth_gb_s or sheet) / sheet
 
 
-def decode_seconds(d: Dimensions, storage: Storage, place: Place, context: int) -> float:
+def decode_seconds(d: Dimensions, storage: Storage, place: Placement, context: int) -> float:
     """One decoded token with `context` tokens in the cache: (active weights + output matrix +
     cache) / bandwidth + layers * step.
     """
@@ -253,7 +253,7 @@ def decode_seconds(d: Dimensions, storage: Storage, place: Place, context: int) 
     return moved / place.bandwidth + d.layers * place.step
 
 
-def prefill_seconds(d: Dimensions, storage: Storage, place: Place, tokens: int) -> float:
+def prefill_seconds(d: Dimensions, storage: Storage, place: Placement, tokens: int) -> float:
     """A prompt of `tokens` tokens: weights / bandwidth + 2 * weights * tokens / rate + attention /
     float16 rate + layers * prefill + scan.
 
@@ -273,7 +273,7 @@ def prefill_seconds(d: Dimensions, storage: Storage, place: Place, tokens: int) 
     )
 
 
-def vision_seconds(v: Vision, place: Place, tokens: int, bits: float = 16) -> float:
+def vision_seconds(v: VisionCost, place: Placement, tokens: int, bits: float = 16) -> float:
     """One image that becomes `tokens` tokens: a transformer over merge * tokens patches, all
     attending to all.
     """
@@ -313,7 +313,7 @@ def _described(name: str, entries: Mapping[str, Any]) -> Dimensions:
     experts = entry.get("experts", 0)
     mlp = (3 if entry.get("gated", True) else 2) * hidden * ffn
     matrices += layers * (hidden * experts if experts else mlp)
-    vision = Vision(**entry["vision"]) if "vision" in entry else None
+    vision = VisionCost(**entry["vision"]) if "vision" in entry else None
     return Dimensions(
         layers,
         hidden,

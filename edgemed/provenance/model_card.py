@@ -65,7 +65,7 @@ def render(evidence: Evidence) -> str:
         limits=facts_of.limits(evidence),
         not_measured=facts_of.not_measured(evidence),
         extra=evidence.facts["target"],
-        sees=bool(evidence.facts.get("vision")),
+        has_vision=bool(evidence.facts.get("vision")),
     )
 
 

@@ -86,7 +86,7 @@ def sign(engine: Path, key: Path, password: bytes | None = None) -> dict[str, An
             f"the private key {key} lies inside the engine",
             "Move it out: it would travel to every device",
         )
-    hashing.forget_hashes()
+    hashing.clear_hash_cache()
     opened = open_engine(engine, check=True)
     files = hashes(engine)
     if odd := [name for name, sha in files.items() if sha is None]:
@@ -120,7 +120,7 @@ def check(directory: Path, key: Path) -> dict[str, Any]:
     directory = Path(directory)
     public = _public_key(Path(key))
     statement = _statement(directory, public)
-    hashing.forget_hashes()
+    hashing.clear_hash_cache()
     signed = statement["files"]
     found = hashes(directory)
     problems = [f"{name} is missing" for name in signed if name not in found]

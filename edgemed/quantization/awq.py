@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgemed.errors import need
-from edgemed.models.architecture import Decoder
+from edgemed.models.architecture import DecoderConfig
 from edgemed.quantization.gptq import output_error
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Fold:
     start: int | None = None
 
 
-def folds(d: Decoder, n: int) -> list[Fold]:
+def folds(d: DecoderConfig, n: int) -> list[Fold]:
     """Where decoder layer n takes scales."""
     ups = (*(("router",) if d.sparse(n) else ()), *(f"{mlp}up" for mlp in d.mlps(n)))
     found = (
@@ -98,7 +98,9 @@ def search(
     return best[1:]
 
 
-def per_source(d: Decoder, fold: Fold, magnitude: torch.Tensor, how: str = "mean") -> torch.Tensor:
+def per_source(
+    d: DecoderConfig, fold: Fold, magnitude: torch.Tensor, how: str = "mean"
+) -> torch.Tensor:
     """Magnitudes [in] such that all inputs made by one row of the source have one value, the mean
     or the largest: heads that share a key head read the same v rows.
     """
@@ -109,7 +111,7 @@ def per_source(d: Decoder, fold: Fold, magnitude: torch.Tensor, how: str = "mean
     return shared.expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
 
 
-def apply(d: Decoder, fold: Fold, layer: Layer, scale: torch.Tensor) -> None:
+def apply(d: DecoderConfig, fold: Fold, layer: Layer, scale: torch.Tensor) -> None:
     """Put a scale [in] into `layer`: the source is divided by it, the columns that read it
     multiplied. The layer computes what it did.
     """
@@ -131,7 +133,7 @@ def apply(d: Decoder, fold: Fold, layer: Layer, scale: torch.Tensor) -> None:
 
 
 def scaled(
-    d: Decoder, fold: Fold, layer: Layer, inputs: dict[str, Seen], rounded: Rounding
+    d: DecoderConfig, fold: Fold, layer: Layer, inputs: dict[str, Seen], rounded: Rounding
 ) -> dict[str, float]:
     """Search and apply one fold: `layer` and `inputs` are changed. Returns {source: alpha}; {}
     where too little is known of all that it feeds.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemed.models.torch_decoder import Window
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
 
 class Activations:
@@ -148,7 +148,7 @@ def _get(handle: BinaryIO, i: int, shape: tuple[int, int, int], folder: Path) ->
 
 
 def begin(
-    weights: Weights, windows: Iterable[Window], streams: Sequence[Activations], layer: int
+    weights: CanonicalWeights, windows: Iterable[Window], streams: Sequence[Activations], layer: int
 ) -> None:
     """What layer 0 reads of the windows, in every stream; or where layers are done, what the last
     of them left on disk.

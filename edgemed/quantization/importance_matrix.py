@@ -18,7 +18,7 @@ from edgemed.artifacts.hashing import file_sha256
 from edgemed.console import track
 from edgemed.errors import EdgemedError, need
 from edgemed.models.torch_decoder import block, linear, load_layer, shown
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 
-def importance(weights: Weights, windows: Sequence[Window]) -> dict[str, np.ndarray]:
+def importance(weights: CanonicalWeights, windows: Sequence[Window]) -> dict[str, np.ndarray]:
     """Mean squared input per column of each layer matrix over the tokens it was computed for:
     canonical name -> float32 [in].
 

@@ -17,7 +17,7 @@ import numpy as np
 from edgemed.console import track
 from edgemed.errors import need
 from edgemed.models.torch_decoder import block, linear, load_layer, shown
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 LARGEST = 127
 
 
-def kv_scales(weights: Weights, windows: Sequence[Window]) -> list[tuple[np.ndarray, np.ndarray]]:
+def kv_scales(
+    weights: CanonicalWeights, windows: Sequence[Window]
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(key scale, value scale) of every layer, float32 [1, kv_heads, 1, head_dim]: the largest
     magnitude of the channel in the windows / 127.
 

@@ -24,7 +24,7 @@ from edgemed.models.torch_decoder import (
     norm,
     routed,
 )
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.awq import Seen, folds, scaled
 from edgemed.quantization.gptq import Hessian, Root, Solution, output_error, round_columns
 from edgemed.quantization.grids import rtn
@@ -33,7 +33,7 @@ from edgemed.quantization.hidden_states import Inputs
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.architecture import Decoder
+    from edgemed.models.architecture import DecoderConfig
     from edgemed.models.torch_decoder import Layer
     from edgemed.quantization.hidden_states import Activations
 
@@ -98,7 +98,7 @@ def own_of(packings: Mapping[str, tuple[int, int]], n: int) -> Own:
     }
 
 
-def rtn_layer(weights: Weights, n: int, own: Own, clip: bool) -> Rounded:
+def rtn_layer(weights: CanonicalWeights, n: int, own: Own, clip: bool) -> Rounded:
     layer = load_layer(weights, n)
     found = {}
     for name, (bits, group) in own.items():
@@ -129,7 +129,7 @@ def integers(own: Own, params: Settings) -> Rounding:
 
 
 def gptq_layer(
-    weights: Weights,
+    weights: CanonicalWeights,
     n: int,
     x: Activations,
     exact: Activations | None,
@@ -176,7 +176,7 @@ def gptq_layer(
 
 
 def _gptq(
-    d: Decoder,
+    d: DecoderConfig,
     n: int,
     layers: tuple[Layer, Layer],
     name: str,
@@ -225,7 +225,9 @@ def _gptq(
     return matrix_of(weight, bias, solution, dense, hessian if hessian.rows else None)
 
 
-def awq_layer(weights: Weights, n: int, x: Activations, own: Own, params: Settings) -> Rounded:
+def awq_layer(
+    weights: CanonicalWeights, n: int, x: Activations, own: Own, params: Settings
+) -> Rounded:
     """Scales searched and folded, then rounding to nearest. An expert that too few tokens reach
     takes part in no search; a scale its input has is folded into it all the same.
     """
@@ -313,7 +315,7 @@ def awq_layer(weights: Weights, n: int, x: Activations, own: Own, params: Settin
 
 
 def _seen(
-    d: Decoder,
+    d: DecoderConfig,
     n: int,
     layer: Layer,
     names: list[str],
@@ -351,7 +353,7 @@ def _seen(
 
 
 def reached(
-    d: Decoder, layer: Layer, reads: Iterable[torch.Tensor], params: Settings
+    d: DecoderConfig, layer: Layer, reads: Iterable[torch.Tensor], params: Settings
 ) -> tuple[Reached, dict[str, list[int]]]:
     """(expert -> for each window the tokens it is calibrated on, what the manifest says of it).
     reads: what the router reads, float32 [1, tokens, hidden] per window.
@@ -405,7 +407,7 @@ def lacking(name: str, rows: int, params: Settings) -> bool:
 
 
 def branches(
-    d: Decoder, layer: Layer, n: int, x: torch.Tensor, angles: torch.Tensor | None = None
+    d: DecoderConfig, layer: Layer, n: int, x: torch.Tensor, angles: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What a finished layer still has to add to x: its MLP, and in a parallel block its attention
     too.
@@ -415,7 +417,7 @@ def branches(
 
 
 def feed(
-    d: Decoder,
+    d: DecoderConfig,
     n: int,
     layer: Layer,
     name: str,
@@ -445,7 +447,7 @@ def feed(
     )
 
 
-def added(d: Decoder, name: str) -> bool:
+def added(d: DecoderConfig, name: str) -> bool:
     """Whether the product of this matrix, by itself, is added to the hidden state."""
     return not d.parallel and name in ("o", "down")
 

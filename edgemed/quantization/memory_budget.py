@@ -14,7 +14,7 @@ from edgemed import units
 from edgemed.errors import EdgemedError
 from edgemed.formatting import size
 from edgemed.models.torch_decoder import loaded
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 # What libraries load and allocate when they are first used, beside the tensors.
 LOADED = 64 << 20
@@ -32,7 +32,7 @@ class Settings(Protocol):
     max_memory: str | None
 
 
-def spilled(weights: Weights, calibrated: bool, params: Settings) -> bool:
+def spilled(weights: CanonicalWeights, calibrated: bool, params: Settings) -> bool:
     """Whether the hidden states go to disk. Raises EdgemedError where max_memory does not even hold
     the work on one layer. calibrated: whether there are any.
     """
@@ -71,7 +71,7 @@ def spilled(weights: Weights, calibrated: bool, params: Settings) -> bool:
     )
 
 
-def held(weights: Weights, n: int, params: Settings) -> int:
+def held(weights: CanonicalWeights, n: int, params: Settings) -> int:
     """Numbers that work on layer n holds at most, experts included: the float layer and its rounded
     copy; moments; a matrix being rounded, four times.
     """

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from edgemed.console import track
 from edgemed.errors import need
 from edgemed.models.torch_decoder import block, linear, load_layer, norm, shown, top
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.gptq import Hessian
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Sensitivity:
 
 
 def sensitivities(
-    weights: Weights, windows: Sequence[Window], folder: Path
+    weights: CanonicalWeights, windows: Sequence[Window], folder: Path
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
     """(layer, matrix -> Sensitivity) from the last layer to the first; one layer in memory at a
     time. windows: all of the same length.
@@ -77,7 +77,7 @@ def sensitivities(
         yield n, found
 
 
-def _at_the_top(weights: Weights, x: torch.Tensor) -> torch.Tensor:
+def _at_the_top(weights: CanonicalWeights, x: torch.Tensor) -> torch.Tensor:
     """d log p(drawn answer) / d hidden state, float32 [windows, tokens, hidden]. A head that gives
     scores, not words, is asked at the last token for its scores' own change (a random mix of them,
     whose square is in the mean that of all).
@@ -101,7 +101,7 @@ def _at_the_top(weights: Weights, x: torch.Tensor) -> torch.Tensor:
 
 
 def _through(
-    weights: Weights,
+    weights: CanonicalWeights,
     n: int,
     x: torch.Tensor,
     gradient: torch.Tensor,

@@ -21,7 +21,7 @@ from edgemed.quantization.layerwise import Rounded, branches, feed, group_of, ma
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.quantization.hidden_states import Activations
     from edgemed.quantization.layerwise import Own
 
@@ -38,7 +38,7 @@ def scale(largest: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Te
 
 
 def smooth_layer(
-    weights: Weights, n: int, x: Activations, own: Own, clip: bool, alpha: float
+    weights: CanonicalWeights, n: int, x: Activations, own: Own, clip: bool, alpha: float
 ) -> Rounded:
     """One layer without experts, smoothed and rounded to nearest; the hidden states x become those
     the rounded layer gives, its activations kept float.

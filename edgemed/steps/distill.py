@@ -32,7 +32,7 @@ from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
 from edgemed.models.lora import answering
 from edgemed.models.tokenizer import encode, open_tokenizer
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 
 IMPORTANCE = 16  # windows that neurons and heads are judged on
 
@@ -196,7 +196,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     students. Raises EdgemedError for models that do not belong together, too little text, a full
     disk, and a loss that is not a number.
     """
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     if params.train != "weights":
         quantized_student.check(weights, params.train)
         params = replace(params, teacher=params.teacher or quantized_student.source_of(checkpoint))
@@ -226,7 +226,9 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             rows or texts(params.calibration, model=weights.checkpoint.path), params
         )
         judged = [] if rows or whole else _packed(train, weights, params.length)[0][:IMPORTANCE]
-        student = weights if whole else Weights(cut(weights, shape, work / "student", judged))
+        student = (
+            weights if whole else CanonicalWeights(cut(weights, shape, work / "student", judged))
+        )
         lesson = _lesson(
             student, teacher, shape if not params.teacher else None, train, held, params, out.parent
         )
@@ -253,7 +255,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
 
 
 def _check_models(
-    student: Weights, teacher: Weights, shape: Shape, whole: bool, params: Params
+    student: CanonicalWeights, teacher: CanonicalWeights, shape: Shape, whole: bool, params: Params
 ) -> None:
     for weights, what in ((student, "student"), (teacher, "teacher")):
         path = weights.checkpoint.path
@@ -312,16 +314,16 @@ def _check_models(
         _check_tokenizers(student, teacher, params)
 
 
-def _check_sight(student: Weights, teacher: Weights, params: Params) -> None:
+def _check_sight(student: CanonicalWeights, teacher: CanonicalWeights, params: Params) -> None:
     """Models that see learn from rows with images alone: on text they would forget what their
     teacher says about images, and nobody would notice.
     """
-    sees = [bool(weights.vision) for weights in (student, teacher)]
+    has_vision = [bool(weights.vision) for weights in (student, teacher)]
     rows = bool(pictured(params.calibration))
-    if sees != [rows, rows]:
+    if has_vision != [rows, rows]:
         said = ", ".join(
-            f"the {what} {'sees' if one else 'reads text only'}"
-            for what, one in zip(("student", "teacher"), sees, strict=True)
+            f"the {what} {'has_vision' if one else 'reads text only'}"
+            for what, one in zip(("student", "teacher"), has_vision, strict=True)
         )
         raise EdgemedError(
             f"distill: {said}, and {params.calibration} {'has' if rows else 'has no'} images",
@@ -329,7 +331,7 @@ def _check_sight(student: Weights, teacher: Weights, params: Params) -> None:
         )
 
 
-def _check_tokenizers(student: Weights, teacher: Weights, params: Params) -> None:
+def _check_tokenizers(student: CanonicalWeights, teacher: CanonicalWeights, params: Params) -> None:
     """The same entries, and the same tokens for the texts: scores can be compared token by token
     only then.
     """
@@ -363,7 +365,9 @@ def _split(found: list[Any], params: Params) -> tuple[list[Any], list[Any]]:
     return [text for n, text in enumerate(found, 1) if n % every], held
 
 
-def _packed(found: list[str], weights: Weights, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _packed(
+    found: list[str], weights: CanonicalWeights, length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Texts joined end to end, each closed by the end-of-text token (a line break where there is
     none): (tokens, labels) int64 [windows, length].
     """
@@ -379,7 +383,11 @@ def _packed(found: list[str], weights: Weights, length: int) -> tuple[np.ndarray
 
 
 def _written(
-    found: list[str], student: Weights, teacher: Weights, params: Params, file: Path
+    found: list[str],
+    student: CanonicalWeights,
+    teacher: CanonicalWeights,
+    params: Params,
+    file: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's continuations in the student's tokens, one window each, the prompt and the
     padding not counted.
@@ -411,8 +419,8 @@ def _written(
 
 
 def _lesson(
-    student: Weights,
-    teacher: Weights,
+    student: CanonicalWeights,
+    teacher: CanonicalWeights,
     shape: Shape | None,
     train: list[Any],
     held: list[Any],
@@ -497,7 +505,7 @@ def _lesson(
 
 
 def _cached(
-    lesson: Lesson, teacher: Weights, images: str | None, params: Params, shared: Path
+    lesson: Lesson, teacher: CanonicalWeights, images: str | None, params: Params, shared: Path
 ) -> Cache:
     """Where the teacher's likeliest tokens at the lesson's windows are kept. images: sha256 of
     theirs, in the windows' order; of those only the answers are kept.
@@ -531,8 +539,8 @@ def _cached(
 
 
 def _looked(
-    student: Weights,
-    teacher: Weights,
+    student: CanonicalWeights,
+    teacher: CanonicalWeights,
     same: bool,
     train: list[Any],
     held: list[Any],
@@ -589,7 +597,7 @@ def _looked(
 
 
 def _pairs(
-    student: Weights, teacher: Weights, shape: Shape | None, params: Params
+    student: CanonicalWeights, teacher: CanonicalWeights, shape: Shape | None, params: Params
 ) -> tuple[tuple[int, int], ...]:
     """(student layer, teacher layer) whose hidden states are matched."""
     ours = student.decoder.layers
@@ -617,7 +625,7 @@ def _pairs(
     )
 
 
-def _check_room(student: Weights, params: Params, work: Path) -> None:
+def _check_room(student: CanonicalWeights, params: Params, work: Path) -> None:
     # Float32 weights with AdamW's two moments in each checkpoint; the last, the best and the one
     # being written may exist at once.
     needed = 3 * 12 * parameters(student.family, student.source)
@@ -631,7 +639,7 @@ def _check_room(student: Weights, params: Params, work: Path) -> None:
 
 
 def _train(
-    student: Weights, lesson: Lesson, params: Params, work: Path, out: Path
+    student: CanonicalWeights, lesson: Lesson, params: Params, work: Path, out: Path
 ) -> dict[str, Any]:
     """Run or resume the course, and write the student it ends with."""
     with quiet_and_offline():
@@ -706,7 +714,7 @@ def _train(
     }
 
 
-def _wrote(model: Any, student: Weights, params: Params, out: Path) -> dict[str, Any]:
+def _wrote(model: Any, student: CanonicalWeights, params: Params, out: Path) -> dict[str, Any]:
     if params.train == "weights":
         return {"written": write(model, student, out, params.dtype)}
     if params.train == "lora":
@@ -744,7 +752,7 @@ def _arguments(params: Params, work: Path, labels: float) -> dict[str, Any]:
     }
 
 
-def _pupil_of(student: Weights, params: Params, work: Path) -> Any:
+def _pupil_of(student: CanonicalWeights, params: Params, work: Path) -> Any:
     """The student in transformers, with what is not to be trained frozen."""
     if params.train == "weights":
         return load(student)

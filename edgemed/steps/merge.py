@@ -30,7 +30,7 @@ from edgemed.models.lora import (
 from edgemed.models.qlora import difference
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.moe.densify import dense
 from edgemed.moe.shared_expert_base import check, shared_delta
 
@@ -172,7 +172,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             "0 gives the base model, 1 the whole adapter",
         )
     torch = need("torch", "build")
-    weights = Weights(checkpoint)
+    weights = CanonicalWeights(checkpoint)
     for name in track(list(checkpoint.tensors), "check the base model"):
         checkpoint.read(name)
     inputs(params)
@@ -199,7 +199,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             _interpolate(merged, weights, params.alpha)
             expected = _scores(merged, tokens)
         dtypes = _write(merged, weights, out, params.dtype or "float32")
-        written = logits(Weights(open_checkpoint(out)), tokens)
+        written = logits(CanonicalWeights(open_checkpoint(out)), tokens)
         written = written if expected.shape[1] > 1 else written[:, -1:]
         # Below float32 the stored weights differ from the merged ones by their rounding, which the
         # manifest then reports.
@@ -256,7 +256,7 @@ def _adapter_config(adapter: str) -> Any:
 
 
 def _load_base(
-    weights: Weights, adapter: Any, tensors: Mapping[str, torch.Tensor]
+    weights: CanonicalWeights, adapter: Any, tensors: Mapping[str, torch.Tensor]
 ) -> torch.nn.Module:
     """The base in float32, with the adapter's head where it brings one."""
     torch = need("torch", "build")
@@ -308,7 +308,7 @@ def _load_base(
     return model.eval()
 
 
-def _fill_head(model: torch.nn.Module, weights: Weights, name: str) -> bool:
+def _fill_head(model: torch.nn.Module, weights: CanonicalWeights, name: str) -> bool:
     """Copy a head that the checkpoint stores under another name than transformers does; False where
     `name` is no such head.
     """
@@ -397,7 +397,7 @@ def _merge(model: torch.nn.Module, config: Any) -> torch.nn.Module:
         raise EdgemedError(problem, "Train a LoRA or another mergeable adapter") from None
 
 
-def _windows(weights: Weights) -> torch.Tensor:
+def _windows(weights: CanonicalWeights) -> torch.Tensor:
     torch = need("torch", "build")
     d = weights.decoder
     generator = torch.Generator().manual_seed(0)
@@ -429,7 +429,7 @@ def _compare(
     }
 
 
-def _stored(weights: Weights) -> dict[str, str]:
+def _stored(weights: CanonicalWeights) -> dict[str, str]:
     """Every name a parameter may have in transformers' model -> the tensor's name in the
     checkpoint, which may be of an older layout.
     """
@@ -449,7 +449,7 @@ def _stored(weights: Weights) -> dict[str, str]:
     return found
 
 
-def _interpolate(merged: torch.nn.Module, weights: Weights, alpha: float) -> None:
+def _interpolate(merged: torch.nn.Module, weights: CanonicalWeights, alpha: float) -> None:
     stored = _stored(weights)
     for name, parameter in merged.named_parameters():
         key = stored.get(name, name)
@@ -459,7 +459,7 @@ def _interpolate(merged: torch.nn.Module, weights: Weights, alpha: float) -> Non
             parameter.copy_(base + alpha * (parameter - base))
 
 
-def _write(merged: torch.nn.Module, weights: Weights, out: Path, dtype: str) -> set[str]:
+def _write(merged: torch.nn.Module, weights: CanonicalWeights, out: Path, dtype: str) -> set[str]:
     """Write the merged weights; returns the dtypes used."""
     source = {
         entry.dtype for entry in weights.checkpoint.tensors.values() if "float" in entry.dtype

@@ -27,7 +27,7 @@ from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.models.gptq_packing import pack, stride
 from edgemed.models.lora import FOLDED
 from edgemed.models.torch_decoder import shown
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
 from edgemed.quantization.gptq import Solution, solve
 from edgemed.quantization.hidden_states import Activations, begin
@@ -132,7 +132,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     row, too little calibration text, a budget below the smallest, too little memory, or a value
     that float16 cannot hold.
     """
-    weights = Weights(checkpoint, fold=True)
+    weights = CanonicalWeights(checkpoint, fold=True)
     if weights.rounded:
         raise EdgemedError(
             f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from"
@@ -140,7 +140,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     digests = inputs(params)
     if params.method.startswith(BNB):
         return _bitsandbytes(
-            Weights(checkpoint), out, params.method.removeprefix(BNB), params.double_quant
+            CanonicalWeights(checkpoint), out, params.method.removeprefix(BNB), params.double_quant
         )
     _check(weights, params)
     params = replace(params, clip=params.method != "rtn" if params.clip is None else params.clip)
@@ -214,7 +214,7 @@ def _check_bnb(params: Params) -> None:
         )
 
 
-def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[str, Any]:
+def _bitsandbytes(weights: CanonicalWeights, out: Path, kind: str, double: bool) -> dict[str, Any]:
     """Write the layers' matrices in bitsandbytes' layout, all other tensors as they are stored;
     nothing is folded, so transformers' own rounding would give the same.
     """
@@ -286,7 +286,7 @@ def _bitsandbytes(weights: Weights, out: Path, kind: str, double: bool) -> dict[
     }
 
 
-def _write(weights: Weights, out: Path, config: Mapping[str, Any], kept: Layers) -> None:
+def _write(weights: CanonicalWeights, out: Path, config: Mapping[str, Any], kept: Layers) -> None:
     writer = Writer(out, config, weights.checkpoint.path)
     for name, part in weights.parts.items():
         if not name.startswith("layers.") and not (
@@ -300,7 +300,7 @@ def _write(weights: Weights, out: Path, config: Mapping[str, Any], kept: Layers)
     writer.close()
 
 
-def _layer_matrices(weights: Weights) -> list[str]:
+def _layer_matrices(weights: CanonicalWeights) -> list[str]:
     return [
         name
         for name, part in weights.parts.items()
@@ -308,7 +308,7 @@ def _layer_matrices(weights: Weights) -> list[str]:
     ]
 
 
-def _check(weights: Weights, params: Params) -> None:
+def _check(weights: CanonicalWeights, params: Params) -> None:
     if (
         weights.decoder.experts
         and weights.decoder.experts.based
@@ -360,7 +360,7 @@ def _check(weights: Weights, params: Params) -> None:
         )
 
 
-def _check_fit(weights: Weights, name: str, bits: int, group: int) -> None:
+def _check_fit(weights: CanonicalWeights, name: str, bits: int, group: int) -> None:
     part = weights.parts[name]
     key, *_ = weights.keys[name]
     per = stride(bits)[0]
@@ -380,14 +380,14 @@ def _check_fit(weights: Weights, name: str, bits: int, group: int) -> None:
         raise EdgemedError(problem, "This model cannot be stored in the AutoGPTQ layout")
 
 
-def _groups(weights: Weights) -> str:
+def _groups(weights: CanonicalWeights) -> str:
     columns = [weights.parts[name].shape[1] for name in _layer_matrices(weights)]
     fitting = [str(g) for g in (32, 64, 128) if all(c % g == 0 for c in columns)]
     return f"Choose group {', '.join([*fitting, '-1'])}"
 
 
 def _decided(
-    weights: Weights, windows: Windows | None, params: Params, folder: Path
+    weights: CanonicalWeights, windows: Windows | None, params: Params, folder: Path
 ) -> dict[str, Any]:
     """(bits, group) of every layer matrix, and with a budget what they are expected to cost."""
     names = _layer_matrices(weights)
@@ -448,14 +448,14 @@ def _decided(
     }
 
 
-def _fits(weights: Weights, name: str, bits: int, group: int) -> bool:
+def _fits(weights: CanonicalWeights, name: str, bits: int, group: int) -> bool:
     per = stride(bits)[0]
     return weights.parts[name].shape[1] % (per if group == -1 else group) == 0 and not any(
         rows % per for rows in weights.parts[name].rows or weights.parts[name].shape[:1]
     )
 
 
-def _packed_bytes(weights: Weights, name: str, bits: int, group: int) -> int:
+def _packed_bytes(weights: CanonicalWeights, name: str, bits: int, group: int) -> int:
     """Bytes of a packed matrix: integers, scales, zeros and g_idx, as `_packed` writes them."""
     rows, columns = weights.parts[name].shape
     groups = 1 if group == -1 else columns // group
@@ -464,7 +464,7 @@ def _packed_bytes(weights: Weights, name: str, bits: int, group: int) -> int:
     )
 
 
-def _fixed_bytes(weights: Weights, name: str) -> int:
+def _fixed_bytes(weights: CanonicalWeights, name: str) -> int:
     """Bytes of a part that is not quantized, and of a quantized one's bias: float16, a router's
     float32.
     """
@@ -483,7 +483,7 @@ def _fixed_bytes(weights: Weights, name: str) -> int:
     )
 
 
-def _bits_per_weight(weights: Weights, packings: Packings) -> float:
+def _bits_per_weight(weights: CanonicalWeights, packings: Packings) -> float:
     count = sum(weights.parts[name].shape[0] * weights.parts[name].shape[1] for name in packings)
     return (
         8
@@ -493,7 +493,7 @@ def _bits_per_weight(weights: Weights, packings: Packings) -> float:
 
 
 def _config(
-    weights: Weights, params: Params, packings: Packings, ranges: Mapping[str, float]
+    weights: CanonicalWeights, params: Params, packings: Packings, ranges: Mapping[str, float]
 ) -> dict[str, Any]:
     # Scales are bound to the input's own group even with act_order, so for a reader of the file
     # desc_act is false.
@@ -539,7 +539,7 @@ def _config(
 
 
 def _round(
-    weights: Weights,
+    weights: CanonicalWeights,
     windows: Windows | None,
     params: Params,
     packings: Packings,
@@ -577,7 +577,7 @@ def _round(
 
 
 def _layer(
-    weights: Weights,
+    weights: CanonicalWeights,
     n: int,
     params: Params,
     packings: Packings,
@@ -606,7 +606,7 @@ def _layer(
 
 
 def _tensors(
-    weights: Weights, n: int, rounded: Rounded, packings: Packings
+    weights: CanonicalWeights, n: int, rounded: Rounded, packings: Packings
 ) -> dict[str, torch.Tensor]:
     """What is written of layer n: its packed matrices, and everything else as `_copied` does."""
     found = {}
@@ -641,7 +641,9 @@ def _tensors(
 
 
 def _copied(
-    weights: Weights, name: str, changed: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    weights: CanonicalWeights,
+    name: str,
+    changed: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> Mapping[str, torch.Tensor]:
     """The tensors of a part in float16, a router's in float32; `changed`: its new weight and
     bias.

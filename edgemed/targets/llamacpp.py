@@ -56,11 +56,11 @@ from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_graph import TOWERS, build_vision
 
 if TYPE_CHECKING:
-    from edgemed.inference.session import Pictures
-    from edgemed.models.weights import Weights
+    from edgemed.inference.session import ImageEmbeddings
+    from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
-EXACT = {"F32": 5e-3}
+FP32_TOLERANCE = {"F32": 5e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("llama_cpp", "llamacpp")
 REBUILD = (
@@ -172,7 +172,7 @@ def inputs(params: Params) -> dict[str, str]:
     }
 
 
-def supports(weights: Weights, params: Params) -> str | None:
+def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
     does not belong to it.
     """
@@ -238,7 +238,7 @@ def supports(weights: Weights, params: Params) -> str | None:
     return None
 
 
-def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
+def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
     weights = type(weights)(weights.checkpoint, whole=True)
     own = own_graph(weights.family, weights.source)
@@ -268,7 +268,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
         for one in lora.read_loras(folded, params.adapters)
     }
     own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
-    looked_up = {"position_embd.weight"} | (
+    embedding_ids = {"position_embd.weight"} | (
         {"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set()
     )
     share = (
@@ -298,7 +298,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
                 sum(
                     t.nbytes * (share if "_exps." in t.name else 1)
                     for t in tensors
-                    if t.name not in looked_up
+                    if t.name not in embedding_ids
                 )
             )
             + own
@@ -341,7 +341,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     )
 
 
-def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
+def build_eyes(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write what `vision` and `mmproj` ask for. tower_bytes: weight bytes of what the engine itself
     sees with; mmproj_bytes: of a file that only llama.cpp's programs read.
     """
@@ -357,7 +357,7 @@ def build_eyes(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
 
 
 def plan(
-    weights: Weights,
+    weights: CanonicalWeights,
     params: Params,
     columns: Mapping[str, np.ndarray],
     chosen: Mapping[str, str] | None = None,
@@ -440,7 +440,7 @@ def plan(
 
 
 def _budgeted(
-    weights: Weights, params: Params, columns: Mapping[str, np.ndarray], out: Path
+    weights: CanonicalWeights, params: Params, columns: Mapping[str, np.ndarray], out: Path
 ) -> bit_allocation.Chosen:
     places = layout(weights.family, weights.decoder, weights.parts)
     shapes = {t: place.shape for t, place in places.items()}
@@ -466,7 +466,7 @@ def _budgeted(
 
 
 def _rounded(
-    weights: Weights,
+    weights: CanonicalWeights,
     params: Params,
     columns: Mapping[str, np.ndarray],
     tensors: list[writer.Tensor],
@@ -488,7 +488,9 @@ def _rounded(
     return gptq.rounded(weights, _calibration(weights, params), places, tensors, columns, out, key)
 
 
-def _calibration(weights: Weights, params: Params) -> list[tuple[list[int], Pictures | None]]:
+def _calibration(
+    weights: CanonicalWeights, params: Params
+) -> list[tuple[list[int], ImageEmbeddings | None]]:
     from edgemed.data.image_text_windows import calibration
 
     return calibration(
@@ -504,7 +506,7 @@ def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | No
     )
 
 
-def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
+def _importance(weights: CanonicalWeights, params: Params) -> dict[str, np.ndarray]:
     if params.imatrix is None:
         return {}
     from edgemed.quantization import importance_matrix
@@ -526,7 +528,7 @@ def _importance(weights: Weights, params: Params) -> dict[str, np.ndarray]:
     return columns
 
 
-def describe(writer: Any, weights: Weights, wanted: str) -> None:
+def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
     """GGUF metadata: the graph's numbers and the tokenizer."""
     checkpoint = weights.checkpoint
     d = (

@@ -25,10 +25,10 @@ from edgemed.quantization.grids import Ints, labelled, named
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
-    from edgemed.models.weights import Weights
+    from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source, for precisions that must be exact.
-EXACT = {"fp32": 1e-3}
+FP32_TOLERANCE = {"fp32": 1e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("onnxruntime", "onnx")
 
@@ -88,14 +88,14 @@ def inputs(params: Params) -> dict[str, str]:
     return found
 
 
-def bits_of(weights: Weights, params: Params) -> int | None:
+def bits_of(weights: CanonicalWeights, params: Params) -> int | None:
     """Bits of the layer matrices, the most where a checkpoint mixes them; None for floats."""
     if params.precision == "auto":
         return max((bits for bits, _ in weights.packings()), default=None)
     return {"int8": 8, "int4": 4, "w8a8": 8}.get(params.precision)
 
 
-def supports(weights: Weights, params: Params) -> str | None:
+def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
     does not belong to it.
     """
@@ -160,7 +160,7 @@ def supports(weights: Weights, params: Params) -> str | None:
     return None
 
 
-def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
+def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.onnx (+ .data); returns the facts for engine.json and the manifest."""
     from edgemed.onnx.decoder_graph import Precision, build_decoder
     from edgemed.onnx.vision_graph import TOWERS, build_vision
@@ -215,7 +215,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     }
 
 
-def _kv_scales(weights: Weights, params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
+def _kv_scales(weights: CanonicalWeights, params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
     from edgemed.quantization.kv_cache_scales import kv_scales
 
     if weights.checkpoint.random_weights:

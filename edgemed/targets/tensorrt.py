@@ -20,11 +20,11 @@ from edgemed.quantization.grids import labelled, named
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
     from edgemed.inference.session import Session
-    from edgemed.models.architecture import Vision
-    from edgemed.models.weights import Weights
+    from edgemed.models.architecture import VisionConfig
+    from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source, for precisions that must be exact.
-EXACT = {"fp32": 1e-3}
+FP32_TOLERANCE = {"fp32": 1e-3}
 # The package that runs these engines, and the extra that installs it (on a Jetson it comes with
 # JetPack).
 RUNTIME = ("tensorrt", "tensorrt")
@@ -76,14 +76,14 @@ def inputs(params: Params) -> dict[str, str]:
     return {}
 
 
-def bits_of(weights: Weights, params: Params) -> int | None:
+def bits_of(weights: CanonicalWeights, params: Params) -> int | None:
     """Bits of the layer matrices, the fewest where a checkpoint mixes them; None for floats."""
     if params.precision == "auto":
         return min((max(4, bits) for bits, _ in weights.packings()), default=None)
     return {"int8": 8, "int4": 4, "w8a8": 8}.get(params.precision)
 
 
-def supports(weights: Weights, params: Params) -> str | None:
+def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
     d = weights.decoder
     bits = bits_of(weights, params)
@@ -147,12 +147,12 @@ def supports(weights: Weights, params: Params) -> str | None:
     return None
 
 
-def vision_seen(weights: Weights, params: Params) -> Vision:
+def vision_seen(weights: CanonicalWeights, params: Params) -> VisionConfig:
     """The model's vision with the limits of images these parameters set."""
     return replace(weights.vision, pixels=pixels_of(weights.vision, params))
 
 
-def images_refused(v: Vision, context: int) -> str | None:
+def images_refused(v: VisionConfig, context: int) -> str | None:
     """Why no image, or not the largest one, can be read, or None."""
     from edgemed.tensorrt.build import patch_range, score_bytes
     from edgemed.vision.preprocessing import most_features
@@ -174,7 +174,7 @@ def images_refused(v: Vision, context: int) -> str | None:
     return None
 
 
-def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
+def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.onnx (+ .data), tower and projector where the model sees, the parser check and
     the build script; returns the facts for engine.json and the manifest.
 
@@ -249,7 +249,7 @@ def build(weights: Weights, out: Path, params: Params) -> dict[str, Any]:
     }
 
 
-def build_eyes(weights: Weights, out: Path, params: Params) -> int:
+def build_eyes(weights: CanonicalWeights, out: Path, params: Params) -> int:
     """Write tower.onnx and projector.onnx; returns their weight bytes. Sums and norms are float32,
     as in the decoder; int8 has one scale per output.
     """
@@ -292,10 +292,10 @@ exec python3 -m edgemed build "$(dirname "$0")" "$@"
 
 def open(engine: Engine, threads: int | None) -> Session:
     """TensorRT where the engine is built, ONNX Runtime on the same graph where it is not."""
-    if engine.stand_in:
-        from edgemed.tensorrt.ort_emulation import StandIn
+    if engine.emulation:
+        from edgemed.tensorrt.ort_emulation import OrtEmulation
 
-        return StandIn(engine, threads)
+        return OrtEmulation(engine, threads)
     from edgemed.tensorrt.session import TrtSession
 
     return TrtSession(engine)

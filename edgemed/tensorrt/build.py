@@ -22,7 +22,7 @@ from edgemed.vision.preprocessing import most_features, vision_of
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
-    from edgemed.models.architecture import Vision
+    from edgemed.models.architecture import VisionConfig
 
 SEEING = ("tower", "projector")
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -286,7 +286,7 @@ def profiles(engine: Engine, name: str) -> list[tuple[Sizes, Sizes, Sizes]]:
     ]
 
 
-def patch_range(v: Vision, context: int) -> tuple[int, int, int]:
+def patch_range(v: VisionConfig, context: int) -> tuple[int, int, int]:
     """(min, opt, max) patches of an image that fits the context. A narrow image may become fewer
     features than min_pixels says: one at least.
     """
@@ -298,7 +298,7 @@ def patch_range(v: Vision, context: int) -> tuple[int, int, int]:
     return per, per * min(max(usual, 1), most), per * most
 
 
-def score_bytes(v: Vision, context: int) -> int:
+def score_bytes(v: VisionConfig, context: int) -> int:
     """Attention scores of one tower layer over the largest image, where TensorRT keeps them all: a
     rule of thumb.
     """

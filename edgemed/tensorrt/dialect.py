@@ -18,8 +18,8 @@ from edgemed.onnx.decoder_graph import one_mlp, shares, used
 from edgemed.quantization.grids import Ints
 
 if TYPE_CHECKING:
-    from edgemed.models.architecture import Decoder, Vision
-    from edgemed.models.weights import Weights
+    from edgemed.models.architecture import DecoderConfig, VisionConfig
+    from edgemed.models.weights import CanonicalWeights
     from edgemed.onnx.decoder_graph import Graph
 
 # Rows of the cache are offered in whole blocks, so that decoding sees few different shapes (one
@@ -59,7 +59,7 @@ class PlainDialect:
         # the newest TensorRT 10.3 documents.
         self.opset = 21 if bits == 4 else 20
 
-    def inputs(self, graph: Graph, d: Decoder) -> None:
+    def inputs(self, graph: Graph, d: DecoderConfig) -> None:
         graph.value("inputs", "slots", graph.onnx.TensorProto.INT64, ["past"])
         for n in range(d.layers):
             for part in ("key", "value"):
@@ -79,7 +79,7 @@ class PlainDialect:
         if d.positions == "rope":
             self._angles(graph, d)
 
-    def _angles(self, graph: Graph, d: Decoder) -> None:
+    def _angles(self, graph: Graph, d: DecoderConfig) -> None:
         """rope.cos and rope.sin [1, new, 1, pairs] of the new tokens' positions, computed in
         float32.
         """
@@ -114,7 +114,7 @@ class PlainDialect:
             )
             node("Cast", [wide], table, to=graph.float_type)
 
-    def _rotated(self, graph: Graph, d: Decoder, x: str, name: str) -> str:
+    def _rotated(self, graph: Graph, d: DecoderConfig, x: str, name: str) -> str:
         """x [1, new, heads, head_dim] turned by the rotary angles, where the model has them."""
         if d.positions != "rope":
             return graph.node("Identity", [x], name)
@@ -150,7 +150,7 @@ class PlainDialect:
         ]
         return node("Concat", [*turned, *rest], name, axis=-1)
 
-    def _masks(self, graph: Graph, d: Decoder) -> None:
+    def _masks(self, graph: Graph, d: DecoderConfig) -> None:
         """mask [new, past + new]: 0 where a query may look, FAR where it may not; `past` as a
         number, for cutting.
         """
@@ -189,7 +189,7 @@ class PlainDialect:
     def residual_norm(
         self,
         graph: Graph,
-        d: Decoder,
+        d: DecoderConfig,
         name: str,
         x: str,
         add: str | None,
@@ -213,7 +213,7 @@ class PlainDialect:
             )
         return x, graph.cast(y, stream, floats, name)
 
-    def _rms(self, graph: Graph, d: Decoder, name: str, x: str, weight: str) -> str:
+    def _rms(self, graph: Graph, d: DecoderConfig, name: str, x: str, weight: str) -> str:
         """x / sqrt(mean(x^2) + eps) * weight, in the stream's format; RMSNormalization is parsed
         from TensorRT 10.15 on only.
         """
@@ -235,7 +235,7 @@ class PlainDialect:
         )
         return node("Mul", [node("Div", [x, root], f"{name}.unit"), weight], name)
 
-    def attention(self, graph: Graph, d: Decoder, layer: int, qkv: str) -> str:
+    def attention(self, graph: Graph, d: DecoderConfig, layer: int, qkv: str) -> str:
         """softmax(q k^T scale + mask) v over past and new rows; scores of the two parts are joined,
         keys and values never are.
 
@@ -318,7 +318,7 @@ class PlainDialect:
             name,
         )
 
-    def _query(self, graph: Graph, d: Decoder, layer: int, q: str) -> tuple[str, float]:
+    def _query(self, graph: Graph, d: DecoderConfig, layer: int, q: str) -> tuple[str, float]:
         """q [1, new, q_size] -> [1, heads, new, head_dim] (or [1, kv_heads, group, new, head_dim])
         times a power of two; and what is left of the scale.
 
@@ -366,7 +366,7 @@ class PlainDialect:
             scale / power,
         )
 
-    def tower_attention(self, graph: Graph, v: Vision, name: str, qkv: str) -> str:
+    def tower_attention(self, graph: Graph, v: VisionConfig, name: str, qkv: str) -> str:
         """qkv [patches, 3 * width] -> [patches, width]; every patch sees every other. Scores and
         softmax are float32.
         """
@@ -444,7 +444,7 @@ class PlainDialect:
                 )
         return "patch"
 
-    def activation(self, graph: Graph, d: Decoder, name: str, x: str) -> str:
+    def activation(self, graph: Graph, d: DecoderConfig, name: str, x: str) -> str:
         if d.activation == "silu":
             return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{name}.gate")], name)
         return graph.node(
@@ -452,7 +452,7 @@ class PlainDialect:
         )
 
     def experts(
-        self, graph: Graph, weights: Weights, n: int, x: str, gates: str, chosen: str
+        self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
     ) -> str:
         """Each expert's gate times what it gives for all tokens, added up; an expert that no token
         chose stands in the way of an If that is not taken.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import Pictures, Positions, check_room, feature_rows
+from edgemed.inference.session import ImageEmbeddings, Positions, check_room, feature_rows
 from edgemed.onnx.ort_cpu_types import started
 from edgemed.tensorrt.dialect import BLOCK, NOWHERE, rows_offered
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
 
 
-class StandIn:
+class OrtEmulation:
     """A Session on ONNX Runtime over the plain graph; the cache is [1, rows, kv_heads, head_dim]
     per layer, new rows are written behind the old.
     """
@@ -57,7 +57,7 @@ class StandIn:
         )
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         check_room(self, tokens)
         seen = feature_rows(tokens, pictures, bool(self.hidden))

@@ -18,7 +18,7 @@ from edgemed.artifacts import store
 from edgemed.console import say
 from edgemed.errors import EdgemedError
 from edgemed.hardware.cuda_driver import CaptureError, Cuda
-from edgemed.inference.session import Pictures, Positions, check_room, feature_rows
+from edgemed.inference.session import ImageEmbeddings, Positions, check_room, feature_rows
 from edgemed.tensorrt.build import EVERY, Sizes, identity, shape_of, tensorrt
 from edgemed.tensorrt.dialect import NOWHERE, rows_offered
 
@@ -136,7 +136,7 @@ class TrtSession:
         return context
 
     def prefill(
-        self, tokens: Sequence[int], every: bool = False, pictures: Pictures | None = None
+        self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
     ) -> np.ndarray:
         check_room(self, tokens)
         seen = feature_rows(tokens, pictures, bool(self.hidden))
@@ -155,7 +155,7 @@ class TrtSession:
                 found.append(rows.copy())
         return np.concatenate(found) if every else rows
 
-    def _show(self, seen: np.ndarray, pictures: Pictures | None) -> None:
+    def _show(self, seen: np.ndarray, pictures: ImageEmbeddings | None) -> None:
         """Put the features of one part of a prompt on the GPU, and their rows among the inputs: an
         image may begin in one part and end in another.
         """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
 
 
-class TrtGraphs:
+class TensorRTVisionGraphs:
     """tower and projector of a built engine, each with one execution context and buffers of its
     own.
     """

@@ -89,7 +89,7 @@ def verify(
         **({"adapter": used} if used else {}),
         "prompts": len(reference.windows),
         "reference": reference.digest(),
-        "ran_on": engine.stand_in or engine.target,
+        "ran_on": engine.emulation or engine.target,
         **measured,
         "limits": {
             "max_kl": limits.max_kl,
@@ -182,7 +182,7 @@ def exact_error(engine: Engine) -> float | None:
     """The largest logit error allowed where the precision is float32, None for a quantized
     engine.
     """
-    return plugins.load("targets", engine.target).EXACT.get(engine.precision)
+    return plugins.load("targets", engine.target).FP32_TOLERANCE.get(engine.precision)
 
 
 def judge(engine: Engine, measured: dict[str, Any], limits: Limits) -> list[str]:

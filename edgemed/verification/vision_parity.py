@@ -17,8 +17,8 @@ from edgemed.console import track
 from edgemed.engines.image_reference import ImageReference
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate, log_softmax
-from edgemed.inference.session import Pictures, Session
-from edgemed.onnx.vision_encoder import VisionSession, eyes_of
+from edgemed.inference.session import ImageEmbeddings, Session
+from edgemed.onnx.vision_encoder import OnnxVisionEncoder, open_vision
 from edgemed.vision.preprocessing import Patches, patches
 
 if TYPE_CHECKING:
@@ -61,23 +61,23 @@ def stages(
     """
     if not reference.pictures:
         return []
-    eyes = eyes_of(engine, threads)
+    vision_encoder = open_vision(engine, threads)
     try:
-        check_fit(engine, eyes, reference)
-        found = seen(engine, eyes, reference) if tower else []
-        found.append(decoded(session, eyes, reference, exact, max_kl, min_top1))
+        check_fit(engine, vision_encoder, reference)
+        found = seen(engine, vision_encoder, reference) if tower else []
+        found.append(decoded(session, vision_encoder, reference, exact, max_kl, min_top1))
         return [
             *found,
             answered(
                 session,
-                eyes,
+                vision_encoder,
                 reference,
                 exact is not None and tower_of(engine)[0] in ("fp32", "f32"),
                 max_kl,
             ),
         ]
     finally:
-        eyes.close()
+        vision_encoder.close()
 
 
 def tower_of(engine: Engine) -> tuple[str, float]:
@@ -87,20 +87,20 @@ def tower_of(engine: Engine) -> tuple[str, float]:
     return engine.params["tower"], TOWERS[engine.params["tower"]]
 
 
-def check_fit(engine: Engine, eyes: Any, reference: ImageReference) -> None:
+def check_fit(engine: Engine, vision_encoder: Any, reference: ImageReference) -> None:
     """Raise EdgemedError where the engine makes another number of patches of an image than its
     source did, or has no room for an image and its answer.
     """
     new = reference.greedy.shape[1]
     for n, picture in enumerate(reference.pictures):
-        found = patches(reference.image(n), eyes.v)
+        found = patches(reference.image(n), vision_encoder.v)
         if n < len(reference.pixels) and found.pixels.shape != reference.pixels[n].shape:
             raise EdgemedError(
                 f"{engine.path}: image {n + 1} becomes {len(found.pixels)} patches, in its"
                 f" reference {len(reference.pixels[n])}",
                 "Export the engine again",
             )
-        length = len(reference.tokens(n)) - 1 + len(found.pixels) // eyes.v.merge**2 + new
+        length = len(reference.tokens(n)) - 1 + len(found.pixels) // vision_encoder.v.merge**2 + new
         if length > engine.context:
             raise EdgemedError(
                 f"{engine.path}: image {n + 1} ({picture.shape[1]} x {picture.shape[0]}) with"
@@ -110,13 +110,13 @@ def check_fit(engine: Engine, eyes: Any, reference: ImageReference) -> None:
             )
 
 
-def seen(engine: Engine, eyes: Any, reference: ImageReference) -> list[dict[str, Any]]:
+def seen(engine: Engine, vision_encoder: Any, reference: ImageReference) -> list[dict[str, Any]]:
     """The stages in front of the decoder."""
     images = counted(len(reference.pixels), "image")
     precision, limit = tower_of(engine)
-    if not isinstance(eyes, VisionSession):
+    if not isinstance(vision_encoder, OnnxVisionEncoder):
         both = [
-            relative(eyes.features(reference.image(n))[0], right)
+            relative(vision_encoder.features(reference.image(n))[0], right)
             for n, right in enumerate(reference.features)
         ]
         return [
@@ -128,17 +128,17 @@ def seen(engine: Engine, eyes: Any, reference: ImageReference) -> list[dict[str,
                 " projector in one",
             )
         ]
-    found = [patches(reference.image(n), eyes.v) for n in range(len(reference.pixels))]
+    found = [patches(reference.image(n), vision_encoder.v) for n in range(len(reference.pixels))]
     pixels = [
         float(np.abs(made.pixels - right).max())
         for made, right in zip(found, reference.pixels, strict=True)
     ]
     towers = [
-        relative(eyes.run_tower(Patches(right, made.rows, made.columns)), tower)
+        relative(vision_encoder.run_tower(Patches(right, made.rows, made.columns)), tower)
         for made, right, tower in zip(found, reference.pixels, reference.tower, strict=True)
     ]
     projected = [
-        relative(eyes.run_projector(tower), features)
+        relative(vision_encoder.run_projector(tower), features)
         for tower, features in zip(reference.tower, reference.features, strict=True)
     ]
     return [
@@ -182,7 +182,7 @@ def relative(found: np.ndarray, right: np.ndarray) -> float:
 
 def decoded(
     session: Session,
-    eyes: Any,
+    vision_encoder: Any,
     reference: ImageReference,
     exact: float | None,
     max_kl: float,
@@ -196,7 +196,11 @@ def decoded(
         # The source's greedy answer is its most likely tokens: agreement needs no scores, and the
         # few that are kept would leave it to chance.
         best = reference.greedy[n] if reference.greedy.size else expected.argmax(-1)
-        found = forced(session, *reference.shown(n, eyes.v, eyes.parts, session.context), best[:-1])
+        found = forced(
+            session,
+            *reference.shown(n, vision_encoder.v, vision_encoder.parts, session.context),
+            best[:-1],
+        )
         kl.append(divergence(expected, found[: len(expected)]))
         same.append(best == found.argmax(-1))
         error = max(error, float(np.abs(expected - found[: len(expected)]).max()))
@@ -218,7 +222,7 @@ def decoded(
 
 
 def answered(
-    session: Session, eyes: Any, reference: ImageReference, exact: bool, max_kl: float
+    session: Session, vision_encoder: Any, reference: ImageReference, exact: bool, max_kl: float
 ) -> dict[str, Any]:
     """Everything together: from the image to greedy answers, and for engines that may differ a
     little to the scores of the source's answers.
@@ -226,7 +230,7 @@ def answered(
     same = 0
     new = reference.greedy.shape[1]
     for n, expected in track(list(enumerate(reference.greedy)), "answers about images"):
-        prompt, pictures = eyes.see(reference.tokens(n), [reference.image(n)])
+        prompt, pictures = vision_encoder.see(reference.tokens(n), [reference.image(n)])
         session.rewind(0)
         answer = np.array(
             (
@@ -254,7 +258,7 @@ def answered(
     for n, expected in enumerate(reference.logits):
         found = forced(
             session,
-            *eyes.see(reference.tokens(n), [reference.image(n)]),
+            *vision_encoder.see(reference.tokens(n), [reference.image(n)]),
             reference.greedy[n, : len(expected) - 1],
         )
         kl.append(divergence(expected, found))
@@ -271,7 +275,7 @@ def answered(
 
 
 def forced(
-    session: Session, prompt: Sequence[int], pictures: Pictures | None, answer: np.ndarray
+    session: Session, prompt: Sequence[int], pictures: ImageEmbeddings | None, answer: np.ndarray
 ) -> np.ndarray:
     """Scores [1 + len(answer), width] behind a prompt and behind each token of an answer that is
     given.

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import Pictures
+from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.tokenizer import encode
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from edgemed.models.architecture import Vision
+    from edgemed.models.architecture import VisionConfig
 
 KEPT = 32  # images whose features are kept: a few megabytes
 NARROWEST = 200  # Qwen2-VL refuses images longer than this many times their width
@@ -41,7 +41,7 @@ class Patches:
     columns: int
 
 
-def fitted_size(width: int, height: int, v: Vision) -> tuple[int, int]:
+def fitted_size(width: int, height: int, v: VisionConfig) -> tuple[int, int]:
     """(width, height) to which an image is resized: Qwen2-VL's smart_resize, or the tower's own
     square.
 
@@ -70,7 +70,7 @@ def fitted_size(width: int, height: int, v: Vision) -> tuple[int, int]:
     return w, h
 
 
-def resized(image: Image.Image, v: Vision) -> Image.Image:
+def resized(image: Image.Image, v: VisionConfig) -> Image.Image:
     """The image at the size its tower reads, bicubic.
 
     A square tower gets it padded to a square with the mean colour first (LLaVA's expand2square), or
@@ -98,7 +98,7 @@ def resized(image: Image.Image, v: Vision) -> Image.Image:
     return image.crop(box) if box else image
 
 
-def patches(image: Image.Image, v: Vision) -> Patches:
+def patches(image: Image.Image, v: VisionConfig) -> Patches:
     """One RGB image as normalised patches, those that are merged into one feature side by side
     (transformers' Qwen2-VL order).
     """
@@ -115,7 +115,7 @@ def patches(image: Image.Image, v: Vision) -> Patches:
     )
 
 
-def axial_positions(found: Patches, v: Vision) -> np.ndarray:
+def axial_positions(found: Patches, v: VisionConfig) -> np.ndarray:
     """(row, column) of each patch in the order of `patches`, int64 [n, 2]."""
     grid = np.stack(np.meshgrid(np.arange(found.rows), np.arange(found.columns), indexing="ij"), -1)
     m = v.merge
@@ -126,7 +126,7 @@ def axial_positions(found: Patches, v: Vision) -> np.ndarray:
     )
 
 
-def axial_angles(found: Patches, v: Vision) -> np.ndarray:
+def axial_angles(found: Patches, v: VisionConfig) -> np.ndarray:
     """Rotary angles of each patch, float32 [n, pairs of a head]: row times frequencies, then column
     times frequencies.
     """
@@ -134,12 +134,12 @@ def axial_angles(found: Patches, v: Vision) -> np.ndarray:
     return at.reshape(len(at), -1).astype(np.float32)
 
 
-def feature_count(found: Patches, v: Vision) -> int:
+def feature_count(found: Patches, v: VisionConfig) -> int:
     """Features, and so tokens, that an image becomes."""
     return found.rows * found.columns // v.merge**2
 
 
-def most_features(v: Vision) -> int:
+def most_features(v: VisionConfig) -> int:
     """The most features an image can become under the resize rule."""
     if v.size:
         return (v.size // v.patch) ** 2 // v.merge**2
@@ -208,8 +208,8 @@ class Kept:
 
 
 def placed(
-    tokens: Sequence[int], seen: Sequence[Seen], v: Vision, parts: int, context: int
-) -> tuple[list[int], Pictures | None]:
+    tokens: Sequence[int], seen: Sequence[Seen], v: VisionConfig, parts: int, context: int
+) -> tuple[list[int], ImageEmbeddings | None]:
     """(tokens with every image token repeated for its image's features, the features themselves).
 
     tokens: a prompt with one image token for each image, in order; seen: what the images became.
@@ -229,10 +229,12 @@ def placed(
             "Ask with fewer or smaller images, or export with a longer context",
         )
     positions = token_positions(found, v.token, [grid for _, grid in seen], parts)
-    return found, Pictures(np.concatenate([features for features, _ in seen]), positions, v.token)
+    return found, ImageEmbeddings(
+        np.concatenate([features for features, _ in seen]), positions, v.token
+    )
 
 
-def prompt_tokens(tokenizer: Any, text: str, v: Vision | None) -> list[int]:
+def prompt_tokens(tokenizer: Any, text: str, v: VisionConfig | None) -> list[int]:
     """Token ids of a prompt to a model that sees: those every prompt starts with, then the text,
     with the image token wherever the marker stands.
 
@@ -260,10 +262,10 @@ def check_places(tokens: Sequence[int], token: int, images: int) -> None:
         )
 
 
-def vision_of(facts: Mapping[str, Any]) -> Vision:
+def vision_of(facts: Mapping[str, Any]) -> VisionConfig:
     """Vision values as an engine carries them in JSON."""
-    from edgemed.models.architecture import Vision
+    from edgemed.models.architecture import VisionConfig
 
-    return Vision(
+    return VisionConfig(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
     )

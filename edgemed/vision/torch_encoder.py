@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import Pictures
-from edgemed.models.architecture import Vision
-from edgemed.models.weights import Weights
+from edgemed.inference.session import ImageEmbeddings
+from edgemed.models.architecture import VisionConfig
+from edgemed.models.weights import CanonicalWeights
 from edgemed.vision.preprocessing import (
     Kept,
     Patches,
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def features(weights: Weights, found: Patches) -> dict[str, torch.Tensor]:
+def features(weights: CanonicalWeights, found: Patches) -> dict[str, torch.Tensor]:
     """'tower' [patches, width] and 'features' [features, hidden] of one image."""
     torch = need("torch", "build")
-    v: Vision = weights.vision
+    v: VisionConfig = weights.vision
     with torch.inference_mode():
         x = _embedded(weights, torch.from_numpy(found.pixels))
         angles = torch.from_numpy(axial_angles(found, v)) if v.frequencies else None
@@ -41,7 +41,7 @@ def features(weights: Weights, found: Patches) -> dict[str, torch.Tensor]:
         return {"tower": x, "features": _projected(weights, v, x)}
 
 
-def _embedded(weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
+def _embedded(weights: CanonicalWeights, pixels: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     v = weights.vision
     x = _linear(weights, "vision.patch", pixels)
@@ -52,19 +52,19 @@ def _embedded(weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
     return _norm(weights, "vision.pre_norm", x) if v.pre_norm else x
 
 
-def _norm(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+def _norm(weights: CanonicalWeights, name: str, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     weight, bias = weights.norm(name)
     return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, weights.vision.norm_eps)
 
 
-def _linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+def _linear(weights: CanonicalWeights, name: str, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     matrix = weights.matrix(name)
     return torch.nn.functional.linear(x, matrix.dense(), matrix.bias)
 
 
-def _activated(v: Vision, x: torch.Tensor) -> torch.Tensor:
+def _activated(v: VisionConfig, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     return (
         x * torch.sigmoid(1.702 * x)
@@ -74,7 +74,11 @@ def _activated(v: Vision, x: torch.Tensor) -> torch.Tensor:
 
 
 def _layer(
-    weights: Weights, v: Vision, name: str, x: torch.Tensor, angles: torch.Tensor | None
+    weights: CanonicalWeights,
+    v: VisionConfig,
+    name: str,
+    x: torch.Tensor,
+    angles: torch.Tensor | None,
 ) -> torch.Tensor:
     torch = need("torch", "build")
     n = len(x)
@@ -103,7 +107,7 @@ def _rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
-def _projected(weights: Weights, v: Vision, x: torch.Tensor) -> torch.Tensor:
+def _projected(weights: CanonicalWeights, v: VisionConfig, x: torch.Tensor) -> torch.Tensor:
     torch = need("torch", "build")
     x = _norm(weights, "vision.projector.norm", x) if v.projector_norm else x
     x = torch.nn.functional.gelu(
@@ -112,12 +116,12 @@ def _projected(weights: Weights, v: Vision, x: torch.Tensor) -> torch.Tensor:
     return _linear(weights, "vision.projector.second", x)
 
 
-class TorchEyes:
-    """The eyes of a checkpoint, in float32: what VisionSession is to an engine. family: whose
+class TorchVisionEncoder:
+    """The eyes of a checkpoint, in float32: what OnnxVisionEncoder is to an engine. family: whose
     prompts and answers its model knows.
     """
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: CanonicalWeights):
         if not weights.vision:
             raise EdgemedError(
                 f"{weights.checkpoint.path} reads text only",
@@ -145,8 +149,8 @@ class TorchEyes:
 
     def see(
         self, tokens: Sequence[int], images: Sequence[Image.Image]
-    ) -> tuple[list[int], Pictures | None]:
-        """As VisionSession.see."""
+    ) -> tuple[list[int], ImageEmbeddings | None]:
+        """As OnnxVisionEncoder.see."""
         check_places(tokens, self.v.token, len(images))
         return placed(
             tokens, [self.features(image) for image in images], self.v, self.parts, self.context
