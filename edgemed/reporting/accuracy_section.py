@@ -192,7 +192,7 @@ def reliability(block: Json, title: str) -> dict[str, Any]:
     """One small chart per engine: its confidence against how often it was right, over the
     source's.
     """
-    charts = []
+    drawings = []
     for row in block["rows"]:
         after = row["c"]
         before = calibration(row["base"])
@@ -208,8 +208,8 @@ def reliability(block: Json, title: str) -> dict[str, Any]:
             after["bins"],
             f"Reliability of {row['label']} on {title}, {block['strategy']}",
         )
-        charts.append({"label": row["label"], "caption": caption, "svg": drawn})
-    return {"strategy": block["strategy"], "charts": charts}
+        drawings.append({"label": row["label"], "caption": caption, "svg": drawn})
+    return {"strategy": block["strategy"], "charts": drawings}
 
 
 def subgroups(rows: Sequence[Json]) -> dict[str, Any] | None:

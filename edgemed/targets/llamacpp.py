@@ -642,11 +642,11 @@ def write_probe(folder: Path, wanted: str) -> Engine:
     ]
     (folder / wanted).mkdir()
 
-    def metadata(writer: Any) -> None:
+    def described(writer: Any) -> None:
         metadata.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
         writer.add_tokenizer_model("no_vocab")
 
-    writer.write(folder / wanted / FILE, family.gguf_arch, metadata, tensors, threads=1)
+    writer.write(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)
     return probe_engine(folder, wanted)
 
 

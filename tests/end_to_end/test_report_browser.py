@@ -2,7 +2,7 @@
 in light and dark, on a phone and on paper.
 
 Chromium is driven by its command line alone. To look at the pictures: EDGEMED_PICTURES=DIR pytest
-tests/test_report_browser.py.
+tests/end_to_end/test_report_browser.py.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from edgemed.benchmarking import machine_state, thread_sweep
 from edgemed.benchmarking.spec import BenchSpec
@@ -21,7 +22,7 @@ from edgemed.hardware.sysfs import number
 from edgemed.pipeline.recipe import Recipe
 from edgemed.pipeline.report_document import not_measured
 
-DATA = Path(__file__).parent / "data" / "sensors"
+DATA = ROOT / "tests" / "data" / "sensors"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_model
+from conftest import ROOT, write_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
@@ -210,7 +210,7 @@ def test_bad_input(weights: CanonicalWeights, tmp_path: Path) -> None:
     text = CanonicalWeights(open_checkpoint(write_model(tmp_path / "text")))
     with pytest.raises(EdgemedError, match="has images, and .* reads text only"):
         calibration(text, CARD, 1, 16)
-    row = read_jsonl(Path(__file__).parent.parent / "calibration" / CARD / "calibration.jsonl")[0]
+    row = read_jsonl(ROOT / "calibration" / CARD / "calibration.jsonl")[0]
     (tmp_path / "own.jsonl").write_text(json.dumps({**row, "image": "none.png"}) + "\n")
     with pytest.raises(EdgemedError, match="none.png"):
         calibration_digests(str(tmp_path / "own.jsonl"))

@@ -15,7 +15,7 @@ from edgemed.planning import validation
 from edgemed.planning.roofline import (
     Constants,
     Storage,
-    VisionConfig,
+    VisionCost,
     constants,
     decode_seconds,
     fitted,
@@ -96,7 +96,7 @@ def test_times_grow_with_what_costs_and_shrink_with_what_helps():
     assert decode_seconds(published_models()["Qwen3-8B"], INT4, fast, 9) > decode_seconds(
         d, INT4, fast, 9
     )
-    vision = VisionConfig(24, 1024, 4096)
+    vision = VisionCost(24, 1024, 4096)
     assert vision_seconds(vision, fast, 256) < vision_seconds(
         vision, fast, 512
     ) / 2 + vision_seconds(vision, fast, 1)

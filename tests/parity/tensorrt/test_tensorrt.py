@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONTEXT, cli, refused, tokens, write_model
+from conftest import CONTEXT, ROOT, cli, refused, tokens, write_model
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
@@ -665,7 +665,7 @@ def test_the_same_answers_as_the_onnx_engine(tmp_path: Path) -> None:
     from edgemed.pipeline.runner import run_step
     from edgemed.targets.onnx import Params as Onnx
 
-    source = Path(__file__).resolve().parent.parent / "recipes" / "quickstart" / "model"
+    source = ROOT / "recipes" / "quickstart" / "model"
     params = quantize.Params(
         method="gptq",
         bits=4,

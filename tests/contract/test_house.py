@@ -140,10 +140,10 @@ def test_no_utils() -> None:
 # these names and every SentencePiece one by the other, whatever the architecture; a rope type of
 # configs of any architecture.
 FORMAT_NAMES = {
-    ("writer.py", "gpt2"),
-    ("writer.py", "llama"),
-    ("architecture.py", "llama3"),
-    ("architecture.py", "Known: default, linear, llama3"),
+    ("metadata.py", "gpt2"),
+    ("metadata.py", "llama"),
+    ("family_helpers.py", "llama3"),
+    ("family_helpers.py", "Known: default, linear, llama3"),
     ("calibration_cards.py", "contains_phi"),
 }
 
