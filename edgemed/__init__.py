@@ -1,8 +1,12 @@
 """edgemed takes a medical checkpoint to small-device engines and proves that they did not get
 worse.
 
-    import edgemed as em em.inspect("./BioMedLM"); em.run("recipes/quickstart.yaml");
-    em.export("./BioMedLM", "onnx", "engine"); em.open_engine("engine")
+    import edgemed as em
+
+    em.inspect("./BioMedLM")
+    em.run("recipes/quickstart.yaml")
+    em.export("./BioMedLM", "onnx", "engine")
+    em.open_engine("engine")
 
 The names are loaded when they are first used, so that importing edgemed needs no runtime and no
 torch.

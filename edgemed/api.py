@@ -14,7 +14,7 @@ from edgemed.artifacts import store
 from edgemed.data.text_sets import IMAGES
 from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
-from edgemed.errors import EdgemedError, nearest
+from edgemed.errors import EdgemedError, extras_named, nearest
 from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
 from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
 from edgemed.evaluation.spec import EvalSpec
@@ -40,6 +40,7 @@ __all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "strea
 EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
 
 
+@extras_named()
 def run(recipe: str | Path, work: str | Path | None = None, sets: Sequence[str] = ()) -> Path:
     """Run a recipe file or shipped recipe; returns the path of report.html. sets:
     ['quantize.bits=8', ...].
@@ -52,6 +53,7 @@ def run(recipe: str | Path, work: str | Path | None = None, sets: Sequence[str] 
     )
 
 
+@extras_named()
 def export(
     model: str,
     target: str,
@@ -101,6 +103,7 @@ def export(
     return engine
 
 
+@extras_named()
 def build(
     engine: str | Path, workspace_mb: int | None = None, measure: bool = True
 ) -> dict[str, Any]:
@@ -141,6 +144,7 @@ def build(
     return {"plan": plan, "verify": result, "records": records}
 
 
+@extras_named()
 def evaluate_tasks(
     engine: str | Path,
     spec: EvalSpec,
@@ -307,6 +311,7 @@ def stream(
         session.close()
 
 
+@extras_named()
 def templated(engine: Engine, text: str, images: int, template: str) -> str:
     """A user's text as the prompt a model was trained on. Raises EdgemedError for a template this
     engine's family does not have.
@@ -348,6 +353,7 @@ def _words(
             shown = text
 
 
+@extras_named()
 def chat(
     engine: str | Path, sampling: Sampling, threads: int | None = None, adapter: str | None = None
 ) -> None:

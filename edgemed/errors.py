@@ -7,10 +7,19 @@ its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
+
+# Packages that build-only modules import at their top, and the extra that brings each.
+EXTRAS = {
+    **dict.fromkeys(
+        ("torch", "transformers", "peft", "safetensors", "onnx", "gguf", "accelerate"), "build"
+    ),
+    "huggingface_hub": "build",
+}
 
 
 class EdgemedError(Exception):
@@ -41,7 +50,28 @@ def need(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise EdgemedError(
-            f"this needs the package '{module}', which is not installed",
-            f"Install it with: pip install 'edgemed[{extra}]'",
-        ) from None
+        raise missing(module, extra) from None
+
+
+def missing(module: str, extra: str) -> EdgemedError:
+    """The error that names an absent package and the extra that brings it."""
+    return EdgemedError(
+        f"this needs the package '{module}', which is not installed",
+        f"Install it with: pip install 'edgemed[{extra}]'",
+    )
+
+
+@contextlib.contextmanager
+def extras_named() -> Iterator[None]:
+    """Turn the absence of a build package into the error that names its extra; also a decorator.
+
+    Build-only modules import torch and the like at their top, so the error arises where one of
+    them is first imported. It is caught where plug-ins, the API and the command line are entered.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in EXTRAS:
+            raise
+        raise missing(module, EXTRAS[module]) from None

@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-from edgemed.errors import EdgemedError, nearest
+from edgemed.errors import EdgemedError, extras_named, nearest
 
 ROOT = Path(__file__).parent
 CODE_KINDS = ("families", "steps", "targets", "tasks")
@@ -30,7 +30,8 @@ def load(kind: str, name: str) -> ModuleType:
     if name not in names(kind):
         singular = {"families": "family"}.get(kind, kind.rstrip("s"))
         raise EdgemedError(f"unknown {singular} '{name}'", nearest(name, names(kind)))
-    return importlib.import_module(f"edgemed.{kind}.{name}")
+    with extras_named():
+        return importlib.import_module(f"edgemed.{kind}.{name}")
 
 
 def shared(folder: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from edgemed.cli.options import (
     settings,
 )
 from edgemed.console import show
-from edgemed.errors import EdgemedError
+from edgemed.errors import EdgemedError, extras_named
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,9 +41,14 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command line. arguments: without the program's name; None for the process' own.
+
+    Raises SystemExit with the command's exit code.
+    """
     try:
-        app()
+        with extras_named():
+            app(arguments)
     except EdgemedError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
