@@ -1,7 +1,7 @@
-"""Writes the map of the packages in docs/design.md from the packages themselves: python docs/make_map.py
+"""Writes the map of the packages in docs/design.md: python docs/make_map.py
 
-What a package is for stands in its `__init__.py`, and the layers in the test that checks them; a map
-written by hand would be a third place that is wrong after the next move.
+What a package is for stands in its `__init__.py`, and the layers in the test that checks them. A
+map written by hand would be a third place that is wrong after the next move.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Takes the picture of the report that README shows: python docs/screenshot.py runs/quickstart/report.html
+"""Takes README's picture of the report: python docs/screenshot.py runs/quickstart/report.html
 
 It is the quickstart's own report in headless Chromium, so the picture is what a reader gets. It is
-not taken anew by `make docs`: speeds differ from run to run, and a picture in every commit is noise.
+not taken anew by `make docs`: speeds differ from run to run, so each picture would be another.
 """
 
 from __future__ import annotations
