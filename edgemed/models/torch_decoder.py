@@ -46,7 +46,7 @@ def load_layer(weights: CanonicalWeights, n: int) -> Layer:
         layer[name] = (matrix.dense(), matrix.bias)
     for name in (
         (f"experts.{j}.{last}" for j in range(d.experts.count) for last in ("up", "down"))
-        if d.sparse(n) and d.experts.based
+        if d.sparse(n) and d.experts.has_shared_base
         else ()
     ):
         own = weights.delta(f"layers.{n}.{name}")
@@ -65,7 +65,7 @@ def loaded(weights: CanonicalWeights, n: int) -> int:
     whole = (
         d.experts.count
         * sum(math.prod(shapes[f"layers.{n}.base.{last}"]) for last in ("up", "down"))
-        if d.sparse(n) and d.experts.based
+        if d.sparse(n) and d.experts.has_shared_base
         else 0
     )
     return whole + sum(
@@ -202,7 +202,7 @@ def mlp(
     flat = x.reshape(-1, d.hidden)
     gates, chosen = route(n, d, layer, flat) if route else routed(d, layer, flat)
     y = _one_mlp(d, layer, "shared.", flat, product) if d.experts.shared else torch.zeros_like(flat)
-    if d.experts.based:
+    if d.experts.has_shared_base:
         mixed, own = based(d, layer, flat, (gates, chosen), product)
         return (y + own + product(layer, "base.down", mixed)).reshape(x.shape)
     for expert in range(d.experts.count):

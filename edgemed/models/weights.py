@@ -121,7 +121,7 @@ class CanonicalWeights:
         expert_origin.check(checkpoint, self.parts, self.keys)
         self._check_shapes()
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
-        self.summed = bool(whole and self.source.experts and self.source.experts.based)
+        self.summed = bool(whole and self.source.experts and self.source.experts.has_shared_base)
         if self.summed:
             plain = replace(self.source.experts, rank=0, density=0.0)
             self.source = replace(self.source, experts=plain)
