@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import in_process
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 288
@@ -268,22 +269,26 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def cli(
     *arguments: object,
+    process: bool = False,
     python: str | Path = sys.executable,
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
     stdin: str | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """The real command line in a process of its own, without the test run's own environment leaking
-    into the package under test.
+    """The real command line, in the process of the tests; with process=True, or with another
+    Python, in one of its own.
+
+    timeout: of a process of its own; pytest's holds for the rest.
     """
-    command = [str(python), "-m", "edgemed", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200", **(env or {})}
+    words = [str(argument) for argument in arguments]
+    if not process and str(python) == sys.executable:
+        return in_process(words, env or {}, cwd, stdin)
     return subprocess.run(
-        command,
+        [str(python), "-m", "edgemed", *words],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "COLUMNS": "200", **(env or {})},
         cwd=cwd,
         input=stdin,
         timeout=timeout,

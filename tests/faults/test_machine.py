@@ -234,7 +234,14 @@ def test_runtime_not_installed(
     engines: dict[str, Path], tmp_path: Path, target: str, package: str, extra: str
 ) -> None:
     refused(
-        cli("generate", engines[target], "--prompt", "hello", env=without(tmp_path, package)),
+        cli(
+            "generate",
+            engines[target],
+            "--prompt",
+            "hello",
+            env=without(tmp_path, package),
+            process=True,
+        ),
         package,
         f"pip install 'edgemed[{extra}]'",
     )
@@ -251,6 +258,7 @@ def test_build_packages_not_installed(model: Path, tmp_path: Path) -> None:
         "--out",
         tmp_path / "out",
         env=without(tmp_path, "torch"),
+        process=True,
     )
     refused(done, "torch", "pip install 'edgemed[build]'")
     assert not (tmp_path / "out").exists()
