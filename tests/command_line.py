@@ -94,17 +94,14 @@ def _standard_streams(stdin: str | None) -> Iterator[tuple[Any, Any]]:
     for stream in streams[1:]:
         stream.flush()
     kept = [os.dup(descriptor) for descriptor in range(3)]
-    with (
-        tempfile.TemporaryFile() as source,
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as err,
-    ):
+    with ExitStack() as stack:
+        source, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
         source.write((stdin or "").encode())
         source.seek(0)
         for descriptor, file in enumerate((source, out, err)):
             os.dup2(file.fileno(), descriptor)
         try:
-            sys.stdin = open(0, encoding="utf-8", closefd=False)
+            sys.stdin = stack.enter_context(open(0, encoding="utf-8", closefd=False))
             sys.stdout = _writer(1)
             sys.stderr = _writer(2)
             yield out, err
@@ -118,7 +115,9 @@ def _standard_streams(stdin: str | None) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _environment(env: Mapping[str, str], cwd: Path | None, arguments: Sequence[str]) -> Iterator[None]:
+def _environment(
+    env: Mapping[str, str], cwd: Path | None, arguments: Sequence[str]
+) -> Iterator[None]:
     variables = dict(os.environ)
     folder = os.getcwd()
     argv = sys.argv

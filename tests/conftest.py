@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from command_line import in_process
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 288
@@ -59,6 +60,18 @@ TINY_CLIP = {
     "image_size": 56,
     "projection_dim": 16,
 }
+
+
+# The same examples on every run and machine; times differ between machines, so they decide nothing.
+settings.register_profile(
+    "stable",
+    derandomize="EX" not in os.environ,
+    deadline=None,
+    database=None,
+    max_examples=int(os.environ.get("EX","60")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("stable")
 
 
 def pytest_configure() -> None:

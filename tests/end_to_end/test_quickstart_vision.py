@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=["quickstart-vlm", "quickstart-moe"])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp(request.param) / "work"
-    done = cli("run", ROOT / "recipes" / f"{request.param}.yaml", "--work", out, process=True, timeout=1500)
+    done = cli(
+        "run", ROOT / "recipes" / f"{request.param}.yaml", "--work", out, process=True, timeout=1500
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
