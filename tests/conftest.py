@@ -13,11 +13,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import in_process
 from hypothesis import HealthCheck, settings
+from tiers import is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 288
@@ -65,10 +68,10 @@ TINY_CLIP = {
 # The same examples on every run and machine; times differ between machines, so they decide nothing.
 settings.register_profile(
     "stable",
-    derandomize="EX" not in os.environ,
+    derandomize=True,
     deadline=None,
     database=None,
-    max_examples=int(os.environ.get("EX","60")),
+    max_examples=60,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("stable")
@@ -78,6 +81,15 @@ def pytest_configure() -> None:
     # Two cores, and engines bring their own threads: torch must not fight them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.path.relative_to(ROOT / "tests").as_posix(), item.originalname):
+            item.add_marker(pytest.mark.slow)
+
+
+pytest_plugins = ["skip_report"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -200,9 +212,53 @@ def rewrite(model: Path, out: Path, change) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session that all workers see."""
+    base = tmp_path_factory.getbasetemp()
+    # A worker's own folder lies in the session's.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(out: Path, make: Callable[[Path], object]) -> Path:
+    """A directory that the first worker to come makes and the others wait for; make(path) writes
+    it. Nobody may change what is in it.
+    """
+    from filelock import FileLock
+
+    with FileLock(out.parent / f".{out.name}.once"):
+        if not out.exists():
+            part = out.parent / f".{out.name}.making"
+            make(part)
+            part.rename(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(shared: Path) -> Path:
+    """The tiny text model. Tests copy it before they change it."""
     pytest.importorskip("torch")
-    return write_model(tmp_path_factory.mktemp("shared") / "model")
+    return once(shared / "model", write_model)
+
+
+@pytest.fixture(scope="session")
+def exported(shared: Path) -> Callable[..., Any]:
+    """Engines that several tests only read: exported(checkpoint, target, params) gives the same
+    engine to all of a session. The store's own key says what it was made from, and its lock lets
+    the workers wait for each other.
+    """
+
+    def engine(checkpoint: Path, target: str, params: Any, **options: Any) -> Any:
+        from edgemed.artifacts.hashing import digest
+        from edgemed.engines.engine import export
+        from edgemed.models.checkpoint import open_checkpoint
+
+        source = open_checkpoint(checkpoint)
+        key = digest([source.hashes(), target, repr(params), sorted(map(repr, options.items()))])
+        return export(source, target, params, shared / f"{target}-{key[:16]}", **options)
+
+    return engine
 
 
 def on_q8_grid(weight):
@@ -266,11 +322,12 @@ def write_vision_model(path: Path, **config: object) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with room for an image of its largest size."""
+def vision_model(shared: Path) -> Path:
+    """The tiny vision model, with room for an image of its largest size."""
     pytest.importorskip("torch")
-    return write_vision_model(
-        tmp_path_factory.mktemp("sees") / "model", max_position_embeddings=1024
+    return once(
+        shared / "vision_model",
+        lambda path: write_vision_model(path, max_position_embeddings=1024),
     )
 
 

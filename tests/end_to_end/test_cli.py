@@ -40,6 +40,7 @@ VERBS = {
 }
 
 
+@pytest.mark.process
 def test_reference_page_is_current() -> None:
     spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
     make_cli = importlib.util.module_from_spec(spec)
@@ -61,6 +62,7 @@ def test_list_and_recipes_as_json() -> None:
     )
 
 
+@pytest.mark.process
 def test_usage_errors_are_clicks_own() -> None:
     done = cli("quantise", process=True)
     assert done.returncode == 2
@@ -121,6 +123,7 @@ def test_every_result_as_json(engine: Path, model: Path, tmp_path: Path) -> None
     assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
 
 
+@pytest.mark.process
 def test_thread_sweep_and_waiting(engine: Path) -> None:
     rows = json.loads(
         cli(
@@ -170,6 +173,7 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
     refused(cli("bench", engine, "--sweep", "threads", "--threads", 2), "--threads")
 
 
+@pytest.mark.process
 def test_generate_and_chat(engine: Path) -> None:
     said = json.loads(
         cli("generate", engine, "--prompt", "hello", "--max-tokens", 8, "--json").stdout
