@@ -23,7 +23,8 @@ for package in ("onnx", "onnxruntime", "gguf", "llama_cpp", "peft"):
 
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.process,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not (ROOT / "recipes" / "quickstart" / "adapter").is_dir(),
         reason="recipes/quickstart holds no trained model and adapter yet",

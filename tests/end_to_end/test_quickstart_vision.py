@@ -13,7 +13,7 @@ from conftest import ROOT, cli
 for package in ("torch", "onnx", "onnxruntime", "gguf", "llama_cpp", "PIL"):
     pytest.importorskip(package)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module", params=["quickstart-vlm", "quickstart-moe"])
