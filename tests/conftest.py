@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import in_process
@@ -240,25 +239,6 @@ def model(shared: Path) -> Path:
     """The tiny text model. Tests copy it before they change it."""
     pytest.importorskip("torch")
     return once(shared / "model", write_model)
-
-
-@pytest.fixture(scope="session")
-def exported(shared: Path) -> Callable[..., Any]:
-    """Engines that several tests only read: exported(checkpoint, target, params) gives the same
-    engine to all of a session. The store's own key says what it was made from, and its lock lets
-    the workers wait for each other.
-    """
-
-    def engine(checkpoint: Path, target: str, params: Any, **options: Any) -> Any:
-        from edgemed.artifacts.hashing import digest
-        from edgemed.engines.engine import export
-        from edgemed.models.checkpoint import open_checkpoint
-
-        source = open_checkpoint(checkpoint)
-        key = digest([source.hashes(), target, repr(params), sorted(map(repr, options.items()))])
-        return export(source, target, params, shared / f"{target}-{key[:16]}", **options)
-
-    return engine
 
 
 def on_q8_grid(weight):

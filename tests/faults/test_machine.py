@@ -7,6 +7,7 @@ is allowed, processes get SIGKILL, bytes on disk are changed.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -67,6 +68,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
+        # What a failed command still maps would keep the file system busy.
+        gc.collect()
         subprocess.run(["umount", str(place)], check=True)
 
 
