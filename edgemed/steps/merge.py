@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.console import say, track
-from edgemed.data.image_text_windows import calibration_digests
+from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import calibration_windows, card_names
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.artifacts import hashing, store
 from edgemed.console import track
-from edgemed.data.image_text_windows import calibration, calibration_digests
+from edgemed.data.image_sets import calibration_digests
+from edgemed.data.image_text_windows import calibration
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError, need
 from edgemed.formatting import size

@@ -82,7 +82,7 @@ def inputs(params: Params) -> dict[str, str]:
         )
     found = lora.inputs(params.adapters)
     if params.calibration:
-        from edgemed.data.image_text_windows import calibration_digests
+        from edgemed.data.image_sets import calibration_digests
 
         found |= calibration_digests(params.calibration)
     return found

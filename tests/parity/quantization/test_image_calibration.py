@@ -14,7 +14,8 @@ from conftest import ROOT, write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
 
-from edgemed.data.image_text_windows import album_of, calibration, calibration_digests, pictured
+from edgemed.data.image_sets import calibration_digests, image_rows, images_album
+from edgemed.data.image_text_windows import calibration
 from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
@@ -56,8 +57,8 @@ def test_a_window_is_the_beginning_of_its_turns(weights: CanonicalWeights, windo
     """Turn after turn, as if the whole conversation were one prompt."""
     vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    album = album_of(CARD)
-    rows = iter(pictured(CARD))
+    album = images_album(CARD)
+    rows = iter(image_rows(CARD))
     ids = []
     images = []
     tokens, seen = windows[0]
@@ -203,7 +204,7 @@ def test_a_file_with_a_comma_in_its_name_is_one_set(
 
 
 def test_bad_input(weights: CanonicalWeights, tmp_path: Path) -> None:
-    with pytest.raises(EdgemedError, match="for 11 windows of 1000 tokens, 500 are asked for"):
+    with pytest.raises(EdgemedError, match="for 11 samples of 1000 tokens, 500 are asked for"):
         calibration(weights, CARD, 500, 1000)
     with pytest.raises(EdgemedError, match="1 samples of 2 calibration sets leave one out"):
         calibration(weights, f"medquad-answers,{CARD}", 1, 16)
