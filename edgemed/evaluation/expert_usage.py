@@ -70,7 +70,7 @@ def load(
                 )
                 answerer.answer(example, parse("zero-shot"))
         for name in cards:
-            route.group = (name, str(read_card(name).facts.get("language", "")))
+            route.group = (name, str(read_card(name).metadata.get("language", "")))
             for window in track(
                 calibration_windows(name, opened.tokenizer, samples, length),
                 f"count the experts of {name}",
