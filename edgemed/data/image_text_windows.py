@@ -16,7 +16,7 @@ import torch
 
 from edgemed.console import track
 from edgemed.data.image_sets import calibration_sets, image_rows, images_album, images_of
-from edgemed.data.text_sets import calibration_windows
+from edgemed.data.text_sets import calibration_sequences
 from edgemed.errors import EdgemedError
 from edgemed.inference.session import ImageEmbeddings, Positions
 from edgemed.models.tokenizer import encode, open_tokenizer
@@ -74,7 +74,9 @@ class ImageInputs:
 Sample = tuple[list[int], ImageEmbeddings | None]
 
 
-def calibration(weights: CanonicalWeights, names: str, samples: int, length: int) -> list[Sample]:
+def calibration_samples(
+    weights: CanonicalWeights, names: str, samples: int, length: int
+) -> list[Sample]:
     """`samples` sequences of `length` tokens of a calibration set, or of several (with commas
     between) in turns.
 
@@ -107,7 +109,7 @@ def _samples_of_set(
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
     rows = image_rows(name)
     if not rows:
-        sequences = calibration_windows(name, tokenizer, samples, length, weights.checkpoint.path)
+        sequences = calibration_sequences(name, tokenizer, samples, length, weights.checkpoint.path)
         return [(sequence, None) for sequence in sequences]
     if not weights.vision:
         raise EdgemedError(

@@ -235,7 +235,7 @@ def image_questions(count: int, name: str = IMAGES) -> list[tuple[str, Image.Ima
     return [(row["question"], album.open(row["image"])) for row in rows[:count]]
 
 
-def calibration_windows(
+def calibration_sequences(
     name: str, tokenizer: Any, samples: int, length: int, model: Path | None = None
 ) -> list[list[int]]:
     """`samples` sequences of `length` tokens from the calibration split, texts joined end to end.

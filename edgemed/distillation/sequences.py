@@ -181,7 +181,7 @@ def _generated_folder(
     student: CanonicalWeights, teacher: CanonicalWeights, params: Params, shared: Path
 ) -> Path:
     """Where what the teacher generates is kept, under a key of what was asked."""
-    asked = [
+    request = [
         params.calibration,
         # A vision teacher is asked the question, whatever `prompt` says.
         None if student.vision else params.prompt,
@@ -190,7 +190,7 @@ def _generated_folder(
         params.seed,
         params.held_out,
     ]
-    key = content_key(teacher, {"params": asked, "text": inputs(params)})
+    key = content_key(teacher, {"params": request, "text": inputs(params)})
     folder = shared / f"written-{key}"
     folder.mkdir(exist_ok=True)
     return folder

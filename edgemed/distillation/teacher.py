@@ -113,8 +113,8 @@ class Teacher:
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
         """(embeddings [batch, tokens, hidden], rotary angles of each row where there are images)"""
         # An image token may lie outside the vocabulary, so another token is looked up in its place.
-        known = tokens.masked_fill(tokens == images.token, 0) if images else tokens
-        x = self.embedding["embed"][known]
+        looked_up = tokens.masked_fill(tokens == images.token, 0) if images else tokens
+        x = self.embedding["embed"][looked_up]
         if self.d.positions == "learned":
             x = x + self.embedding["positions"][: tokens.shape[1]]
         if images is None:

@@ -491,9 +491,9 @@ def _rounded(
 def _calibration(
     weights: CanonicalWeights, params: Params
 ) -> list[tuple[list[int], ImageEmbeddings | None]]:
-    from edgemed.data.image_text_windows import calibration
+    from edgemed.data.image_text_windows import calibration_samples
 
-    return calibration(
+    return calibration_samples(
         weights, params.imatrix, params.samples, min(params.length, weights.decoder.context)
     )
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from edgemed import plugins
 from edgemed.cli.main import app
 from edgemed.data.calibration_cards import Source, make_card, traces_of, words
-from edgemed.data.text_sets import calibration_windows, card_names, read_card, texts
+from edgemed.data.text_sets import calibration_sequences, card_names, read_card, texts
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.contamination import GRAM, check, every_task, grams, overlap
 from edgemed.evaluation.task import questions
@@ -130,10 +130,10 @@ def test_bad_input(tmp_path):
     refused("card exists", tmp_path / "own.jsonl")
     chinese = write(tmp_path / "zh.jsonl", [{"text": "患者因发热和咳嗽三天来诊。" * 20}])
     with pytest.raises(EdgemedError, match="does not cover the language"):
-        calibration_windows(str(chinese), open_tokenizer(MODEL, 4096), 2, 16)
+        calibration_sequences(str(chinese), open_tokenizer(MODEL, 4096), 2, 16)
     # Four of its five languages would hide the fifth in a mean over all.
     with pytest.raises(EdgemedError, match="bytes of 'ja', so it does not cover the language"):
-        calibration_windows("human-rights", open_tokenizer(MODEL, 4096), 2, 16)
+        calibration_sequences("human-rights", open_tokenizer(MODEL, 4096), 2, 16)
 
 
 def test_conversations_stay_conversations(tmp_path):
