@@ -926,7 +926,7 @@ def test_bad_input(teacher: Path, text: str, model: Path, tmp_path: Path) -> Non
     wrong(
         write_model(tmp_path / "sees", family="qwen2_vl"),
         tmp_path,
-        "the student sees, the teacher sees, and .* has no images",
+        "the student has vision, the teacher has vision, and .* has no images",
         small(text, layers=(1,)),
     )
 
