@@ -1,9 +1,9 @@
 """How far an adapter that was trained on a quantized base is from itself once it is merged into
 the base's float weights.
 
-QLoRA's factors learn to make good what quantization did to their base as well. Merging them into the
-float base is what runs everywhere, but it is another model than the trained one, so the difference
-is measured and reported.
+QLoRA's factors learn to make good what quantization did to their base as well. Merging them into
+the float base is what runs everywhere, but it is another model than the trained one, so the
+difference is measured and reported.
 """
 
 from __future__ import annotations

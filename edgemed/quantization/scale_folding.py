@@ -10,12 +10,14 @@ by it too, so that it chooses as before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from edgemed.models.architecture import DecoderConfig
-from edgemed.models.torch_decoder import Layer
+
+if TYPE_CHECKING:
+    from edgemed.models.torch_decoder import Layer
 
 
 @dataclass(frozen=True)
