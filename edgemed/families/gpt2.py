@@ -41,10 +41,10 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     scale = head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
     stored_head = next((name for name in HEADS if name in shapes), None)
-    outputs = shapes[stored_head][0] if stored_head else 0
-    if stored_head is None:
-        head = "lm"
-    else:
+    head = "lm"
+    outputs = 0
+    if stored_head is not None:
+        outputs = shapes[stored_head][0]
         head = "choice" if outputs == 1 else "classes"
     return DecoderConfig(
         hidden=hidden,

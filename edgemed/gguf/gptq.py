@@ -23,7 +23,7 @@ from edgemed.errors import need
 from edgemed.gguf.quant_types import FLOATS, block_of
 from edgemed.gguf.tensor_map import Place, interleaved
 from edgemed.gguf.writer import Encoder, Tensor
-from edgemed.models.torch_decoder import shown
+from edgemed.models.torch_decoder import embed_sequences
 from edgemed.quantization.gptq import InverseFactor, sweep_columns
 from edgemed.quantization.hidden_states import Activations, begin
 from edgemed.quantization.layer_progress import Layers
@@ -34,7 +34,7 @@ from edgemed.quantization.settings import QuantizeSettings
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
     from edgemed.models.weights import CanonicalWeights
     from edgemed.quantization.layerwise import Quantizer
 
@@ -262,7 +262,7 @@ def _recode(
 @contextlib.contextmanager
 def rounded(
     weights: CanonicalWeights,
-    windows: Sequence[Window],
+    windows: Sequence[TokenSequence],
     places: Mapping[str, Place],
     tensors: Sequence[Tensor],
     importance: Mapping[str, np.ndarray],
@@ -300,7 +300,7 @@ def rounded(
 
 def _run(
     weights: CanonicalWeights,
-    windows: Sequence[Window],
+    windows: Sequence[TokenSequence],
     wanted: Mapping[str, tuple[Place, str]],
     importance: Mapping[str, np.ndarray],
     kept: Layers,
@@ -311,7 +311,7 @@ def _run(
     shape = (len(windows), len(windows[0][0]), d.hidden)
     settings = QuantizeSettings(samples=shape[0], length=shape[1])
     on_disk = spilled(weights, True, settings)
-    angles = [turned for _, turned in shown(weights, windows)] if d.rope_axes else None
+    angles = [turned for _, turned in embed_sequences(weights, windows)] if d.rope_axes else None
     streams = [
         Activations(
             kept.folder,

@@ -33,7 +33,7 @@ def label(config: Mapping[str, Any]) -> str:
     return str(config.get("bnb_4bit_quant_type", "fp4"))
 
 
-def rounded(checkpoint: Checkpoint, key: str) -> bool:
+def is_quantized(checkpoint: Checkpoint, key: str) -> bool:
     """Whether the module `key` is stored quantized; others of the same checkpoint are not."""
     endings = ["SCB", *(f"{STATE}{kind}" for kind in TYPES)]
     return any(f"{key}.{ending}" in checkpoint.tensors for ending in endings)

@@ -19,7 +19,7 @@ from edgemed.data.image_text_windows import calibration
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import ParamSpec, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
-from edgemed.models.torch_decoder import linear, load_layer, mlp, routed, shown
+from edgemed.models.torch_decoder import embed_sequences, linear, load_layer, mlp, routed
 from edgemed.models.weights import CanonicalWeights, Dense
 from edgemed.moe.settings import ExpertMergeSettings
 from edgemed.quantization.layerwise import input_of
@@ -75,7 +75,7 @@ def dense(checkpoint: Checkpoint, out: Path, settings: ExpertMergeSettings) -> d
     over all x the layer reads in the source, from the weights as written. Raises EdgemedError for a
     model without experts, gates to be averaged without calibration text, or too little of that.
     """
-    weights = CanonicalWeights(checkpoint, whole=True)
+    weights = CanonicalWeights(checkpoint, sum_experts=True)
     d = weights.decoder
     if d.experts is None or weights.family.without_experts is None:
         raise EdgemedError(
@@ -145,7 +145,7 @@ def calibration_states(
             "Both are at least 1, and length is at most the context",
         )
     samples = calibration(weights, settings.calibration, settings.samples, settings.length)
-    return [hidden for hidden, _ in shown(weights, samples)]
+    return [hidden for hidden, _ in embed_sequences(weights, samples)]
 
 
 def observe(weights: CanonicalWeights, n: int, hidden: list[torch.Tensor]) -> Observed:

@@ -19,10 +19,10 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from edgemed.errors import EdgemedError
-from edgemed.models.torch_decoder import shown
+from edgemed.models.torch_decoder import embed_sequences
 
 if TYPE_CHECKING:
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
     from edgemed.models.weights import CanonicalWeights
 
 
@@ -155,7 +155,10 @@ def _bytes_of(x: torch.Tensor) -> memoryview:
 
 
 def begin(
-    weights: CanonicalWeights, samples: Iterable[Window], streams: Sequence[Activations], layer: int
+    weights: CanonicalWeights,
+    samples: Iterable[TokenSequence],
+    streams: Sequence[Activations],
+    layer: int,
 ) -> None:
     """What layer 0 reads of the samples, in every stream; or where layers are done, what the last
     of them left on disk.
@@ -164,7 +167,7 @@ def begin(
         for stream in streams:
             stream.resume(layer)
         return
-    for i, (hidden, _) in enumerate(shown(weights, samples)):
+    for i, (hidden, _) in enumerate(embed_sequences(weights, samples)):
         for stream in streams:
             stream.write(i, hidden)
     for stream in streams:

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from edgemed.console import track
-from edgemed.models.torch_decoder import block, linear, load_layer, shown
+from edgemed.models.torch_decoder import block, embed_sequences, linear, load_layer
 from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
-    from edgemed.models.torch_decoder import Layer, Window
+    from edgemed.models.torch_decoder import Layer, TokenSequence
 
 LARGEST = 127
 
 
 def kv_scales(
-    weights: CanonicalWeights, samples: Sequence[Window]
+    weights: CanonicalWeights, samples: Sequence[TokenSequence]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(key scale, value scale) of every layer, float32 [1, kv_heads, 1, head_dim]: the largest
     magnitude of the channel in the samples / 127.
@@ -34,11 +34,11 @@ def kv_scales(
     samples: of tokens, and images among them, each of at most the model's context. One layer is in
     memory at a time. A channel that is always zero gets the scale 1e-6.
     """
-    d = weights.source
+    d = weights.unfolded
     scales = []
     half = len(d.rope_frequencies)
     with torch.inference_mode():
-        hidden, angles = map(list, zip(*shown(weights, samples), strict=True))
+        hidden, angles = map(list, zip(*embed_sequences(weights, samples), strict=True))
         for n in track(range(d.layers), "cache scales"):
             layer = load_layer(weights, n)
             largest_key = torch.zeros(d.kv_heads, d.head_dim)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemed.console import track
-from edgemed.models.torch_decoder import shown
+from edgemed.models.torch_decoder import embed_sequences
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.hidden_states import Activations, begin
 from edgemed.quantization.layer_progress import Layers
@@ -23,13 +23,13 @@ from edgemed.quantization.packed_checkpoint import layer_tensors
 from edgemed.quantization.settings import Packings, QuantizeSettings
 
 if TYPE_CHECKING:
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
 
 
 def quantize_layers(
     weights: CanonicalWeights,
     method: LayerMethod,
-    samples: Sequence[Window] | None,
+    samples: Sequence[TokenSequence] | None,
     packings: Packings,
     settings: QuantizeSettings,
     finished: Layers,
@@ -54,7 +54,7 @@ def quantize_layers(
 def _streams(
     weights: CanonicalWeights,
     method: LayerMethod,
-    samples: Sequence[Window],
+    samples: Sequence[TokenSequence],
     settings: QuantizeSettings,
     finished: Layers,
     on_disk: bool,
@@ -65,7 +65,7 @@ def _streams(
     shape = (settings.samples, settings.length, weights.decoder.hidden)
     angles = None
     if weights.decoder.rope_axes:
-        angles = [turned for _, turned in shown(weights, samples)]
+        angles = [turned for _, turned in embed_sequences(weights, samples)]
     names = ["hidden"]
     if method.corrects_inputs and settings.correction:
         names.append("exact")

@@ -19,12 +19,12 @@ from edgemed.models.architecture import DecoderConfig
 from edgemed.models.torch_decoder import (
     activate,
     attention,
-    based,
     linear,
     load_layer,
     mlp,
     norm,
     routed,
+    shared_base_mixture,
 )
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.expert_coverage import (
@@ -269,7 +269,7 @@ def input_of(
         read = read[:, rows]
     if name == "base.down":
         flat = read.reshape(-1, d.hidden)
-        return based(d, layer, flat, routed(d, layer, flat))[0][None]
+        return shared_base_mixture(d, layer, flat, routed(d, layer, flat))[0][None]
     if name.endswith("down"):
         return activate(d, linear(layer, f"{name.removesuffix('down')}up", read))
     return read

@@ -15,7 +15,7 @@ import psutil
 from edgemed import units
 from edgemed.errors import EdgemedError
 from edgemed.formatting import size
-from edgemed.models.torch_decoder import loaded
+from edgemed.models.torch_decoder import layer_elements
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.method import layer_method
 from edgemed.quantization.settings import QuantizeSettings
@@ -67,7 +67,7 @@ def held(weights: CanonicalWeights, n: int, settings: QuantizeSettings) -> int:
         numbers = moments_at_once(shapes, list(shapes) if settings.budget else ())
     else:
         numbers = moments(shapes, settings)
-    return loaded(weights, n) + sum(sizes) + numbers + 4 * max(sizes)
+    return layer_elements(weights, n) + sum(sizes) + numbers + 4 * max(sizes)
 
 
 def moments_at_once(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> int:

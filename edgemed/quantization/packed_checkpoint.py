@@ -148,8 +148,8 @@ def quantized_config(
     config.pop("torch_dtype", None)
     # For an adapter of the float model, which knows of none of it.
     folded: dict[str, Any] = {}
-    if weights.decoder != weights.source:
-        folded["q"] = [weights.source.fold_factor(n) for n in range(weights.decoder.layers)]
+    if weights.decoder != weights.unfolded:
+        folded["q"] = [weights.unfolded.fold_factor(n) for n in range(weights.decoder.layers)]
     if scales_inputs:
         folded["inputs"] = True
     if folded:

@@ -28,7 +28,7 @@ from edgemed.quantization.sensitivity import Sensitivity, sensitivities
 from edgemed.quantization.settings import QuantizeSettings
 
 if TYPE_CHECKING:
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
 
 # What a budget may choose from, (bits, group): what each target has kernels for.
 CHOICES = {
@@ -54,7 +54,7 @@ def uniform_packings(weights: CanonicalWeights, bits: int, group: int) -> dict[s
 def packings_within(
     weights: CanonicalWeights,
     budget: Budget,
-    samples: Sequence[Window],
+    samples: Sequence[TokenSequence],
     settings: QuantizeSettings,
     folder: Path,
 ) -> dict[str, Any]:

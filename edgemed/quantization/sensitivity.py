@@ -18,12 +18,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemed.console import track
-from edgemed.models.torch_decoder import block, linear, load_layer, norm, shown, top
+from edgemed.models.torch_decoder import (
+    block,
+    embed_sequences,
+    linear,
+    load_layer,
+    norm,
+    output_head,
+)
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.gptq import Hessian
 
 if TYPE_CHECKING:
-    from edgemed.models.torch_decoder import Layer, Window
+    from edgemed.models.torch_decoder import Layer, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Sensitivity:
 
 
 def sensitivities(
-    weights: CanonicalWeights, samples: Sequence[Window], folder: Path
+    weights: CanonicalWeights, samples: Sequence[TokenSequence], folder: Path
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
     """(layer, matrix -> Sensitivity) from the last layer to the first; one layer in memory at a
     time. samples: all of the same length.
@@ -56,7 +63,7 @@ def sensitivities(
     """
     d = weights.decoder
     with torch.no_grad():
-        hidden, angles = zip(*shown(weights, samples), strict=True)
+        hidden, angles = zip(*embed_sequences(weights, samples), strict=True)
         x = torch.cat(hidden)
         for n in track(range(d.layers), "sensitivity, forward"):
             torch.save(x, folder / f"hidden-{n}")
@@ -77,7 +84,7 @@ def _gradient_at_the_top(weights: CanonicalWeights, x: torch.Tensor) -> torch.Te
     whose square is in the mean that of all).
     """
     d = weights.decoder
-    final, matrix, bias = top(weights)
+    final, matrix, bias = output_head(weights)
     generator = torch.Generator().manual_seed(0)
     gradients = []
     for row in x.split(1):

@@ -148,7 +148,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     that float16 cannot hold.
     """
     weights = CanonicalWeights(checkpoint, fold=True)
-    if weights.rounded:
+    if weights.quantized:
         raise EdgemedError(
             f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from"
         )
@@ -268,7 +268,7 @@ def _layer_notes(
         if facts["experts"]:
             experts[f"layers.{n}"] = facts["experts"]
     notes: dict[str, Any] = {
-        "folded_attention_scale": weights.decoder != weights.source,
+        "folded_attention_scale": weights.decoder != weights.unfolded,
         "errors": errors,
         "spilled": on_disk,
     }

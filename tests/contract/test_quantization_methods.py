@@ -100,7 +100,7 @@ def test_method_quantizes_a_tiny_model(name: str, tmp_path: Path) -> None:
             assert ("output" in errors) == needs_text(name)
     assert bits <= notes["bits_per_weight"] < bits + 3
     quantized = CanonicalWeights(open_checkpoint(tmp_path / "out"))
-    assert quantized.rounded
+    assert quantized.quantized
     ids = torch.tensor([tokens(32)])
     exact = logits(CanonicalWeights(source), ids)
     error = (logits(quantized, ids) - exact).norm() / exact.norm()

@@ -40,7 +40,9 @@ def shared(model: Path, out: Path, **params: object) -> dict:
 
 
 def scores(path: Path, whole: bool = False) -> torch.Tensor:
-    return logits(CanonicalWeights(open_checkpoint(path), whole=whole), torch.tensor([IDS]))[0]
+    return logits(CanonicalWeights(open_checkpoint(path), sum_experts=whole), torch.tensor([IDS]))[
+        0
+    ]
 
 
 def expanded(path: Path) -> dict[str, torch.Tensor]:
