@@ -270,7 +270,7 @@ def rounded(
     key: str,
 ) -> Iterator[tuple[list[Tensor], dict[str, dict[str, float]]]]:
     """(The tensors of a file, the layers' matrices among them rounded already; canonical matrix ->
-    its errors, as layerwise.Matrix has them).
+    its errors, as layerwise.QuantizedMatrix has them).
 
     What is finished lies beside `out`, under `key`, until the file is written; a killed export goes
     on from its last whole layer. importance: for experts that too few tokens reach, per canonical

@@ -432,8 +432,8 @@ def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Can
     """A checkpoint as it answers: with an adapter (name, PEFT directory), with its own where it has
     one and no other is given, or alone.
 
-    An adapter that was trained to make good what quantization did has the float checkpoint itself for
-    its source.
+    An adapter that was trained to make good what quantization did has the float checkpoint itself
+    for its source.
     """
     if (
         adapter
