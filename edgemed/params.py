@@ -127,7 +127,7 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise EdgemedError(f"{where}: unknown key '{key}'", nearest(key, fields))
+            raise EdgemedError(f"{where}: unknown key '{key}'", nearest(str(key), fields))
     hints = typing.get_type_hints(cls, include_extras=True)
     ready = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     for name, field in fields.items():

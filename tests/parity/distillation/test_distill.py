@@ -602,6 +602,7 @@ def test_early_stopping_keeps_the_best(teacher: Path, text: str, tmp_path: Path)
     )
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize(
     "extra",
     [["on_policy=0.5", "hidden=0.5"], ["top_k=16", "lora=4"]],
