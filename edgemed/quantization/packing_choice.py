@@ -30,20 +30,16 @@ from edgemed.quantization.settings import QuantizeSettings
 if TYPE_CHECKING:
     from edgemed.models.torch_decoder import TokenSequence
 
-# What a budget may choose from, (bits, group): what each target has kernels for.
-CHOICES = {
-    "onnx": ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-    "tensorrt": ((4, 128), (4, 64), (4, 32), (8, -1)),
-    "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-}
-
 
 @dataclass(frozen=True)
 class Budget:
-    """text: '4.5bpw' or '1.6GB'. target: a key of CHOICES."""
+    """text: '4.5bpw' or '1.6GB'. target: the runtime, for messages. choices: (bits, group) that it
+    has kernels for.
+    """
 
     text: str
     target: str
+    choices: tuple[tuple[int, int], ...]
 
 
 def uniform_packings(weights: CanonicalWeights, bits: int, group: int) -> dict[str, Any]:
@@ -72,7 +68,7 @@ def packings_within(
     room = budget_bytes(budget.text, weight_count(weights, names), fixed)
     sizes = {}
     for name in names:
-        choices = [p for p in CHOICES[budget.target] if fits(weights, name, *p)]
+        choices = [p for p in budget.choices if fits(weights, name, *p)]
         sizes[name] = {p: packed_bytes(weights, name, *p) for p in choices}
     smallest = sum(min(choices.values()) for choices in sizes.values())
     if smallest > room:

@@ -30,6 +30,14 @@ else:
     MethodName = Literal[("auto", *method_names())]
 
 
+# What a budget may choose from, (bits, group): what each target has kernels for.
+CHOICES = {
+    "onnx": ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
+    "tensorrt": ((4, 128), (4, 64), (4, 32), (8, -1)),
+    "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
+}
+
+
 @dataclass(frozen=True)
 class Params:
     """How a checkpoint is quantized. What a field is for stands at the field."""
@@ -116,6 +124,11 @@ class Params:
         ),
     ] = 0
     double_quant: Annotated[bool, Doc("Quantize nf4's scales to 8 bits as well (bnb-nf4).")] = False
+
+
+def budget_choices(target: str) -> tuple[tuple[int, int], ...]:
+    """(bits, group) that a budget may choose from."""
+    return CHOICES[target]
 
 
 def inputs(params: Params) -> dict[str, str]:
@@ -250,7 +263,7 @@ def _packings(
 
     if not params.budget:
         return uniform_packings(weights, params.bits, params.group)
-    budget = Budget(params.budget, params.target)
+    budget = Budget(params.budget, params.target, budget_choices(params.target))
     return packings_within(weights, budget, samples, settings, finished.folder)
 
 

@@ -18,7 +18,7 @@ from edgemed.models.random_weights import make_random
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights, Packed
-from edgemed.quantization import memory_budget, packing_choice
+from edgemed.quantization import memory_budget
 from edgemed.quantization.gptq import Hessian, output_error, solve
 from edgemed.quantization.grids import rtn
 from edgemed.quantization.methods import gptq as gptq_method
@@ -480,7 +480,7 @@ def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text
     found = {name: weights.packing(weights.keys[name][0]) for name in notes["packings"]}
     assert found == {name: tuple(packing) for name, packing in notes["packings"].items()}
     assert len(set(found.values())) > 1
-    assert set(found.values()) <= set(packing_choice.CHOICES[target])
+    assert set(found.values()) <= set(quantize.budget_choices(target))
     assert notes["bits_per_weight"] <= 5.2
     held = sum(
         e.nbytes
