@@ -22,7 +22,7 @@ from edgemed.evaluation.prompting import Settings, parse
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.weights import CanonicalWeights
-from edgemed.moe.routing import Load, Noisy
+from edgemed.moe.routing import ExpertUsage, Noisy
 
 
 def load(
@@ -50,7 +50,7 @@ def load(
             "For example --task cells, or --calibration medquad-answers",
         )
     every = [questions(task, limit) for task in tasks]
-    route = Load()
+    route = ExpertUsage()
     opened = open_source(source, any(asked.has_vision for asked in every), route)
     try:
         for spec, asked in zip(tasks, every, strict=True):

@@ -23,7 +23,7 @@ from edgemed.gguf.quant_types import fitting
 from edgemed.gguf.tensor_map import Place
 from edgemed.gguf.writer import Encoder, Tensor
 from edgemed.quantization.bit_allocation import Option, allocate, bits_per_weight
-from edgemed.quantization.gptq import root_of
+from edgemed.quantization.gptq import inverse_factor_of
 from edgemed.quantization.sensitivity import sensitivities
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def choose(
                 for part in dict.fromkeys(place.stack or (place.part,)):
                     sensitivity = found[part.removeprefix(f"layers.{n}.")]
                     weight = sensitivity.weight[place.rows].contiguous()
-                    root = root_of(sensitivity.moment, DAMP) if gptq else None
+                    root = inverse_factor_of(sensitivity.moment, DAMP) if gptq else None
                     for kind in kinds[t]:
                         losses[t][kind] += sensitivity.loss(
                             rounding(encoder, kind, weight, root, columns.get(part))[1], place.rows

@@ -24,18 +24,19 @@ from edgemed.gguf.quant_types import FLOATS, block_of
 from edgemed.gguf.tensor_map import Place, interleaved
 from edgemed.gguf.writer import Encoder, Tensor
 from edgemed.models.torch_decoder import embed_sequences
-from edgemed.quantization.gptq import Root, swept
+from edgemed.quantization.gptq import InverseFactor, sweep_columns
 from edgemed.quantization.hidden_states import Activations, begin
 from edgemed.quantization.layer_progress import Layers
 from edgemed.quantization.layerwise import gptq_layer
 from edgemed.quantization.memory_budget import spilled
+from edgemed.quantization.settings import QuantizeSettings
 
 if TYPE_CHECKING:
     import torch
 
     from edgemed.models.torch_decoder import TokenSequence
     from edgemed.models.weights import CanonicalWeights
-    from edgemed.quantization.layerwise import Rounding
+    from edgemed.quantization.layerwise import Quantizer
 
     # Writes codes uint8 [blocks, weights] into blocks uint8 [blocks, bytes].
     Put = Callable[[np.ndarray, np.ndarray], None]
@@ -43,25 +44,6 @@ if TYPE_CHECKING:
 
 # Share of the mean added to the diagonal of the second moment.
 DAMP = 0.01
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of `quantize`'s parameters has a meaning here, with its defaults; samples, length:
-    windows and tokens of each.
-    """
-
-    samples: int
-    length: int
-    damp: float = DAMP
-    correction: float = 0.5
-    expert_tokens: int = 128
-    route_at_least: int = 0
-    method: str = "gptq"
-    act_order: bool = False
-    clip: bool = False
-    budget: str | None = None
-    max_memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +160,7 @@ def rounding(
     encoder: Encoder,
     kind: str,
     weight: torch.Tensor,
-    root: Root | None,
+    root: InverseFactor | None,
     importance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, torch.Tensor]:
     """weight float32 [out, in] -> (bytes uint8 [out, bytes per row], the float32 [out, in] they
@@ -212,7 +194,7 @@ def _nearest(
 
 
 def round_blocks(
-    encoder: Encoder, kind: str, weight: torch.Tensor, root: Root
+    encoder: Encoder, kind: str, weight: torch.Tensor, root: InverseFactor
 ) -> tuple[np.ndarray, torch.Tensor]:
     """As `rounding`, with the root of the inputs in plain order, to a type of integers.
 
@@ -273,7 +255,7 @@ def _recode(
         chosen[column] = code
         return offset[column] + step[column] * table[code]
 
-    swept(work, upper, choose)
+    sweep_columns(work, upper, choose)
     codes.put(data, chosen.T.numpy())
 
 
@@ -288,7 +270,7 @@ def rounded(
     key: str,
 ) -> Iterator[tuple[list[Tensor], dict[str, dict[str, float]]]]:
     """(The tensors of a file, the layers' matrices among them rounded already; canonical matrix ->
-    its errors, as layerwise.Matrix has them).
+    its errors, as layerwise.QuantizedMatrix has them).
 
     What is finished lies beside `out`, under `key`, until the file is written; a killed export goes
     on from its last whole layer. importance: for experts that too few tokens reach, per canonical
@@ -327,7 +309,7 @@ def _run(
     d = weights.decoder
     start = kept.done
     shape = (len(windows), len(windows[0][0]), d.hidden)
-    settings = Settings(*shape[:2])
+    settings = QuantizeSettings(samples=shape[0], length=shape[1])
     on_disk = spilled(weights, True, settings)
     angles = [turned for _, turned in embed_sequences(weights, windows)] if d.rope_axes else None
     streams = [
@@ -367,12 +349,12 @@ def _rounding(
     n: int,
     wanted: Mapping[str, tuple[Place, str]],
     importance: Mapping[str, np.ndarray],
-) -> Rounding:
+) -> Quantizer:
     """To the types of the tensors that a matrix becomes, q, k and v each by itself."""
     torch = need("torch", "build")
 
     def one(
-        name: str, weight: torch.Tensor, root: Root | None
+        name: str, weight: torch.Tensor, root: InverseFactor | None
     ) -> tuple[dict[str, np.ndarray], torch.Tensor]:
         part = f"layers.{n}.{name}"
         found = {}

@@ -2,8 +2,9 @@
 transformers stores them.
 
 Reading needs only a table and a product, so it is done here in plain torch and works where
-bitsandbytes does not; rounding is left to bitsandbytes, whose rounding is the definition. Weights
-lie as [out, in] whatever the family does with float ones.
+bitsandbytes does not. Quantization is left to bitsandbytes, whose integers are the definition.
+Weights lie as [out, in] whatever the family does with float ones. Engines import this on a device,
+so torch is not imported at the top.
 """
 
 from __future__ import annotations
@@ -27,34 +28,35 @@ TYPES = ("nf4", "fp4")
 
 def label(config: Mapping[str, Any]) -> str:
     """'nf4', 'fp4' or 'int8', of a quantization_config."""
-    return "int8" if config.get("load_in_8bit") else config.get("bnb_4bit_quant_type", "fp4")
+    if config.get("load_in_8bit"):
+        return "int8"
+    return str(config.get("bnb_4bit_quant_type", "fp4"))
 
 
-def rounded(checkpoint: Checkpoint, key: str) -> bool:
-    """Whether the module `key` is stored rounded; others of the same checkpoint are not."""
-    return f"{key}.SCB" in checkpoint.tensors or any(
-        f"{key}.{STATE}{kind}" in checkpoint.tensors for kind in TYPES
-    )
+def is_quantized(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether the module `key` is stored quantized; others of the same checkpoint are not."""
+    endings = ["SCB", *(f"{STATE}{kind}" for kind in TYPES)]
+    return any(f"{key}.{ending}" in checkpoint.tensors for ending in endings)
 
 
 def shapes(checkpoint: Checkpoint, key: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a rounded module of this size, with their shapes."""
+    """The tensors of a quantized module of this size, with their shapes."""
     if f"{key}.SCB" in checkpoint.tensors:
         return {f"{key}.weight": (rows, columns), f"{key}.SCB": (rows,)}
     return {f"{key}.weight": (-(-rows * columns // 2), 1)}
 
 
 def expanded(checkpoint: Checkpoint, key: str) -> torch.Tensor:
-    """A rounded module's weight as float32 [out, in]. Raises EdgemedError where its tensors do not
-    belong together.
+    """A quantized module's weight as float32 [out, in]. Raises EdgemedError where its tensors do
+    not belong together.
     """
-    own = [
+    names = [
         name
         for name in checkpoint.tensors
         if name.startswith(f"{key}.") and not name.endswith(".bias")
     ]
     try:
-        return expand({name.removeprefix(f"{key}."): checkpoint.read(name) for name in own})
+        return expand({name.removeprefix(f"{key}."): checkpoint.read(name) for name in names})
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise EdgemedError(
             f"{checkpoint.path}: the {METHOD} tensors of '{key}' do not belong together"
@@ -75,49 +77,45 @@ def expand(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     weight = tensors["weight"]
     if "SCB" in tensors:
         return weight.float() * (tensors["SCB"].float() / 127)[:, None]
-    state = json.loads(
-        bytes(next(tensors[STATE + kind] for kind in TYPES if STATE + kind in tensors).tolist())
-    )
+    name = next(STATE + kind for kind in TYPES if STATE + kind in tensors)
+    state = json.loads(bytes(tensors[name].tolist()))
     absmax = tensors["weight.absmax"]
     block = state["blocksize"]
     count = math.prod(state["shape"])
     if "nested_blocksize" in state:
-        scales = tensors["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[
-            : absmax.numel()
-        ]
+        # Double quantization: the scales are 8-bit codes with scales of their own.
+        scales = tensors["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])
+        scales = scales[: absmax.numel()]
         absmax = tensors["weight.nested_quant_map"][absmax.long()] * scales + state["nested_offset"]
     packed = weight.flatten()
-    if (
-        packed.dtype != torch.uint8
-        or packed.numel() != -(-count // 2)
-        or absmax.numel() != -(-count // block)
-    ):
+    sizes = (packed.numel(), absmax.numel())
+    if packed.dtype != torch.uint8 or sizes != (-(-count // 2), -(-count // block)):
         raise ValueError(
             f"{packed.numel()} bytes and {absmax.numel()} scales for a weight of {state['shape']}"
         )
-    values = tensors["weight.quant_map"].float()[
-        torch.stack([packed >> 4, packed & 15], -1).flatten()[:count].long()
-    ]
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[:count]
+    values = tensors["weight.quant_map"].float()[codes.long()]
     padded = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block)
     return (padded * absmax.float()[:, None]).flatten()[:count].view(state["shape"])
 
 
 def nf4(weight: torch.Tensor, double: bool) -> dict[str, torch.Tensor]:
-    """The tensors, by their endings, of a float weight [out, in] rounded to nf4 in blocks of 64.
-    double: the scales are rounded to 8 bits as well.
+    """The tensors, by their endings, of a float weight [out, in] quantized to nf4 in blocks of 64.
+    double: the scales are quantized to 8 bits as well.
     """
     functional = need("bitsandbytes.functional", "bnb")
     q, state = functional.quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
     )
-    return {"weight": q} | {
-        f"weight.{ending}": tensor for ending, tensor in state.as_dict(packed=True).items()
-    }
+    tensors = {"weight": q}
+    for ending, tensor in state.as_dict(packed=True).items():
+        tensors[f"weight.{ending}"] = tensor
+    return tensors
 
 
 def int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same rounded to int8 by rows. Raises EdgemedError where float16, from which bitsandbytes
-    rounds, cannot hold a weight.
+    """The same quantized to int8 by rows. Raises EdgemedError where float16, from which
+    bitsandbytes quantizes, cannot hold a weight.
     """
     torch = need("torch", "build")
     functional = need("bitsandbytes.functional", "bnb")

@@ -1,5 +1,5 @@
 """LoRA adapters as plain factors beside the canonical matrices, for engines that carry several and
-switch between them.
+switch between them. Engines import this on a device, so torch is not imported at the top.
 
 A merged engine holds one task; factors of a few megabytes beside one base hold many. Only what is
 truly W + B A can be kept apart like that, so anything else a PEFT adapter may hold is refused here
@@ -101,12 +101,12 @@ def adapter_files(adapter: str) -> tuple[Path, Path]:
             f"adapter directory {path} does not exist",
             f"Give a PEFT directory ({CONFIG} and {WEIGHTS[0]})",
         )
-    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if not (path / CONFIG).is_file():
         raise EdgemedError(
             f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained"
         )
-    if found is None:
+    if weights is None:
         raise EdgemedError(
             f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained"
         )
@@ -115,7 +115,7 @@ def adapter_files(adapter: str) -> tuple[Path, Path]:
             f"{path / BESIDE} holds weights that peft does not know and a merge would lose",
             "Merge the adapter with the code that trained it",
         )
-    return path / CONFIG, found
+    return path / CONFIG, weights
 
 
 def adapter_hashes(adapter: str) -> dict[str, str]:
@@ -143,22 +143,19 @@ def quantized_base(values: Mapping[str, Any]) -> str | None:
     base = str(values.get("base_model_name_or_path") or "")
     file = Path(base) / "config.json"
     try:
-        method = (
-            json.loads(file.read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
-            if base and file.is_file()
-            else None
-        )
+        method = None
+        if base and file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            method = config["quantization_config"]["quant_method"]
     except (OSError, ValueError, KeyError, TypeError):
         method = None
     if method:
         return f"its base {base} is quantized ({method})"
     if re.search(r"(?i)(bnb|nf4|gptq|awq|[48][-_]?bit|int[48])(?![a-z])", base.rpartition("/")[2]):
         return f"its base is called '{base}'"
-    return (
-        "it began as LoftQ, for a rounded base"
-        if values.get("init_lora_weights") == "loftq"
-        else None
-    )
+    if values.get("init_lora_weights") == "loftq":
+        return "it began as LoftQ, for a quantized base"
+    return None
 
 
 def adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
@@ -188,7 +185,7 @@ def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
     """sha256 of every file of the adapters a target's parameters name, for its key and manifest.
     Raises EdgemedError for a missing one, or a name that no folder can have.
     """
-    found = {}
+    digests: dict[str, str] = {}
     for name, path in (adapters or {}).items():
         if not re.fullmatch(r"\w[\w.-]*", name) or name == BASE:
             raise EdgemedError(
@@ -196,8 +193,9 @@ def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
                 f"Use letters, digits, '-', '_' and '.', and not '{BASE}', which is the engine"
                 " without any",
             )
-        found |= {f"adapter/{name}/{file}": sha for file, sha in adapter_hashes(path).items()}
-    return found
+        for file, sha in adapter_hashes(path).items():
+            digests[f"adapter/{name}/{file}"] = sha
+    return digests
 
 
 def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[str, str]:
@@ -250,7 +248,7 @@ def _folded_unsaid(checkpoint: Checkpoint) -> bool:
 def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
     """One adapter in the layout of `weights`: factors of joined modules side by side, q rows
     multiplied with what is folded into the base's, unless it was trained on this very base, folded
-    and rounded as it is.
+    and quantized as it is.
 
     Raises EdgemedError for an adapter of another base, of another kind than plain LoRA, damaged, or
     on weights other than a layer's attention and MLP.
@@ -260,30 +258,31 @@ def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
     _check_plain(where, values)
     folded = _folded(weights.checkpoint, where, values.get(OWN_BASE))
     torch = need("torch", "build")
-    found = {}
+    factors = {}
     pairs = dict(_pairs(weights, where, values, adapter_tensors(path)))
     for part in {part for part, _ in pairs}:
         rows = weights.parts[part].rows or weights.parts[part].shape[:1]
         columns = weights.parts[part].shape[1]
-        own = [
+        # A module that the adapter does not change has factors of rank 0.
+        modules = [
             pairs.get((part, i), (torch.zeros(0, columns), torch.zeros(count, 0)))
             for i, count in enumerate(rows)
         ]
-        a = torch.cat([a for a, _ in own])
-        b = torch.block_diag(*(b for _, b in own))
+        a = torch.cat([a for a, _ in modules])
+        b = torch.block_diag(*(b for _, b in modules))
         if part.endswith(".qkv"):
             layer = int(part.split(".")[1])
-            factor = (weights.unfolded.fold_factor(layer) if weights.fold else 1.0) * (
-                folded["q"][layer] if "q" in folded else 1.0
-            )
-            b[: weights.unfolded.q_size] *= factor
-        found[part] = (a, b)
-    if not any(b.any() for _, b in found.values()):
+            # What is folded while the weights are read, and what a quantize step has folded.
+            reading = weights.unfolded.fold_factor(layer) if weights.fold else 1.0
+            stored = folded["q"][layer] if "q" in folded else 1.0
+            b[: weights.unfolded.q_size] *= reading * stored
+        factors[part] = (a, b)
+    if not any(b.any() for _, b in factors.values()):
         raise EdgemedError(
             f"{where} changes nothing: all its factors B are zero",
             "Give the adapter as it was after training",
         )
-    return Lora(name, {part: found[part] for part in weights.parts if part in found})
+    return Lora(name, {part: factors[part] for part in weights.parts if part in factors})
 
 
 def _folded(checkpoint: Checkpoint, where: str, own_base: str | None) -> Mapping[str, Any]:
@@ -294,7 +293,7 @@ def _folded(checkpoint: Checkpoint, where: str, own_base: str | None) -> Mapping
         if own_base != base_of(checkpoint):
             problem = (
                 f"{where} was trained beside the integers of one quantized checkpoint, to make good"
-                f" what rounding did there, and {checkpoint.path} is another"
+                f" what quantization did there, and {checkpoint.path} is another"
             )
             raise EdgemedError(
                 problem,
@@ -360,13 +359,13 @@ def _pairs(
     other = f"{where} does not belong to {weights.checkpoint.path}"
     hint = "Give the base model the adapter was trained on"
     for name in tensors:
-        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-        if not found:
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if not match:
             raise EdgemedError(
                 f"{where}: '{name}' is no factor of a matrix, and cannot be switched in an engine",
                 MERGE,
             )
-        module, factor = found.groups()
+        module, factor = match.groups()
         if module not in places:
             raise EdgemedError(f"{other}: there is no '{module}'", hint)
         part, index = places[module]
@@ -433,8 +432,8 @@ def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Can
     """A checkpoint as it answers: with an adapter (name, PEFT directory), with its own where it has
     one and no other is given, or alone.
 
-    An adapter that was trained to make good what rounding did has the float checkpoint itself for
-    its source.
+    An adapter that was trained to make good what quantization did has the float checkpoint itself
+    for its source.
     """
     if (
         adapter
@@ -457,8 +456,9 @@ class Adapted(CanonicalWeights):
         self.factors = read_lora(self, name, path).factors
 
     def matrix(self, name: str) -> Dense | Packed:
-        found = super().matrix(name)
+        """A matrix W as W + B A, float32 [out, in]."""
+        matrix = super().matrix(name)
         if name not in self.factors:
-            return found
+            return matrix
         a, b = self.factors[name]
-        return Dense(found.dense() + b @ a, found.bias)
+        return Dense(matrix.dense() + b @ a, matrix.bias)

@@ -205,7 +205,7 @@ class CanonicalWeights:
         rows = weight[-1] if part.conv1d else weight[0]
         columns = part.shape[-1]
         shapes = {part.weight(key): weight, f"{key}.bias": (rows,)}
-        if self.expanded and bitsandbytes.rounded(self.checkpoint, key):
+        if self.expanded and bitsandbytes.is_quantized(self.checkpoint, key):
             return shapes | bitsandbytes.shapes(self.checkpoint, key, rows, columns)
         if part.weight(key) in self.checkpoint.tensors:
             return shapes
@@ -341,7 +341,7 @@ class CanonicalWeights:
         read = self.checkpoint.read
         tensors = self.checkpoint.tensors
         bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
-        if self.expanded and bitsandbytes.rounded(self.checkpoint, key):
+        if self.expanded and bitsandbytes.is_quantized(self.checkpoint, key):
             return Dense(bitsandbytes.expanded(self.checkpoint, key), bias)
         if f"{key}.weight" in tensors:
             weight = read(f"{key}.weight")

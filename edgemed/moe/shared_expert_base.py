@@ -9,24 +9,35 @@ text while the checkpoint is written.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from edgemed.console import track
-from edgemed.errors import EdgemedError, need
-from edgemed.models.architecture import ExpertsConfig, family_of
+from edgemed.errors import EdgemedError
+from edgemed.models.architecture import Architecture, DecoderConfig, ExpertsConfig, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.models.torch_decoder import activate, linear, load_layer, routed
 from edgemed.models.weights import CanonicalWeights
-from edgemed.moe.densify import Settings as Average
-from edgemed.moe.densify import copied, error_of, observed, shares_of, windows
+from edgemed.moe.densify import (
+    MlpSamples,
+    Observed,
+    calibration_states,
+    copy_part,
+    error_of,
+    float_matrix,
+    observe,
+    shares_of,
+    stored_dtype,
+    with_dtype,
+)
+from edgemed.moe.settings import ExpertMergeSettings
 from edgemed.quantization.gptq import Hessian
 
 if TYPE_CHECKING:
-    import torch
-
-    from edgemed.moe.densify import Seen
+    from edgemed.models.torch_decoder import Layer
 
 RULE = (
     "W_j = S + D_j, S = sum_j share_j W_j; D_j of the given rank or density nearest to W_j - S on"
@@ -35,35 +46,20 @@ RULE = (
 DAMP = 0.01  # share of the mean added to the diagonal of the second moments
 
 
-class Settings(Average, Protocol):
-    """What this reads of a step's parameters."""
+@dataclass(frozen=True)
+class _SharedModel:
+    """The model that is written: its family, its decoder and the dtype of its tensors."""
 
-    rank: int | None
-    density: float | None
-
-
-def check(params: Settings) -> None:
-    """Raise EdgemedError unless exactly one of rank and density is given, in its range."""
-    if (params.rank is None) == (params.density is None):
-        given = "both rank and density" if params.rank is not None else "neither rank nor density"
-        raise EdgemedError(
-            f"merge: experts shared_delta with {given}",
-            "Give one of them, for example rank: 64 or density: 0.1",
-        )
-    if params.rank is not None and params.rank < 1:
-        raise EdgemedError(
-            f"merge: rank {params.rank} of the experts' differences", "Give 1 or more"
-        )
-    if params.density is not None and not 0 < params.density < 1:
-        raise EdgemedError(
-            f"merge: density {params.density} is not a share between 0 and 1, both excluded",
-            "For example 0.1",
-        )
+    family: Architecture
+    decoder: DecoderConfig
+    dtype: str | None
 
 
-def shared_delta(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[str, Any]:
+def shared_delta(
+    checkpoint: Checkpoint, out: Path, settings: ExpertMergeSettings
+) -> dict[str, Any]:
     """Write the checkpoint to `out`, a layer at a time; returns per sparse layer the experts'
-    shares and, with calibration, tokens per expert and the error (as experts.dense).
+    shares and, with calibration, tokens per expert and the error (as densify.dense).
 
     Low rank: with calibration D = U_r U_r^T (W - S), U_r the leading left vectors of (W - S) L, L
     L^T the second moment of what the expert reads: the nearest of its rank in output error (Eckart
@@ -74,6 +70,8 @@ def shared_delta(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[st
     """
     weights = CanonicalWeights(checkpoint)
     d = weights.decoder
+    rank = settings.rank or 0
+    density = settings.density or 0.0
     if d.experts is None or weights.family.shared_experts is None:
         raise EdgemedError(
             f"{checkpoint.path} has no mixtures of experts to share a matrix",
@@ -84,87 +82,112 @@ def shared_delta(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[st
             f"{checkpoint.path}: its experts share a matrix already",
             "Start from the checkpoint it was made from",
         )
-    largest = min(
-        min(weights.parts[f"layers.{d.experts.layers[0]}.experts.0.{last}"].shape)
-        for last in ("up", "down")
+    _check_rank(weights, rank)
+    config = with_dtype(
+        weights.family.shared_experts(checkpoint.config, rank, density), settings.dtype
     )
-    if params.rank is not None and params.rank > largest:
+    target = _SharedModel(
+        family=family_of(config, str(out / "config.json")),
+        decoder=replace(d, experts=replace(d.experts, rank=rank, density=density)),
+        dtype=settings.dtype,
+    )
+    hidden = calibration_states(weights, settings)
+    writer = Writer(out, config, checkpoint.path)
+    layers = {}
+    for name in weights.parts:
+        if not name.startswith("layers."):
+            copy_part(weights, writer, name, settings.dtype)
+    for n in track(list(range(d.layers)), "share a matrix"):
+        observed = None
+        if hidden is not None:
+            observed = observe(weights, n, hidden)
+            hidden = observed.hidden
+        for name in weights.parts:
+            if name.startswith(f"layers.{n}.") and ".experts." not in name:
+                copy_part(weights, writer, name, settings.dtype)
+        if d.sparse(n):
+            shares = shares_of(d, observed, settings.weights)
+            notes: dict[str, Any] = {"shares": shares}
+            error = _write_experts(weights, writer, n, target, shares, observed)
+            if observed is not None:
+                notes |= observed.notes()
+                notes["error"] = error
+            layers[f"layers.{n}"] = notes
+    writer.close()
+    return {
+        "formula": RULE,
+        "rank": settings.rank,
+        "density": settings.density,
+        "layers": layers,
+    }
+
+
+def _check_rank(weights: CanonicalWeights, rank: int) -> None:
+    """Raise EdgemedError for a rank above that of the experts' matrices."""
+    first = weights.decoder.mixture.layers[0]
+    largest = min(
+        *weights.parts[f"layers.{first}.experts.0.up"].shape,
+        *weights.parts[f"layers.{first}.experts.0.down"].shape,
+    )
+    if rank > largest:
         raise EdgemedError(
-            f"merge: rank {params.rank} is above that of the experts' matrices, {largest}",
+            f"merge: rank {rank} is above that of the experts' matrices, {largest}",
             f"Give at most {largest}; it saves something only well below",
         )
-    config = weights.family.shared_experts(
-        checkpoint.config, params.rank or 0, params.density or 0.0
-    )
-    if params.dtype not in (None, "source"):
-        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {
-            "dtype": params.dtype
-        }
-    family = family_of(config, str(out / "config.json"))
-    target = replace(
-        d, experts=replace(d.experts, rank=params.rank or 0, density=params.density or 0.0)
-    )
-    parts = family.parts(target)
-    rows = windows(weights, params)
-    writer = Writer(out, config, checkpoint.path)
-    found = {}
-    for name in (name for name in weights.parts if not name.startswith("layers.")):
-        copied(weights, writer, name, params.dtype)
-    for n in track(list(range(d.layers)), "share a matrix"):
-        facts = {}
-        seen = None
-        if rows is not None:
-            rows, seen, facts = observed(weights, n, rows)
-        for name in (
-            name
-            for name in weights.parts
-            if name.startswith(f"layers.{n}.") and ".experts." not in name
-        ):
-            copied(weights, writer, name, params.dtype)
-        if d.sparse(n):
-            shares = shares_of(d, facts.get("tokens"), params.weights)
-            made = load_layer(weights, n)
-            moments = _moments(weights, n, seen) if seen else {}
-            for name, value in _layer(weights, n, target.experts, shares, moments, params.dtype):
-                part = parts[f"layers.{n}.{name}"]
-                start = 0
-                for module, count in zip(part.modules, part.rows or part.shape[:1], strict=True):
-                    writer.add(
-                        part.weight(family.prefixes[0] + module.split("|")[0]),
-                        value[start : start + count].clone(),
-                    )
-                    start += count
-                made[name] = value
-            if seen:
-                facts |= {"error": error_of(target, _loaded(target.experts, made), n, seen)}
-            found[f"layers.{n}"] = {"shares": shares} | facts
-    writer.close()
-    return {"formula": RULE, "rank": params.rank, "density": params.density, "layers": found}
 
 
-def _moments(weights: CanonicalWeights, n: int, seen: Seen) -> dict[str, Hessian]:
+def _write_experts(
+    weights: CanonicalWeights,
+    writer: Writer,
+    n: int,
+    target: _SharedModel,
+    shares: list[float],
+    observed: Observed | None,
+) -> float | None:
+    """Write the shared matrices and the differences of layer n; returns the error of its MLP as
+    written, None without calibration text.
+    """
+    experts = target.decoder.mixture
+    parts = target.family.parts(target.decoder)
+    moments = {} if observed is None else _moments(weights, n, observed.mlp)
+    written: dict[str, torch.Tensor] = {}
+    for name, value in _expert_tensors(weights, n, experts, shares, moments, target.dtype):
+        part = parts[f"layers.{n}.{name}"]
+        start = 0
+        for module, count in zip(part.modules, part.rows or part.shape[:1], strict=True):
+            key = part.weight(target.family.prefixes[0] + module.split("|")[0])
+            writer.add(key, value[start : start + count].clone())
+            start += count
+        written[name] = value
+    if observed is None:
+        return None
+    layer = load_layer(weights, n) | _loaded(experts, written)
+    return error_of(target.decoder, layer, n, observed.mlp)
+
+
+def _moments(weights: CanonicalWeights, n: int, samples: MlpSamples) -> dict[str, Hessian]:
     """Second moments of what every expert's matrices read, from the tokens that chose it."""
     d = weights.decoder
     layer = load_layer(weights, n)
-    found = {
-        f"experts.{j}.{last}": Hessian(layer[f"experts.{j}.{last}"][0].shape[1])
-        for j in range(d.experts.count)
-        for last in ("up", "down")
-    }
-    for read, _ in seen:
+    moments = {}
+    for j in range(d.mixture.count):
+        for last in ("up", "down"):
+            name = f"experts.{j}.{last}"
+            moments[name] = Hessian(layer[name][0].shape[1])
+    for read, _ in samples:
         flat = read.reshape(-1, d.hidden)
         _, chosen = routed(d, layer, flat)
-        for j in range(d.experts.count):
+        for j in range(d.mixture.count):
             own = flat[(chosen == j).any(-1)]
-            found[f"experts.{j}.up"].add(own)
-            found[f"experts.{j}.down"].add(activate(d, linear(layer, f"experts.{j}.up", own)))
-    return found
+            moments[f"experts.{j}.up"].add(own)
+            moments[f"experts.{j}.down"].add(activate(d, linear(layer, f"experts.{j}.up", own)))
+    return moments
 
 
-def _layer(
+def _expert_tensors(
     weights: CanonicalWeights,
     n: int,
-    e: ExpertsConfig,
+    experts: ExpertsConfig,
     shares: list[float],
     moments: dict[str, Hessian],
     dtype: str | None,
@@ -172,50 +195,43 @@ def _layer(
     """(name within the layer, tensor as it is stored) of the shared matrices and of every expert's
     differences and biases.
     """
-    torch = need("torch", "build")
     for last in ("up", "down"):
-        own = [weights.matrix(f"layers.{n}.experts.{j}.{last}") for j in range(e.count)]
-        key = weights.keys[f"layers.{n}.experts.0.{last}"][0]
-        stored = (
-            weights.checkpoint.tensors[f"{key}.weight"].dtype
-            if dtype in (None, "source")
-            else dtype
-        )
-        shared = narrowed(
-            f"layers.{n}.base.{last}",
-            sum(share * matrix.weight for share, matrix in zip(shares, own, strict=True)),
-            stored,
-        )
-        yield f"base.{last}", shared
-        for j, matrix in enumerate(own):
+        stem = f"layers.{n}"
+        matrices = [
+            float_matrix(weights, f"{stem}.experts.{j}.{last}") for j in range(experts.count)
+        ]
+        stored = stored_dtype(weights, f"{stem}.experts.0.{last}", dtype)
+        average = torch.zeros_like(matrices[0].weight)
+        for share, matrix in zip(shares, matrices, strict=True):
+            average = average + share * matrix.weight
+        base = narrowed(f"{stem}.base.{last}", average, stored)
+        yield f"base.{last}", base
+        for j, matrix in enumerate(matrices):
             name = f"experts.{j}.{last}"
-            rest = matrix.weight - shared.float()
+            rest = matrix.weight - base.float()
             hessian = moments.get(name)
-            moment = hessian.moment if hessian and hessian.rows else torch.eye(rest.shape[1])
-            for form, value in (
-                low_rank(rest, moment, e.rank).items()
-                if e.rank
-                else sparse(rest, moment, e.kept(rest.shape[1])).items()
-            ):
-                yield (
-                    f"{name}.{form}",
-                    (
-                        value
-                        if form == "columns"
-                        else narrowed(f"layers.{n}.{name}.{form}", value, stored)
-                    ),
-                )
+            moment = torch.eye(rest.shape[1])
+            if hessian is not None and hessian.rows:
+                moment = hessian.moment
+            if experts.rank:
+                difference = low_rank(rest, moment, experts.rank)
+            else:
+                difference = sparse(rest, moment, experts.kept(rest.shape[1]))
+            for form, value in difference.items():
+                if form != "columns":
+                    value = narrowed(f"{stem}.{name}.{form}", value, stored)
+                yield f"{name}.{form}", value
             if matrix.bias is not None:
-                yield f"{name}.bias", narrowed(f"layers.{n}.{name}.bias", matrix.bias, stored)
+                yield f"{name}.bias", narrowed(f"{stem}.{name}.bias", matrix.bias, stored)
 
 
 def low_rank(rest: torch.Tensor, moment: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
     """b [out, rank] and a [rank, in] with the least sum over inputs x of |(rest - b a) x|^2, x with
     this (damped) second moment [in, in].
     """
-    torch = need("torch", "build")
     damped = moment.clone()
     damped.diagonal().add_(DAMP * float(damped.diagonal().mean()) + 1e-12)
+    # In the basis of L, with L L^T the moment, the output error is a plain squared error.
     whitened = rest @ torch.linalg.cholesky(damped)
     left, sizes, _ = torch.linalg.svd(whitened, full_matrices=False)
     basis = left[:, :rank]
@@ -229,31 +245,25 @@ def sparse(rest: torch.Tensor, moment: torch.Tensor, kept: int) -> dict[str, tor
     """values [out, kept] at columns int32 [out, kept], ascending: of each row those of the largest
     |rest| sqrt(moment's diagonal).
     """
-    torch = need("torch", "build")
-    columns = (
-        (rest.abs() * moment.diagonal().clamp_min(1e-12).sqrt())
-        .topk(kept, -1)
-        .indices.sort(-1)
-        .values
-    )
+    measure = rest.abs() * moment.diagonal().clamp_min(1e-12).sqrt()
+    columns = measure.topk(kept, -1).indices.sort(-1).values
     return {"values": rest.gather(1, columns), "columns": columns.to(torch.int32)}
 
 
-def _loaded(
-    e: ExpertsConfig, made: dict[str, Any]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """A layer as decoder.load_layer gives it, from what was written."""
-    torch = need("torch", "build")
-    layer = {name: value for name, value in made.items() if isinstance(value, tuple)}
+def _loaded(experts: ExpertsConfig, written: dict[str, torch.Tensor]) -> Layer:
+    """The matrices of a mixture as torch_decoder.load_layer gives them, from what was written."""
+    layer: Layer = {}
     for last in ("up", "down"):
-        layer[f"base.{last}"] = (made[f"base.{last}"].float(), None)
-        for name in (f"experts.{j}.{last}" for j in range(e.count)):
-            if e.rank:
-                whole = made[f"{name}.b"].float() @ made[f"{name}.a"].float()
+        base = written[f"base.{last}"].float()
+        layer[f"base.{last}"] = (base, None)
+        for j in range(experts.count):
+            name = f"experts.{j}.{last}"
+            if experts.rank:
+                whole = written[f"{name}.b"].float() @ written[f"{name}.a"].float()
             else:
-                whole = torch.zeros(layer[f"base.{last}"][0].shape).scatter_(
-                    1, made[f"{name}.columns"].long(), made[f"{name}.values"].float()
-                )
-            bias = made.get(f"{name}.bias")
+                columns = written[f"{name}.columns"].long()
+                values = written[f"{name}.values"].float()
+                whole = torch.zeros(base.shape).scatter_(1, columns, values)
+            bias = written.get(f"{name}.bias")
             layer[name] = (whole, None if bias is None else bias.float())
     return layer

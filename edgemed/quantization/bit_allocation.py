@@ -33,7 +33,9 @@ def allocate(options: Mapping[str, list[Option]], budget: int) -> dict[str, Opti
 
     Raises EdgemedError where even the smallest options together are larger.
     """
-    smallest = sum(min(o.nbytes for o in found) for found in options.values())
+    smallest = 0
+    for choices in options.values():
+        smallest += min(o.nbytes for o in choices)
     if smallest > budget:
         raise EdgemedError(
             f"the budget leaves {size(budget)} for the layers' matrices and their smallest"
@@ -44,10 +46,10 @@ def allocate(options: Mapping[str, list[Option]], budget: int) -> dict[str, Opti
     # and losses falling.
     states: list[tuple] = [(0, 0.0, None, None)]
     left = smallest
-    for found in options.values():
-        left -= min(o.nbytes for o in found)
+    for choices in options.values():
+        left -= min(o.nbytes for o in choices)
         grown = sorted(
-            ((s[0] + o.nbytes, s[1] + o.loss, o, s) for s in states for o in found),
+            ((s[0] + o.nbytes, s[1] + o.loss, o, s) for s in states for o in choices),
             key=lambda state: state[:2],
         )
         states = []
@@ -81,10 +83,10 @@ def bits_per_weight(text: str) -> float | None:
     """
     if "bpw" not in text:
         return None
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*bpw\s*", text)
-    if not found or not float(found[1]):
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*bpw\s*", text)
+    if not match or not float(match[1]):
         raise EdgemedError(
             f"budget {text}: not a number of bits per weight",
             "For example: budget: 4.5bpw, or budget: 1.6GB",
         )
-    return float(found[1])
+    return float(match[1])

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounds a matrix column by column and moves each
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): quantizes a matrix column by column and moves each
 column's error into the later ones.
 
 Pure tensor arithmetic, apart from files and families, so that it can be tested against exact
@@ -9,30 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from edgemed.errors import EdgemedError, need
+import torch
+
+from edgemed.errors import EdgemedError
 from edgemed.quantization.grids import clipped_scale, rtn, scale_of
-
-if TYPE_CHECKING:
-    import torch
 
 # Columns whose errors are applied to the rest of the matrix in one product; a multiple of every
 # group but -1.
 BLOCK = 128
 # Within a block: columns whose errors reach each other one by one, the rest of the block in a
 # product; divides every group but -1.
-STRIP = 32
+SUB_BLOCK = 32
 # Columns of one product where a square is known to be symmetric or a triangle.
-PANEL = 1024
-# Rounding can leave a nearly singular moment indefinite in float32: then damp ten times, a hundred
-# times as much.
-DAMPINGS = (1, 10, 100)
+TILE = 1024
+# Columns that the factorisation takes at once; divides TILE.
+FACTOR_TILE = 256
+# Float32 can leave a nearly singular second moment indefinite: then damp ten times, a hundred times
+# as much.
+DAMP_RETRIES = (1, 10, 100)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """q uint8 [out, in] with zero at 2^(bits-1), scales float32 [out, in/group] that float16 holds
+    """A matrix on a symmetric integer grid.
+
+    q uint8 [out, in] with zero at 2^(bits-1); scales float32 [out, in/group] that float16 holds
     exactly.
     """
 
@@ -40,28 +42,29 @@ class Solution:
     scales: torch.Tensor
 
     def dense(self, bits: int) -> torch.Tensor:
-        """The weights the integers stand for, float32 [out, in]."""
-        found = self.q.float().sub_(1 << (bits - 1))
-        found.view(*self.scales.shape, -1).mul_(self.scales[..., None])
-        return found
+        """The weights that the integers stand for, float32 [out, in]."""
+        weight = self.q.float().sub_(1 << (bits - 1))
+        weight.view(*self.scales.shape, -1).mul_(self.scales[..., None])
+        return weight
 
 
 class Hessian:
-    """The second moment 2 X^T X / n of a matrix's inputs, `moment` float32 [in, in], kept as a
-    running mean over batches.
+    """The second moment 2 X^T X / n of a matrix' inputs, `moment` float32 [in, in], kept as a
+    running mean over calibration samples.
 
-    weight: the matrix [out, in] whose inputs shall be corrected; then `add` is also given E, the
-    inputs the same tokens have where nothing was rounded.
+    weight: the matrix [out, in] whose inputs shall be corrected; `add` is then also given E, the
+    inputs that the same tokens have where nothing is quantized.
     """
 
     def __init__(self, columns: int, weight: torch.Tensor | None = None):
-        torch = need("torch", "build")
         self.lower = torch.zeros(columns, columns)
         self.rows = 0
         self.weight = weight
         self.diagonal: list[torch.Tensor] | None = None
-        # 2 X^T E / n, or times W^T, token by token: whichever is smaller.
-        self.joint = None if weight is None else torch.zeros(columns, min(columns, weight.shape[0]))
+        # 2 X^T E / n, or that times W^T summed up token by token: whichever is smaller.
+        self.cross: torch.Tensor | None = None
+        if weight is not None:
+            self.cross = torch.zeros(columns, min(columns, weight.shape[0]))
 
     def add(
         self,
@@ -69,256 +72,268 @@ class Hessian:
         exact: torch.Tensor | None = None,
         product: torch.Tensor | None = None,
     ) -> None:
-        """x, exact float32 [..., in]; exact where there is a weight, and where it is known already
-        its product with W^T, float32 [..., out].
+        """Take in the inputs of some tokens.
+
+        x, exact: float32 [..., in]; `exact` where there is a weight. product: exact W^T, float32
+        [..., out], where it is known already.
         """
         flat = x.reshape(-1, self.lower.shape[0])
         if not len(flat):
             return
         rows = self.rows + flat.shape[0]
-        share = {"beta": self.rows / rows, "alpha": 2 / rows}
-        for panel in _panels(flat.shape[1]):
-            # It is symmetric: only what lies at or below the diagonal's panels is summed up.
-            self.lower[panel.start :, panel].addmm_(
-                flat[:, panel.start :].T, flat[:, panel], **share
-            )
-        if self.joint is not None:
-            exact = exact.reshape(flat.shape)
-            if not self._square():
-                exact = exact @ self.weight.T if product is None else product.reshape(len(flat), -1)
-            self.joint.addmm_(flat.T, exact, **share)
+        beta = self.rows / rows
+        alpha = 2 / rows
+        for tile in _tiles(flat.shape[1]):
+            # It is symmetric: only what lies at or below the diagonal's tiles is summed up.
+            below = self.lower[tile.start :, tile]
+            below.addmm_(flat[:, tile.start :].T, flat[:, tile], beta=beta, alpha=alpha)
+        if self.cross is not None and self.weight is not None:
+            if exact is None:
+                raise ValueError("a weight is corrected by its exact inputs, and there are none")
+            right = exact.reshape(flat.shape)
+            if not _is_tall(self.weight):
+                right = right @ self.weight.T if product is None else product.reshape(len(flat), -1)
+            self.cross.addmm_(flat.T, right, beta=beta, alpha=alpha)
         self.rows = rows
-
-    def _square(self) -> bool:
-        return self.weight.shape[0] >= self.weight.shape[1]
 
     @property
     def moment(self) -> torch.Tensor:
-        """The whole matrix, what lies above the diagonal's panels filled in."""
+        """The whole matrix, what lies above the diagonal's tiles filled in."""
         mirror(self.lower)
         return self.lower
 
-    def root(self, damp: float, act_order: bool = False) -> Root:
-        """As `root_of`. In plain order it takes the half of the square above the diagonal's panels,
-        so that no second one is held: `moment` is gone then.
+    def inverse_factor(self, damp: float, act_order: bool = False) -> InverseFactor:
+        """As `inverse_factor_of`. In plain order it takes the half of the square above the
+        diagonal's tiles, so that no second square is held: `moment` is gone then.
         """
         if act_order:
-            return root_of(self.moment, damp, True)
-        torch = need("torch", "build")
-        self.diagonal = [self.lower[panel, panel].clone() for panel in _panels(len(self.lower))]
-        for times in DAMPINGS:
-            for panel, block in zip(_panels(len(self.lower)), self.diagonal, strict=True):
-                self.lower[panel, panel] = block
-            work, added = _damped(self.moment, times * damp)
-            if _root(work):
-                return Root(work, torch.arange(len(work)), added)
-        raise _singular(damp)
+            return inverse_factor_of(self.moment, damp, True)
+        self.diagonal = [self.lower[tile, tile].clone() for tile in _tiles(len(self.lower))]
+        for times in DAMP_RETRIES:
+            for tile, block in zip(_tiles(len(self.lower)), self.diagonal, strict=True):
+                self.lower[tile, tile] = block
+            work, damping = _damp(self.moment, times * damp)
+            if _factor_inverse(work):
+                return InverseFactor(work, torch.arange(len(work)), damping)
+        raise _not_invertible(damp)
 
-    def output_error(self, weight: torch.Tensor, rounded: torch.Tensor) -> float:
-        """|X (W - W')^T|^2 / |X W^T|^2: the share of a matrix's output over these inputs that
-        rounding changed; before `root` or after it.
+    def output_error(self, weight: torch.Tensor, quantized: torch.Tensor) -> float:
+        """|X (W - W')^T|^2 / |X W^T|^2: the share of a matrix' output over these inputs that
+        quantization changed. Asked before `inverse_factor` or after it.
         """
-        diagonal = self.diagonal or [self.lower[panel, panel] for panel in _panels(len(self.lower))]
-        return _energy(weight - rounded, self.lower, diagonal) / max(
-            _energy(weight, self.lower, diagonal), 1e-30
-        )
+        diagonal = self.diagonal
+        if diagonal is None:
+            diagonal = [self.lower[tile, tile] for tile in _tiles(len(self.lower))]
+        error = _energy(weight - quantized, self.lower, diagonal)
+        return error / max(_energy(weight, self.lower, diagonal), 1e-30)
 
-    def corrected(self, root: Root, share: float) -> torch.Tensor:
-        """The weights [out, in] that GPTQ shall round instead of `weight` W, so that the error its
-        inputs already carry is made good too; asked for once.
+    def corrected(self, factor: InverseFactor, share: float) -> torch.Tensor:
+        """The weights [out, in] that GPTQ shall quantize instead of `weight` W, so that the error
+        its inputs already carry is made good too. Asked for once.
 
         Of all V, the one whose outputs X V^T are nearest to those of the exact inputs, E W^T,
         damping holding it to W, is (H + damp)^-1 (X^T E + damp) W^T, transposed (H = X^T X); W goes
         the way to it by `share`, because calibration text is finite. This is GPTAQ's target (Li et
         al. 2025, arXiv 2504.02692) in closed form, with QEP's share (Arai and Ichikawa 2025, arXiv
         2504.09629).
+
+        Raises ValueError for a Hessian without a weight, or when it is asked for again.
         """
-        joint = self.joint
-        self.joint = None
-        if self._square():
-            joint.diagonal().add_(root.added)
-            found = self.weight @ root.inverse_times(joint).T
+        cross = self.cross
+        weight = self.weight
+        if cross is None or weight is None:
+            raise ValueError("the cross moment was never taken, or is used up")
+        self.cross = None
+        if _is_tall(weight):
+            cross.diagonal().add_(factor.damping)
+            target = weight @ factor.inverse_times(cross).T
         else:
-            found = root.inverse_times(joint.addcmul_(self.weight.T, root.added[:, None])).T
-        return found.mul_(share).add_(self.weight, alpha=1 - share)
+            target = factor.inverse_times(cross.addcmul_(weight.T, factor.damping[:, None])).T
+        return target.mul_(share).add_(weight, alpha=1 - share)
+
+
+def _is_tall(weight: torch.Tensor) -> bool:
+    """Whether X^T E [in, in] is not larger than X^T E W^T [in, out]."""
+    return weight.shape[0] >= weight.shape[1]
 
 
 def mirror(moment: torch.Tensor) -> None:
-    """Copy what lies below the diagonal's panels to where it belongs above."""
-    for panel in _panels(len(moment)):
-        moment[panel, panel.stop :] = moment[panel.stop :, panel].T
+    """Copy what lies below the diagonal's tiles to where it belongs above."""
+    for tile in _tiles(len(moment)):
+        moment[tile, tile.stop :] = moment[tile.stop :, tile].T
 
 
-def _panels(columns: int, width: int = PANEL) -> list[slice]:
+def _tiles(columns: int, width: int = TILE) -> list[slice]:
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 @dataclass(frozen=True)
-class Root:
-    """upper float32 [in, in]: on and above the diagonal the upper Cholesky factor of the inverse of
-    the damped second moment, in the order of columns that `order` int64 [in] gives. What lies below
-    the diagonal's panels is not its. added float32 [in], in plain order: what damping put on the
+class InverseFactor:
+    """The Cholesky factor of an inverse Hessian.
+
+    upper float32 [in, in]: on and above the diagonal the upper Cholesky factor of the inverse of
+    the damped second moment, in the order of columns that `order` int64 [in] gives; what lies below
+    the diagonal's tiles is not its. damping float32 [in], in plain order: what damping put on the
     diagonal.
     """
 
     upper: torch.Tensor
     order: torch.Tensor
-    added: torch.Tensor
+    damping: torch.Tensor
 
     def inverse_times(self, right: torch.Tensor) -> torch.Tensor:
-        """The damped second moment's inverse times right float32 [in, n], which may be
+        """The inverse of the damped second moment times right float32 [in, n], which may be
         overwritten.
         """
-        torch = need("torch", "build")
-        plain = torch.equal(self.order, torch.arange(len(self.order)))
-        work = right if plain else right[self.order]
-        # The inverse is upper^T upper; of a triangle only the panels that are not zero are
+        in_order = torch.equal(self.order, torch.arange(len(self.order)))
+        work = right if in_order else right[self.order]
+        # The inverse is upper^T upper; of a triangle only the tiles that are not zero are
         # multiplied.
-        for panel in _panels(len(work)):
-            work[panel] = self.upper[panel, panel.start :] @ work[panel.start :]
-        for panel in reversed(_panels(len(work))):
-            work[panel] = self.upper[: panel.stop, panel].T @ work[: panel.stop]
-        return work if plain else torch.empty_like(work).index_copy_(0, self.order, work)
+        for tile in _tiles(len(work)):
+            work[tile] = self.upper[tile, tile.start :] @ work[tile.start :]
+        for tile in reversed(_tiles(len(work))):
+            work[tile] = self.upper[: tile.stop, tile].T @ work[: tile.stop]
+        return work if in_order else torch.empty_like(work).index_copy_(0, self.order, work)
 
 
-def root_of(moment: torch.Tensor, damp: float, act_order: bool = False) -> Root:
-    """Of a second moment float32 [in, in], with `damp` times its mean on the diagonal; an input
-    that is always zero stands alone there.
+def inverse_factor_of(moment: torch.Tensor, damp: float, act_order: bool = False) -> InverseFactor:
+    """The factor of a second moment float32 [in, in], with `damp` times its mean on the diagonal.
+    An input that is always zero stands alone there.
 
     act_order: columns in order of falling second moment. Raises EdgemedError where it cannot be
     inverted.
     """
-    torch = need("torch", "build")
     order = moment.diagonal().argsort(descending=True) if act_order else torch.arange(len(moment))
-    for times in DAMPINGS:
-        work, added = _damped(
-            moment[order[:, None], order] if act_order else moment.clone(), times * damp
-        )
-        if _root(work):
-            return Root(work, order, torch.empty_like(added).index_copy_(0, order, added))
-    raise _singular(damp)
+    for times in DAMP_RETRIES:
+        ordered = moment[order[:, None], order] if act_order else moment.clone()
+        work, damping = _damp(ordered, times * damp)
+        if _factor_inverse(work):
+            in_place = torch.empty_like(damping).index_copy_(0, order, damping)
+            return InverseFactor(work, order, in_place)
+    raise _not_invertible(damp)
 
 
-def _damped(moment: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _damp(moment: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
     """In place: (that moment, what was added to its diagonal float32 [in])."""
     diagonal = moment.diagonal()
-    added = (diagonal == 0).float()
-    added += damp * float((diagonal + added).mean())
-    diagonal += added
-    return moment, added
+    damping = (diagonal == 0).float()
+    damping += damp * float((diagonal + damping).mean())
+    diagonal += damping
+    return moment, damping
 
 
-def _singular(damp: float) -> EdgemedError:
+def _not_invertible(damp: float) -> EdgemedError:
     return EdgemedError(
         f"the calibration inputs give no invertible second moment at damp {damp}",
         "Use more calibration samples, or a larger damp",
     )
 
 
-def _root(work: torch.Tensor) -> bool:
+def _factor_inverse(work: torch.Tensor) -> bool:
     """In place: a symmetric matrix float32 [n, n] to the upper Cholesky factor of its inverse;
     False where it is not positive definite. Of what lies below the diagonal nothing is read, and
-    what lies below the diagonal's panels stays.
+    what lies below the diagonal's tiles stays.
 
-    With H = V V^T, V upper, that factor is V^-1: H is taken apart from its last panel to its first,
-    and V inverted from the first to the last. Nearly all of it is products of panels, which run
+    With H = V V^T, V upper, that factor is V^-1: H is taken apart from its last tile to its first,
+    and V inverted from the first to the last. Nearly all of it is products of tiles, which run
     several times as fast as LAPACK's Cholesky, inverse and Cholesky, and no second square is held.
     """
-    torch = need("torch", "build")
-    panels = _panels(len(work), 256)
-    for panel in reversed(panels):
-        lower, failed = torch.linalg.cholesky_ex(work[panel, panel].flip(0, 1))
+    tiles = _tiles(len(work), FACTOR_TILE)
+    for tile in reversed(tiles):
+        # torch factors from the first row down; turned round, that is from the last one up.
+        lower, failed = torch.linalg.cholesky_ex(work[tile, tile].flip(0, 1))
         if failed:
             return False
-        work[panel, panel] = lower.flip(0, 1)
-        above = work[: panel.start, panel]
+        work[tile, tile] = lower.flip(0, 1)
+        above = work[: tile.start, tile]
         above.copy_(
-            torch.linalg.solve_triangular(work[panel, panel].T, above, upper=False, left=False)
+            torch.linalg.solve_triangular(work[tile, tile].T, above, upper=False, left=False)
         )
-        for part in _panels(panel.start):
+        # What this tile explains is taken off all that lies above and left of it.
+        for part in _tiles(tile.start):
             work[: part.stop, part].addmm_(above[: part.stop], above[part].T, alpha=-1)
-    for panel in panels:
+    for tile in tiles:
         inverse = torch.linalg.solve_triangular(
-            work[panel, panel], torch.eye(panel.stop - panel.start), upper=True
+            work[tile, tile], torch.eye(tile.stop - tile.start), upper=True
         )
-        above = work[: panel.start, panel] @ inverse
-        for part in _panels(panel.start):
-            work[part, panel] = -(work[part, part.start : panel.start] @ above[part.start :])
-        work[panel, panel] = inverse
-        work[panel.stop : panel.start - panel.start % PANEL + PANEL, panel] = 0
+        above = work[: tile.start, tile] @ inverse
+        for part in _tiles(tile.start):
+            work[part, tile] = -(work[part, part.start : tile.start] @ above[part.start :])
+        work[tile, tile] = inverse
+        # Zeros below the diagonal, down to the end of the TILE that the products read.
+        work[tile.stop : tile.start - tile.start % TILE + TILE, tile] = 0
     return True
 
 
 def solve(
     weight: torch.Tensor,
-    hessian: torch.Tensor,
+    moment: torch.Tensor,
     bits: int,
     group: int,
     damp: float,
     act_order: bool = False,
     clip: bool = False,
 ) -> Solution:
-    """`round_columns` with the second moment [in, in] of the matrix's inputs; raises EdgemedError
+    """`quantize_columns` with the second moment [in, in] of the matrix' inputs. Raises EdgemedError
     where that cannot be inverted.
     """
-    return round_columns(weight, root_of(hessian, damp, act_order), bits, group, act_order, clip)
+    factor = inverse_factor_of(moment, damp, act_order)
+    return quantize_columns(weight, factor, bits, group, act_order, clip)
 
 
-def swept(
+def sweep_columns(
     work: torch.Tensor, upper: torch.Tensor, nearest: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Round columns one by one, each after the errors of those before it have arrived; what is left
-    for columns behind these: errors float32 [columns, out].
+    """Quantize columns one by one, each after the errors of those before it have arrived. Returns
+    what is left for the columns behind these: errors float32 [columns, out].
 
-    work float32 [columns, out] is used up, upper float32 [columns, columns] their part of the root;
-    nearest(column, its numbers [out]) rounds them.
+    work float32 [columns, out] is used up; upper float32 [columns, columns]: their part of the
+    inverse factor; nearest(column, its numbers [out]) quantizes them.
     """
-    errors = need("torch", "build").empty_like(work)
+    errors = torch.empty_like(work)
     for column, values in enumerate(work):
-        strip = column - column % STRIP
-        if column == strip > 0:
-            work[strip:].addmm_(
-                upper[strip - STRIP : strip, strip:].T, errors[strip - STRIP : strip], alpha=-1
-            )
+        start = column - column % SUB_BLOCK
+        if column == start > 0:
+            # The errors of the sub-block that has just ended reach all that follows in a product.
+            ended = slice(start - SUB_BLOCK, start)
+            work[start:].addmm_(upper[ended, start:].T, errors[ended], alpha=-1)
         errors[column] = (values - nearest(column, values)) / upper[column, column]
-        later = slice(column + 1, strip + STRIP)
+        later = slice(column + 1, start + SUB_BLOCK)
         work[later].addr_(upper[column, later], errors[column], alpha=-1)
     return errors
 
 
-def round_columns(
+def quantize_columns(
     weight: torch.Tensor,
-    root: Root,
+    factor: InverseFactor,
     bits: int,
     group: int,
     act_order: bool = False,
     clip: bool = False,
 ) -> Solution:
-    """Integers for weight float32 [out, in] given the root of the second moment of its inputs;
-    group divides in.
+    """Integers for weight float32 [out, in], given the inverse factor of the second moment of its
+    inputs; group divides in.
 
-    act_order: the root's columns are in order of falling second moment. Scales then belong to the
+    act_order: the factor's columns are in order of falling second moment. Scales then belong to the
     original groups and are fixed beforehand, so column i keeps group i // group and every engine
     can carry the integers. Otherwise a group's scale is taken when it is reached, after the errors
-    of earlier columns have arrived. A column whose input is always zero is rounded to nearest.
-    clip: scales by grid.clipped_scale, a column's error weighed as GPTQ weighs it, by 1 / upper[i,
-    i]^2 (what the later columns cannot make good).
+    of earlier columns have arrived. A column whose input is always zero is quantized by RTN. clip:
+    scales by grids.clipped_scale, a column's error weighed as GPTQ weighs it, by 1 / upper[i, i]^2
+    (what the later columns cannot make good).
     """
-    torch = need("torch", "build")
     rows, columns = weight.shape
-    order = root.order
-    upper = root.upper
+    order = factor.order
+    upper = factor.upper
     importance = torch.empty(columns)
     importance[order] = upper.diagonal() ** -2
     # Transposed: the loop walks over columns, which are then contiguous.
     work = weight.T[order].contiguous()
     q = torch.empty(columns, rows, dtype=torch.uint8)
-    fixed = act_order or group > BLOCK
-    scales = (
-        rtn(weight, bits, group, clip, importance)[1].T.contiguous()
-        if fixed
-        else torch.empty(columns // group, rows)
-    )
+    scales_are_fixed = act_order or group > BLOCK
+    if scales_are_fixed:
+        scales = rtn(weight, bits, group, clip, importance)[1].T.contiguous()
+    else:
+        scales = torch.empty(columns // group, rows)
     groups = (order // group).tolist()
     zero = 1 << (bits - 1)
     for start in range(0, columns, BLOCK):
@@ -326,7 +341,7 @@ def round_columns(
 
         def nearest(within: int, values: torch.Tensor, start: int = start) -> torch.Tensor:
             column = start + within
-            if not fixed and column % group == 0:
+            if not scales_are_fixed and column % group == 0:
                 reached = work[column : column + group].T.contiguous()
                 scales[groups[column]] = (
                     clipped_scale(reached, bits, importance[column : column + group])
@@ -338,30 +353,26 @@ def round_columns(
             q[column] = integer + zero
             return integer * scale
 
-        work[end:].addmm_(
-            upper[start:end, end:].T,
-            swept(work[start:end], upper[start:end, start:end], nearest),
-            alpha=-1,
-        )
+        errors = sweep_columns(work[start:end], upper[start:end, start:end], nearest)
+        work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(columns)
     return Solution(q[inverse].T.contiguous(), scales.T.contiguous())
 
 
-def output_error(weight: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, moment: torch.Tensor) -> float:
     """As Hessian.output_error, of inputs of which only the second moment [in, in] is left."""
-    diagonal = [moment[panel, panel] for panel in _panels(len(moment))]
-    return _energy(weight - rounded, moment, diagonal) / max(
-        _energy(weight, moment, diagonal), 1e-30
-    )
+    diagonal = [moment[tile, tile] for tile in _tiles(len(moment))]
+    error = _energy(weight - quantized, moment, diagonal)
+    return error / max(_energy(weight, moment, diagonal), 1e-30)
 
 
 def _energy(weight: torch.Tensor, lower: torch.Tensor, diagonal: list[torch.Tensor]) -> float:
-    """The sum over rows w of w H w^T; H is symmetric, `diagonal` the panels there, and of the rest
-    only what lies below them is read.
+    """The sum over rows w of w H w^T. H is symmetric, `diagonal` are its tiles there, and of the
+    rest only what lies below them is read.
     """
     total = 0.0
-    for panel, block in zip(_panels(len(lower)), diagonal, strict=True):
-        product = weight[:, panel.stop :] @ lower[panel.stop :, panel]
-        total += float(product.addmm_(weight[:, panel], block, beta=2).mul_(weight[:, panel]).sum())
+    for tile, block in zip(_tiles(len(lower)), diagonal, strict=True):
+        product = weight[:, tile.stop :] @ lower[tile.stop :, tile]
+        total += float(product.addmm_(weight[:, tile], block, beta=2).mul_(weight[:, tile]).sum())
     return total

@@ -1,7 +1,8 @@
-"""Integer grids shared by steps and targets: rounding to nearest, GGUF's Q8_0, and regrouping of
+"""Integer grids shared by steps and targets: round to nearest (RTN), GGUF's Q8_0, and regrouping of
 packed matrices.
 
-One place, so that the same weight becomes the same integers wherever it is rounded.
+One place, so that the same weight becomes the same integers wherever it is quantized. Runtimes
+import it on a device, so torch is not imported at the top.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def clipped_scale(
     weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The scale among TRIES shares of scale_of's (1 down to LEAST) with the smallest sum of
-    importance * (weight - rounded)^2 along the last axis.
+    importance * (weight - quantized)^2 along the last axis.
 
     importance broadcasts against weight, None: plain squared error. Ties go to the larger scale.
     Returns float32 that float16 holds exactly.
@@ -83,7 +84,7 @@ def clipped_scale(
     return best
 
 
-def round_to(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def quantize_to(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Integers 0..2^bits-1 with zero at 2^(bits-1), as uint8; `scale` broadcasts against
     `weight`.
     """
@@ -99,7 +100,8 @@ def rtn(
     clip: bool = False,
     importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest: weight [out, in] -> (q uint8 [out, in], scales float32 [out, in/group]).
+    """RTN, round to nearest: weight [out, in] -> (q uint8 [out, in], scales float32 [out,
+    in/group]).
 
     clip: scales by clipped_scale, each input weighed with `importance` [in]. Raises EdgemedError
     where the group does not divide a row.
@@ -117,7 +119,7 @@ def rtn(
         grouped = weight[part].reshape(-1, columns // group, group)
         weighed = None if importance is None else importance.reshape(columns // group, group)
         scales[part] = clipped_scale(grouped, bits, weighed) if clip else scale_of(grouped, bits)
-        q[part] = round_to(grouped, scales[part][..., None], bits).reshape(-1, columns)
+        q[part] = quantize_to(grouped, scales[part][..., None], bits).reshape(-1, columns)
     return q, scales
 
 
@@ -155,29 +157,29 @@ def labelled(packings: Iterable[tuple[int, int]]) -> str:
     """(bits, group) of every matrix as a person would name it: 'int4 g128', 'int8 per column',
     'int4/8 mixed'.
     """
-    found = sorted(set(packings))
-    if len(found) == 1:
-        ((bits, group),) = found
+    distinct = sorted(set(packings))
+    if len(distinct) == 1:
+        ((bits, group),) = distinct
         return f"int{bits} {'per column' if group == -1 else f'g{group}'}"
-    return f"int{'/'.join(map(str, sorted({bits for bits, _ in found})))} mixed"
+    return f"int{'/'.join(map(str, sorted({bits for bits, _ in distinct})))} mixed"
 
 
-def widened(matrix: Packed, known: tuple[int, ...]) -> Packed:
-    """The same matrix with its integers in the next width among `known`: the numbers stay, the zero
-    moves with them.
+def widened(matrix: Packed, widths: tuple[int, ...]) -> Packed:
+    """The same matrix with its integers in the next width among `widths`: the numbers stay, the
+    zero moves with them.
     """
-    bits = min(b for b in known if b >= matrix.bits)
+    bits = min(b for b in widths if b >= matrix.bits)
     if bits == matrix.bits:
         return matrix
     moved = (1 << bits - 1) - (1 << matrix.bits - 1)
     return replace(matrix, q=matrix.q + moved, zeros=matrix.zeros + moved, bits=bits)
 
 
-def block_ints(matrix: Packed, known: tuple[int, ...] = (4, 8)) -> Ints:
-    """A packed matrix as Ints of a width among `known`: the block a power of two of at most 128,
+def block_ints(matrix: Packed, widths: tuple[int, ...] = (4, 8)) -> Ints:
+    """A packed matrix as Ints of a width among `widths`. The block a power of two of at most 128,
     scales (and uneven zeros) repeated to fit it.
     """
-    matrix = widened(matrix, known)
+    matrix = widened(matrix, widths)
     block = 128
     while matrix.group % block:
         block //= 2

@@ -1,4 +1,4 @@
-"""Hidden states of calibration windows, layer after layer: in memory, or on disk where memory is
+"""Hidden states of calibration samples, layer after layer: in memory, or on disk where memory is
 short, and on disk after every layer.
 
 What lies on disk after a layer is what a killed run goes on from. Plain file reads and writes, not
@@ -12,24 +12,25 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING
 
-from edgemed.errors import EdgemedError, need
+import torch
+
+from edgemed.errors import EdgemedError
 from edgemed.models.torch_decoder import embed_sequences
 
 if TYPE_CHECKING:
-    import torch
-
     from edgemed.models.torch_decoder import TokenSequence
     from edgemed.models.weights import CanonicalWeights
 
 
 class Activations:
-    """float32 [windows, tokens, hidden], one window at a time. `spilled`: nothing but the window in
+    """float32 [samples, tokens, hidden], one sample at a time. `spilled`: nothing but the sample in
     use is in memory.
 
-    A layer reads what the layer before left and writes its own; `commit` ends it. A window written
+    A layer reads what the layer before left and writes its own; `commit` ends it. A sample written
     in this layer is read back as written. What layer 0 reads is written before the first `commit`.
     """
 
@@ -39,12 +40,11 @@ class Activations:
         name: str,
         shape: tuple[int, int, int],
         spilled: bool,
-        angles: Sequence[torch.Tensor] | None = None,
+        angles: Sequence[torch.Tensor | None] | None = None,
     ):
-        """angles: rotary angles [tokens, pairs] of every window's tokens where they are not those
+        """angles: rotary angles [tokens, pairs] of every sample's tokens where they are not those
         of plain positions.
         """
-        torch = need("torch", "build")
         self.angles = angles
         self.folder = Path(folder)
         self.name = name
@@ -60,7 +60,7 @@ class Activations:
         return self.folder / f"{self.name}-{layer % 2}"
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(number, float32 [1, tokens, hidden]) of every window."""
+        """(number, float32 [1, tokens, hidden]) of every sample."""
         for i in range(self.shape[0]):
             yield i, self.read(i)
 
@@ -70,8 +70,8 @@ class Activations:
         with open(self.file(self.layer + (i in self.fresh)), "rb") as handle:
             return _get(handle, i, (1, *self.shape[1:]), self.folder)
 
-    def turned(self, i: int) -> torch.Tensor | None:
-        """Rotary angles of window i, None for plain positions."""
+    def angles_of(self, i: int) -> torch.Tensor | None:
+        """Rotary angles of sample i, None for plain positions."""
         return self.angles[i] if self.angles else None
 
     def write(self, i: int, x: torch.Tensor) -> None:
@@ -103,12 +103,12 @@ class Activations:
         self.fresh = set()
         if self.held is not None:
             with open(self.file(layer), "rb") as handle:
-                if handle.readinto(memoryview(self.held.numpy()).cast("B")) != self.held.nbytes:
+                if handle.readinto(_bytes_of(self.held)) != self.held.nbytes:
                     raise short(self.folder)
 
 
 class Inputs:
-    """float32 [tokens, columns] of every window: what one matrix reads, written window by window
+    """float32 [tokens, columns] of every sample: what one matrix reads, written sample by sample
     and read again in the same layer.
 
     In a file without a name, in the folder of the hidden states: the system keeps in memory what of
@@ -133,34 +133,45 @@ class Inputs:
         return _get(self.handle, i, self.shape, self.folder)
 
 
-def _put(handle: BinaryIO, i: int, x: torch.Tensor) -> None:
+def _put(handle: IO[bytes], i: int, x: torch.Tensor) -> None:
     handle.seek(i * x.nbytes)
-    handle.write(memoryview(x.contiguous().numpy()).cast("B"))
+    handle.write(_bytes_of(x.contiguous()))
 
 
-def _get(handle: BinaryIO, i: int, shape: tuple[int, int, int], folder: Path) -> torch.Tensor:
-    """The i-th window of a file. folder: named where it is cut off."""
-    x = need("torch", "build").empty(shape)
+def _get(
+    handle: BufferedReader | BufferedRandom, i: int, shape: tuple[int, int, int], folder: Path
+) -> torch.Tensor:
+    """The i-th sample of a file. folder: named where it is cut off."""
+    x = torch.empty(shape)
     handle.seek(i * x.nbytes)
-    if handle.readinto(memoryview(x.numpy()).cast("B")) != x.nbytes:
+    if handle.readinto(_bytes_of(x)) != x.nbytes:
         raise short(folder)
     return x
 
 
+def _bytes_of(x: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, as a file reads and writes it."""
+    return x.numpy().data.cast("B")
+
+
 def begin(
     weights: CanonicalWeights,
-    windows: Iterable[TokenSequence],
+    samples: Iterable[TokenSequence],
     streams: Sequence[Activations],
     layer: int,
 ) -> None:
-    """What layer 0 reads of the windows, in every stream; or where layers are done, what the last
+    """What layer 0 reads of the samples, in every stream; or where layers are done, what the last
     of them left on disk.
     """
-    for i, (hidden, _) in enumerate([] if layer else embed_sequences(weights, windows)):
+    if layer:
+        for stream in streams:
+            stream.resume(layer)
+        return
+    for i, (hidden, _) in enumerate(embed_sequences(weights, samples)):
         for stream in streams:
             stream.write(i, hidden)
     for stream in streams:
-        stream.resume(layer) if layer else stream.commit()
+        stream.commit()
 
 
 def short(folder: Path) -> EdgemedError:

@@ -2,7 +2,7 @@
 importance matrix, made by our own pass.
 
 Very low bit types need it and all K- and IQ-types gain from it. It runs layer by layer like every
-calibration here, so its memory is that of one layer and the activations of one window.
+calibration here, so its memory is that of one layer and the activations of one sample.
 """
 
 from __future__ import annotations
@@ -13,36 +13,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from edgemed.artifacts.hashing import file_sha256
 from edgemed.console import track
-from edgemed.errors import EdgemedError, need
+from edgemed.errors import EdgemedError
 from edgemed.models.torch_decoder import block, embed_sequences, linear, load_layer
 from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
-    import torch
-
     from edgemed.models.torch_decoder import Layer, TokenSequence
 
 FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 
 def importance(
-    weights: CanonicalWeights, windows: Sequence[TokenSequence]
+    weights: CanonicalWeights, samples: Sequence[TokenSequence]
 ) -> dict[str, np.ndarray]:
     """Mean squared input per column of each layer matrix over the tokens it was computed for:
     canonical name -> float32 [in].
 
-    windows: tokens and pictures, each of at most the model's context. Follows llama.cpp's
+    samples: tokens and images, each of at most the model's context. Follows llama.cpp's
     tools/imatrix (sum of squares / tokens). An expert that no token chose has an importance of 1
     everywhere, as there.
     """
-    torch = need("torch", "build")
     d = weights.decoder
-    found = {}
+    importances: dict[str, np.ndarray] = {}
     with torch.inference_mode():
-        hidden, angles = map(list, zip(*embed_sequences(weights, windows), strict=True))
+        hidden, angles = map(list, zip(*embed_sequences(weights, samples), strict=True))
         for n in track(range(d.layers), "importance"):
             layer = load_layer(weights, n)
             sums = {
@@ -59,19 +57,16 @@ def importance(
 
             for i, x in enumerate(hidden):
                 hidden[i] = block(d, layer, n, x, product=product, angles=angles[i])
-            found |= {
-                f"layers.{n}.{name}": (
-                    total / counts[name] if counts[name] else torch.ones_like(total)
-                )
-                .float()
-                .numpy()
-                for name, total in sums.items()
-            }
-    return found
+            for name, total in sums.items():
+                mean = total / counts[name] if counts[name] else torch.ones_like(total)
+                importances[f"layers.{n}.{name}"] = mean.float().numpy()
+    return importances
 
 
 def save(path: Path, values: Mapping[str, np.ndarray]) -> None:
-    np.savez(path, **values)
+    """Write an importance file."""
+    # numpy's types take every keyword for its own option allow_pickle.
+    np.savez(path, **values)  # type: ignore[arg-type]
 
 
 def digest(path: Path) -> str:
@@ -82,7 +77,7 @@ def digest(path: Path) -> str:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Raises EdgemedError where the file is no importance file."""
+    """canonical name -> float32 [in]. Raises EdgemedError where the file is no importance file."""
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}

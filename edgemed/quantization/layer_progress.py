@@ -12,14 +12,13 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import safetensors.torch
+import torch
 
 from edgemed.artifacts import store
-from edgemed.errors import need
 from edgemed.models.checkpoint import read_tensors
-
-if TYPE_CHECKING:
-    import torch
 
 STATE = "state.json"
 
@@ -35,12 +34,9 @@ class Layers:
         self.folder = Path(out).with_name(f"{Path(out).name}-layers")
         self.facts: list[dict[str, Any]] = []
         self.key = key
-        self.decided = {}
-        state = (
-            json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            if (self.folder / STATE).is_file()
-            else {}
-        )
+        self.decided: dict[str, Any] = {}
+        file = self.folder / STATE
+        state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if state.get("key") == key:
             self.facts = state["facts"]
             self.decided = state["decided"]
@@ -50,6 +46,7 @@ class Layers:
 
     @property
     def done(self) -> int:
+        """How many layers are finished."""
         return len(self.facts)
 
     def save(self, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
@@ -58,11 +55,9 @@ class Layers:
         """
         # Written from here: the library's own error says nothing of a full disk that could be told
         # apart.
-        whole = need("safetensors.torch", "build").save(
-            {name: t.contiguous() for name, t in tensors.items()}
-        )
+        data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
         with open(self._file(self.done), "wb") as handle:
-            handle.write(whole)
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         self.facts = [*self.facts, facts]
@@ -83,6 +78,7 @@ class Layers:
         )
 
     def tensors(self, layer: int, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """What was saved of a layer; names: which of it, None for all."""
         return read_tensors(self._file(layer), names)
 
     def _file(self, layer: int) -> Path:

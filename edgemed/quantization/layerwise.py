@@ -1,19 +1,21 @@
-"""One decoder layer rounded, by each of the methods: what a quantize step does between reading a
-layer and writing it.
+"""One decoder layer quantized: what the methods have in common, and GPTQ's walk through the
+matrices of a layer, for every kind of integer grid.
 
-Every method sees the layer as the checkpoint's float weights and the hidden states the rounded
-layers before it give, and leaves the hidden states the rounded layer gives.
+Every method sees the layer as the checkpoint's float weights and the hidden states that the
+quantized layers before it give. It leaves the hidden states that the quantized layer gives.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from edgemed.errors import EdgemedError, need
+import torch
+
+from edgemed.errors import EdgemedError
 from edgemed.hardware import process_memory
+from edgemed.models.architecture import DecoderConfig
 from edgemed.models.torch_decoder import (
     activate,
     attention,
@@ -25,37 +27,34 @@ from edgemed.models.torch_decoder import (
     shared_base_mixture,
 )
 from edgemed.models.weights import CanonicalWeights
-from edgemed.quantization.awq import Seen, folds, scaled
-from edgemed.quantization.gptq import Hessian, Root, Solution, output_error, round_columns
-from edgemed.quantization.grids import rtn
-from edgemed.quantization.hidden_states import Inputs
+from edgemed.quantization.expert_coverage import (
+    ExpertTokens,
+    expert_tokens,
+    rows_of,
+    too_few_tokens,
+)
+from edgemed.quantization.gptq import Hessian, InverseFactor, output_error
+from edgemed.quantization.hidden_states import Activations, Inputs
+from edgemed.quantization.settings import Packings, QuantizeSettings
 
 if TYPE_CHECKING:
-    import torch
-
-    from edgemed.models.architecture import DecoderConfig
     from edgemed.models.torch_decoder import Layer
-    from edgemed.quantization.hidden_states import Activations
 
-    # matrix of one layer -> (bits, group size, -1 for one per row)
-    Own = Mapping[str, tuple[int, int]]
-    # expert -> for each window the tokens it is calibrated on
-    Reached = list[list[torch.Tensor]]
-    # (matrix of one layer, weight float32 [out, in], the root of its inputs or None where they say
-    # nothing) -> (what is stored, the weights it stands for)
-    Rounding = Callable[[str, torch.Tensor, Root | None], tuple[Any, torch.Tensor]]
+# (matrix of one layer, weight float32 [out, in], the inverse factor of its inputs or None where
+# they say nothing) -> (what is stored, the weights it stands for)
+Quantizer = Callable[[str, torch.Tensor, InverseFactor | None], tuple[Any, torch.Tensor]]
 
-
-# So many of a matrix' outputs, and not more than twice that, say what share of all of them rounding
+# So many rows of a matrix, and at most twice that, tell what share of its output quantization
 # changed.
-OUTPUTS = 512
+MEASURED_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A rounded matrix, as its Rounding stores it (a Solution). errors: 'weight' |W - W'| / |W|,
-    and where there were inputs 'output' |X (W - W')^T|^2 / |X W^T|^2, of up to 2 OUTPUTS rows of W
-    at even distances.
+class QuantizedMatrix:
+    """A matrix as its quantizer stores it (a Solution).
+
+    errors: 'weight' |W - W'| / |W|, and where there were inputs 'output' |X (W - W')^T|^2 / |X
+    W^T|^2, of up to 2 MEASURED_ROWS rows of W at even distances.
     """
 
     solution: Any
@@ -64,32 +63,42 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """A layer: its matrices, the norms and the router a method changed (weight, bias), AWQ's
-    exponents, what `reached` says of its experts, and the largest magnitude of what each matrix
-    reads (smoothquant).
+class QuantizedLayer:
+    """A layer as a method leaves it.
+
+    changed: the norms and the router that the method changed (weight, bias). alpha: AWQ's
+    exponents, None for other methods. experts: what `expert_tokens` says of them. activations: the
+    largest magnitude of what each matrix reads (smoothquant).
     """
 
-    matrices: dict[str, Matrix]
+    matrices: dict[str, QuantizedMatrix]
     changed: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
-    alpha: dict[str, float] = field(default_factory=dict)
+    alpha: dict[str, float] | None = None
     experts: dict[str, list[int]] | None = None
     activations: dict[str, float] = field(default_factory=dict)
 
 
-class Settings(Protocol):
-    """What a layer's rounding reads of a step's parameters."""
+@dataclass
+class _LayerPass:
+    """One layer while GPTQ walks through it.
 
-    damp: float
-    act_order: bool
-    clip: bool
-    correction: float
-    expert_tokens: int
-    route_at_least: int
+    layer: its weights, each matrix quantized once it was its turn. source: the float weights. x,
+    exact: hidden states of the quantized and of the float model; exact is None without correction.
+    """
+
+    d: DecoderConfig
+    n: int
+    layer: Layer
+    source: Layer
+    x: Activations
+    exact: Activations | None
+    quantizer: Quantizer
+    settings: QuantizeSettings
+    experts: ExpertTokens | None = None
 
 
-def own_of(packings: Mapping[str, tuple[int, int]], n: int) -> Own:
-    """Those of layer n, from canonical matrix -> (bits, group)."""
+def layer_packings(packings: Packings, n: int) -> Packings:
+    """Those of layer n by the matrix' name in it, from canonical matrix -> (bits, group)."""
     start = f"layers.{n}."
     return {
         name.removeprefix(start): packing
@@ -98,325 +107,145 @@ def own_of(packings: Mapping[str, tuple[int, int]], n: int) -> Own:
     }
 
 
-def rtn_layer(weights: CanonicalWeights, n: int, own: Own, clip: bool) -> Rounded:
-    layer = load_layer(weights, n)
-    found = {}
-    for name, (bits, group) in own.items():
-        weight, bias = layer[name]
-        solution = Solution(*rtn(weight, bits, group_of(weight, group), clip))
-        found[name] = matrix_of(weight, bias, solution, solution.dense(bits))
-    return Rounded(found)
-
-
-def integers(own: Own, params: Settings) -> Rounding:
-    """GPTQ's rounding to the integers and scales of (bits, group); to nearest where there is no
-    root.
-    """
-
-    def rounded(
-        name: str, weight: torch.Tensor, root: Root | None
-    ) -> tuple[Solution, torch.Tensor]:
-        bits = own[name][0]
-        group = group_of(weight, own[name][1])
-        solution = (
-            round_columns(weight, root, bits, group, params.act_order, params.clip)
-            if root
-            else Solution(*rtn(weight, bits, group))
-        )
-        return solution, solution.dense(bits)
-
-    return rounded
-
-
 def gptq_layer(
     weights: CanonicalWeights,
     n: int,
     x: Activations,
     exact: Activations | None,
-    rounding: Rounding,
-    params: Settings,
-) -> Rounded:
+    quantizer: Quantizer,
+    settings: QuantizeSettings,
+) -> QuantizedLayer:
     """Matrices in the order they are computed, each calibrated on what the quantized ones before it
     put out, an expert on the tokens that reach it.
 
-    exact: the hidden states where nothing was rounded, for the correction of inputs; None without
-    one.
+    exact: the hidden states of the float model, for the correction of inputs; None without one.
+    Raises EdgemedError where the text gives no invertible second moment.
     """
     d = weights.decoder
     layer = load_layer(weights, n)
-    source = dict(layer)
-    found = {}
-    experts = None
-    said = None
+    work = _LayerPass(
+        d=d,
+        n=n,
+        layer=layer,
+        source=dict(layer),
+        x=x,
+        exact=exact,
+        quantizer=quantizer,
+        settings=settings,
+    )
+    matrices = {}
+    coverage = None
     for name in d.matrices(n):
         process_memory.return_memory()
-        if name.startswith("experts.") and experts is None:
-            experts, said = reached(
-                d, layer, (feed(d, n, layer, "router", row) for _, row in x), params
-            )
-        with (
-            Inputs(x, layer[name][0].shape[1])
-            if added(d, name)
-            else contextlib.nullcontext() as inputs
-        ):
-            found[name] = _gptq(
-                d, n, (layer, source), name, (x, exact), experts, rounding, params, inputs
-            )
-            for i, row in x if inputs else ():
-                x.write(i, row + linear(layer, name, inputs.read(i)))
-        if inputs:
-            del layer[name], source[name]
+        if name.startswith("experts.") and work.experts is None:
+            reads = (input_of(d, n, layer, "router", row) for _, row in x)
+            work.experts, coverage = expert_tokens(d, layer, reads, settings)
+        if is_added(d, name):
+            matrices[name] = _added_matrix(work, name)
+        else:
+            matrices[name] = _one_matrix(work, name, None)
     # What is added matrix by matrix is at its end; a parallel block and a mixture of experts come
     # as a whole.
-    if not added(d, name):
-        for stream, own in ((x, layer), (exact, source)) if exact else ((x, layer),):
-            for i, row in stream:
-                stream.write(i, row + branches(d, own, n, row, x.turned(i)))
-    return Rounded(found, experts=said)
+    if not is_added(d, name):
+        for i, row in x:
+            x.write(i, row + rest_of_layer(d, layer, n, row, x.angles_of(i)))
+        if exact is not None:
+            for i, row in exact:
+                exact.write(i, row + rest_of_layer(d, work.source, n, row, exact.angles_of(i)))
+    return QuantizedLayer(matrices, experts=coverage)
 
 
-def _gptq(
-    d: DecoderConfig,
-    n: int,
-    layers: tuple[Layer, Layer],
-    name: str,
-    streams: tuple[Activations, Activations | None],
-    experts: Reached | None,
-    rounding: Rounding,
-    params: Settings,
-    inputs: Inputs | None,
-) -> Matrix:
-    """One matrix; its rounded weight takes its place in the first of `layers`, the second stays as
-    stored. streams: as gptq_layer's x and exact; inputs: where to keep what it reads.
+def _added_matrix(work: _LayerPass, name: str) -> QuantizedMatrix:
+    """A matrix whose product is added to the hidden states at once. Its inputs are kept on disk
+    meanwhile, so that they are not computed twice.
     """
-    (layer, source) = layers
-    (x, exact) = streams
-    (weight, bias) = layer[name]
-    product = None
-    hessian = Hessian(weight.shape[1], weight if exact else None)
-    for i, row in x:
-        rows = rows_of(experts, name, i)
-        before = exact.read(i) if exact else None
-        read = feed(d, n, source, name, before, rows, x.turned(i)) if exact else None
-        # The float layer does not wait for what is rounded: its product is added while its input is
-        # at hand.
-        product = linear({name: (weight, None)}, name, read) if exact and added(d, name) else None
-        given = feed(d, n, layer, name, row, rows, x.turned(i))
-        hessian.add(given, read, product)
-        if inputs:
-            inputs.write(i, given)
-        if product is not None:
-            exact.write(i, before + (product if bias is None else product + bias))
-    if inputs:
+    with Inputs(work.x, work.layer[name][0].shape[1]) as inputs:
+        matrix = _one_matrix(work, name, inputs)
+        for i, row in work.x:
+            work.x.write(i, row + linear(work.layer, name, inputs.read(i)))
+    del work.layer[name], work.source[name]
+    return matrix
+
+
+def _one_matrix(work: _LayerPass, name: str, inputs: Inputs | None) -> QuantizedMatrix:
+    """One matrix; its quantized weight takes its place in `work.layer`. inputs: where to keep what
+    it reads.
+    """
+    settings = work.settings
+    weight, bias = work.layer[name]
+    hessian = _hessian_of(work, name, inputs)
+    if inputs is not None:
         # What made these inputs is at its end: the squares to come have its room.
-        for made in layers:
-            del made[{"o": "qkv", "down": "up"}[name]]
-    if lacking(name, hessian.rows, params):
-        solution, dense = rounding(name, weight, None)
+        maker = {"o": "qkv", "down": "up"}[name]
+        del work.layer[maker]
+        del work.source[maker]
+    if too_few_tokens(name, hessian.rows, settings):
+        solution, dense = work.quantizer(name, weight, None)
     else:
         try:
-            root = hessian.root(params.damp, params.act_order)
+            factor = hessian.inverse_factor(settings.damp, settings.act_order)
         except EdgemedError as error:
-            raise EdgemedError(f"layers.{n}.{name}: {error.problem}", error.fix) from None
-        target = hessian.corrected(root, params.correction) if exact else weight
-        solution, dense = rounding(name, target, root)
-        del root, target
-    layer[name] = (dense, bias)
-    return matrix_of(weight, bias, solution, dense, hessian if hessian.rows else None)
+            raise EdgemedError(f"layers.{work.n}.{name}: {error.problem}", error.fix) from None
+        target = weight
+        if work.exact is not None:
+            target = hessian.corrected(factor, settings.correction)
+        solution, dense = work.quantizer(name, target, factor)
+        del factor, target
+    work.layer[name] = (dense, bias)
+    return with_errors(weight, bias, solution, dense, hessian if hessian.rows else None)
 
 
-def awq_layer(
-    weights: CanonicalWeights, n: int, x: Activations, own: Own, params: Settings
-) -> Rounded:
-    """Scales searched and folded, then rounding to nearest. An expert that too few tokens reach
-    takes part in no search; a scale its input has is folded into it all the same.
+def _hessian_of(work: _LayerPass, name: str, inputs: Inputs | None) -> Hessian:
+    """The moments of what a matrix reads. The float hidden states go on by its product where that
+    is added at once.
     """
-    d = weights.decoder
-    layer = load_layer(weights, n)
-    source = dict(layer)
-    found = {}
-    alpha = {}
-    experts = None
-    said = None
-
-    def inner() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What attention and what the MLP of the float layer start from, window by window."""
-        for i, row in x:
-            yield (
-                row,
-                row
-                if d.parallel
-                else row + linear(source, "o", feed(d, n, source, "o", row, angles=x.turned(i))),
-            )
-
-    if d.sparse(n):
-        experts, said = reached(
-            d, source, (feed(d, n, source, "router", row) for _, row in inner()), params
-        )
-
-    def seen(names: Iterable[str]) -> dict[str, Seen]:
-        return _seen(d, n, source, [*names], inner, x, experts, params)
-
-    def rounded(name: str, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        bits, group = own[name]
-        return Solution(*rtn(weight, bits, group_of(weight, group), params.clip, importance)).dense(
-            bits
-        )
-
-    def finish(name: str, inputs: Seen) -> None:
-        (weight, bias) = layer[name]
-        (bits, group) = own[name]
-        clip, importance = (False, None) if inputs.few else (params.clip, inputs.moment.diagonal())
-        solution = Solution(*rtn(weight, bits, group_of(weight, group), clip, importance))
-        dense = solution.dense(bits)
-        found[name] = matrix_of(
-            weight, bias, solution, dense, inputs.moment if inputs.rows else None
-        )
-        layer[name] = (dense, bias)
-
-    # Every `down` of a layer with experts at once would be too much to hold: each is seen, and let
-    # go of, by itself.
-    inputs = seen(
-        [
-            *(["router"] if d.sparse(n) else []),
-            *(name for name in d.matrices(n) if not name.endswith("down")),
-        ]
-    )
-    for fold in (fold for fold in folds(d, n) if not fold.source.endswith("up")):
-        alpha |= scaled(d, fold, layer, inputs, rounded)
-    for stem in d.mlps(n):
-        up = f"{stem}up"
-        down = f"{stem}down"
-        inputs |= seen([down])
-        for fold in (fold for fold in folds(d, n) if fold.source == up):
-            alpha |= scaled(d, fold, layer, inputs, rounded)
-        finish(up, inputs.pop(up))
-        finish(down, inputs.pop(down))
-    for name in ("qkv", "o"):
-        finish(name, inputs.pop(name))
-    for i, row in x:
-        row = (
-            row
-            if d.parallel
-            else row + linear(layer, "o", feed(d, n, layer, "o", row, angles=x.turned(i)))
-        )
-        x.write(i, row + branches(d, layer, n, row, x.turned(i)))
-    changed = {
-        name: value
-        for name, value in layer.items()
-        if name not in own and value is not source[name]
-    }
-    return Rounded(
-        {name: found[name] for name in d.matrices(n)},
-        changed,
-        alpha,
-        said,
-    )
+    d = work.d
+    exact = work.exact
+    weight, bias = work.layer[name]
+    hessian = Hessian(weight.shape[1], weight if exact else None)
+    for i, row in work.x:
+        rows = rows_of(work.experts, name, i)
+        angles = work.x.angles_of(i)
+        exact_input = None
+        product = None
+        if exact is not None:
+            before = exact.read(i)
+            exact_input = input_of(d, work.n, work.source, name, before, rows, angles)
+            if is_added(d, name):
+                # The float layer does not wait for what is quantized: its product is added while
+                # its input is at hand.
+                product = linear({name: (weight, None)}, name, exact_input)
+        own_input = input_of(d, work.n, work.layer, name, row, rows, angles)
+        hessian.add(own_input, exact_input, product)
+        if inputs is not None:
+            inputs.write(i, own_input)
+        if exact is not None and product is not None:
+            exact.write(i, before + (product if bias is None else product + bias))
+    return hessian
 
 
-def _seen(
-    d: DecoderConfig,
-    n: int,
-    layer: Layer,
-    names: list[str],
-    inner: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]],
-    x: Activations,
-    experts: Reached | None,
-    params: Settings,
-) -> dict[str, Seen]:
-    """What matrices read; inner and x: as awq_layer's."""
-    torch = need("torch", "build")
-    hessians = {name: Hessian(layer[name][0].shape[1]) for name in names}
-    sums = {name: torch.zeros(layer[name][0].shape[1]) for name in names}
-    for i, (row, middle) in enumerate(inner()):
-        for name in names:
-            read = feed(
-                d,
-                n,
-                layer,
-                name,
-                row if name in ("qkv", "o") else middle,
-                rows_of(experts, name, i),
-                x.turned(i),
-            )
-            hessians[name].add(read)
-            sums[name] += read.abs().sum((0, 1))
-    return {
-        name: Seen(
-            h.moment,
-            sums[name] / max(h.rows, 1),
-            h.rows,
-            lacking(name, h.rows, params),
-        )
-        for name, h in hessians.items()
-    }
-
-
-def reached(
-    d: DecoderConfig, layer: Layer, reads: Iterable[torch.Tensor], params: Settings
-) -> tuple[Reached, dict[str, list[int]]]:
-    """(expert -> for each window the tokens it is calibrated on, what the manifest says of it).
-    reads: what the router reads, float32 [1, tokens, hidden] per window.
-
-    tokens: how many chose each expert; forced: how many were added to reach route_at_least;
-    rounded: experts below expert_tokens all the same.
-    """
-    torch = need("torch", "build")
-    gates = []
-    uses = []
-    for read in reads:
-        flat = read.reshape(-1, d.hidden)
-        gates.append(linear(layer, "router", flat).softmax(-1))
-        uses.append(
-            torch.zeros_like(gates[-1], dtype=torch.bool).scatter_(
-                1, routed(d, layer, flat)[1], True
-            )
-        )
-    windows = len(uses)
-    scores = torch.cat(gates)
-    chosen = torch.cat(uses)
-    tokens = chosen.sum(0).tolist()
-    for expert, count in enumerate(tokens):
-        missing = min(params.route_at_least, len(chosen)) - count
-        if missing > 0:
-            chosen[
-                scores[:, expert].masked_fill(chosen[:, expert], -1).topk(missing).indices, expert
-            ] = True
-    total = chosen.sum(0).tolist()
-    said = {
-        "tokens": tokens,
-        "forced": [t - c for t, c in zip(total, tokens, strict=True)],
-        "rounded": [e for e, t in enumerate(total) if t < params.expert_tokens],
-    }
-    return [
-        [window.nonzero(as_tuple=True)[0] for window in column.chunk(windows)]
-        for column in chosen.T
-    ], said
-
-
-def rows_of(experts: Reached | None, name: str, window: int) -> torch.Tensor | None:
-    """The tokens of a window that a matrix is calibrated on; None for all."""
-    return experts[int(name.split(".")[1])][window] if name.startswith("experts.") else None
-
-
-def lacking(name: str, rows: int, params: Settings) -> bool:
-    """Whether a matrix is an expert's that too few tokens reached to say anything about it: it is
-    rounded to nearest.
-    """
-    return name.startswith("experts.") and rows < params.expert_tokens
-
-
-def branches(
+def rest_of_layer(
     d: DecoderConfig, layer: Layer, n: int, x: torch.Tensor, angles: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What a finished layer still has to add to x: its MLP, and in a parallel block its attention
     too.
     """
     y = mlp(d, layer, n, norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x))
-    return y + linear(layer, "o", feed(d, n, layer, "o", x, angles=angles)) if d.parallel else y
+    if d.parallel:
+        return y + linear(layer, "o", input_of(d, n, layer, "o", x, angles=angles))
+    return y
 
 
-def feed(
+def before_mlp(
+    d: DecoderConfig, layer: Layer, n: int, x: torch.Tensor, angles: torch.Tensor | None
+) -> torch.Tensor:
+    """The hidden state that the MLP starts from: behind attention, in a parallel block x itself."""
+    if d.parallel:
+        return x
+    return x + linear(layer, "o", input_of(d, n, layer, "o", x, angles=angles))
+
+
+def input_of(
     d: DecoderConfig,
     n: int,
     layer: Layer,
@@ -428,52 +257,64 @@ def feed(
     """The input of a matrix or router, from the hidden state at the start of its half of the layer
     (of the layer, where the block is parallel).
 
-    x [1, tokens, hidden]; rows: which of the tokens, None for all; angles: rotary angles where the
-    tokens are not counted from 0.
+    x float32 [1, tokens, hidden]; rows: which of the tokens, None for all; angles: rotary angles
+    where the tokens are not counted from 0.
     """
     if name == "qkv":
         return norm(d, layer, "attn_norm", x)
     if name == "o":
         return attention(d, n, linear(layer, "qkv", norm(d, layer, "attn_norm", x)), angles=angles)
     read = norm(d, layer, "attn_norm" if d.parallel else "mlp_norm", x)
-    read = read if rows is None else read[:, rows]
+    if rows is not None:
+        read = read[:, rows]
     if name == "base.down":
         flat = read.reshape(-1, d.hidden)
         return shared_base_mixture(d, layer, flat, routed(d, layer, flat))[0][None]
-    return (
-        activate(d, linear(layer, f"{name.removesuffix('down')}up", read))
-        if name.endswith("down")
-        else read
-    )
+    if name.endswith("down"):
+        return activate(d, linear(layer, f"{name.removesuffix('down')}up", read))
+    return read
 
 
-def added(d: DecoderConfig, name: str) -> bool:
+def is_added(d: DecoderConfig, name: str) -> bool:
     """Whether the product of this matrix, by itself, is added to the hidden state."""
     return not d.parallel and name in ("o", "down")
 
 
 def group_of(weight: torch.Tensor, group: int) -> int:
+    """Inputs per scale of a weight [out, in]; -1 stands for a whole row."""
     return weight.shape[1] if group == -1 else group
 
 
-def matrix_of(
+def with_errors(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     solution: Any,
     dense: torch.Tensor,
     inputs: Hessian | torch.Tensor | None = None,
-) -> Matrix:
-    """dense: the weights the solution stands for; inputs: what the matrix reads, or its second
-    moment [in, in]; None where it read nothing.
+) -> QuantizedMatrix:
+    """A quantized matrix with its errors measured.
+
+    dense: the weights the solution stands for; inputs: what the matrix reads, or its second moment
+    [in, in]; None where it read nothing.
     """
     errors = {"weight": float((weight - dense).norm() / weight.norm().clamp_min(1e-30))}
     if inputs is not None:
-        some = slice(None, None, max(len(weight) // OUTPUTS, 1))
-        weight = weight[some]
-        dense = dense[some]
-        errors["output"] = (
-            inputs.output_error(weight, dense)
-            if isinstance(inputs, Hessian)
-            else output_error(weight, dense, inputs)
-        )
-    return Matrix(solution, bias, errors)
+        some = slice(None, None, max(len(weight) // MEASURED_ROWS, 1))
+        if isinstance(inputs, Hessian):
+            errors["output"] = inputs.output_error(weight[some], dense[some])
+        else:
+            errors["output"] = output_error(weight[some], dense[some], inputs)
+    return QuantizedMatrix(solution, bias, errors)
+
+
+def changed_parts(
+    layer: Layer, source: Layer, packings: Packings
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """The parts of a layer, its quantized matrices apart, that are not those of `source` any
+    more.
+    """
+    return {
+        name: value
+        for name, value in layer.items()
+        if name not in packings and value is not source[name]
+    }

@@ -1,4 +1,4 @@
-"""How much memory rounding a model layer by layer takes, counted before it is begun: what decides
+"""How much memory quantizing a model layer by layer takes, counted before it is begun. This decides
 whether hidden states go to disk.
 
 A limit the user gives is a promise, so a step that would break it is refused at the start, with the
@@ -8,94 +8,71 @@ smallest limit that is enough.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+
+import psutil
 
 from edgemed import units
 from edgemed.errors import EdgemedError
 from edgemed.formatting import size
 from edgemed.models.torch_decoder import layer_elements
 from edgemed.models.weights import CanonicalWeights
+from edgemed.quantization.method import layer_method
+from edgemed.quantization.settings import QuantizeSettings
 
 # What libraries load and allocate when they are first used, beside the tensors.
 LOADED = 64 << 20
+FLOAT32 = 4  # bytes
 
 
-class Settings(Protocol):
-    """What this reads of a step's parameters."""
+def spilled(weights: CanonicalWeights, calibrated: bool, settings: QuantizeSettings) -> bool:
+    """Whether the hidden states go to disk. calibrated: whether there are any.
 
-    method: str
-    budget: str | None
-    samples: int
-    length: int
-    correction: float
-    act_order: bool
-    max_memory: str | None
-
-
-def spilled(weights: CanonicalWeights, calibrated: bool, params: Settings) -> bool:
-    """Whether the hidden states go to disk. Raises EdgemedError where max_memory does not even hold
-    the work on one layer. calibrated: whether there are any.
+    Raises EdgemedError where max_memory does not even hold the work on one layer.
     """
-    import psutil
-
-    limit = (
-        units.size(params.max_memory, "max_memory")
-        if params.max_memory
-        else round(0.6 * psutil.virtual_memory().available)
-    )
+    if settings.max_memory:
+        limit = units.size(settings.max_memory, "max_memory")
+    else:
+        limit = round(0.6 * psutil.virtual_memory().available)
     if not calibrated:
         return False
-    work = (
-        psutil.Process().memory_info().rss
-        + LOADED
-        + 4
-        * max(
-            *(held(weights, n, params) for n in range(weights.decoder.layers)),
-            2 * weights.decoder.vocab * weights.decoder.hidden,
-        )
-    )
-    if params.max_memory and work > limit:
+    d = weights.decoder
+    numbers = max(held(weights, n, settings) for n in range(d.layers))
+    # The table of words is read twice as large for a moment.
+    numbers = max(numbers, 2 * d.vocab * d.hidden)
+    work = psutil.Process().memory_info().rss + LOADED + FLOAT32 * numbers
+    if settings.max_memory and work > limit:
         raise EdgemedError(
-            f"max_memory {params.max_memory} is too small: work on one layer of this model takes"
+            f"max_memory {settings.max_memory} is too small: work on one layer of this model takes"
             f" {size(work)}",
             f"Give at least {size(work)}",
         )
-    return (
-        work
-        + params.samples
-        * params.length
-        * weights.decoder.hidden
-        * 4
-        * (2 if params.correction else 1)
-        > limit
-    )
+    # With a correction the hidden states of the float model are kept too.
+    streams = 2 if settings.correction else 1
+    states = settings.samples * settings.length * d.hidden * FLOAT32 * streams
+    return work + states > limit
 
 
-def held(weights: CanonicalWeights, n: int, params: Settings) -> int:
-    """Numbers that work on layer n holds at most, experts included: the float layer and its rounded
-    copy; moments; a matrix being rounded, four times.
+def held(weights: CanonicalWeights, n: int, settings: QuantizeSettings) -> int:
+    """Numbers that work on layer n holds at most, experts included: the float layer and its
+    quantized copy; moments; a matrix being quantized, four times.
     """
     shapes = {
         name: weights.parts[f"layers.{n}.{name}"].shape for name in weights.decoder.matrices(n)
     }
-    columns = max(shape[1] for shape in shapes.values())
-    largest = max(math.prod(shape) for shape in shapes.values())
-    if params.budget or params.method not in ("auto", "gptq"):
-        # Moments of all matrices at once for a budget and smoothquant; for awq, those of all
-        # experts' `up` and of one `down`; and of one its root and a copy.
-        kept = [
-            shape[1]
-            for name, shape in shapes.items()
-            if params.budget
-            or params.method == "smoothquant"
-            or (params.method == "awq" and not name.endswith("down"))
-        ]
-        moments = sum(c**2 for c in kept) + 3 * columns**2
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    moments = layer_method(settings.method).moments
+    if settings.budget or moments is None:
+        # A budget measures the sensitivity of all matrices at once.
+        numbers = moments_at_once(shapes, list(shapes) if settings.budget else ())
     else:
-        # Of one matrix: a moment that holds its root too (but not in another order), and what joins
-        # its inputs with the exact ones.
-        moments = max(
-            (1 + params.act_order) * c**2 + (c * min(c, rows) if params.correction else 0)
-            for rows, c in shapes.values()
-        )
-    return layer_elements(weights, n) + sum(map(math.prod, shapes.values())) + moments + 4 * largest
+        numbers = moments(shapes, settings)
+    return layer_elements(weights, n) + sum(sizes) + numbers + 4 * max(sizes)
+
+
+def moments_at_once(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> int:
+    """Numbers of the second moments of these matrices, and of the largest one's inverse factor and
+    two copies. shapes: matrix of one layer -> (out, in).
+    """
+    largest = max(shape[1] for shape in shapes.values())
+    return sum(shapes[name][1] ** 2 for name in names) + 3 * largest**2

@@ -1,21 +1,20 @@
 """Merge a PEFT adapter into its base model, and prove that the merged model gives the adapter
-model's scores; or experts into one MLP, or a shared one and differences.
+model's scores; or replace a mixture of experts by one MLP, or by a shared one and differences.
 
 Runtimes on small devices run plain weights only, and a merge that goes wrong does so silently, so
-an adapter's scores are compared before anything is written and once more from what was written.
-What becomes of experts is in experts.py and deltas.py.
+an adapter's scores are compared before anything is written and once more from what was written. The
+replacement of experts is in moe/densify.py and moe/shared_expert_base.py.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed.console import say, track
-from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import calibration_sequences, card_names
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
@@ -27,50 +26,77 @@ from edgemed.models.lora import (
     adapter_tensors,
     quantized_base,
 )
-from edgemed.models.qlora import difference
 from edgemed.models.tokenizer import open_tokenizer
-from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import CanonicalWeights
-from edgemed.moe.densify import dense
-from edgemed.moe.shared_expert_base import check, shared_delta
+from edgemed.models.weights import CanonicalWeights, Dense
+from edgemed.params import Doc, Range
 
 if TYPE_CHECKING:
     import torch
 
+    from edgemed.moe.settings import ExpertMergeSettings
+
+# Largest difference between scores before and after, as a share of the largest score (at least 1).
 TOLERANCE = 1e-4
-WINDOWS = 4
-WIDTH = 64
+# Random token sequences whose scores are compared, and tokens of each.
+CHECKED_SEQUENCES = 4
+CHECKED_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Params:
-    """adapter: a PEFT directory. alpha: W = W_base + alpha (W_merged - W_base) for every weight the
-    adapter changes; for LoRA that is scaling the adapter. dtype of the written weights: float32
-    where none is given, and the source's own for experts; 'source' (the base's own) may round an
-    adapter's small changes away. trained_on: what the adapter's base was in training (QLoRA): with
-    'nf4', 'nf4-double' (double quantization) or 'int8' the merge into float weights is another
-    model than the trained one, and the manifest says how far, measured on `calibration`; 'float'
-    says that the base was not quantized.
+    """What is merged. What a field is for stands at the field."""
 
-    experts, instead of an adapter: 'dense' puts one MLP in place of each mixture; 'shared_delta'
-    one shared MLP, and per expert a difference of this rank, or with this share of the weights
-    (density). weights: 'average' of the experts, or by how often calibration text chose each
-    ('usage'). calibration: a text set's name or file, of which `samples` windows of `length` tokens
-    also measure each layer's error and say which differences matter, or with trained_on the
-    difference.
-    """
-
-    adapter: str | None = None
-    alpha: float = 1.0
-    dtype: Literal["float32", "float16", "bfloat16", "source"] | None = None
-    trained_on: Literal["float", "nf4", "nf4-double", "int8"] | None = None
-    experts: Literal["dense", "shared_delta"] | None = None
-    rank: int | None = None
-    density: float | None = None
-    weights: Literal["average", "usage"] = "average"
-    calibration: str | None = None
-    samples: int = 32
-    length: int = 256
+    adapter: Annotated[str | None, Doc("A PEFT directory.")] = None
+    alpha: Annotated[
+        float,
+        Range(0, 1),
+        Doc(
+            "W = W_base + alpha (W_merged - W_base) for every weight the adapter changes; for LoRA"
+            " that is scaling the adapter. 0 gives the base model, 1 the whole adapter."
+        ),
+    ] = 1.0
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16", "source"] | None,
+        Doc(
+            "Of the written weights. Default: float32, and the source's own for experts. 'source'"
+            " (the base's own) may round an adapter's small changes away."
+        ),
+    ] = None
+    trained_on: Annotated[
+        Literal["float", "nf4", "nf4-double", "int8"] | None,
+        Doc(
+            "What the adapter's base was in training (QLoRA). With 'nf4', 'nf4-double' (double"
+            " quantization) or 'int8' the merge into float weights is another model than the"
+            " trained one, and the manifest says how far, measured on `calibration`. 'float': the"
+            " base was not quantized."
+        ),
+    ] = None
+    experts: Annotated[
+        Literal["dense", "shared_delta"] | None,
+        Doc(
+            "Instead of an adapter. 'dense' puts one MLP in place of each mixture of experts;"
+            " 'shared_delta' one shared MLP, and per expert a difference of `rank` or `density`."
+        ),
+    ] = None
+    rank: Annotated[int | None, Range(1), Doc("Rank of the experts' differences.")] = None
+    density: Annotated[
+        float | None,
+        Range(above=0, below=1),
+        Doc("Share of the weights that the experts' differences keep, for example 0.1."),
+    ] = None
+    weights: Annotated[
+        Literal["average", "usage"],
+        Doc("Of the experts: their average, or by how often calibration text chose each."),
+    ] = "average"
+    calibration: Annotated[
+        str | None,
+        Doc(
+            "A text set's name or file. It measures each layer's error and says which differences"
+            " of experts matter, or with trained_on measures the difference."
+        ),
+    ] = None
+    samples: Annotated[int, Range(1), Doc("How many calibration samples.")] = 32
+    length: Annotated[int, Range(1), Doc("Tokens of each calibration sample.")] = 256
 
 
 def inputs(params: Params) -> dict[str, str]:
@@ -78,163 +104,251 @@ def inputs(params: Params) -> dict[str, str]:
     where one is missing, or what was given does not go together.
     """
     if (params.adapter is None) == (params.experts is None):
-        given = (
+        both = (
             "both adapter and experts are given"
             if params.adapter
             else "neither adapter nor experts is given"
         )
         raise EdgemedError(
-            f"merge: {given}",
+            f"merge: {both}",
             "Give one of the two to a step; an adapter is merged into the model it was trained on,"
             " experts after that",
         )
-    if params.experts == "shared_delta":
-        check(params)
-    elif params.rank is not None or params.density is not None:
-        raise EdgemedError(
-            "merge: rank and density are for experts: shared_delta",
-            "Leave them out, or say experts: shared_delta",
-        )
+    _check_differences(params)
     if params.experts:
-        if params.weights == "usage" and not params.calibration:
+        _check_experts(params)
+        return _text_digests(params)
+    return _adapter_inputs(params)
+
+
+def _check_differences(params: Params) -> None:
+    """Raise EdgemedError unless exactly one of rank and density is given where experts share a
+    matrix, and none elsewhere.
+    """
+    if params.experts != "shared_delta":
+        if params.rank is not None or params.density is not None:
             raise EdgemedError(
-                "merge: weights 'usage' needs calibration text",
-                f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
+                "merge: rank and density are for experts: shared_delta",
+                "Leave them out, or say experts: shared_delta",
             )
-        if params.alpha != 1:
-            raise EdgemedError(
-                f"merge: alpha {params.alpha} is an adapter's, and experts are merged",
-                "Leave alpha out",
-            )
-        if params.trained_on:
-            raise EdgemedError(
-                "merge: trained_on is an adapter's, and experts are merged", "Leave it out"
-            )
-        return calibration_digests(params.calibration) if params.calibration else {}
-    if (params.calibration and not rounded_base(params)) or params.weights != "average":
+        return
+    if (params.rank is None) == (params.density is None):
+        both = "both rank and density" if params.rank is not None else "neither rank nor density"
+        raise EdgemedError(
+            f"merge: experts shared_delta with {both}",
+            "Give one of them, for example rank: 64 or density: 0.1",
+        )
+
+
+def _check_experts(params: Params) -> None:
+    """Raise EdgemedError for parameters of an adapter, or usage without text."""
+    if params.weights == "usage" and not params.calibration:
+        raise EdgemedError(
+            "merge: weights 'usage' needs calibration text",
+            f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
+        )
+    if params.alpha != 1:
+        raise EdgemedError(
+            f"merge: alpha {params.alpha} is an adapter's, and experts are merged",
+            "Leave alpha out",
+        )
+    if params.trained_on:
+        raise EdgemedError(
+            "merge: trained_on is an adapter's, and experts are merged", "Leave it out"
+        )
+
+
+def _adapter_inputs(params: Params) -> dict[str, str]:
+    """sha256 of an adapter's files, and of the text that measures its difference. Raises
+    EdgemedError where the adapter cannot be merged into float weights just so.
+    """
+    adapter = _adapter_of(params)
+    trained_on = _quantized_in_training(params)
+    if (params.calibration and not trained_on) or params.weights != "average":
         raise EdgemedError(
             "merge: calibration and weights are for experts, and an adapter is merged",
             "Leave them out",
         )
-    if rounded_base(params) and not params.calibration:
+    if trained_on and not params.calibration:
         raise EdgemedError(
-            f"merge: what an adapter trained on {params.trained_on} loses is measured on text",
+            f"merge: what an adapter trained on {trained_on} loses is measured on text",
             f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
         )
-    found = {f"adapter/{file}": sha for file, sha in adapter_hashes(params.adapter).items()}
-    if OWN_BASE in adapter_config(params.adapter):
+    digests = {f"adapter/{file}": sha for file, sha in adapter_hashes(adapter).items()}
+    if OWN_BASE in adapter_config(adapter):
         fix = (
             "Export that checkpoint with it, unmerged: edgemed export QUANTIZED --adapter NAME=DIR"
         )
         raise EdgemedError(
-            f"{params.adapter} was trained beside the integers of a quantized checkpoint, to make"
-            " good what rounding did there, and no float weights are its base",
+            f"{adapter} was trained beside the integers of a quantized checkpoint, to make good"
+            " what quantization did there, and no float weights are its base",
             fix,
         )
-    if rounded_base(params):
-        return found | calibration_digests(params.calibration)
-    if params.trained_on is None and (reason := quantized_base(adapter_config(params.adapter))):
+    if trained_on:
+        return digests | _text_digests(params)
+    if params.trained_on is None and (reason := quantized_base(adapter_config(adapter))):
         fix = (
             "Say so: trained_on=nf4 (or nf4-double, int8) with calibration measures what the merge"
             " changes; trained_on=float if it was not"
         )
         raise EdgemedError(
-            f"{params.adapter} was probably trained on a quantized base ({reason}), and merged into"
-            " float weights it is another model",
+            f"{adapter} was probably trained on a quantized base ({reason}), and merged into float"
+            " weights it is another model",
             fix,
         )
-    return found
+    return digests
 
 
-def rounded_base(params: Params) -> bool:
-    return params.trained_on not in (None, "float")
+def _adapter_of(params: Params) -> str:
+    """The adapter that is merged. Raises ValueError where experts are merged instead."""
+    if params.adapter is None:
+        raise ValueError("no adapter is merged")
+    return params.adapter
+
+
+def _quantized_in_training(params: Params) -> Literal["nf4", "nf4-double", "int8"] | None:
+    """How the adapter's base was quantized in training, None where it was not."""
+    return None if params.trained_on == "float" else params.trained_on
+
+
+def _text_digests(params: Params) -> dict[str, str]:
+    if not params.calibration:
+        return {}
+    from edgemed.data.image_sets import calibration_digests
+
+    return calibration_digests(params.calibration)
 
 
 def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     """Write the merged checkpoint to `out`; returns the largest differences between scores and
-    their bound, or of experts what `experts.dense` or `deltas.shared_delta` does.
+    their bound, or of experts what `densify.dense` or `shared_expert_base.shared_delta` does.
 
     Raises EdgemedError for a quantized base, an adapter that is damaged, cannot be merged or
     belongs to another base, and where the merged scores differ from the adapter's.
     """
     if checkpoint.config.get("quantization_config"):
         raise EdgemedError(
-            f"{checkpoint.path} is quantized, and rounding would undo a merge",
+            f"{checkpoint.path} is quantized, and quantizing again would undo a merge",
             "Merge into the original checkpoint, then quantize",
         )
     if params.experts:
         inputs(params)
-        with need("torch", "build").inference_mode():
-            return (dense if params.experts == "dense" else shared_delta)(checkpoint, out, params)
-    if not 0 <= params.alpha <= 1:
-        raise EdgemedError(
-            f"merge: alpha {params.alpha} is not between 0 and 1",
-            "0 gives the base model, 1 the whole adapter",
-        )
-    torch = need("torch", "build")
+        return _replace_experts(checkpoint, out, params)
     weights = CanonicalWeights(checkpoint)
     for name in track(list(checkpoint.tensors), "check the base model"):
         checkpoint.read(name)
     inputs(params)
-    adapter = _adapter_config(params.adapter)
-    tensors = adapter_tensors(params.adapter)
-    if rounded_base(params) and (adapter.peft_type.value != "LORA" or adapter.use_dora):
-        kind = "DoRA" if adapter.peft_type.value == "LORA" else adapter.peft_type.value
+    path = _adapter_of(params)
+    adapter = _adapter_config(path)
+    tensors = adapter_tensors(path)
+    trained_on = _quantized_in_training(params)
+    is_lora = adapter.peft_type.value == "LORA"
+    if trained_on and (not is_lora or adapter.use_dora):
+        kind = "DoRA" if is_lora else adapter.peft_type.value
         raise EdgemedError(
-            f"{params.adapter}: the difference that trained_on measures is known for LoRA only, not"
-            f" for {kind}",
+            f"{path}: the difference that trained_on measures is known for LoRA only, not for"
+            f" {kind}",
             "Give trained_on=float to merge it unmeasured",
         )
-    with quiet_and_offline(), torch.inference_mode():
-        model = _apply(_load_base(weights, adapter, tensors), adapter, tensors, checkpoint)
-        tokens = _windows(weights)
+    notes, shape = _merge_adapter(weights, out, adapter, tensors, params)
+    if trained_on and params.calibration:
+        notes["trained_on"] = _difference(weights, out, params, trained_on)
+    notes["peft_type"] = adapter.peft_type.value
+    notes["windows"] = shape
+    notes["formula"] = "W = W_base + alpha * (W_merged - W_base)"
+    return notes
+
+
+def _replace_experts(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
+    from edgemed.moe.densify import dense
+    from edgemed.moe.settings import ExpertMergeSettings
+    from edgemed.moe.shared_expert_base import shared_delta
+
+    settings = ExpertMergeSettings(
+        weights=params.weights,
+        calibration=params.calibration,
+        samples=params.samples,
+        length=params.length,
+        dtype=params.dtype,
+        rank=params.rank,
+        density=params.density,
+    )
+    replace: Callable[[Checkpoint, Path, ExpertMergeSettings], dict[str, Any]]
+    replace = dense if params.experts == "dense" else shared_delta
+    with need("torch", "build").inference_mode():
+        return replace(checkpoint, out, settings)
+
+
+def _merge_adapter(
+    weights: CanonicalWeights,
+    out: Path,
+    adapter: Any,
+    tensors: dict[str, torch.Tensor],
+    params: Params,
+) -> tuple[dict[str, Any], list[int]]:
+    """Merge, check and write; (the manifest's notes on both checks, shape of the tokens whose
+    scores were compared). adapter: its PEFT config.
+    """
+    from edgemed.models.torch_decoder import logits
+
+    with quiet_and_offline(), need("torch", "build").inference_mode():
+        base = _load_base(weights, adapter, tensors)
+        model = _apply(base, adapter, tensors, weights.checkpoint)
+        tokens = _checked_tokens(weights)
         expected = _scores(model, tokens)
         merged = _merge(model, adapter)
-        notes = {
-            "check_merge": _compare(
-                "the merged model", _scores(merged, tokens), expected, TOLERANCE
-            )
+        result = _scores(merged, tokens)
+        notes: dict[str, Any] = {
+            "check_merge": _compare("the merged model", result, expected, TOLERANCE)
         }
         if params.alpha != 1:
             _interpolate(merged, weights, params.alpha)
             expected = _scores(merged, tokens)
         dtypes = _write(merged, weights, out, params.dtype or "float32")
         written = logits(CanonicalWeights(open_checkpoint(out)), tokens)
-        written = written if expected.shape[1] > 1 else written[:, -1:]
+        if expected.shape[1] == 1:
+            # A head scores the last token only.
+            written = written[:, -1:]
         # Below float32 the stored weights differ from the merged ones by their rounding, which the
         # manifest then reports.
         bound = TOLERANCE if dtypes == {"float32"} else None
         notes["check_written"] = _compare("the written checkpoint", written, expected, bound)
-    if rounded_base(params):
-        windows = calibration_sequences(
-            params.calibration,
-            open_tokenizer(checkpoint.path, weights.decoder.vocab),
-            params.samples,
-            min(params.length, weights.decoder.context),
-            checkpoint.path,
-        )
-        notes["trained_on"] = difference(open_checkpoint(out), weights, params.trained_on, windows)
-        found = notes["trained_on"]
-        say(
-            f"merged into float weights, an adapter trained on {params.trained_on} differs from"
-            f" what was trained by a mean KL of {found['mean_kl']:.2g} nats, scores by"
-            f" {found['relative_logit_difference']:.1%}"
-        )
-    return notes | {
-        "peft_type": adapter.peft_type.value,
-        "windows": list(tokens.shape),
-        "formula": "W = W_base + alpha * (W_merged - W_base)",
-    }
+    return notes, list(tokens.shape)
+
+
+def _difference(
+    weights: CanonicalWeights,
+    out: Path,
+    params: Params,
+    trained_on: Literal["nf4", "nf4-double", "int8"],
+) -> dict[str, Any]:
+    """How far the written model is from the one that was trained, on calibration text."""
+    from edgemed.models.qlora import difference
+
+    samples = calibration_sequences(
+        params.calibration or "",
+        open_tokenizer(weights.checkpoint.path, weights.decoder.vocab),
+        params.samples,
+        min(params.length, weights.decoder.context),
+        weights.checkpoint.path,
+    )
+    result = difference(open_checkpoint(out), weights, trained_on, samples)
+    say(
+        f"merged into float weights, an adapter trained on {trained_on} differs from what was"
+        f" trained by a mean KL of {result['mean_kl']:.2g} nats, scores by"
+        f" {result['relative_logit_difference']:.1%}"
+    )
+    return result
 
 
 def _adapter_config(adapter: str) -> Any:
     peft = need("peft", "build")
     kind = adapter_config(adapter)["peft_type"]
     if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = [key.value for key in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
+        types = [key.value for key in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
         raise EdgemedError(
             f"{adapter}: the installed peft knows no adapter type '{kind}'",
-            nearest(str(kind), known),
+            nearest(str(kind), types),
         )
     with warnings.catch_warnings():
         # A key of a newer peft is dropped with a warning; if it mattered, the tensors do not fit
@@ -263,12 +377,14 @@ def _load_base(
     transformers = need("transformers", "build")
     classes = weights.family.auto_classes
     head = weights.decoder.head
-    options = {}
+    options: dict[str, Any] = {}
     if head == "lm" and adapter.task_type == "SEQ_CLS":
         head = "classes"
-        options["num_labels"] = next(
-            (t.shape[0] for name, t in tensors.items() if name.endswith(".score.weight")), 2
-        )
+        options["num_labels"] = 2
+        for name, tensor in tensors.items():
+            if name.endswith(".score.weight"):
+                options["num_labels"] = tensor.shape[0]
+                break
     elif head != "lm":
         options["num_labels"] = weights.decoder.head_size
     if head not in classes:
@@ -276,28 +392,24 @@ def _load_base(
             f"{weights.checkpoint.path}: cannot merge into a model with a '{head}' head",
             f"Known heads: {', '.join(classes)}",
         )
-    name = classes[head]
-    text = (
-        weights.family.text_config(weights.checkpoint.config)
-        if weights.family.text_config
-        else None
-    )
+    auto_class = classes[head]
+    text = _text_config(weights)
     if text is not None:
         # An adapter of such a checkpoint was trained on its text model; the rest is copied.
-        name = "AutoModelForCausalLM"
-        options = {**options, "config": transformers.AutoConfig.for_model(**text)}
-    model, info = getattr(transformers, name).from_pretrained(
+        auto_class = "AutoModelForCausalLM"
+        options["config"] = transformers.AutoConfig.for_model(**text)
+    model, info = getattr(transformers, auto_class).from_pretrained(
         weights.checkpoint.path,
         dtype=torch.float32,
         local_files_only=True,
         output_loading_info=True,
         **options,
     )
-    absent = [
-        name
-        for name in info["missing_keys"]
-        if f"base_model.model.{name}" not in tensors and not _fill_head(model, weights, name)
-    ]
+    absent = []
+    for name in info["missing_keys"]:
+        is_brought = f"base_model.model.{name}" in tensors
+        if not is_brought and not _fill_head(model, weights, name):
+            absent.append(name)
     if absent:
         problem = (
             f"{weights.checkpoint.path}: transformers finds no weights for {', '.join(absent)}"
@@ -308,6 +420,13 @@ def _load_base(
     return model.eval()
 
 
+def _text_config(weights: CanonicalWeights) -> dict[str, Any] | None:
+    """The config of a vision model's text model, None for a model that is one itself."""
+    if weights.family.text_config is None:
+        return None
+    return weights.family.text_config(weights.checkpoint.config)
+
+
 def _fill_head(model: torch.nn.Module, weights: CanonicalWeights, name: str) -> bool:
     """Copy a head that the checkpoint stores under another name than transformers does; False where
     `name` is no such head.
@@ -316,6 +435,8 @@ def _fill_head(model: torch.nn.Module, weights: CanonicalWeights, name: str) -> 
     if part is None or name.removesuffix(".weight") not in part.modules[0].split("|"):
         return False
     head = weights.matrix("head")
+    if not isinstance(head, Dense):
+        raise ValueError("the head is quantized")
     if head.bias is not None:
         problem = (
             f"{weights.checkpoint.path}: its head has a bias, which transformers' '{name}' has no"
@@ -341,13 +462,9 @@ def _apply(
         # peft raises these for target modules that are not there, or not of a kind this adapter
         # type knows.
         raise EdgemedError(f"{other}: {str(error).splitlines()[0]}", hint) from None
-    asked = {
-        name: tensor.shape
-        for name, tensor in peft.get_peft_model_state_dict(
-            model, save_embedding_layers=False
-        ).items()
-    }
-    places = {name: tensor.shape for name, tensor in model.state_dict().items()} | asked
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tensor.shape for name, tensor in state.items()}
+    places = {name: tensor.shape for name, tensor in model.state_dict().items()} | expected
     for name, tensor in tensors.items():
         if name not in places:
             raise EdgemedError(f"{other}: it has no place for '{name}'", hint)
@@ -356,7 +473,7 @@ def _apply(
                 f"{other}: '{name}' is {list(tensor.shape)}, the base needs {list(places[name])}",
                 hint,
             )
-    absent = [name for name in asked if name not in tensors]
+    absent = [name for name in expected if name not in tensors]
     if absent:
         raise EdgemedError(
             f"{other}: the adapter has no '{absent[0]}', which its config asks for",
@@ -367,55 +484,61 @@ def _apply(
     return model
 
 
-def _untie(base: torch.nn.Module, model: torch.nn.Module) -> None:
+def _untie(base: Any, model: Any) -> None:
     """Give a tied output its own weights where the adapter changes only one of the two: after
     merging they differ.
     """
     torch = need("torch", "build")
     tuner = need("peft.tuners.tuners_utils", "build").BaseTunerLayer
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    inner, outer = (end.get_base_layer() if isinstance(end, tuner) else end for end in ends)
-    if (
-        any(isinstance(end, tuner) for end in ends)
-        and outer is not None
-        and outer.weight is inner.weight
-    ):
+    first = model.get_input_embeddings()
+    last = model.get_output_embeddings()
+    inner = first.get_base_layer() if isinstance(first, tuner) else first
+    outer = last.get_base_layer() if isinstance(last, tuner) else last
+    is_adapted = isinstance(first, tuner) or isinstance(last, tuner)
+    if is_adapted and outer is not None and outer.weight is inner.weight:
         outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
 
 
-def _merge(model: torch.nn.Module, config: Any) -> torch.nn.Module:
+def _merge(model: Any, config: Any) -> torch.nn.Module:
+    """The plain model with the adapter merged. Raises EdgemedError where PEFT cannot merge it."""
     try:
         if not hasattr(model.base_model, "merge_and_unload"):
             raise NotImplementedError("it changes no weight of the model")
-        return model.base_model.merge_and_unload().eval()
+        merged: torch.nn.Module = model.base_model.merge_and_unload().eval()
     except NotImplementedError as error:
         problem = (
             f"a {config.peft_type.value} adapter cannot be merged:"
             f" {str(error) or 'peft has no merge for it'}"
         )
         raise EdgemedError(problem, "Train a LoRA or another mergeable adapter") from None
+    return merged
 
 
-def _windows(weights: CanonicalWeights) -> torch.Tensor:
+def _checked_tokens(weights: CanonicalWeights) -> torch.Tensor:
+    """Random tokens int64 [CHECKED_SEQUENCES, tokens], the same at every run."""
     torch = need("torch", "build")
     d = weights.decoder
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(d.vocab, (WINDOWS, min(WIDTH, d.context)), generator=generator)
+    shape = (CHECKED_SEQUENCES, min(CHECKED_TOKENS, d.context))
+    return torch.randint(d.vocab, shape, generator=generator)
 
 
 def _scores(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Scores [windows, tokens, vocab] of a language model, [windows, 1, classes] of a head."""
+    """Scores [sequences, tokens, vocab] of a language model, [sequences, 1, classes] of a head."""
     torch = need("torch", "build")
     rows = [model(input_ids=row, use_cache=False).logits for row in tokens.split(1)]
     return torch.cat([row if row.dim() == 3 else row[:, None] for row in rows])
 
 
 def _compare(
-    what: str, found: torch.Tensor, expected: torch.Tensor, bound: float | None
+    what: str, scores: torch.Tensor, expected: torch.Tensor, bound: float | None
 ) -> dict[str, float | None]:
+    """The largest difference between scores, for the manifest. Raises EdgemedError where it is
+    above `bound` times the largest score; None: no bound.
+    """
     scale = max(1.0, float(expected.abs().max()))
-    error = float((found - expected).abs().max())
+    error = float((scores - expected).abs().max())
     if bound is not None and not error <= bound * scale:
         raise EdgemedError(
             f"{what} does not give the adapter model's scores: largest difference {error:.3g},"
@@ -433,20 +556,25 @@ def _stored(weights: CanonicalWeights) -> dict[str, str]:
     """Every name a parameter may have in transformers' model -> the tensor's name in the
     checkpoint, which may be of an older layout.
     """
-    found = {}
+    names = {}
     for name, part in weights.parts.items():
         for module, key in zip(part.modules, weights.keys[name], strict=True):
-            for tensor, stored in (
-                (part.weight, part.weight(key)),
-                (lambda m: f"{m}.bias", f"{key}.bias"),
-            ):
-                found |= {
-                    tensor(prefix + choice): stored
-                    for choice in module.split("|")
-                    for prefix in weights.family.prefixes
-                    if stored in weights.checkpoint.tensors
-                }
-    return found
+            places = list(_places(weights, module))
+            # Weights first, then biases: the order in which they are written.
+            if part.weight(key) in weights.checkpoint.tensors:
+                for place in places:
+                    names[part.weight(place)] = part.weight(key)
+            if f"{key}.bias" in weights.checkpoint.tensors:
+                for place in places:
+                    names[f"{place}.bias"] = f"{key}.bias"
+    return names
+
+
+def _places(weights: CanonicalWeights, module: str) -> Iterator[str]:
+    """Every name a module may have in transformers' model."""
+    for choice in module.split("|"):
+        for prefix in weights.family.prefixes:
+            yield prefix + choice
 
 
 def _interpolate(merged: torch.nn.Module, weights: CanonicalWeights, alpha: float) -> None:
@@ -459,32 +587,39 @@ def _interpolate(merged: torch.nn.Module, weights: CanonicalWeights, alpha: floa
             parameter.copy_(base + alpha * (parameter - base))
 
 
-def _write(merged: torch.nn.Module, weights: CanonicalWeights, out: Path, dtype: str) -> set[str]:
-    """Write the merged weights; returns the dtypes used."""
-    source = {
-        entry.dtype for entry in weights.checkpoint.tensors.values() if "float" in entry.dtype
-    }
-    chosen = dtype if dtype != "source" else "float32" if "float32" in source else min(source)
-    config = {k: v for k, v in weights.checkpoint.config.items() if k != "torch_dtype"}
-    whole = (
-        weights.family.text_config is None
-        or weights.family.text_config(weights.checkpoint.config) is None
-    )
-    config |= {"dtype": chosen, "tie_word_embeddings": merged.config.tie_word_embeddings} | (
-        {"architectures": [type(merged).__name__]} if whole else {}
-    )
-    if (
-        whole
-        and weights.decoder.head == "lm"
-        and merged.config.architectures != config["architectures"]
-    ):
-        config |= {"id2label": merged.config.id2label, "label2id": merged.config.label2id}
+def _write(merged: Any, weights: CanonicalWeights, out: Path, dtype: str) -> set[str]:
+    """Write the merged weights; returns the dtypes used. merged: a transformers model."""
+    dtype = _written_dtype(weights, dtype)
+    is_text_model = _text_config(weights) is None
+    config = dict(weights.checkpoint.config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    config["tie_word_embeddings"] = merged.config.tie_word_embeddings
+    if is_text_model:
+        config["architectures"] = [type(merged).__name__]
+        is_other = merged.config.architectures != config["architectures"]
+        if weights.decoder.head == "lm" and is_other:
+            # The adapter brought a head for classes.
+            config["id2label"] = merged.config.id2label
+            config["label2id"] = merged.config.label2id
     writer = Writer(out, config, weights.checkpoint.path)
-    written = {name for name, _ in merged.named_parameters()}
     # named_parameters gives a tied matrix once.
-    for name, parameter in track(list(merged.named_parameters()), "write the merged model"):
-        writer.add(name, narrowed(name, parameter.data, chosen))
-    for key in (key for key in _stored(weights).values() if not whole and key not in written):
-        writer.add(key, narrowed(key, weights.checkpoint.read(key), chosen))
+    parameters = list(merged.named_parameters())
+    for name, parameter in track(parameters, "write the merged model"):
+        writer.add(name, narrowed(name, parameter.data, dtype))
+    if not is_text_model:
+        written = {name for name, _ in parameters}
+        for key in _stored(weights).values():
+            if key not in written:
+                writer.add(key, narrowed(key, weights.checkpoint.read(key), dtype))
     writer.close()
-    return {chosen}
+    return {dtype}
+
+
+def _written_dtype(weights: CanonicalWeights, dtype: str) -> str:
+    """The dtype to write; 'source' is the widest among the base's own."""
+    if dtype != "source":
+        return dtype
+    entries = weights.checkpoint.tensors.values()
+    dtypes = {entry.dtype for entry in entries if "float" in entry.dtype}
+    return "float32" if "float32" in dtypes else min(dtypes)

@@ -26,8 +26,6 @@ from edgemed.artifacts import hashing, store
 from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import (
-    bit_allocation,
-    gptq,
     library,
     lora_files,
     metadata,
@@ -56,6 +54,7 @@ from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_graph import TOWERS, build_vision
 
 if TYPE_CHECKING:
+    from edgemed.gguf.bit_allocation import Chosen
     from edgemed.inference.session import ImageEmbeddings
     from edgemed.models.weights import CanonicalWeights
 
@@ -443,7 +442,9 @@ def plan(
 
 def _budgeted(
     weights: CanonicalWeights, params: Params, columns: Mapping[str, np.ndarray], out: Path
-) -> bit_allocation.Chosen:
+) -> Chosen:
+    from edgemed.gguf import bit_allocation
+
     places = layout(weights.family, weights.decoder, weights.parts)
     shapes = {t: place.shape for t, place in places.items()}
     types, _ = tensor_types(
@@ -479,6 +480,8 @@ def _rounded(
     """
     if params.rounding == "nearest":
         return nullcontext((tensors, {}))
+    from edgemed.gguf import gptq
+
     key = hashing.digest(
         {
             "params": asdict(params),

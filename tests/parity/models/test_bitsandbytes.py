@@ -228,7 +228,7 @@ def test_wrong_requests_are_refused(tmp_path):
     made(model, tmp_path / "nf4", method="bnb-nf4")
     reason("is quantized already", tmp_path / "nf4", method="rtn")
     reason("is quantized already", tmp_path / "nf4", method="bnb-int8")
-    with pytest.raises(EdgemedError, match="is quantized, and rounding would undo a merge"):
+    with pytest.raises(EdgemedError, match="is quantized, and quantizing again would undo a merge"):
         merge.run(open_checkpoint(tmp_path / "nf4"), tmp_path / "out", merge.Params(str(tmp_path)))
     refused(
         cli(

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 
+from edgemed import params as strict
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.random_weights import make_random
@@ -87,7 +88,9 @@ def adapter(base, config, path, task="CAUSAL_LM", auto="AutoModelForCausalLM", *
 
 def merged(base, out, adapter_path, **params):
     out.mkdir()
-    notes = merge.run(base, out, merge.Params(adapter_path, **params))
+    notes = merge.run(
+        base, out, strict.build(merge.Params, {"adapter": adapter_path, **params}, "merge")
+    )
     return open_checkpoint(out), notes
 
 
@@ -269,7 +272,7 @@ def test_an_unfaithful_merge_is_refused(base, tmp_path, monkeypatch):
 
 def test_a_quantized_base_and_a_wrong_alpha_are_refused(base, tmp_path):
     path, _ = adapter(base, KINDS["lora"](), tmp_path / "adapter")
-    refused(base, tmp_path, path, "not between 0 and 1", alpha=1.5)
+    refused(base, tmp_path, path, r"alpha: 1.5 is out of range. Give a number 0 to 1", alpha=1.5)
     shutil.rmtree(tmp_path / "out")
     quantized = shutil.copytree(base.path, tmp_path / "quantized")
     (quantized / "config.json").write_text(

@@ -25,7 +25,7 @@ from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession, load_layer, routed
 from edgemed.models.weights import CanonicalWeights
-from edgemed.moe.routing import Load, Noisy
+from edgemed.moe.routing import ExpertUsage, Noisy
 
 IDS = tokens(40)
 
@@ -136,7 +136,7 @@ def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> 
 
 def test_counting_changes_no_score(model: Path) -> None:
     weights = CanonicalWeights(open_checkpoint(model))
-    counted = Load(("x",))
+    counted = ExpertUsage(("x",))
     assert np.array_equal(
         TorchSession(weights, route=counted).prefill(IDS, every=True),
         TorchSession(weights).prefill(IDS, every=True),

@@ -19,9 +19,11 @@ from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import block, load_layer, logits, norm, routed
 from edgemed.models.weights import CanonicalWeights
-from edgemed.quantization import awq
+from edgemed.quantization import scale_folding
 from edgemed.quantization.memory_budget import held as held_by
+from edgemed.quantization.packed_checkpoint import layer_matrices
 from edgemed.quantization.sensitivity import sensitivities
+from edgemed.quantization.settings import QuantizeSettings
 from edgemed.steps import quantize
 
 IDS = tokens(40)
@@ -76,7 +78,7 @@ def test_folded_scales_change_neither_the_layer_nor_the_choice_of_experts(
     read = "attn_norm" if d.parallel else "mlp_norm"
     before = block(d, layer, 2, x)
     gates = routed(d, layer, norm(d, layer, read, x)[0])
-    folds = awq.folds(d, 2)
+    folds = scale_folding.folds(d, 2)
     fed = {name for fold in folds for name in fold.fed}
     # Every matrix but the inputs of a plain MLP's down, and the router.
     assert fed == {
@@ -85,8 +87,11 @@ def test_folded_scales_change_neither_the_layer_nor_the_choice_of_experts(
     }
     for fold in folds:
         columns = layer[fold.fed[0]][0].shape[1]
-        awq.apply(
-            d, fold, layer, awq.per_source(d, fold, torch.randn(columns, generator=random).exp())
+        scale_folding.apply(
+            d,
+            fold,
+            layer,
+            scale_folding.shared_by_source(d, fold, torch.randn(columns, generator=random).exp()),
         )
     after = block(d, layer, 2, x)
     chosen = routed(d, layer, norm(d, layer, read, x)[0])
@@ -253,7 +258,7 @@ def test_gguf_carries_experts_of_several_widths(tmp_path: Path) -> None:
     from edgemed.targets import llamacpp
 
     source = open_checkpoint(write(tmp_path / "model", "med-moe"))
-    names = quantize._layer_matrices(CanonicalWeights(source))
+    names = layer_matrices(CanonicalWeights(source))
     mixed = {
         name: (8, 32) if ".experts.1.up" in name else (2, 32) if ".experts.2." in name else (4, 32)
         for name in names
@@ -299,11 +304,11 @@ def test_the_memory_of_a_sparse_layer_is_that_of_all_its_experts(
         sum(math.prod(weights.parts[f"layers.{n}.{name}"].shape) for name in d.matrices(n))
         for n in range(3)
     ]
-    held = [held_by(weights, n, quantize.Params("gptq")) for n in range(3)]
+    held = [held_by(weights, n, QuantizeSettings("gptq")) for n in range(3)]
     router = math.prod(weights.parts["layers.0.router"].shape)
     assert held[0] - held[1] == 2 * (sizes[0] - sizes[1]) + router > 0
     assert held[0] == held[2]
-    assert held_by(weights, 0, quantize.Params("gptq", budget="5bpw")) > held[0]
+    assert held_by(weights, 0, QuantizeSettings("gptq", budget="5bpw")) > held[0]
     with pytest.raises(EdgemedError, match="max_memory 1MB is too small"):
         quantized(model, tmp_path / "q", method="awq", calibration=text, max_memory="1MB")
 

@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
+from edgemed import params as strict
 from edgemed import plugins
 from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
@@ -34,7 +35,8 @@ FORMS = [{"rank": 6}, {"density": 0.25}]
 
 def shared(model: Path, out: Path, **params: object) -> dict:
     out.mkdir()
-    return merge.run(open_checkpoint(model), out, merge.Params(experts="shared_delta", **params))
+    values = {"experts": "shared_delta", **params}
+    return merge.run(open_checkpoint(model), out, strict.build(merge.Params, values, "merge"))
 
 
 def scores(path: Path, whole: bool = False) -> torch.Tensor:
@@ -89,7 +91,7 @@ def test_the_checkpoint_is_the_model_with_summed_experts(
     with torch.inference_mode():
         right = reference(plain, config, MODELS[name][0])(input_ids=torch.tensor([IDS])).logits[0]
     assert (scores(tmp_path / "out") - right).abs().max() < 1e-4, "shared matrices multiplied once"
-    assert (scores(tmp_path / "out", sum_experts=True) - right).abs().max() < 1e-4, (
+    assert (scores(tmp_path / "out", whole=True) - right).abs().max() < 1e-4, (
         "experts summed when they are read"
     )
     before = load_file(model / "model.safetensors")
@@ -286,11 +288,11 @@ def test_what_is_stored_is_smaller_and_counted(tmp_path: Path) -> None:
     [
         ({}, "neither rank nor density"),
         ({"rank": 4, "density": 0.1}, "both rank and density"),
-        ({"rank": 0}, "rank 0"),
-        ({"rank": -3}, "rank -3"),
+        ({"rank": 0}, "rank: 0 is out of range. Give a number at least 1"),
+        ({"rank": -3}, "rank: -3 is out of range"),
         ({"rank": 65}, "rank 65 is above that of the experts' matrices, 64"),
-        ({"density": 0.0}, "density 0.0"),
-        ({"density": 1.0}, "density 1.0"),
+        ({"density": 0.0}, "density: 0.0 is out of range. Give a number above 0, below 1"),
+        ({"density": 1.0}, "density: 1.0 is out of range"),
         ({"rank": 4, "weights": "usage"}, "needs calibration"),
         ({"rank": 4, "calibration": "none.jsonl"}, "does not exist"),
         ({"rank": 4, "calibration": "medquad-answers", "length": 4096}, "for a context of"),

@@ -4,10 +4,12 @@ rounding on a trained model.
 
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
+from edgemed import params as strict
 from edgemed import plugins
 from edgemed.data.text_sets import texts
 from edgemed.errors import EdgemedError
@@ -16,8 +18,12 @@ from edgemed.models.random_weights import make_random
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights, Packed
+from edgemed.quantization import memory_budget
 from edgemed.quantization.gptq import Hessian, output_error, solve
 from edgemed.quantization.grids import rtn
+from edgemed.quantization.methods import gptq as gptq_method
+from edgemed.quantization.methods import rtn as rtn_method
+from edgemed.quantization.settings import QuantizeSettings
 from edgemed.steps import quantize
 
 CONFIG = {
@@ -286,7 +292,7 @@ def test_bad_input(base, tmp_path, text):
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         with pytest.raises(EdgemedError, match=match):
-            quantize.run(source, out, quantize.Params(**params))
+            quantize.run(source, out, strict.build(quantize.Params, params, "quantize"))
         assert not list(out.iterdir()), (
             "nothing may be written before the input is known to be good"
         )
@@ -304,7 +310,7 @@ def test_bad_input(base, tmp_path, text):
     )
     refused("exceeds the model's context of 64", method="gptq", calibration=text, length=65)
     refused(
-        "samples, length and expert_tokens must be",
+        r"quantize.samples: 0 is out of range. Give a number at least 1",
         method="gptq",
         calibration=text,
         samples=0,
@@ -389,17 +395,17 @@ def test_a_tiny_memory_limit_spills_and_gives_the_same_weights(base, tmp_path, t
     asked = {"method": "gptq", "group": 32, "calibration": text, "samples": 8, "length": 32}
     for windows, expected in ((8, False), (10**5, True)):
         assert (
-            quantize.spilled(
+            memory_budget.spilled(
                 CanonicalWeights(base, fold=True),
                 True,
-                quantize.Params(**asked | {"samples": windows, "length": 64}, max_memory=limit),
+                QuantizeSettings(samples=windows, length=64, max_memory=limit),
             )
             is expected
         )
     for method in ("gptq", "awq"):
         plain, notes = quantized(base, tmp_path / f"{method}-plain", **asked | {"method": method})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize, "spilled", lambda *_: True)
+            patch.setattr(memory_budget, "spilled", lambda *_: True)
             spilled, told = quantized(
                 base, tmp_path / f"{method}-spilled", **asked | {"method": method}
             )
@@ -423,9 +429,10 @@ def test_a_killed_run_goes_on_from_its_last_layer(
     params = {"method": method, "group": 32} | (
         {} if method == "rtn" else {"calibration": text, "samples": 8, "length": 32}
     )
-    monkeypatch.setattr(quantize, "spilled", lambda *_: spilled)
+    monkeypatch.setattr(memory_budget, "spilled", lambda *_: spilled)
     whole, notes = quantized(base, tmp_path / "whole", **params)
-    work = getattr(quantize, f"{method}_layer")
+    module = plugins.load("quantization/methods", method)
+    work = module.METHOD.quantize_layer
     computed = []
     killed_at = [1]
 
@@ -435,7 +442,7 @@ def test_a_killed_run_goes_on_from_its_last_layer(
         computed.append(n)
         return work(weights, n, *rest)
 
-    monkeypatch.setattr(quantize, f"{method}_layer", counted)
+    monkeypatch.setattr(module, "METHOD", replace(module.METHOD, quantize_layer=counted))
     with pytest.raises(KeyboardInterrupt):
         quantized(base, tmp_path / "q", **params)
     assert (tmp_path / "q-layers" / "state.json").is_file()
@@ -449,17 +456,17 @@ def test_a_killed_run_goes_on_from_its_last_layer(
 
 
 def test_what_was_begun_with_other_parameters_is_not_continued(base, tmp_path, monkeypatch):
-    work = quantize.rtn_layer
+    method = rtn_method.METHOD
 
     def killed(weights, n, *rest):
         if n == 1:
             raise KeyboardInterrupt
-        return work(weights, n, *rest)
+        return method.quantize_layer(weights, n, *rest)
 
-    monkeypatch.setattr(quantize, "rtn_layer", killed)
+    monkeypatch.setattr(rtn_method, "METHOD", replace(method, quantize_layer=killed))
     with pytest.raises(KeyboardInterrupt):
         quantized(base, tmp_path / "q", method="rtn", group=32)
-    monkeypatch.setattr(quantize, "rtn_layer", work)
+    monkeypatch.setattr(rtn_method, "METHOD", method)
     quantize.run(base, tmp_path / "q", quantize.Params("rtn", 4, 64))
     other, _ = quantized(base, tmp_path / "other", method="rtn", group=64)
     assert open_checkpoint(tmp_path / "q").hashes() == other.hashes()
@@ -473,7 +480,7 @@ def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text
     found = {name: weights.packing(weights.keys[name][0]) for name in notes["packings"]}
     assert found == {name: tuple(packing) for name, packing in notes["packings"].items()}
     assert len(set(found.values())) > 1
-    assert set(found.values()) <= set(quantize.CHOICES[target])
+    assert set(found.values()) <= set(quantize.budget_choices(target))
     assert notes["bits_per_weight"] <= 5.2
     held = sum(
         e.nbytes
@@ -513,17 +520,17 @@ def test_a_budget_that_cannot_be_kept(base, tmp_path, text):
 
 
 def test_no_finished_layer_is_held_while_the_next_one_is_worked_on(base, tmp_path, monkeypatch):
-    real = quantize.gptq_layer
+    method = gptq_method.METHOD
     made = []
 
     def watched(weights, n, *rest):
         assert len(made) == n
         assert not any(rounded() for rounded in made)
-        rounded = real(weights, n, *rest)
+        rounded = method.quantize_layer(weights, n, *rest)
         made.append(weakref.ref(rounded))
         return rounded
 
-    monkeypatch.setattr(quantize, "gptq_layer", watched)
+    monkeypatch.setattr(gptq_method, "METHOD", replace(method, quantize_layer=watched))
     (tmp_path / "out").mkdir()
     quantize.run(
         base,

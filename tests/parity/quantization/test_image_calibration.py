@@ -31,9 +31,9 @@ from edgemed.models.torch_decoder import (
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.hidden_states import Activations
 from edgemed.quantization.importance_matrix import importance
-from edgemed.quantization.layerwise import awq_layer, gptq_layer, integers
+from edgemed.quantization.method import layer_method
 from edgemed.quantization.sensitivity import sensitivities
-from edgemed.quantization.smoothquant import smooth_layer
+from edgemed.quantization.settings import QuantizeSettings
 from edgemed.steps import quantize
 from edgemed.vision.preprocessing import prompt_tokens
 from edgemed.vision.torch_encoder import TorchVisionEncoder
@@ -115,7 +115,7 @@ def test_passes_over_them_are_the_models(weights: CanonicalWeights, windows: lis
     assert np.abs(columns["layers.1.qkv"] / (squares / SAMPLES / LENGTH).numpy() - 1).max() < 1e-4
 
 
-@pytest.mark.parametrize("method", [gptq_layer, awq_layer, smooth_layer])
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
 def test_rounded_layers_see_the_same_positions(
     weights: CanonicalWeights, windows: list, tmp_path: Path, method
 ) -> None:
@@ -123,22 +123,13 @@ def test_rounded_layers_see_the_same_positions(
     session = TorchSession(weights)
     errors = {}
     own = dict.fromkeys(d.matrices(0), (8, 32))
-    params = quantize.Params(
-        "gptq",
-        bits=8,
-        group=32,
-        clip=True,
-    )
-    rounds = {
-        gptq_layer: lambda n, x: gptq_layer(weights, n, x, None, integers(own, params), params),
-        awq_layer: lambda n, x: awq_layer(weights, n, x, own, params),
-        smooth_layer: lambda n, x: smooth_layer(weights, n, x, own, True, 0.5),
-    }
+    settings = QuantizeSettings(method, clip=True, alpha=0.5)
+    quantize_layer = layer_method(method).quantize_layer
     for turned in (True, False):
         angles = [turned for _, turned in embed_sequences(weights, windows)]
         x = Activations(
             tmp_path,
-            f"{method.__name__}-{turned}",
+            f"{method}-{turned}",
             (SAMPLES, LENGTH, d.hidden),
             False,
             angles if turned else None,
@@ -148,7 +139,7 @@ def test_rounded_layers_see_the_same_positions(
                 x.write(i, next(embed_sequences(weights, [window]))[0])
             x.commit()
             for n in range(d.layers):
-                rounds[method](n, x)
+                quantize_layer(weights, n, [x], own, settings)
                 x.commit()
             session.rewind(0)
             right = session.prefill(windows[0][0], every=True, pictures=windows[0][1])

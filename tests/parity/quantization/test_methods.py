@@ -17,11 +17,12 @@ from edgemed.models.random_weights import make_random
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import block, load_layer, logits
 from edgemed.models.weights import CanonicalWeights, Packed
-from edgemed.quantization import awq
+from edgemed.quantization import scale_folding
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
-from edgemed.quantization.gptq import Hessian, Solution, output_error, root_of, solve
+from edgemed.quantization.gptq import Hessian, Solution, inverse_factor_of, output_error, solve
 from edgemed.quantization.grids import LEAST, TRIES, clipped_scale, rtn, scale_of, widened
 from edgemed.quantization.hidden_states import Activations, Inputs
+from edgemed.quantization.methods import awq
 from edgemed.quantization.sensitivity import sensitivities
 
 TRAINED = plugins.shared("recipes") / "quickstart" / "model"
@@ -141,7 +142,7 @@ def test_the_corrected_weights_are_the_least_squares_answer(outputs, known, act_
         hessian = Hessian(16, weight)
         for x, e in zip(inputs.split(150), exact.split(150), strict=True):
             hessian.add(x, e, e @ weight.T if known else None)
-        return hessian.corrected(root_of(hessian.moment, 1e-9, act_order), share)
+        return hessian.corrected(inverse_factor_of(hessian.moment, 1e-9, act_order), share)
 
     expected = torch.linalg.lstsq(inputs.double(), exact.double() @ weight.double().T).solution.T
     assert torch.allclose(answer(1.0).double(), expected, atol=1e-3)
@@ -166,7 +167,7 @@ def test_the_root_is_the_cholesky_factor_of_the_inverse(columns, act_order):
     moment = hessian.moment.double()
     assert torch.allclose(moment, 2 * inputs.double().T @ inputs.double() / len(inputs), atol=1e-4)
     assert torch.allclose(moment, moment.T, atol=1e-4)
-    root = root_of(hessian.moment, 0.01, act_order)
+    root = inverse_factor_of(hessian.moment, 0.01, act_order)
     kept = hessian.moment.clone()
     dead = moment.diagonal() == 0
     moment.diagonal()[dead] = 1
@@ -194,7 +195,7 @@ def test_the_root_is_the_cholesky_factor_of_the_inverse(columns, act_order):
         float(direct), rel=1e-3
     )
     assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept)
-    own = hessian.root(0.01, act_order)
+    own = hessian.inverse_factor(0.01, act_order)
     assert torch.equal(own.upper.triu(), root.upper.triu())
     assert torch.equal(own.order, root.order)
     assert hessian.output_error(weight, 0.9 * weight) == output_error(weight, 0.9 * weight, kept), (
@@ -232,7 +233,7 @@ def test_folded_scales_change_nothing_but_the_weights(tmp_path, kind):
     x = normal(2, 12, 64)
     layer = load_layer(weights, 0)
     before = block(d, layer, 0, x)
-    names = [fold.source for fold in awq.folds(d, 0)]
+    names = [fold.source for fold in scale_folding.folds(d, 0)]
     assert (
         names
         == {
@@ -241,11 +242,11 @@ def test_folded_scales_change_nothing_but_the_weights(tmp_path, kind):
             "gpt2": ["attn_norm", "mlp_norm", "qkv"],
         }[kind]
     )
-    for number, fold in enumerate(awq.folds(d, 0)):
+    for number, fold in enumerate(scale_folding.folds(d, 0)):
         columns = layer[fold.fed[0]][0].shape[1]
-        scale = awq.per_source(d, fold, normal(columns, seed=number).exp())
+        scale = scale_folding.shared_by_source(d, fold, normal(columns, seed=number).exp())
         reads = {name: layer[name][0].clone() for name in fold.fed}
-        awq.apply(d, fold, layer, scale)
+        scale_folding.apply(d, fold, layer, scale)
         assert all(torch.equal(layer[name][0], weight * scale) for name, weight in reads.items())
     after = block(d, layer, 0, x)
     assert (after - before).abs().max() < 1e-4 * before.abs().max()

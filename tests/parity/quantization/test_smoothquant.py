@@ -24,7 +24,7 @@ from edgemed.inference.decoding import log_softmax
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import block, embed, linear, load_layer, logits, norm, output_head
 from edgemed.models.weights import CanonicalWeights
-from edgemed.quantization.smoothquant import scale
+from edgemed.quantization.methods.smoothquant import scale
 from edgemed.steps import quantize
 from edgemed.targets import onnx, tensorrt
 
