@@ -14,6 +14,7 @@ from conftest import ROOT
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.process
 SCRIPT = ROOT / "bench" / "gpu.py"
 
 

@@ -123,6 +123,7 @@ def test_fits_leaves_the_device_its_reserve():
     assert fits(1, Device("cpu", "cpu", True, {"memory": "here"})) is None
 
 
+@pytest.mark.process
 def test_inspect_needs_no_torch(small):
     code = (
         "import sys, json\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n  "

@@ -291,6 +291,7 @@ def test_wrong_units_are_refused(read, text, message):
         read(text, "--option")
 
 
+@pytest.mark.process
 def test_plan_needs_no_torch_and_prints_both_ways(small):
     code = (
         "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n       "

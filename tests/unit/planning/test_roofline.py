@@ -184,6 +184,7 @@ def test_stated_error(rows):
         assert rows["within 45 %"] >= 80
 
 
+@pytest.mark.process
 def test_constants_are_those_the_script_fits():
     pytest.importorskip("scipy")
     code = "import json, fit_roofline; print(json.dumps(fit_roofline.all_fits()))"
