@@ -360,10 +360,10 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
     right = torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)
     assert (logits(student, IDS) - right).abs().max() < 1e-4
     with torch.no_grad():
-        layer_elements = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded_logits = transformers.AutoModelForCausalLM.from_pretrained(
             student.checkpoint.path, dtype=torch.float32
         )(input_ids=IDS).logits
-    assert (layer_elements - right).abs().max() < 1e-4
+    assert (loaded_logits - right).abs().max() < 1e-4
 
 
 def dead(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -554,10 +554,10 @@ def test_every_kind_of_run_comes_nearer_to_the_teacher(
     assert notes["tokens"] == 12 * 4 * 48 * params.accumulate
     weights = CanonicalWeights(open_checkpoint(path))
     with torch.no_grad():
-        layer_elements = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded_logits = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32
         )(input_ids=IDS).logits
-    assert (logits(weights, IDS) - layer_elements).abs().max() < 1e-4
+    assert (logits(weights, IDS) - loaded_logits).abs().max() < 1e-4
     assert (path / "tokenizer.json").is_file()
     assert not list(tmp_path.glob(".distill-*")), "working state is gone when a run is finished"
 
