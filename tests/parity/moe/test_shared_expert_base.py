@@ -39,10 +39,9 @@ def shared(model: Path, out: Path, **params: object) -> dict:
     return merge.run(open_checkpoint(model), out, strict.build(merge.Params, values, "merge"))
 
 
-def scores(path: Path, whole: bool = False) -> torch.Tensor:
-    return logits(CanonicalWeights(open_checkpoint(path), sum_experts=whole), torch.tensor([IDS]))[
-        0
-    ]
+def scores(path: Path, sum_experts: bool = False) -> torch.Tensor:
+    weights = CanonicalWeights(open_checkpoint(path), sum_experts=sum_experts)
+    return logits(weights, torch.tensor([IDS]))[0]
 
 
 def expanded(path: Path) -> dict[str, torch.Tensor]:
