@@ -26,6 +26,7 @@ from typing import Any
 from edgemed.artifacts.hashing import canonical, digest, file_sha256
 from edgemed.artifacts.records import RECORDS
 from edgemed.errors import EdgemedError
+from edgemed.hardware import packages
 from edgemed.hardware.process_memory import peak_memory, reset_peak_memory
 
 MANIFEST = "manifest.json"
@@ -54,21 +55,6 @@ OWN = {
     "pending",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
-PACKAGES = (
-    "edgemed",
-    "torch",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "gguf",
-    "llama-cpp-python",
-    "numpy",
-    "tokenizers",
-    "bitsandbytes",
-)
 
 
 def versions() -> dict[str, str]:
@@ -77,10 +63,25 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",
     }
-    for package in PACKAGES:
+    for package in _recorded():
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def _recorded() -> tuple[str, ...]:
+    others = [name for names in packages.instead_of().values() for name in names]
+    return (
+        "edgemed",
+        "torch",
+        "transformers",
+        "peft",
+        *packages.of_targets(),
+        *others,
+        "numpy",
+        "tokenizers",
+        "bitsandbytes",
+    )
 
 
 def size_of(manifest: Mapping[str, Any]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from edgemed import params
 from edgemed.hardware.device import Device, PowerMode, power_mode_of, read_device
+from edgemed.planning.choices import usual_cache_bytes
 from edgemed.planning.roofline import (
     DATA,
     Constants,
@@ -186,7 +187,7 @@ def _own(
         bits,
         bits,
         "fp32",
-        4.0 if row["target"] == "onnx" else 2.0,
+        usual_cache_bytes(row["target"]),
     )
     what = (
         f"{row['target']} {row['precision']}, {row['threads']}"

@@ -9,11 +9,12 @@ weights are read folded.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -52,19 +53,57 @@ from edgemed.gguf.tensor_map import (
 )
 from edgemed.models import lora
 from edgemed.models.architecture import all_families
+from edgemed.models.parameter_count import sizes
 from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.onnx.vision_graph import TOWERS, build_vision
+from edgemed.planning import choices
+from edgemed.planning.choices import Choice, Size
+from edgemed.planning.roofline import Storage
 
 if TYPE_CHECKING:
+    from edgemed.hardware.device import Device
     from edgemed.inference.session import ImageEmbeddings, VisionEncoder
-    from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
 FP32_TOLERANCE = {"F32": 5e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("llama_cpp", "llamacpp")
+TITLE = "llama.cpp"
+# Distribution -> extra; distribution -> others of the same package.
+PACKAGES = {"gguf": "build", "llama-cpp-python": "llamacpp"}
+PACKAGES_INSTEAD: dict[str, tuple[str, ...]] = {}
+# A quantize step with a budget has nothing to choose for these engines: they have a budget of their
+# own.
+BUDGET_CHOICES: tuple[tuple[int, int], ...] = ()
+
+# For the planner: see docs/add-a-target.md.
+TABLE_ORDER = 3
+ACTIVATION_BYTES = 4
+BUILDS_ON_DEVICE = False
+# Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not
+# divide get the block-of-32 ones.
+GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
+# Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
+REPACKED = ("Q4_K", "Q8_0")
+KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {
+    "f16": (2.0, {}),
+    "q8_0": (34 / 32, {"kv": "q8_0"}),
+}
+# The mixtures' bits depend on the shapes and are filled in by engine_bytes.
+CHOICES = (
+    Choice("llamacpp", "f16", {"type": "f16"}, Storage(16, 16, "fp16"), kv=KV_FORMATS),
+    Choice("llamacpp", "q8_0", {"type": "q8_0"}, Storage(8.5, 8.5, "weight_only"), kv=KV_FORMATS),
+    Choice(
+        "llamacpp",
+        "q4_k_m",
+        {"type": "q4_k_m"},
+        Storage(4.85, 6.5625, "weight_only"),
+        kv=KV_FORMATS,
+    ),
+)
 REBUILD = (
     "Build it without AMX: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
     " -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" pip install --force-reinstall"
@@ -591,6 +630,87 @@ def vision_tolerance(engine: Engine) -> tuple[str, float]:
         return precision, mtmd_vision.TOLERANCES[precision]
     precision = engine.params["tower"]
     return precision, TOLERANCES[precision]
+
+
+def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
+    """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a
+    vision tower lies in a file of its own.
+    """
+    weights = CanonicalWeights(weights.checkpoint, whole=True)
+    d = weights.source
+    shapes = {
+        tensor: place.shape
+        for tensor, place in layout(weights.family, d, weights.parts).items()
+        if tensor.endswith("weight") and len(place.shape) > 1
+    }
+    elements = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
+    types, _ = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads), precision)
+    bits = {tensor: GGUF_BITS[types[tensor]] * elements[tensor] for tensor in elements}
+    # Norms, biases and the few rows of a classification head are float32.
+    rest = 0
+    for name, (kind, weight, bias) in sizes(weights).items():
+        if not name.startswith("vision."):
+            rest += bias
+            if kind == "norm" or name == "head":
+                rest += weight
+    layers = [tensor for tensor in elements if tensor.startswith("blk.")]
+    head = "output.weight" if "output.weight" in types else "token_embd.weight"
+    copy = sum(bits[tensor] for tensor in layers if types[tensor] in REPACKED)
+    return Size(
+        round((sum(bits.values()) + 32 * rest) / 8),
+        layer_bits=sum(bits[tensor] for tensor in layers)
+        / sum(elements[tensor] for tensor in layers),
+        head_bits=GGUF_BITS[types[head]],
+        copy=round(copy / 8),
+        tower=4 * choices.vision_parameters(weights),
+    )
+
+
+def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The row of `edgemed inspect`: (precision, (weight bytes with a vision tower beside the file,
+    bytes of a float16 KV cache at the full context)).
+    """
+    size = engine_bytes(weights, "q4_k_m")
+    yield "Q4_K_M", (size.total + size.tower, choices.kv_cache(weights.source, 2))
+
+
+def unsuitable(device: Device) -> str | None:
+    """Why these engines are not planned on a device, or None."""
+    return None
+
+
+def build_bytes(weights: CanonicalWeights, size: Size) -> float:
+    """Memory of a build."""
+    return choices.streamed_build_bytes(weights)
+
+
+def tower_elsewhere(device: Device) -> str | None:
+    """A note where the vision tower runs on the CPU of a device whose GPU runs the decoder, or
+    None: nothing is known of such a CPU's speed.
+    """
+    if not device.compute_capability:
+        return None
+    return (
+        "llama.cpp engines see through ONNX Runtime on the CPU, whose speed there is not known:"
+        " the time of the vision tower is missing from every first token."
+    )
+
+
+def plan_notes(device: Device) -> list[str]:
+    """What a person must know to read a plan of these engines."""
+    if not device.compute_capability:
+        return []
+    return ["llama.cpp on CUDA: one published decoding speed stands behind this, and no prefill."]
+
+
+def recipe_params(device: Device) -> dict[str, Any]:
+    """Parameters that a recipe for this device needs besides those of the choice."""
+    return {}
+
+
+def quantize_group(bits: int) -> int:
+    """The group of the quantize step that a planned recipe puts before these engines."""
+    return choices.GROUP
 
 
 def self_check() -> str:

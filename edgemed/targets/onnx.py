@@ -8,6 +8,7 @@ and 8-bit weights packed; both were measured fastest for one-sequence decoding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,21 +18,61 @@ import numpy as np
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError, need
 from edgemed.models import lora
+from edgemed.models.parameter_count import SPARE, sizes
 from edgemed.onnx import lora_files
 from edgemed.onnx.decoder_graph import w8a8_refused
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.ort_session import OrtSession
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
+from edgemed.planning import choices
+from edgemed.planning.choices import Choice, Size
+from edgemed.planning.roofline import Storage
 from edgemed.quantization.grids import Ints, labelled, named
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
+    from edgemed.hardware.device import Device
     from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source, for precisions that must be exact.
 FP32_TOLERANCE = {"fp32": 1e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("onnxruntime", "onnx")
+TITLE = "ONNX Runtime"
+# Distribution -> extra; distribution -> others of the same package (the build for GPUs is installed
+# instead of the plain one).
+PACKAGES = {"onnx": "build", "onnxruntime": "onnx"}
+PACKAGES_INSTEAD = {"onnxruntime": ("onnxruntime-gpu",)}
+# What a quantize step with a budget may choose from, (bits, group): what has kernels here.
+BUDGET_CHOICES = ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128))
+
+# For the planner: see docs/add-a-target.md.
+TABLE_ORDER = 2
+ACTIVATION_BYTES = 4
+BUILDS_ON_DEVICE = False
+KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {
+    "fp32": (4.0, {}),
+    "int8": (1.0, {"kv": "int8", "calibration": "pubmedqa-abstracts"}),
+}
+CHOICES = (
+    Choice("onnx", "fp32", {"precision": "fp32"}, Storage(32, 32, "fp32"), kv=KV_FORMATS),
+    Choice(
+        "onnx",
+        "int8",
+        {"precision": "int8"},
+        Storage(8.25, 9, "weight_only"),
+        bits=8,
+        kv=KV_FORMATS,
+    ),
+    Choice(
+        "onnx",
+        "int4",
+        {"precision": "int4"},
+        Storage(4.25, 9, "weight_only"),
+        bits=4,
+        kv=KV_FORMATS,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -251,6 +292,80 @@ def vision_tolerance(engine: Engine) -> tuple[str, float]:
     """The precision of an engine's tower and projector, and the limit on their relative error."""
     precision = engine.params["tower"]
     return precision, TOLERANCES[precision]
+
+
+def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
+    """The size of an engine of this precision: fp32, or int8 and int4 with the output matrix in
+    int8 and the embedding in float16 (see choices.integer_bits).
+    """
+    parts = {name: part for name, part in sizes(weights).items() if not name.startswith("vision.")}
+    tower = 4 * choices.vision_parameters(weights)
+    tied = choices.tied_head(weights)
+    if precision == "fp32":
+        stored = sum(weight + bias for _, weight, bias in parts.values()) + tied
+        return Size(4 * stored, 32, 32, tower=tower)
+    bits = int(precision.removeprefix("int"))
+    total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
+    # A tied output matrix is held once more, at int8 with a float32 scale per 32: 9 bits.
+    return Size(
+        round(total / 8) + tied * 9 // 8,
+        layer_bits=bits + 32 / choices.GROUP,
+        head_bits=9,
+        tower=tower,
+    )
+
+
+def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The rows of `edgemed inspect`: (precision, (weight bytes, KV cache bytes at the full
+    context)).
+
+    fp32, fp16: 4 or 2 bytes for everything (ONNX holds a tied output matrix once more). int8, int4
+    g128: layer matrices as integers with one float32 scale per 128 inputs, tables float16, output
+    matrix int8 with a float32 scale per 32, norms, biases and a vision tower float32; their cache
+    is float32.
+    """
+    parts = {name: part for name, part in sizes(weights).items() if not name.startswith(SPARE)}
+    d = weights.source
+    everything = sum(weight + bias for _, weight, bias in parts.values())
+    yield "fp32", (4 * everything, choices.kv_cache(d, 4))
+    yield "fp16", (2 * everything, choices.kv_cache(d, 2))
+    tied_bytes = choices.tied_head(weights) * 9 // 8
+    for bits in (8, 4):
+        total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
+        size = round(total / 8) + tied_bytes
+        yield f"int{bits} g{choices.GROUP}", (size, choices.kv_cache(d, 4))
+
+
+def unsuitable(device: Device) -> str | None:
+    """Why these engines are not planned on a device, or None."""
+    if device.compute_capability:
+        return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
+    return None
+
+
+def build_bytes(weights: CanonicalWeights, size: Size) -> float:
+    """Memory of a build."""
+    return choices.streamed_build_bytes(weights)
+
+
+def tower_elsewhere(device: Device) -> str | None:
+    """A note where the vision tower runs on another processor than the decoder, or None."""
+    return None
+
+
+def plan_notes(device: Device) -> list[str]:
+    """What a person must know to read a plan of these engines."""
+    return []
+
+
+def recipe_params(device: Device) -> dict[str, Any]:
+    """Parameters that a recipe for this device needs besides those of the choice."""
+    return {}
+
+
+def quantize_group(bits: int) -> int:
+    """The group of the quantize step that a planned recipe puts before these engines."""
+    return choices.GROUP
 
 
 def self_check() -> str:

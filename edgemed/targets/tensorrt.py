@@ -8,18 +8,24 @@ parity, and nothing is measured. None of this has run on TensorRT yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.engines.engine import pixels_of
 from edgemed.errors import EdgemedError
+from edgemed.models.parameter_count import sizes
 from edgemed.onnx.decoder_graph import w8a8_refused
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder, VisionGraphs
+from edgemed.planning import choices
+from edgemed.planning.choices import Choice, Size
+from edgemed.planning.roofline import Storage
 from edgemed.quantization.grids import labelled, named
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
+    from edgemed.hardware.device import Device
     from edgemed.inference.session import Session
     from edgemed.models.architecture import VisionConfig
     from edgemed.models.weights import CanonicalWeights
@@ -29,6 +35,53 @@ FP32_TOLERANCE = {"fp32": 1e-3}
 # The package that runs these engines, and the extra that installs it (on a Jetson it comes with
 # JetPack).
 RUNTIME = ("tensorrt", "tensorrt")
+TITLE = "TensorRT"
+# Distribution -> extra; distribution -> others of the same package.
+PACKAGES = {"tensorrt": "tensorrt"}
+PACKAGES_INSTEAD: dict[str, tuple[str, ...]] = {}
+# What a quantize step with a budget may choose from, (bits, group): what has kernels here.
+BUDGET_CHOICES = ((4, 128), (4, 64), (4, 32), (8, -1))
+
+# For the planner: see docs/add-a-target.md.
+TABLE_ORDER = 1
+ACTIVATION_BYTES = 2
+BUILDS_ON_DEVICE = True
+# TensorRT holds the weights three times while it compiles (parser, plan, engine), and may use this
+# much to try kernels: a rule of thumb.
+WORKSPACE = 1e9
+KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {"fp16": (2.0, {})}
+# Bits per weight of the layer matrices, scales included.
+LAYER_BITS = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / choices.GROUP}
+CHOICES = (
+    Choice(
+        "tensorrt",
+        "fp16",
+        {"precision": "fp16"},
+        Storage(16, 16, "fp16"),
+        arithmetic="fp16",
+        kv=KV_FORMATS,
+    ),
+    Choice(
+        "tensorrt",
+        "int8",
+        {"precision": "int8"},
+        Storage(8, 16, "weight_only"),
+        arithmetic="fp16",
+        bits=8,
+        kv=KV_FORMATS,
+    ),
+    Choice(
+        "tensorrt",
+        "int4",
+        {"precision": "int4"},
+        Storage(4.125, 16, "weight_only"),
+        arithmetic="fp16",
+        bits=4,
+        kv=KV_FORMATS,
+    ),
+)
+# TensorRT versions that have a profile, besides 11 and later.
+PROFILE_OF = {(10, 3): "jetpack6", (10, 16): "jetpack7"}
 # Where engines go -> the parser table they are checked against.
 PROFILES = {"jetpack6": "10.3", "jetpack7": "10.16", "trt11": "11"}
 # bytes of attention scores beyond which a vision tower is refused: a quarter of a 64 GB Jetson
@@ -339,6 +392,85 @@ def identity(engine: Engine) -> dict[str, Any]:
     from edgemed.tensorrt.build import identity as of_machine
 
     return of_machine(engine.params["runtime"], PROFILES[engine.params["profile"]])
+
+
+def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
+    """The size of an engine of this precision.
+
+    Embedding and output matrix are float16, and a tied one is held twice. int8 has one float32
+    scale per output (not counted: under 0.1 %), int4 a float16 scale per 128.
+    """
+    bits = 0.0
+    for name, (kind, weight, bias) in sizes(weights).items():
+        if name.startswith("vision."):
+            continue
+        if kind == "matrix" and name.startswith("layers."):
+            per_weight = LAYER_BITS[precision]
+        elif kind in ("norm", "router"):
+            per_weight = 32
+        else:
+            per_weight = 16
+        bits += per_weight * weight + 32 * bias
+    return Size(
+        round(bits / 8) + 2 * choices.tied_head(weights),
+        layer_bits=LAYER_BITS[precision],
+        head_bits=16,
+        tower=2 * choices.vision_parameters(weights),
+    )
+
+
+def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
+    """`edgemed inspect` has no rows of its own for these engines: their sizes are those of the
+    other targets' precisions.
+    """
+    yield from ()
+
+
+def unsuitable(device: Device) -> str | None:
+    """Why these engines are not planned on a device, or None."""
+    if not device.compute_capability:
+        return "no NVIDIA GPU"
+    if device.tensorrt and profile(device) is None:
+        return f"TensorRT {', '.join(device.tensorrt.values())} is older than edgemed's profiles"
+    return None
+
+
+def profile(device: Device) -> str | None:
+    """The profile for a device's newest TensorRT that has one; cards without a JetPack take the
+    newest.
+    """
+    versions = [tuple(map(int, version.split(".")[:2])) for version in device.tensorrt.values()]
+    for version in sorted(versions or [(11, 0)]):
+        if version >= (10, 3):
+            return PROFILE_OF.get(version, "trt11" if version >= (11, 0) else None)
+    return None
+
+
+def build_bytes(weights: CanonicalWeights, size: Size) -> float:
+    """Memory while TensorRT compiles an engine."""
+    return 3 * size.total + WORKSPACE
+
+
+def tower_elsewhere(device: Device) -> str | None:
+    """A note where the vision tower runs on another processor than the decoder, or None."""
+    return None
+
+
+def plan_notes(device: Device) -> list[str]:
+    """What a person must know to read a plan of these engines."""
+    return []
+
+
+def recipe_params(device: Device) -> dict[str, Any]:
+    """Parameters that a recipe for this device needs besides those of the choice."""
+    return {"profile": profile(device)}
+
+
+def quantize_group(bits: int) -> int:
+    """The group of the quantize step that a planned recipe puts before these engines: -1 is one
+    scale per output.
+    """
+    return -1 if bits == 8 else choices.GROUP
 
 
 def self_check() -> str:
