@@ -217,13 +217,32 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
     does not belong to it.
     """
-    d = weights.source
+    checks = (
+        _adapters_refused,
+        _graph_refused,
+        _checkpoint_integers_refused,
+        _calibration_refused,
+    )
+    for check in checks:
+        if reason := check(weights, params):
+            return reason
+    return None
+
+
+def _adapters_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if lora.carried(weights.checkpoint, params.adapters) and (
         reason := lora_files.refused(weights)
     ):
         return reason
     lora.read_loras(weights, params.adapters)
-    if params.from_checkpoint and d.experts and d.experts.based:
+    return None
+
+
+def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why no graph of llama.cpp, or edgemed's own, computes this model."""
+    d = weights.source
+    experts = d.experts
+    if params.from_checkpoint and experts and experts.based:
         return (
             "experts that share a matrix become whole ones here, whose sums have no integers of the"
             " checkpoint; leave from_checkpoint out"
@@ -245,36 +264,49 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
-    if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
-        return reason
-    if params.from_checkpoint and not weights.quantization:
+    if params.vision == "mtmd" or params.mmproj:
+        return mmproj.refused(weights)
+    return None
+
+
+def _checkpoint_integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why a checkpoint's integers cannot be carried."""
+    if not params.from_checkpoint:
+        return None
+    if not weights.quantization:
         return (
             "from_checkpoint needs a GPTQ checkpoint, which this one is not; put a quantize step"
             " before it"
         )
-    if params.from_checkpoint and weights.family.gguf_centred and not own:
+    if weights.family.gguf_centred and not own_graph(weights.family, weights.source):
         return (
             f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their"
             " mean taken out, which other integers hold; leave from_checkpoint out"
         )
-    if params.from_checkpoint and params.imatrix:
+    if params.imatrix:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
-    if params.budget and params.from_checkpoint:
+    if params.budget:
         return (
             "a budget cannot change the integers of a checkpoint; give the budget to the quantize"
             " step, or leave from_checkpoint out"
         )
+    return None
+
+
+def _calibration_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why a budget or GPTQ cannot work with the text that is given."""
     textless = params.imatrix is None or params.imatrix.endswith(".npz")
     if params.budget and textless:
         return (
             "a budget is shared out by what calibration text shows; give imatrix a card's name or a"
             " text file"
         )
-    if params.rounding == "gptq" and (
-        params.from_checkpoint or (not params.budget and FILE_TYPES[file_type(params)][1] in FLOATS)
-    ):
+    if params.rounding != "gptq":
+        return None
+    floats = not params.budget and FILE_TYPES[file_type(params)][1] in FLOATS
+    if params.from_checkpoint or floats:
         return "rounding: gptq has no effect where no integers are chosen; leave it out"
-    if params.rounding == "gptq" and textless:
+    if textless:
         return "rounding: gptq needs calibration text; give imatrix a card's name or a text file"
     return None
 

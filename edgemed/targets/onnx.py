@@ -141,7 +141,15 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
     does not belong to it.
     """
-    d = weights.decoder
+    for check in (_integers_refused, _options_refused, _shapes_refused):
+        if reason := check(weights, params):
+            return reason
+    lora.read_loras(weights, params.adapters)
+    return None
+
+
+def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why the integers that a checkpoint holds, or the ones asked for, cannot be had."""
     bits = bits_of(weights, params)
     stored = weights.packings()
     if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
@@ -151,10 +159,16 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if params.precision == "w8a8" and (reason := w8a8_refused(weights)):
         return reason
-    if uneven := [group for _, group in stored if group != -1 and group % 16]:
+    uneven = [group for _, group in stored if group != -1 and group % 16]
+    if uneven:
         return (
             f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
         )
+    return None
+
+
+def _options_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why these parameters do not go together, whatever the model."""
     if params.provider == "cuda" and params.precision == "w8a8":
         return "products of integers were only ever run on the CPU; leave provider cuda out"
     if params.provider == "cuda" and params.precision == "fp32":
@@ -174,6 +188,12 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if params.samples < 1 or params.length < 1:
         return "samples and length of the calibration text must be at least 1"
+    return None
+
+
+def _shapes_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why ONNX Runtime's operators cannot take matrices and heads of these sizes."""
+    d = weights.decoder
     if d.head_dim % 8:
         return (
             "GroupQueryAttention needs a head size that is a multiple of 8, this model has"
@@ -188,17 +208,12 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         return f"hidden size {d.hidden} is not a multiple of 32"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
-    if (
-        bits
-        and params.precision != "w8a8"
-        and not stored
-        and (d.hidden % params.group or d.ffn % params.group)
-    ):
+    grouped = bits_of(weights, params) and params.precision != "w8a8" and not weights.packings()
+    if grouped and (d.hidden % params.group or d.ffn % params.group):
         return (
             f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
             " or 64"
         )
-    lora.read_loras(weights, params.adapters)
     return None
 
 

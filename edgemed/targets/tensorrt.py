@@ -139,9 +139,13 @@ def bits_of(weights: CanonicalWeights, params: Params) -> int | None:
 
 def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
-    d = weights.decoder
-    bits = bits_of(weights, params)
-    stored = sorted(weights.packings())
+    for check in (_adapters_refused, _sizes_refused, _integers_refused):
+        if reason := check(weights, params):
+            return reason
+    return None
+
+
+def _adapters_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if params.adapters:
         return (
             "TensorRT engines cannot switch adapters; merge the adapter first (edgemed merge), and"
@@ -152,14 +156,26 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
             "TensorRT engines carry no adapters, and this checkpoint is used with one beside its"
             " integers; start from the quantize step (from: quantize)"
         )
+    return None
+
+
+def _sizes_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why a context or image of this size cannot be had."""
+    d = weights.decoder
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
     if params.prefill < 1 or params.workspace_mb < 1:
         return "prefill and workspace_mb must be above 0"
-    if weights.vision and (
-        reason := images_refused(vision_seen(weights, params), params.context or d.context)
-    ):
-        return reason
+    if weights.vision:
+        return images_refused(vision_seen(weights, params), params.context or d.context)
+    return None
+
+
+def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why the integers that a checkpoint holds, or the ones asked for, cannot be had."""
+    d = weights.decoder
+    bits = bits_of(weights, params)
+    stored = sorted(weights.packings())
     if not bits:
         return None
     if params.precision == "w8a8":
@@ -173,22 +189,26 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
             f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks"
             f" for {bits}; use precision auto"
         )
-    if not stored:
-        small = bits == 4 and (d.hidden % params.group or d.ffn % params.group)
+    if stored:
+        return _packings_refused(weights, stored)
+    if bits == 4 and (d.hidden % params.group or d.ffn % params.group):
         return (
             f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
             " or 64"
-            if small
-            else None
         )
-    if not weights.quantization.get("sym", True):
+    return None
+
+
+def _packings_refused(weights: CanonicalWeights, stored: list[tuple[int, int]]) -> str | None:
+    """Why TensorRT cannot take a checkpoint's (bits, group)."""
+    if not (weights.quantization or {}).get("sym", True):
         return (
             "the checkpoint is quantized asymmetrically, and TensorRT takes integers without zero"
             " points only; quantize symmetrically, or use precision fp16, which expands the"
             " integers"
         )
-    for wide, group in stored:
-        if wide == 8 and group != -1:
+    for bits, group in stored:
+        if bits == 8 and group != -1:
             return (
                 "TensorRT takes int8 with one scale per output, this checkpoint has groups of"
                 f" {group}; quantize with group -1, or use precision fp16"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgemed.hardware import doctor, jetpack, jetson
+from edgemed.hardware import doctor, jetson, jetson
 
 R36 = (
     "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan "
@@ -17,11 +17,11 @@ R36 = (
 def machine(monkeypatch, tmp_path, release: str, package: str | None) -> None:
     (tmp_path / "etc").mkdir(exist_ok=True)
     (tmp_path / "etc" / "nv_tegra_release").write_text(release)
-    monkeypatch.setattr(jetpack.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(jetson.shutil, "which", lambda name: f"/usr/bin/{name}")
     done = SimpleNamespace(
         returncode=0 if package else 1, stdout=package or "", stderr="no packages found"
     )
-    monkeypatch.setattr(jetpack.subprocess, "run", lambda *a, **k: done)
+    monkeypatch.setattr(jetson.subprocess, "run", lambda *a, **k: done)
 
 
 @pytest.mark.parametrize(
