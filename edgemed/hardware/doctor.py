@@ -224,7 +224,7 @@ def temperature(state: thermal.State) -> Finding:
             "missing",
             "no thermal zone, no clock: throttling cannot be seen here (usual in virtual machines)",
         )
-    hottest = max(state.celsius, key=state.celsius.get, default=None)
+    hottest = max(state.celsius, key=lambda zone: state.celsius[zone], default=None)
     parts = [f"{hottest} {state.celsius[hottest]:.0f} °C" if hottest else "no temperature"]
     if state.cpu_mhz:
         parts += [f"CPU {state.cpu_mhz:.0f} MHz"]

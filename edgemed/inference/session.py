@@ -154,6 +154,16 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
+class AdapterSession(Session, Protocol):
+    """The session of an engine that carries LoRA adapters."""
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with one of the adapters, or (None) the base. What was read with the other weights
+        is forgotten.
+        """
+        ...
+
+
 def vision_of_session(session: Session) -> VisionEncoder:
     """A session's vision encoder. Raises EdgemedError where its model reads text only."""
     encoder = session.vision

@@ -218,21 +218,20 @@ class OrtSession(CarriesVision):
         self.tokens = self._bound("tokens", np.zeros((1, new), np.int64))
         self.positions = self._bound("positions", np.zeros((1, new), np.int64))
         self.select = self._bound("select", np.zeros(selected, np.int64))
-        self.feature_rows = (
-            self._bound("feature_rows", np.full((1, new), -1, np.int64))
-            if self.has_vision
-            else None
-        )
+        if self.has_vision:
+            self.feature_rows = self._bound("feature_rows", np.full((1, new), -1, np.int64))
         self.scores = np.zeros((1, selected, self.width), np.float32)
         self.binding.bind_ortvalue_output(
             "scores", self.ort.OrtValue.ortvalue_from_numpy(self.scores)
         )
         self.shape = (new, selected)
 
-    def _place(self, start: int, count: int, pictures: ImageEmbeddings | None) -> None:
+    def _place(
+        self, counted: Positions, start: int, count: int, pictures: ImageEmbeddings | None
+    ) -> None:
         # Where images shift what positions mean, the rows of the rotary tables are those tokens',
         # not those places'.
-        placed = self.counted.add(start, count, pictures.positions if pictures else None)
+        placed = counted.add(start, count, pictures.positions if pictures else None)
         angles = placed[self.axes].T * self.frequencies
         self.rope[0][start : start + count] = np.cos(angles)
         self.rope[1][start : start + count] = np.sin(angles)
@@ -254,7 +253,7 @@ class OrtSession(CarriesVision):
         self.last[0] = end - 1
         self.total[0] = end
         if self.counted:
-            self._place(self.position, new, pictures)
+            self._place(self.counted, self.position, new, pictures)
         if pictures:
             self._show(tokens, pictures)
         elif self.has_vision:
@@ -273,7 +272,7 @@ class OrtSession(CarriesVision):
         self.last[0] = position
         self.total[0] = position + 1
         if self.counted:
-            self._place(position, 1, None)
+            self._place(self.counted, position, 1, None)
         self.session.run_with_iobinding(self.binding)
         self.position = position + 1
         return self.scores[0, 0]

@@ -53,14 +53,20 @@ def inspect(model: str) -> dict[str, Any]:
         "stored": stored(checkpoint, weights.family),
         "quantization": quantization(weights),
         "memory": {name: memory(*needed, devices) for name, needed in precisions(weights)},
-        "devices": {
-            device.name: {"memory_gb": device.memory_gb, "usable_mb": usable(device) / MB}
-            for device in devices
-            if device.memory_gb
-        },
+        "devices": rooms(devices),
         "targets": {name: possible(weights, name) for name in plugins.names("targets")},
         "notes": notes(d, checkpoint),
     }
+
+
+def rooms(devices: list[Device]) -> dict[str, dict[str, float]]:
+    """Memory of every device whose memory is known (GiB), and what it leaves for an engine (MB)."""
+    memory_of = {}
+    for device in devices:
+        room = usable(device)
+        if device.memory_gb and room is not None:
+            memory_of[device.name] = {"memory_gb": device.memory_gb, "usable_mb": room / MB}
+    return memory_of
 
 
 def described(name: str) -> Checkpoint:

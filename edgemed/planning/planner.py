@@ -251,6 +251,8 @@ def image_tokens(weights: CanonicalWeights) -> int:
     per side.
     """
     v = weights.vision
+    if v is None:
+        raise EdgemedError("this model has no vision tower", "Leave --images out")
     return ((v.size or IMAGE) // (v.patch * v.merge)) ** 2
 
 

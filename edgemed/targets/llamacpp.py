@@ -340,7 +340,8 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         one.name: lora_files.write(out, one, folded)
         for one in lora.read_loras(folded, params.adapters)
     }
-    own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
+    adapter = weights.checkpoint.adapter
+    adapter_bytes = factors[adapter.name] if adapter else 0
     embedding_ids = {"position_embd.weight"} | (
         {"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set()
     )
@@ -374,7 +375,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
                     if t.name not in embedding_ids
                 )
             )
-            + own
+            + adapter_bytes
         ),
         "context": context,
         "kv_cache": {
@@ -808,7 +809,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
             t,
             s,
             types[t],
-            partial(random.normal, 0, 0.05, s),
+            partial(_noise, random, s),
         )
         for t, s in shapes.items()
     ]
@@ -820,6 +821,10 @@ def write_probe(folder: Path, wanted: str) -> Engine:
 
     writer.write(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)
     return probe_engine(folder, wanted)
+
+
+def _noise(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return random.normal(0, 0.05, shape)
 
 
 def probe_engine(folder: Path, wanted: str) -> Engine:
@@ -836,7 +841,7 @@ def probe_engine(folder: Path, wanted: str) -> Engine:
         0,
         None,
         True,
-        asdict(Params(wanted)),
+        {**asdict(Params()), "type": wanted},
     )
 
 

@@ -81,7 +81,7 @@ CHOICES = (
     ),
 )
 # TensorRT versions that have a profile, besides 11 and later.
-PROFILE_OF = {(10, 3): "jetpack6", (10, 16): "jetpack7"}
+PROFILE_OF: dict[tuple[int, ...], str] = {(10, 3): "jetpack6", (10, 16): "jetpack7"}
 # Where engines go -> the parser table they are checked against.
 PROFILES = {"jetpack6": "10.3", "jetpack7": "10.16", "trt11": "11"}
 # bytes of attention scores beyond which a vision tower is refused: a quarter of a 64 GB Jetson
@@ -223,7 +223,10 @@ def _packings_refused(weights: CanonicalWeights, stored: list[tuple[int, int]]) 
 
 def vision_seen(weights: CanonicalWeights, params: Params) -> VisionConfig:
     """The model's vision with the limits of images these parameters set."""
-    return replace(weights.vision, pixels=pixels_of(weights.vision, params))
+    v = weights.vision
+    if v is None:
+        raise ValueError("only a vision model has limits of images")
+    return replace(v, pixels=pixels_of(v, params))
 
 
 def images_refused(v: VisionConfig, context: int) -> str | None:
@@ -462,7 +465,7 @@ def profile(device: Device) -> str | None:
     versions = [tuple(map(int, version.split(".")[:2])) for version in device.tensorrt.values()]
     for version in sorted(versions or [(11, 0)]):
         if version >= (10, 3):
-            return PROFILE_OF.get(version, "trt11" if version >= (11, 0) else None)
+            return PROFILE_OF.get(version) or ("trt11" if version >= (11, 0) else None)
     return None
 
 
