@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -59,6 +59,7 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.onnx.vision_graph import TOWERS, build_vision
+from edgemed.params import Doc
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
@@ -113,25 +114,9 @@ REBUILD = (
 
 @dataclass(frozen=True)
 class Params:
-    """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's
-    integers (Q4_0 or Q8_0); `type` is then that of the output matrix (default q8_0) and the
-    embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
-    `samples` windows of `length` tokens are run. budget: '4.5bpw' (bits per weight of the whole
-    file) or '1.6GB': every layer matrix then gets its own type, the others that of `type`; it is
-    measured on the text of `imatrix`. rounding: 'nearest' is llama.cpp's own routine, weight by
-    weight; 'gptq' moves each column's error into the later ones, on the text of `imatrix`: the same
-    types and bytes, but nearer to the source. context: tokens of the KV cache (default the
-    model's). kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a
-    second, faster copy of the weights (edgemed's ggml graph: of those that every token reads).
-    vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or
-    llama.cpp's own libmtmd (not CLIP towers, which it has wrong). mmproj: type of mmproj.gguf,
-    which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's
-    own programs, which resize images in another way. min_pixels, max_pixels: to which images are
-    resized (default the model's). adapters: LoRA adapters that travel along unmerged, {name: PEFT
-    directory}; a session uses one of them or none.
-    """
+    """Parameters of the target llamacpp. Every field says what it is for."""
 
-    type: (
+    type: Annotated[
         Literal[
             "f32",
             "f16",
@@ -162,23 +147,88 @@ class Params:
             "iq2_xs",
             "iq2_xxs",
         ]
-        | None
-    ) = None
-    from_checkpoint: bool = False
-    imatrix: str | None = None
-    budget: str | None = None
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    samples: int = 32
-    length: int = 256
-    context: int | None = None
-    kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
-    repack: bool = True
-    vision: Literal["onnx", "mtmd"] = "onnx"
-    tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
-    mmproj: Literal["f32", "f16", "q8_0"] | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    adapters: dict[str, str] | None = None
+        | None,
+        Doc(
+            "llama.cpp's file type. None is q4_k_m, or with from_checkpoint q8_0, the type of the"
+            " output matrix."
+        ),
+    ] = None
+    from_checkpoint: Annotated[
+        bool,
+        Doc(
+            "Carry a GPTQ checkpoint's integers (Q4_0 or Q8_0). `type` is then that of the output"
+            " matrix, and the embedding stays float16."
+        ),
+    ] = False
+    imatrix: Annotated[
+        str | None,
+        Doc(
+            "An importance .npz, or a calibration card's name, of which `samples` sequences of"
+            " `length` tokens are run."
+        ),
+    ] = None
+    budget: Annotated[
+        str | None,
+        Doc(
+            "'4.5bpw' (bits per weight of the whole file) or '1.6GB': every layer matrix then gets"
+            " its own type, the others that of `type`. It is measured on the text of `imatrix`."
+        ),
+    ] = None
+    rounding: Annotated[
+        Literal["nearest", "gptq"],
+        Doc(
+            "'nearest' is llama.cpp's own routine, weight by weight. 'gptq' moves each column's"
+            " error into the later ones, on the text of `imatrix`: the same types and bytes, but"
+            " nearer to the source."
+        ),
+    ] = "nearest"
+    samples: Annotated[int, Doc("Sequences of the text of `imatrix`.")] = 32
+    length: Annotated[int, Doc("Tokens of each of these sequences.")] = 256
+    context: Annotated[
+        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+    ] = None
+    kv: Annotated[
+        Literal["auto", "f32", "f16", "q8_0"],
+        Doc("Type of the KV cache. 'auto' is f32 for an f32 file, else f16."),
+    ] = "auto"
+    repack: Annotated[
+        bool,
+        Doc(
+            "Let llama.cpp keep a second, faster copy of the weights (edgemed's ggml graph: of"
+            " those that every token reads)."
+        ),
+    ] = True
+    vision: Annotated[
+        Literal["onnx", "mtmd"],
+        Doc(
+            "What computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or"
+            " llama.cpp's own libmtmd (not CLIP towers, which it has wrong)."
+        ),
+    ] = "onnx"
+    tower: Annotated[
+        Literal["fp32", "fp16", "int8", "w8a8"],
+        Doc("Precision of the vision tower and projector on ONNX Runtime."),
+    ] = "fp32"
+    mmproj: Annotated[
+        Literal["f32", "f16", "q8_0"] | None,
+        Doc(
+            "Type of mmproj.gguf, which libmtmd reads (None is then f16). Given without libmtmd,"
+            " the file is written for llama.cpp's own programs, which resize images in another way."
+        ),
+    ] = None
+    min_pixels: Annotated[
+        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+    ] = None
+    max_pixels: Annotated[
+        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+    ] = None
+    adapters: Annotated[
+        dict[str, str] | None,
+        Doc(
+            "LoRA adapters that travel along unmerged: name -> PEFT directory. A session uses one"
+            " of them or none."
+        ),
+    ] = None
 
 
 def label(params: Params) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from edgemed.onnx.decoder_graph import w8a8_refused
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.ort_session import OrtSession
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
+from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
@@ -77,35 +78,66 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class Params:
-    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4
-    round other matrices to nearest. w8a8: int8 with one scale per output (a smoothquant
-    checkpoint's, or rounded to nearest), and every token's activations rounded to 8 bits when they
-    are read: for long prompts.
+    """Parameters of the target onnx. Every field says what it is for."""
 
-    group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8
-    activations, 1 with float32. context: tokens of the KV cache (default the model's). kv: its
-    format; 'auto' is that of the activations, int8 a quarter of float32's bytes, with a fixed scale
-    per channel measured on `samples` windows of `length` tokens of `calibration`, a text set's name
-    or file. tower: precision of a vision tower and projector (w8a8 rounds activations too: by far
-    the fastest, and somewhat less exact than int8); min_pixels, max_pixels: to which images are
-    resized (default the model's). adapters: LoRA adapters that travel along unmerged, {name: PEFT
-    directory}; a session uses one of them or none. provider: where ONNX Runtime runs it; cuda keeps
-    activations in float16, which is all its attention there takes (never run on a GPU yet).
-    """
-
-    precision: Literal["auto", "fp32", "fp16", "int8", "int4", "w8a8"] = "auto"
-    group: Literal[32, 64, 128] = 128
-    accuracy_level: Literal[1, 4] = 4
-    context: int | None = None
-    kv: Literal["auto", "int8"] = "auto"
-    calibration: str | None = None
-    samples: int = 32
-    length: int = 256
-    tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    adapters: dict[str, str] | None = None
-    provider: Literal["cpu", "cuda"] = "cpu"
+    precision: Annotated[
+        Literal["auto", "fp32", "fp16", "int8", "int4", "w8a8"],
+        Doc(
+            "'auto' carries a quantized checkpoint's integers and is fp32 otherwise. int8 and int4"
+            " quantize other matrices to nearest. w8a8: int8 with one scale per output (a"
+            " smoothquant checkpoint's, or to nearest), and every token's activations quantized to"
+            " 8 bits when they are read: for long prompts."
+        ),
+    ] = "auto"
+    group: Annotated[
+        Literal[32, 64, 128], Doc("Inputs per scale where edgemed itself quantizes.")
+    ] = 128
+    accuracy_level: Annotated[
+        Literal[1, 4], Doc("4 computes with int8 activations, 1 with float32.")
+    ] = 4
+    context: Annotated[
+        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+    ] = None
+    kv: Annotated[
+        Literal["auto", "int8"],
+        Doc(
+            "Format of the KV cache. 'auto' is that of the activations. int8 takes a quarter of"
+            " float32's bytes, with a fixed scale per channel measured on `calibration`."
+        ),
+    ] = "auto"
+    calibration: Annotated[
+        str | None,
+        Doc("Text set (name or file) on which the scales of an int8 cache are measured."),
+    ] = None
+    samples: Annotated[int, Range(1), Doc("Sequences of the calibration text.")] = 32
+    length: Annotated[int, Range(1), Doc("Tokens of each of these sequences.")] = 256
+    tower: Annotated[
+        Literal["fp32", "fp16", "int8", "w8a8"],
+        Doc(
+            "Precision of a vision tower and projector. w8a8 quantizes activations too: by far the"
+            " fastest, and somewhat less exact than int8."
+        ),
+    ] = "fp32"
+    min_pixels: Annotated[
+        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+    ] = None
+    max_pixels: Annotated[
+        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+    ] = None
+    adapters: Annotated[
+        dict[str, str] | None,
+        Doc(
+            "LoRA adapters that travel along unmerged: name -> PEFT directory. A session uses one of"
+            " them or none."
+        ),
+    ] = None
+    provider: Annotated[
+        Literal["cpu", "cuda"],
+        Doc(
+            "Where ONNX Runtime runs the engine. cuda keeps activations in float16, which is all its"
+            " attention there takes (never run on a GPU yet)."
+        ),
+    ] = "cpu"
 
 
 def label(params: Params) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed.engines.engine import pixels_of
 from edgemed.errors import EdgemedError
 from edgemed.models.parameter_count import sizes
 from edgemed.onnx.decoder_graph import w8a8_refused
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder, VisionGraphs
+from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
@@ -91,33 +92,57 @@ FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Params:
-    """profile: jetpack6 (TensorRT 10.3), jetpack7 (10.16) or trt11. precision: 'auto' carries a
-    quantized checkpoint's integers and is fp16 otherwise; int4 rounds other matrices to nearest in
-    groups of `group`, int8 with one scale per output. w8a8: a smoothquant checkpoint's int8
-    weights, activations rounded to int8 as well, with the scales that checkpoint holds.
+    """Parameters of the target tensorrt. Every field says what it is for."""
 
-    activations: format beside integers. context: tokens of the KV cache (default the model's).
-    prefill: tokens per run at most; longer prompts go in parts. workspace_mb: memory TensorRT may
-    use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX. experts: 'chosen'
-    passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can
-    hold; 'all' computes all of them. adapters: not taken; TensorRT engines carry merged weights
-    only. tower: precision of a vision tower and projector; min_pixels, max_pixels: to which images
-    are resized (default the model's).
-    """
-
-    profile: Literal["jetpack6", "jetpack7", "trt11"] = "jetpack6"
-    precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4", "w8a8"] = "auto"
-    group: Literal[32, 64, 128] = 128
-    activations: Literal["fp16", "bf16", "fp32"] = "fp16"
-    context: int | None = None
-    prefill: int = 512
-    workspace_mb: int = 1024
-    runtime: Literal["tensorrt", "rtx"] = "tensorrt"
-    experts: Literal["chosen", "all"] = "chosen"
-    tower: Literal["fp16", "fp32", "bf16", "int8"] = "fp16"
-    adapters: dict[str, str] | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    profile: Annotated[
+        Literal["jetpack6", "jetpack7", "trt11"],
+        Doc("Where the engine goes: jetpack6 (TensorRT 10.3), jetpack7 (10.16) or trt11."),
+    ] = "jetpack6"
+    precision: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16", "int8", "int4", "w8a8"],
+        Doc(
+            "'auto' carries a quantized checkpoint's integers and is fp16 otherwise. int4 quantizes"
+            " other matrices to nearest in groups of `group`, int8 with one scale per output. w8a8:"
+            " a smoothquant checkpoint's int8 weights, and activations quantized to int8 with the"
+            " scales that checkpoint holds."
+        ),
+    ] = "auto"
+    group: Annotated[Literal[32, 64, 128], Doc("Inputs per scale of int4.")] = 128
+    activations: Annotated[
+        Literal["fp16", "bf16", "fp32"], Doc("Format of the activations beside integers.")
+    ] = "fp16"
+    context: Annotated[
+        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+    ] = None
+    prefill: Annotated[
+        int, Range(1), Doc("Tokens per run at most; longer prompts go in parts.")
+    ] = 512
+    workspace_mb: Annotated[
+        int, Range(1), Doc("Memory TensorRT may use to try kernels, in 10^6 bytes.")
+    ] = 1024
+    runtime: Annotated[Literal["tensorrt", "rtx"], Doc("'rtx' builds with TensorRT for RTX.")] = (
+        "tensorrt"
+    )
+    experts: Annotated[
+        Literal["chosen", "all"],
+        Doc(
+            "'chosen' passes over the experts of a mixture that no token chose, by conditionals,"
+            " which no CUDA graph can hold. 'all' computes all of them."
+        ),
+    ] = "chosen"
+    tower: Annotated[
+        Literal["fp16", "fp32", "bf16", "int8"],
+        Doc("Precision of a vision tower and projector."),
+    ] = "fp16"
+    adapters: Annotated[
+        dict[str, str] | None, Doc("Not taken: TensorRT engines carry merged weights only.")
+    ] = None
+    min_pixels: Annotated[
+        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+    ] = None
+    max_pixels: Annotated[
+        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+    ] = None
 
 
 def label(params: Params) -> str:
