@@ -127,15 +127,15 @@ class Params:
     adapters: Annotated[
         dict[str, str] | None,
         Doc(
-            "LoRA adapters that travel along unmerged: name -> PEFT directory. A session uses one of"
-            " them or none."
+            "LoRA adapters that travel along unmerged: name -> PEFT directory. A session uses one"
+            " of them or none."
         ),
     ] = None
     provider: Annotated[
         Literal["cpu", "cuda"],
         Doc(
-            "Where ONNX Runtime runs the engine. cuda keeps activations in float16, which is all its"
-            " attention there takes (never run on a GPU yet)."
+            "Where ONNX Runtime runs the engine. cuda keeps activations in float16, which is all"
+            " its attention there takes (never run on a GPU yet)."
         ),
     ] = "cpu"
 
