@@ -113,7 +113,7 @@ def tied_head(weights: CanonicalWeights) -> int:
     A gathered table and a multiplied matrix need different formats, so most engines hold a tied
     matrix twice.
     """
-    d = weights.source
+    d = weights.unfolded
     if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"]:
         return d.vocab * d.hidden
     return 0

@@ -41,7 +41,7 @@ def inspect(model: str) -> dict[str, Any]:
     kind, _, name = str(model).partition(":")
     checkpoint = described(name) if kind == "random" else open_checkpoint(model)
     weights = CanonicalWeights(checkpoint)
-    d = weights.source
+    d = weights.unfolded
     devices = [read_device(name) for name in plugins.names("devices")]
     return {
         "model": str(model),
@@ -152,11 +152,11 @@ def precisions(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]
 
 def dimensions(weights: CanonicalWeights) -> Dimensions:
     """A checkpoint's decoder as the roofline model sees it."""
-    if weights.source.experts and weights.source.experts.density:
+    if weights.unfolded.experts and weights.unfolded.experts.density:
         weights = CanonicalWeights(
-            weights.checkpoint, whole=True
+            weights.checkpoint, sum_experts=True
         )  # no engine computes sparse differences
-    d = weights.source
+    d = weights.unfolded
     found = sizes(weights)
     layers = {
         name: weight

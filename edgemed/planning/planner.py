@@ -95,7 +95,7 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
     """
     request = requested(model, device_name, wishes, power)
     device = request.device
-    contexts = contexts_for(request.weights.source.context, request.tokens, wishes)
+    contexts = contexts_for(request.weights.unfolded.context, request.tokens, wishes)
     entries = []
     left_out = []
     for choice in choices():
@@ -228,7 +228,7 @@ def weights_of(model: str) -> CanonicalWeights:
 def prompt_tokens(weights: CanonicalWeights, wishes: Wishes) -> int:
     """Tokens of the request, its images included. Raises EdgemedError for one that is none."""
     prompt = (
-        min(512, (wishes.context or weights.source.context) // 2)
+        min(512, (wishes.context or weights.unfolded.context) // 2)
         if wishes.prompt is None
         else wishes.prompt
     )
@@ -555,7 +555,7 @@ def recipe_text(chosen: dict[str, Any], model: str, device_name: str, request: R
     )
     target = plugins.load("targets", choice.target)
     random = weights.checkpoint.random_weights
-    quantize = choice.bits and not weights.rounded and not random
+    quantize = choice.bits and not weights.quantized and not random
     params: dict[str, Any] = {}
     if not quantize:
         params.update(params_of(choice, weights))

@@ -255,7 +255,7 @@ def inputs(params: Params) -> dict[str, str]:
         from edgemed.quantization import importance_matrix
 
         return found | {"imatrix": importance_matrix.digest(Path(params.imatrix))}
-    from edgemed.data.image_text_windows import calibration_digests
+    from edgemed.data.image_sets import calibration_digests
 
     return found | {
         name.replace("calibration", "imatrix"): sha
@@ -290,9 +290,9 @@ def _adapters_refused(weights: CanonicalWeights, params: Params) -> str | None:
 
 def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
     """Why no graph of llama.cpp, or edgemed's own, computes this model."""
-    d = weights.source
+    d = weights.unfolded
     experts = d.experts
-    if params.from_checkpoint and experts and experts.based:
+    if params.from_checkpoint and experts and experts.has_shared_base:
         return (
             "experts that share a matrix become whole ones here, whose sums have no integers of the"
             " checkpoint; leave from_checkpoint out"
@@ -328,7 +328,7 @@ def _checkpoint_integers_refused(weights: CanonicalWeights, params: Params) -> s
             "from_checkpoint needs a GPTQ checkpoint, which this one is not; put a quantize step"
             " before it"
         )
-    if weights.family.gguf_centred and not own_graph(weights.family, weights.source):
+    if weights.family.gguf_centred and not own_graph(weights.family, weights.unfolded):
         return (
             f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their"
             " mean taken out, which other integers hold; leave from_checkpoint out"
@@ -363,10 +363,12 @@ def _calibration_refused(weights: CanonicalWeights, params: Params) -> str | Non
 
 def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
-    weights = type(weights)(weights.checkpoint, whole=True)
-    own = own_graph(weights.family, weights.source)
+    weights = type(weights)(weights.checkpoint, sum_experts=True)
+    own = own_graph(weights.family, weights.unfolded)
     centred = weights.family.gguf_centred and not own
-    folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True, whole=True)
+    folded = (Centred if centred else type(weights))(
+        weights.checkpoint, fold=True, sum_experts=True
+    )
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
@@ -396,8 +398,8 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         {"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set()
     )
     share = (
-        weights.source.experts.active / weights.source.experts.count
-        if weights.source.experts
+        weights.unfolded.experts.active / weights.unfolded.experts.count
+        if weights.unfolded.experts
         else 1
     )
     carried = (
@@ -615,9 +617,9 @@ def _rounded(
 def _calibration(
     weights: CanonicalWeights, params: Params
 ) -> list[tuple[list[int], ImageEmbeddings | None]]:
-    from edgemed.data.image_text_windows import calibration
+    from edgemed.data.image_text_windows import calibration_samples
 
-    return calibration(
+    return calibration_samples(
         weights, params.imatrix, params.samples, min(params.length, weights.decoder.context)
     )
 
@@ -660,7 +662,7 @@ def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
         if isinstance(weights, Centred)
         else weights.decoder
     )
-    if own_graph(weights.family, weights.source):
+    if own_graph(weights.family, weights.unfolded):
         writer.add_string(KEY, json.dumps(asdict(d)))
     metadata.describe_decoder(
         writer,
@@ -719,8 +721,8 @@ def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
     """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a
     vision tower lies in a file of its own.
     """
-    weights = CanonicalWeights(weights.checkpoint, whole=True)
-    d = weights.source
+    weights = CanonicalWeights(weights.checkpoint, sum_experts=True)
+    d = weights.unfolded
     shapes = {
         tensor: place.shape
         for tensor, place in layout(weights.family, d, weights.parts).items()
@@ -754,7 +756,7 @@ def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int,
     bytes of a float16 KV cache at the full context)).
     """
     size = engine_bytes(weights, "q4_k_m")
-    yield "Q4_K_M", (size.total + size.tower, choices.kv_cache(weights.source, 2))
+    yield "Q4_K_M", (size.total + size.tower, choices.kv_cache(weights.unfolded, 2))
 
 
 def unsuitable(device: Device) -> str | None:

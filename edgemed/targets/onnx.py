@@ -156,7 +156,7 @@ def inputs(params: Params) -> dict[str, str]:
         )
     found = lora.inputs(params.adapters)
     if params.calibration:
-        from edgemed.data.image_text_windows import calibration_digests
+        from edgemed.data.image_sets import calibration_digests
 
         found |= calibration_digests(params.calibration)
     return found
@@ -256,7 +256,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
 
     if weights.decoder.experts and weights.decoder.experts.density:
         # ONNX Runtime has no product with a sparse matrix on CPUs
-        weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
+        weights = type(weights)(weights.checkpoint, weights.fold, sum_experts=True)
     bits = bits_of(weights, params)
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}
@@ -315,11 +315,11 @@ def _kv_scales(weights: CanonicalWeights, params: Params) -> list[tuple[np.ndarr
             .integers(0, weights.decoder.vocab, (1, min(32, params.length)))
             .tolist(),
         )
-    from edgemed.data.image_text_windows import calibration
+    from edgemed.data.image_text_windows import calibration_samples
 
     return kv_scales(
         weights,
-        calibration(
+        calibration_samples(
             weights, params.calibration, params.samples, min(params.length, weights.decoder.context)
         ),
     )
@@ -372,7 +372,7 @@ def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int,
     is float32.
     """
     parts = {name: part for name, part in sizes(weights).items() if not name.startswith(SPARE)}
-    d = weights.source
+    d = weights.unfolded
     everything = sum(weight + bias for _, weight, bias in parts.values())
     yield "fp32", (4 * everything, choices.kv_cache(d, 4))
     yield "fp16", (2 * everything, choices.kv_cache(d, 2))
