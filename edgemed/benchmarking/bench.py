@@ -192,7 +192,7 @@ def image_questions(
     random = np.random.default_rng(0)
     started = time.perf_counter()
     vision_encoder = vision_of_session(session)
-    found: dict[str, list[float]] = {"load": [time.perf_counter() - started]}
+    seconds_of: dict[str, list[float]] = {"load": [time.perf_counter() - started]}
     try:
         for round_number in range(plan.runs + 1):
             image = pil.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
@@ -216,14 +216,16 @@ def image_questions(
                     spent["prefill"] = marks[2] - marks[1]
                 # The first round warms up.
                 for name, seconds in spent.items() if round_number else ():
-                    found.setdefault(name, []).append(seconds)
+                    seconds_of.setdefault(name, []).append(seconds)
     finally:
         session.close_vision()
     features = len(tokens) - len(words)
     how = {"image": side, "features": features, "tokens": len(tokens)}
     # A runtime that computes tower and projector in one gives no seconds of the latter.
     return [
-        (f"image_{name}_seconds", "s", values, how) for name, values in found.items() if any(values)
+        (f"image_{name}_seconds", "s", values, how)
+        for name, values in seconds_of.items()
+        if any(values)
     ]
 
 

@@ -152,7 +152,9 @@ def export(
     } | module.inputs(params)
     if reference:
         inputs["reference"] = reference.digest()
-    inputs |= {f"reference/{adapter}": found.digest() for adapter, found in (adapted or {}).items()}
+    inputs |= {
+        f"reference/{adapter}": answers.digest() for adapter, answers in (adapted or {}).items()
+    }
     parent = checkpoint.path / store.MANIFEST
     parent_manifest = json.loads(parent.read_text(encoding="utf-8")) if parent.is_file() else None
     name = name or Path(out).name
@@ -205,8 +207,8 @@ def export(
                     shutil.copyfile(checkpoint.path / file, work.path / file)
             if reference:
                 reference.save(work.path)
-            for adapter, found in (adapted or {}).items():
-                found.save(work.path / FOLDER / adapter)
+            for adapter, answers in (adapted or {}).items():
+                answers.save(work.path / FOLDER / adapter)
             work.notes.update(notes)
     return open_engine(out)
 

@@ -203,8 +203,8 @@ def embedding_ids(tokens: Sequence[int], pictures: ImageEmbeddings | None) -> np
     """Ids int64 [T] to look up in the embedding: 0 in an image's places, whose own id may lie
     outside the vocabulary.
     """
-    found = np.array(tokens, np.int64)
-    return np.where(found == pictures.token, 0, found) if pictures else found
+    ids = np.array(tokens, np.int64)
+    return np.where(ids == pictures.token, 0, ids) if pictures else ids
 
 
 def feature_rows(

@@ -248,16 +248,16 @@ def inputs(params: Params) -> dict[str, str]:
     """sha256 of the adapters and of the importance file, or of the text it is to be measured on.
     Raises EdgemedError where one is missing.
     """
-    found = lora.inputs(params.adapters)
+    digests = lora.inputs(params.adapters)
     if params.imatrix is None:
-        return found
+        return digests
     if params.imatrix.endswith(".npz"):
         from edgemed.quantization import importance_matrix
 
-        return found | {"imatrix": importance_matrix.digest(Path(params.imatrix))}
+        return digests | {"imatrix": importance_matrix.digest(Path(params.imatrix))}
     from edgemed.data.image_sets import calibration_digests
 
-    return found | {
+    return digests | {
         name.replace("calibration", "imatrix"): sha
         for name, sha in calibration_digests(params.imatrix).items()
     }
@@ -387,7 +387,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
             weight=np.asarray(head.dense(), np.float32),
             bias=np.asarray(bias, np.float32),
         )
-    seen = build_eyes(weights, out, params) if weights.vision else {}
+    seen = build_vision_files(weights, out, params) if weights.vision else {}
     factors = {
         one.name: lora_files.write(out, one, folded)
         for one in lora.read_loras(folded, params.adapters)
@@ -467,7 +467,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     )
 
 
-def build_eyes(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
+def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write what `vision` and `mmproj` ask for. tower_bytes: weight bytes of what the engine itself
     sees with; mmproj_bytes: of a file that only llama.cpp's programs read.
     """

@@ -154,12 +154,12 @@ def inputs(params: Params) -> dict[str, str]:
             "target onnx: an int8 cache needs text to measure its scales on",
             f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
         )
-    found = lora.inputs(params.adapters)
+    digests = lora.inputs(params.adapters)
     if params.calibration:
         from edgemed.data.image_sets import calibration_digests
 
-        found |= calibration_digests(params.calibration)
-    return found
+        digests |= calibration_digests(params.calibration)
+    return digests
 
 
 def bits_of(weights: CanonicalWeights, params: Params) -> int | None:
@@ -438,7 +438,7 @@ def self_check() -> str:
         x @ ((q.reshape(64, 2, 128).astype(np.float32) - 8) * scales[..., None]).reshape(64, 256).T
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = _product(
+        product = _product(
             ort,
             Path(folder),
             x,
@@ -449,7 +449,7 @@ def self_check() -> str:
                 128,
             ),
         )
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    error = float(np.abs(product - expected).max() / np.abs(expected).max())
     if error > 0.02:
         raise EdgemedError(
             f"onnxruntime {ort.__version__} gives wrong 4-bit products on this CPU (relative error"

@@ -307,7 +307,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     seen = {}
     scores = 0
     if weights.vision:
-        seen = {"tower_bytes": build_eyes(weights, out, params)}
+        seen = {"tower_bytes": build_vision_files(weights, out, params)}
         scores = score_bytes(vision_seen(weights, params), context)
     reports = {name: parsed(out / f"{name}.onnx", params.profile) for name in names}
     cache = 2 * d.layers * rows_offered(context) * d.kv_size * (4 if chosen == "fp32" else 2)
@@ -351,7 +351,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     }
 
 
-def build_eyes(weights: CanonicalWeights, out: Path, params: Params) -> int:
+def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> int:
     """Write tower.onnx and projector.onnx; returns their weight bytes. Sums and norms are float32,
     as in the decoder; int8 has one scale per output.
     """
