@@ -207,9 +207,11 @@ def check_params(module: ModuleType) -> None:
     assert module.Params.__dataclass_params__.frozen
     assert module.Params.__doc__, "Params says what its fields mean"
     assert not module.Params.__doc__.startswith("Params("), "Params says what its fields mean"
+    texts = {parameter.name: parameter.doc for parameter in strict.described(module.Params)}
     for field in dataclasses.fields(module.Params):
         assert (
-            field.name in module.Params.__doc__
+            len(texts[field.name]) > 10
+            or field.name in module.Params.__doc__
             or field.name in (module.__doc__ or "")
             or field.name in ("method", "bits")
         ), f"{field.name} is not explained"
