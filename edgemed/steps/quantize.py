@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from edgemed import plugins
 from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError
@@ -30,12 +31,9 @@ else:
     MethodName = Literal[("auto", *method_names())]
 
 
-# What a budget may choose from, (bits, group): what each target has kernels for.
-CHOICES = {
-    "onnx": ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-    "tensorrt": ((4, 128), (4, 64), (4, 32), (8, -1)),
-    "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-}
+# What a budget may choose from, (bits, group), where the checkpoint is for other programs that read
+# GPTQ files. What a target has kernels for it says itself.
+GPTQ_CHOICES = ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128))
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Params:
 
 def budget_choices(target: str) -> tuple[tuple[int, int], ...]:
     """(bits, group) that a budget may choose from."""
-    return CHOICES[target]
+    return GPTQ_CHOICES if target == "gptq" else plugins.load("targets", target).BUDGET_CHOICES
 
 
 def inputs(params: Params) -> dict[str, str]:

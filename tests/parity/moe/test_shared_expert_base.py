@@ -90,7 +90,7 @@ def test_the_checkpoint_is_the_model_with_summed_experts(
     with torch.inference_mode():
         right = reference(plain, config, MODELS[name][0])(input_ids=torch.tensor([IDS])).logits[0]
     assert (scores(tmp_path / "out") - right).abs().max() < 1e-4, "shared matrices multiplied once"
-    assert (scores(tmp_path / "out", whole=True) - right).abs().max() < 1e-4, (
+    assert (scores(tmp_path / "out", sum_experts=True) - right).abs().max() < 1e-4, (
         "experts summed when they are read"
     )
     before = load_file(model / "model.safetensors")
