@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from edgemed.console import track
-from edgemed.data.image_text_windows import calibration
+from edgemed.data.image_text_windows import calibration_samples
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import ParamSpec, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
@@ -144,7 +144,7 @@ def calibration_states(
             f" {context}",
             "Both are at least 1, and length is at most the context",
         )
-    samples = calibration(weights, settings.calibration, settings.samples, settings.length)
+    samples = calibration_samples(weights, settings.calibration, settings.samples, settings.length)
     return [hidden for hidden, _ in embed_sequences(weights, samples)]
 
 

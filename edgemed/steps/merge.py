@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed.console import say, track
-from edgemed.data.text_sets import calibration_windows, card_names
+from edgemed.data.image_sets import calibration_digests
+from edgemed.data.text_sets import calibration_sequences, card_names
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
@@ -214,8 +215,6 @@ def _quantized_in_training(params: Params) -> Literal["nf4", "nf4-double", "int8
 def _text_digests(params: Params) -> dict[str, str]:
     if not params.calibration:
         return {}
-    from edgemed.data.image_text_windows import calibration_digests
-
     return calibration_digests(params.calibration)
 
 
@@ -325,7 +324,7 @@ def _difference(
     """How far the written model is from the one that was trained, on calibration text."""
     from edgemed.models.qlora import difference
 
-    samples = calibration_windows(
+    samples = calibration_sequences(
         params.calibration or "",
         open_tokenizer(weights.checkpoint.path, weights.decoder.vocab),
         params.samples,

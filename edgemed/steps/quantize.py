@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed.artifacts import hashing, store
+from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint
@@ -147,8 +148,6 @@ def inputs(params: Params) -> dict[str, str]:
             f"quantize: {needs} needs calibration text",
             f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
         )
-    from edgemed.data.image_text_windows import calibration_digests
-
     return calibration_digests(params.calibration)
 
 
@@ -180,7 +179,7 @@ def _by_layers(
     digests: dict[str, str],
 ) -> dict[str, Any]:
     """Quantize layer by layer into the AutoGPTQ layout; the manifest's notes."""
-    from edgemed.data.image_text_windows import calibration
+    from edgemed.data.image_text_windows import calibration_samples
     from edgemed.quantization.layer_loop import quantize_layers
     from edgemed.quantization.layer_progress import Layers
     from edgemed.quantization.memory_budget import spilled
@@ -196,7 +195,7 @@ def _by_layers(
     _check(weights, method, params, settings)
     samples = None
     if params.calibration and _is_calibrated(method, params):
-        samples = calibration(weights, params.calibration, params.samples, params.length)
+        samples = calibration_samples(weights, params.calibration, params.samples, params.length)
     on_disk = spilled(weights, samples is not None, settings)
     # What is kept of a killed run is continued only with the same parameters and inputs; how much
     # memory it may take changes nothing in it.

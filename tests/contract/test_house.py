@@ -226,7 +226,13 @@ def test_no_swallowed_exceptions(file: Path) -> None:
 
 
 # Modules that only building uses; errors.extras_named says which extra is missing.
-BUILD_ONLY = ("models/qlora.py", "moe/", "quantization/")
+BUILD_ONLY = (
+    "data/image_text_windows.py",
+    "distillation/",
+    "models/qlora.py",
+    "moe/",
+    "quantization/",
+)
 # Modules of build-only packages that a device imports, or --help.
 DEVICE = ("quantization/grids.py", "quantization/method.py", "quantization/settings.py")
 
