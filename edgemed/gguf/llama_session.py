@@ -19,7 +19,13 @@ from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import lora_files
 from edgemed.hardware.device import machine
-from edgemed.inference.session import ImageEmbeddings, Positions, check_image_embeddings, check_room
+from edgemed.inference.session import (
+    CarriesVision,
+    ImageEmbeddings,
+    Positions,
+    check_image_embeddings,
+    check_room,
+)
 
 FILE = "model.gguf"
 HEAD = "head.npz"
@@ -28,7 +34,7 @@ CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 BATCH = 512  # tokens per llama_decode call
 
 
-class LlamaSession:
+class LlamaSession(CarriesVision):
     """A Session on llama.cpp. One token is decoded through a batch made once; scores are read where
     llama.cpp keeps them.
     """
@@ -39,7 +45,7 @@ class LlamaSession:
         self.width = engine.width
         self.context = engine.context
         self.position = 0
-        self.matrix = None
+        self.matrix: np.ndarray | None = None
         if engine.head != "lm":
             with np.load(engine.path / HEAD) as arrays:
                 self.matrix = arrays["weight"].T.copy()
@@ -57,7 +63,7 @@ class LlamaSession:
         self.size = self.matrix.shape[0] if self.matrix is not None else self.width
         # llama.cpp wants to know of all adapters before it plans a context's graph.
         self.adapters = lora_files.load(self.lib, self.model, engine.path, engine.adapters, ERRORS)
-        self.adapter = None
+        self.adapter: str | None = None
         self.ctx = self.lib.llama_init_from_model(self.model, self._settings(engine, threads))
         if not self.ctx:
             self.lib.llama_model_free(self.model)
@@ -77,8 +83,8 @@ class LlamaSession:
         self.read = (
             self.lib.llama_get_logits if self.matrix is None else self.lib.llama_get_embeddings
         )
-        self.address = None
-        self.row = None
+        self.address: int | None = None
+        self.row = np.empty(0, np.float32)
         self.hidden = self.lib.llama_model_n_embd(self.model)
         self.centred = engine.centred
         self.has_vision = engine.vision is not None
@@ -120,7 +126,7 @@ class LlamaSession:
         if pictures and not self.has_vision:
             raise EdgemedError(
                 "this engine reads text only",
-                "Ask it without an image, or export a model that sees",
+                "Ask it without an image, or export a vision model",
             )
         placed = (
             self.counted.add(self.position, len(tokens), pictures.positions if pictures else None)
@@ -146,7 +152,7 @@ class LlamaSession:
                     if placed is None
                     else placed[:, first : first + count]
                 )
-                if image:
+                if image and pictures:
                     self._decode_features(
                         pictures.features[shown : shown + count], positions, every, wanted
                     )
@@ -257,9 +263,11 @@ class LlamaSession:
             self.rewind(0)
 
     def close(self) -> None:
+        self.close_vision()
         if self.ctx is None:
             return
-        self.address = self.row = None
+        self.address = None
+        self.row = np.empty(0, np.float32)
         self.lib.llama_batch_free(self.batch)
         self.lib.llama_batch_free(self.one)
         self.lib.llama_free(self.ctx)
@@ -288,8 +296,10 @@ def _arrays(batch: Any, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for i in range(size):
         batch.n_seq_id[i] = 1
         batch.seq_id[i][0] = 0
-    return tuple(
-        np.ctypeslib.as_array(field, (size,)) for field in (batch.token, batch.pos, batch.logits)
+    return (
+        np.ctypeslib.as_array(batch.token, (size,)),
+        np.ctypeslib.as_array(batch.pos, (size,)),
+        np.ctypeslib.as_array(batch.logits, (size,)),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from edgemed import plugins
 from edgemed.artifacts import hashing, store
 from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import card_names
@@ -31,12 +32,9 @@ else:
     MethodName = Literal[("auto", *method_names())]
 
 
-# What a budget may choose from, (bits, group): what each target has kernels for.
-CHOICES = {
-    "onnx": ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-    "tensorrt": ((4, 128), (4, 64), (4, 32), (8, -1)),
-    "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-}
+# What a budget may choose from, (bits, group), where the checkpoint is for other programs that read
+# GPTQ files. What a target has kernels for it says itself.
+GPTQ_CHOICES = ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128))
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,10 @@ class Params:
 
 def budget_choices(target: str) -> tuple[tuple[int, int], ...]:
     """(bits, group) that a budget may choose from."""
-    return CHOICES[target]
+    if target == "gptq":
+        return GPTQ_CHOICES
+    choices: tuple[tuple[int, int], ...] = plugins.load("targets", target).BUDGET_CHOICES
+    return choices
 
 
 def inputs(params: Params) -> dict[str, str]:

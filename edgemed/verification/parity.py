@@ -1,5 +1,5 @@
 """Does the engine say what its float32 source says? Divergence, agreement and greedy answers on
-held-out text, and on images where it sees.
+text of the validation split, and on images for a vision model.
 
 It needs only a running engine and the reference answers that travel inside it, so the same check
 runs where the engine was built and on the device. An engine that fails it is not benchmarked.
@@ -17,17 +17,17 @@ from edgemed.console import track
 from edgemed.engines.engine import Engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
-from edgemed.inference.decoding import Sampling, generate, log_softmax
+from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import Session
+from edgemed.verification.vision_parity import DecoderLimits, divergence, stages
 from edgemed.verification.vision_parity import problems as stage_problems
-from edgemed.verification.vision_parity import stages
 
 
 @dataclass(frozen=True)
 class Limits:
     """What an engine must keep. max_kl: mean KL divergence from the source, nats; min_top1: share
-    of positions with the same most likely token. Exact engines (a target's EXACT precisions) must
-    besides give every greedy token and stay within a logit error.
+    of positions with the same most likely token. Exact engines (those of a target's FP32_TOLERANCE)
+    must besides give every greedy token and stay within a logit error.
     """
 
     max_kl: float = 0.05
@@ -42,14 +42,13 @@ def verify(
     adapter: str | None = None,
 ) -> dict[str, Any]:
     """Compare an engine with the reference answers; see the keys of the result for what is measured
-    ('stages' only for engines that see).
+    ('stages' only for vision models).
 
-    adapter: one of the engine's, whose answers the reference then holds ('base': none); of an
-    engine that sees, what lies in front of its decoder is then passed over, because no adapter
-    reaches it.
+    adapter: one of the engine's, whose answers the reference then holds ('base': none). What lies
+    in front of a vision model's decoder is then passed over, because no adapter reaches it.
 
     Raises EdgemedError where the reference does not belong to this engine's vocabulary, or shows no
-    images to an engine that sees.
+    images to a vision model.
     """
     if reference.logits.shape[-1] != engine.width:
         raise EdgemedError(
@@ -57,28 +56,22 @@ def verify(
             f" {reference.logits.shape[-1]}",
             "Export the engine again",
         )
-    if engine.vision and reference.images is None:
+    images = reference.images
+    if engine.vision and images is None:
         raise EdgemedError(
-            f"{engine.path} sees, and its reference answers say nothing about images (an earlier"
-            " edgemed made them)",
+            f"{engine.path} is a vision model, and its reference answers say nothing about images"
+            " (an earlier edgemed made them)",
             "Export the engine again",
         )
+    exact = exact_error(engine)
     session = engine.open(threads, adapter)
     try:
         measured = compare(session, reference)
         if engine.head == "lm":
             measured |= greedy(session, reference)
-        if engine.vision:
-            measured["stages"] = stages(
-                engine,
-                session,
-                reference.images,
-                exact_error(engine),
-                limits.max_kl,
-                limits.min_top1,
-                threads,
-                tower=not adapter,
-            )
+        if engine.vision and images is not None:
+            decoder = DecoderLimits(exact, limits.max_kl, limits.min_top1)
+            measured["stages"] = stages(engine, session, images, decoder, tower=not adapter)
     finally:
         session.close()
     problems = judge(engine, measured, limits) + stage_problems(measured.get("stages", []))
@@ -94,7 +87,7 @@ def verify(
         "limits": {
             "max_kl": limits.max_kl,
             "min_top1": limits.min_top1,
-            "max_logit_error": exact_error(engine),
+            "max_logit_error": exact,
         },
         "passed": not problems,
         "problems": problems,
@@ -107,17 +100,19 @@ def with_adapters(
     """A result of verify and, under 'adapters', one for each further adapter against what the
     source with it answers; failed where one is.
     """
-    found = {
+    results = {
         name: verify(engine, engine.reference(name), limits, threads, name)
         for name in engine.adapters
         if name != engine.default
     }
-    if not found:
+    if not results:
         return result
-    problems = [f"{name}: {problem}" for name, own in found.items() for problem in own["problems"]]
+    problems = [
+        f"{name}: {problem}" for name, adapted in results.items() for problem in adapted["problems"]
+    ]
     return {
         **result,
-        "adapters": found,
+        "adapters": results,
         "problems": [*result["problems"], *problems],
         "passed": not problems and result["passed"],
     }
@@ -134,23 +129,21 @@ def compare(session: Session, reference: Reference) -> dict[str, Any]:
         list(zip(reference.windows, reference.logits, strict=False)), "parity"
     ):
         session.rewind(0)
-        found = session.prefill([int(t) for t in window], every=session.head == "lm")
-        p = log_softmax(expected)
-        q = log_softmax(found)
-        kl.append((np.exp(p) * (p - q)).sum(-1))
-        same.append(expected.argmax(-1) == found.argmax(-1))
-        error = max(error, float(np.abs(expected - found).max()))
-    kl = np.concatenate(kl)
-    same = np.concatenate(same)
-    if not np.isfinite(kl).all():
+        scores = session.prefill([int(t) for t in window], every=session.head == "lm")
+        kl.append(divergence(expected, scores))
+        same.append(expected.argmax(-1) == scores.argmax(-1))
+        error = max(error, float(np.abs(expected - scores).max()))
+    divergences = np.concatenate(kl)
+    agreements = np.concatenate(same)
+    if not np.isfinite(divergences).all():
         raise EdgemedError(
             "the engine gives NaN or infinite scores", "Do not deploy it; export it again"
         )
     return {
-        "positions": int(kl.size),
-        "mean_kl": float(kl.mean()),
-        "max_kl": float(kl.max()),
-        "top1": float(same.mean()),
+        "positions": int(divergences.size),
+        "mean_kl": float(divergences.mean()),
+        "max_kl": float(divergences.max()),
+        "top1": float(agreements.mean()),
         "max_logit_error": error,
     }
 
