@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts.hashing import canonical, digest, file_sha256
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.artifacts.records import RECORDS
 from edgemed.errors import EdgemedError
 from edgemed.hardware.process_memory import peak_memory, reset_peak_memory
@@ -351,11 +352,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} has no {MANIFEST}",
             "Give a directory made by edgemed export or edgemed run",
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise EdgemedError(f"{path} cannot be read: {error}", "Make the artifact again") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+    manifest = read_json_object(path, "Make the artifact again")
+    if manifest.get("schema") != SCHEMA:
         raise EdgemedError(
             f"{path} is not a manifest of schema {SCHEMA}",
             "Make the artifact again with this version of edgemed",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemed.artifacts.hashing import file_sha256
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
 
 if TYPE_CHECKING:
@@ -194,13 +195,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise EdgemedError(f"{path} has no config.json", "Give a directory in Hugging Face layout")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise EdgemedError(f"{file} cannot be read: {error}", "Download it again") from None
-    if not isinstance(config, dict):
-        raise EdgemedError(f"{file} is not a JSON object", "Download it again")
-    return config
+    return read_json_object(file, "Download it again")
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
