@@ -12,11 +12,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgemed.errors import EdgemedError, nearest
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +169,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(args[0], item, where) for item in items)
     if origin is list and isinstance(value, list):
         return [_convert(args[0], item, where) for item in value]
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, where)
     if origin is dict:
         if isinstance(value, Mapping):

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import DecoderConfig, ParamSpec, VisionConfig
-from edgemed.models.family_helpers import whole
+from edgemed.models.family_helpers import size_in
 
 MARKER = "<image>"  # what LLaVA and its descendants write where an image stands
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,7 +48,7 @@ def tower_numbers(
                 f"config.json: a vision tower of type '{config['model_type']}' is not supported",
                 "Known: clip_vision_model",
             )
-        return {**config, **{key: whole(config, key) for key in LARGE_336}}
+        return {**config, **{key: size_in(config, key) for key in LARGE_336}}
     if not shapes:
         return dict(LARGE_336)
     root = next(

@@ -311,7 +311,7 @@ def _layer_matrices(weights: CanonicalWeights) -> list[str]:
 def _check(weights: CanonicalWeights, params: Params) -> None:
     if (
         weights.decoder.experts
-        and weights.decoder.experts.based
+        and weights.decoder.experts.has_shared_base
         and (params.method == "awq" or params.budget)
     ):
         problem = (

@@ -182,7 +182,7 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
     ):
         return reason
     lora.read_loras(weights, params.adapters)
-    if params.from_checkpoint and d.experts and d.experts.based:
+    if params.from_checkpoint and d.experts and d.experts.has_shared_base:
         return (
             "experts that share a matrix become whole ones here, whose sums have no integers of the"
             " checkpoint; leave from_checkpoint out"
