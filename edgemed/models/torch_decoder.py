@@ -16,6 +16,7 @@ import numpy as np
 
 from edgemed.errors import need
 from edgemed.inference.session import (
+    CarriesVision,
     ImageEmbeddings,
     Positions,
     check_image_embeddings,
@@ -381,7 +382,7 @@ def logits(weights: CanonicalWeights, tokens: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(norm(d, final, "final_norm", x), matrix, bias)
 
 
-class TorchSession:
+class TorchSession(CarriesVision):
     """A checkpoint as a Session, in float32: the source every engine is verified and evaluated
     against.
     """
@@ -452,4 +453,5 @@ class TorchSession:
 
     def close(self) -> None:
         """Release the layers kept in memory."""
+        self.close_vision()
         self.layers = None
