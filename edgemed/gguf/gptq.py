@@ -87,7 +87,7 @@ def _quarters(codes: np.ndarray) -> np.ndarray:
 
 
 def _columnwise(bits: np.ndarray) -> np.ndarray:
-    """Bits uint8 [blocks, 256] as bytes [blocks, 32]: bit k of byte l is that of number 32 k + l."""
+    """Bits uint8 [blocks, 256] as bytes [blocks, 32]: bit k of byte l is number 32 k + l's."""
     by_bit = bits.reshape(len(bits), 8, 32)
     return np.packbits(by_bit, axis=1, bitorder="little")[:, 0]
 
@@ -287,9 +287,9 @@ def gptq_tensors(
     """(The tensors of a file, the layers' matrices among them quantized already; canonical matrix
     -> its errors, as layerwise.Matrix has them).
 
-    windows: the calibration samples. importance: for experts that too few tokens reach, per canonical
-    matrix. What is finished lies beside `out`, under `key`, until the file is written; a killed
-    export goes on from its last whole layer. Raises EdgemedError where the text gives no
+    windows: the calibration samples. importance: for experts that too few tokens reach, per
+    canonical matrix. What is finished lies beside `out`, under `key`, until the file is written. A
+    killed export goes on from its last whole layer. Raises EdgemedError where the text gives no
     invertible second moment, OSError where the disk is full.
     """
     types = {tensor.name: tensor.type for tensor in tensors}

@@ -51,15 +51,19 @@ def preserved(matrix: Packed, name: str, bits: int) -> np.ndarray:
     scales = matrix.scales.numpy().astype(np.float16).repeat(matrix.group // 32, axis=1)
     scales = scales[:, :blocks]
     q = matrix.q.numpy().reshape(rows, blocks, 32)
-    if matrix.bits == 4:
-        # Q4_0: byte j has input j in its low half and input j + 16 in its high half.
-        data = q[..., :16] | q[..., 16:] << 4
-    else:
-        # Q8_0: signed bytes. Subtracting the middle wraps around in uint8, as two's complement does.
-        data = q - np.uint8(128)
     # A block is its scale, two bytes, and then its integers.
     scale_bytes = scales[..., None].view(np.uint8)
-    return np.concatenate([scale_bytes, data], axis=-1).reshape(rows, -1)
+    integer_bytes = _packed(q, matrix.bits)
+    return np.concatenate([scale_bytes, integer_bytes], axis=-1).reshape(rows, -1)
+
+
+def _packed(q: np.ndarray, bits: int) -> np.ndarray:
+    """Integers uint8 [rows, blocks, 32] as a block stores them, uint8 [rows, blocks, 4 * bits]."""
+    if bits == 4:
+        # Q4_0: byte j has input j in its low half and input j + 16 in its high half.
+        return q[..., :16] | q[..., 16:] << 4
+    # Q8_0: signed bytes. Subtracting the middle wraps around in uint8 as in two's complement.
+    return q - np.uint8(128)
 
 
 def _unsuitable(matrix: Packed) -> str | None:

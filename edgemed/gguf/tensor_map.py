@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemed.gguf import preserved_integers
-from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec, experts_of
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.weights import CanonicalWeights, Dense, Packed
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _stacked(d: DecoderConfig, name: str, part: ParamSpec) -> dict[str, TensorSo
     _, layer, *_, last = name.split(".")
     if ".experts." in name and ".experts.0." not in name:
         return {}
-    count = experts_of(d).count
+    count = d.mixture.count
     stack = tuple(name.replace("experts.0.", f"experts.{j}.") for j in range(count))
     sources = {}
     if last == "up" and not d.sparse(int(layer)):
@@ -305,9 +305,11 @@ class TensorReader:
             self.weight, self.bias = self.weights.norm(name)
         else:
             matrix = self.weights.matrix(name)
-            keep = packed and isinstance(matrix, Packed)
-            self.weight = matrix if keep else matrix.dense()
             self.bias = matrix.bias
+            if packed and isinstance(matrix, Packed):
+                self.weight = matrix
+            else:
+                self.weight = matrix.dense()
         self.name = name
 
 
