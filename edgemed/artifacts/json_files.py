@@ -1,28 +1,35 @@
-"""Reads the JSON documents that edgemed and others write beside a model.
+"""JSON files, written so that a reader never sees half of one, and read with errors in one line.
 
-A file that was cut off by a full disk, or edited by hand, must end in one clear line. So every
-reader of such a document goes through this module.
+Manifests, engine descriptions, configs and reports all go through these two functions.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from edgemed.errors import EdgemedError
 
 
-def read_json_object(path: Path, fix: str) -> dict[str, Any]:
-    """The JSON object in a file. fix: the sentence that says what to do where it is not one.
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
-    Raises EdgemedError where the file cannot be read, is not JSON, or holds something else than an
+
+def read_json_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object in a file. fix: what to do where it cannot be read.
+
+    Raises EdgemedError where the file cannot be read, is no JSON or holds something else than an
     object.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise EdgemedError(f"{path} cannot be read: {error}", fix) from None
-    if not isinstance(document, dict):
+    if not isinstance(value, dict):
         raise EdgemedError(f"{path} is not a JSON object", fix)
-    return document
+    return value

@@ -23,7 +23,7 @@ from edgemed.console import track
 from edgemed.gguf.quant_types import FLOATS, block_of
 from edgemed.gguf.tensor_map import TensorSource, interleaved, layer_matrices
 from edgemed.gguf.writer import Encoder, Tensor
-from edgemed.models.torch_decoder import shown
+from edgemed.models.torch_decoder import embed_sequences
 from edgemed.quantization.gptq import Root, swept
 from edgemed.quantization.hidden_states import Activations, begin
 from edgemed.quantization.layer_progress import Layers
@@ -357,7 +357,7 @@ def _rotary_angles(
     """
     if not weights.decoder.rope_axes:
         return None
-    return [angles for _, angles in shown(weights, windows)]
+    return [angles for _, angles in embed_sequences(weights, windows)]
 
 
 def _quantizer(

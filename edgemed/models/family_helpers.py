@@ -1,7 +1,7 @@
 """What family files share: reading numbers from a config, the usual parts of a decoder, rotary
 angles.
 
-A family file states what is peculiar to it; what is not peculiar is here.
+A family file states what is peculiar to it. What several families have in common is here.
 """
 
 from __future__ import annotations

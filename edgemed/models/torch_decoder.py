@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
     Cache = tuple[torch.Tensor, torch.Tensor]
     # token ids, or token ids and the embeddings of the images among them
-    Window = Sequence[int] | tuple[list[int], ImageEmbeddings | None]
+    TokenSequence = Sequence[int] | tuple[list[int], ImageEmbeddings | None]
     # (layer, name, x [.., in]) -> [.., out]: how a matrix is multiplied
     Product = Callable[[Layer, str, torch.Tensor], torch.Tensor]
     # (number of the layer, decoder, layer, x [tokens, hidden]) -> what `routed` gives
@@ -54,7 +54,7 @@ class SessionState:
 
 def load_layer(weights: CanonicalWeights, n: int) -> Layer:
     """(weight, bias) of each part of layer n, float32, quantized matrices expanded."""
-    d = weights.source
+    d = weights.unfolded
     layer: Layer = {}
     for name in ("attn_norm", "mlp_norm"):
         if f"layers.{n}.{name}" in weights.parts:
@@ -73,11 +73,11 @@ def load_layer(weights: CanonicalWeights, n: int) -> Layer:
     return layer
 
 
-def loaded(weights: CanonicalWeights, n: int) -> int:
+def layer_elements(weights: CanonicalWeights, n: int) -> int:
     """Numbers of layer n as load_layer holds it. Of experts that share a matrix, every difference
     is held as a full matrix.
     """
-    d = weights.source
+    d = weights.unfolded
     has_base = d.has_shared_base(n)
     total = 0
     for name, part in weights.parts.items():
@@ -241,7 +241,7 @@ def mlp(
     if experts.shared:
         y = _one_mlp(d, layer, "shared.", flat, product)
     if experts.has_shared_base:
-        mixed, deltas = based(d, layer, flat, (gates, chosen), product)
+        mixed, deltas = shared_base_mixture(d, layer, flat, (gates, chosen), product)
         return (y + deltas + product(layer, "base.down", mixed)).reshape(x.shape)
     for expert in range(experts.count):
         # rows: the tokens that chose this expert; place: as which of their choices
@@ -252,7 +252,7 @@ def mlp(
     return y.reshape(x.shape)
 
 
-def based(
+def shared_base_mixture(
     d: DecoderConfig,
     layer: Layer,
     x: torch.Tensor,
@@ -324,8 +324,8 @@ def embed(
     return x if positions is None else x + positions[: tokens.shape[1]]
 
 
-def shown(
-    weights: CanonicalWeights, windows: Iterable[Window]
+def embed_sequences(
+    weights: CanonicalWeights, windows: Iterable[TokenSequence]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """(hidden states float32 [1, tokens, hidden] before the first layer, rotary angles [tokens,
     pairs] or None for plain positions) of each sequence, with the images among its tokens. The
@@ -358,7 +358,7 @@ def _place_images(x: torch.Tensor, tokens: Sequence[int], images: ImageEmbedding
     x[0, torch.tensor(list(tokens)) == images.token] = features
 
 
-def top(weights: CanonicalWeights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
+def output_head(weights: CanonicalWeights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
     """(layer with the final norm, matrix [width, hidden] that makes scores, its bias)."""
     name = "lm_head" if weights.decoder.head == "lm" else "head"
     matrix = weights.matrix(name)
@@ -378,7 +378,7 @@ def logits(weights: CanonicalWeights, tokens: torch.Tensor) -> torch.Tensor:
             # One sequence after the other: activations stay those of one sequence.
             x = torch.cat([block(d, layer, n, row) for row in x.split(1)])
             del layer  # before the next one is read, or two would be in memory
-        final, matrix, bias = top(weights)
+        final, matrix, bias = output_head(weights)
         return torch.nn.functional.linear(norm(d, final, "final_norm", x), matrix, bias)
 
 
@@ -403,14 +403,14 @@ class TorchSession(CarriesVision):
         self.head = d.head
         self.context = d.context
         self.position = 0
-        needed = 4 * sum(loaded(weights, n) for n in range(d.layers))
+        needed = 4 * sum(layer_elements(weights, n) for n in range(d.layers))
         if resident is None:
             resident = needed < 0.6 * psutil.virtual_memory().available
         self.layers: list[Layer] | None = None
         if resident:
             self.layers = [load_layer(weights, n) for n in range(d.layers)]
         self.embed, self.positions = tables(weights)
-        self.final, self.matrix, self.bias = top(weights)
+        self.final, self.matrix, self.bias = output_head(weights)
         self.width = self.matrix.shape[0]
         self.counted = Positions(max(d.rope_axes) + 1, d.context) if d.rope_axes else None
         shape = (1, d.kv_heads, d.context, d.head_dim)

@@ -80,20 +80,20 @@ class CanonicalWeights:
     """The canonical parts of a checkpoint, read one at a time.
 
     family: what is peculiar to the architecture. decoder: numbers of the text decoder as a runtime
-    computes it. source: the same with the score scale of the checkpoint, which differs from
+    computes it. unfolded: the same with the score scale of the checkpoint, which differs from
     `decoder` where it is folded. vision: numbers of the vision encoder, None for a text model.
     parts: canonical name -> what it is. keys: canonical name -> the checkpoint's modules.
     quantization: quantization_config of a GPTQ checkpoint, else None. expanded: the format of a
     bitsandbytes checkpoint ('bitsandbytes nf4'), which is read as floats, else ''.
     """
 
-    def __init__(self, checkpoint: Checkpoint, fold: bool = False, whole: bool = False):
+    def __init__(self, checkpoint: Checkpoint, fold: bool = False, sum_experts: bool = False):
         """Check all shapes against the config; no weight is read yet.
 
         fold: multiply the q rows so that the plain 1/sqrt(head_dim) score scale is right, for
-        runtimes that know no other. whole: read experts that are stored as a shared matrix and
-        differences as their sums, for runtimes that know no shared matrix; `parts`, `source` and
-        `decoder` are then those of plain experts.
+        runtimes that know no other. sum_experts: read experts that are stored as a shared matrix
+        and differences as their sums, for runtimes that know no shared matrix; `parts`, `unfolded`
+        and `decoder` are then those of plain experts.
 
         Raises EdgemedError for an unknown architecture, a missing tensor or a tensor of the wrong
         shape.
@@ -103,25 +103,25 @@ class CanonicalWeights:
         config = checkpoint.config
         self.family: Architecture = family_of(config, str(checkpoint.path / "config.json"))
         shapes = self._bare_shapes()
-        self.source: DecoderConfig = self.family.decoder(config, shapes)
+        self.unfolded: DecoderConfig = self.family.decoder(config, shapes)
         self.vision: VisionConfig | None = None
         if self.family.vision is not None:
             self.vision = self.family.vision(config, _preprocessor(checkpoint), shapes)
-        self.parts: dict[str, ParamSpec] = every_part(self.family, self.source, self.vision)
+        self.parts: dict[str, ParamSpec] = every_part(self.family, self.unfolded, self.vision)
         self._read_quantization()
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
         expert_origin.check(checkpoint, self.parts, self.keys)
         self._check_shapes()
         # as they are in the checkpoint, also where experts are read as sums
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
-        experts = self.source.experts
-        self.summed = whole and experts is not None and experts.has_shared_base
+        experts = self.unfolded.experts
+        self.summed = sum_experts and experts is not None and experts.has_shared_base
         if self.summed:
             self._describe_plain_experts()
-        self.decoder: DecoderConfig = self.source
+        self.decoder: DecoderConfig = self.unfolded
         if fold:
-            plain_scale = (self.source.head_dim**-0.5,) * self.source.layers
-            self.decoder = replace(self.source, score_scale=plain_scale)
+            plain_scale = (self.unfolded.head_dim**-0.5,) * self.unfolded.layers
+            self.decoder = replace(self.unfolded, score_scale=plain_scale)
 
     def _read_quantization(self) -> None:
         config: dict[str, Any] = self.checkpoint.config.get("quantization_config") or {}
@@ -139,9 +139,9 @@ class CanonicalWeights:
             )
 
     def _describe_plain_experts(self) -> None:
-        experts = replace(self.source.mixture, rank=0, density=0.0)
-        self.source = replace(self.source, experts=experts)
-        self.parts = every_part(self.family, self.source, self.vision)
+        experts = replace(self.unfolded.mixture, rank=0, density=0.0)
+        self.unfolded = replace(self.unfolded, experts=experts)
+        self.parts = every_part(self.family, self.unfolded, self.vision)
         for name, part in self.parts.items():
             if name not in self.keys:
                 # An expert's matrix as a checkpoint without a shared one would name it.
@@ -158,7 +158,7 @@ class CanonicalWeights:
         return self.vision
 
     @property
-    def rounded(self) -> bool:
+    def quantized(self) -> bool:
         """Whether this is a quantized checkpoint, in either layout."""
         return bool(self.quantization or self.expanded)
 
@@ -296,7 +296,7 @@ class CanonicalWeights:
         # The score of two tokens is scale * q.k, so the ratio of the layer's scale to the plain one
         # goes into the rows of q. k and v, the rows behind them, stay.
         rows = need("torch", "build").ones(self.parts[f"layers.{layer}.qkv"].shape[0])
-        rows[: self.source.q_size] = self.source.fold_factor(layer)
+        rows[: self.unfolded.q_size] = self.unfolded.fold_factor(layer)
         bias = matrix.bias * rows if matrix.bias is not None else None
         if isinstance(matrix, Packed):
             return replace(matrix, scales=matrix.scales * rows[:, None], bias=bias)

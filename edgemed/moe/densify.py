@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemed.console import track
-from edgemed.data.image_text_windows import calibration
 from edgemed.errors import EdgemedError, need
 from edgemed.models.architecture import ParamSpec, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
-from edgemed.models.torch_decoder import linear, load_layer, mlp, routed, shown
+from edgemed.models.torch_decoder import embed_sequences, linear, load_layer, mlp, routed
 from edgemed.models.weights import CanonicalWeights, Dense
 from edgemed.quantization.layerwise import feed
 
@@ -55,7 +54,7 @@ def dense(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[str, Any]
     over all x the layer reads in the source, from the weights as written. Raises EdgemedError for a
     model without experts, gates to be averaged without calibration text, or too little of that.
     """
-    weights = CanonicalWeights(checkpoint, whole=True)
+    weights = CanonicalWeights(checkpoint, sum_experts=True)
     d = weights.decoder
     if d.experts is None or weights.family.without_experts is None:
         raise EdgemedError(
@@ -115,10 +114,12 @@ def windows(weights: CanonicalWeights, params: Settings) -> list[torch.Tensor] |
             f" {weights.decoder.context}"
         )
         raise EdgemedError(problem, "Both are at least 1, and length is at most the context")
+    from edgemed.data.image_text_windows import calibration_samples
+
     return [
         hidden
-        for hidden, _ in shown(
-            weights, calibration(weights, params.calibration, params.samples, params.length)
+        for hidden, _ in embed_sequences(
+            weights, calibration_samples(weights, params.calibration, params.samples, params.length)
         )
     ]
 

@@ -83,7 +83,7 @@ def inputs(params: Params) -> dict[str, str]:
         )
     found = lora.inputs(params.adapters)
     if params.calibration:
-        from edgemed.data.image_text_windows import calibration_digests
+        from edgemed.data.image_sets import calibration_digests
 
         found |= calibration_digests(params.calibration)
     return found
@@ -168,7 +168,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
 
     if weights.decoder.experts and weights.decoder.experts.density:
         # ONNX Runtime has no product with a sparse matrix on CPUs
-        weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
+        weights = type(weights)(weights.checkpoint, weights.fold, sum_experts=True)
     bits = bits_of(weights, params)
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}
@@ -227,11 +227,11 @@ def _kv_scales(weights: CanonicalWeights, params: Params) -> list[tuple[np.ndarr
             .integers(0, weights.decoder.vocab, (1, min(32, params.length)))
             .tolist(),
         )
-    from edgemed.data.image_text_windows import calibration
+    from edgemed.data.image_text_windows import calibration_samples
 
     return kv_scales(
         weights,
-        calibration(
+        calibration_samples(
             weights, params.calibration, params.samples, min(params.length, weights.decoder.context)
         ),
     )

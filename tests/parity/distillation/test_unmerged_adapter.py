@@ -110,7 +110,7 @@ def pefts(folder: Path, work: Path) -> np.ndarray:
     on them.
     """
     weights = CanonicalWeights(open_checkpoint(folder / "packed"))
-    base = student.load(weights, quantized_student.expanded(weights, work / "expanded"))
+    base = student.load(weights, quantized_student.write_dequantized(weights, work / "expanded"))
     model = peft.PeftModel.from_pretrained(base, folder / "out" / "adapters" / "qad").eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([IDS])).logits[0].numpy()
@@ -399,6 +399,7 @@ def test_a_checkpoint_with_an_adapter_answers_with_it_as_a_source(
     )
 
 
+@pytest.mark.kill
 def test_a_killed_run_ends_with_the_same_adapter(model: Path, text: str, tmp_path: Path) -> None:
     packed = run_step(
         Stage("quantize", quantize.Params("rtn", 3, 32)),

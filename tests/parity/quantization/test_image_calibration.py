@@ -14,12 +14,20 @@ from conftest import ROOT, write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
 
-from edgemed.data.image_text_windows import album_of, calibration, calibration_digests, pictured
+from edgemed.data.image_sets import calibration_digests, image_rows, images_album
+from edgemed.data.image_text_windows import calibration_samples
 from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import encode, open_tokenizer
-from edgemed.models.torch_decoder import TorchSession, block, load_layer, norm, shown, top
+from edgemed.models.torch_decoder import (
+    TorchSession,
+    block,
+    embed_sequences,
+    load_layer,
+    norm,
+    output_head,
+)
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.hidden_states import Activations
 from edgemed.quantization.importance_matrix import importance
@@ -42,11 +50,11 @@ def weights(vision_model: Path) -> CanonicalWeights:
 
 @pytest.fixture(scope="module")
 def windows(weights: CanonicalWeights) -> list:
-    return calibration(weights, CARD, SAMPLES, LENGTH)
+    return calibration_samples(weights, CARD, SAMPLES, LENGTH)
 
 
 def scored(weights: CanonicalWeights, x: torch.Tensor) -> np.ndarray:
-    final, matrix, bias = top(weights)
+    final, matrix, bias = output_head(weights)
     return torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)[
         0
     ].numpy()
@@ -56,8 +64,8 @@ def test_a_window_is_the_beginning_of_its_turns(weights: CanonicalWeights, windo
     """Turn after turn, as if the whole conversation were one prompt."""
     vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    album = album_of(CARD)
-    rows = iter(pictured(CARD))
+    album = images_album(CARD)
+    rows = iter(image_rows(CARD))
     ids = []
     images = []
     tokens, seen = windows[0]
@@ -96,7 +104,7 @@ def test_passes_over_them_are_the_models(weights: CanonicalWeights, windows: lis
     for window in windows:
         session.rewind(0)
         right = session.prefill(window[0], every=True, pictures=window[1]).copy()
-        ((x, angles),) = shown(weights, [window])
+        ((x, angles),) = embed_sequences(weights, [window])
         with torch.inference_mode():
             for n in range(d.layers):
                 layer = load_layer(weights, n)
@@ -127,7 +135,7 @@ def test_rounded_layers_see_the_same_positions(
         smooth_layer: lambda n, x: smooth_layer(weights, n, x, own, True, 0.5),
     }
     for turned in (True, False):
-        angles = [turned for _, turned in shown(weights, windows)]
+        angles = [turned for _, turned in embed_sequences(weights, windows)]
         x = Activations(
             tmp_path,
             f"{method.__name__}-{turned}",
@@ -137,7 +145,7 @@ def test_rounded_layers_see_the_same_positions(
         )
         with torch.inference_mode():
             for i, window in enumerate(windows):
-                x.write(i, next(shown(weights, [window]))[0])
+                x.write(i, next(embed_sequences(weights, [window]))[0])
             x.commit()
             for n in range(d.layers):
                 rounds[method](n, x)
@@ -182,10 +190,10 @@ def test_a_model_that_sees_is_quantized_on_images(
 
 
 def test_several_sets_take_turns(weights: CanonicalWeights, windows: list) -> None:
-    mixed = calibration(weights, f"{CARD},medquad-answers", 5, LENGTH)
+    mixed = calibration_samples(weights, f"{CARD},medquad-answers", 5, LENGTH)
     assert [pictures is not None for _, pictures in mixed] == [True, False, True, False, True]
     assert mixed[2][0] == windows[1][0]
-    assert mixed[3] == calibration(weights, "medquad-answers", 2, LENGTH)[1]
+    assert mixed[3] == calibration_samples(weights, "medquad-answers", 2, LENGTH)[1]
     assert set(calibration_digests(f"medquad-answers,{CARD}")) == {
         "calibration",
         "calibration 2",
@@ -198,18 +206,18 @@ def test_a_file_with_a_comma_in_its_name_is_one_set(
 ) -> None:
     file = tmp_path / "notes, 2026.jsonl"
     file.write_text(json.dumps({"text": "a" * 64}) + "\n")
-    assert len(calibration(weights, str(file), 1, 32)) == 1
+    assert len(calibration_samples(weights, str(file), 1, 32)) == 1
     assert set(calibration_digests(str(file))) == {"calibration"}
 
 
 def test_bad_input(weights: CanonicalWeights, tmp_path: Path) -> None:
-    with pytest.raises(EdgemedError, match="for 11 windows of 1000 tokens, 500 are asked for"):
-        calibration(weights, CARD, 500, 1000)
+    with pytest.raises(EdgemedError, match="for 11 samples of 1000 tokens, 500 are asked for"):
+        calibration_samples(weights, CARD, 500, 1000)
     with pytest.raises(EdgemedError, match="1 samples of 2 calibration sets leave one out"):
-        calibration(weights, f"medquad-answers,{CARD}", 1, 16)
+        calibration_samples(weights, f"medquad-answers,{CARD}", 1, 16)
     text = CanonicalWeights(open_checkpoint(write_model(tmp_path / "text")))
     with pytest.raises(EdgemedError, match="has images, and .* reads text only"):
-        calibration(text, CARD, 1, 16)
+        calibration_samples(text, CARD, 1, 16)
     row = read_jsonl(ROOT / "calibration" / CARD / "calibration.jsonl")[0]
     (tmp_path / "own.jsonl").write_text(json.dumps({**row, "image": "none.png"}) + "\n")
     with pytest.raises(EdgemedError, match="none.png"):
