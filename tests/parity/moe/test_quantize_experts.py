@@ -338,12 +338,12 @@ def test_a_gguf_budget_counts_experts_as_the_one_tensor_they_are(tmp_path: Path)
     assert not any("gate_inp" in t or "norm" in t for t in chosen.types)
     found = dict(sensitivities(weights, torch.tensor([IDS]), tmp_path))[2]
     ours = chosen.facts["sensitivity"]["blk.2.ffn_down_exps.weight"]
-    from edgemed.gguf.gptq import rounding
+    from edgemed.gguf.gptq import quantize_matrix
     from edgemed.gguf.writer import Encoder
 
     with Encoder() as encoder:
         for kind, loss in ours.items():
             alone = [found[f"experts.{e}.down"] for e in range(4)]
             assert loss == pytest.approx(
-                sum(s.loss(rounding(encoder, kind, s.weight, None)[1]) for s in alone)
+                sum(s.loss(quantize_matrix(encoder, kind, s.weight, None)[1]) for s in alone)
             )
