@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def library() -> Any:
     """The declared functions as attributes, without their 'ggml_'. Raises EdgemedError where the
     installed llama.cpp lacks one.
     """
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, functions in (("ggml-base", BASE), ("ggml-cpu", CPU)):
         file = library_folder() / library_name(name)
         try:
@@ -130,13 +131,13 @@ def library() -> Any:
                 entry = getattr(shared, function)
                 entry.restype = result
                 entry.argtypes = arguments
-                found[function.removeprefix("ggml_")] = entry
+                entries[function.removeprefix("ggml_")] = entry
         except (OSError, AttributeError) as error:
             raise EdgemedError(
                 f"{file} cannot be used: {error}",
                 "Reinstall llama.cpp: pip install --force-reinstall llama-cpp-python==0.3.36",
             ) from None
-    return type("Ggml", (), {name: staticmethod(function) for name, function in found.items()})
+    return SimpleNamespace(**entries)
 
 
 class GgmlWeights:
@@ -176,46 +177,46 @@ class GgmlWeights:
         self.repacked = self._repacked() if repack else []
 
     def _repacked(self) -> list[int]:
-        """Buffers of the matrices that were put into the CPU's own order, in whose place they are
-        now. Experts stay in the file: nobody knows which of them will be read.
+        """Put matrices into the CPU's own order and let `tensors` name the copies; returns the
+        buffers of the copies.
+
+        Experts stay in the file: nobody knows which of them will be read.
         """
         g = self.ggml
         buffers = []
-        device = self.ggml.backend_reg_dev_get(self.ggml.backend_cpu_reg(), 0)
+        device = g.backend_reg_dev_get(g.backend_cpu_reg(), 0)
         for name, mapped in list(self.tensors.items()):
-            if (
-                not name.endswith(".weight")
-                or name.startswith("token_embd")
-                or "_exps" in name
-                or "norm" in name
-            ):
+            if not read_by_every_token(name):
                 continue
-            for order in orders(g, device):
+            for order in weight_orders(g, device):
                 tensor = g.dup_tensor(self.second, mapped)
-                buffer = g.backend_buft_alloc_buffer(
-                    order, g.backend_buft_get_alloc_size(order, tensor)
-                )
+                size = g.backend_buft_get_alloc_size(order, tensor)
+                buffer = g.backend_buft_alloc_buffer(order, size)
                 g.backend_tensor_alloc(buffer, tensor, g.backend_buffer_get_base(buffer))
-                column = g.new_tensor_2d(
-                    self.second, F32, g.nelements(tensor) // g.nrows(tensor), 1
-                )
-                if g.backend_dev_supports_op(device, g.mul_mat(self.second, tensor, column)):
+                # The CPU says whether it can multiply a matrix of this type in this order.
+                columns = g.nelements(tensor) // g.nrows(tensor)
+                vector = g.new_tensor_2d(self.second, F32, columns, 1)
+                product = g.mul_mat(self.second, tensor, vector)
+                if g.backend_dev_supports_op(device, product):
                     g.backend_tensor_set(tensor, g.get_data(mapped), 0, g.nbytes(mapped))
-                    self._let_go(mapped)
+                    self._release_pages(mapped)
                     self.tensors[name] = tensor
                     buffers.append(buffer)
                     break
                 g.backend_buffer_free(buffer)
         return buffers
 
-    def _let_go(self, tensor: int) -> None:
+    def _release_pages(self, tensor: int) -> None:
         # Else the pages just read would stay with this process until somebody needs the memory.
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = self.ggml.get_data(tensor) - self.start
-            begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (first + self.ggml.nbytes(tensor)) // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > begin:
-                self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = self.ggml.get_data(tensor) - self.start
+        last = first + self.ggml.nbytes(tensor)
+        # Only whole pages: the first and the last may hold a part of another tensor.
+        begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = last // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def text(self, key: str) -> str:
         """A string of the file's metadata. Raises EdgemedError where it is missing."""
@@ -235,21 +236,31 @@ class GgmlWeights:
         self.ggml.gguf_free(self.gguf)
 
 
-def orders(g: Any, device: int) -> list[int]:
+def read_by_every_token(name: str) -> bool:
+    """Whether a tensor is a matrix that is read whole for every token."""
+    if not name.endswith(".weight"):
+        return False
+    return not (name.startswith("token_embd") or "_exps" in name or "norm" in name)
+
+
+def weight_orders(g: Any, device: int) -> list[int]:
     """Buffer types in which the CPU holds weights in an order of its own."""
     address = g.backend_reg_get_proc_address(
         g.backend_cpu_reg(), b"ggml_backend_dev_get_extra_bufts"
     )
-    listed = ctypes.CFUNCTYPE(ctypes.POINTER(P), P)(address)(device) if address else None
-    found = []
-    while listed and listed[len(found)]:
-        found.append(listed[len(found)])
-    return found
+    if not address:
+        return []
+    list_buffer_types = ctypes.CFUNCTYPE(ctypes.POINTER(P), P)(address)
+    listed = list_buffer_types(device)
+    buffer_types: list[int] = []
+    # A null pointer ends the list.
+    while listed and listed[len(buffer_types)]:
+        buffer_types.append(listed[len(buffer_types)])
+    return buffer_types
 
 
 def view(tensor: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """A tensor's memory as a numpy array of this shape (slowest axis first)."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer(
-        (ctypes.c_uint8 * size).from_address(library().get_data(tensor)), dtype
-    ).reshape(shape)
+    memory = (ctypes.c_uint8 * size).from_address(library().get_data(tensor))
+    return np.frombuffer(memoryview(memory), dtype).reshape(shape)

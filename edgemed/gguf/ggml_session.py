@@ -2,8 +2,8 @@
 of experts llama.cpp has no graph for.
 
 One GGUF file is mapped and its quantized weights are used as they lie; only experts that some token
-chose are read. The graph is built from Decoder's values and kept as long as its shape stays the
-same, so that decoding builds one every 256 tokens.
+chose are read. The graph is built from DecoderConfig's values and kept as long as its shape stays
+the same, so that decoding builds one every 256 tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,29 +46,28 @@ def refuses(d: DecoderConfig) -> str | None:
             "edgemed's ggml graph knows plain rotary positions, SiLU and the tanh form of GELU, and"
             " language models"
         )
-    plain = [d.rope_theta ** (-i / len(d.rope_frequencies)) for i in range(len(d.rope_frequencies))]
-    return (
-        None
-        if np.allclose(plain, d.rope_frequencies, rtol=1e-6)
-        else "edgemed's ggml graph knows no rescaled rotary frequencies"
-    )
+    pairs = len(d.rope_frequencies)
+    plain = [d.rope_theta ** (-i / pairs) for i in range(pairs)]
+    if not np.allclose(plain, d.rope_frequencies, rtol=1e-6):
+        return "edgemed's ggml graph knows no rescaled rotary frequencies"
+    return None
 
 
 def read_decoder(text: str) -> DecoderConfig:
+    """The numbers of a decoder from the JSON of their dataclass, where tuples are lists."""
     values = json.loads(text)
-    experts = values["experts"] and ExpertsConfig(
-        **{**values["experts"], "layers": tuple(values["experts"]["layers"])}
-    )
-    return DecoderConfig(
-        **{
-            **values,
-            "experts": experts,
-            **{
-                name: tuple(values[name])
-                for name in ("score_scale", "rope_frequencies", "rope_axes")
-            },
-        }
-    )
+    if values["experts"]:
+        experts = values["experts"]
+        experts["layers"] = tuple(experts["layers"])
+        values["experts"] = ExpertsConfig(**experts)
+    for name in ("score_scale", "rope_frequencies", "rope_axes"):
+        values[name] = tuple(values[name])
+    return DecoderConfig(**values)
+
+
+def whole_batches(tokens: int) -> int:
+    """The next multiple of BATCH."""
+    return -(-tokens // BATCH) * BATCH
 
 
 class GgmlSession(CarriesVision):
@@ -87,17 +87,19 @@ class GgmlSession(CarriesVision):
         self.backend = self.ggml.backend_cpu_init()
         self.ggml.backend_cpu_set_n_threads(self.backend, threads or machine()["physical_cores"])
         self.kind = F32 if engine.precision == "F32" else F16
-        self.rows = -(-engine.context // BATCH) * BATCH
-        # Pages become resident as the context fills.
-        row = d.kv_size * self.ggml.type_size(self.kind)
-        self.memory = mmap.mmap(-1, 2 * d.layers * self.rows * row)
+        self.rows = whole_batches(engine.context)
+        # Keys and values of each layer, one tensor behind the other. Pages become resident as the
+        # context fills.
+        row_bytes = d.kv_size * self.ggml.type_size(self.kind)
+        tensor_bytes = self.rows * row_bytes
+        self.memory = mmap.mmap(-1, 2 * d.layers * tensor_bytes)
         start = np.frombuffer(self.memory, np.uint8).ctypes.data
         self.buffer = self.ggml.backend_cpu_buffer_from_ptr(start, len(self.memory))
         self.cache_context = self.ggml.init(ggml_bindings.InitParams(1 << 20, None, True))
         self.cache = []
-        for place in range(2 * d.layers):
+        for number in range(2 * d.layers):
             tensor = self.ggml.new_tensor_2d(self.cache_context, self.kind, d.kv_size, self.rows)
-            self.ggml.backend_tensor_alloc(self.buffer, tensor, start + place * self.rows * row)
+            self.ggml.backend_tensor_alloc(self.buffer, tensor, start + number * tensor_bytes)
             self.cache.append(tensor)
         self.allocator = self.ggml.gallocr_new(self.ggml.backend_cpu_buffer_type())
         self.graph: _Graph | None = None
@@ -107,51 +109,55 @@ class GgmlSession(CarriesVision):
     ) -> np.ndarray:
         check_room(self, tokens)
         spans = [(0, len(tokens))]
-        shown = 0
-        kept = []
         if pictures:
             if not self.has_vision:
                 raise EdgemedError(
                     "this engine reads text only",
-                    "Ask it without an image, or export a model that sees",
+                    "Ask it without an image, or export a vision model",
                 )
             check_image_embeddings(tokens, pictures)
             spans = runs(tokens, pictures.token)
+        features_read = 0
+        scores = []
         for start, end in spans:
-            image = pictures is not None and tokens[start] == pictures.token
             for first in range(start, end, BATCH):
                 count = min(BATCH, end - first)
-                found = self._run(
-                    (
-                        pictures.features[shown : shown + count]
-                        if image
-                        else np.array(tokens[first : first + count], np.int32)
-                    ),
-                    every,
-                )
-                shown += count if image else 0
+                if pictures and tokens[start] == pictures.token:
+                    inputs = pictures.features[features_read : features_read + count]
+                    features_read += count
+                else:
+                    inputs = np.array(tokens[first : first + count], np.int32)
+                last = self._run(inputs, every)
                 if every:
-                    kept.append(found.copy())
-        return np.concatenate(kept) if every else found
+                    # The next run writes its scores to the same memory.
+                    scores.append(last.copy())
+        return np.concatenate(scores) if every else last
 
     def step(self, token: int) -> np.ndarray:
         if self.position >= self.context:
             check_room(self, [token])
         return self._run(np.array([token], np.int32), False)[0]
 
-    def _run(self, given: np.ndarray, every: bool) -> np.ndarray:
+    def _run(self, inputs: np.ndarray, every: bool) -> np.ndarray:
         """Append token ids int32 [T] or features float32 [T, hidden]; scores of the last, or of
         all.
         """
-        new = len(given)
-        end = self.position + len(given)
-        shape = (new, -(-end // BATCH) * BATCH, given.ndim == 2, every)
+        new = len(inputs)
+        end = self.position + new
+        shape = GraphShape(
+            new=new,
+            rows=whole_batches(end),
+            features=inputs.ndim == 2,
+            every=every,
+        )
         if self.graph is None or self.graph.shape != shape:
-            self._forget()
+            self._free_graph()
             self.graph = _Graph(self, shape)
         graph = self.graph
-        graph.given[:] = given
-        graph.positions[:] = graph.places[:] = np.arange(self.position, end)
+        graph.inputs[:] = inputs
+        graph.positions[:] = np.arange(self.position, end)
+        # A token's row of the cache is its position.
+        graph.cache_rows[:] = graph.positions
         graph.mask[:] = -np.inf
         for row in range(new):
             graph.mask[row, : self.position + row + 1] = 0
@@ -163,7 +169,7 @@ class GgmlSession(CarriesVision):
     def rewind(self, position: int) -> None:
         self.position = position
 
-    def _forget(self) -> None:
+    def _free_graph(self) -> None:
         if self.graph:
             self.ggml.free(self.graph.context)
             self.graph = None
@@ -172,7 +178,7 @@ class GgmlSession(CarriesVision):
         self.close_vision()
         if self.backend is None:
             return
-        self._forget()
+        self._free_graph()
         self.ggml.gallocr_free(self.allocator)
         self.ggml.backend_free(self.backend)
         self.ggml.backend_buffer_free(self.buffer)
@@ -181,30 +187,64 @@ class GgmlSession(CarriesVision):
         self.backend = None
 
 
-class _Graph:
-    """One graph: shape = (new tokens, rows of the cache, whether features are given instead of ids,
-    whether every token's scores are wanted).
+@dataclass(frozen=True)
+class GraphShape:
+    """What a graph is built for. new: tokens of a run. rows: of the cache it looks at. features:
+    whether it reads features instead of token ids. every: whether it gives every token's scores.
     """
 
-    def __init__(self, session: GgmlSession, shape: tuple[int, int, bool, bool]):
+    new: int
+    rows: int
+    features: bool
+    every: bool
+
+
+class _Graph:
+    """One graph, with its inputs and outputs as numpy arrays over ggml's memory."""
+
+    def __init__(self, session: GgmlSession, shape: GraphShape):
         self.shape = shape
         self.d = session.d
         self.g = session.ggml
         self.session = session
-        self.t = session.weights.tensors
-        new, rows, features, every = shape
+        self.tensors = session.weights.tensors
         g = self.g
         d = self.d
+        new = shape.new
         # Names of tensors and nodes only; what they hold is allocated below.
         self.context = c = g.init(ggml_bindings.InitParams(64 << 20, None, True))
         self.graph = g.new_graph_custom(c, NODES, False)
-        given = g.new_tensor_2d(c, F32, d.hidden, new) if features else g.new_tensor_1d(c, I32, new)
-        self.position = g.new_tensor_1d(c, I32, new)
-        self.place = g.new_tensor_1d(c, I64, new)
-        self.masked = g.new_tensor_2d(c, F16, rows, new)
-        for tensor in (given, self.position, self.place, self.masked):
+        if shape.features:
+            inputs = g.new_tensor_2d(c, F32, d.hidden, new)
+        else:
+            inputs = g.new_tensor_1d(c, I32, new)
+        self.position_input = g.new_tensor_1d(c, I32, new)
+        self.cache_row_input = g.new_tensor_1d(c, I64, new)
+        self.mask_input = g.new_tensor_2d(c, F16, shape.rows, new)
+        for tensor in (inputs, self.position_input, self.cache_row_input, self.mask_input):
             g.set_input(tensor)
-        x = given if features else g.get_rows(c, self.t["token_embd.weight"], given)
+        scores = self._scores(inputs)
+        g.set_output(scores)
+        g.build_forward_expand(self.graph, scores)
+        if not g.gallocr_alloc_graph(session.allocator, self.graph):
+            raise EdgemedError(f"there is no memory for a graph of {new} tokens", "Free some")
+        if shape.features:
+            self.inputs = view(inputs, (new, d.hidden), np.float32)
+        else:
+            self.inputs = view(inputs, (new,), np.int32)
+        self.positions = view(self.position_input, (new,), np.int32)
+        self.cache_rows = view(self.cache_row_input, (new,), np.int64)
+        self.mask = view(self.mask_input, (new, shape.rows), np.float16)
+        self.scores = view(scores, (new if shape.every else 1, d.vocab), np.float32)
+
+    def _scores(self, inputs: int) -> int:
+        """The whole decoder: token ids or features -> scores."""
+        g = self.g
+        c = self.context
+        d = self.d
+        x = inputs
+        if not self.shape.features:
+            x = g.get_rows(c, self.tensors["token_embd.weight"], inputs)
         for n in range(d.layers):
             read = self.norm(f"blk.{n}.attn_norm", x)
             branch = self.linear(f"blk.{n}.attn_output", self.attention(n, read))
@@ -214,98 +254,93 @@ class _Graph:
                 x = g.add(c, x, branch)
                 branch = self.mlp(n, self.norm(f"blk.{n}.ffn_norm", x))
             x = g.add(c, x, branch)
-        if not every:
-            x = g.view_2d(c, x, d.hidden, 1, 4 * d.hidden, 4 * d.hidden * (new - 1))
-        name = "output" if "output.weight" in self.t else "token_embd"
-        scores = self.linear(name, self.norm("output_norm", x))
-        g.set_output(scores)
-        g.build_forward_expand(self.graph, scores)
-        if not g.gallocr_alloc_graph(session.allocator, self.graph):
-            raise EdgemedError(f"there is no memory for a graph of {new} tokens", "Free some")
-        self.given = view(
-            given, (new, d.hidden) if features else (new,), np.float32 if features else np.int32
-        )
-        self.positions = view(self.position, (new,), np.int32)
-        self.places = view(self.place, (new,), np.int64)
-        self.mask = view(self.masked, (new, rows), np.float16)
-        self.scores = view(scores, (new if every else 1, d.vocab), np.float32)
+        if not self.shape.every:
+            # The last token's row of float32 [new, hidden].
+            row_bytes = 4 * d.hidden
+            x = g.view_2d(c, x, d.hidden, 1, row_bytes, row_bytes * (self.shape.new - 1))
+        name = "output" if "output.weight" in self.tensors else "token_embd"
+        return self.linear(name, self.norm("output_norm", x))
+
+    def _with_bias(self, name: str, y: int) -> int:
+        bias = self.tensors.get(f"{name}.bias")
+        return y if bias is None else self.g.add(self.context, y, bias)
 
     def norm(self, name: str, x: int) -> int:
-        y = (self.g.rms_norm if self.d.norm == "rmsnorm" else self.g.norm)(
-            self.context, x, self.d.norm_eps
-        )
-        y = self.g.mul(self.context, y, self.t[f"{name}.weight"])
-        return (
-            self.g.add(self.context, y, self.t[f"{name}.bias"]) if f"{name}.bias" in self.t else y
-        )
+        normalise = self.g.rms_norm if self.d.norm == "rmsnorm" else self.g.norm
+        y = normalise(self.context, x, self.d.norm_eps)
+        y = self.g.mul(self.context, y, self.tensors[f"{name}.weight"])
+        return self._with_bias(name, y)
 
     def linear(self, name: str, x: int) -> int:
-        y = self.g.mul_mat(self.context, self.t[f"{name}.weight"], x)
-        return (
-            self.g.add(self.context, y, self.t[f"{name}.bias"]) if f"{name}.bias" in self.t else y
-        )
+        y = self.g.mul_mat(self.context, self.tensors[f"{name}.weight"], x)
+        return self._with_bias(name, y)
 
     def attention(self, n: int, x: int) -> int:
+        """Heads' outputs [new, q_size] of layer n for x [new, hidden]; the new rows go into the
+        cache first.
+        """
         g = self.g
         c = self.context
         d = self.d
-        new, rows, *_ = self.shape
-        if f"blk.{n}.attn_qkv.weight" in self.t:
-            joined = self.linear(f"blk.{n}.attn_qkv", x)
-            width = 4 * (d.q_size + 2 * d.kv_size)
-            q, k, v = (
-                g.cont(c, g.view_2d(c, joined, size, new, width, 4 * start))
-                for size, start in (
-                    (d.q_size, 0),
-                    (d.kv_size, d.q_size),
-                    (d.kv_size, d.q_size + d.kv_size),
-                )
-            )
-        else:
-            q, k, v = (self.linear(f"blk.{n}.attn_{part}", x) for part in "qkv")
+        new = self.shape.new
+        q, k, v = self._projections(n, x)
         q = self._rotated(q, d.heads)
         k = self._rotated(k, d.kv_heads)
-        held = []
-        for cache, made in zip(
-            self.session.cache[2 * n : 2 * n + 2],
-            (g.reshape_2d(c, k, d.kv_size, new), v),
-            strict=True,
-        ):
-            written = g.set_rows(c, cache, made, self.place)
-            g.build_forward_expand(self.graph, written)  # before it is read
-            size = g.type_size(self.session.kind)
-            held.append(
-                g.permute(
-                    c,
-                    g.view_3d(
-                        c,
-                        cache,
-                        d.head_dim,
-                        d.kv_heads,
-                        rows,
-                        size * d.head_dim,
-                        size * d.kv_size,
-                        0,
-                    ),
-                    0,
-                    2,
-                    1,
-                    3,
-                )
-            )
+        key_cache, value_cache = self.session.cache[2 * n : 2 * n + 2]
+        keys = self._cached(key_cache, g.reshape_2d(c, k, d.kv_size, new))
+        values = self._cached(value_cache, v)
+        # ggml wants [head size, tokens, heads], fastest axis first.
+        queries = g.permute(c, q, 0, 2, 1, 3)
         mixed = g.flash_attn_ext(
-            c, g.permute(c, q, 0, 2, 1, 3), *held, self.masked, d.head_dim**-0.5, 0.0, 0.0
+            c, queries, keys, values, self.mask_input, d.head_dim**-0.5, 0.0, 0.0
         )
         return g.reshape_2d(c, mixed, d.q_size, new)
 
+    def _projections(self, n: int, x: int) -> list[int]:
+        """q, k and v of the new tokens, each [new, its size]."""
+        if f"blk.{n}.attn_qkv.weight" not in self.tensors:
+            return [self.linear(f"blk.{n}.attn_{letter}", x) for letter in "qkv"]
+        d = self.d
+        joined = self.linear(f"blk.{n}.attn_qkv", x)
+        # The three lie side by side in each row of float32.
+        row_bytes = 4 * (d.q_size + 2 * d.kv_size)
+        parts = []
+        start = 0
+        for size in (d.q_size, d.kv_size, d.kv_size):
+            part = self.g.view_2d(self.context, joined, size, self.shape.new, row_bytes, 4 * start)
+            parts.append(self.g.cont(self.context, part))
+            start += size
+        return parts
+
+    def _cached(self, cache: int, new_rows: int) -> int:
+        """A cache with the new rows written into it, as [head size, rows, key heads]."""
+        g = self.g
+        c = self.context
+        d = self.d
+        written = g.set_rows(c, cache, new_rows, self.cache_row_input)
+        # Put into the graph here, so that it is written before it is read.
+        g.build_forward_expand(self.graph, written)
+        item = g.type_size(self.session.kind)
+        by_head = g.view_3d(
+            c,
+            cache,
+            d.head_dim,
+            d.kv_heads,
+            self.shape.rows,
+            item * d.head_dim,
+            item * d.kv_size,
+            0,
+        )
+        return g.permute(c, by_head, 0, 2, 1, 3)
+
     def _rotated(self, x: int, heads: int) -> int:
         d = self.d
-        new = self.shape[0]
-        x = self.g.reshape_3d(self.context, x, d.head_dim, heads, new)
+        by_head = self.g.reshape_3d(self.context, x, d.head_dim, heads, self.shape.new)
+        # Behind the base: no rescaling of frequencies, and none of YaRN's corrections.
         return self.g.rope_ext(
             self.context,
-            x,
-            self.position,
+            by_head,
+            self.position_input,
             None,
             2 * len(d.rope_frequencies),
             NEOX,
@@ -319,62 +354,81 @@ class _Graph:
         )
 
     def activated(self, gate: int, up: int | None) -> int:
+        """What the MLP's 'down' reads. up: None where the MLP is not gated."""
         if up is not None:
             return self.g.swiglu_split(self.context, gate, up)
-        return (self.g.silu if self.d.activation == "silu" else self.g.gelu)(self.context, gate)
+        activate = self.g.silu if self.d.activation == "silu" else self.g.gelu
+        return activate(self.context, gate)
 
     def mlp(self, n: int, x: int) -> int:
         if not self.d.sparse(n):
             return self._one_mlp(f"blk.{n}", "", x)
         y = self._mixture(n, x)
-        return (
-            self.g.add(self.context, y, self._one_mlp(f"blk.{n}", "_shexp", x))
-            if self.d.experts.shared
-            else y
-        )
+        if not self.d.mixture.shared:
+            return y
+        return self.g.add(self.context, y, self._one_mlp(f"blk.{n}", "_shexp", x))
 
     def _one_mlp(self, at: str, suffix: str, x: int) -> int:
         up = self.linear(f"{at}.ffn_up{suffix}", x)
-        gate = self.linear(f"{at}.ffn_gate{suffix}", x) if self.d.gated else None
-        return self.linear(
-            f"{at}.ffn_down{suffix}",
-            self.activated(up if gate is None else gate, None if gate is None else up),
-        )
+        if self.d.gated:
+            gate = self.linear(f"{at}.ffn_gate{suffix}", x)
+            inner = self.activated(gate, up)
+        else:
+            inner = self.activated(up, None)
+        return self.linear(f"{at}.ffn_down{suffix}", inner)
 
     def _mixture(self, n: int, x: int) -> int:
-        """As decoder.mlp: gates of all experts, the largest chosen, and only those multiplied
+        """As torch_decoder's: gates of all experts, the largest chosen, and only those multiplied
         (mul_mat_id).
         """
         g = self.g
         c = self.context
         d = self.d
-        e = self.d.experts
-        new = self.shape[0]
+        active = d.mixture.active
+        new = self.shape.new
         at = f"blk.{n}"
         gates = g.soft_max(c, self.linear(f"{at}.ffn_gate_inp", x))
-        chosen = g.argsort_top_k(c, gates, e.active)
-        share = g.get_rows(c, g.reshape_3d(c, gates, 1, e.count, new), chosen)
-        if e.renormalised:
-            flat = g.reshape_2d(c, share, e.active, new)
-            share = g.reshape_3d(c, g.div(c, flat, g.sum_rows(c, flat)), 1, e.active, new)
-
-        def product(name: str, x: int) -> int:
-            y = g.mul_mat_id(c, self.t[f"{at}.{name}.weight"], x, chosen)
-            return (
-                g.add_id(c, y, self.t[f"{at}.{name}.bias"], chosen)
-                if f"{at}.{name}.bias" in self.t
-                else y
-            )
-
-        x = g.reshape_3d(c, x, d.hidden, 1, new)
-        up = product("ffn_up_exps", x)
-        y = self.activated(product("ffn_gate_exps", x), up) if d.gated else self.activated(up, None)
-        y = g.mul(c, product("ffn_down_exps", y), share)
-        parts = [
-            g.view_2d(c, y, d.hidden, new, 4 * d.hidden * e.active, 4 * d.hidden * slot)
-            for slot in range(e.active)
+        chosen = g.argsort_top_k(c, gates, active)
+        share = self._shares(gates, chosen)
+        # The axis in the middle: all chosen experts of a token read the same row.
+        rows = g.reshape_3d(c, x, d.hidden, 1, new)
+        up = self._expert_product(f"{at}.ffn_up_exps", rows, chosen)
+        if d.gated:
+            gate = self._expert_product(f"{at}.ffn_gate_exps", rows, chosen)
+            inner = self.activated(gate, up)
+        else:
+            inner = self.activated(up, None)
+        y = g.mul(c, self._expert_product(f"{at}.ffn_down_exps", inner, chosen), share)
+        # y is float32 [new, active, hidden]; the rows of a token are added up.
+        row_bytes = 4 * d.hidden
+        slots = [
+            g.view_2d(c, y, d.hidden, new, row_bytes * active, row_bytes * slot)
+            for slot in range(active)
         ]
-        total = parts[0]
-        for part in parts[1:]:
-            total = g.add(c, total, part)
-        return total if len(parts) > 1 else g.cont(c, total)
+        if active == 1:
+            return g.cont(c, slots[0])
+        total = slots[0]
+        for slot in slots[1:]:
+            total = g.add(c, total, slot)
+        return total
+
+    def _shares(self, gates: int, chosen: int) -> int:
+        """The gates of the chosen experts, [new, active, 1], divided by their sum where the model
+        does so.
+        """
+        g = self.g
+        c = self.context
+        experts = self.d.mixture
+        new = self.shape.new
+        share = g.get_rows(c, g.reshape_3d(c, gates, 1, experts.count, new), chosen)
+        if not experts.renormalised:
+            return share
+        flat = g.reshape_2d(c, share, experts.active, new)
+        normalised = g.div(c, flat, g.sum_rows(c, flat))
+        return g.reshape_3d(c, normalised, 1, experts.active, new)
+
+    def _expert_product(self, name: str, x: int, chosen: int) -> int:
+        """x times the matrices of each token's chosen experts."""
+        y = self.g.mul_mat_id(self.context, self.tensors[f"{name}.weight"], x, chosen)
+        bias = self.tensors.get(f"{name}.bias")
+        return y if bias is None else self.g.add_id(self.context, y, bias, chosen)

@@ -1,10 +1,10 @@
-"""GPTQ on llama.cpp's types: its routine takes the scales of a block of columns, then they are
-rounded one by one and each one's error goes into the later ones.
+"""GPTQ on llama.cpp's types: llama.cpp's routine takes the scales of a block of columns, then the
+columns are quantized one by one and the error of each goes into the later ones.
 
-llama.cpp itself rounds every weight for itself. The file made here has the same types and bytes and
-runs in the same programs; its integers are better ones. Types whose numbers come eight or four at a
-time from a codebook keep llama.cpp's choice within a block, and only later blocks make good what it
-leaves.
+llama.cpp itself quantizes every weight for itself. The file made here has the same types and bytes
+and runs in the same programs, but its integers are better ones. Types whose numbers come eight or
+four at a time from a codebook keep llama.cpp's choice within a block, and only later blocks make
+good what it leaves. Build only: no device imports this module.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from edgemed.console import track
-from edgemed.errors import need
 from edgemed.gguf.quant_types import FLOATS, block_of
-from edgemed.gguf.tensor_map import Place, interleaved
+from edgemed.gguf.tensor_map import TensorSource, interleaved, layer_matrices
 from edgemed.gguf.writer import Encoder, Tensor
 from edgemed.models.torch_decoder import embed_sequences
 from edgemed.quantization.gptq import InverseFactor, sweep_columns
@@ -32,26 +32,26 @@ from edgemed.quantization.memory_budget import spilled
 from edgemed.quantization.settings import QuantizeSettings
 
 if TYPE_CHECKING:
-    import torch
-
-    from edgemed.models.torch_decoder import TokenSequence
+    from edgemed.inference.session import ImageEmbeddings
     from edgemed.models.weights import CanonicalWeights
-    from edgemed.quantization.layerwise import Quantizer
+    from edgemed.quantization.layerwise import QuantizedLayer, Quantizer
 
+    # One calibration sample: its tokens, and the images among them.
+    Sample = tuple[list[int], ImageEmbeddings | None]
     # Writes codes uint8 [blocks, weights] into blocks uint8 [blocks, bytes].
     Put = Callable[[np.ndarray, np.ndarray], None]
 
 
-# Share of the mean added to the diagonal of the second moment.
-DAMP = 0.01
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Codes:
-    """How a type keeps its numbers: offset + step * table[code], offset and step per block or part
-    of one. count: of codes; least: the smallest in use.
+    """How a type stores a number: as offset + step * table[code], with an offset and a step per
+    block or part of a block.
 
-    table: ascending, None where it is the code itself; unit: the code whose entry is 1.
+    count: number of codes. put: writes codes into blocks. least: the smallest code in use. table:
+    ascending values, None where the value is the code itself. unit: the code whose value is 1.
     """
 
     count: int
@@ -62,34 +62,48 @@ class Codes:
 
 
 def _halves(codes: np.ndarray, half: int) -> np.ndarray:
-    """Bytes of 4-bit codes: of each 2 `half` the first ones in the low halves, the others in the
-    high halves.
+    """4-bit codes uint8 [blocks, weights] as bytes [blocks, weights / 2].
+
+    Of every 2 * half codes, the first half lie in the low halves of the bytes and the others in
+    the high halves.
     """
     pairs = (codes & 15).reshape(len(codes), -1, 2, half)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+    low = pairs[:, :, 0]
+    high = pairs[:, :, 1]
+    return (low | high << 4).reshape(len(codes), -1)
 
 
 def _quarters(codes: np.ndarray) -> np.ndarray:
-    """Bytes of 2-bit codes, of each 128 the numbers l, l + 32, l + 64 and l + 96 together."""
+    """2-bit codes uint8 [blocks, 256] as bytes [blocks, 64].
+
+    Of every 128 codes, the numbers l, l + 32, l + 64 and l + 96 share a byte, the first of them in
+    the lowest bits.
+    """
     four = (codes & 3).reshape(len(codes), 2, 4, 32)
-    return (four[:, :, 0] | four[:, :, 1] << 2 | four[:, :, 2] << 4 | four[:, :, 3] << 6).reshape(
-        len(codes), -1
-    )
+    data = four[:, :, 0].copy()
+    for place in range(1, 4):
+        data |= four[:, :, place] << 2 * place
+    return data.reshape(len(codes), -1)
 
 
 def _columnwise(bits: np.ndarray) -> np.ndarray:
-    """Bytes whose bit k is that of number 32 k + l."""
-    return np.packbits(bits.reshape(len(bits), 8, 32), axis=1, bitorder="little")[:, 0]
+    """Bits uint8 [blocks, 256] as bytes [blocks, 32]: bit k of byte l is number 32 k + l's."""
+    by_bit = bits.reshape(len(bits), 8, 32)
+    return np.packbits(by_bit, axis=1, bitorder="little")[:, 0]
 
 
-def _simple(at: int) -> Put:
+def _four_bits(at: int) -> Put:
+    """Codes from byte `at` of a block on."""
+
     def put(blocks: np.ndarray, codes: np.ndarray) -> None:
         blocks[:, at : at + 16] = _halves(codes, 16)
 
     return put
 
 
-def _five(at: int) -> Put:
+def _five_bits(at: int) -> Put:
+    """The fifth bits from byte `at` of a block on, and the other four behind them."""
+
     def put(blocks: np.ndarray, codes: np.ndarray) -> None:
         blocks[:, at : at + 4] = np.packbits(codes >> 4, axis=1, bitorder="little")
         blocks[:, at + 4 : at + 20] = _halves(codes, 16)
@@ -98,6 +112,7 @@ def _five(at: int) -> Put:
 
 
 def _q8_0(blocks: np.ndarray, codes: np.ndarray) -> None:
+    # Signed bytes: flipping the top bit subtracts 128 in two's complement.
     blocks[:, 2:] = codes ^ 128
 
 
@@ -131,10 +146,10 @@ def _iq4_xs(blocks: np.ndarray, codes: np.ndarray) -> None:
 # ggml's table of values of the IQ4 types (kvalues_iq4nl in ggml-common.h).
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 CODES = {
-    "Q4_0": Codes(16, _simple(2)),
-    "Q4_1": Codes(16, _simple(4)),
-    "Q5_0": Codes(32, _five(2)),
-    "Q5_1": Codes(32, _five(4)),
+    "Q4_0": Codes(16, _four_bits(2)),
+    "Q4_1": Codes(16, _four_bits(4)),
+    "Q5_0": Codes(32, _five_bits(2)),
+    "Q5_1": Codes(32, _five_bits(4)),
     "Q8_0": Codes(256, _q8_0, 1),
     "Q2_K": Codes(4, _q2_k),
     "Q3_K": Codes(8, _q3_k),
@@ -143,7 +158,7 @@ CODES = {
     "Q6_K": Codes(64, _q6_k),
     "IQ4_NL": Codes(
         16,
-        _simple(2),
+        _four_bits(2),
         table=IQ4,
         unit=8,
     ),
@@ -156,7 +171,7 @@ CODES = {
 }
 
 
-def rounding(
+def quantize_matrix(
     encoder: Encoder,
     kind: str,
     weight: torch.Tensor,
@@ -164,94 +179,94 @@ def rounding(
     importance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, torch.Tensor]:
     """weight float32 [out, in] -> (bytes uint8 [out, bytes per row], the float32 [out, in] they
-    stand for): with `round_blocks`, or without a root by llama.cpp's own routine. importance:
-    float32 [in] for that one, or None.
+    stand for).
+
+    root: of the inputs, for GPTQ; None for llama.cpp's own routine. importance: float32 [in] for
+    that routine, or None.
     """
-    torch = need("torch", "build")
     if root is not None and kind not in FLOATS:
-        return round_blocks(encoder, kind, weight, root)
-    data = _nearest(encoder, kind, weight, importance)
-    if kind not in FLOATS:
-        return data, torch.from_numpy(encoder.expand(kind, data))
-    return data, torch.from_numpy(data).view(
-        {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-    ).float()
+        return gptq_blocks(encoder, kind, weight, root)
+    data = _to_nearest(encoder, kind, weight, importance)
+    if kind in FLOATS:
+        return data, torch.from_numpy(data).view(FLOAT_DTYPES[kind]).float()
+    return data, torch.from_numpy(encoder.expand(kind, data))
 
 
-def _nearest(
+def _to_nearest(
     encoder: Encoder, kind: str, weight: torch.Tensor, importance: np.ndarray | None
 ) -> np.ndarray:
-    return encoder.start(
-        Tensor(
-            "",
-            tuple(weight.shape),
-            kind,
-            weight.numpy,
-            importance=importance,
-        ),
-        weight.numpy(),
-    )().reshape(len(weight), -1)
+    """Bytes uint8 [out, bytes per row] of a weight float32 [out, in] by llama.cpp's routine."""
+    tensor = Tensor(
+        name="",
+        shape=tuple(weight.shape),
+        type=kind,
+        read=weight.numpy,
+        importance=importance,
+    )
+    finish = encoder.start(tensor, weight.numpy())
+    return finish().reshape(len(weight), -1)
 
 
-def round_blocks(
+def gptq_blocks(
     encoder: Encoder, kind: str, weight: torch.Tensor, root: InverseFactor
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """As `rounding`, with the root of the inputs in plain order, to a type of integers.
+    """As `quantize_matrix`, to a type of integers, with the root of the inputs in plain order.
 
     A column's error is weighed by 1 / upper[i, i]^2 where llama.cpp takes scales: what later
     columns cannot make good.
     """
-    torch = need("torch", "build")
     upper = root.upper
+    # Columns first, so that those still to come are one contiguous piece.
     work = weight.T.contiguous()
     importance = (upper.diagonal() ** -2).numpy()
     width = block_of(kind)
-    found = []
+    blocks = []
     dense = torch.empty_like(weight)
     for start in range(0, len(work), width):
-        part = slice(start, start + width)
         end = start + width
-        reached = work[part].T.contiguous()
-        data = _nearest(encoder, kind, reached, importance[part])
+        part = slice(start, end)
+        # What earlier blocks left to do is in `work` already.
+        target = work[part].T.contiguous()
+        data = _to_nearest(encoder, kind, target, importance[part])
         if kind in CODES:
-            _recode(encoder, kind, data, work[part].clone(), upper[part, part])
-        found.append(data)
+            _sweep_codes(encoder, kind, data, work[part].clone(), upper[part, part])
+        blocks.append(data)
         dense[:, part] = torch.from_numpy(encoder.expand(kind, data))
         # The errors that sweeping these columns leaves behind: upper^T errors is what they lack.
-        errors = torch.linalg.solve_triangular(
-            upper[part, part].T, work[part] - dense[:, part].T, upper=False
-        )
+        lacking = work[part] - dense[:, part].T
+        errors = torch.linalg.solve_triangular(upper[part, part].T, lacking, upper=False)
         work[end:].addmm_(upper[part, end:].T, errors, alpha=-1)
-    return np.concatenate(found, 1), dense
+    return np.concatenate(blocks, 1), dense
 
 
-def _recode(
+def _sweep_codes(
     encoder: Encoder, kind: str, data: np.ndarray, work: torch.Tensor, upper: torch.Tensor
 ) -> None:
-    """The same scales, other codes: of one block of columns. data uint8 [out, bytes] is changed in
-    place, work float32 [columns, out] used up.
+    """Keep the scales of one block of columns and choose other codes, column by column.
+
+    data uint8 [out, bytes] is changed in place. work float32 [columns, out] is used up.
     """
-    torch = need("torch", "build")
     codes = CODES[kind]
 
-    def all_of(code: int) -> torch.Tensor:
+    def expand_constant(code: int) -> torch.Tensor:
+        """What every weight of the block is, float32 [columns, out], where all have this code."""
         codes.put(data, np.full((len(data), len(work)), code, np.uint8))
         return torch.from_numpy(encoder.expand(kind, data)).T.contiguous()
 
-    offset = torch.zeros_like(work) if codes.table else all_of(0)
-    step = all_of(codes.unit) - offset
+    # Offsets and steps are read off the blocks themselves, so no layout of scales is needed here.
+    offset = torch.zeros_like(work) if codes.table else expand_constant(0)
+    step = expand_constant(codes.unit) - offset
     inverse = torch.where(step == 0, 0, 1 / step)
     table = torch.tensor(codes.table or range(codes.count), dtype=torch.float32)
-    between = (table[1:] + table[:-1]) / 2
+    boundaries = (table[1:] + table[:-1]) / 2
     chosen = torch.empty(work.shape, dtype=torch.uint8)
 
     def choose(column: int, values: torch.Tensor) -> torch.Tensor:
         scaled = (values - offset[column]) * inverse[column]
-        code = (
-            torch.bucketize(scaled, between)
-            if codes.table
-            else scaled.round_().clamp_(codes.least, codes.count - 1).long()
-        )
+        if codes.table:
+            code = torch.bucketize(scaled, boundaries)
+        else:
+            code = scaled.round_().clamp_(codes.least, codes.count - 1).long()
         chosen[column] = code
         return offset[column] + step[column] * table[code]
 
@@ -260,130 +275,135 @@ def _recode(
 
 
 @contextlib.contextmanager
-def rounded(
+def gptq_tensors(
     weights: CanonicalWeights,
-    windows: Sequence[TokenSequence],
-    places: Mapping[str, Place],
+    windows: Sequence[Sample],
+    sources: Mapping[str, TensorSource],
     tensors: Sequence[Tensor],
     importance: Mapping[str, np.ndarray],
     out: Path,
     key: str,
 ) -> Iterator[tuple[list[Tensor], dict[str, dict[str, float]]]]:
-    """(The tensors of a file, the layers' matrices among them rounded already; canonical matrix ->
-    its errors, as layerwise.QuantizedMatrix has them).
+    """(The tensors of a file, the layers' matrices among them quantized already; canonical matrix
+    -> its errors, as layerwise.Matrix has them).
 
-    What is finished lies beside `out`, under `key`, until the file is written; a killed export goes
-    on from its last whole layer. importance: for experts that too few tokens reach, per canonical
-    matrix. Raises EdgemedError where the text gives no invertible second moment, OSError where the
-    disk is full.
+    windows: the calibration samples. importance: for experts that too few tokens reach, per
+    canonical matrix. What is finished lies beside `out`, under `key`, until the file is written. A
+    killed export goes on from its last whole layer. Raises EdgemedError where the text gives no
+    invertible second moment, OSError where the disk is full.
     """
-    ours = {
-        t: place
-        for t, place in places.items()
-        if place.part.startswith("layers.")
-        and t.endswith(".weight")
-        and weights.parts[place.part].kind == "matrix"
-    }
-    types = {t.name: t.type for t in tensors}
+    types = {tensor.name: tensor.type for tensor in tensors}
+    targets = {}
+    for name, source in layer_matrices(weights, sources).items():
+        targets[name] = (source, types[name])
     with Layers(out, key) as kept:
-        _run(
-            weights, windows, {t: (place, types[t]) for t, place in ours.items()}, importance, kept
-        )
-        done = [
-            replace(t, read=partial(_read, kept, t.name, ours[t.name]), encoded=True)
-            if t.name in ours
-            else t
-            for t in tensors
-        ]
-        yield done, {name: errors for facts in kept.facts for name, errors in facts.items()}
+        _quantize_layers(weights, windows, targets, importance, kept)
+        finished = []
+        for tensor in tensors:
+            if tensor.name in targets:
+                read = partial(_read, kept, tensor.name, sources[tensor.name])
+                tensor = replace(tensor, read=read, encoded=True)
+            finished.append(tensor)
+        errors = {}
+        for layer_errors in kept.facts:
+            errors.update(layer_errors)
+        yield finished, errors
 
 
-def _run(
+def _quantize_layers(
     weights: CanonicalWeights,
-    windows: Sequence[TokenSequence],
-    wanted: Mapping[str, tuple[Place, str]],
+    windows: Sequence[Sample],
+    targets: Mapping[str, tuple[TensorSource, str]],
     importance: Mapping[str, np.ndarray],
     kept: Layers,
 ) -> None:
-    torch = need("torch", "build")
+    """Quantize every layer that is not kept yet. targets: tensor -> (its source, its type)."""
     d = weights.decoder
     start = kept.done
-    shape = (len(windows), len(windows[0][0]), d.hidden)
+    tokens, _ = windows[0]
+    shape = (len(windows), len(tokens), d.hidden)
     settings = QuantizeSettings(samples=shape[0], length=shape[1])
     on_disk = spilled(weights, True, settings)
-    angles = [turned for _, turned in embed_sequences(weights, windows)] if d.rope_axes else None
-    streams = [
-        Activations(
-            kept.folder,
-            name,
-            shape,
-            on_disk,
-            angles,
-        )
-        for name in ("hidden", "exact")
-    ]
+    angles = _rotary_angles(weights, windows)
+    x = Activations(kept.folder, "hidden", shape, on_disk, angles)
+    exact = Activations(kept.folder, "exact", shape, on_disk, angles)
     with torch.inference_mode(), Encoder() as encoder:
-        begin(weights, windows, streams, start)
+        begin(weights, windows, [x, exact], start)
         for n in track(range(start, d.layers), "gptq on llama.cpp's types"):
-            layer = gptq_layer(
-                weights, n, *streams, _rounding(encoder, n, wanted, importance), settings
-            )
-            for stream in streams:
-                stream.commit()
-            errors = {
-                f"layers.{n}.{name}": matrix.errors for name, matrix in layer.matrices.items()
-            }
-            kept.save(
-                {
-                    key: torch.from_numpy(data)
-                    for matrix in layer.matrices.values()
-                    for key, data in matrix.solution.items()
-                },
-                errors,
-            )
+            quantizer = _quantizer(encoder, n, targets, importance)
+            layer = gptq_layer(weights, n, x, exact, quantizer, settings)
+            x.commit()
+            exact.commit()
+            _save(kept, n, layer)
             del layer  # the next one has its room
 
 
-def _rounding(
+def _save(kept: Layers, n: int, layer: QuantizedLayer) -> None:
+    """Keep the bytes of layer n's tensors and the errors of its matrices."""
+    errors = {}
+    tensors = {}
+    for name, matrix in layer.matrices.items():
+        errors[f"layers.{n}.{name}"] = matrix.errors
+        for key, data in matrix.solution.items():
+            tensors[key] = torch.from_numpy(data)
+    kept.save(tensors, errors)
+
+
+def _rotary_angles(
+    weights: CanonicalWeights, windows: Sequence[Sample]
+) -> list[torch.Tensor | None] | None:
+    """Rotary angles [tokens, pairs] of every sample, None for one without images; None where the
+    model's positions are plain numbers.
+    """
+    if not weights.decoder.rope_axes:
+        return None
+    return [angles for _, angles in embed_sequences(weights, windows)]
+
+
+def _quantizer(
     encoder: Encoder,
     n: int,
-    wanted: Mapping[str, tuple[Place, str]],
+    targets: Mapping[str, tuple[TensorSource, str]],
     importance: Mapping[str, np.ndarray],
 ) -> Quantizer:
-    """To the types of the tensors that a matrix becomes, q, k and v each by itself."""
-    torch = need("torch", "build")
+    """What quantizes a matrix of layer n: to the types of the tensors that it becomes, q, k and v
+    each by itself.
+    """
 
-    def one(
+    def quantize(
         name: str, weight: torch.Tensor, root: InverseFactor | None
     ) -> tuple[dict[str, np.ndarray], torch.Tensor]:
         part = f"layers.{n}.{name}"
-        found = {}
+        solution = {}
         dense = torch.empty_like(weight)
-        for t, (place, kind) in wanted.items():
-            if part not in (place.stack or (place.part,)):
+        for tensor, (source, kind) in targets.items():
+            if part not in source.parts:
                 continue
-            found[_key(part, t)], dense[place.rows] = rounding(
-                encoder, kind, weight[place.rows].contiguous(), root, importance.get(part)
-            )
-        return found, dense
+            rows = weight[source.rows].contiguous()
+            data, values = quantize_matrix(encoder, kind, rows, root, importance.get(part))
+            dense[source.rows] = values
+            solution[_key(part, tensor)] = data
+        return solution, dense
 
-    return one
+    return quantize
 
 
 def _key(part: str, tensor: str) -> str:
     return f"{part} {tensor}"
 
 
-def _read(kept: Layers, t: str, place: Place) -> np.ndarray:
-    """The bytes of a tensor as the file holds them, uint8 [rows, bytes per row]: rows are rounded
-    in the checkpoint's order and put in the file's last.
+def _read(kept: Layers, tensor: str, source: TensorSource) -> np.ndarray:
+    """The bytes of a tensor as the file holds them, uint8 [rows, bytes per row].
+
+    Rows are quantized in the checkpoint's order and put in the file's last.
     """
-    keys = [_key(part, t) for part in place.stack or (place.part,)]
-    tensors = kept.tensors(int(place.part.split(".")[1]), set(keys))
-    whole = Place(
-        place.part,
-        place.shape[-2:],
-        0,
-        place.heads,
+    keys = [_key(part, tensor) for part in source.parts]
+    layer = int(source.part.split(".")[1])
+    tensors = kept.tensors(layer, set(keys))
+    # The kept rows are already those of the tensor, so they start at 0.
+    rows_of_part = TensorSource(
+        part=source.part,
+        shape=source.shape[-2:],
+        heads=source.heads,
     )
-    return np.concatenate([interleaved(tensors[key].numpy(), whole) for key in keys])
+    return np.concatenate([interleaved(tensors[key].numpy(), rows_of_part) for key in keys])

@@ -10,12 +10,8 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from edgemed.errors import EdgemedError, need
-
-if TYPE_CHECKING:
-    pass
 
 
 def runtime() -> ModuleType:
@@ -25,12 +21,19 @@ def runtime() -> ModuleType:
 
 def library_folder() -> Path:
     """Where llama.cpp's shared libraries lie."""
-    return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(runtime().__file__).parent / "lib")
+    override = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if override:
+        return Path(override)
+    return Path(str(runtime().__file__)).parent / "lib"
 
 
 def library_name(name: str) -> str:
     """The file of one of llama.cpp's libraries on this system."""
-    return {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}.get(sys.platform, f"lib{name}.so")
+    if sys.platform == "win32":
+        return f"{name}.dll"
+    if sys.platform == "darwin":
+        return f"lib{name}.dylib"
+    return f"lib{name}.so"
 
 
 def ggml_base() -> ctypes.CDLL:

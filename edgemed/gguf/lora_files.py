@@ -1,8 +1,8 @@
 """LoRA adapters of a GGUF engine: one file of factors each, in llama.cpp's own adapter format,
 loaded beside the model.
 
-A factor must lie as the matrix it changes does in the base's file, so its rows go through the same
-table of places: cut apart, interleaved, or left alone.
+A factor must lie as the matrix it changes does in the base's file. So its rows go through the same
+table of sources: they are split, interleaved, or left alone.
 """
 
 from __future__ import annotations
@@ -44,23 +44,18 @@ def write(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
     """
     gguf = need("gguf", "build")
     tensors = []
-    for tensor, place in layout(weights.family, weights.decoder, weights.parts).items():
-        if place.part not in lora.factors or not tensor.endswith(".weight"):
+    for tensor, source in layout(weights.family, weights.decoder, weights.parts).items():
+        if source.part not in lora.factors or not tensor.endswith(".weight"):
             continue
-        a, b = (factor.numpy() for factor in lora.factors[place.part])
-        b = interleaved(b, place)
-        # Of modules that are joined in a part, this tensor has the factors of one.
-        own = b.any(axis=0)
-        if own.any():
-            for suffix, factor in (("lora_a", a[own]), ("lora_b", b[:, own])):
-                tensors.append(
-                    writer.Tensor(
-                        f"{tensor}.{suffix}",
-                        factor.shape,
-                        "F32",
-                        partial(np.ascontiguousarray, factor),
-                    )
-                )
+        factor_a, factor_b = lora.factors[source.part]
+        a = factor_a.numpy()
+        b = interleaved(factor_b.numpy(), source)
+        # Of modules that are joined in a part, this tensor has the factors of one: those ranks that
+        # reach its rows.
+        ranks = b.any(axis=0)
+        if ranks.any():
+            tensors.append(_factor(f"{tensor}.lora_a", a[ranks]))
+            tensors.append(_factor(f"{tensor}.lora_b", b[:, ranks]))
     file = out / FOLDER / lora.name / FILE
     file.parent.mkdir(parents=True)
 
@@ -75,31 +70,40 @@ def write(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def _factor(name: str, values: np.ndarray) -> writer.Tensor:
+    return writer.Tensor(
+        name=name,
+        shape=values.shape,
+        type="F32",
+        read=partial(np.ascontiguousarray, values),
+    )
+
+
 def load(
     lib: Any, model: Any, engine: Path, names: tuple[str, ...], errors: list[str]
 ) -> dict[str, Any]:
     """name -> llama.cpp's handle of every adapter of an engine; they are freed with the model.
     Raises EdgemedError for one that cannot be loaded.
     """
-    found = {}
+    handles = {}
     for name in names:
         file = engine / FOLDER / name / FILE
         errors.clear()
-        found[name] = lib.llama_adapter_lora_init(model, str(file).encode())
-        if not found[name]:
+        handles[name] = lib.llama_adapter_lora_init(model, str(file).encode())
+        if not handles[name]:
             raise EdgemedError(
                 f"llama.cpp cannot load {file}: {'; '.join(errors) or 'no reason given'}",
                 "Export the engine again",
             )
-    return found
+    return handles
 
 
 def use(lib: Any, context: Any, adapter: Any) -> None:
     """Let a context compute with one adapter at its full strength, or with none."""
-    handles, scales = (
-        ((ctypes.POINTER(ctypes.c_void_p) * 1)(adapter), (ctypes.c_float * 1)(1.0))
-        if adapter
-        else (None, None)
-    )
+    handles = None
+    scales = None
+    if adapter:
+        handles = (ctypes.POINTER(ctypes.c_void_p) * 1)(adapter)
+        scales = (ctypes.c_float * 1)(1.0)
     if code := lib.llama_set_adapters_lora(context, handles, 1 if adapter else 0, scales):
         raise RuntimeError(f"llama_set_adapters_lora gave {code}")

@@ -1,5 +1,5 @@
-"""Writes a vision tower and its projector as the GGUF file that llama.cpp's programs call mmproj,
-so that a llama.cpp engine sees without ONNX Runtime.
+"""Writes a vision tower and its projector as the GGUF file that llama.cpp's programs call mmproj.
+A llama.cpp engine with it is a vision model without ONNX Runtime.
 
 Names, types and metadata are those of llama.cpp's own converter (conversion/qwenvl.py and
 clip-impl.h of the version inside llama-cpp-python 0.3.36); the file is written tensor by tensor
@@ -17,10 +17,11 @@ import numpy as np
 from edgemed.errors import need
 from edgemed.gguf import writer
 from edgemed.gguf.quant_types import FILE_TYPES
-from edgemed.gguf.tensor_map import Place, Reader
+from edgemed.gguf.tensor_map import TensorReader, TensorSource
 from edgemed.models.family_helpers import inverse_frequencies
 
 if TYPE_CHECKING:
+    from edgemed.models.architecture import VisionConfig
     from edgemed.models.weights import CanonicalWeights
 
 FILE = "mmproj.gguf"
@@ -55,26 +56,28 @@ def refused(weights: CanonicalWeights) -> str | None:
         )
     if not weights.family.gguf_projector:
         return f"llama.cpp knows no projector of family {weights.family.name}; use vision=onnx"
-    # What clip_graph_qwen2vl has built in.
-    built_in = {
+    if missing := [name for name, holds in built_in(v).items() if not holds]:
+        return (
+            f"llama.cpp's {weights.family.gguf_projector} graph needs {', '.join(missing)}; use"
+            " vision=onnx"
+        )
+    return None
+
+
+def built_in(v: VisionConfig) -> dict[str, bool]:
+    """What clip_graph_qwen2vl of llama.cpp has built in -> whether it holds of this tower."""
+    plain = inverse_frequencies(v.width // v.heads // 2, 1e4)
+    return {
         "merge 2": v.merge == 2,
         "temporal 2": v.temporal == 2,
         "activation quick_gelu": v.activation == "quick_gelu",
         "no norm before the first layer": not v.pre_norm,
         "a norm before the projector": v.projector_norm,
         "images of any size": not v.size,
-        "rotary theta 10000": np.allclose(
-            v.frequencies, inverse_frequencies(v.width // v.heads // 2, 1e4)
-        ),
+        "rotary theta 10000": np.allclose(v.frequencies, plain),
         # It takes up and down for swapped where their shapes cannot tell.
         "an MLP wider than its input": v.ffn != v.width,
     }
-    if missing := [what for what, there in built_in.items() if not there]:
-        return (
-            f"llama.cpp's {weights.family.gguf_projector} graph needs {', '.join(missing)}; use"
-            " vision=onnx"
-        )
-    return None
 
 
 def write(weights: CanonicalWeights, out: Path, wanted: Literal["f32", "f16", "q8_0"]) -> int:
@@ -87,76 +90,78 @@ def write(weights: CanonicalWeights, out: Path, wanted: Literal["f32", "f16", "q
 
 
 def plan(weights: CanonicalWeights, wanted: str) -> list[writer.Tensor]:
-    """Every tensor of the file in order. The patch convolution is float16 in an f16 file, else
-    float32; a row that Q8_0 does not divide is float16.
+    """Every tensor of the file in order.
+
+    The patch convolution is float16 in an f16 file, else float32. A row that Q8_0 does not divide
+    is float16.
     """
-    reader = Reader(weights)
-    v = weights.vision
+    reader = TensorReader(weights)
+    v = weights.require_vision()
     kind = FILE_TYPES[wanted][1]
-    shape = (v.width, 3, v.patch, v.patch)
-    found = [
-        writer.Tensor(
-            name,
-            shape,
-            "F16" if kind == "F16" else "F32",
-            partial(_frame, weights, frame),
-        )
-        for frame, name in enumerate(PATCH)
-    ]
-
-    def add(stem: str, place: Place, norm: bool) -> None:
-        matrix = "F32" if norm else "F16" if kind == "Q8_0" and place.shape[-1] % 32 else kind
-        found.append(
+    tensors = []
+    for frame, name in enumerate(PATCH):
+        tensors.append(
             writer.Tensor(
-                f"{stem}.weight",
-                place.shape,
-                matrix,
-                partial(reader.read, place, False, 0),
+                name=name,
+                shape=(v.width, 3, v.patch, v.patch),
+                type="F16" if kind == "F16" else "F32",
+                read=partial(_frame, weights, frame),
             )
         )
-        found.append(
-            writer.Tensor(
-                f"{stem}.bias",
-                place.shape[:1],
-                "F32",
-                partial(reader.read, place, True, 0),
-            )
-        )
-
     for n in range(v.layers):
         for last, tensor in LAYER.items():
-            name = f"vision.layers.{n}.{last}"
+            part = f"vision.layers.{n}.{last}"
             stem = f"v.blk.{n}.{tensor}"
-            part = weights.parts[name]
             if last == "qkv":
-                for number, one in enumerate("qkv"):
-                    add(
-                        stem.replace("qkv", one),
-                        Place(name, (v.width, v.width), number * v.width),
-                        False,
-                    )
+                for number, letter in enumerate("qkv"):
+                    rows = TensorSource(part, (v.width, v.width), number * v.width)
+                    tensors += _pair(reader, stem.replace("qkv", letter), rows, kind)
             else:
-                add(stem, Place(name, part.shape), part.kind == "norm")
+                tensors += _whole_part(reader, stem, part, kind)
     for last, stem in AROUND.items():
-        part = weights.parts[f"vision.{last}"]
-        add(stem, Place(f"vision.{last}", part.shape), part.kind == "norm")
-    return found
+        tensors += _whole_part(reader, stem, f"vision.{last}", kind)
+    return tensors
+
+
+def _whole_part(reader: TensorReader, stem: str, part: str, kind: str) -> list[writer.Tensor]:
+    """Weight and bias of a canonical part that is one tensor of the file."""
+    spec = reader.weights.parts[part]
+    return _pair(
+        reader, stem, TensorSource(part, spec.shape), "F32" if spec.kind == "norm" else kind
+    )
+
+
+def _pair(reader: TensorReader, stem: str, source: TensorSource, kind: str) -> list[writer.Tensor]:
+    """Weight, in type `kind` where its blocks divide a row, and bias."""
+    if kind == "Q8_0" and source.shape[-1] % 32:
+        kind = "F16"
+    weight = writer.Tensor(
+        name=f"{stem}.weight",
+        shape=source.shape,
+        type=kind,
+        read=partial(reader.read, source, False, 0),
+    )
+    bias = writer.Tensor(
+        name=f"{stem}.bias",
+        shape=source.shape[:1],
+        type="F32",
+        read=partial(reader.read, source, True, 0),
+    )
+    return [weight, bias]
 
 
 def _frame(weights: CanonicalWeights, frame: int) -> np.ndarray:
-    v = weights.vision
-    return np.ascontiguousarray(
-        weights.matrix("vision.patch")
-        .dense()
-        .numpy()
-        .reshape(v.width, 3, v.temporal, v.patch, v.patch)[:, :, frame]
-    )
+    """The patch convolution's weight for one frame, float32 [width, 3, patch, patch]."""
+    v = weights.require_vision()
+    weight = weights.matrix("vision.patch").dense().numpy()
+    by_frame = weight.reshape(v.width, 3, v.temporal, v.patch, v.patch)
+    return np.ascontiguousarray(by_frame[:, :, frame])
 
 
 def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
     """GGUF metadata: the tower's numbers."""
     gguf = need("gguf", "build")
-    v = weights.vision
+    v = weights.require_vision()
     checkpoint = weights.checkpoint
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_name(str(checkpoint.config.get("_name_or_path") or checkpoint.path.name))

@@ -71,6 +71,43 @@ NARROW = {
     "IQ2_XXS": "IQ4_NL",
 }
 VERY_LOW = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
+# Where tensors differ from the type most matrices get. File type -> type, of the embedding table,
+TOKEN_EMBEDDINGS = {
+    "iq2_xxs": "Q2_K",
+    "iq2_xs": "Q2_K",
+    "iq2_s": "IQ3_S",
+    "iq2_m": "IQ3_S",
+    "iq3_xxs": "IQ3_S",
+}
+# of attn_output,
+ATTENTION_OUTPUTS = {
+    "q2_k": "Q3_K",
+    "iq3_xxs": "IQ3_S",
+    "q3_k_m": "Q4_K",
+    "q3_k_l": "Q5_K",
+    "iq3_m": "Q4_K",
+    "iq2_s": "IQ3_S",
+    "iq2_m": "IQ3_S",
+}
+# of attn_v where four or more query heads share a value head,
+SHARED_VALUES = {
+    **dict.fromkeys(VERY_LOW, "Q4_K"),
+    **dict.fromkeys(("q2_k", "q2_k_s", "iq3_xxs", "iq3_xs", "iq3_s"), "Q4_K"),
+    **dict.fromkeys(("iq4_nl", "iq4_xs"), "Q5_K"),
+}
+# and of ffn_down in the first eighth of the layers.
+FIRST_DOWN = {
+    "iq2_xxs": "Q2_K",
+    "iq2_xs": "Q2_K",
+    "iq2_s": "IQ3_S",
+    "iq2_m": "IQ3_S",
+    "q2_k_s": "Q4_K",
+    "iq3_m": "Q4_K",
+    "q4_k_s": "Q5_K",
+}
+FIRST_DOWN_WITH_IMATRIX = {"q4_0": "Q4_1", "q5_0": "Q5_1"}
+FIRST_DOWN_WITHOUT_IMATRIX = {"iq3_xxs": "Q4_K", "iq4_nl": "Q5_K", "iq4_xs": "Q5_K"}
+# Types that llama.cpp refuses to write without an importance matrix.
 BLIND = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S")
 
 
@@ -97,11 +134,7 @@ def tensor_types(model: Model, file_type: str) -> tuple[dict[str, str], dict[str
     types = {}
     fallbacks = {}
     for name, shape in model.shapes.items():
-        if (
-            len(shape) < 2
-            or name == "position_embd.weight"
-            or name.endswith((".ffn_gate_inp.weight", ".bias"))
-        ):
+        if _stays_float32(name, shape):
             types[name] = "F32"
             continue
         wanted = FILE_TYPES[file_type][1]
@@ -111,6 +144,12 @@ def tensor_types(model: Model, file_type: str) -> tuple[dict[str, str], dict[str
         if types[name] != wanted:
             fallbacks[name] = f"{wanted} -> {types[name]}"
     return types, fallbacks
+
+
+def _stays_float32(name: str, shape: tuple[int, ...]) -> bool:
+    if len(shape) < 2 or name == "position_embd.weight":
+        return True
+    return name.endswith((".ffn_gate_inp.weight", ".bias"))
 
 
 def needs_imatrix(name: str, tensor_type: str, file_type: str) -> bool:
@@ -124,32 +163,38 @@ def needs_imatrix(name: str, tensor_type: str, file_type: str) -> bool:
 
 def block_of(tensor_type: str) -> int:
     """Weights per block of a type; a row must be a multiple of it."""
-    return 1 if tensor_type in FLOATS else 256 if tensor_type in WIDE else 32
+    if tensor_type in FLOATS:
+        return 1
+    if tensor_type in WIDE:
+        return 256
+    return 32
 
 
 def fitting(wanted: str, columns: int) -> str:
     """The wanted type, or where its blocks do not divide a row the one that stands in."""
     if columns % block_of(wanted) == 0:
         return wanted
-    given = NARROW.get(wanted, wanted)
-    return given if columns % block_of(given) == 0 else "F16"
+    narrow = NARROW.get(wanted, wanted)
+    if columns % block_of(narrow) == 0:
+        return narrow
+    return "F16"
+
+
+def _output(model: Model, name: str, default: str, file_type: str) -> str:
+    """The type of the output matrix, which may be the embedding table."""
+    if model.shapes[name][-1] % block_of(default):
+        return "Q8_0"
+    if file_type in (*VERY_LOW, "iq3_xxs"):
+        return "Q5_K"
+    return default if default == "Q8_0" else "Q6_K"
 
 
 def _mixture(model: Model, name: str, default: str, file_type: str) -> str:
+    """The type a mixture gives to a tensor. default: the type most matrices get."""
     if name == "output.weight" or (name == "token_embd.weight" and model.tied):
-        if model.shapes[name][-1] % block_of(default):
-            return "Q8_0"
-        if file_type in (*VERY_LOW, "iq3_xxs"):
-            return "Q5_K"
-        return default if default == "Q8_0" else "Q6_K"
+        return _output(model, name, default, file_type)
     if name == "token_embd.weight":
-        return {
-            "iq2_xxs": "Q2_K",
-            "iq2_xs": "Q2_K",
-            "iq2_s": "IQ3_S",
-            "iq2_m": "IQ3_S",
-            "iq3_xxs": "IQ3_S",
-        }.get(file_type, default)
+        return TOKEN_EMBEDDINGS.get(file_type, default)
     _, number, part, _ = name.split(".")
     layer = int(number)
     # llama.cpp treats experts as it does the MLP they stand for
@@ -161,30 +206,30 @@ def _mixture(model: Model, name: str, default: str, file_type: str) -> str:
     if part == "ffn_down":
         return _down(model, layer, default, file_type)
     if part == "attn_output":
-        return _attention_output(default, file_type)
+        return ATTENTION_OUTPUTS.get(file_type, default)
     middle = model.layers // 8 <= layer < 7 * model.layers // 8
-    return (
-        "IQ3_XXS"
-        if part in ("ffn_up", "ffn_gate") and file_type == "iq3_xs" and middle
-        else default
-    )
+    if part in ("ffn_up", "ffn_gate") and file_type == "iq3_xs" and middle:
+        return "IQ3_XXS"
+    return default
 
 
 def _more_bits(layer: int, layers: int) -> bool:
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third
+    between.
+    """
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _value(model: Model, layer: int, default: str, file_type: str) -> str:
+    """The type of attn_v and attn_qkv."""
     # llama.cpp counts the tensors of a kind; with one per layer the count is the layer number.
-    shared = model.group_heads >= 4
+    if model.group_heads >= 4 and file_type in SHARED_VALUES:
+        return SHARED_VALUES[file_type]
     if file_type in VERY_LOW:
-        return "Q4_K" if shared else "IQ3_S" if file_type in ("iq2_s", "iq2_m") else "Q2_K"
+        return "IQ3_S" if file_type in ("iq2_s", "iq2_m") else "Q2_K"
     if file_type in ("q4_k_m", "q5_k_m"):
         return "Q6_K" if _more_bits(layer, model.layers) else default
-    if shared and file_type in ("q2_k", "q2_k_s", "iq3_xxs", "iq3_xs", "iq3_s"):
-        return "Q4_K"
-    if shared and file_type in ("iq4_nl", "iq4_xs"):
-        return "Q5_K"
     if file_type == "iq3_xxs":
         return "IQ3_XXS" if model.imatrix else "IQ3_S"
     if file_type == "q3_k_m":
@@ -195,33 +240,17 @@ def _value(model: Model, layer: int, default: str, file_type: str) -> str:
 
 
 def _down(model: Model, layer: int, default: str, file_type: str) -> str:
-    first = layer < model.layers // 8
-    layers = model.layers
-    if file_type in VERY_LOW:
-        return ("IQ3_S" if file_type in ("iq2_s", "iq2_m") else "Q2_K") if first else default
-    if file_type == "iq3_xxs" and not model.imatrix:
-        return "Q4_K" if first else "Q3_K"
+    """The type of ffn_down."""
     if file_type == "q3_k_m":
-        return "Q5_K" if layer < layers // 16 else "Q4_K"
+        return "Q5_K" if layer < model.layers // 16 else "Q4_K"
     if file_type in ("q4_k_m", "q5_k_m"):
-        return "Q6_K" if _more_bits(layer, layers) else default
-    if file_type in ("iq4_nl", "iq4_xs"):
-        return "Q5_K" if first and not model.imatrix else default
-    if first and model.imatrix and file_type in ("q4_0", "q5_0"):
-        return "Q4_1" if file_type == "q4_0" else "Q5_1"
-    if first and file_type in ("q2_k_s", "iq3_m", "q4_k_s"):
-        return "Q5_K" if file_type == "q4_k_s" else "Q4_K"
+        return "Q6_K" if _more_bits(layer, model.layers) else default
+    if layer < model.layers // 8:
+        if file_type in FIRST_DOWN:
+            return FIRST_DOWN[file_type]
+        by_importance = FIRST_DOWN_WITH_IMATRIX if model.imatrix else FIRST_DOWN_WITHOUT_IMATRIX
+        if file_type in by_importance:
+            return by_importance[file_type]
+    if file_type == "iq3_xxs" and not model.imatrix:
+        return "Q3_K"
     return {"q2_k": "Q3_K", "q3_k_l": "Q5_K"}.get(file_type, default)
-
-
-def _attention_output(default: str, file_type: str) -> str:
-    special = {
-        "q2_k": "Q3_K",
-        "iq3_xxs": "IQ3_S",
-        "q3_k_m": "Q4_K",
-        "q3_k_l": "Q5_K",
-        "iq3_m": "Q4_K",
-        "iq2_s": "IQ3_S",
-        "iq2_m": "IQ3_S",
-    }
-    return special.get(file_type, default)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,11 +39,13 @@ ROPE = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Place:
-    """One tensor of the file. part: the canonical part it comes from, '' for zeros; start, rows:
-    which of its rows; heads: how many heads' rows to interleave, 0: none; stack: where it holds the
-    same rows of several parts (experts) behind each other, those; shape then begins with their
-    number.
+class TensorSource:
+    """Where one tensor of the file comes from.
+
+    part: the canonical part, '' for zeros. shape: of the tensor in the file. start, rows: which
+    rows of the part it is. heads: how many heads' rows to interleave, 0 for none. stack: the parts
+    (experts) whose rows it holds behind each other, () for a single part; `shape` then begins with
+    their number.
     """
 
     part: str
@@ -54,7 +56,13 @@ class Place:
 
     @property
     def rows(self) -> slice:
-        return slice(self.start, self.start + self.shape[1 if self.stack else 0])
+        count = self.shape[1] if self.stack else self.shape[0]
+        return slice(self.start, self.start + count)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Every part the tensor is read from."""
+        return self.stack or (self.part,)
 
 
 def own_graph(family: Architecture, d: DecoderConfig) -> bool:
@@ -64,14 +72,16 @@ def own_graph(family: Architecture, d: DecoderConfig) -> bool:
     The graph of a gguf_centred family divides the chosen gates by their sum, and knows no expert
     that every token uses.
     """
-    return not family.gguf_arch or bool(
-        d.experts and (not family.gguf_centred or not d.experts.renormalised or d.experts.shared)
-    )
+    if not family.gguf_arch:
+        return True
+    if d.experts is None:
+        return False
+    return not family.gguf_centred or not d.experts.renormalised or d.experts.shared
 
 
 def layout(
     family: Architecture, d: DecoderConfig, parts: Mapping[str, ParamSpec]
-) -> dict[str, Place]:
+) -> dict[str, TensorSource]:
     """tensor -> where it comes from, in the file's order. A tied output matrix and a classification
     head are not in it.
 
@@ -79,84 +89,126 @@ def layout(
     a dense MLP is written as that many equal ones behind a router of zeros: whichever are chosen,
     renormalised gates give that MLP.
     """
-    found: dict[str, Place] = {}
+    sources: dict[str, TensorSource] = {}
     centred = family.gguf_centred and not own_graph(family, d)
     for name, part in parts.items():
-        if ".experts." in name or (
-            centred and name.startswith("layers.") and name.endswith((".up", ".down"))
-        ):
-            found |= _stacked(d, name, part)
-            continue
-        if (
-            name == "head"
-            or name.startswith("vision.")
-            or (name == "lm_head" and part.modules == parts["embed"].modules)
-        ):
-            continue
-        prefix, _, last = name.rpartition(".")
-        start = 0
-        for number, tensor in enumerate(APART[last] if len(part.modules) > 1 else NAMES[last]):
-            stem = tensor
-            if prefix:
-                block = prefix.replace("layers", "blk").removesuffix(".shared")
-                stem = f"{block}.{tensor}{'_shexp' if prefix.endswith('.shared') else ''}"
-            shape = (part.rows[number], *part.shape[1:]) if len(part.modules) > 1 else part.shape
-            heads = (
-                {"attn_q": d.heads, "attn_k": d.kv_heads}.get(tensor, 0)
-                if family.gguf_interleaved
-                else 0
-            )
-            found[f"{stem}.weight"] = Place(
-                name,
-                shape,
-                start,
-                heads,
-            )
-            if part.bias:
-                found[f"{stem}.bias"] = Place(
-                    name,
-                    shape[:1],
-                    start,
-                    heads,
-                )
-            start += shape[0]
-        if centred and last in ("o", "lm_head") and not part.bias:
-            found[f"{stem}.bias"] = Place("", part.shape[:1])  # that graph asks for one
-    return found
+        if _is_stacked(name, centred):
+            sources.update(_stacked(d, name, part))
+        elif not _is_left_out(name, part, parts):
+            sources.update(_single(family, d, name, part))
+            if centred and name.rpartition(".")[2] in ("o", "lm_head") and not part.bias:
+                # That graph asks for a bias here.
+                weight = next(reversed(sources))
+                bias = weight.removesuffix(".weight") + ".bias"
+                sources[bias] = TensorSource("", part.shape[:1])
+    return sources
 
 
-def _stacked(d: DecoderConfig, name: str, part: ParamSpec) -> dict[str, Place]:
+def _is_stacked(name: str, centred: bool) -> bool:
+    """Whether a part is one of several that one tensor holds: an expert's, or in a graph that has
+    experts everywhere a dense MLP's.
+    """
+    dense_mlp = name.startswith("layers.") and name.endswith((".up", ".down"))
+    return ".experts." in name or (centred and dense_mlp)
+
+
+def _is_left_out(name: str, part: ParamSpec, parts: Mapping[str, ParamSpec]) -> bool:
+    """Whether the text model's file does not hold a part: a head, the vision tower, or an output
+    matrix tied to the embedding.
+    """
+    tied = name == "lm_head" and part.modules == parts["embed"].modules
+    return tied or name == "head" or name.startswith("vision.")
+
+
+def _single(
+    family: Architecture, d: DecoderConfig, name: str, part: ParamSpec
+) -> dict[str, TensorSource]:
+    """The tensors of one part: one for each of its modules."""
+    sources = {}
+    prefix, _, last = name.rpartition(".")
+    several = len(part.modules) > 1
+    start = 0
+    for number, tensor in enumerate(APART[last] if several else NAMES[last]):
+        stem = _stem(prefix, tensor)
+        shape = (part.rows[number], *part.shape[1:]) if several else part.shape
+        heads = 0
+        if family.gguf_interleaved:
+            heads = {"attn_q": d.heads, "attn_k": d.kv_heads}.get(tensor, 0)
+        sources[f"{stem}.weight"] = TensorSource(
+            part=name,
+            shape=shape,
+            start=start,
+            heads=heads,
+        )
+        if part.bias:
+            sources[f"{stem}.bias"] = TensorSource(
+                part=name,
+                shape=shape[:1],
+                start=start,
+                heads=heads,
+            )
+        start += shape[0]
+    return sources
+
+
+def _stem(prefix: str, tensor: str) -> str:
+    """llama.cpp's name without '.weight': blk.3.ffn_up of ('layers.3', 'ffn_up')."""
+    if not prefix:
+        return tensor
+    block = prefix.replace("layers", "blk").removesuffix(".shared")
+    suffix = "_shexp" if prefix.endswith(".shared") else ""
+    return f"{block}.{tensor}{suffix}"
+
+
+def _stacked(d: DecoderConfig, name: str, part: ParamSpec) -> dict[str, TensorSource]:
     """The tensors that begin with this expert, or with the dense MLP that stands for all of them;
     {} for the others.
     """
     _, layer, *_, last = name.split(".")
     if ".experts." in name and ".experts.0." not in name:
         return {}
-    stack = tuple(name.replace("experts.0.", f"experts.{j}.") for j in range(d.experts.count))
-    found = {}
-    start = 0
+    count = d.mixture.count
+    stack = tuple(name.replace("experts.0.", f"experts.{j}.") for j in range(count))
+    sources = {}
     if last == "up" and not d.sparse(int(layer)):
-        found[f"blk.{layer}.ffn_gate_inp.weight"] = Place("", (d.experts.count, d.hidden))
-    for tensor, rows in zip(
-        APART["up"] if len(part.modules) > 1 else NAMES[last],
-        part.rows or part.shape[:1],
-        strict=True,
-    ):
-        found[f"blk.{layer}.{tensor}_exps.weight"] = Place(
-            name,
-            (len(stack), rows, *part.shape[1:]),
-            start,
+        # The router of a dense layer: zeros.
+        sources[f"blk.{layer}.ffn_gate_inp.weight"] = TensorSource("", (count, d.hidden))
+    several = len(part.modules) > 1
+    names = APART["up"] if several else NAMES[last]
+    row_counts = part.rows or part.shape[:1]
+    start = 0
+    for tensor, rows in zip(names, row_counts, strict=True):
+        stem = f"blk.{layer}.{tensor}_exps"
+        sources[f"{stem}.weight"] = TensorSource(
+            part=name,
+            shape=(count, rows, *part.shape[1:]),
+            start=start,
             stack=stack,
         )
         if part.bias:
-            found[f"blk.{layer}.{tensor}_exps.bias"] = Place(
-                name,
-                (len(stack), rows),
-                start,
+            sources[f"{stem}.bias"] = TensorSource(
+                part=name,
+                shape=(count, rows),
+                start=start,
                 stack=stack,
             )
         start += rows
-    return found
+    return sources
+
+
+def layer_matrices(
+    weights: CanonicalWeights, sources: Mapping[str, TensorSource]
+) -> dict[str, TensorSource]:
+    """Of the tensors of a file the weights of the layers' matrices: what GPTQ quantizes and a
+    budget is shared out among.
+    """
+    matrices = {}
+    for name, source in sources.items():
+        if not source.part.startswith("layers.") or not name.endswith(".weight"):
+            continue
+        if weights.parts[source.part].kind == "matrix":
+            matrices[name] = source
+    return matrices
 
 
 def rescaled(d: DecoderConfig) -> np.ndarray | None:
@@ -168,7 +220,9 @@ def rescaled(d: DecoderConfig) -> np.ndarray | None:
     width = 2 * len(d.rope_frequencies)
     plain = np.array([d.rope_theta ** (-2 * i / width) for i in range(width // 2)])
     factors = plain / np.array(d.rope_frequencies)
-    return None if np.abs(factors - 1).max() < 1e-6 else factors.astype(np.float32)
+    if np.abs(factors - 1).max() < 1e-6:
+        return None
+    return factors.astype(np.float32)
 
 
 class Centred(CanonicalWeights):
@@ -178,30 +232,32 @@ class Centred(CanonicalWeights):
     """
 
     def table(self, name: str) -> torch.Tensor:
-        found = super().table(name)
-        return found - found.mean(1, keepdim=True) if name == "embed" else found
+        table = super().table(name)
+        if name != "embed":
+            return table
+        return table - table.mean(1, keepdim=True)
 
     def matrix(self, name: str) -> Dense | Packed:
-        found = super().matrix(name)
+        matrix = super().matrix(name)
+        # Only the outputs of these are added to the residual stream.
         if not name.startswith("layers.") or not name.endswith((".o", ".down")):
-            return found
-        weight = found.dense()
-        bias = found.bias
-        return Dense(
-            weight - weight.mean(0, keepdim=True), None if bias is None else bias - bias.mean()
-        )
+            return matrix
+        weight = matrix.dense()
+        bias = matrix.bias
+        if bias is not None:
+            bias = bias - bias.mean()
+        return Dense(weight - weight.mean(0, keepdim=True), bias)
 
 
-def carried_bits(weights: CanonicalWeights, place: Place) -> int:
-    """4 or 8: in how many bits a place's packed integers are carried. Experts share one tensor, so
-    the widest of them decides.
+def preserved_bits(weights: CanonicalWeights, source: TensorSource) -> int:
+    """4 or 8: in how many bits the packed integers of a tensor are preserved. Experts share one
+    tensor, so the widest of them decides.
     """
-    return max(
-        4, *(weights.packing(weights.keys[part][0])[0] for part in place.stack or (place.part,))
-    )
+    widths = [weights.packing(weights.keys[part][0])[0] for part in source.parts]
+    return max(4, *widths)
 
 
-class Reader:
+class TensorReader:
     """Reads the tensors of a file in their order; a part is read once for all its tensors."""
 
     def __init__(self, weights: CanonicalWeights):
@@ -210,59 +266,74 @@ class Reader:
         self.weight: torch.Tensor | Packed | None = None
         self.bias: torch.Tensor | None = None
 
-    def read(self, place: Place, bias: bool, bits: int) -> np.ndarray:
+    def read(self, source: TensorSource, bias: bool, bits: int) -> np.ndarray:
         """float32 weight or bias, or with bits (4 or 8) the bytes of a packed weight."""
-        if not place.part:
-            return np.zeros(place.shape, np.float32)
-        if place.stack:
-            one = replace(place, shape=place.shape[1:], stack=())
-            return np.stack(
-                [self.read(replace(one, part=part), bias, bits) for part in place.stack]
-            )
-        if place.part != self.name:
-            self.weight = self.bias = None  # before the next one is read, or two would be in memory
-            self.weight, self.bias = self._part(place.part, bool(bits))
-            self.name = place.part
+        if not source.part:
+            return np.zeros(source.shape, np.float32)
+        if source.stack:
+            shape = source.shape[1:]
+            experts = [replace(source, shape=shape, stack=(), part=part) for part in source.stack]
+            return np.stack([self.read(expert, bias, bits) for expert in experts])
+        self._load(source.part, bool(bits))
         if bias:
-            # llama.cpp's graphs have a bias wherever the family stores one; a checkpoint may leave
-            # it out where it is zero.
-            return interleaved(
-                (
-                    self.bias.numpy()
-                    if self.bias is not None
-                    else np.zeros(place.rows.stop, np.float32)
-                ),
-                place,
-            )
-        if bits:
-            matrix = self.weight
-            cut = type(matrix)(
-                *(interleaved(getattr(matrix, f), place) for f in ("q", "scales", "zeros")),
-                matrix.g_idx,
-                matrix.bits,
-                matrix.group,
-                None,
-            )
-            return preserved_integers.carried(cut, place.part, bits)
-        return interleaved(self.weight.numpy(), place)
+            return self._bias(source)
+        if isinstance(self.weight, Packed):
+            rows = packed_rows(self.weight, source)
+            return preserved_integers.preserved(rows, source.part, bits)
+        if self.weight is None:
+            raise RuntimeError(f"{source.part} was not read")
+        return interleaved(self.weight.numpy(), source)
 
-    def _part(self, name: str, packed: bool) -> tuple[torch.Tensor | Packed, torch.Tensor | None]:
+    def _bias(self, source: TensorSource) -> np.ndarray:
+        # llama.cpp's graphs have a bias wherever the family stores one; a checkpoint may leave it
+        # out where it is zero.
+        if self.bias is None:
+            return interleaved(np.zeros(source.rows.stop, np.float32), source)
+        return interleaved(self.bias.numpy(), source)
+
+    def _load(self, name: str, packed: bool) -> None:
+        """Hold part `name`. packed: as its integers, not as the floats they stand for."""
+        if name == self.name:
+            return
+        # Let go of the last one before the next is read, or two would be in memory.
+        self.weight = None
+        self.bias = None
         kind = self.weights.parts[name].kind
         if kind == "table":
-            return self.weights.table(name), None
-        if kind == "norm":
-            return self.weights.norm(name)
-        matrix: Dense | Packed = self.weights.matrix(name)
-        return (matrix if packed else matrix.dense()), matrix.bias
+            self.weight = self.weights.table(name)
+        elif kind == "norm":
+            self.weight, self.bias = self.weights.norm(name)
+        else:
+            matrix = self.weights.matrix(name)
+            self.bias = matrix.bias
+            if packed and isinstance(matrix, Packed):
+                self.weight = matrix
+            else:
+                self.weight = matrix.dense()
+        self.name = name
 
 
-def interleaved(rows, place: Place):
-    """The rows of a place, of an array or tensor [rows, ...]; with heads, element i of a head's
-    first half is followed by element i of its second.
+def packed_rows(matrix: Packed, source: TensorSource) -> Packed:
+    """The rows of a packed matrix that a tensor of the file holds, without their bias."""
+    return replace(
+        matrix,
+        q=interleaved(matrix.q, source),
+        scales=interleaved(matrix.scales, source),
+        zeros=interleaved(matrix.zeros, source),
+        bias=None,
+    )
+
+
+def interleaved(rows: Any, source: TensorSource) -> Any:
+    """The rows of a tensor's source, of an array or torch tensor [rows, ...].
+
+    With heads, element i of a head's first half is followed by element i of its second half.
     """
-    cut = rows[place.rows]
-    if not place.heads:
-        return cut
-    halves = cut.reshape(place.heads, 2, cut.shape[0] // place.heads // 2, *cut.shape[1:])
-    turned = halves.swapaxes(1, 2)
-    return turned.reshape(cut.shape)
+    own_rows = rows[source.rows]
+    if not source.heads:
+        return own_rows
+    half = own_rows.shape[0] // source.heads // 2
+    # [heads, half of the head, element, ...]: swapping the two middle axes interleaves the halves.
+    halves = own_rows.reshape(source.heads, 2, half, *own_rows.shape[1:])
+    pairs = halves.swapaxes(1, 2)
+    return pairs.reshape(own_rows.shape)

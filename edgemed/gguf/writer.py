@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from edgemed.console import track
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf.library import ggml_base
 from edgemed.hardware.device import machine
-
-if TYPE_CHECKING:
-    pass
 
 ALIGNMENT = 32
 CHUNK = 1 << 19  # weights per quantization task: large against the call, small against a tensor
@@ -47,9 +44,14 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        gguf = need("gguf", "build")
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
-        return int(np.prod(self.shape, dtype=np.int64)) // block * size
+        return tensor_bytes(self.shape, self.type)
+
+
+def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor of this shape in a ggml type."""
+    gguf = need("gguf", "build")
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(np.prod(shape, dtype=np.int64)) // block * size
 
 
 def write(
@@ -81,20 +83,27 @@ def write(
     file = writer.fout[0]
     try:
         with Encoder(threads) as encoder:
+            followers: list[Tensor | None] = [*tensors[1:], None]
             data = tensors[0].read()
-            for tensor, following in track(
-                list(zip(tensors, [*tensors[1:], None], strict=True)), "gguf"
-            ):
-                finish = (lambda data=data: data) if tensor.encoded else encoder.start(tensor, data)
-                data = following.read() if following else None
+            for tensor, following in track(list(zip(tensors, followers, strict=True)), "gguf"):
+                finish = _started(encoder, tensor, data)
+                # The next tensor is read while the threads quantize this one.
+                if following is not None:
+                    data = following.read()
                 # Plain writes, not numpy's tofile: that one hides 'disk full' behind an error
                 # without a number.
                 file.write(bytes(-file.tell() % ALIGNMENT))
-                file.write(memoryview(finish()).cast("B"))
+                file.write(memoryview(finish().data).cast("B"))
                 del finish
         file.write(bytes(-file.tell() % ALIGNMENT))
     finally:
         writer.close()
+
+
+def _started(encoder: Encoder, tensor: Tensor, data: np.ndarray) -> Callable[[], np.ndarray]:
+    if tensor.encoded:
+        return lambda: data
+    return encoder.start(tensor, data)
 
 
 class Encoder:
@@ -117,27 +126,28 @@ class Encoder:
 
         That call raises EdgemedError where a weight does not fit the type.
         """
-        data = np.ascontiguousarray(data, np.float32)
+        values = np.ascontiguousarray(data, np.float32)
         if tensor.type == "F32":
-            return lambda: data.view(np.uint8)
-        columns = data.shape[-1]
-        data = data.reshape(-1, columns)
-        rows = len(data)
+            return lambda: values.view(np.uint8)
+        columns = values.shape[-1]
+        matrix = values.reshape(-1, columns)
+        rows = len(matrix)
         kind = int(self.types[tensor.type])
         # The tables behind the IQ types are made once, before the threads need them.
         self.ggml.ggml_quantize_init(kind)
         out = np.empty((rows, tensor.nbytes // rows), np.uint8)
-        importance = (
-            None
-            if tensor.importance is None
-            else np.ascontiguousarray(tensor.importance, np.float32).reshape(-1, columns)
-        )
-        # Experts have an importance each, over their own rows.
-        group = rows if importance is None else rows // len(importance)
+        importance = None
+        group = rows
+        if tensor.importance is not None:
+            importance = np.ascontiguousarray(tensor.importance, np.float32).reshape(-1, columns)
+            # Experts have an importance each, over their own rows.
+            group = rows // len(importance)
 
         def quantize(start: int, count: int) -> None:
             target = out[start:].ctypes.data
-            source = data.ctypes.data + start * columns * 4
+            # Addresses in bytes: a float32 has four.
+            source = matrix.ctypes.data + start * columns * 4
+            weights = None if importance is None else importance[start // group].ctypes.data
             size = self.ggml.ggml_quantize_chunk(
                 kind,
                 source,
@@ -145,7 +155,7 @@ class Encoder:
                 0,
                 count,
                 columns,
-                None if importance is None else importance[start // group].ctypes.data,
+                weights,
             )
             if not self.ggml.ggml_validate_row_data(kind, target, size):
                 raise EdgemedError(
@@ -154,12 +164,13 @@ class Encoder:
                 )
 
         step = max(1, CHUNK // columns)
-        # No task reaches from one expert into the next.
-        tasks = [
-            self.pool.submit(quantize, start, min(step, first + group - start))
-            for first in range(0, rows, group)
-            for start in range(first, first + group, step)
-        ]
+        tasks = []
+        for first in range(0, rows, group):
+            end = first + group
+            for start in range(first, end, step):
+                # No task reaches from one expert into the next.
+                count = min(step, end - start)
+                tasks.append(self.pool.submit(quantize, start, count))
 
         def finish() -> np.ndarray:
             for task in tasks:
@@ -175,9 +186,11 @@ class Encoder:
         block, size = need("gguf", "build").GGML_QUANT_SIZES[self.types[kind]]
         data = np.ascontiguousarray(data)
         out = np.empty((len(data), data.shape[1] // size * block), np.float32)
-        routine = self.ggml[
-            f"dequantize_row_{kind.lower().removesuffix('_k')}{'_K' if kind.endswith('_K') else ''}"
-        ]
+        # ggml spells dequantize_row_q4_0, but dequantize_row_q4_K.
+        spelled = kind.lower()
+        if kind.endswith("_K"):
+            spelled = kind[:-2].lower() + "_K"
+        routine = self.ggml[f"dequantize_row_{spelled}"]
         routine.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         routine.restype = None
         routine(data.ctypes.data, out.ctypes.data, out.size)

@@ -9,10 +9,10 @@ and TensorRT plain ONNX from the same walk over the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -49,14 +49,21 @@ class Precision:
 
 class Dialect(Protocol):
     """The nodes a runtime wants. Each method adds nodes to the graph and returns the name of the
-    result. chosen_only: of a mixture's experts those that no token chose are not read. A target
-    that reads experts whole (Weights) has no `based`.
+    result.
+
+    chosen_only: of a mixture's experts those that no token chose are not read. domains: operator
+    domain -> version, besides the default domain. widths: bits per integer of the quantized
+    products it has.
     """
 
-    opset: int
-    chosen_only: bool
-    domains: dict[str, int]
-    widths: tuple[int, ...]  # bits per integer of the quantized products it has
+    @property
+    def opset(self) -> int: ...
+    @property
+    def chosen_only(self) -> bool: ...
+    @property
+    def domains(self) -> Mapping[str, int]: ...
+    @property
+    def widths(self) -> tuple[int, ...]: ...
 
     def inputs(self, graph: Graph, d: DecoderConfig) -> None: ...
     def residual_norm(
@@ -74,9 +81,6 @@ class Dialect(Protocol):
     def experts(
         self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
     ) -> str: ...
-    def based(
-        self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
-    ) -> str: ...
     def quantized(
         self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None
     ) -> str: ...
@@ -88,6 +92,18 @@ class Dialect(Protocol):
         ints: Ints,
         bias: np.ndarray | None,
         largest: float | None,
+    ) -> str: ...
+
+
+@runtime_checkable
+class SharedBaseDialect(Protocol):
+    """A dialect that can leave experts stored as one shared matrix and differences as they are.
+
+    A target whose dialect is none reads such experts as whole matrices (CanonicalWeights, whole).
+    """
+
+    def shared_base_experts(
+        self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
     ) -> str: ...
 
 
@@ -180,18 +196,19 @@ class Graph:
             ):
                 tensor.external_data.add(key=key, value=str(value))
             # as bytes: Python's buffers know no bfloat16
-            self.data.write(memoryview(array.view(np.uint8)).cast("B"))
+            self.data.write(memoryview(array.view(np.uint8).data).cast("B"))
             self.offset += array.nbytes
         self.tensors.append(tensor)
-        self.layer_bytes += round(array.nbytes * self.share) if counted else 0
+        if counted:
+            self.layer_bytes += round(array.nbytes * self.share)
         return name
 
     def floats(
         self, name: str, tensor: torch.Tensor, counted: bool = True, stream: bool = False
     ) -> str:
-        return self.constant(
-            name, tensor.numpy().astype(self.stream if stream else self.precision.floats), counted
-        )
+        """Store a float tensor in the format of the activations, or of the residual stream."""
+        kind = self.stream if stream else self.precision.floats
+        return self.constant(name, tensor.numpy().astype(kind), counted)
 
     def cast(self, x: str, have: str, want: str, name: str) -> str:
         """x in the format `want`; no node where it has that already."""
@@ -201,21 +218,32 @@ class Graph:
         """An If: what then() adds and returns where the condition holds, else the tensor
         `otherwise`. then() may read everything outside.
         """
-        ways = {}
-        for way, build in (
-            ("then", then),
-            ("else", lambda: self.node("Identity", [otherwise], f"{name}.kept")),
-        ):
-            outside = (self.nodes, self.tensors)
-            self.nodes = []
-            self.tensors = []
-            result = self.onnx.helper.make_tensor_value_info(build(), self.float_type, None)
-            # Weights lie inside, where runtimes look for those of a quantized product.
-            ways[f"{way}_branch"] = self.onnx.helper.make_graph(
-                self.nodes, f"{name}.{way}", [], [result], initializer=self.tensors
-            )
-            self.nodes, self.tensors = outside
-        return self.node("If", [condition], name, **ways)
+
+        def keep() -> str:
+            return self.node("Identity", [otherwise], f"{name}.kept")
+
+        return self.node(
+            "If",
+            [condition],
+            name,
+            then_branch=self._branch(f"{name}.then", then),
+            else_branch=self._branch(f"{name}.else", keep),
+        )
+
+    def _branch(self, name: str, build: Callable[[], str]) -> Any:
+        """A graph of its own, of the nodes and tensors that build() adds."""
+        outer_nodes = self.nodes
+        outer_tensors = self.tensors
+        self.nodes = []
+        self.tensors = []
+        result = self.onnx.helper.make_tensor_value_info(build(), self.float_type, None)
+        # Weights lie inside, where runtimes look for those of a quantized product.
+        branch = self.onnx.helper.make_graph(
+            self.nodes, name, [], [result], initializer=self.tensors
+        )
+        self.nodes = outer_nodes
+        self.tensors = outer_tensors
+        return branch
 
     def value(self, kind: str, name: str, dtype: int, shape: list[int | str]) -> None:
         getattr(self, kind).append(self.onnx.helper.make_tensor_value_info(name, dtype, shape))
@@ -242,10 +270,9 @@ class Graph:
         graph = helper.make_graph(
             self.nodes, name, self.inputs, self.outputs, initializer=self.tensors
         )
-        opsets = [
-            helper.make_opsetid("", dialect.opset),
-            *(helper.make_opsetid(d, v) for d, v in dialect.domains.items()),
-        ]
+        opsets = [helper.make_opsetid("", dialect.opset)]
+        for domain, version in dialect.domains.items():
+            opsets.append(helper.make_opsetid(domain, version))
         model = helper.make_model(
             graph, opset_imports=opsets, producer_name="edgemed", ir_version=10
         )
@@ -264,33 +291,41 @@ def linear(
     its integers.
     """
     matrix = weights.matrix(name)
-    bits = None if exact else graph.precision.bits
-    bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
-    shape = (matrix.q if isinstance(matrix, Packed) else matrix.weight).shape
+    bias = None
+    if matrix.bias is not None:
+        bias = matrix.bias.numpy().astype(graph.precision.floats)
     if graph.precision.integers and not exact:
-        q, scales = (
-            (matrix.q, matrix.scales)
-            if isinstance(matrix, Packed)
-            else rtn(matrix.dense(), 8, matrix.weight.shape[1])
-        )
-        y = dialect.w8a8(
-            graph,
-            name,
-            x,
-            Ints(
-                q.numpy(),
-                scales.numpy(),
-                8,
-                q.shape[1],
-            ),
-            bias,
-            weights.activation_ranges.get(name),
-        )
-        return with_adapter(graph, name, shape, x, y)
-    if bits is None:
+        # Activations are integers too.
+        ints = ints_by_rows(matrix)
+        y = dialect.w8a8(graph, name, x, ints, bias, weights.activation_ranges.get(name))
+    elif graph.precision.bits is not None and not exact:
+        y = quantized_linear(graph, dialect, name, x, matrix, bias)
+    else:
         return float_linear(graph, name, x, matrix.dense(), bias)
-    return with_adapter(
-        graph, name, shape, x, quantized_linear(graph, dialect, name, x, matrix, bias)
+    return with_adapter(graph, name, shape_of(matrix), x, y)
+
+
+def shape_of(matrix: Dense | Packed) -> tuple[int, ...]:
+    """(out, in)."""
+    if isinstance(matrix, Packed):
+        return tuple(matrix.q.shape)
+    return tuple(matrix.weight.shape)
+
+
+def ints_by_rows(matrix: Dense | Packed) -> Ints:
+    """int8 with one scale per output: a packed matrix's own, or a dense one's quantized to
+    nearest.
+    """
+    if isinstance(matrix, Packed):
+        q = matrix.q
+        scales = matrix.scales
+    else:
+        q, scales = rtn(matrix.weight, 8, matrix.weight.shape[1])
+    return Ints(
+        q=q.numpy(),
+        scales=scales.numpy(),
+        bits=8,
+        block=q.shape[1],
     )
 
 
@@ -324,45 +359,33 @@ def quantized_linear(
     matrix: Dense | Packed,
     bias: np.ndarray | None,
 ) -> str:
-    """The same in integers: a packed matrix's own, or a dense one's rounded to nearest in the
-    graph's bits and group.
+    """x [.., in] -> x W^T + b [.., out] in integers: those of a packed matrix, or of a dense one
+    quantized to nearest in the graph's bits and group.
     """
     if isinstance(matrix, Packed):
         if matrix.g_idx is not None:
             # Old act-order checkpoints number their groups freely: put the inputs of one group side
             # by side.
             order = matrix.g_idx.argsort(stable=True)
-            x = graph.node(
-                "Gather",
-                [x, graph.constant(f"{name}.order", order.numpy())],
-                f"{name}.ordered",
-                axis=-1,
-            )
-            matrix = Packed(
-                matrix.q[:, order],
-                matrix.scales,
-                matrix.zeros,
-                None,
-                matrix.bits,
-                matrix.group,
-                matrix.bias,
-            )
+            indices = graph.constant(f"{name}.order", order.numpy())
+            x = graph.node("Gather", [x, indices], f"{name}.ordered", axis=-1)
+            matrix = replace(matrix, q=matrix.q[:, order], g_idx=None)
         return dialect.quantized(graph, name, x, block_ints(matrix, dialect.widths), bias)
-    weight = matrix.dense()
-    group = weight.shape[1] if graph.precision.group == -1 else graph.precision.group
-    q, scales = rtn(weight, graph.precision.bits, group)
-    return dialect.quantized(
-        graph,
-        name,
-        x,
-        Ints(
-            q.numpy(),
-            scales.numpy(),
-            graph.precision.bits,
-            group,
-        ),
-        bias,
+    bits = graph.precision.bits
+    if bits is None:
+        raise ValueError(f"{name} is to be quantized in a graph of floats")
+    weight = matrix.weight
+    group = graph.precision.group
+    if group == -1:
+        group = weight.shape[1]
+    q, scales = rtn(weight, bits, group)
+    ints = Ints(
+        q=q.numpy(),
+        scales=scales.numpy(),
+        bits=bits,
+        block=group,
     )
+    return dialect.quantized(graph, name, x, ints, bias)
 
 
 def low_rank(graph: Graph, dialect: Dialect, weights: CanonicalWeights, name: str, x: str) -> str:
@@ -371,34 +394,33 @@ def low_rank(graph: Graph, dialect: Dialect, weights: CanonicalWeights, name: st
     """
     a = weights.factor(f"{name}.a")
     b = weights.factor(f"{name}.b")
-    bias = (
-        weights.factor(f"{name}.bias").numpy().astype(graph.precision.floats)
-        if f"{name}.bias" in weights.stored
-        else None
-    )
+    bias = None
+    if f"{name}.bias" in weights.stored:
+        bias = weights.factor(f"{name}.bias").numpy().astype(graph.precision.floats)
     if graph.precision.bits is None:
-        return float_linear(
-            graph, f"{name}.b", float_linear(graph, f"{name}.a", x, a, None), b, bias
-        )
+        low = float_linear(graph, f"{name}.a", x, a, None)
+        return float_linear(graph, f"{name}.b", low, b, bias)
     spare = -len(a) % 32
-    for form, factor, added in (
-        ("a", np.pad(a.numpy(), ((0, spare), (0, 0))), None),
-        ("b", np.pad(b.numpy(), ((0, 0), (0, spare))), bias),
-    ):
-        q, scales = ggml_q8(factor)
-        x = dialect.quantized(
-            graph,
-            f"{name}.{form}",
-            x,
-            Ints(
-                q,
-                scales,
-                8,
-                32,
-            ),
-            added,
-        )
-    return x
+    low = q8_linear(graph, dialect, f"{name}.a", x, np.pad(a.numpy(), ((0, spare), (0, 0))), None)
+    return q8_linear(
+        graph, dialect, f"{name}.b", low, np.pad(b.numpy(), ((0, 0), (0, spare))), bias
+    )
+
+
+def q8_linear(
+    graph: Graph, dialect: Dialect, name: str, x: str, weight: np.ndarray, bias: np.ndarray | None
+) -> str:
+    """x [.., in] -> x W^T + b [.., out], the weight float32 [out, in] in 8 bits of 32 (the grid of
+    GGUF's Q8_0).
+    """
+    q, scales = ggml_q8(weight)
+    ints = Ints(
+        q=q,
+        scales=scales,
+        bits=8,
+        block=32,
+    )
+    return dialect.quantized(graph, name, x, ints, bias)
 
 
 def w8a8_refused(weights: CanonicalWeights) -> str | None:
@@ -408,15 +430,16 @@ def w8a8_refused(weights: CanonicalWeights) -> str | None:
             "w8a8 is not written for mixtures of experts, whose tokens are gathered; use precision"
             " int8"
         )
-    stored = weights.packings()
-    if stored and (
-        stored != {(8, -1)}
-        or not weights.quantization.get("sym", True)
-        or weights.quantization.get("desc_act", False)
-    ):
+    packings = weights.packings()
+    if not packings:
+        return None
+    config = weights.quantization or {}
+    symmetric = config.get("sym", True) and not config.get("desc_act", False)
+    if packings != {(8, -1)} or not symmetric:
         return (
             "w8a8 takes symmetric int8 with one scale per output, the checkpoint holds"
-            f" {labelled(stored)}; quantize with method smoothquant, or export the float checkpoint"
+            f" {labelled(packings)}; quantize with method smoothquant, or export the float"
+            " checkpoint"
         )
     return None
 
@@ -426,12 +449,10 @@ def float_linear(
 ) -> str:
     y = graph.node("MatMul", [x, graph.floats(f"{name}.weight", weight.T)], f"{name}.product")
     # Before the bias, which onnxruntime fuses with what follows.
-    y = with_adapter(graph, name, weight.shape, x, y)
-    return (
-        graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name)
-        if bias is not None
-        else y
-    )
+    y = with_adapter(graph, name, tuple(weight.shape), x, y)
+    if bias is None:
+        return y
+    return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name)
 
 
 def mlp(graph: Graph, dialect: Dialect, weights: CanonicalWeights, n: int, x: str) -> str:
@@ -440,86 +461,71 @@ def mlp(graph: Graph, dialect: Dialect, weights: CanonicalWeights, n: int, x: st
     name = f"layers.{n}"
     if not d.sparse(n):
         return one_mlp(graph, dialect, weights, name, x)
+    experts = d.mixture
     gates, chosen = routed(graph, weights, name, x)
-    if d.experts.has_shared_base:
-        y = dialect.based(graph, weights, n, x, gates, chosen)
-        return (
-            graph.node(
-                "Add", [y, one_mlp(graph, dialect, weights, f"{name}.shared", x)], f"{name}.mixed"
-            )
-            if d.experts.shared
-            else y
-        )
-    graph.share = d.experts.active / d.experts.count if dialect.chosen_only else 1.0
-    y = dialect.experts(graph, weights, n, x, gates, chosen)
-    graph.share = 1.0
-    return (
-        graph.node(
-            "Add", [y, one_mlp(graph, dialect, weights, f"{name}.shared", x)], f"{name}.mixed"
-        )
-        if d.experts.shared
-        else y
-    )
+    if experts.has_shared_base:
+        if not isinstance(dialect, SharedBaseDialect):
+            raise ValueError("experts that share a matrix are read whole for this dialect")
+        y = dialect.shared_base_experts(graph, weights, n, x, gates, chosen)
+    else:
+        if dialect.chosen_only:
+            graph.share = experts.active / experts.count
+        y = dialect.experts(graph, weights, n, x, gates, chosen)
+        graph.share = 1.0
+    if not experts.shared:
+        return y
+    shared = one_mlp(graph, dialect, weights, f"{name}.shared", x)
+    return graph.node("Add", [y, shared], f"{name}.mixed")
 
 
 def one_mlp(graph: Graph, dialect: Dialect, weights: CanonicalWeights, name: str, x: str) -> str:
     """What one MLP, of a layer or an expert, gives for x [.., hidden]."""
-    y = activated(
-        graph, dialect, weights.decoder, name, linear(graph, dialect, weights, f"{name}.up", x)
-    )
-    return linear(graph, dialect, weights, f"{name}.down", y)
+    up = linear(graph, dialect, weights, f"{name}.up", x)
+    inner = activated(graph, dialect, weights.decoder, name, up)
+    return linear(graph, dialect, weights, f"{name}.down", inner)
 
 
 def activated(graph: Graph, dialect: Dialect, d: DecoderConfig, name: str, y: str) -> str:
     """What the MLP's 'down' reads, from what its 'up' gives."""
-    if d.gated:
-        gate = f"{name}.gate"
-        up = f"{name}.value"
-        graph.node("Split", [y], f"{name}.halves", [gate, up], axis=-1, num_outputs=2)
-        return graph.node(
-            "Mul", [dialect.activation(graph, d, f"{name}.act", gate), up], f"{name}.gated"
-        )
-    return dialect.activation(graph, d, f"{name}.act", y)
+    if not d.gated:
+        return dialect.activation(graph, d, f"{name}.act", y)
+    gate = f"{name}.gate"
+    up = f"{name}.value"
+    graph.node("Split", [y], f"{name}.halves", [gate, up], axis=-1, num_outputs=2)
+    gate = dialect.activation(graph, d, f"{name}.act", gate)
+    return graph.node("Mul", [gate, up], f"{name}.gated")
 
 
 def routed(graph: Graph, weights: CanonicalWeights, name: str, x: str) -> tuple[str, str]:
     """(gates float32, experts chosen int64), each [1, T, active], of x [1, T, hidden]; float32 in
-    every precision (family.Experts).
+    every precision (ExpertsConfig).
     """
-    e = weights.decoder.experts
+    experts = weights.decoder.mixture
     node = graph.node
+    constant = graph.constant
     router = weights.matrix(f"{name}.router")
     wide = graph.cast(x, graph.precision.floats, "float32", f"{name}.router.input")
-    scores = node(
-        "MatMul",
-        [wide, graph.constant(f"{name}.router.weight", router.dense().numpy().T)],
-        f"{name}.router.product",
-    )
+    weight = constant(f"{name}.router.weight", router.dense().numpy().T)
+    logits = node("MatMul", [wide, weight], f"{name}.router.product")
     if router.bias is not None:
-        scores = node(
-            "Add",
-            [scores, graph.constant(f"{name}.router.bias", router.bias.numpy())],
-            f"{name}.router",
-        )
+        bias = constant(f"{name}.router.bias", router.bias.numpy())
+        logits = node("Add", [logits, bias], f"{name}.router")
     gates = f"{name}.gates"
     chosen = f"{name}.chosen"
-    probabilities = node("Softmax", [scores], f"{name}.probabilities", axis=-1)
+    probabilities = node("Softmax", [logits], f"{name}.probabilities", axis=-1)
+    active = constant(f"{name}.active", np.array([experts.active]))
     node(
         "TopK",
-        [probabilities, graph.constant(f"{name}.active", np.array([e.active]))],
+        [probabilities, active],
         f"{name}.best",
         [gates, chosen],
         axis=-1,
         largest=1,
         sorted=1,
     )
-    if e.renormalised:
-        total = node(
-            "ReduceSum",
-            [gates, graph.constant(f"{name}.gate_axis", np.array([-1]))],
-            f"{name}.gate_sum",
-            keepdims=1,
-        )
+    if experts.renormalised:
+        axis = constant(f"{name}.gate_axis", np.array([-1]))
+        total = node("ReduceSum", [gates, axis], f"{name}.gate_sum", keepdims=1)
         gates = node("Div", [gates, total], f"{name}.shares")
     return gates, chosen
 
@@ -530,28 +536,21 @@ def shares(graph: Graph, d: DecoderConfig, n: int, gates: str, chosen: str) -> l
     """
     name = f"layers.{n}"
     node = graph.node
-    last = graph.constant(f"{name}.last_axis", np.array([-1]))
-    numbers = graph.constant(f"{name}.numbers", np.arange(d.experts.count).reshape(1, 1, 1, -1))
-    same = node(
-        "Equal", [node("Unsqueeze", [chosen, last], f"{name}.chosen_wide"), numbers], f"{name}.same"
-    )
-    spread = node(
-        "Where",
-        [
-            same,
-            node("Unsqueeze", [gates, last], f"{name}.gates_wide"),
-            graph.constant(f"{name}.no_gate", np.zeros(1, np.float32), dims=()),
-        ],
-        f"{name}.spread",
-    )
-    table = node(
-        "ReduceSum",
-        [spread, graph.constant(f"{name}.slots", np.array([2]))],
-        f"{name}.table",
-        keepdims=0,
-    )
-    columns = [f"{name}.experts.{j}.share" for j in range(d.experts.count)]
-    node("Split", [table], f"{name}.columns", columns, axis=2, num_outputs=d.experts.count)
+    count = d.mixture.count
+    last_axis = graph.constant(f"{name}.last_axis", np.array([-1]))
+    numbers = graph.constant(f"{name}.numbers", np.arange(count).reshape(1, 1, 1, -1))
+    # [1, T, active, 1] against [1, 1, 1, count]: which expert each of a token's slots has.
+    chosen_wide = node("Unsqueeze", [chosen, last_axis], f"{name}.chosen_wide")
+    same = node("Equal", [chosen_wide, numbers], f"{name}.same")
+    # The gate at that expert's place and 0 elsewhere: [1, T, active, count].
+    gates_wide = node("Unsqueeze", [gates, last_axis], f"{name}.gates_wide")
+    no_gate = graph.constant(f"{name}.no_gate", np.zeros(1, np.float32), dims=())
+    spread = node("Where", [same, gates_wide, no_gate], f"{name}.spread")
+    # A token's slots have different experts, so their sum is a table [1, T, count].
+    slots = graph.constant(f"{name}.slots", np.array([2]))
+    table = node("ReduceSum", [spread, slots], f"{name}.table", keepdims=0)
+    columns = [f"{name}.experts.{j}.share" for j in range(count)]
+    node("Split", [table], f"{name}.columns", columns, axis=2, num_outputs=count)
     return columns
 
 
@@ -559,32 +558,29 @@ def used(graph: Graph, n: int, share: str) -> str:
     """Whether any token has this share of an expert of layer n: a bool without axes, as a condition
     must be.
     """
-    return graph.node(
-        "Greater",
-        [graph.node("ReduceMax", [share], f"{share}.largest", keepdims=0), f"layers.{n}.no_gate"],
-        f"{share}.used",
-    )
+    largest = graph.node("ReduceMax", [share], f"{share}.largest", keepdims=0)
+    return graph.node("Greater", [largest, f"layers.{n}.no_gate"], f"{share}.used")
 
 
 def embedding(graph: Graph, weights: CanonicalWeights) -> str:
     """tokens [1, T], positions [1, T] -> hidden states [1, T, hidden]."""
-    rows = []
     d = weights.decoder
-    for name, index in (
-        ("embed", "tokens"),
-        *((("positions", "positions"),) if d.positions == "learned" else ()),
-    ):
-        table = weights.table(name).numpy()
-        table = table.astype("float16" if graph.precision.small_tables else graph.precision.floats)
-        row = graph.node(
-            "Gather", [graph.constant(f"{name}.table", table, counted=False), index], f"{name}.row"
-        )
-        rows.append(graph.cast(row, str(table.dtype), graph.stream, f"{name}.value"))
-    x = graph.node("Add", rows, "text") if len(rows) > 1 else rows[0]
-    return with_pictures(graph, d, x) if weights.vision else x
+    x = _looked_up(graph, weights, "embed", "tokens")
+    if d.positions == "learned":
+        x = graph.node("Add", [x, _looked_up(graph, weights, "positions", "positions")], "text")
+    return with_image_features(graph, d, x) if weights.vision else x
 
 
-def with_pictures(graph: Graph, d: DecoderConfig, x: str) -> str:
+def _looked_up(graph: Graph, weights: CanonicalWeights, name: str, index: str) -> str:
+    """Rows of an embedding table, in the stream's format."""
+    kind = "float16" if graph.precision.small_tables else graph.precision.floats
+    table = weights.table(name).numpy().astype(kind)
+    stored = graph.constant(f"{name}.table", table, counted=False)
+    row = graph.node("Gather", [stored, index], f"{name}.row")
+    return graph.cast(row, str(table.dtype), graph.stream, f"{name}.value")
+
+
+def with_image_features(graph: Graph, d: DecoderConfig, x: str) -> str:
     """Image features in their places: input feature_rows int64 [1, T] says which row of features
     [n, hidden] a token is, -1 for text.
     """
@@ -592,22 +588,14 @@ def with_pictures(graph: Graph, d: DecoderConfig, x: str) -> str:
     graph.value("inputs", "feature_rows", onnx.INT64, [1, "new"])
     graph.value("inputs", "features", onnx.FLOAT, ["features", d.hidden])
     zero = graph.constant("features.zero", np.array(0))
-    picked = graph.node(
-        "Gather",
-        ["features", graph.node("Max", ["feature_rows", zero], "features.picked")],
-        "features.row",
-        axis=0,
-    )
+    # Text reads row 0, which is then not used.
+    rows = graph.node("Max", ["feature_rows", zero], "features.picked")
+    picked = graph.node("Gather", ["features", rows], "features.row", axis=0)
     picked = graph.cast(picked, "float32", graph.stream, "features.cast")
-    seen = graph.node(
-        "Unsqueeze",
-        [
-            graph.node("GreaterOrEqual", ["feature_rows", zero], "features.seen"),
-            graph.constant("features.axis", np.array([2])),
-        ],
-        "features.mask",
-    )
-    return graph.node("Where", [seen, picked, x], "hidden")
+    is_image = graph.node("GreaterOrEqual", ["feature_rows", zero], "features.seen")
+    axis = graph.constant("features.axis", np.array([2]))
+    mask = graph.node("Unsqueeze", [is_image, axis], "features.mask")
+    return graph.node("Where", [mask, picked, x], "hidden")
 
 
 def scores(graph: Graph, dialect: Dialect, weights: CanonicalWeights, x: str) -> None:
@@ -620,33 +608,19 @@ def scores(graph: Graph, dialect: Dialect, weights: CanonicalWeights, x: str) ->
     picked = graph.node("Gather", [x, "select"], "picked", axis=1)
     name = "lm_head" if d.head == "lm" else "head"
     matrix = weights.matrix(name)
-    bias = matrix.bias.numpy().astype(graph.precision.floats) if matrix.bias is not None else None
+    bias = None
+    if matrix.bias is not None:
+        bias = matrix.bias.numpy().astype(graph.precision.floats)
     if name == "lm_head" and graph.precision.small_tables and d.hidden % 32 == 0:
-        q, scale = ggml_q8(matrix.dense().numpy())
-        y = dialect.quantized(
-            graph,
-            name,
-            picked,
-            Ints(
-                q,
-                scale,
-                8,
-                32,
-            ),
-            bias,
-        )
+        y = q8_linear(graph, dialect, name, picked, matrix.dense().numpy(), bias)
     else:
         y = float_linear(graph, name, picked, matrix.dense(), bias)
     if graph.precision.floats == "float32":
         graph.node("Identity", [y], "scores")
     else:
         graph.node("Cast", [y], "scores", to=onnx.TensorProto.FLOAT)
-    graph.value(
-        "outputs",
-        "scores",
-        onnx.TensorProto.FLOAT,
-        [1, "selected", d.vocab if d.head == "lm" else d.head_size],
-    )
+    width = d.vocab if d.head == "lm" else d.head_size
+    graph.value("outputs", "scores", onnx.TensorProto.FLOAT, [1, "selected", width])
 
 
 def build_decoder(
@@ -672,32 +646,24 @@ def build_decoder(
         while graph.changes:
             change = graph.changes.pop()
             x = graph.node("Add", [x, change], f"{change}d")
-        return dialect.residual_norm(
-            graph,
-            d,
-            name,
-            x,
-            branch,
-            graph.floats(f"{name}.weight", weight, stream=True),
-            None if bias is None else graph.floats(f"{name}.bias", bias, stream=True),
-        )
+        scale = graph.floats(f"{name}.weight", weight, stream=True)
+        shift = None
+        if bias is not None:
+            shift = graph.floats(f"{name}.bias", bias, stream=True)
+        return dialect.residual_norm(graph, d, name, x, branch, scale, shift)
 
     x = embedding(graph, weights)
-    branch = None
+    # What the last half of a layer adds to the residual stream; the next norm adds it.
+    branch: str | None = None
     for n in track(range(d.layers), "onnx graph"):
         name = f"layers.{n}"
         x, read = norm(f"{name}.attn_norm", x, branch)
-        branch = linear(
-            graph,
-            dialect,
-            weights,
-            f"{name}.o",
-            dialect.attention(graph, d, n, linear(graph, dialect, weights, f"{name}.qkv", read)),
-        )
+        qkv = linear(graph, dialect, weights, f"{name}.qkv", read)
+        mixed = dialect.attention(graph, d, n, qkv)
+        branch = linear(graph, dialect, weights, f"{name}.o", mixed)
         if d.parallel:
-            branch = graph.node(
-                "Add", [branch, mlp(graph, dialect, weights, n, read)], f"{name}.branches"
-            )
+            mlp_branch = mlp(graph, dialect, weights, n, read)
+            branch = graph.node("Add", [branch, mlp_branch], f"{name}.branches")
         else:
             x, read = norm(f"{name}.mlp_norm", x, branch)
             branch = mlp(graph, dialect, weights, n, read)

@@ -1,14 +1,14 @@
 """ONNX Runtime's own operators for the graphs we write: the fastest measured for one sequence, and
 the only ones that keep 4- and 8-bit weights packed.
 
-A module of its own because engines of several targets run their vision towers on ONNX Runtime,
-whatever runtime the text decoder has.
+It is a module of its own because engines of several targets run their vision towers on ONNX
+Runtime, whatever runtime the text decoder has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgemed.onnx.decoder_graph import Graph
 
 MS = "com.microsoft"
+# The integer for 0 where a row of activations becomes integers 0..255.
+MIDDLE = 128
 ROPE = ("rope.cos", "rope.sin")
 # For every session with products of 8-bit integers: on x86 CPUs without VNNI their sums overflow,
 # and with this they take a slower way that does not.
@@ -31,7 +33,7 @@ WIDE_SUMS = ("session.x64quantprecision", "1")
 
 class OrtDialect:
     """ONNX Runtime's operators: GroupQueryAttention, MatMulNBits, SkipLayerNormalization, FastGelu
-    (domain com.microsoft).
+    (domain com.microsoft). See Dialect, SharedBaseDialect and VisionDialect.
 
     kv: (key scale, value scale) of each layer, float32 [1, kv_heads, 1, head_dim], where the cache
     is int8; None where it has the activations' format.
@@ -49,15 +51,15 @@ class OrtDialect:
         int32 = graph.onnx.TensorProto.INT32
         graph.value("inputs", "last_index", int32, [1])  # index of the newest position: total - 1
         graph.value("inputs", "total", int32, [1])
-        shape = [1, d.kv_heads, "context", d.head_dim]
+        shape: list[int | str] = [1, d.kv_heads, "context", d.head_dim]
         cached = graph.onnx.TensorProto.INT8 if self.kv else graph.float_type
         for n in range(d.layers):
             for part in ("key", "value"):
                 graph.value("inputs", f"past.{n}.{part}", cached, shape)
                 graph.value("outputs", f"present.{n}.{part}", cached, shape)
         if d.positions == "rope":
-            # Rows are filled by the session, so that what a position means (one number, or three
-            # for an image) is not the graph's business.
+            # The session fills the rows. What a position means (one number, or three for an image)
+            # is not the graph's business.
             for table in ROPE:
                 graph.value("inputs", table, graph.float_type, ["context", len(d.rope_frequencies)])
 
@@ -94,27 +96,20 @@ class OrtDialect:
         return f"{name}.sum", name
 
     def attention(self, graph: Graph, d: DecoderConfig, layer: int, qkv: str) -> str:
-        past = [f"past.{layer}.key", f"past.{layer}.value"]
         name = f"layers.{layer}.attention"
         outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
-        inputs = [
-            qkv,
-            "",
-            "",
-            *past,
-            "last_index",
-            "total",
-            *(ROPE if d.positions == "rope" else ()),
-        ]
-        rounding = {}
+        # query, key and value in one tensor: the operator's inputs 1 and 2 stay empty
+        inputs = [qkv, "", "", f"past.{layer}.key", f"past.{layer}.value", "last_index", "total"]
+        if d.positions == "rope":
+            inputs += ROPE
+        quantized_cache: dict[str, Any] = {}
         if self.kv:
             # k_scale and v_scale are the operator's inputs 12 and 13
             inputs += [""] * (12 - len(inputs))
-            inputs += [
-                graph.constant(f"{name}.{part}_scale", scale)
-                for part, scale in zip(("key", "value"), self.kv[layer], strict=True)
-            ]
-            rounding = {
+            key_scale, value_scale = self.kv[layer]
+            inputs.append(graph.constant(f"{name}.key_scale", key_scale))
+            inputs.append(graph.constant(f"{name}.value_scale", value_scale))
+            quantized_cache = {
                 "k_quant_type": "PER_CHANNEL",
                 "v_quant_type": "PER_CHANNEL",
                 "kv_cache_bit_width": 8,
@@ -129,67 +124,59 @@ class OrtDialect:
             kv_num_heads=d.kv_heads,
             scale=d.score_scale[layer],
             do_rotary=int(d.positions == "rope"),
-            **rounding,
+            **quantized_cache,
         )
 
     def tower_attention(self, graph: Graph, v: VisionConfig, name: str, qkv: str) -> str:
         """qkv [patches, 3 * width] -> [patches, width]; every patch sees every other."""
+        # The operator wants a batch axis in front.
         axis = graph.constant(f"{name}.axis", np.array([0]))
-        parts = []
-        graph.node(
-            "Split",
-            [graph.node("Unsqueeze", [qkv, axis], f"{name}.one")],
-            f"{name}.split",
-            [f"{name}.{p}" for p in "qkv"],
-            axis=-1,
-            num_outputs=3,
-        )
-        for part in "qkv":
-            parts.append(f"{name}.{part}")
-            if part != "v" and v.frequencies:
-                parts[-1] = self.turned(graph, v, f"{name}.{part}")
+        batch = graph.node("Unsqueeze", [qkv, axis], f"{name}.one")
+        q = f"{name}.q"
+        k = f"{name}.k"
+        value = f"{name}.v"
+        graph.node("Split", [batch], f"{name}.split", [q, k, value], axis=-1, num_outputs=3)
+        if v.frequencies:
+            q = self._rotated(graph, v, q)
+            k = self._rotated(graph, v, k)
         y = graph.node(
-            "MultiHeadAttention", parts, f"{name}.attention", domain=MS, num_heads=v.heads
+            "MultiHeadAttention", [q, k, value], f"{name}.attention", domain=MS, num_heads=v.heads
         )
         return graph.node("Squeeze", [y, axis], f"{name}.flat")
 
-    def turned(self, graph: Graph, v: VisionConfig, x: str) -> str:
+    def _rotated(self, graph: Graph, v: VisionConfig, x: str) -> str:
         """x [1, patches, width] with rotary angles; row i of cos and sin is patch i's."""
         if "patch.index" not in graph.named:
             graph.named.add("patch.index")
-            count = graph.node("Shape", ["cos"], "patch.count", start=0, end=1)
-            first, step = (
-                graph.constant(f"patch.{what}", np.array(value))
-                for what, value in (("first", 0), ("step", 1))
-            )
-            rows = graph.node(
-                "Range", [first, graph.node("Squeeze", [count], "patch.number"), step], "patch.rows"
-            )
-            graph.node(
-                "Unsqueeze", [rows, graph.constant("patch.axis", np.array([0]))], "patch.index"
-            )
-            for table in ("cos", "sin"):
-                if graph.precision.floats != "float32":
-                    graph.node("Cast", [table], f"{table}.cast", to=graph.float_type)
-        tables = [
-            table if graph.precision.floats == "float32" else f"{table}.cast"
-            for table in ("cos", "sin")
-        ]
+            self._add_patch_index(graph)
+        suffix = "" if graph.precision.floats == "float32" else ".cast"
         return graph.node(
             "RotaryEmbedding",
-            [x, "patch.index", *tables],
+            [x, "patch.index", f"cos{suffix}", f"sin{suffix}"],
             f"{x}.turned",
             domain=MS,
             num_heads=v.heads,
             interleaved=0,
         )
 
+    def _add_patch_index(self, graph: Graph) -> None:
+        """patch.index int64 [1, patches], 0, 1, 2 and so on; cos and sin in the graph's format."""
+        count = graph.node("Shape", ["cos"], "patch.count", start=0, end=1)
+        first = graph.constant("patch.first", np.array(0))
+        step = graph.constant("patch.step", np.array(1))
+        number = graph.node("Squeeze", [count], "patch.number")
+        rows = graph.node("Range", [first, number, step], "patch.rows")
+        axis = graph.constant("patch.axis", np.array([0]))
+        graph.node("Unsqueeze", [rows, axis], "patch.index")
+        if graph.precision.floats != "float32":
+            for table in ("cos", "sin"):
+                graph.node("Cast", [table], f"{table}.cast", to=graph.float_type)
+
     def activation(self, graph: Graph, d: DecoderConfig, name: str, x: str) -> str:
         if d.activation == "silu":
             return graph.node("QuickGelu", [x], name, domain=MS, alpha=1.0)  # x * sigmoid(alpha x)
-        return graph.node(
-            "FastGelu" if d.activation == "gelu_tanh" else "Gelu", [x], name, domain=MS
-        )
+        gelu = "FastGelu" if d.activation == "gelu_tanh" else "Gelu"
+        return graph.node(gelu, [x], name, domain=MS)
 
     def experts(
         self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
@@ -200,23 +187,26 @@ class OrtDialect:
         At one token as fast as the other forms that compute only chosen experts, on prompts a tenth
         faster than QMoE (bench/moe_forms.py, docs/experts.md).
         """
-        d = weights.decoder
         name = f"layers.{n}"
         node = graph.node
-        rows = node(
-            "Reshape", [x, graph.constant(f"{name}.flat", np.array([-1, d.hidden]))], f"{name}.rows"
-        )
-        y = node(
-            "Mul",
-            [rows, graph.constant(f"{name}.nothing", np.zeros(1, graph.precision.floats))],
-            f"{name}.none",
-        )
-        for at, place, gate in self.chosen(graph, d, n, gates, chosen):
-            made = one_mlp(graph, self, weights, at, node("GatherND", [rows, place], f"{at}.taken"))
-            y = self.added(graph, y, place, node("Mul", [made, gate], f"{at}.made"), at)
-        return node(
-            "Unsqueeze", [y, graph.constant(f"{name}.batch", np.array([0]))], f"{name}.experts"
-        )
+        rows = self._rows(graph, weights.decoder, name, x)
+        nothing = graph.constant(f"{name}.nothing", np.zeros(1, graph.precision.floats))
+        y = node("Mul", [rows, nothing], f"{name}.none")
+        for at, place, gate in self.chosen(graph, weights.decoder, n, gates, chosen):
+            taken = node("GatherND", [rows, place], f"{at}.taken")
+            output = one_mlp(graph, self, weights, at, taken)
+            y = self.added(graph, y, place, node("Mul", [output, gate], f"{at}.made"), at)
+        return self._with_batch_axis(graph, name, y)
+
+    def _rows(self, graph: Graph, d: DecoderConfig, name: str, x: str) -> str:
+        """x [1, T, hidden] -> [T, hidden]."""
+        shape = graph.constant(f"{name}.flat", np.array([-1, d.hidden]))
+        return graph.node("Reshape", [x, shape], f"{name}.rows")
+
+    def _with_batch_axis(self, graph: Graph, name: str, y: str) -> str:
+        """y [T, hidden] -> [1, T, hidden]."""
+        axis = graph.constant(f"{name}.batch", np.array([0]))
+        return graph.node("Unsqueeze", [y, axis], f"{name}.experts")
 
     def chosen(
         self, graph: Graph, d: DecoderConfig, n: int, gates: str, chosen: str
@@ -230,101 +220,72 @@ class OrtDialect:
         for expert, share in enumerate(shares(graph, d, n, gates, chosen)):
             at = f"{name}.experts.{expert}"
             gate = node("Reshape", [share, tokens], f"{at}.gates")
-            place = node(
-                "Transpose", [node("NonZero", [gate], f"{at}.index")], f"{at}.place", perm=[1, 0]
-            )
-            weight = node(
-                "Unsqueeze",
-                [node("GatherND", [gate, place], f"{at}.gate_rows"), tokens],
-                f"{at}.weight_rows",
-            )
+            # NonZero gives [1, rows]: the tokens whose gate for this expert is not 0.
+            index = node("NonZero", [gate], f"{at}.index")
+            place = node("Transpose", [index], f"{at}.place", perm=[1, 0])
+            gate_rows = node("GatherND", [gate, place], f"{at}.gate_rows")
+            weight = node("Unsqueeze", [gate_rows, tokens], f"{at}.weight_rows")
             yield at, place, graph.cast(weight, "float32", graph.precision.floats, f"{at}.cast")
 
     def added(self, graph: Graph, y: str, place: str, rows: str, name: str) -> str:
         """y with rows added at their places."""
         # ScatterND can add by itself, but not in float16.
-        return graph.node(
-            "ScatterND",
-            [
-                y,
-                place,
-                graph.node(
-                    "Add",
-                    [graph.node("GatherND", [y, place], f"{name}.before"), rows],
-                    f"{name}.after",
-                ),
-            ],
-            f"{name}.sum",
-        )
+        before = graph.node("GatherND", [y, place], f"{name}.before")
+        after = graph.node("Add", [before, rows], f"{name}.after")
+        return graph.node("ScatterND", [y, place, after], f"{name}.sum")
 
-    def based(
+    def shared_base_experts(
         self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
     ) -> str:
-        """Experts that share a matrix (decoder.based): it is multiplied once, before and after; of
-        the differences, those that were chosen.
+        """Experts that share a matrix: it is multiplied once, before and after the activation; of
+        the differences, only those of chosen experts are.
         """
         d = weights.decoder
         name = f"layers.{n}"
         node = graph.node
-        rows = node(
-            "Reshape", [x, graph.constant(f"{name}.flat", np.array([-1, d.hidden]))], f"{name}.rows"
-        )
+        rows = self._rows(graph, d, name, x)
         common = linear(graph, self, weights, f"{name}.base.up", rows)
         zero = graph.constant(f"{name}.nothing", np.zeros(1, graph.precision.floats))
+        # y [T, hidden]: what differences of 'down' give. mixed [T, ffn]: what the shared 'down'
+        # reads, each expert's activations times its gate. Both begin as zeros.
         y = node("Mul", [rows, zero], f"{name}.none")
-        ends = [
-            graph.constant(f"{name}.{end}", np.array([value]))
-            for end, value in (("first", 0), ("ffn", d.ffn), ("width", 1))
-        ]
-        mixed = node(
-            "Mul", [node("Slice", [common, *ends], f"{name}.narrow"), zero], f"{name}.empty"
-        )
-        graph.share = d.experts.active / d.experts.count
+        first = graph.constant(f"{name}.first", np.array([0]))
+        ffn = graph.constant(f"{name}.ffn", np.array([d.ffn]))
+        width = graph.constant(f"{name}.width", np.array([1]))
+        narrow = node("Slice", [common, first, ffn, width], f"{name}.narrow")
+        mixed = node("Mul", [narrow, zero], f"{name}.empty")
+        graph.share = d.mixture.active / d.mixture.count
         for at, place, gate in self.chosen(graph, d, n, gates, chosen):
-            up = low_rank(
-                graph, self, weights, f"{at}.up", node("GatherND", [rows, place], f"{at}.taken")
-            )
-            inner = activated(
-                graph,
-                self,
-                d,
-                at,
-                node("Add", [node("GatherND", [common, place], f"{at}.common"), up], f"{at}.up"),
-            )
+            taken = node("GatherND", [rows, place], f"{at}.taken")
+            difference = low_rank(graph, self, weights, f"{at}.up", taken)
+            common_rows = node("GatherND", [common, place], f"{at}.common")
+            up = node("Add", [common_rows, difference], f"{at}.up")
+            inner = activated(graph, self, d, at, up)
             down = low_rank(graph, self, weights, f"{at}.down", inner)
-            mixed = self.added(
-                graph, mixed, place, node("Mul", [inner, gate], f"{at}.shared_part"), f"{at}.mixed"
-            )
-            y = self.added(
-                graph, y, place, node("Mul", [down, gate], f"{at}.own_part"), f"{at}.own"
-            )
+            shared_part = node("Mul", [inner, gate], f"{at}.shared_part")
+            mixed = self.added(graph, mixed, place, shared_part, f"{at}.mixed")
+            own_part = node("Mul", [down, gate], f"{at}.own_part")
+            y = self.added(graph, y, place, own_part, f"{at}.own")
         graph.share = 1.0
-        y = node(
-            "Add", [y, linear(graph, self, weights, f"{name}.base.down", mixed)], f"{name}.rows_out"
-        )
-        return node(
-            "Unsqueeze", [y, graph.constant(f"{name}.batch", np.array([0]))], f"{name}.experts"
-        )
+        shared = linear(graph, self, weights, f"{name}.base.down", mixed)
+        y = node("Add", [y, shared], f"{name}.rows_out")
+        return self._with_batch_axis(graph, name, y)
 
     def quantized(
         self, graph: Graph, name: str, x: str, ints: Ints, bias: np.ndarray | None
     ) -> str:
+        """x times a matrix of 2, 4 or 8 bits in blocks along the inputs, plus bias."""
         out, inp = ints.q.shape
         blocks = ints.q.reshape(out, inp // ints.block, ints.block)
-        packed = _bytes(blocks, ints.bits)
-        inputs = [
-            x,
-            graph.constant(f"{name}.q", packed),
-            graph.constant(f"{name}.scales", ints.scales.astype(graph.precision.floats)),
-        ]
-        inputs += [
-            graph.constant(f"{name}.zeros", _bytes(ints.zeros, ints.bits))
-            if ints.zeros is not None
-            else "",
-            "",
-        ]
+        packed = graph.constant(f"{name}.q", _bytes(blocks, ints.bits))
+        scales = graph.constant(f"{name}.scales", ints.scales.astype(graph.precision.floats))
+        zeros = ""
+        if ints.zeros is not None:
+            zeros = graph.constant(f"{name}.zeros", _bytes(ints.zeros, ints.bits))
+        # The operator's input 4, the order of the groups, stays empty.
+        inputs = [x, packed, scales, zeros, ""]
         if bias is not None:
-            inputs += [graph.constant(f"{name}.bias", bias)]
+            inputs.append(graph.constant(f"{name}.bias", bias))
         while not inputs[-1]:
             inputs.pop()
         return graph.node(
@@ -348,21 +309,17 @@ class OrtDialect:
         bias: np.ndarray | None,
         largest: float | None,
     ) -> str:
-        """x [1, T, in] times an int8 matrix with one scale per output, x rounded token by token
+        """x [1, T, in] times an int8 matrix with one scale per output, x quantized token by token
         when it is read; what calibration said of x is not needed.
         """
         axis = graph.constant(f"{name}.batch_axis", np.array([0]))
+        # Stored with 128 for zero; the operator takes signed bytes.
         q = (ints.q.astype(np.int16) - 128).astype(np.int8)
-        rows = self._row_by_row(
-            graph,
-            f"{name}.row",
-            graph.node("Squeeze", [x, axis], f"{name}.rows"),
-            q,
-            ints.scales[:, 0],
-            bias,
-            128,
+        x_rows = graph.node("Squeeze", [x, axis], f"{name}.rows")
+        y_rows = self._row_by_row(
+            graph, f"{name}.row", x_rows, q, ints.scales[:, 0], bias, zero=MIDDLE
         )
-        return graph.node("Unsqueeze", [rows, axis], name)
+        return graph.node("Unsqueeze", [y_rows, axis], name)
 
     def integers(
         self,
@@ -373,15 +330,14 @@ class OrtDialect:
         bias: np.ndarray | None,
         zero: int,
     ) -> str:
-        """x [rows, in] W^T + b with both rounded to 8 bits: W by rows to -127..127, x row by row
+        """x [rows, in] W^T + b with both quantized to 8 bits: W by rows to -127..127, x row by row
         when it is read (known as W8A8, dynamic per token).
 
         zero: the integer for 0 in x, whose range 0..255 it divides.
         """
         scale = np.maximum(np.abs(weight).max(1), 1e-12) / 127
-        return self._row_by_row(
-            graph, name, x, np.rint(weight / scale[:, None]).astype(np.int8), scale, bias, zero
-        )
+        q = np.rint(weight / scale[:, None]).astype(np.int8)
+        return self._row_by_row(graph, name, x, q, scale, bias, zero)
 
     def _row_by_row(
         self,
@@ -393,7 +349,7 @@ class OrtDialect:
         bias: np.ndarray | None,
         zero: int,
     ) -> str:
-        """x [rows, in], rounded row by row, times q int8 [out, in] * scale [out].
+        """x [rows, in], quantized row by row, times q int8 [out, in] * scale [out].
 
         CPUs have units for products of integers (AMX, VNNI, dot product), which pay where many rows
         are read at once, as those of an image; int8 weights in blocks are no faster there than
@@ -402,50 +358,45 @@ class OrtDialect:
         node = graph.node
         constant = graph.constant
         axis = constant(f"{name}.axis", np.array([1]))
-        least = constant(f"{name}.least", np.array(1e-12, np.float32))
-        ends = [
-            node(
-                "Mul",
-                [
-                    node(op, [x, axis], f"{name}.{end}", keepdims=0),
-                    constant(f"{name}.per_{end}", np.array(share, np.float32)),
-                ],
-                f"{name}.scale_{end}",
-            )
-            for op, end, share in (
-                ("ReduceMax", "high", 1 / (255 - zero)),
-                ("ReduceMin", "low", -1 / zero),
-            )
-        ]
-        step = node("Max", [*ends, least], f"{name}.step")
+        smallest = constant(f"{name}.least", np.array(1e-12, np.float32))
+        # A row's step is the larger of two: its largest value must fit above `zero`, and its
+        # smallest below.
+        high = node("ReduceMax", [x, axis], f"{name}.high", keepdims=0)
+        per_high = constant(f"{name}.per_high", np.array(1 / (255 - zero), np.float32))
+        step_high = node("Mul", [high, per_high], f"{name}.scale_high")
+        low = node("ReduceMin", [x, axis], f"{name}.low", keepdims=0)
+        per_low = constant(f"{name}.per_low", np.array(-1 / zero, np.float32))
+        step_low = node("Mul", [low, per_low], f"{name}.scale_low")
+        step = node("Max", [step_high, step_low, smallest], f"{name}.step")
         zeros = constant(f"{name}.zero", np.array(zero, np.uint8))
-        rows = node("Expand", [zeros, node("Shape", [step], f"{name}.rows")], f"{name}.row_zeros")
-        rounded = node("QuantizeLinear", [x, step, rows], f"{name}.rounded", axis=0)
+        row_count = node("Shape", [step], f"{name}.rows")
+        row_zeros = node("Expand", [zeros, row_count], f"{name}.row_zeros")
+        integers = node("QuantizeLinear", [x, step, row_zeros], f"{name}.rounded", axis=0)
         # This operator takes one step for all rows; theirs is multiplied in afterwards.
-        scales = [
-            constant(f"{name}.one", np.array(1, np.float32)),
-            constant(f"{name}.scales", scale.astype(np.float32)),
-        ]
-        given = [rounded, constant(f"{name}.q", q.T), *scales, zeros]
-        y = node(
-            "Mul",
-            [
-                node("MatMulIntegerToFloat", given, f"{name}.integers", domain=MS),
-                node("Unsqueeze", [step, axis], f"{name}.steps"),
-            ],
-            f"{name}.product",
+        one = constant(f"{name}.one", np.array(1, np.float32))
+        scales = constant(f"{name}.scales", scale.astype(np.float32))
+        weight = constant(f"{name}.q", q.T)
+        product = node(
+            "MatMulIntegerToFloat",
+            [integers, weight, one, scales, zeros],
+            f"{name}.integers",
+            domain=MS,
         )
-        return (
-            node("Add", [y, constant(f"{name}.bias", bias.astype(np.float32))], name)
-            if bias is not None
-            else y
-        )
+        steps = node("Unsqueeze", [step, axis], f"{name}.steps")
+        y = node("Mul", [product, steps], f"{name}.product")
+        if bias is None:
+            return y
+        return node("Add", [y, constant(f"{name}.bias", bias.astype(np.float32))], name)
 
 
 def _bytes(values: np.ndarray, bits: int) -> np.ndarray:
     """Integers uint8 [.., n] in bytes, the first in the lowest bits; the last byte is filled up
     with zeros.
     """
-    per = 8 // bits
-    filled = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per)])
-    return np.bitwise_or.reduce([filled[..., i::per] << bits * i for i in range(per)])
+    per_byte = 8 // bits
+    missing = -values.shape[-1] % per_byte
+    no_padding = [(0, 0)] * (values.ndim - 1)
+    filled = np.pad(values, [*no_padding, (0, missing)])
+    # Every per_byte-th value has the same place in its byte.
+    shifted = [filled[..., i::per_byte] << bits * i for i in range(per_byte)]
+    return np.bitwise_or.reduce(shifted)

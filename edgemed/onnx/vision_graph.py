@@ -8,24 +8,22 @@ time, hence no mask, any number of patches, and features that can be kept and us
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from edgemed.console import track
-from edgemed.onnx.decoder_graph import Graph, Precision, linear
+from edgemed.onnx.decoder_graph import Dialect, Graph, Precision, linear
+from edgemed.onnx.ort_dialect import MIDDLE
 
 if TYPE_CHECKING:
     from edgemed.models.architecture import VisionConfig
     from edgemed.models.weights import CanonicalWeights
-    from edgemed.onnx.decoder_graph import Dialect
 
 TOWER = "tower.onnx"
 PROJECTOR = "projector.onnx"
 ANGLES = ("cos", "sin")
-# Integers 0..255 for a row of activations: 0 in the middle, or near the end behind GELU, which goes
-# no lower than -0.17.
-MIDDLE = 128
+# The integer for 0 behind GELU, which goes no lower than -0.17; elsewhere it is MIDDLE.
 ACTIVATED = 16
 # precision of a tower -> what build_vision takes
 TOWERS: dict[str, dict[str, Any]] = {
@@ -36,16 +34,33 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
-class VisionDialect(Protocol):
-    """What a runtime wants besides the decoder's nodes."""
+class VisionDialect(Dialect, Protocol):
+    """What a runtime wants of a vision tower besides the decoder's nodes."""
 
     def tower_attention(self, graph: Graph, v: VisionConfig, name: str, qkv: str) -> str: ...
+
+
+@runtime_checkable
+class IntegerDialect(Protocol):
+    """A dialect with products of 8-bit integers whose activations are quantized when they are
+    read.
+    """
+
+    def integers(
+        self,
+        graph: Graph,
+        name: str,
+        x: str,
+        weight: np.ndarray,
+        bias: np.ndarray | None,
+        zero: int,
+    ) -> str: ...
 
 
 def build_vision(
     weights: CanonicalWeights,
     out: Path,
-    dialect: Dialect,
+    dialect: VisionDialect,
     floats: Literal["float32", "float16", "bfloat16"],
     bits: int | None,
     group: int = 32,
@@ -61,7 +76,7 @@ def build_vision(
     stream: format of the residual stream and the norms, '' for floats; integers: matrices and
     activations by rows, so that products are of integers (OrtDialect.integers).
     """
-    v: VisionConfig = weights.vision
+    v = weights.require_vision()
     precision = Precision(
         floats,
         bits,
@@ -69,74 +84,37 @@ def build_vision(
         stream=stream,
         integers=integers,
     )
-    return _tower(weights, v, Graph(out, precision, TOWER), dialect) + _projector(
-        weights, v, Graph(out, precision, PROJECTOR), dialect
-    )
+    tower_bytes = _tower(weights, v, Graph(out, precision, TOWER), dialect)
+    projector_bytes = _projector(weights, v, Graph(out, precision, PROJECTOR), dialect)
+    return tower_bytes + projector_bytes
 
 
-def _tower(weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect: Dialect) -> int:
+def _tower(weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect: VisionDialect) -> int:
     onnx = graph.onnx.TensorProto
     graph.value("inputs", "pixels", onnx.FLOAT, ["patches", v.patch_size])
     if v.frequencies:
         for name in ANGLES:
             graph.value("inputs", name, onnx.FLOAT, ["patches", 2 * len(v.frequencies)])
-    # Patches have rows of no round length and are read once an image: their matrix stays in floats.
-    x = linear(
-        graph,
-        dialect,
-        weights,
-        "vision.patch",
-        graph.cast("pixels", "float32", graph.precision.floats, "pixels.cast"),
-        exact=True,
-    )
+    # The length of a patch's row suits no block, and patches are read once an image: their matrix
+    # stays in floats.
+    pixels = graph.cast("pixels", "float32", graph.precision.floats, "pixels.cast")
+    x = linear(graph, dialect, weights, "vision.patch", pixels, exact=True)
     x = graph.cast(x, graph.precision.floats, graph.stream, "vision.patch.stream")
     if not v.frequencies:
-        first = graph.floats(
-            "vision.class", weights.table("vision.class").reshape(1, -1), stream=True
-        )
+        class_row = weights.table("vision.class").reshape(1, -1)
+        first = graph.floats("vision.class", class_row, stream=True)
         x = graph.node("Concat", [first, x], "vision.with_class", axis=0)
-        x = graph.node(
-            "Add",
-            [x, graph.floats("vision.positions", weights.table("vision.positions"), stream=True)],
-            "vision.placed",
-        )
-    x = _norm(graph, weights, v, "vision.pre_norm", x) if v.pre_norm else x
+        table = graph.floats("vision.positions", weights.table("vision.positions"), stream=True)
+        x = graph.node("Add", [x, table], "vision.placed")
+    if v.pre_norm:
+        x = _norm(graph, weights, v, "vision.pre_norm", x)
     for n in track(range(v.layers), "vision tower"):
-        name = f"vision.layers.{n}"
-        y = dialect.tower_attention(
-            graph,
-            v,
-            name,
-            _linear(
-                graph,
-                dialect,
-                weights,
-                f"{name}.qkv",
-                _read(graph, weights, v, f"{name}.attn_norm", x),
-            ),
-        )
-        x = _sum(graph, x, _linear(graph, dialect, weights, f"{name}.o", y), f"{name}.attended")
-        y = _linear(
-            graph, dialect, weights, f"{name}.up", _read(graph, weights, v, f"{name}.mlp_norm", x)
-        )
-        x = _sum(
-            graph,
-            x,
-            _linear(
-                graph,
-                dialect,
-                weights,
-                f"{name}.down",
-                _activated(graph, v, y, f"{name}.act"),
-                ACTIVATED,
-            ),
-            f"{name}.sum",
-        )
+        x = _tower_layer(graph, dialect, weights, v, f"vision.layers.{n}", x)
     if not v.frequencies:
-        start, end, axis = (
-            graph.constant(f"vision.{name}", np.array([value]))
-            for name, value in (("first_patch", 1), ("last_patch", 1 << 30), ("patch_axis", 0))
-        )
+        # The class token stands in front; the projector reads the patches alone.
+        start = graph.constant("vision.first_patch", np.array([1]))
+        end = graph.constant("vision.last_patch", np.array([1 << 30]))
+        axis = graph.constant("vision.patch_axis", np.array([0]))
         x = graph.node("Slice", [x, start, end, axis], "vision.patches")
     graph.node("Cast", [x], "tower", to=onnx.FLOAT)
     graph.value("outputs", "tower", onnx.FLOAT, ["patches", v.width])
@@ -144,23 +122,42 @@ def _tower(weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect: Di
     return graph.layer_bytes
 
 
-def _projector(weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect: Dialect) -> int:
+def _tower_layer(
+    graph: Graph,
+    dialect: VisionDialect,
+    weights: CanonicalWeights,
+    v: VisionConfig,
+    name: str,
+    x: str,
+) -> str:
+    """x [patches, width] behind one layer."""
+    read = _read(graph, weights, v, f"{name}.attn_norm", x)
+    qkv = _linear(graph, dialect, weights, f"{name}.qkv", read)
+    mixed = dialect.tower_attention(graph, v, name, qkv)
+    attended = _linear(graph, dialect, weights, f"{name}.o", mixed)
+    x = _sum(graph, x, attended, f"{name}.attended")
+    read = _read(graph, weights, v, f"{name}.mlp_norm", x)
+    up = _linear(graph, dialect, weights, f"{name}.up", read)
+    inner = _activated(graph, v, up, f"{name}.act")
+    down = _linear(graph, dialect, weights, f"{name}.down", inner, ACTIVATED)
+    return _sum(graph, x, down, f"{name}.sum")
+
+
+def _projector(
+    weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect: VisionDialect
+) -> int:
     onnx = graph.onnx.TensorProto
     graph.value("inputs", "tower", onnx.FLOAT, ["patches", v.width])
     x = graph.cast("tower", "float32", graph.stream, "tower.cast")
-    x = _norm(graph, weights, v, "vision.projector.norm", x) if v.projector_norm else x
+    if v.projector_norm:
+        x = _norm(graph, weights, v, "vision.projector.norm", x)
     x = graph.cast(x, graph.stream, graph.precision.floats, "tower.read")
     if v.merge > 1:
-        x = graph.node(
-            "Reshape",
-            [x, graph.constant("vision.merged", np.array([-1, v.width * v.merge**2]))],
-            "vision.folded",
-        )
-    x = graph.node(
-        "Gelu",
-        [_linear(graph, dialect, weights, "vision.projector.first", x)],
-        "vision.projector.act",
-    )
+        # Patches that are merged lie behind each other, so a longer row holds them.
+        shape = graph.constant("vision.merged", np.array([-1, v.width * v.merge**2]))
+        x = graph.node("Reshape", [x, shape], "vision.folded")
+    first = _linear(graph, dialect, weights, "vision.projector.first", x)
+    x = graph.node("Gelu", [first], "vision.projector.act")
     x = _linear(graph, dialect, weights, "vision.projector.second", x, ACTIVATED)
     graph.node("Cast", [x], "features", to=onnx.FLOAT)
     graph.value("outputs", "features", onnx.FLOAT, ["features", weights.decoder.hidden])
@@ -169,49 +166,49 @@ def _projector(weights: CanonicalWeights, v: VisionConfig, graph: Graph, dialect
 
 
 def _linear(
-    graph: Graph, dialect: Dialect, weights: CanonicalWeights, name: str, x: str, zero: int = MIDDLE
+    graph: Graph,
+    dialect: VisionDialect,
+    weights: CanonicalWeights,
+    name: str,
+    x: str,
+    zero: int = MIDDLE,
 ) -> str:
     if not graph.precision.integers:
         return linear(graph, dialect, weights, name, x)
+    if not isinstance(dialect, IntegerDialect):
+        raise ValueError("this dialect has no products of integers for a vision tower")
     matrix = weights.matrix(name)
-    return dialect.integers(
-        graph,
-        name,
-        x,
-        matrix.dense().numpy(),
-        None if matrix.bias is None else matrix.bias.numpy(),
-        zero,
-    )
+    bias = None if matrix.bias is None else matrix.bias.numpy()
+    return dialect.integers(graph, name, x, matrix.dense().numpy(), bias, zero)
 
 
 def _norm(graph: Graph, weights: CanonicalWeights, v: VisionConfig, name: str, x: str) -> str:
     """The norm of x, both in the stream's format."""
-    scale = [
-        graph.floats(f"{name}.{part}", tensor, stream=True)
-        for part, tensor in zip(("weight", "bias"), weights.norm(name), strict=True)
-    ]
-    return graph.node("LayerNormalization", [x, *scale], name, epsilon=v.norm_eps, axis=-1)
+    weight, bias = weights.norm(name)
+    if bias is None:
+        raise ValueError(f"{name} of a vision tower has no bias")
+    scale = graph.floats(f"{name}.weight", weight, stream=True)
+    shift = graph.floats(f"{name}.bias", bias, stream=True)
+    return graph.node("LayerNormalization", [x, scale, shift], name, epsilon=v.norm_eps, axis=-1)
 
 
 def _read(graph: Graph, weights: CanonicalWeights, v: VisionConfig, name: str, x: str) -> str:
     """The same in the format of the activations, as a matrix reads it."""
-    return graph.cast(
-        _norm(graph, weights, v, name, x), graph.stream, graph.precision.floats, f"{name}.read"
-    )
+    y = _norm(graph, weights, v, name, x)
+    return graph.cast(y, graph.stream, graph.precision.floats, f"{name}.read")
 
 
 def _sum(graph: Graph, x: str, branch: str, name: str) -> str:
-    return graph.node(
-        "Add", [x, graph.cast(branch, graph.precision.floats, graph.stream, f"{name}.branch")], name
-    )
+    """x plus a branch, in the stream's format."""
+    branch = graph.cast(branch, graph.precision.floats, graph.stream, f"{name}.branch")
+    return graph.node("Add", [x, branch], name)
 
 
 def _activated(graph: Graph, v: VisionConfig, x: str, name: str) -> str:
     if v.activation == "gelu":
         return graph.node("Gelu", [x], name)
-    scaled = graph.node(
-        "Mul",
-        [x, graph.constant(f"{name}.alpha", np.array(1.702).astype(graph.precision.floats))],
-        f"{name}.scaled",
-    )
-    return graph.node("Mul", [x, graph.node("Sigmoid", [scaled], f"{name}.gate")], name)
+    # quick_gelu: x * sigmoid(1.702 x)
+    alpha = graph.constant(f"{name}.alpha", np.array(1.702).astype(graph.precision.floats))
+    scaled = graph.node("Mul", [x, alpha], f"{name}.scaled")
+    gate = graph.node("Sigmoid", [scaled], f"{name}.gate")
+    return graph.node("Mul", [x, gate], name)

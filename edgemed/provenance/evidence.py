@@ -8,13 +8,13 @@ the device, without the source model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts import lineage, records, store
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.engines.engine import ENGINE
 from edgemed.errors import EdgemedError
 
@@ -128,7 +128,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
                 *(record["how"].get(name) for name in ("prompt", "generate", "threads", "image")),
             ] = record
     return Evidence(
-        json.loads((Path(directory) / ENGINE).read_text(encoding="utf-8")),
+        read_json_object(Path(directory) / ENGINE, "Copy or export the engine again"),
         chain(manifest),
         NOBODY_SAID | (held.get("source") or {}),
         held.get("verify"),

@@ -7,13 +7,13 @@ of its own, and takes the same way through the report as a whole run does.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts import lineage, store
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.artifacts.records import read_records
 from edgemed.engines.engine import ENGINE
 from edgemed.errors import EdgemedError
@@ -22,6 +22,7 @@ from edgemed.reporting.view_model import Run, machine_name
 
 Json = Mapping[str, Any]
 FIX = "Give directories made by edgemed run or edgemed export"
+AGAIN = "Run the recipe again"
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -61,19 +62,12 @@ def read_document(directory: Path) -> Json:
         raise EdgemedError(f"{directory} is not a directory", FIX)
     file = directory / "report.json"
     if file.is_file():
-        document = read_json(file)
+        document = read_json_object(file, AGAIN)
         report.check(document, str(directory))
         return document
     if (directory / store.MANIFEST).is_file():
         return engine_document(directory)
     raise EdgemedError(f"{directory} has no report.json and no {store.MANIFEST}", FIX)
-
-
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise EdgemedError(f"{file} cannot be read: {error}", "Run the recipe again") from None
 
 
 def engine_document(directory: Path) -> dict[str, Any]:
@@ -83,7 +77,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
     manifest = store.read_manifest(directory)
     if manifest["kind"] != "engine" or not (directory / ENGINE).is_file():
         raise EdgemedError(f"{directory} is a {manifest['kind']}, not a run or an engine", FIX)
-    facts = read_json(directory / ENGINE)
+    facts = read_json_object(directory / ENGINE, AGAIN)
     records = read_records(directory)
     own = [record for record in records if record["engine_key"] == manifest["key"]]
     machines = list(dict.fromkeys(machine_name(record["machine"]) for record in own)) or [None]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed.console import say, track
+from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import calibration_sequences, card_names
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
@@ -214,8 +215,6 @@ def _quantized_in_training(params: Params) -> Literal["nf4", "nf4-double", "int8
 def _text_digests(params: Params) -> dict[str, str]:
     if not params.calibration:
         return {}
-    from edgemed.data.image_sets import calibration_digests
-
     return calibration_digests(params.calibration)
 
 

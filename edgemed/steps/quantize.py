@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed import plugins
 from edgemed.artifacts import hashing, store
+from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint
@@ -126,7 +127,10 @@ class Params:
 
 def budget_choices(target: str) -> tuple[tuple[int, int], ...]:
     """(bits, group) that a budget may choose from."""
-    return GPTQ_CHOICES if target == "gptq" else plugins.load("targets", target).BUDGET_CHOICES
+    if target == "gptq":
+        return GPTQ_CHOICES
+    choices: tuple[tuple[int, int], ...] = plugins.load("targets", target).BUDGET_CHOICES
+    return choices
 
 
 def inputs(params: Params) -> dict[str, str]:
@@ -145,8 +149,6 @@ def inputs(params: Params) -> dict[str, str]:
             f"quantize: {needs} needs calibration text",
             f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
         )
-    from edgemed.data.image_sets import calibration_digests
-
     return calibration_digests(params.calibration)
 
 
@@ -158,7 +160,6 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     row, too little calibration text, a budget below the smallest, too little memory, or a value
     that float16 cannot hold.
     """
-
     weights = CanonicalWeights(checkpoint, fold=True)
     if weights.quantized:
         raise EdgemedError(

@@ -42,11 +42,11 @@ from edgemed.gguf.quant_types import FILE_TYPES, FLOATS, Model, needs_imatrix, t
 from edgemed.gguf.tensor_map import (
     ROPE,
     Centred,
-    Place,
-    Reader,
-    carried_bits,
+    TensorReader,
+    TensorSource,
     layout,
     own_graph,
+    preserved_bits,
     rescaled,
 )
 from edgemed.models import lora
@@ -63,7 +63,7 @@ from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
 
 if TYPE_CHECKING:
-    from edgemed.gguf.bit_allocation import Chosen
+    from edgemed.gguf.bit_allocation import TypeChoice
     from edgemed.hardware.device import Device
     from edgemed.inference.session import ImageEmbeddings, VisionEncoder
 
@@ -402,7 +402,9 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         else 1
     )
     carried = (
-        "/".join(sorted({preserved_integers.carried_type(bits) for bits, _ in weights.packings()}))
+        "/".join(
+            sorted({preserved_integers.preserved_type(bits) for bits, _ in weights.packings()})
+        )
         if params.from_checkpoint
         else None
     )
@@ -501,7 +503,7 @@ def plan(
     # in integers.
     apart = params.from_checkpoint and FILE_TYPES[wanted][1] not in FLOATS
     if apart and "lm_head" in parts and "output.weight" not in places:
-        places["output.weight"] = Place("lm_head", parts["lm_head"].shape)
+        places["output.weight"] = TensorSource("lm_head", parts["lm_head"].shape)
     shapes = {t: place.shape for t, place in places.items()}
     types, fallbacks = tensor_types(
         Model(
@@ -513,7 +515,7 @@ def plan(
         wanted,
     )
     packed = {
-        t: carried_bits(weights, p)
+        t: preserved_bits(weights, p)
         for t, p in places.items()
         if params.from_checkpoint
         and t.endswith("weight")
@@ -523,7 +525,7 @@ def plan(
     }
     if apart:
         types["token_embd.weight"] = "F16"
-    types |= {t: preserved_integers.carried_type(bits) for t, bits in packed.items()} | dict(
+    types |= {t: preserved_integers.preserved_type(bits) for t, bits in packed.items()} | dict(
         chosen or {}
     )
     fallbacks = {t: change for t, change in fallbacks.items() if change.endswith(types[t])}
@@ -537,7 +539,7 @@ def plan(
             f"type {wanted} needs an importance matrix (first for {blind[0]}: {types[blind[0]]})",
             "Give imatrix: a calibration card's name, or choose q3_k_s, iq4_xs or larger",
         )
-    reader = Reader(weights)
+    reader = TensorReader(weights)
     tensors = [
         writer.Tensor(
             t,
@@ -566,7 +568,8 @@ def plan(
 
 def _budgeted(
     weights: CanonicalWeights, params: Params, columns: Mapping[str, np.ndarray], out: Path
-) -> Chosen:
+) -> TypeChoice:
+    # Here and not at the top, because a device opens engines without torch.
     from edgemed.gguf import bit_allocation
 
     places = layout(weights.family, weights.decoder, weights.parts)
@@ -614,7 +617,8 @@ def _rounded(
         }
     )
     places = layout(weights.family, weights.decoder, weights.parts)
-    return gptq.rounded(weights, _calibration(weights, params), places, tensors, columns, out, key)
+    samples = _calibration(weights, params)
+    return gptq.gptq_tensors(weights, samples, places, tensors, columns, out, key)
 
 
 def _calibration(
@@ -627,7 +631,7 @@ def _calibration(
     )
 
 
-def _columns(columns: Mapping[str, np.ndarray], place: Place) -> np.ndarray | None:
+def _columns(columns: Mapping[str, np.ndarray], place: TensorSource) -> np.ndarray | None:
     return (
         np.stack([columns[part] for part in place.stack])
         if place.stack and columns

@@ -63,10 +63,10 @@ def identity(runtime: str, table: str | None) -> dict[str, Any]:
     """
     trt = tensorrt(runtime)
     if table and runtime == "tensorrt" and not read_table(table).holds(trt.__version__):
-        known = read_table(table)
+        parser = read_table(table)
         raise EdgemedError(
             f"TensorRT {trt.__version__} is installed, and this engine was checked for"
-            f" {known.since} up to, not including, {known.until}",
+            f" {parser.since} up to, not including, {parser.until}",
             "Export it again for this TensorRT: --set profile=jetpack6 (10.3), jetpack7 (10.16) or"
             " trt11",
         )
@@ -105,10 +105,10 @@ def compile_plan(
             check_precision(precision_of(engine, name), cuda.capability())
             check_memory(engine, name, cuda, workspace)
         say(f"tensorrt {trt.__version__}: compiling for {cuda.name()}; this takes minutes")
-        watch = Watch(cuda)
+        memory = MemorySampler(cuda)
         seconds = {}
         timings = out.parent / f"timing-{trt.__version__}-{cuda.capability()}.cache"
-        with watch:
+        with memory:
             for name in graphs(engine):
                 started = time.perf_counter()
                 # TensorRT hands out its own memory; written from there, no second copy is made.
@@ -119,10 +119,12 @@ def compile_plan(
         cuda.close()
     facts |= {
         "build_seconds": round(sum(seconds.values()), 3),
-        "peak_gpu_memory_bytes": watch.peak,
+        "peak_gpu_memory_bytes": memory.peak,
         "gpu_memory_sampled": "every 50 ms, other programs included",
     }
-    return facts | ({"seconds_by_graph": seconds} if len(seconds) > 1 else {})
+    if len(seconds) > 1:
+        facts["seconds_by_graph"] = seconds
+    return facts
 
 
 def graphs(engine: Engine) -> tuple[str, ...]:
@@ -172,7 +174,7 @@ def check_memory(engine: Engine, name: str, cuda: Cuda, workspace: int) -> None:
             )
 
 
-class Watch:
+class MemorySampler:
     """Samples the memory in use while something runs: `peak` is the most seen, in bytes above the
     start.
     """
@@ -212,9 +214,10 @@ def serialized(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(file)):
-        said = "; ".join(parser.get_error(n).desc() for n in range(min(parser.num_errors, 3)))
+        first = range(min(parser.num_errors, 3))
+        reasons = "; ".join(parser.get_error(n).desc() for n in first)
         raise EdgemedError(
-            f"TensorRT {trt.__version__} does not parse {file}: {said}",
+            f"TensorRT {trt.__version__} does not parse {file}: {reasons}",
             "Please report this: the export's check should have found it",
         )
     config = builder.create_builder_config()
@@ -261,12 +264,8 @@ def profiles(engine: Engine, name: str) -> list[tuple[Sizes, Sizes, Sizes]]:
     decoder, one of a tower or projector.
     """
     if name != "model":
-        return [
-            tuple(
-                {"patches": patches}
-                for patches in patch_range(vision_of(engine.vision), engine.context)
-            )
-        ]
+        least, usual, most = patch_range(vision_of(engine.vision), engine.context)
+        return [({"patches": least}, {"patches": usual}, {"patches": most})]
     rows = rows_offered(engine.context)
     prefill = min(engine.params["prefill"], engine.context)
     middle = max(BLOCK, rows // 2 // BLOCK * BLOCK)

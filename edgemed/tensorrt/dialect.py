@@ -156,35 +156,23 @@ class PlainDialect:
         """
         node = graph.node
         constant = graph.constant
+        # Positions [new, 1] of the queries against [1, past + new] of the keys.
         query = node("Transpose", ["positions"], "query_positions", perm=[1, 0])
-        keys = node(
-            "Concat",
-            [
-                node("Unsqueeze", ["slots", constant("axis0", np.zeros(1, np.int64))], "slot_row"),
-                "positions",
-            ],
-            "key_positions",
-            axis=1,
-        )
+        axis = constant("axis0", np.zeros(1, np.int64))
+        slot_row = node("Unsqueeze", ["slots", axis], "slot_row")
+        keys = node("Concat", [slot_row, "positions"], "key_positions", axis=1)
         visible = node("LessOrEqual", [keys, query], "visible")
-        node(
-            "Where",
-            [
-                visible,
-                constant("zero", np.zeros((), np.float32)),
-                constant("far", np.array(FAR, np.float32)),
-            ],
-            "mask",
-        )
+        zero = constant("zero", np.zeros((), np.float32))
+        far = constant("far", np.array(FAR, np.float32))
+        node("Where", [visible, zero, far], "mask")
+        # What every layer's attention needs for slicing its scores.
         node("Shape", ["slots"], "past_size")
         grouped = d.heads != d.kv_heads
-        for name, value in (
-            ("start", 0),
-            ("end", np.iinfo(np.int64).max),
-            ("score_axis", 4 if grouped else 3),
-            *([("group_axis", 2)] if grouped else []),
-        ):
-            constant(name, np.array([value], np.int64))
+        constant("start", np.array([0], np.int64))
+        constant("end", np.array([np.iinfo(np.int64).max], np.int64))
+        constant("score_axis", np.array([4 if grouped else 3], np.int64))
+        if grouped:
+            constant("group_axis", np.array([2], np.int64))
 
     def residual_norm(
         self,
@@ -202,14 +190,14 @@ class PlainDialect:
         floats = graph.precision.floats
         stream = graph.stream
         if add is not None:
-            x = graph.node(
-                "Add", [x, graph.cast(add, floats, stream, f"{name}.branch")], f"{name}.sum"
-            )
+            branch = graph.cast(add, floats, stream, f"{name}.branch")
+            x = graph.node("Add", [x, branch], f"{name}.sum")
         if d.norm == "rmsnorm":
             y = self._rms(graph, d, f"{name}.norm", x, weight)
         else:
+            inputs = [x, weight] if bias is None else [x, weight, bias]
             y = graph.node(
-                "LayerNormalization", [x, weight, bias], f"{name}.norm", epsilon=d.norm_eps, axis=-1
+                "LayerNormalization", inputs, f"{name}.norm", epsilon=d.norm_eps, axis=-1
             )
         return x, graph.cast(y, stream, floats, name)
 
@@ -219,21 +207,13 @@ class PlainDialect:
         """
         node = graph.node
         axis = graph.constant(f"{name}.axis", np.array([-1], np.int64))
-        mean = node(
-            "ReduceMean", [node("Mul", [x, x], f"{name}.squares"), axis], f"{name}.mean", keepdims=1
-        )
-        root = node(
-            "Sqrt",
-            [
-                node(
-                    "Add",
-                    [mean, graph.constant(f"{name}.eps", np.array(d.norm_eps, graph.stream))],
-                    f"{name}.shifted",
-                )
-            ],
-            f"{name}.root",
-        )
-        return node("Mul", [node("Div", [x, root], f"{name}.unit"), weight], name)
+        squares = node("Mul", [x, x], f"{name}.squares")
+        mean = node("ReduceMean", [squares, axis], f"{name}.mean", keepdims=1)
+        eps = graph.constant(f"{name}.eps", np.array(d.norm_eps, graph.stream))
+        shifted = node("Add", [mean, eps], f"{name}.shifted")
+        root = node("Sqrt", [shifted], f"{name}.root")
+        unit = node("Div", [x, root], f"{name}.unit")
+        return node("Mul", [unit, weight], name)
 
     def attention(self, graph: Graph, d: DecoderConfig, layer: int, qkv: str) -> str:
         """softmax(q k^T scale + mask) v over past and new rows; scores of the two parts are joined,
@@ -246,77 +226,52 @@ class PlainDialect:
         node = graph.node
         floats = graph.precision.floats
         group = d.heads // d.kv_heads
-        parts = [f"{name}.q", f"{name}.k", f"{name}.v"]
-        node(
-            "Split",
-            [
-                qkv,
-                graph.constant(
-                    f"{name}.sizes", np.array([d.q_size, d.kv_size, d.kv_size], np.int64)
-                ),
-            ],
-            f"{name}.split",
-            parts,
-            axis=-1,
-        )
-        heads = graph.constant(
-            f"{name}.kv_shape", np.array([0, 0, d.kv_heads, d.head_dim], np.int64)
-        )
-        for source, kind in zip(parts[1:], ("key", "value"), strict=True):
-            shaped = node(
-                "Reshape",
-                [source, heads],
-                f"{name}.{kind}_heads" if kind == "key" else f"present.{layer}.{kind}",
-            )
-            if kind == "key":
-                self._rotated(graph, d, shaped, f"present.{layer}.key")
+        q = f"{name}.q"
+        k = f"{name}.k"
+        v = f"{name}.v"
+        sizes = np.array([d.q_size, d.kv_size, d.kv_size], np.int64)
+        split_sizes = graph.constant(f"{name}.sizes", sizes)
+        node("Split", [qkv, split_sizes], f"{name}.split", [q, k, v], axis=-1)
+        kv_shape = np.array([0, 0, d.kv_heads, d.head_dim], np.int64)
+        heads = graph.constant(f"{name}.kv_shape", kv_shape)
+        key_heads = node("Reshape", [k, heads], f"{name}.key_heads")
+        self._rotated(graph, d, key_heads, f"present.{layer}.key")
+        node("Reshape", [v, heads], f"present.{layer}.value")
 
-        def turned(part: str, kind: str, perm: list[int]) -> str:
+        def by_head(part: str, kind: str, perm: list[int]) -> str:
+            """past or present keys or values with the heads in front."""
             x = node("Transpose", [f"{part}.{layer}.{kind}"], f"{name}.{part}_{kind}", perm=perm)
-            return (
-                x
-                if group == 1
-                else node("Unsqueeze", [x, "group_axis"], f"{name}.{part}_{kind}_shared")
-            )
+            if group == 1:
+                return x
+            return node("Unsqueeze", [x, "group_axis"], f"{name}.{part}_{kind}_shared")
 
-        query, residue = self._query(graph, d, layer, parts[0])
-        found = [
-            node("MatMul", [query, turned(part, "key", [0, 2, 3, 1])], f"{name}.{part}_scores")
-            for part in ("past", "present")
-        ]
-        scores = graph.cast(
-            node("Concat", found, f"{name}.scores", axis=-1),
-            floats,
-            "float32",
-            f"{name}.wide_scores",
-        )
+        query, residue = self._query(graph, d, layer, q)
+        part_scores = []
+        for part in ("past", "present"):
+            # The token axis last: the product is queries by tokens.
+            keys = by_head(part, "key", [0, 2, 3, 1])
+            part_scores.append(node("MatMul", [query, keys], f"{name}.{part}_scores"))
+        scores = node("Concat", part_scores, f"{name}.scores", axis=-1)
+        scores = graph.cast(scores, floats, "float32", f"{name}.wide_scores")
         if residue != 1:
-            scores = node(
-                "Mul",
-                [scores, graph.constant(f"{name}.residue", np.array(residue, np.float32))],
-                f"{name}.scaled",
-            )
-        weights = node(
-            "Softmax", [node("Add", [scores, "mask"], f"{name}.masked")], f"{name}.softmax", axis=-1
-        )
+            factor = graph.constant(f"{name}.residue", np.array(residue, np.float32))
+            scores = node("Mul", [scores, factor], f"{name}.scaled")
+        masked = node("Add", [scores, "mask"], f"{name}.masked")
+        weights = node("Softmax", [masked], f"{name}.softmax", axis=-1)
         weights = graph.cast(weights, "float32", floats, f"{name}.weights")
         mixed = []
-        for part, cut in (("past", ["start", "past_size"]), ("present", ["past_size", "end"])):
-            share = node("Slice", [weights, *cut, "score_axis"], f"{name}.{part}_weights")
-            mixed.append(
-                node("MatMul", [share, turned(part, "value", [0, 2, 1, 3])], f"{name}.{part}_mix")
+        for part, start, end in (("past", "start", "past_size"), ("present", "past_size", "end")):
+            part_weights = node(
+                "Slice", [weights, start, end, "score_axis"], f"{name}.{part}_weights"
             )
-        rows = node(
-            "Transpose",
-            [node("Add", mixed, f"{name}.mix")],
-            f"{name}.rows",
-            perm=[0, 2, 1, 3] if group == 1 else [0, 3, 1, 2, 4],
-        )
-        return node(
-            "Reshape",
-            [rows, graph.constant(f"{name}.flat", np.array([0, 0, d.q_size], np.int64))],
-            name,
-        )
+            values = by_head(part, "value", [0, 2, 1, 3])
+            mixed.append(node("MatMul", [part_weights, values], f"{name}.{part}_mix"))
+        mix = node("Add", mixed, f"{name}.mix")
+        # Back to tokens in front of heads.
+        perm = [0, 2, 1, 3] if group == 1 else [0, 3, 1, 2, 4]
+        rows = node("Transpose", [mix], f"{name}.rows", perm=perm)
+        flat = graph.constant(f"{name}.flat", np.array([0, 0, d.q_size], np.int64))
+        return node("Reshape", [rows, flat], name)
 
     def _query(self, graph: Graph, d: DecoderConfig, layer: int, q: str) -> tuple[str, float]:
         """q [1, new, q_size] -> [1, heads, new, head_dim] (or [1, kv_heads, group, new, head_dim])
@@ -330,41 +285,18 @@ class PlainDialect:
         group = d.heads // d.kv_heads
         power = 2.0 ** math.floor(math.log2(scale))
         if power != 1:
-            q = graph.node(
-                "Mul",
-                [
-                    q,
-                    graph.constant(f"{name}.power", np.array(power).astype(graph.precision.floats)),
-                ],
-                f"{name}.q_scaled",
-            )
-        q = graph.node(
-            "Reshape",
-            [q, graph.constant(f"{name}.q_shape", np.array([0, 0, d.heads, d.head_dim], np.int64))],
-            f"{name}.q_heads",
-        )
+            factor = np.array(power).astype(graph.precision.floats)
+            q = graph.node("Mul", [q, graph.constant(f"{name}.power", factor)], f"{name}.q_scaled")
+        shape = np.array([0, 0, d.heads, d.head_dim], np.int64)
+        q = graph.node("Reshape", [q, graph.constant(f"{name}.q_shape", shape)], f"{name}.q_heads")
         q = self._rotated(graph, d, q, f"{name}.q_turned")
+        perm = [0, 2, 1, 3]
         if group > 1:
-            q = graph.node(
-                "Reshape",
-                [
-                    q,
-                    graph.constant(
-                        f"{name}.q_group_shape",
-                        np.array([0, 0, d.kv_heads, group, d.head_dim], np.int64),
-                    ),
-                ],
-                f"{name}.q_groups",
-            )
-        return (
-            graph.node(
-                "Transpose",
-                [q],
-                f"{name}.query",
-                perm=[0, 2, 1, 3] if group == 1 else [0, 2, 3, 1, 4],
-            ),
-            scale / power,
-        )
+            perm = [0, 2, 3, 1, 4]
+            group_shape = np.array([0, 0, d.kv_heads, group, d.head_dim], np.int64)
+            stored_shape = graph.constant(f"{name}.q_group_shape", group_shape)
+            q = graph.node("Reshape", [q, stored_shape], f"{name}.q_groups")
+        return graph.node("Transpose", [q], f"{name}.query", perm=perm), scale / power
 
     def tower_attention(self, graph: Graph, v: VisionConfig, name: str, qkv: str) -> str:
         """qkv [patches, 3 * width] -> [patches, width]; every patch sees every other. Scores and
@@ -373,61 +305,35 @@ class PlainDialect:
         node = graph.node
         floats = graph.precision.floats
         head = v.width // v.heads
-        node(
-            "Split",
-            [qkv, graph.constant(f"{name}.sizes", np.array([v.width] * 3, np.int64))],
-            f"{name}.split",
-            [f"{name}.{p}" for p in "qkv"],
-            axis=-1,
-        )
+        sizes = graph.constant(f"{name}.sizes", np.array([v.width] * 3, np.int64))
+        parts = [f"{name}.{letter}" for letter in "qkv"]
+        node("Split", [qkv, sizes], f"{name}.split", parts, axis=-1)
         shape = graph.constant(f"{name}.heads", np.array([0, v.heads, head], np.int64))
         scale = head**-0.5
-        turned = {}
+        by_head = {}
         # As in the decoder: the power of two in the scale goes to q, the rest to the float32
         # scores.
         power = 2.0 ** math.floor(math.log2(scale))
         for part, perm in (("q", [1, 0, 2]), ("k", [1, 2, 0]), ("v", [1, 0, 2])):
             x = node("Reshape", [f"{name}.{part}", shape], f"{name}.{part}_heads")
             if part != "v" and v.frequencies:
-                x = self._turned(
-                    graph, x, f"{name}.{part}_turned", head // 2, head, self._patch_angles(graph)
-                )
+                angles = self._patch_angles(graph)
+                x = self._turned(graph, x, f"{name}.{part}_turned", head // 2, head, angles)
             if part == "q" and power != 1:
-                x = node(
-                    "Mul",
-                    [x, graph.constant(f"{name}.power", np.array(power).astype(floats))],
-                    f"{name}.q_scaled",
-                )
-            turned[part] = node("Transpose", [x], f"{name}.{part}_rows", perm=perm)
-        scores = graph.cast(
-            node("MatMul", [turned["q"], turned["k"]], f"{name}.scores"),
-            floats,
-            "float32",
-            f"{name}.wide_scores",
-        )
+                factor = graph.constant(f"{name}.power", np.array(power).astype(floats))
+                x = node("Mul", [x, factor], f"{name}.q_scaled")
+            by_head[part] = node("Transpose", [x], f"{name}.{part}_rows", perm=perm)
+        scores = node("MatMul", [by_head["q"], by_head["k"]], f"{name}.scores")
+        scores = graph.cast(scores, floats, "float32", f"{name}.wide_scores")
         if scale != power:
-            scores = node(
-                "Mul",
-                [scores, graph.constant(f"{name}.residue", np.array(scale / power, np.float32))],
-                f"{name}.scaled",
-            )
-        weights = graph.cast(
-            node("Softmax", [scores], f"{name}.softmax", axis=-1),
-            "float32",
-            floats,
-            f"{name}.weights",
-        )
-        mixed = node(
-            "Transpose",
-            [node("MatMul", [weights, turned["v"]], f"{name}.mix")],
-            f"{name}.mix_rows",
-            perm=[1, 0, 2],
-        )
-        return node(
-            "Reshape",
-            [mixed, graph.constant(f"{name}.flat", np.array([0, v.width], np.int64))],
-            f"{name}.attention",
-        )
+            residue = graph.constant(f"{name}.residue", np.array(scale / power, np.float32))
+            scores = node("Mul", [scores, residue], f"{name}.scaled")
+        weights = node("Softmax", [scores], f"{name}.softmax", axis=-1)
+        weights = graph.cast(weights, "float32", floats, f"{name}.weights")
+        mix = node("MatMul", [weights, by_head["v"]], f"{name}.mix")
+        rows = node("Transpose", [mix], f"{name}.mix_rows", perm=[1, 0, 2])
+        flat = graph.constant(f"{name}.flat", np.array([0, v.width], np.int64))
+        return node("Reshape", [rows, flat], f"{name}.attention")
 
     def _patch_angles(self, graph: Graph) -> str:
         """Tables patch.cos and patch.sin [patches, 1, pairs of a head] from the graph's inputs;
@@ -437,19 +343,16 @@ class PlainDialect:
             graph.named.add("patch")
             axis = graph.constant("patch.axis", np.array([1], np.int64))
             for table in ("cos", "sin"):
-                graph.node(
-                    "Unsqueeze",
-                    [graph.cast(table, "float32", graph.precision.floats, f"{table}.cast"), axis],
-                    f"patch.{table}",
-                )
+                cast = graph.cast(table, "float32", graph.precision.floats, f"{table}.cast")
+                graph.node("Unsqueeze", [cast, axis], f"patch.{table}")
         return "patch"
 
     def activation(self, graph: Graph, d: DecoderConfig, name: str, x: str) -> str:
         if d.activation == "silu":
-            return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{name}.gate")], name)
-        return graph.node(
-            "Gelu", [x], name, approximate="tanh" if d.activation == "gelu_tanh" else "none"
-        )
+            gate = graph.node("Sigmoid", [x], f"{name}.gate")
+            return graph.node("Mul", [x, gate], name)
+        approximate = "tanh" if d.activation == "gelu_tanh" else "none"
+        return graph.node("Gelu", [x], name, approximate=approximate)
 
     def experts(
         self, graph: Graph, weights: CanonicalWeights, n: int, x: str, gates: str, chosen: str
@@ -466,28 +369,21 @@ class PlainDialect:
         name = f"layers.{n}"
         node = graph.node
         floats = graph.precision.floats
-        y = node(
-            "Mul", [x, graph.constant(f"{name}.nothing", np.zeros((), floats))], f"{name}.none"
-        )
+        nothing = graph.constant(f"{name}.nothing", np.zeros((), floats))
+        y = node("Mul", [x, nothing], f"{name}.none")
         for expert, share in enumerate(shares(graph, weights.decoder, n, gates, chosen)):
             at = f"{name}.experts.{expert}"
 
-            def then(at: str = at, share: str = share, y: str = y) -> str:
-                made = node(
-                    "Mul",
-                    [
-                        one_mlp(graph, self, weights, at, x),
-                        graph.cast(share, "float32", floats, f"{at}.cast"),
-                    ],
-                    f"{at}.made",
-                )
-                return node("Add", [y, made], f"{at}.added")
+            def add_expert(at: str = at, share: str = share, y: str = y) -> str:
+                output = one_mlp(graph, self, weights, at, x)
+                gate = graph.cast(share, "float32", floats, f"{at}.cast")
+                gated = node("Mul", [output, gate], f"{at}.made")
+                return node("Add", [y, gated], f"{at}.added")
 
-            y = (
-                graph.either(used(graph, n, share), f"{at}.sum", then, y)
-                if self.chosen_only
-                else then()
-            )
+            if self.chosen_only:
+                y = graph.either(used(graph, n, share), f"{at}.sum", add_expert, y)
+            else:
+                y = add_expert()
         return y
 
     def quantized(
@@ -525,10 +421,12 @@ class PlainDialect:
             )
             weight = graph.node("DequantizeLinear", [q, scale], f"{name}.weight", axis=1)
         else:
+            # Two of a row share a byte, the first in its low half.
             nibbles = signed.reshape(-1)
+            packed = nibbles[0::2] | nibbles[1::2] << 4
             q = graph.constant(
                 f"{name}.q",
-                nibbles[0::2] | nibbles[1::2] << 4,
+                packed,
                 dims=(inp, out),
                 data_type=graph.onnx.TensorProto.INT4,
             )
@@ -536,12 +434,10 @@ class PlainDialect:
             weight = graph.node(
                 "DequantizeLinear", [q, scale], f"{name}.weight", axis=0, block_size=ints.block
             )
-        y = graph.node("MatMul", [x, weight], f"{name}.product" if bias is not None else name)
-        return (
-            graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name)
-            if bias is not None
-            else y
-        )
+        if bias is None:
+            return graph.node("MatMul", [x, weight], name)
+        y = graph.node("MatMul", [x, weight], f"{name}.product")
+        return graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], name)
 
     def w8a8(
         self,
@@ -552,7 +448,7 @@ class PlainDialect:
         bias: np.ndarray | None,
         largest: float | None,
     ) -> str:
-        """The same where x is rounded to int8 too, with one scale from calibration for the whole
+        """The same where x is quantized to int8 too, with one scale from calibration for the whole
         tensor (`largest` its largest magnitude): explicit quantization, Q and DQ.
         """
         if largest is None:
@@ -564,9 +460,6 @@ class PlainDialect:
             f"{name}.step", np.array(max(largest / 127, 1e-7)).astype(graph.precision.floats)
         )
         zero = graph.constant(f"{name}.step_zero", np.zeros((), np.int8))
-        rounded = graph.node(
-            "DequantizeLinear",
-            [graph.node("QuantizeLinear", [x, step, zero], f"{name}.rounded"), step, zero],
-            f"{name}.read",
-        )
-        return self.quantized(graph, name, rounded, ints, bias)
+        integers = graph.node("QuantizeLinear", [x, step, zero], f"{name}.rounded")
+        read = graph.node("DequantizeLinear", [integers, step, zero], f"{name}.read")
+        return self.quantized(graph, name, read, ints, bias)

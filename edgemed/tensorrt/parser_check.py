@@ -80,13 +80,11 @@ class Table:
     inferred: str = ""
 
     def rule(self, op: str) -> Rule | None:
-        return (
-            params.build(
-                Rule, self.operators[op], f"parser_tables/tensorrt-{self.version}.yaml: {op}"
-            )
-            if op in self.operators
-            else None
-        )
+        """The rule of an operator, None where the table has none."""
+        if op not in self.operators:
+            return None
+        where = f"parser_tables/tensorrt-{self.version}.yaml: {op}"
+        return params.build(Rule, self.operators[op], where)
 
     def holds(self, version: str) -> bool:
         """Whether an installed TensorRT '10.3.0.26' is one this table speaks of."""
@@ -225,16 +223,17 @@ def _node(node: Any, graph: _Graph, table: Table, opset: int) -> Iterator[str]:
         )
     yield from _types(node, graph, rule)
     yield from _inputs(node, graph, rule)
-    defaults = {
+    attributes = {
         attribute.name: graph.onnx.helper.get_attribute_value(attribute)
         for attribute in node.attribute
     }
     for name, allowed in rule.attributes.items():
-        found = defaults.get(name)
-        found = found.decode() if isinstance(found, bytes) else found
-        if found is not None and found not in allowed:
+        value = attributes.get(name)
+        if isinstance(value, bytes):
+            value = value.decode()
+        if value is not None and value not in allowed:
             yield (
-                f"{node.op_type} with {name}={found}; TensorRT takes {', '.join(map(str, allowed))}"
+                f"{node.op_type} with {name}={value}; TensorRT takes {', '.join(map(str, allowed))}"
             )
     used = sum(1 for name in node.output if name)
     if rule.outputs and used > rule.outputs:
@@ -300,10 +299,13 @@ def estimate(
     plan = math.ceil(1.03 * sum(sizes.values()))
     largest = max(sizes.values())
     run = plan + cache_bytes + max(64 << 20, sizes["model"] // 20) + scores
-    return {
+    expected = {
         "plan": plan,
         "build_memory": 3 * largest + workspace,
         "run_memory": run,
         "cache": cache_bytes,
         "context": context,
-    } | ({"tower_attention": scores} if scores else {})
+    }
+    if scores:
+        expected["tower_attention"] = scores
+    return expected

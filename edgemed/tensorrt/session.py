@@ -87,26 +87,24 @@ class TrtSession(CarriesVision):
         parts = self.declared["rope_positions"][0] if "rope_positions" in self.declared else 0
         self.counted = Positions(parts, self.context) if parts else None
         self.hidden = self.declared["features"][1] if "features" in self.declared else 0
+        # Bytes of the inputs that are sent for every run, int64 all of them.
         sizes = {"tokens": 8 * self.part, "positions": 8 * self.part, "select": 8 * EVERY}
-        sizes |= ({"rope_positions": 8 * parts * self.part} if parts else {}) | (
-            {"feature_rows": 8 * self.part} if self.hidden else {}
-        )
+        if parts:
+            sizes["rope_positions"] = 8 * parts * self.part
+        if self.hidden:
+            sizes["feature_rows"] = 8 * self.part
         sizes["slots"] = 8 * rows  # last, because only the rows in use are sent
-        self.offsets = dict(
-            zip(sizes, np.cumsum([0, *map(aligned, sizes.values())]).tolist(), strict=False)
-        )
-        total = sum(map(aligned, sizes.values()))
+        self.offsets = {}
+        total = 0
+        for name, size in sizes.items():
+            self.offsets[name] = total
+            total += aligned(size)
         scores = 4 * EVERY * self.width
         features = 4 * self.part * self.hidden
-        need_memory(
-            self.cuda,
-            len(self.past) * (self.cache_pitch + self.fresh_pitch)
-            + total
-            + scores
-            + features
-            + engine.device_memory_size_v2,
-            "cache and activations",
-        )
+        caches = len(self.past) * (self.cache_pitch + self.fresh_pitch)
+        activations = engine.device_memory_size_v2
+        needed = caches + total + scores + features + activations
+        need_memory(self.cuda, needed, "cache and activations")
         self.cache = self.cuda.alloc(len(self.past) * self.cache_pitch)
         self.fresh = self.cuda.alloc(len(self.past) * self.fresh_pitch)
         self.inbox = self.cuda.alloc(total)
@@ -151,15 +149,16 @@ class TrtSession(CarriesVision):
         # an image token is never looked up and may lie outside the vocabulary
         ids = np.where(seen < 0, tokens, 0)
         size = min(EVERY, self.part) if every else self.part
-        found = []
+        scores = []
         for start in range(0, len(tokens), size):
             part = ids[start : start + size]
             if self.hidden:
                 self._show(seen[start : start + size], pictures)
             rows = self._run(part, len(part) if every else 1)
             if every:
-                found.append(rows.copy())
-        return np.concatenate(found) if every else rows
+                # The next part's scores come to the same memory.
+                scores.append(rows.copy())
+        return np.concatenate(scores) if every else rows
 
     def _show(self, seen: np.ndarray, pictures: ImageEmbeddings | None) -> None:
         """Put the features of one part of a prompt on the GPU, and their rows among the inputs: an
@@ -180,7 +179,7 @@ class TrtSession(CarriesVision):
             self.fields["feature_rows"][0] = -1
         return self._run([token], 1)[0]
 
-    def _run(self, tokens: Sequence[int], selected: int) -> np.ndarray:
+    def _run(self, tokens: Sequence[int] | np.ndarray, selected: int) -> np.ndarray:
         """Append at most `part` tokens; scores [selected, width] of the last ones, valid until the
         next call.
         """
@@ -301,10 +300,11 @@ def load_plan(trt: Any, cuda: Cuda, engine: Engine, name: str) -> Any:
     if not plan.is_file():
         raise EdgemedError(f"{plan} is missing", again)
     need_memory(cuda, plan.stat().st_size, f"the weights of {plan.name}")
-    found = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(plan.read_bytes())
-    if found is None:
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    loaded = runtime.deserialize_cuda_engine(plan.read_bytes())
+    if loaded is None:
         raise EdgemedError(f"TensorRT {trt.__version__} cannot load {plan}", again)
-    return found
+    return loaded
 
 
 def need_memory(cuda: Cuda, size: int, what: str) -> None:

@@ -59,11 +59,8 @@ def _pixels(data: Any, path: Path, frame: int) -> np.ndarray:
     try:
         return pixel_array(data, index=frame)
     except (RuntimeError, NotImplementedError) as error:
-        syntax = (
-            getattr(data.file_meta, "TransferSyntaxUID", None)
-            if hasattr(data, "file_meta")
-            else None
-        )
+        header = getattr(data, "file_meta", None)
+        syntax = getattr(header, "TransferSyntaxUID", None)
         name = syntax.name if syntax else "an unnamed transfer syntax"
         raise EdgemedError(
             f"{path} is compressed as '{name}', which no installed decoder reads",
@@ -86,9 +83,9 @@ def _shown(data: Any, pixels: np.ndarray) -> np.ndarray:
     kind = str(data.get("PhotometricInterpretation", "MONOCHROME2"))
     if pixels.ndim == 3:
         rgb = convert_color_space(pixels, kind, "RGB") if kind.startswith("YBR") else pixels
-        return np.ascontiguousarray(
-            rgb if rgb.dtype == np.uint8 else stretched(rgb.astype(np.float64))
-        )
+        if rgb.dtype != np.uint8:
+            rgb = stretched(rgb.astype(np.float64))
+        return np.ascontiguousarray(rgb)
     if kind == "PALETTE COLOR":
         from pydicom.pixels import apply_color_lut
 
@@ -100,12 +97,13 @@ def _shown(data: Any, pixels: np.ndarray) -> np.ndarray:
         # A window says which values are black and white, and the picture need not reach both: its
         # ends are what values far outside become.
         low, high = apply_windowing(np.array([-1e12, 1e12]), data)
-        grey = np.rint((apply_windowing(values, data) - low) * (255 / (high - low))).astype(
-            np.uint8
-        )
+        windowed = apply_windowing(values, data)
+        grey = np.rint((windowed - low) * (255 / (high - low))).astype(np.uint8)
     else:
         grey = stretched(values)
-    grey = 255 - grey if kind == "MONOCHROME1" else grey
+    if kind == "MONOCHROME1":
+        # The smallest value is white.
+        grey = 255 - grey
     return np.repeat(grey[..., None], 3, -1)
 
 
@@ -115,8 +113,6 @@ def stretched(grey: np.ndarray) -> np.ndarray:
     """
     low = float(grey.min())
     high = float(grey.max())
-    return (
-        np.rint((grey - low) * (255 / (high - low))).astype(np.uint8)
-        if high > low
-        else np.zeros(grey.shape, np.uint8)
-    )
+    if high <= low:
+        return np.zeros(grey.shape, np.uint8)
+    return np.rint((grey - low) * (255 / (high - low))).astype(np.uint8)

@@ -124,13 +124,17 @@ class Album:
         try:
             if (self.folder / name).is_file():
                 return (self.folder / name).read_bytes()
-            if self.opened.getinfo(name).file_size > LARGEST:
+            # `has` has found it, so it is a member of the archive.
+            archive = self.opened
+            if archive is None:
+                raise RuntimeError(f"{name} is neither a file nor a member of an archive")
+            size = archive.getinfo(name).file_size
+            if size > LARGEST:
                 raise EdgemedError(
-                    f"image {name} in {self.archive} has {self.opened.getinfo(name).file_size}"
-                    " bytes",
+                    f"image {name} in {self.archive} has {size} bytes",
                     f"Reduce it below {LARGEST // 1_000_000} million",
                 )
-            return self.opened.read(name)
+            return archive.read(name)
         except (zipfile.BadZipFile, zlib.error, OSError) as error:
             raise EdgemedError(
                 f"image {name} in {self.folder} cannot be read: {error}", "Copy it again"
@@ -141,8 +145,6 @@ class Album:
         a missing or damaged image.
         """
         beside = self.folder / name
-        return (
-            open_image(beside)
-            if self.has(name) and beside.is_file()
-            else decoded(io.BytesIO(self.read(name)), name)
-        )
+        if self.has(name) and beside.is_file():
+            return open_image(beside)
+        return decoded(io.BytesIO(self.read(name)), name)

@@ -76,67 +76,93 @@ def resized(image: Image.Image, v: VisionConfig) -> Image.Image:
     A square tower gets it padded to a square with the mean colour first (LLaVA's expand2square), or
     the middle of it (transformers' CLIP processor).
     """
-    pil = need("PIL.Image", "vision")
     size = fitted_size(image.width, image.height, v)
-    box = None
-    if v.size and v.fit == "crop" and image.width != image.height:
-        shortest = min(image.size)
-        size = tuple(int(v.size * side / shortest) for side in image.size)
-        left, top = ((side - v.size) // 2 for side in size)
-        box = (left, top, left + v.size, top + v.size)
-    elif v.size and v.fit == "pad" and image.width != image.height:
-        side = max(image.size)
-        if side**2 > SQUARE:
-            raise EdgemedError(
-                f"an image of {image.width} x {image.height} pixels cannot be padded to a square",
-                f"Reduce it below {math.isqrt(SQUARE)} pixels a side",
-            )
-        canvas = pil.new("RGB", (side, side), tuple(int(255 * m) for m in v.mean))
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = canvas
-    image = image if image.size == size else image.resize(size, pil.Resampling.BICUBIC)
-    return image.crop(box) if box else image
+    if v.size and image.width != image.height:
+        if v.fit == "crop":
+            return _cropped(image, v.size)
+        if v.fit == "pad":
+            image = _padded(image, v)
+    return _at_size(image, size)
+
+
+def _at_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if image.size == size:
+        return image
+    return image.resize(size, need("PIL.Image", "vision").Resampling.BICUBIC)
+
+
+def _cropped(image: Image.Image, side: int) -> Image.Image:
+    """The middle of an image whose shortest side is resized to `side`."""
+    shortest = min(image.size)
+    width = int(side * image.width / shortest)
+    height = int(side * image.height / shortest)
+    left = (width - side) // 2
+    top = (height - side) // 2
+    return _at_size(image, (width, height)).crop((left, top, left + side, top + side))
+
+
+def _padded(image: Image.Image, v: VisionConfig) -> Image.Image:
+    """The image in the middle of a square of the mean colour."""
+    side = max(image.size)
+    if side**2 > SQUARE:
+        raise EdgemedError(
+            f"an image of {image.width} x {image.height} pixels cannot be padded to a square",
+            f"Reduce it below {math.isqrt(SQUARE)} pixels a side",
+        )
+    colour = tuple(int(255 * mean) for mean in v.mean)
+    canvas = need("PIL.Image", "vision").new("RGB", (side, side), colour)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
 
 
 def patches(image: Image.Image, v: VisionConfig) -> Patches:
     """One RGB image as normalised patches, those that are merged into one feature side by side
     (transformers' Qwen2-VL order).
     """
-    pixels = np.asarray(resized(image, v), np.float32) / np.float32(255)
-    pixels = (pixels - np.array(v.mean, np.float32)) / np.array(v.std, np.float32)
-    rows = pixels.shape[0] // v.patch
-    columns = pixels.shape[1] // v.patch
+    colours: np.ndarray = np.asarray(resized(image, v), np.float32) / np.float32(255)
+    pixels = (colours - np.array(v.mean, np.float32)) / np.array(v.std, np.float32)
     m = v.merge
     p = v.patch
-    cut = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    stacked = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], v.temporal, p, p))
+    rows = pixels.shape[0] // p
+    columns = pixels.shape[1] // p
+    # The two axes of the picture as six: which group of m x m patches, which patch in it, and which
+    # pixel in that. Then come the colours.
+    split = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
+    # Group row, group column, patch row, patch column; a patch itself is colour, pixel row, pixel
+    # column. So the patches of one group follow each other.
+    ordered = split.transpose(0, 3, 1, 4, 6, 2, 5)
+    # A still image is every frame of its film: one more axis behind the colour.
+    film = np.broadcast_to(ordered[:, :, :, :, :, None], (*ordered.shape[:5], v.temporal, p, p))
+    flat = film.reshape(rows * columns, v.patch_size)
     return Patches(
-        np.ascontiguousarray(stacked.reshape(rows * columns, v.patch_size)), rows, columns
+        pixels=np.ascontiguousarray(flat),
+        rows=rows,
+        columns=columns,
     )
 
 
-def axial_positions(found: Patches, v: VisionConfig) -> np.ndarray:
+def axial_positions(image: Patches, v: VisionConfig) -> np.ndarray:
     """(row, column) of each patch in the order of `patches`, int64 [n, 2]."""
-    grid = np.stack(np.meshgrid(np.arange(found.rows), np.arange(found.columns), indexing="ij"), -1)
+    rows = np.arange(image.rows)
+    columns = np.arange(image.columns)
+    grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1)
     m = v.merge
-    return (
-        grid.reshape(found.rows // m, m, found.columns // m, m, 2)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(-1, 2)
-    )
+    # As in `patches`: the positions of one group of m x m patches follow each other.
+    split = grid.reshape(image.rows // m, m, image.columns // m, m, 2)
+    return split.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
 
 
-def axial_angles(found: Patches, v: VisionConfig) -> np.ndarray:
+def axial_angles(image: Patches, v: VisionConfig) -> np.ndarray:
     """Rotary angles of each patch, float32 [n, pairs of a head]: row times frequencies, then column
     times frequencies.
     """
-    at = axial_positions(found, v)[..., None] * np.array(v.frequencies)
-    return at.reshape(len(at), -1).astype(np.float32)
+    angles = axial_positions(image, v)[..., None] * np.array(v.frequencies)
+    return angles.reshape(len(angles), -1).astype(np.float32)
 
 
-def feature_count(found: Patches, v: VisionConfig) -> int:
+def feature_count(image: Patches, v: VisionConfig) -> int:
     """Features, and so tokens, that an image becomes."""
-    return found.rows * found.columns // v.merge**2
+    return image.rows * image.columns // v.merge**2
 
 
 def most_features(v: VisionConfig) -> int:
@@ -163,24 +189,24 @@ def token_positions(
     """
     if parts == 1:
         return np.arange(start, start + len(tokens))[None]
-    found = np.empty((3, len(tokens)), np.int64)
-    at = start
-    place = 0
+    positions = np.empty((3, len(tokens)), np.int64)
+    position = start
+    index = 0
     waiting = list(grids)
-    while place < len(tokens):
-        if tokens[place] != token:
-            found[:, place] = at
-            place = place + 1
-            at = at + 1
+    while index < len(tokens):
+        if tokens[index] != token:
+            positions[:, index] = position
+            index += 1
+            position += 1
             continue
         rows, columns = waiting.pop(0)
-        grid = np.stack(
-            np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij")
-        ).reshape(3, -1)
-        found[:, place : place + rows * columns] = at + grid
-        place = place + rows * columns
-        at = at + max(rows, columns)
-    return found
+        count = rows * columns
+        # Of every feature (0, row, column): it shares the first part with the whole image.
+        axes = np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij")
+        positions[:, index : index + count] = position + np.stack(axes).reshape(3, -1)
+        index += count
+        position += max(rows, columns)
+    return positions
 
 
 # features float32 [n, hidden] of one image, and how many (rows, columns) they are
@@ -218,24 +244,25 @@ def placed(
     if not seen:
         return list(tokens), None
     counts = iter([len(features) for features, _ in seen])
-    found = []
+    placed_tokens: list[int] = []
     for token in tokens:
-        found += [token] * (next(counts) if token == v.token else 1)
-    if len(found) > context:
+        count = next(counts) if token == v.token else 1
+        placed_tokens += [token] * count
+    if len(placed_tokens) > context:
         most = max(len(features) for features, _ in seen)
         raise EdgemedError(
-            f"prompt and images are {len(found)} tokens long, {context} fit (the largest image"
-            f" alone is {most})",
+            f"prompt and images are {len(placed_tokens)} tokens long, {context} fit (the largest"
+            f" image alone is {most})",
             "Ask with fewer or smaller images, or export with a longer context",
         )
-    positions = token_positions(found, v.token, [grid for _, grid in seen], parts)
-    return found, ImageEmbeddings(
-        np.concatenate([features for features, _ in seen]), positions, v.token
-    )
+    grids = [grid for _, grid in seen]
+    positions = token_positions(placed_tokens, v.token, grids, parts)
+    features = np.concatenate([features for features, _ in seen])
+    return placed_tokens, ImageEmbeddings(features, positions, v.token)
 
 
 def prompt_tokens(tokenizer: Any, text: str, v: VisionConfig | None) -> list[int]:
-    """Token ids of a prompt to a model that sees: those every prompt starts with, then the text,
+    """Token ids of a prompt to a vision model: those every prompt starts with, then the text,
     with the image token wherever the marker stands.
 
     Where the tokenizer has no token for the marker, the texts around it are encoded one by one
@@ -244,10 +271,11 @@ def prompt_tokens(tokenizer: Any, text: str, v: VisionConfig | None) -> list[int
     if v is None or not v.marker:
         return encode(tokenizer, text)
     first, *others = [text] if tokenizer.token_to_id(v.marker) == v.token else text.split(v.marker)
-    found = [*v.start, *encode(tokenizer, first)]
+    tokens = [*v.start, *encode(tokenizer, first)]
     for piece in others:
-        found += [v.token, *encode(tokenizer, piece)]
-    return found
+        tokens.append(v.token)
+        tokens += encode(tokenizer, piece)
+    return tokens
 
 
 def check_places(tokens: Sequence[int], token: int, images: int) -> None:
@@ -262,10 +290,16 @@ def check_places(tokens: Sequence[int], token: int, images: int) -> None:
         )
 
 
-def vision_of(facts: Mapping[str, Any]) -> VisionConfig:
-    """Vision values as an engine carries them in JSON."""
+def vision_of(facts: Mapping[str, Any] | None) -> VisionConfig:
+    """The numbers of a vision tower as an engine's JSON has them, where tuples are lists.
+
+    Raises EdgemedError for an engine of a text model, which has none.
+    """
     from edgemed.models.architecture import VisionConfig
 
-    return VisionConfig(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
-    )
+    if facts is None:
+        raise EdgemedError("this engine reads text only", "Export a vision model")
+    values: dict[str, Any] = {}
+    for key, value in facts.items():
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return VisionConfig(**values)

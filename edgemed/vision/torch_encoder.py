@@ -1,7 +1,8 @@
 """A vision tower and its projector in torch, float32: what every engine's image features are
 compared with.
 
-Built from a family's Vision values, one layer in memory at a time, like the text decoder beside it.
+It is built from a family's VisionConfig with one layer in memory at a time, like the text decoder.
+Build only: no device imports this module.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgemed.errors import EdgemedError, need
+import torch
+
+from edgemed.errors import EdgemedError
 from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.architecture import VisionConfig
 from edgemed.models.weights import CanonicalWeights
@@ -24,53 +27,51 @@ from edgemed.vision.preprocessing import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
 
-def features(weights: CanonicalWeights, found: Patches) -> dict[str, torch.Tensor]:
+def features(weights: CanonicalWeights, image: Patches) -> dict[str, torch.Tensor]:
     """'tower' [patches, width] and 'features' [features, hidden] of one image."""
-    torch = need("torch", "build")
-    v: VisionConfig = weights.vision
+    v = weights.require_vision()
     with torch.inference_mode():
-        x = _embedded(weights, torch.from_numpy(found.pixels))
-        angles = torch.from_numpy(axial_angles(found, v)) if v.frequencies else None
+        x = _embedded(weights, torch.from_numpy(image.pixels))
+        angles = None
+        if v.frequencies:
+            angles = torch.from_numpy(axial_angles(image, v))
         for n in range(v.layers):
             x = _layer(weights, v, f"vision.layers.{n}", x, angles)
-        x = x if v.frequencies else x[1:]
+        if not v.frequencies:
+            # The class token stands in front; the projector reads the patches alone.
+            x = x[1:]
         return {"tower": x, "features": _projected(weights, v, x)}
 
 
 def _embedded(weights: CanonicalWeights, pixels: torch.Tensor) -> torch.Tensor:
-    torch = need("torch", "build")
-    v = weights.vision
+    v = weights.require_vision()
     x = _linear(weights, "vision.patch", pixels)
     if not v.frequencies:
-        x = torch.cat([weights.table("vision.class").reshape(1, -1), x]) + weights.table(
-            "vision.positions"
-        )
-    return _norm(weights, "vision.pre_norm", x) if v.pre_norm else x
+        class_row = weights.table("vision.class").reshape(1, -1)
+        x = torch.cat([class_row, x]) + weights.table("vision.positions")
+    if v.pre_norm:
+        x = _norm(weights, "vision.pre_norm", x)
+    return x
 
 
 def _norm(weights: CanonicalWeights, name: str, x: torch.Tensor) -> torch.Tensor:
-    torch = need("torch", "build")
     weight, bias = weights.norm(name)
-    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, weights.vision.norm_eps)
+    eps = weights.require_vision().norm_eps
+    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def _linear(weights: CanonicalWeights, name: str, x: torch.Tensor) -> torch.Tensor:
-    torch = need("torch", "build")
     matrix = weights.matrix(name)
     return torch.nn.functional.linear(x, matrix.dense(), matrix.bias)
 
 
 def _activated(v: VisionConfig, x: torch.Tensor) -> torch.Tensor:
-    torch = need("torch", "build")
-    return (
-        x * torch.sigmoid(1.702 * x)
-        if v.activation == "quick_gelu"
-        else torch.nn.functional.gelu(x)
-    )
+    if v.activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return torch.nn.functional.gelu(x)
 
 
 def _layer(
@@ -80,52 +81,47 @@ def _layer(
     x: torch.Tensor,
     angles: torch.Tensor | None,
 ) -> torch.Tensor:
-    torch = need("torch", "build")
     n = len(x)
     head = v.width // v.heads
-    q, k, value = (
-        part.reshape(n, v.heads, head).transpose(0, 1)
-        for part in _linear(weights, f"{name}.qkv", _norm(weights, f"{name}.attn_norm", x)).chunk(
-            3, -1
-        )
-    )
+    qkv = _linear(weights, f"{name}.qkv", _norm(weights, f"{name}.attn_norm", x))
+    # each [patches, width] -> [heads, patches, head size]
+    q, k, value = (part.reshape(n, v.heads, head).transpose(0, 1) for part in qkv.chunk(3, -1))
     if angles is not None:
         q = _rotated(q, angles)
         k = _rotated(k, angles)
-    out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], value[None])[0]
-    x = x + _linear(weights, f"{name}.o", out.transpose(0, 1).reshape(n, v.width))
-    return x + _linear(
-        weights,
-        f"{name}.down",
-        _activated(v, _linear(weights, f"{name}.up", _norm(weights, f"{name}.mlp_norm", x))),
-    )
+    mixed = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], value[None])[0]
+    x = x + _linear(weights, f"{name}.o", mixed.transpose(0, 1).reshape(n, v.width))
+    up = _linear(weights, f"{name}.up", _norm(weights, f"{name}.mlp_norm", x))
+    return x + _linear(weights, f"{name}.down", _activated(v, up))
 
 
 def _rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    torch = need("torch", "build")
+    """x [heads, patches, head size], element i turned with element i + half of the head."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def _projected(weights: CanonicalWeights, v: VisionConfig, x: torch.Tensor) -> torch.Tensor:
-    torch = need("torch", "build")
-    x = _norm(weights, "vision.projector.norm", x) if v.projector_norm else x
-    x = torch.nn.functional.gelu(
-        _linear(weights, "vision.projector.first", x.reshape(len(x) // v.merge**2, -1))
-    )
-    return _linear(weights, "vision.projector.second", x)
+    if v.projector_norm:
+        x = _norm(weights, "vision.projector.norm", x)
+    # Patches that are merged lie behind each other, so a longer row holds them.
+    merged = x.reshape(len(x) // v.merge**2, -1)
+    inner = torch.nn.functional.gelu(_linear(weights, "vision.projector.first", merged))
+    return _linear(weights, "vision.projector.second", inner)
 
 
 class TorchVisionEncoder:
-    """The eyes of a checkpoint, in float32: what OnnxVisionEncoder is to an engine. family: whose
-    prompts and answers its model knows.
+    """The vision encoder of a checkpoint, in float32: what OnnxVisionEncoder is to an engine.
+    family: whose prompts and answers its model knows.
     """
 
     def __init__(self, weights: CanonicalWeights):
         if not weights.vision:
             raise EdgemedError(
                 f"{weights.checkpoint.path} reads text only",
-                "Ask it without an image, or give a model that sees",
+                "Ask it without an image, or give a vision model",
             )
         self.weights = weights
         self.v = weights.vision
@@ -141,11 +137,10 @@ class TorchVisionEncoder:
         return self.kept.features(image)
 
     def _computed(self, image: Image.Image) -> Seen:
-        found = patches(image, self.v)
-        return features(self.weights, found)["features"].numpy(), (
-            found.rows // self.v.merge,
-            found.columns // self.v.merge,
-        )
+        image_patches = patches(image, self.v)
+        embedded = features(self.weights, image_patches)["features"].numpy()
+        grid = (image_patches.rows // self.v.merge, image_patches.columns // self.v.merge)
+        return embedded, grid
 
     def see(
         self, tokens: Sequence[int], images: Sequence[Image.Image]

@@ -19,7 +19,7 @@ from edgemed.artifacts import hashing, store
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
 from edgemed.gguf import gptq
-from edgemed.gguf.gptq import CODES, round_blocks, rounding
+from edgemed.gguf.gptq import CODES, gptq_blocks, quantize_matrix
 from edgemed.gguf.quant_types import block_of
 from edgemed.gguf.writer import Encoder
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
@@ -65,7 +65,7 @@ def expanded(kind: str, data: np.ndarray) -> np.ndarray:
 def llama_quantize(
     encoder: Encoder, kind: str, weight: torch.Tensor, moment: torch.Tensor
 ) -> np.ndarray:
-    return rounding(encoder, kind, weight, None, moment.diagonal().numpy())[0]
+    return quantize_matrix(encoder, kind, weight, None, moment.diagonal().numpy())[0]
 
 
 @pytest.mark.parametrize("kind", CODES)
@@ -102,7 +102,7 @@ def test_what_is_left_is_less_than_llama_quantize_leaves(encoder, seen, kind):
     weight, moment, _inputs = seen
     root = Hessian(512)
     root.lower.copy_(moment)
-    data, dense = round_blocks(encoder, kind, weight, root.inverse_factor(0.01))
+    data, dense = gptq_blocks(encoder, kind, weight, root.inverse_factor(0.01))
     theirs = llama_quantize(encoder, kind, weight, moment)
     assert data.shape == theirs.shape
     assert np.array_equal(expanded(kind, data), dense.numpy())
@@ -119,7 +119,7 @@ def test_what_is_left_is_less_than_llama_quantize_leaves(encoder, seen, kind):
 def test_floats_are_only_shortened(encoder, seen, kind, dtype):
     """What a row falls back to whose length no block divides."""
     weight, _, inputs = seen
-    data, dense = rounding(encoder, kind, weight, inputs.inverse_factor(0.01))
+    data, dense = quantize_matrix(encoder, kind, weight, inputs.inverse_factor(0.01))
     assert torch.equal(dense, weight.to(dtype).float())
     assert np.array_equal(data, weight.to(dtype).view(torch.uint8).numpy())
 
@@ -134,7 +134,7 @@ def test_columns_are_swept_as_gptq_sweeps_them(encoder, seen):
     inputs = Hessian(32)
     inputs.lower.copy_(moment)
     root = inputs.inverse_factor(0.01)
-    data, dense = round_blocks(encoder, "Q8_0", weight, root)
+    data, dense = gptq_blocks(encoder, "Q8_0", weight, root)
     step = torch.from_numpy(data[:, :2].copy().view(np.float16).astype(np.float32))[:, 0].double()
     left = weight.double().clone()
     damped = moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(32)

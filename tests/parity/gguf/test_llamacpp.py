@@ -686,4 +686,4 @@ def test_carried_needs_scales_that_fit_float16() -> None:
         None,
     )
     with pytest.raises(EdgemedError, match="a scale does not fit"):
-        preserved_integers.carried(matrix, "m", matrix.bits)
+        preserved_integers.preserved(matrix, "m", matrix.bits)

@@ -19,6 +19,7 @@ pytest.importorskip("onnx")
 
 import onnx
 
+from edgemed import params as strict
 from edgemed import plugins
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
@@ -414,9 +415,8 @@ def test_nan_in_one_expert(tinymed: Path, tmp_path: Path) -> None:
 
 def quantized(path: Path, out: Path, **values: object) -> tuple[dict, CanonicalWeights]:
     out.mkdir()
-    return quantize.run(
-        open_checkpoint(path), out, quantize.Params(**{"bits": 8, "group": 64, **values})
-    ), CanonicalWeights(open_checkpoint(out))
+    params = strict.build(quantize.Params, {"bits": 8, "group": 64, **values}, "quantize")
+    return quantize.run(open_checkpoint(path), out, params), CanonicalWeights(open_checkpoint(out))
 
 
 def card(folder: Path) -> str:
@@ -498,7 +498,9 @@ def test_experts_can_be_calibrated_on_tokens_that_did_not_choose_them(tmp_path: 
             max(60, t) for t in layer["tokens"]
         ]
         assert layer["rounded"] == []
-    with pytest.raises(EdgemedError, match="route_at_least not below 0"):
+    with pytest.raises(
+        EdgemedError, match=r"route_at_least: -1 is out of range. Give a number at least 0"
+    ):
         quantized(
             path,
             tmp_path / "wrong",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from moe_models import write
 
 torch = pytest.importorskip("torch")
 
+from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import block, load_layer, logits, norm, routed
 from edgemed.models.weights import CanonicalWeights
-from edgemed.quantization import scale_folding
+from edgemed.quantization import packing_choice, scale_folding
 from edgemed.quantization.memory_budget import held as held_by
 from edgemed.quantization.packed_checkpoint import layer_matrices
 from edgemed.quantization.sensitivity import sensitivities
@@ -150,7 +152,8 @@ def test_a_killed_run_goes_on_and_still_knows_its_experts(
 ) -> None:
     asked = {"method": method, "calibration": text, "route_at_least": 20}
     notes, whole = quantized(model, tmp_path / "whole", **asked)
-    work = getattr(quantize, f"{method}_layer")
+    module = plugins.load("quantization/methods", method)
+    work = module.METHOD.quantize_layer
     computed = []
     killed = [1]
 
@@ -160,7 +163,7 @@ def test_a_killed_run_goes_on_and_still_knows_its_experts(
         computed.append(n)
         return work(weights, n, *rest)
 
-    monkeypatch.setattr(quantize, f"{method}_layer", counted)
+    monkeypatch.setattr(module, "METHOD", replace(module.METHOD, quantize_layer=counted))
     with pytest.raises(KeyboardInterrupt):
         quantized(model, tmp_path / "q", **asked)
     killed.clear()
@@ -264,7 +267,7 @@ def test_gguf_carries_experts_of_several_widths(tmp_path: Path) -> None:
         for name in names
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "_decided", lambda *_: {"packings": mixed})
+        patch.setattr(packing_choice, "uniform_packings", lambda *_: {"packings": mixed})
         weights = quantized(source, tmp_path / "packed", method="rtn")[1]
     engine = export(
         weights.checkpoint, "llamacpp", llamacpp.Params(from_checkpoint=True), tmp_path / "engine"
@@ -335,12 +338,12 @@ def test_a_gguf_budget_counts_experts_as_the_one_tensor_they_are(tmp_path: Path)
     assert not any("gate_inp" in t or "norm" in t for t in chosen.types)
     found = dict(sensitivities(weights, torch.tensor([IDS]), tmp_path))[2]
     ours = chosen.facts["sensitivity"]["blk.2.ffn_down_exps.weight"]
-    from edgemed.gguf.gptq import rounding
+    from edgemed.gguf.gptq import quantize_matrix
     from edgemed.gguf.writer import Encoder
 
     with Encoder() as encoder:
         for kind, loss in ours.items():
             alone = [found[f"experts.{e}.down"] for e in range(4)]
             assert loss == pytest.approx(
-                sum(s.loss(rounding(encoder, kind, s.weight, None)[1]) for s in alone)
+                sum(s.loss(quantize_matrix(encoder, kind, s.weight, None)[1]) for s in alone)
             )

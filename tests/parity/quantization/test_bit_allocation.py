@@ -21,6 +21,7 @@ from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights, Dense
+from edgemed.quantization import packing_choice
 from edgemed.steps import quantize
 from edgemed.targets import llamacpp, onnx, tensorrt
 
@@ -63,7 +64,7 @@ def packed(folder: Path, packings: dict[str, tuple[int, int]]) -> Checkpoint:
     out = folder / "packed"
     out.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "_decided", lambda *_: {"packings": packings})
+        patch.setattr(packing_choice, "uniform_packings", lambda *_: {"packings": packings})
         quantize.run(source, out, quantize.Params("rtn"))
     return open_checkpoint(out)
 
