@@ -27,6 +27,7 @@ from edgemed.artifacts.json_files import write_json
 from edgemed.artifacts.manifest import BUILT, MANIFEST, SCHEMA, Manifest, read_manifest, size_of
 from edgemed.artifacts.records import RECORDS
 from edgemed.errors import EdgemedError
+from edgemed.hardware import packages
 from edgemed.hardware.process_memory import peak_memory, reset_peak_memory
 
 __all__ = [
@@ -56,21 +57,6 @@ SIGNATURE = "signature.json"
 BESIDE = (MANIFEST, RECORDS, SIGNATURE)
 # what the operating system says of a full disk or a full quota
 FULL = (errno.ENOSPC, errno.EDQUOT)
-PACKAGES = (
-    "edgemed",
-    "torch",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "gguf",
-    "llama-cpp-python",
-    "numpy",
-    "tokenizers",
-    "bitsandbytes",
-)
 
 
 def versions() -> dict[str, str]:
@@ -79,10 +65,25 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",
     }
-    for package in PACKAGES:
+    for package in _recorded():
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
     return installed
+
+
+def _recorded() -> tuple[str, ...]:
+    others = [name for names in packages.instead_of().values() for name in names]
+    return (
+        "edgemed",
+        "torch",
+        "transformers",
+        "peft",
+        *packages.of_targets(),
+        *others,
+        "numpy",
+        "tokenizers",
+        "bitsandbytes",
+    )
 
 
 @dataclass

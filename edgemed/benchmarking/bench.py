@@ -188,20 +188,19 @@ def image_questions(
     else.
     """
     pil = need("PIL.Image", "vision")
+    side = plan.image or 0
     random = np.random.default_rng(0)
     started = time.perf_counter()
     vision_encoder = vision_of_session(session)
-    found: dict[str, list[float]] = {"load": [time.perf_counter() - started]}
+    seconds_of: dict[str, list[float]] = {"load": [time.perf_counter() - started]}
     try:
         for round_number in range(plan.runs + 1):
-            image = pil.fromarray(
-                random.integers(0, 256, (plan.image, plan.image, 3), dtype=np.uint8)
-            )
+            image = pil.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
             for question in ("first_token", "second_question"):
                 words = random.integers(0, engine.vocab - 1, min(plan.prompt)).tolist()
                 session.rewind(0)
                 marks = [time.perf_counter()]
-                tokens, pictures = vision_encoder.see(
+                tokens, embeddings = vision_encoder.see(
                     [
                         vision_encoder.v.token,
                         *(word + (word >= vision_encoder.v.token) for word in words),
@@ -209,21 +208,24 @@ def image_questions(
                     [image],
                 )
                 marks.append(time.perf_counter())
-                int(session.prefill(tokens, pictures=pictures)[0].argmax())
+                int(session.prefill(tokens, pictures=embeddings)[0].argmax())
                 marks.append(time.perf_counter())
-                spent = {question: marks[2] - marks[0]} | (
-                    {**vision_encoder.seconds, "prefill": marks[2] - marks[1]}
-                    if question == "first_token"
-                    else {}
-                )
+                spent = {question: marks[2] - marks[0]}
+                if question == "first_token":
+                    spent.update(vision_encoder.seconds)
+                    spent["prefill"] = marks[2] - marks[1]
+                # The first round warms up.
                 for name, seconds in spent.items() if round_number else ():
-                    found.setdefault(name, []).append(seconds)
+                    seconds_of.setdefault(name, []).append(seconds)
     finally:
         session.close_vision()
-    how = {"image": plan.image, "features": len(pictures.features), "tokens": len(tokens)}
+    features = len(tokens) - len(words)
+    how = {"image": side, "features": features, "tokens": len(tokens)}
     # A runtime that computes tower and projector in one gives no seconds of the latter.
     return [
-        (f"image_{name}_seconds", "s", values, how) for name, values in found.items() if any(values)
+        (f"image_{name}_seconds", "s", values, how)
+        for name, values in seconds_of.items()
+        if any(values)
     ]
 
 
@@ -234,7 +236,7 @@ def image_tokens(engine: Engine, side: int) -> int:
             f"an image of {side} x {side} pixels is none",
             "Bench one with --image SIDE, or none with --image 0",
         )
-    v = vision_of(engine.vision)
+    v = vision_of(engine.vision or {})
     width, height = fitted_size(side, side, v)
     return width * height // (v.patch * v.merge) ** 2
 

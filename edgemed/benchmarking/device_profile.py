@@ -47,7 +47,7 @@ def measure(quick: bool = False, threads: int | None = None) -> tuple[dict[str, 
     facts = machine()
     seconds = SHORT if quick else LONG
     cores = threads or facts["physical_cores"]
-    skipped = []
+    skipped: list[str] = []
     counts = sorted({1, *(n for n in (2, 4, 8, 16) if n < cores), cores})
     usable = psutil.virtual_memory().available
     load = psutil.getloadavg()[0]
@@ -190,7 +190,7 @@ def _products(threads: int, skipped: list[str]) -> Iterator[tuple[str, Callable[
         return
     integers = random.integers(0, 255, (SIZE, SIZE), np.uint8)
     packed = integers[:, : SIZE // 2].reshape(SIZE, SIZE // GROUP, GROUP // 2)
-    choices = {
+    choices: dict[str, tuple[str, np.ndarray, dict[str, np.ndarray], dict[str, int]]] = {
         "fp32": ("MatMul", x, {"b": w}, {}),
         "fp16": ("MatMul", x.astype(np.float16), {"b": w.astype(np.float16)}, {}),
         "int8": ("MatMulInteger", integers[:ROWS], {"b": integers.view(np.int8)}, {}),

@@ -33,7 +33,7 @@ class Conditions:
     """
 
     def __init__(self) -> None:
-        self.card = None
+        self.card: nvml.Card | None = None
         self.before = self.after = thermal.look()
         self.early: list[thermal.State] = []
         self.late: list[thermal.State] = []

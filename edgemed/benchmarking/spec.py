@@ -13,7 +13,7 @@ class BenchSpec:
     """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after
     one warm-up round.
 
-    image: side in pixels of the image that an engine that sees is asked about besides; 0: none.
+    image: side in pixels of the image that a vision model is asked about besides; 0: none.
     max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as
     fast enough in the report; None: no target.
     """

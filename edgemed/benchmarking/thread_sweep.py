@@ -116,7 +116,7 @@ def sweep(what: str, path: Path, plan: BenchSpec, wait: str = "auto") -> list[di
     ]
     for point in track(turns, "sweep"):
         speeds[point].append(one(path, point, plan, variables))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"threads": point.threads, "cores": point.label, **spread(values)}
         for point, values in speeds.items()
     ]
@@ -132,15 +132,13 @@ def sweep(what: str, path: Path, plan: BenchSpec, wait: str = "auto") -> list[di
 
 def spread(values: Sequence[dict[str, float]]) -> dict[str, float]:
     """Median, lowest and highest of each speed over the rounds, in tokens per second."""
-    found = {}
+    speeds: dict[str, float] = {}
     for name in values[0]:
         rounds = [value[name] for value in values]
-        found |= {
-            name: float(np.median(rounds)),
-            f"{name}_min": min(rounds),
-            f"{name}_max": max(rounds),
-        }
-    return found
+        speeds[name] = float(np.median(rounds))
+        speeds[f"{name}_min"] = min(rounds)
+        speeds[f"{name}_max"] = max(rounds)
+    return speeds
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

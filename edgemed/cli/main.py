@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemed import plugins
 from edgemed.cli import calibration, experts, planning, proof, provenance
 from edgemed.cli.options import (
     AcceptUndecided,
@@ -275,7 +276,9 @@ def export(
     model: Annotated[
         str | None, typer.Argument(help="Model directory, hub id or random:NAME.")
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx, llamacpp or tensorrt.")] = "onnx",
+    target: Annotated[
+        str, typer.Option(help=f"One of {', '.join(plugins.names('targets'))}.")
+    ] = "onnx",
     out: Annotated[Path, typer.Option(help="Engine directory to make.")] = Path("engine"),
     random_weights: Annotated[
         str | None,

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgemed import plugins
 from edgemed.artifacts import store
 from edgemed.console import say
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
-from edgemed.inference.session import Session, VisionEncoder
+from edgemed.inference.session import AdapterSession, Session, VisionEncoder
 from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import BASE, FOLDER, adapter_config, carried, quantized_base
@@ -108,7 +108,7 @@ class Engine:
             session.carry(partial(self.open_vision, threads))
         chosen = adapter or self.default
         if chosen and chosen != BASE:
-            session.use(chosen)
+            cast(AdapterSession, session).use(chosen)
         return session
 
     def open_vision(self, threads: int | None = None) -> VisionEncoder:
@@ -121,7 +121,7 @@ class Engine:
 
     def check_adapter(self, adapter: str | None) -> None:
         """Raise EdgemedError where the engine carries no adapter of this name."""
-        if adapter not in (None, BASE, *self.adapters):
+        if adapter is not None and adapter not in (BASE, *self.adapters):
             raise EdgemedError(
                 f"{self.path} carries no adapter '{adapter}'", nearest(adapter, self.adapters)
             )
@@ -152,7 +152,9 @@ def export(
     } | module.inputs(params)
     if reference:
         inputs["reference"] = reference.digest()
-    inputs |= {f"reference/{adapter}": found.digest() for adapter, found in (adapted or {}).items()}
+    inputs |= {
+        f"reference/{adapter}": answers.digest() for adapter, answers in (adapted or {}).items()
+    }
     parent = checkpoint.path / store.MANIFEST
     parent_manifest = json.loads(parent.read_text(encoding="utf-8")) if parent.is_file() else None
     name = name or Path(out).name
@@ -205,8 +207,8 @@ def export(
                     shutil.copyfile(checkpoint.path / file, work.path / file)
             if reference:
                 reference.save(work.path)
-            for adapter, found in (adapted or {}).items():
-                found.save(work.path / FOLDER / adapter)
+            for adapter, answers in (adapted or {}).items():
+                answers.save(work.path / FOLDER / adapter)
             work.notes.update(notes)
     return open_engine(out)
 

@@ -96,13 +96,20 @@ class ImageReference:
         """
         if "image_prompts" not in arrays:
             return None
-        images = len(arrays["image_prompts"])
-        scored = len(arrays["image_logits"])
-        lists = {name: tuple(arrays[f"image_{name}_{n}"] for n in range(scored)) for name in STAGED}
+        prompts = arrays["image_prompts"]
+        logits = arrays["image_logits"]
+
+        def listed(name: str, count: int) -> tuple[np.ndarray, ...]:
+            return tuple(arrays[f"image_{name}_{n}"] for n in range(count))
+
         return ImageReference(
-            tuple(arrays[f"image_pictures_{n}"] for n in range(images)),
-            *(arrays[f"image_{name}"] for name in ("prompts", "greedy", "logits")),
-            **lists,
+            pictures=listed("pictures", len(prompts)),
+            prompts=prompts,
+            greedy=arrays["image_greedy"],
+            logits=logits,
+            pixels=listed("pixels", len(logits)),
+            tower=listed("tower", len(logits)),
+            features=listed("features", len(logits)),
         )
 
 

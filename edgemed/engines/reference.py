@@ -1,4 +1,4 @@
-"""What the float32 source answers on held-out text: the yardstick that travels inside every engine.
+"""What the float32 source answers on text of the validation split: it travels inside every engine.
 
 It is computed once per source checkpoint, before any quantization, and stored as plain arrays so
 that a device can verify its engine without torch and without the source.
@@ -26,8 +26,8 @@ FILE = "reference.npz"
 
 @dataclass(frozen=True)
 class Reference:
-    """windows int32 [prompts, width]: held-out tokens. prompt: tokens of each window that start a
-    greedy answer.
+    """windows int32 [prompts, width]: tokens of the validation split. prompt: tokens of each window
+    that start a greedy answer.
 
     greedy int32 [prompts, new]: the source's greedy continuation (empty for a head). logits float32
     [scored, positions, vocab]: the source's scores over the first `scored` windows (for a head:

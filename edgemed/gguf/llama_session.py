@@ -45,7 +45,7 @@ class LlamaSession(CarriesVision):
         self.width = engine.width
         self.context = engine.context
         self.position = 0
-        self.matrix = None
+        self.matrix: np.ndarray | None = None
         if engine.head != "lm":
             with np.load(engine.path / HEAD) as arrays:
                 self.matrix = arrays["weight"].T.copy()
@@ -63,7 +63,7 @@ class LlamaSession(CarriesVision):
         self.size = self.matrix.shape[0] if self.matrix is not None else self.width
         # llama.cpp wants to know of all adapters before it plans a context's graph.
         self.adapters = lora_files.load(self.lib, self.model, engine.path, engine.adapters, ERRORS)
-        self.adapter = None
+        self.adapter: str | None = None
         self.ctx = self.lib.llama_init_from_model(self.model, self._settings(engine, threads))
         if not self.ctx:
             self.lib.llama_model_free(self.model)
@@ -83,8 +83,8 @@ class LlamaSession(CarriesVision):
         self.read = (
             self.lib.llama_get_logits if self.matrix is None else self.lib.llama_get_embeddings
         )
-        self.address = None
-        self.row = None
+        self.address: int | None = None
+        self.row = np.empty(0, np.float32)
         self.hidden = self.lib.llama_model_n_embd(self.model)
         self.centred = engine.centred
         self.has_vision = engine.vision is not None
@@ -152,7 +152,7 @@ class LlamaSession(CarriesVision):
                     if placed is None
                     else placed[:, first : first + count]
                 )
-                if image:
+                if image and pictures:
                     self._decode_features(
                         pictures.features[shown : shown + count], positions, every, wanted
                     )
@@ -266,7 +266,8 @@ class LlamaSession(CarriesVision):
         self.close_vision()
         if self.ctx is None:
             return
-        self.address = self.row = None
+        self.address = None
+        self.row = np.empty(0, np.float32)
         self.lib.llama_batch_free(self.batch)
         self.lib.llama_batch_free(self.one)
         self.lib.llama_free(self.ctx)
@@ -295,8 +296,10 @@ def _arrays(batch: Any, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for i in range(size):
         batch.n_seq_id[i] = 1
         batch.seq_id[i][0] = 0
-    return tuple(
-        np.ctypeslib.as_array(field, (size,)) for field in (batch.token, batch.pos, batch.logits)
+    return (
+        np.ctypeslib.as_array(batch.token, (size,)),
+        np.ctypeslib.as_array(batch.pos, (size,)),
+        np.ctypeslib.as_array(batch.logits, (size,)),
     )
 
 

@@ -258,8 +258,8 @@ class Cuda:
     def close(self) -> None:
         for address in self.held:
             self._call("cuMemFree_v2", address)
-        for address in self.pinned:
-            self._call("cuMemFreeHost", address)
+        for pinned in self.pinned:
+            self._call("cuMemFreeHost", pinned)
         self.held = []
         self.pinned = []
         self._call("cuStreamDestroy_v2", self.stream)

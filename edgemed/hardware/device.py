@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,7 +247,7 @@ def _machine() -> dict[str, Any]:
     logical = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    facts = {
+    facts: dict[str, Any] = {
         "cpu": cpu,
         "architecture": platform.machine(),
         "logical_cores": logical,
@@ -281,11 +282,12 @@ def cpu_name() -> str:
     """The CPU's own name; lscpu knows it on Arm, where /proc/cpuinfo gives only part numbers, and
     sysctl on a Mac.
     """
-    if found := re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE):
-        return found[1].strip()
-    found = re.findall(r"^Model name:\s*(.+)$", _output(["lscpu"])[0], re.MULTILINE)
+    own_name = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    if own_name:
+        return own_name[1].strip()
+    listed = re.findall(r"^Model name:\s*(.+)$", _output(["lscpu"])[0], re.MULTILINE)
     return (
-        " + ".join(found)
+        " + ".join(listed)
         or _output(["sysctl", "-n", "machdep.cpu.brand_string"])[0].strip()
         or platform.processor()
         or platform.machine()
@@ -407,7 +409,11 @@ def read_bandwidth(threads: int, rounds: int = 30) -> float:
     size = min(max(256 << 20, 4 * last_level_cache()), psutil.virtual_memory().available // 4)
     # Written once: pages never written would all be the one zero page, which stays in the cache.
     buffer = np.ones(size // 8, np.int64)
-    ways = [(np.bitwise_or.reduce, np.int64), (np.max, np.uint8), (np.max, np.float64)]
+    ways: list[tuple[Callable[[np.ndarray], Any], type]] = [
+        (np.bitwise_or.reduce, np.int64),
+        (np.max, np.uint8),
+        (np.max, np.float64),
+    ]
     best = float("inf")
     begun = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:

@@ -18,29 +18,10 @@ from typing import Literal
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError
-from edgemed.hardware import jetson, power_sensors, thermal
+from edgemed.hardware import jetson, packages, power_sensors, thermal
 from edgemed.hardware.device import gpus, machine, read_device
 from edgemed.hardware.jetson import describe, read_jetson
 from edgemed.hardware.sysfs import text
-
-# Distributions, and the extra of pyproject.toml that brings each. The core's own are listed by
-# `edgemed` being installed at all.
-PACKAGES = {
-    "torch": "build",
-    "transformers": "build",
-    "peft": "build",
-    "safetensors": "build",
-    "onnx": "build",
-    "gguf": "build",
-    "onnxruntime": "onnx",
-    "llama-cpp-python": "llamacpp",
-    "tensorrt": "tensorrt",
-    "bitsandbytes": "bnb",
-    "nvidia-ml-py": "nvml",
-}
-# Other distributions of the same package: the GPU build of ONNX Runtime is installed instead of the
-# plain one.
-ALSO = {"onnxruntime": ("onnxruntime-gpu",)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +41,7 @@ def examine() -> list[Finding]:
     seconds; fails for nothing missing.
     """
     found = [*hardware(), *jetpack(), Finding("python", "ok", platform.python_version())]
-    found += [package(name, extra) for name, extra in PACKAGES.items()]
+    found += [package(name, extra) for name, extra in packages.every_package().items()]
     return found + [self_check(name) for name in plugins.names("targets")]
 
 
@@ -243,7 +224,7 @@ def temperature(state: thermal.State) -> Finding:
             "missing",
             "no thermal zone, no clock: throttling cannot be seen here (usual in virtual machines)",
         )
-    hottest = max(state.celsius, key=state.celsius.get, default=None)
+    hottest = max(state.celsius, key=lambda zone: state.celsius[zone], default=None)
     parts = [f"{hottest} {state.celsius[hottest]:.0f} °C" if hottest else "no temperature"]
     if state.cpu_mhz:
         parts += [f"CPU {state.cpu_mhz:.0f} MHz"]
@@ -254,7 +235,7 @@ def temperature(state: thermal.State) -> Finding:
 
 def package(name: str, extra: str) -> Finding:
     """Whether a distribution is installed, and its version; nothing is imported."""
-    for distribution in (name, *ALSO.get(name, ())):
+    for distribution in (name, *packages.instead_of().get(name, ())):
         try:
             version = metadata.version(distribution)
         except metadata.PackageNotFoundError:

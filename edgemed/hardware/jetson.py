@@ -225,7 +225,7 @@ def over_current(root: Path) -> dict[str, int]:
     """Events since the start of the machine, by name; at each the hardware lowers the clocks for a
     moment.
     """
-    found = {}
+    found: dict[str, int] = {}
     for chip in in_order(list((root / "sys/class/hwmon").glob("hwmon*"))):
         if text(chip / "name") == "soctherm_oc":
             found |= {
@@ -266,11 +266,9 @@ class Tegrastats:
         """Power of the whole module in the next line. Raises OSError where tegrastats ended or
         names no rail.
         """
-        found = {
-            name: value
-            for name, value in parse_tegrastats(self.process.stdout.readline()).items()
-            if name not in LEFT_OUT
-        }
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        rails = parse_tegrastats(line)
+        found = {name: value for name, value in rails.items() if name not in LEFT_OUT}
         if not found:
             raise OSError("tegrastats gave no line with power rails")
         return next((found[name] for name in WHOLE if name in found), sum(found.values()))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,11 +160,16 @@ def rapl(root: Path) -> list[Sensor]:
                     "cpu",
                     "energy",
                     "RAPL counter",
-                    lambda file=counter: int(file.read_text()) / 1e6,
+                    partial(counter_joules, counter),
                     wrap,
                 )
             )
     return found
+
+
+def counter_joules(counter: Path) -> float:
+    """A counter file of microjoules."""
+    return int(counter.read_text()) / 1e6
 
 
 def gpu() -> list[Sensor]:

@@ -264,7 +264,9 @@ def told(
     silent = all(state.empty for states in looks.values() for state in states)
     return {
         "celsius": {when: degrees for when, degrees in hot.items() if degrees is not None},
-        "hottest": max(after.celsius, key=after.celsius.get) if after.celsius else None,
+        "hottest": max(after.celsius, key=lambda zone: after.celsius[zone])
+        if after.celsius
+        else None,
         **{
             what: {when: value for when, states in looks.items() if (value := median(states, what))}
             for what in ("cpu_mhz", "gpu_mhz")

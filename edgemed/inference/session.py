@@ -154,6 +154,16 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
+class AdapterSession(Session, Protocol):
+    """The session of an engine that carries LoRA adapters."""
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with one of the adapters, or (None) the base. What was read with the other weights
+        is forgotten.
+        """
+        ...
+
+
 def vision_of_session(session: Session) -> VisionEncoder:
     """A session's vision encoder. Raises EdgemedError where its model reads text only."""
     encoder = session.vision
@@ -193,8 +203,8 @@ def embedding_ids(tokens: Sequence[int], pictures: ImageEmbeddings | None) -> np
     """Ids int64 [T] to look up in the embedding: 0 in an image's places, whose own id may lie
     outside the vocabulary.
     """
-    found = np.array(tokens, np.int64)
-    return np.where(found == pictures.token, 0, found) if pictures else found
+    ids = np.array(tokens, np.int64)
+    return np.where(ids == pictures.token, 0, ids) if pictures else ids
 
 
 def feature_rows(

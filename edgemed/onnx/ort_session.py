@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,14 +31,10 @@ from edgemed.onnx.ort_dialect import ROPE, WIDE_SUMS
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
 
-
 # Linux's advice to move pages into huge ones now; Python's mmap module does not know it.
 MADV_COLLAPSE = 25
-
-
 PAGES = Path("/sys/kernel/mm/transparent_hugepage")
-
-
+# Element types of the cache, as ONNX Runtime names them.
 CACHES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
@@ -82,52 +78,65 @@ def _use_huge_pages() -> None:
                 )
 
 
+def _started(ort: Any, engine: Engine, threads: int | None, cuda: bool) -> Any:
+    """The InferenceSession of model.onnx. Raises EdgemedError where it does not load, or CUDA is
+    asked for and missing.
+    """
+    if cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise EdgemedError(
+            f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider",
+            "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'",
+        )
+    if cuda and hasattr(ort, "preload_dlls"):
+        # CUDA and cuDNN from the wheels beside it, where the system has none
+        ort.preload_dlls()
+    try:
+        session = ort.InferenceSession(
+            str(engine.path / "model.onnx"),
+            _options(ort, engine, threads),
+            providers=["CUDAExecutionProvider"] if cuda else ["CPUExecutionProvider"],
+        )
+    except Exception as error:
+        # onnxruntime raises a dozen unrelated exception types for a model it cannot load
+        raise EdgemedError(
+            f"onnxruntime {ort.__version__} cannot load {engine.path}:"
+            f" {str(error).splitlines()[0]}",
+            "Export the engine again",
+        ) from error
+    if cuda and session.get_providers()[0] != "CUDAExecutionProvider":
+        # onnxruntime only logs this and would run everything on the CPU.
+        raise EdgemedError(
+            f"onnxruntime {ort.__version__} cannot start CUDA here",
+            "Install the CUDA and cuDNN it was built for (its log names the missing library)",
+        )
+    return session
+
+
+def _options(ort: Any, engine: Engine, threads: int | None) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        # These threads are not OpenMP's, but whoever asks for that policy means them too.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if engine.params.get("precision") == "w8a8":
+        options.add_session_config_entry(*WIDE_SUMS)
+    return options
+
+
 class OrtSession(CarriesVision):
     """A Session on ONNX Runtime. All buffers are bound once; a step writes one token id and reads
     one row of scores.
     """
 
     def __init__(self, engine: Engine, threads: int | None):
+        """Raises EdgemedError where the file does not load, or asks for a GPU that is not there."""
         ort = need("onnxruntime", "onnx")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3
         self.cuda = engine.params.get("provider") == "cuda"
         self.device = "cuda" if self.cuda else "cpu"
-        if self.cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
-            raise EdgemedError(
-                f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider",
-                "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'",
-            )
-        if self.cuda and hasattr(ort, "preload_dlls"):
-            # CUDA and cuDNN from the wheels beside it, where the system has none
-            ort.preload_dlls()
-        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
-            # These threads are not OpenMP's, but whoever asks for that policy means them too.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if engine.params.get("precision") == "w8a8":
-            options.add_session_config_entry(*WIDE_SUMS)
-        try:
-            self.session = ort.InferenceSession(
-                str(engine.path / "model.onnx"),
-                options,
-                providers=["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"],
-            )
-        except Exception as error:
-            # onnxruntime raises a dozen unrelated exception types for a model it cannot load
-            raise EdgemedError(
-                f"onnxruntime {ort.__version__} cannot load {engine.path}:"
-                f" {str(error).splitlines()[0]}",
-                "Export the engine again",
-            ) from error
-        if self.cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
-            # onnxruntime only logs this and would run everything on the CPU.
-            raise EdgemedError(
-                f"onnxruntime {ort.__version__} cannot start CUDA here",
-                "Install the CUDA and cuDNN it was built for (its log names the missing library)",
-            )
+        self.session = _started(ort, engine, threads, self.cuda)
         if not self.cuda:
             _use_huge_pages()
         self.head = engine.head
@@ -142,21 +151,8 @@ class OrtSession(CarriesVision):
         self.shrinking.add_run_config_entry(
             "memory.enable_memory_arena_shrinkage", "gpu:0" if self.cuda else "cpu:0"
         )
-        for value in self.session.get_inputs():
-            if value.name.startswith("past."):
-                dtype = CACHES[value.type]
-                shape = (1, value.shape[1], self.context, value.shape[3])
-                if self.cuda:
-                    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
-                else:
-                    buffer = ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
-                self.binding.bind_ortvalue_input(value.name, buffer)
-                self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
-        self.rope = rope_tables(engine)
-        for name, table in zip(ROPE, self.rope, strict=False):
-            kind = next(value.type for value in self.session.get_inputs() if value.name == name)
-            table = table.astype(np.float16 if kind == "tensor(float16)" else np.float32)
-            self.rope[ROPE.index(name)] = self._bound(name, table)
+        self._bind_cache()
+        self._bind_rope(engine)
         self.frequencies = np.array(engine.rope_frequencies)
         self.axes = list(engine.rope_axes)
         self.counted = Positions(max(self.axes) + 1, self.context) if self.axes else None
@@ -170,8 +166,32 @@ class OrtSession(CarriesVision):
         self.total = self._bound("total", np.zeros(1, np.int32))
         self.shape: tuple[int, int] | None = None
         self.folder = engine.path
-        self.adapter = None
+        self.adapter: str | None = None
         self._adapt(None)
+
+    def _bind_cache(self) -> None:
+        """Keys and values [1, kv heads, context, head size] of every layer, read and written in
+        place.
+        """
+        for value in self.session.get_inputs():
+            if not value.name.startswith("past."):
+                continue
+            dtype = CACHES[value.type]
+            shape = (1, value.shape[1], self.context, value.shape[3])
+            if self.cuda:
+                buffer = self.ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
+            else:
+                buffer = self.ort.OrtValue.ortvalue_from_numpy(_lazy_zeros(shape, dtype))
+            self.binding.bind_ortvalue_input(value.name, buffer)
+            self.binding.bind_ortvalue_output(value.name.replace("past", "present"), buffer)
+
+    def _bind_rope(self, engine: Engine) -> None:
+        """The rotary tables, in the format in which the graph reads them."""
+        self.rope = rope_tables(engine)
+        kinds = {value.name: value.type for value in self.session.get_inputs()}
+        for number, name in enumerate(ROPE[: len(self.rope)]):
+            dtype = np.float16 if kinds[name] == "tensor(float16)" else np.float32
+            self.rope[number] = self._bound(name, self.rope[number].astype(dtype))
 
     def use(self, adapter: str | None) -> None:
         """Go on with one of the engine's adapters, or (None) the base. What was read with the other
@@ -198,21 +218,20 @@ class OrtSession(CarriesVision):
         self.tokens = self._bound("tokens", np.zeros((1, new), np.int64))
         self.positions = self._bound("positions", np.zeros((1, new), np.int64))
         self.select = self._bound("select", np.zeros(selected, np.int64))
-        self.feature_rows = (
-            self._bound("feature_rows", np.full((1, new), -1, np.int64))
-            if self.has_vision
-            else None
-        )
+        if self.has_vision:
+            self.feature_rows = self._bound("feature_rows", np.full((1, new), -1, np.int64))
         self.scores = np.zeros((1, selected, self.width), np.float32)
         self.binding.bind_ortvalue_output(
             "scores", self.ort.OrtValue.ortvalue_from_numpy(self.scores)
         )
         self.shape = (new, selected)
 
-    def _place(self, start: int, count: int, pictures: ImageEmbeddings | None) -> None:
+    def _place(
+        self, counted: Positions, start: int, count: int, pictures: ImageEmbeddings | None
+    ) -> None:
         # Where images shift what positions mean, the rows of the rotary tables are those tokens',
         # not those places'.
-        placed = self.counted.add(start, count, pictures.positions if pictures else None)
+        placed = counted.add(start, count, pictures.positions if pictures else None)
         angles = placed[self.axes].T * self.frequencies
         self.rope[0][start : start + count] = np.cos(angles)
         self.rope[1][start : start + count] = np.sin(angles)
@@ -234,7 +253,7 @@ class OrtSession(CarriesVision):
         self.last[0] = end - 1
         self.total[0] = end
         if self.counted:
-            self._place(self.position, new, pictures)
+            self._place(self.counted, self.position, new, pictures)
         if pictures:
             self._show(tokens, pictures)
         elif self.has_vision:
@@ -253,7 +272,7 @@ class OrtSession(CarriesVision):
         self.last[0] = position
         self.total[0] = position + 1
         if self.counted:
-            self._place(position, 1, None)
+            self._place(self.counted, position, 1, None)
         self.session.run_with_iobinding(self.binding)
         self.position = position + 1
         return self.scores[0, 0]

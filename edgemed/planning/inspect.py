@@ -11,27 +11,20 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edgemed import plugins
-from edgemed.gguf.quant_types import Model, tensor_types
-from edgemed.gguf.tensor_map import layout
 from edgemed.hardware.device import Device, fits, read_device, usable
 from edgemed.models.architecture import Architecture, DecoderConfig, every_part, family_of
 from edgemed.models.checkpoint import Checkpoint, Entry, open_checkpoint
-from edgemed.models.parameter_count import SPARE, parameters, sizes
+from edgemed.models.parameter_count import parameters, sizes
 from edgemed.models.random_weights import MARK, reference_config
 from edgemed.models.weights import CanonicalWeights
+from edgemed.planning.choices import targets
 from edgemed.planning.roofline import Dimensions, VisionCost
 
-GROUP = 128
-# Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not
-# divide get the block-of-32 ones.
-GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
-# Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
-REPACKED = ("Q4_K", "Q8_0")
 MB = 1e6
 
 
@@ -60,14 +53,20 @@ def inspect(model: str) -> dict[str, Any]:
         "stored": stored(checkpoint, weights.family),
         "quantization": quantization(weights),
         "memory": {name: memory(*needed, devices) for name, needed in precisions(weights)},
-        "devices": {
-            device.name: {"memory_gb": device.memory_gb, "usable_mb": usable(device) / MB}
-            for device in devices
-            if device.memory_gb
-        },
+        "devices": rooms(devices),
         "targets": {name: possible(weights, name) for name in plugins.names("targets")},
         "notes": notes(d, checkpoint),
     }
+
+
+def rooms(devices: list[Device]) -> dict[str, dict[str, float]]:
+    """Memory of every device whose memory is known (GiB), and what it leaves for an engine (MB)."""
+    memory_of = {}
+    for device in devices:
+        room = usable(device)
+        if device.memory_gb and room is not None:
+            memory_of[device.name] = {"memory_gb": device.memory_gb, "usable_mb": room / MB}
+    return memory_of
 
 
 def described(name: str) -> Checkpoint:
@@ -145,175 +144,10 @@ def quantization(weights: CanonicalWeights) -> dict[str, Any] | None:
 
 def precisions(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
     """(precision, (weight bytes, KV cache bytes at the full context)) of the engines edgemed can
-    make.
-
-    fp32, fp16: 4 or 2 bytes for everything (ONNX holds a tied output matrix once more). int8, int4
-    g128: layer matrices as integers with one float32 scale per 128 inputs, tables float16, output
-    matrix int8 with a float32 scale per 32, norms and biases float32; their cache is float32.
-    Q4_K_M: llama.cpp's mix of types, cache float16.
+    make, target by target.
     """
-    found = {name: part for name, part in sizes(weights).items() if not name.startswith(SPARE)}
-    d = weights.unfolded
-    everything = sum(weight + bias for _, weight, bias in found.values())
-    yield "fp32", (4 * everything, kv_cache(d, 4))
-    yield "fp16", (2 * everything, kv_cache(d, 2))
-    for bits in (8, 4):
-        total = round(sum(_int_bits(name, part, bits) for name, part in found.items()) / 8)
-        yield f"int{bits} g{GROUP}", (total + _tied_head(weights), kv_cache(d, 4))
-    yield "Q4_K_M", (q4_k_m(weights), kv_cache(d, 2))
-
-
-def kv_cache(d: DecoderConfig, element: int) -> int:
-    """2 * layers * kv_heads * head_dim * context * bytes per element."""
-    return d.cache_elements(d.context) * element
-
-
-def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
-    kind, weight, bias = part
-    if kind == "matrix":
-        # The few rows of a classification head stay float32.
-        # a vision tower is float32 by default
-        per_weight = (
-            bits + 32 / GROUP
-            if name.startswith("layers.")
-            else 8 + 32 / 32
-            if name == "lm_head"
-            else 32.0
-        )
-    else:
-        per_weight = {"table": 16.0, "norm": 32.0, "router": 32.0, "delta": 16.0, "index": 32.0}[
-            kind
-        ]
-    return per_weight * weight + 32 * bias
-
-
-def _tied_head(weights: CanonicalWeights) -> int:
-    # A gathered table and a multiplied matrix need different formats, so an engine holds a tied
-    # matrix twice.
-    d = weights.unfolded
-    return (
-        d.vocab * d.hidden * 9 // 8
-        if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"]
-        else 0
-    )
-
-
-def q4_k_m(weights: CanonicalWeights) -> int:
-    """Bytes of a Q4_K_M file's tensors, and of the vision tower beside it."""
-    size = gguf_size(weights, "q4_k_m")
-    return size.total + size.tower
-
-
-@dataclass(frozen=True)
-class Size:
-    """Bytes of an engine's weights, and bits per weight (scales included) of its layer matrices and
-    of its output matrix.
-
-    copy: bytes of a second, rearranged copy a runtime keeps in memory. tower: bytes of a vision
-    tower and projector, which lie in a file of their own.
-    """
-
-    total: int
-    layer_bits: float
-    head_bits: float
-    copy: int = 0
-    tower: int = 0
-
-
-def engine_bytes(weights: CanonicalWeights, target: str, precision: str) -> Size:
-    """The size of an engine of this target and precision, as edgemed writes it.
-
-    tensorrt keeps embedding and output matrix in float16 and holds a tied one twice; its int8 has
-    one float32 scale per output (not counted: under
-    0.1 %), its int4 a float16 scale per 128. onnx and llamacpp: see `precisions`.
-    """
-    if target == "llamacpp":
-        return gguf_size(weights, precision)
-    found = {name: part for name, part in sizes(weights).items() if not name.startswith("vision.")}
-    d = weights.unfolded
-    tower = seen(weights) * (2 if target == "tensorrt" else 4)
-    tied = (
-        d.vocab * d.hidden
-        if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"]
-        else 0
-    )
-    if target == "tensorrt":
-        layer = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / GROUP}[precision]
-        bits = sum(
-            (
-                layer
-                if kind == "matrix" and name.startswith("layers.")
-                else 32
-                if kind in ("norm", "router")
-                else 16
-            )
-            * weight
-            + 32 * bias
-            for name, (kind, weight, bias) in found.items()
-        )
-        return Size(
-            round(bits / 8) + 2 * tied,
-            layer,
-            16,
-            tower=tower,
-        )
-    if precision == "fp32":
-        return Size(
-            4 * (sum(weight + bias for _, weight, bias in found.values()) + tied),
-            32,
-            32,
-            tower=tower,
-        )
-    integer = int(precision.removeprefix("int"))
-    total = round(sum(_int_bits(name, part, integer) for name, part in found.items()) / 8)
-    return Size(
-        total + _tied_head(weights),
-        integer + 32 / GROUP,
-        9,
-        tower=tower,
-    )
-
-
-def seen(weights: CanonicalWeights) -> int:
-    """Weights and biases of the vision tower and projector that an engine has."""
-    return sum(
-        weight + bias
-        for name, (_, weight, bias) in sizes(weights).items()
-        if name.startswith("vision.") and not name.startswith(SPARE)
-    )
-
-
-def gguf_size(weights: CanonicalWeights, file_type: str) -> Size:
-    """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a
-    vision tower lies in a file of its own.
-    """
-    weights = CanonicalWeights(weights.checkpoint, sum_experts=True)
-    d = weights.unfolded
-    places = {
-        t: math.prod(p.shape)
-        for t, p in layout(weights.family, d, weights.parts).items()
-        if t.endswith("weight") and len(p.shape) > 1
-    }
-    shapes = {
-        t: p.shape for t, p in layout(weights.family, d, weights.parts).items() if t in places
-    }
-    types, _ = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads), file_type)
-    bits = {t: GGUF_BITS[types[t]] * weight for t, weight in places.items()}
-    rest = sum(
-        bias + (weight if kind == "norm" or name == "head" else 0)
-        for name, (kind, weight, bias) in sizes(weights).items()
-        if not name.startswith("vision.")
-    )
-    layers = [t for t in places if t.startswith("blk.")]
-    head = "output.weight" if "output.weight" in types else "token_embd.weight"
-    copy = sum(bits[t] for t in layers if types[t] in REPACKED)
-    return Size(
-        round((sum(bits.values()) + 32 * rest) / 8),
-        sum(bits[t] for t in layers) / sum(places[t] for t in layers),
-        GGUF_BITS[types[head]],
-        round(copy / 8),
-        4 * seen(weights),
-    )
+    for target in targets():
+        yield from target.inspected_sizes(weights)
 
 
 def dimensions(weights: CanonicalWeights) -> Dimensions:
@@ -381,11 +215,6 @@ def dimensions(weights: CanonicalWeights) -> Dimensions:
         vision=vision,
         **mixture,
     )
-
-
-def largest_matrix(weights: CanonicalWeights) -> int:
-    """Weights of the largest single tensor, which is what a streaming build holds in float32."""
-    return max(weight for _, weight, _ in sizes(weights).values())
 
 
 def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[str, Any]:

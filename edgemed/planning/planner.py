@@ -9,8 +9,9 @@ the one that keeps most bits is recommended, and verify has the last word.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from edgemed import plugins
@@ -27,10 +28,12 @@ from edgemed.hardware.device import (
 )
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.weights import CanonicalWeights
-from edgemed.planning.inspect import MB, described, dimensions, engine_bytes, largest_matrix
+from edgemed.planning.choices import Choice, choices
+from edgemed.planning.inspect import MB, described, dimensions
 from edgemed.planning.roofline import (
     Constants,
     Dimensions,
+    Placement,
     Storage,
     constants,
     decode_seconds,
@@ -43,110 +46,9 @@ from edgemed.planning.validation import summary
 # Tokens of an answer, for the room it takes in the context and for ranking by the time until it is
 # there.
 ANSWER = 128
-# What a build holds beside the largest matrix in float32, and an engine's process beside the
-# engine: the resident sizes of edgemed's own records (export of 2.6 billion weights within 0.77 GB;
-# interpreter, numpy and a runtime about 0.15 GB).
-BUILD = 450e6
+# What an engine's process holds beside the engine: the resident size of edgemed's own records
+# (interpreter, numpy and a runtime about 0.15 GB).
 PROCESS = 150e6
-# TensorRT holds the weights three times while it compiles (parser, plan, engine), and may use this
-# much to try kernels: a rule of thumb.
-WORKSPACE = 1e9
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One kind of engine. params: the target's parameters that make it; bits: those a quantize step
-    would round to first, 0 for none.
-
-    arithmetic: what the device must be able to compute in; kv: KV cache precision -> (bytes per
-    element, further parameters).
-    """
-
-    target: str
-    precision: str
-    params: dict[str, Any]
-    storage: Storage
-    arithmetic: str = "fp32"
-    bits: int = 0
-    kv: dict[str, tuple[float, dict[str, Any]]] = field(default_factory=dict)
-
-
-ONNX_KV = {"fp32": (4.0, {}), "int8": (1.0, {"kv": "int8", "calibration": "pubmedqa-abstracts"})}
-GGUF_KV = {"f16": (2.0, {}), "q8_0": (34 / 32, {"kv": "q8_0"})}
-# Bits are those of each target's own layout, scales included; llama.cpp's mixtures depend on the
-# shapes and are filled in by facts.engine_bytes.
-CHOICES = (
-    Choice(
-        "tensorrt",
-        "fp16",
-        {"precision": "fp16"},
-        Storage(16, 16, "fp16"),
-        "fp16",
-        kv={"fp16": (2.0, {})},
-    ),
-    Choice(
-        "tensorrt",
-        "int8",
-        {"precision": "int8"},
-        Storage(8, 16, "weight_only"),
-        "fp16",
-        8,
-        kv={"fp16": (2.0, {})},
-    ),
-    Choice(
-        "tensorrt",
-        "int4",
-        {"precision": "int4"},
-        Storage(4.125, 16, "weight_only"),
-        "fp16",
-        4,
-        kv={"fp16": (2.0, {})},
-    ),
-    Choice(
-        "onnx",
-        "fp32",
-        {"precision": "fp32"},
-        Storage(32, 32, "fp32"),
-        kv=ONNX_KV,
-    ),
-    Choice(
-        "onnx",
-        "int8",
-        {"precision": "int8"},
-        Storage(8.25, 9, "weight_only"),
-        bits=8,
-        kv=ONNX_KV,
-    ),
-    Choice(
-        "onnx",
-        "int4",
-        {"precision": "int4"},
-        Storage(4.25, 9, "weight_only"),
-        bits=4,
-        kv=ONNX_KV,
-    ),
-    Choice(
-        "llamacpp",
-        "f16",
-        {"type": "f16"},
-        Storage(16, 16, "fp16"),
-        kv=GGUF_KV,
-    ),
-    Choice(
-        "llamacpp",
-        "q8_0",
-        {"type": "q8_0"},
-        Storage(8.5, 8.5, "weight_only"),
-        kv=GGUF_KV,
-    ),
-    Choice(
-        "llamacpp",
-        "q4_k_m",
-        {"type": "q4_k_m"},
-        Storage(4.85, 6.5625, "weight_only"),
-        kv=GGUF_KV,
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -167,6 +69,22 @@ class Wishes:
     precision: str | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """A model on a device in one power mode, and what is asked of its engine. tokens: of the
+    prompt, images included; room: bytes left for an engine.
+    """
+
+    weights: CanonicalWeights
+    dimensions: Dimensions
+    device: Device
+    mode: PowerMode
+    constants: Constants
+    wishes: Wishes
+    tokens: int
+    room: int
+
+
 def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None) -> dict[str, Any]:
     """Predict every choice for `model` on a device: {'model', 'device', 'power_mode', 'choices',
     'front', 'recommended', 'recipe', 'left_out', 'notes'}.
@@ -175,123 +93,129 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
     where a name is unknown, the device lacks the precision asked for, the prompt does not fit the
     model, or nothing fits the device (by how much, and what would help).
     """
+    request = requested(model, device_name, wishes, power)
+    device = request.device
+    contexts = contexts_for(request.weights.unfolded.context, request.tokens, wishes)
+    entries = []
+    left_out = []
+    for choice in choices():
+        reason = why_not(choice, request)
+        if reason:
+            left_out.append({"target": choice.target, "precision": choice.precision, "why": reason})
+            continue
+        for kv in choice.kv:
+            for context in contexts:
+                entries.append(predict(request, choice, kv, context))
+    if not entries:
+        raise EdgemedError(
+            f"no engine is possible on {device.title}: " + "; ".join(reasons(left_out)),
+            "Choose another device or model",
+        )
+    fitting = [entry for entry in entries if entry["fits"]]
+    if not fitting:
+        raise too_big(entries, device, request.room)
+    front = pareto(fitting)
+    chosen = recommended(fitting, wishes)
+    return {
+        "model": model,
+        "device": device.name,
+        "power_mode": request.mode.name,
+        "usable_mb": request.room / MB,
+        "prompt": request.tokens,
+        "choices": ranked(entries),
+        "front": ranked(front),
+        "recommended": chosen,
+        "recipe": recipe_text(chosen, model, device_name, request),
+        "left_out": left_out,
+        "notes": notes(request, chosen),
+    }
+
+
+def requested(model: str, device_name: str, wishes: Wishes, power: str | None) -> Request:
+    """Read what a plan is made from. Raises EdgemedError as plan."""
     device = read_device(device_name)
     mode = power_mode_of(device, power)
     weights = weights_of(model)
     d = dimensions(weights)
-    known = constants()
+    fitted_constants = constants()
     room = usable(device)
     if room is None:
         raise EdgemedError(
             f"{device.title}: its memory is not known",
             "Measure it there: edgemed doctor --measure --out DEVICE.yaml",
         )
-    room = min(room, wishes.memory) if wishes.memory else room
+    if wishes.memory:
+        room = min(room, wishes.memory)
     check_precision(wishes.precision, device)
-    tokens = prompt_tokens(weights, wishes)
-    contexts = contexts_for(weights.unfolded.context, tokens, wishes)
-    found = []
-    left_out = []
-    for choice in CHOICES:
-        reason = why_not(choice, weights, device, wishes)
-        if reason:
-            left_out.append({"target": choice.target, "precision": choice.precision, "why": reason})
-            continue
-        for kv in choice.kv:
-            for context in contexts:
-                found.append(
-                    predict(
-                        choice, kv, context, tokens, weights, d, device, mode, known, room, wishes
-                    )
-                )
-    if not found:
-        raise EdgemedError(
-            f"no engine is possible on {device.title}: " + "; ".join(reasons(left_out)),
-            "Choose another device or model",
-        )
-    fitting = [entry for entry in found if entry["fits"]]
-    if not fitting:
-        raise too_big(found, device, room)
-    front = pareto(fitting)
-    chosen = recommended(fitting, wishes)
-    return {
-        "model": model,
-        "device": device.name,
-        "power_mode": mode.name,
-        "usable_mb": room / MB,
-        "prompt": tokens,
-        "choices": ranked(found),
-        "front": ranked(front),
-        "recommended": chosen,
-        "recipe": recipe_text(chosen, model, device_name, weights, tokens),
-        "left_out": left_out,
-        "notes": notes(device, mode, chosen, wishes),
-    }
+    return Request(
+        weights=weights,
+        dimensions=d,
+        device=device,
+        mode=mode,
+        constants=fitted_constants,
+        wishes=wishes,
+        tokens=prompt_tokens(weights, wishes),
+        room=room,
+    )
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(planned: dict[str, Any]) -> list[str]:
     """A plan for a person, line by line."""
-    best = found["recommended"]
-    said = [
-        f"{found['model']} on {found['device']}, power mode {found['power_mode']}:"
-        f" {found['usable_mb'] / 1e3:.2f} GB for an engine, prompt of {found['prompt']} tokens"
+    best = planned["recommended"]
+    stages = ", ".join(
+        f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best["stages_s"].items()
+    )
+    text = [
+        f"{planned['model']} on {planned['device']}, power mode {planned['power_mode']}:"
+        f" {planned['usable_mb'] / 1e3:.2f} GB for an engine, prompt of {planned['prompt']} tokens"
     ]
-    said += wide([row(entry, entry is best, entry in found["front"]) for entry in found["choices"]])
-    said += [
-        (
-            "*: none is at once smaller while running, sooner with the first token (ttft) and"
-            " faster (tok/s). Sizes in MB of 10^6 bytes; J/token at most."
-        ),
+    text += wide(
+        [row(entry, entry is best, entry in planned["front"]) for entry in planned["choices"]]
+    )
+    text.append(
+        "*: none is at once smaller while running, sooner with the first token (ttft) and"
+        " faster (tok/s). Sizes in MB of 10^6 bytes; J/token at most."
+    )
+    text.append(
         f"best: {best['target']} {best['precision']}; activations {best['activations_mb']:.0f} MB,"
-        f" vision tower {best['vision_mb']:.0f} MB; first token after "
-        + ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best["stages_s"].items()),
-    ]
-    said += [f"not planned: {reason}" for reason in reasons(found["left_out"])]
-    return [*said, *found["notes"], "", found["recipe"].rstrip()]
+        f" vision tower {best['vision_mb']:.0f} MB; first token after {stages}"
+    )
+    text += [f"not planned: {reason}" for reason in reasons(planned["left_out"])]
+    return [*text, *planned["notes"], "", planned["recipe"].rstrip()]
 
 
 def reasons(left_out: Sequence[dict[str, Any]]) -> list[str]:
     """Each reason once, behind the engines it holds for."""
-    why = {
-        entry["why"]: [
-            f"{e['target']} {e['precision']}" for e in left_out if e["why"] == entry["why"]
-        ]
-        for entry in left_out
-    }
-    return [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
+    engines: dict[str, list[str]] = {}
+    for entry in left_out:
+        engines.setdefault(entry["why"], []).append(f"{entry['target']} {entry['precision']}")
+    return [f"{', '.join(names)} ({reason})" for reason, names in engines.items()]
+
+
+def verdict(entry: dict[str, Any]) -> str:
+    """Why a choice is none, in a few words; '' for one that is."""
+    if not entry["builds"]:
+        return "cannot be built there"
+    if not entry["fits"]:
+        return "does not fit"
+    return f"misses {', '.join(entry['misses'])}" if entry["misses"] else ""
 
 
 def row(entry: dict[str, Any], best: bool, front: bool) -> dict[str, Any]:
-    verdict = (
-        "cannot be built there"
-        if not entry["builds"]
-        else (
-            "does not fit"
-            if not entry["fits"]
-            else f"misses {', '.join(entry['misses'])}"
-            if entry["misses"]
-            else ""
-        )
-    )
-    sizes = {
-        label: round(entry[f"{name}_mb"])
-        for label, name in (
-            ("weights", "weights"),
-            ("cache", "kv_cache"),
-            ("run", "run"),
-            ("build", "build"),
-        )
-    }
+    """One choice as a line of the table."""
     return {
         "": ("best" if best else "") + ("*" if front else ""),
         "engine": f"{entry['target']} {entry['precision']}",
         "kv": entry["kv"],
         "context": entry["context"],
-        **sizes,
+        "weights": round(entry["weights_mb"]),
+        "cache": round(entry["kv_cache_mb"]),
+        "run": round(entry["run_mb"]),
+        "build": round(entry["build_mb"]),
         "ttft s": float(f"{entry['ttft_s']:.3g}"),
         "tok/s": float(f"{entry['tokens_per_s']:.3g}"),
         "J/token": entry["joules_per_token_at_most"],
-        "verdict": verdict,
+        "verdict": verdict(entry),
     }
 
 
@@ -327,6 +251,8 @@ def image_tokens(weights: CanonicalWeights) -> int:
     per side.
     """
     v = weights.vision
+    if v is None:
+        raise EdgemedError("this model has no vision tower", "Leave --images out")
     return ((v.size or IMAGE) // (v.patch * v.merge)) ** 2
 
 
@@ -356,118 +282,67 @@ def check_precision(precision: str | None, device: Device) -> None:
     if precision is None:
         return
     missing = lacks(device, precision)
-    known = sorted({choice.precision for choice in CHOICES})
+    possible = sorted({choice.precision for choice in choices()})
     if missing:
-        raise EdgemedError(missing, f"Choose among {', '.join(known)}")
-    if precision not in known:
-        raise EdgemedError(f"edgemed makes no {precision} engines", nearest(precision, known))
+        raise EdgemedError(missing, f"Choose among {', '.join(possible)}")
+    if precision not in possible:
+        raise EdgemedError(f"edgemed makes no {precision} engines", nearest(precision, possible))
 
 
-def why_not(
-    choice: Choice, weights: CanonicalWeights, device: Device, wishes: Wishes
-) -> str | None:
+def why_not(choice: Choice, request: Request) -> str | None:
     """Why a choice is not planned, or None."""
-    if wishes.precision not in (None, choice.precision):
-        return f"precision {wishes.precision} was asked for"
-    if choice.target not in plugins.names("targets"):
-        return "this edgemed has no such target"
-    if choice.target == "tensorrt" and not device.compute_capability:
-        return "no NVIDIA GPU"
-    if choice.target == "tensorrt" and device.tensorrt and profile(device) is None:
-        return f"TensorRT {', '.join(device.tensorrt.values())} is older than edgemed's profiles"
-    if choice.target == "onnx" and device.compute_capability:
-        return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
-    if missing := lacks(device, choice.arithmetic):
-        return missing
-    module = plugins.load("targets", choice.target)
-    return module.supports(weights, module.Params(**params_of(choice, weights)))
+    precision = request.wishes.precision
+    if precision not in (None, choice.precision):
+        return f"precision {precision} was asked for"
+    target = plugins.load("targets", choice.target)
+    return (
+        target.unsuitable(request.device)
+        or lacks(request.device, choice.arithmetic)
+        or target.supports(request.weights, target.Params(**params_of(choice, request.weights)))
+    )
 
 
-def params_of(choice: Choice, weights: CanonicalWeights) -> dict[str, Any]:
+def params_of(choice: Choice, weights: CanonicalWeights) -> Mapping[str, Any]:
     """The target's parameters for this checkpoint: one that holds integers already is carried as it
     is.
     """
-    return (
-        {}
-        if weights.quantization and choice.bits == weights.quantization["bits"]
-        else choice.params
-    )
+    if weights.quantization and choice.bits == weights.quantization["bits"]:
+        return {}
+    return choice.params
 
 
-def profile(device: Device) -> str | None:
-    """The tensorrt target's profile for a device's newest TensorRT that has one; cards without a
-    JetPack take the newest.
-    """
-    versions = [
-        tuple(map(int, version.split(".")[:2])) for version in device.tensorrt.values()
-    ] or [(11, 0)]
-    names = {(10, 3): "jetpack6", (10, 16): "jetpack7"}
-    return next(
-        (
-            names.get(version, "trt11" if version >= (11, 0) else None)
-            for version in sorted(versions)
-            if version >= (10, 3)
-        ),
-        None,
-    )
-
-
-def predict(
-    choice: Choice,
-    kv: str,
-    context: int,
-    tokens: int,
-    weights: CanonicalWeights,
-    d: Dimensions,
-    device: Device,
-    mode: PowerMode,
-    known: Constants,
-    room: int,
-    wishes: Wishes,
-) -> dict[str, Any]:
+def predict(request: Request, choice: Choice, kv: str, context: int) -> dict[str, Any]:
     """One choice with one cache: memory (MB), seconds by stage, tokens/s, joules, whether it fits
     and which wishes it misses.
     """
-    size = engine_bytes(weights, choice.target, choice.precision)
+    d = request.dimensions
+    device = request.device
+    target = plugins.load("targets", choice.target)
+    size = target.engine_bytes(request.weights, choice.precision)
     storage = dataclasses.replace(
         choice.storage,
         layer_bits=size.layer_bits,
         head_bits=size.head_bits,
         kv_bytes=choice.kv[kv][0],
     )
-    here = place(device, mode, choice.target, known, choice.precision)
-    stages = {"prefill": prefill_seconds(d, storage, here, tokens)}
-    if wishes.images and not tower_elsewhere(choice.target, device):
-        stages = {
-            "vision": wishes.images * vision_seconds(d.vision, here, image_tokens(weights))
-        } | stages
-    step = decode_seconds(d, storage, here, tokens + ANSWER // 2)
+    here = place(device, request.mode, choice.target, request.constants, choice.precision)
+    stages = stage_seconds(request, target, storage, here)
+    step = decode_seconds(d, storage, here, request.tokens + ANSWER // 2)
     cache = round(2 * d.kv_layers * d.kv_size * context * storage.kv_bytes)
-    work = activations(d, tokens, choice.target)
-    # Only the CPU kernels want their weights rearranged.
-    run = (
-        size.total
-        + (0 if device.compute_capability else size.copy)
-        + cache
-        + work
-        + size.tower
-        + (PROCESS if device.shared_memory else 0)
+    work = activations(d, request.tokens, target.ACTIVATION_BYTES)
+    run = size.total + cache + work + size.tower
+    if not device.compute_capability:
+        # Only the CPU kernels want their weights rearranged.
+        run += size.copy
+    if device.shared_memory:
+        run += PROCESS
+    build = target.build_bytes(request.weights, size)
+    # A card's host has memory of its own to build in.
+    builds = not (target.BUILDS_ON_DEVICE and device.shared_memory) or build <= (
+        usable(device) or 0
     )
-    on_device = choice.target == "tensorrt"
-    build = 3 * size.total + WORKSPACE if on_device else BUILD + 4 * largest_matrix(weights)
-    # TensorRT compiles on the device itself; a card's host has memory of its own for that.
-    builds = not (on_device and device.shared_memory) or build <= (usable(device) or 0)
     ttft = sum(stages.values())
     tps = 1 / step
-    missed = [
-        name
-        for name, bad in (
-            ("ttft", wishes.ttft and ttft > wishes.ttft),
-            ("tps", wishes.tps and tps < wishes.tps),
-            ("memory", run > room),
-        )
-        if bad
-    ]
     return {
         "target": choice.target,
         "precision": choice.precision,
@@ -483,31 +358,49 @@ def predict(
         "stages_s": stages,
         "tokens_per_s": tps,
         "answer_s": ttft + ANSWER * step,
-        "joules_per_token_at_most": mode.watts * step if mode.watts else None,
+        "joules_per_token_at_most": request.mode.watts * step if request.mode.watts else None,
         "bits": size.layer_bits,
         "usual_cache": kv == next(iter(choice.kv)),
-        "fits": run <= room and builds,
+        "fits": run <= request.room and builds,
         "builds": builds,
-        "misses": missed,
+        "misses": missed_wishes(request, ttft, tps, run),
     }
 
 
-def tower_elsewhere(target: str, device: Device) -> bool:
-    """Whether a vision tower runs on the CPU of a device whose GPU runs the decoder: nothing is
-    known of such a CPU's speed.
-    """
-    return target == "llamacpp" and bool(device.compute_capability)
+def stage_seconds(
+    request: Request, target: ModuleType, storage: Storage, here: Placement
+) -> dict[str, float]:
+    """Seconds of what lies before the first token, by stage, in the order in which it is done."""
+    d = request.dimensions
+    stages = {}
+    if request.wishes.images and not target.tower_elsewhere(request.device):
+        if d.vision is None:
+            raise EdgemedError("this model has no vision tower", "Leave --images out")
+        one = vision_seconds(d.vision, here, image_tokens(request.weights))
+        stages["vision"] = request.wishes.images * one
+    stages["prefill"] = prefill_seconds(d, storage, here, request.tokens)
+    return stages
 
 
-def activations(d: Dimensions, tokens: int, target: str) -> int:
+def missed_wishes(request: Request, ttft: float, tps: float, run: float) -> list[str]:
+    """Names of the wishes that a choice does not meet."""
+    wishes = request.wishes
+    missed = []
+    if wishes.ttft and ttft > wishes.ttft:
+        missed.append("ttft")
+    if wishes.tps and tps < wishes.tps:
+        missed.append("tps")
+    if run > request.room:
+        missed.append("memory")
+    return missed
+
+
+def activations(d: Dimensions, tokens: int, element_bytes: int) -> int:
     """Bytes of the buffers of one prefill: residual stream, q, k, v and MLP of every token in the
-    widths the target keeps, scores of the last.
+    width the target keeps, float32 scores of the last.
     """
-    width = 2 if target == "tensorrt" else 4
-    return (
-        tokens * (3 * d.hidden + d.q_size + 2 * d.kv_size + 2 * d.ffn) * width
-        + 4 * d.head // d.hidden
-    )
+    row_elements = 3 * d.hidden + d.q_size + 2 * d.kv_size + 2 * d.ffn
+    return tokens * row_elements * element_bytes + 4 * d.head // d.hidden
 
 
 def pareto(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -547,152 +440,147 @@ def recommended(fitting: Sequence[dict[str, Any]], wishes: Wishes) -> dict[str, 
     )
 
 
-def too_big(found: Sequence[dict[str, Any]], device: Device, room: int) -> EdgemedError:
+def too_big(entries: Sequence[dict[str, Any]], device: Device, room: int) -> EdgemedError:
     """By how much the smallest choice does not fit, and what would help."""
-    least = min(found, key=lambda entry: entry["run_mb"])
+    least = min(entries, key=lambda entry: entry["run_mb"])
     engine = (
         f"{least['target']} {least['precision']}, context {least['context']}, {least['kv']} cache"
     )
+    everything = usable(device) or 0
     if least["run_mb"] * MB <= room:
-        over = least["build_mb"] * MB - (usable(device) or 0)
+        over = least["build_mb"] * MB - everything
         return EdgemedError(
             f"nothing can be built on {device.title}: the smallest engine ({engine}) needs about"
-            f" {least['build_mb'] / 1e3:.2f} GB while TensorRT compiles it there, {over / 1e9:.2f}"
+            f" {least['build_mb'] / 1e3:.2f} GB while"
+            f" {plugins.load('targets', least['target']).TITLE} compiles it there, {over / 1e9:.2f}"
             " GB too much",
             "What would help: a precision with fewer bits, or another target",
         )
-    over = least["run_mb"] * MB - room
-    alike = [
-        other
-        for other in map(read_device, plugins.names("devices"))
-        if bool(other.compute_capability) == bool(device.compute_capability)
-    ]
-    larger = sorted(
-        (usable(other) or 0, other.name)
-        for other in alike
-        if (usable(other) or 0) >= least["run_mb"] * MB
-    )
-    helps = (
-        ["a larger --memory"]
-        if least["run_mb"] * MB <= (usable(device) or 0)
-        else (
-            [f"a device that leaves {least['run_mb'] * MB / GIB:.1f} GiB, such as {larger[0][1]}"]
-            if larger
-            else []
-        )
-    )
+    needed = least["run_mb"] * MB
+    over = needed - room
+    remedies = []
+    if needed <= everything:
+        remedies.append("a larger --memory")
+    elif larger := smallest_device(device, needed):
+        remedies.append(f"a device that leaves {needed / GIB:.1f} GiB, such as {larger}")
     if least["kv_cache_mb"] * MB > over:
-        helps += ["a shorter --context"]
+        remedies.append("a shorter --context")
+    remedies.append("a smaller model")
     return EdgemedError(
         f"nothing fits {device.title}: the smallest engine ({engine}) needs"
         f" {least['run_mb'] / 1e3:.2f} GB while running, {room / 1e9:.2f} GB are left for it,"
         f" {over / 1e9:.2f} GB too little",
-        "What would help: " + " or ".join([*helps, "a smaller model"]),
+        "What would help: " + " or ".join(remedies),
     )
 
 
-def notes(device: Device, mode: PowerMode, chosen: dict[str, Any], wishes: Wishes) -> list[str]:
+def smallest_device(device: Device, needed: float) -> str | None:
+    """The name of the smallest device of the same kind (with or without a GPU) that leaves `needed`
+    bytes, or None.
+    """
+    candidates = []
+    for other in map(read_device, plugins.names("devices")):
+        room = usable(other) or 0
+        alike = bool(other.compute_capability) == bool(device.compute_capability)
+        if alike and room >= needed:
+            candidates.append((room, other.name))
+    return min(candidates)[1] if candidates else None
+
+
+def notes(request: Request, chosen: dict[str, Any]) -> list[str]:
     """What a person must know to read the numbers."""
-    found = []
+    device = request.device
+    mode = request.mode
+    target = plugins.load("targets", chosen["target"])
+    text = []
     if chosen["misses"]:
-        found.append(
+        text.append(
             "Nothing meets every wish: what is shown as the best misses"
             f" {' and '.join(chosen['misses'])}."
         )
     if mode.gpu_mhz is None and len(device.power_modes) > 1:
-        found.append(
+        text.append(
             f"The clocks of the mode {mode.name} are not known: times are those of the full clocks,"
             " and too short."
         )
     if not device.compute_capability and not device.achieved:
-        found.append(
+        text.append(
             "This CPU's speed is taken from its data sheet, which predicts badly: measure it with"
             " edgemed doctor --measure --out DEVICE.yaml."
         )
-    if wishes.images and tower_elsewhere(chosen["target"], device):
-        found.append(
-            "llama.cpp engines see through ONNX Runtime on the CPU, whose speed there is not known:"
-            " the time of the vision tower is missing from every first token."
-        )
-    found.append(stated_error(device))
-    if device.compute_capability and chosen["target"] == "llamacpp":
-        found.append(
-            "llama.cpp on CUDA: one published decoding speed stands behind this, and no prefill."
-        )
+    tower_note = target.tower_elsewhere(device)
+    if request.wishes.images and tower_note:
+        text.append(tower_note)
+    text.append(stated_error(device))
+    text += target.plan_notes(device)
     if device.usable_gb is None:
-        found.append(
+        text.append(
             f"Memory left for an engine is the sheet's less {1.5 if device.shared_memory else 0.5}"
             " GiB, an assumption."
         )
     if chosen["joules_per_token_at_most"] is not None:
-        found.append(
+        text.append(
             f"Energy is the {mode.watts:g} W the mode allows times the time: an upper bound."
         )
-    return [
-        *found,
-        (
-            "Peaks while building are estimates; accuracy is not predicted: edgemed verify"
-            " measures it."
-        ),
-    ]
+    text.append(
+        "Peaks while building are estimates; accuracy is not predicted: edgemed verify measures it."
+    )
+    return text
 
 
 def stated_error(device: Device) -> str:
     """How far predictions were off on measurements of devices that the constants had not seen."""
     rows = "published" if device.compute_capability else "edgemed's own"
-    found = [
-        entry
-        for entry in summary()
-        if entry["rows"] == rows
-        and entry["prediction"] == "device left out"
-        and entry["quantity"] != "vision"
-    ]
-    said = " and ".join(
-        f"{entry['quantity']} by {entry['median error %']:g} % in the median of {entry['n']}"
-        for entry in found
-    )
+    errors = []
+    for entry in summary():
+        unseen = entry["rows"] == rows and entry["prediction"] == "device left out"
+        if unseen and entry["quantity"] != "vision":
+            errors.append(
+                f"{entry['quantity']} by {entry['median error %']:g} % in the median of"
+                f" {entry['n']}"
+            )
     return (
         f"How far off: on {'Jetsons' if device.compute_capability else 'CPUs'} the constants had"
-        f" not seen, {said} rows (edgemed plan --validate)."
+        f" not seen, {' and '.join(errors)} rows (edgemed plan --validate)."
     )
 
 
-def recipe_text(
-    chosen: dict[str, Any], model: str, device: str, weights: CanonicalWeights, tokens: int
-) -> str:
+def recipe_text(chosen: dict[str, Any], model: str, device_name: str, request: Request) -> str:
     """The recipe that makes the recommended engine, as YAML text."""
+    weights = request.weights
     choice = next(
-        c for c in CHOICES if (c.target, c.precision) == (chosen["target"], chosen["precision"])
+        choice
+        for choice in choices()
+        if (choice.target, choice.precision) == (chosen["target"], chosen["precision"])
     )
+    target = plugins.load("targets", choice.target)
     random = weights.checkpoint.random_weights
-    packed = weights.quantized
-    module = plugins.load("targets", choice.target)
-    allowed = {f.name for f in dataclasses.fields(module.Params)}
-    rounding = choice.bits and not packed and not random
-    params = {} if rounding else dict(params_of(choice, weights))
-    params |= choice.kv[chosen["kv"]][1] | (
-        {"context": chosen["context"]} if "context" in allowed else {}
-    )
-    if choice.target == "tensorrt":
-        params["profile"] = profile(read_device(device))
-    lines = [
+    quantize = choice.bits and not weights.quantized and not random
+    params: dict[str, Any] = {}
+    if not quantize:
+        params.update(params_of(choice, weights))
+    _, cache_params = choice.kv[chosen["kv"]]
+    params.update(cache_params)
+    if "context" in {field.name for field in dataclasses.fields(target.Params)}:
+        params["context"] = chosen["context"]
+    params.update(target.recipe_params(request.device))
+    text = [
         (
-            f"# {model} for {device}: {chosen['target']} {chosen['precision']}, predicted"
+            f"# {model} for {device_name}: {chosen['target']} {chosen['precision']}, predicted"
             f" {chosen['tokens_per_s']:.1f} tokens/s, first token after {chosen['ttft_s']:.2f} s"
         ),
         f"model: {model}",
-        f"device: {device}",
+        f"device: {device_name}",
     ]
-    if rounding:
-        group = -1 if (choice.target, choice.bits) == ("tensorrt", 8) else 128
-        lines += [
-            "steps:",
-            (
-                f"  - quantize: {{method: gptq, bits: {choice.bits}, group: {group}, calibration:"
-                " pubmedqa-abstracts}"
-            ),
-        ]
+    if quantize:
+        text.append("steps:")
+        text.append(
+            f"  - quantize: {{method: gptq, bits: {choice.bits}, group:"
+            f" {target.quantize_group(choice.bits)}, calibration: pubmedqa-abstracts}}"
+        )
     inside = ", ".join(f"{key}: {value}" for key, value in params.items())
-    lines += ["engines:", f"  - {choice.target}: {{{inside}}}"]
-    lines += [] if random else ["verify: {prompts: pubmedqa-abstracts}"]
-    return "\n".join([*lines, f"bench:  {{prompt: [{tokens}], generate: 64}}"]) + "\n"
+    text += ["engines:", f"  - {choice.target}: {{{inside}}}"]
+    if not random:
+        text.append("verify: {prompts: pubmedqa-abstracts}")
+    text.append(f"bench:  {{prompt: [{request.tokens}], generate: 64}}")
+    return "\n".join(text) + "\n"

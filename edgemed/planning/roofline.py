@@ -161,8 +161,8 @@ def fitted() -> dict[str, Any]:
 def place(
     device: Device, mode: PowerMode, runtime: str, known: Constants, precision: str = ""
 ) -> Placement:
-    """What a device gives an engine of `runtime` ('tensorrt', 'mlc', 'vllm', 'llamacpp', 'onnx')
-    and, on a CPU, `precision`, in a power mode.
+    """What a device gives an engine of `runtime` (a target, or another runtime of the published
+    rows) and, on a CPU, `precision`, in a power mode.
 
     Raises EdgemedError where the device file does not say enough.
     """
@@ -191,9 +191,8 @@ def _gpu(device: Device, mode: PowerMode, runtime: str, known: Constants) -> Pla
     if "fp16" in rates:
         # What was widened is then multiplied by the tensor cores, which no kernel passes.
         rates["weight_only"] = min(rates["weight_only"], rates["fp16"])
-    relative = {"tensorrt": 1.0, "mlc": known.mlc, "vllm": known.vllm, "llamacpp": known.llamacpp}[
-        runtime
-    ]
+    # The runtime that most published rows are of has no constant: the others are relative to it.
+    relative = getattr(known, runtime, 1.0)
     cycle = 1e-6 / clock
     # Blackwell has kernels that scan in chunks; before it every token of a recurrent layer waits
     # for the last.

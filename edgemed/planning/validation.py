@@ -17,6 +17,7 @@ from typing import Any
 
 from edgemed import params
 from edgemed.hardware.device import Device, PowerMode, power_mode_of, read_device
+from edgemed.planning.choices import usual_cache_bytes
 from edgemed.planning.roofline import (
     DATA,
     Constants,
@@ -88,8 +89,8 @@ def cases(file: str = "published_latency") -> tuple[list[Case], list[tuple[int, 
     published_latency: what the constants are fitted to; published_later: found after model and
     constants were fixed; own_latency: see _own.
     """
-    found = []
-    left = []
+    found: list[Case] = []
+    left: list[tuple[int, str, str]] = []
     for number, row in enumerate(rows(file), start=2):
         if file == "own_latency":
             _own(number, row, found, left)
@@ -157,7 +158,7 @@ def _predict(
 ) -> float:
     d = published_models()[row["model"]]
     here = place(device, mode, runtime, known)
-    if quantity == "vision":
+    if quantity == "vision" and d.vision is not None:
         return vision_seconds(d.vision, here, int(row["image_tokens"]))
     if quantity == "prefill":
         return prefill_seconds(d, storage, here, int(row["prompt_tokens"]))
@@ -186,7 +187,7 @@ def _own(
         bits,
         bits,
         "fp32",
-        4.0 if row["target"] == "onnx" else 2.0,
+        usual_cache_bytes(row["target"]),
     )
     what = (
         f"{row['target']} {row['precision']}, {row['threads']}"

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgemed import plugins
 from edgemed.artifacts import hashing, store
 from edgemed.console import track
 from edgemed.data.image_sets import calibration_digests
@@ -53,12 +54,9 @@ if TYPE_CHECKING:
     # canonical matrix -> (bits, group size, -1 for one per row)
     Packings = dict[str, tuple[int, int]]
 
-# What a budget may choose from, (bits, group): what each target has kernels for.
-CHOICES = {
-    "onnx": ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-    "tensorrt": ((4, 128), (4, 64), (4, 32), (8, -1)),
-    "gptq": ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128)),
-}
+# What a budget may choose from, (bits, group), where the checkpoint is for other programs that read
+# GPTQ files. What a target has kernels for it says itself.
+GPTQ_CHOICES = ((2, 32), (3, 128), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128))
 
 BNB = "bnb-"
 
@@ -104,6 +102,11 @@ class Params:
     expert_tokens: int = 128
     route_at_least: int = 0
     double_quant: bool = False
+
+
+def budget_choices(target: str) -> tuple[tuple[int, int], ...]:
+    """(bits, group) that a budget may choose from."""
+    return GPTQ_CHOICES if target == "gptq" else plugins.load("targets", target).BUDGET_CHOICES
 
 
 def inputs(params: Params) -> dict[str, str]:
@@ -408,7 +411,7 @@ def _decided(
     sizes = {
         name: {
             p: _packed_bytes(weights, name, *p)
-            for p in CHOICES[params.target]
+            for p in budget_choices(params.target)
             if _fits(weights, name, *p)
         }
         for name in names

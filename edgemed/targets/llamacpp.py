@@ -9,16 +9,17 @@ weights are read folded.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -50,20 +51,59 @@ from edgemed.gguf.tensor_map import (
 )
 from edgemed.models import lora
 from edgemed.models.architecture import all_families
+from edgemed.models.parameter_count import sizes
 from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.onnx.vision_graph import TOWERS, build_vision
+from edgemed.params import Doc
+from edgemed.planning import choices
+from edgemed.planning.choices import Choice, Size
+from edgemed.planning.roofline import Storage
 
 if TYPE_CHECKING:
     from edgemed.gguf.bit_allocation import TypeChoice
+    from edgemed.hardware.device import Device
     from edgemed.inference.session import ImageEmbeddings, VisionEncoder
-    from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
 FP32_TOLERANCE = {"F32": 5e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("llama_cpp", "llamacpp")
+TITLE = "llama.cpp"
+# Distribution -> extra; distribution -> others of the same package.
+PACKAGES = {"gguf": "build", "llama-cpp-python": "llamacpp"}
+PACKAGES_INSTEAD: dict[str, tuple[str, ...]] = {}
+# A quantize step with a budget has nothing to choose for these engines: they have a budget of their
+# own.
+BUDGET_CHOICES: tuple[tuple[int, int], ...] = ()
+
+# For the planner: see docs/add-a-target.md.
+TABLE_ORDER = 3
+ACTIVATION_BYTES = 4
+BUILDS_ON_DEVICE = False
+# Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not
+# divide get the block-of-32 ones.
+GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
+# Types of which llama.cpp keeps a second, rearranged copy for its CPU kernels.
+REPACKED = ("Q4_K", "Q8_0")
+KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {
+    "f16": (2.0, {}),
+    "q8_0": (34 / 32, {"kv": "q8_0"}),
+}
+# The mixtures' bits depend on the shapes and are filled in by engine_bytes.
+CHOICES = (
+    Choice("llamacpp", "f16", {"type": "f16"}, Storage(16, 16, "fp16"), kv=KV_FORMATS),
+    Choice("llamacpp", "q8_0", {"type": "q8_0"}, Storage(8.5, 8.5, "weight_only"), kv=KV_FORMATS),
+    Choice(
+        "llamacpp",
+        "q4_k_m",
+        {"type": "q4_k_m"},
+        Storage(4.85, 6.5625, "weight_only"),
+        kv=KV_FORMATS,
+    ),
+)
 REBUILD = (
     "Build it without AMX: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
     " -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" pip install --force-reinstall"
@@ -73,25 +113,9 @@ REBUILD = (
 
 @dataclass(frozen=True)
 class Params:
-    """type: llama.cpp's file type (default q4_k_m). from_checkpoint: carry a GPTQ checkpoint's
-    integers (Q4_0 or Q8_0); `type` is then that of the output matrix (default q8_0) and the
-    embedding stays float16. imatrix: an importance .npz or a calibration card's name, of which
-    `samples` windows of `length` tokens are run. budget: '4.5bpw' (bits per weight of the whole
-    file) or '1.6GB': every layer matrix then gets its own type, the others that of `type`; it is
-    measured on the text of `imatrix`. rounding: 'nearest' is llama.cpp's own routine, weight by
-    weight; 'gptq' moves each column's error into the later ones, on the text of `imatrix`: the same
-    types and bytes, but nearer to the source. context: tokens of the KV cache (default the
-    model's). kv: its type; 'auto' is f32 for an f32 file, else f16. repack: let llama.cpp keep a
-    second, faster copy of the weights (edgemed's ggml graph: of those that every token reads).
-    vision: what computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or
-    llama.cpp's own libmtmd (not CLIP towers, which it has wrong). mmproj: type of mmproj.gguf,
-    which libmtmd reads (default then f16); given without it, the file is written for llama.cpp's
-    own programs, which resize images in another way. min_pixels, max_pixels: to which images are
-    resized (default the model's). adapters: LoRA adapters that travel along unmerged, {name: PEFT
-    directory}; a session uses one of them or none.
-    """
+    """Parameters of the target llamacpp. Every field says what it is for."""
 
-    type: (
+    type: Annotated[
         Literal[
             "f32",
             "f16",
@@ -122,23 +146,88 @@ class Params:
             "iq2_xs",
             "iq2_xxs",
         ]
-        | None
-    ) = None
-    from_checkpoint: bool = False
-    imatrix: str | None = None
-    budget: str | None = None
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    samples: int = 32
-    length: int = 256
-    context: int | None = None
-    kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
-    repack: bool = True
-    vision: Literal["onnx", "mtmd"] = "onnx"
-    tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
-    mmproj: Literal["f32", "f16", "q8_0"] | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    adapters: dict[str, str] | None = None
+        | None,
+        Doc(
+            "llama.cpp's file type. None is q4_k_m, or with from_checkpoint q8_0, the type of the"
+            " output matrix."
+        ),
+    ] = None
+    from_checkpoint: Annotated[
+        bool,
+        Doc(
+            "Carry a GPTQ checkpoint's integers (Q4_0 or Q8_0). `type` is then that of the output"
+            " matrix, and the embedding stays float16."
+        ),
+    ] = False
+    imatrix: Annotated[
+        str | None,
+        Doc(
+            "An importance .npz, or a calibration card's name, of which `samples` sequences of"
+            " `length` tokens are run."
+        ),
+    ] = None
+    budget: Annotated[
+        str | None,
+        Doc(
+            "'4.5bpw' (bits per weight of the whole file) or '1.6GB': every layer matrix then gets"
+            " its own type, the others that of `type`. It is measured on the text of `imatrix`."
+        ),
+    ] = None
+    rounding: Annotated[
+        Literal["nearest", "gptq"],
+        Doc(
+            "'nearest' is llama.cpp's own routine, weight by weight. 'gptq' moves each column's"
+            " error into the later ones, on the text of `imatrix`: the same types and bytes, but"
+            " nearer to the source."
+        ),
+    ] = "nearest"
+    samples: Annotated[int, Doc("Sequences of the text of `imatrix`.")] = 32
+    length: Annotated[int, Doc("Tokens of each of these sequences.")] = 256
+    context: Annotated[
+        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+    ] = None
+    kv: Annotated[
+        Literal["auto", "f32", "f16", "q8_0"],
+        Doc("Type of the KV cache. 'auto' is f32 for an f32 file, else f16."),
+    ] = "auto"
+    repack: Annotated[
+        bool,
+        Doc(
+            "Let llama.cpp keep a second, faster copy of the weights (edgemed's ggml graph: of"
+            " those that every token reads)."
+        ),
+    ] = True
+    vision: Annotated[
+        Literal["onnx", "mtmd"],
+        Doc(
+            "What computes a vision tower and projector: ONNX Runtime, in the precision `tower`, or"
+            " llama.cpp's own libmtmd (not CLIP towers, which it has wrong)."
+        ),
+    ] = "onnx"
+    tower: Annotated[
+        Literal["fp32", "fp16", "int8", "w8a8"],
+        Doc("Precision of the vision tower and projector on ONNX Runtime."),
+    ] = "fp32"
+    mmproj: Annotated[
+        Literal["f32", "f16", "q8_0"] | None,
+        Doc(
+            "Type of mmproj.gguf, which libmtmd reads (None is then f16). Given without libmtmd,"
+            " the file is written for llama.cpp's own programs, which resize images in another way."
+        ),
+    ] = None
+    min_pixels: Annotated[
+        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+    ] = None
+    max_pixels: Annotated[
+        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+    ] = None
+    adapters: Annotated[
+        dict[str, str] | None,
+        Doc(
+            "LoRA adapters that travel along unmerged: name -> PEFT directory. A session uses one"
+            " of them or none."
+        ),
+    ] = None
 
 
 def label(params: Params) -> str:
@@ -158,16 +247,16 @@ def inputs(params: Params) -> dict[str, str]:
     """sha256 of the adapters and of the importance file, or of the text it is to be measured on.
     Raises EdgemedError where one is missing.
     """
-    found = lora.inputs(params.adapters)
+    digests = lora.inputs(params.adapters)
     if params.imatrix is None:
-        return found
+        return digests
     if params.imatrix.endswith(".npz"):
         from edgemed.quantization import importance_matrix
 
-        return found | {"imatrix": importance_matrix.digest(Path(params.imatrix))}
+        return digests | {"imatrix": importance_matrix.digest(Path(params.imatrix))}
     from edgemed.data.image_sets import calibration_digests
 
-    return found | {
+    return digests | {
         name.replace("calibration", "imatrix"): sha
         for name, sha in calibration_digests(params.imatrix).items()
     }
@@ -177,13 +266,32 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
     does not belong to it.
     """
-    d = weights.unfolded
+    checks = (
+        _adapters_refused,
+        _graph_refused,
+        _checkpoint_integers_refused,
+        _calibration_refused,
+    )
+    for check in checks:
+        if reason := check(weights, params):
+            return reason
+    return None
+
+
+def _adapters_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if lora.carried(weights.checkpoint, params.adapters) and (
         reason := lora_files.refused(weights)
     ):
         return reason
     lora.read_loras(weights, params.adapters)
-    if params.from_checkpoint and d.experts and d.experts.has_shared_base:
+    return None
+
+
+def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why no graph of llama.cpp, or edgemed's own, computes this model."""
+    d = weights.unfolded
+    experts = d.experts
+    if params.from_checkpoint and experts and experts.has_shared_base:
         return (
             "experts that share a matrix become whole ones here, whose sums have no integers of the"
             " checkpoint; leave from_checkpoint out"
@@ -205,36 +313,49 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
-    if (params.vision == "mtmd" or params.mmproj) and (reason := mmproj.refused(weights)):
-        return reason
-    if params.from_checkpoint and not weights.quantization:
+    if params.vision == "mtmd" or params.mmproj:
+        return mmproj.refused(weights)
+    return None
+
+
+def _checkpoint_integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why a checkpoint's integers cannot be carried."""
+    if not params.from_checkpoint:
+        return None
+    if not weights.quantization:
         return (
             "from_checkpoint needs a GPTQ checkpoint, which this one is not; put a quantize step"
             " before it"
         )
-    if params.from_checkpoint and weights.family.gguf_centred and not own:
+    if weights.family.gguf_centred and not own_graph(weights.family, weights.unfolded):
         return (
             f"llama.cpp's {weights.family.gguf_arch} graph gets this model's weights with their"
             " mean taken out, which other integers hold; leave from_checkpoint out"
         )
-    if params.from_checkpoint and params.imatrix:
+    if params.imatrix:
         return "an importance matrix has no effect with from_checkpoint; leave one of them out"
-    if params.budget and params.from_checkpoint:
+    if params.budget:
         return (
             "a budget cannot change the integers of a checkpoint; give the budget to the quantize"
             " step, or leave from_checkpoint out"
         )
+    return None
+
+
+def _calibration_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why a budget or GPTQ cannot work with the text that is given."""
     textless = params.imatrix is None or params.imatrix.endswith(".npz")
     if params.budget and textless:
         return (
             "a budget is shared out by what calibration text shows; give imatrix a card's name or a"
             " text file"
         )
-    if params.rounding == "gptq" and (
-        params.from_checkpoint or (not params.budget and FILE_TYPES[file_type(params)][1] in FLOATS)
-    ):
+    if params.rounding != "gptq":
+        return None
+    floats = not params.budget and FILE_TYPES[file_type(params)][1] in FLOATS
+    if params.from_checkpoint or floats:
         return "rounding: gptq has no effect where no integers are chosen; leave it out"
-    if params.rounding == "gptq" and textless:
+    if textless:
         return "rounding: gptq needs calibration text; give imatrix a card's name or a text file"
     return None
 
@@ -265,12 +386,13 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
             weight=np.asarray(head.dense(), np.float32),
             bias=np.asarray(bias, np.float32),
         )
-    seen = build_eyes(weights, out, params) if weights.vision else {}
+    seen = build_vision_files(weights, out, params) if weights.vision else {}
     factors = {
         one.name: lora_files.write(out, one, folded)
         for one in lora.read_loras(folded, params.adapters)
     }
-    own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
+    adapter = weights.checkpoint.adapter
+    adapter_bytes = factors[adapter.name] if adapter else 0
     embedding_ids = {"position_embd.weight"} | (
         {"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set()
     )
@@ -306,7 +428,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
                     if t.name not in embedding_ids
                 )
             )
-            + own
+            + adapter_bytes
         ),
         "context": context,
         "kv_cache": {
@@ -346,7 +468,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     )
 
 
-def build_eyes(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
+def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write what `vision` and `mmproj` ask for. tower_bytes: weight bytes of what the engine itself
     sees with; mmproj_bytes: of a file that only llama.cpp's programs read.
     """
@@ -602,6 +724,87 @@ def vision_tolerance(engine: Engine) -> tuple[str, float]:
     return precision, TOLERANCES[precision]
 
 
+def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
+    """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a
+    vision tower lies in a file of its own.
+    """
+    weights = CanonicalWeights(weights.checkpoint, sum_experts=True)
+    d = weights.unfolded
+    shapes = {
+        tensor: place.shape
+        for tensor, place in layout(weights.family, d, weights.parts).items()
+        if tensor.endswith("weight") and len(place.shape) > 1
+    }
+    elements = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
+    types, _ = tensor_types(Model(shapes, d.layers, d.heads // d.kv_heads), precision)
+    bits = {tensor: GGUF_BITS[types[tensor]] * elements[tensor] for tensor in elements}
+    # Norms, biases and the few rows of a classification head are float32.
+    rest = 0
+    for name, (kind, weight, bias) in sizes(weights).items():
+        if not name.startswith("vision."):
+            rest += bias
+            if kind == "norm" or name == "head":
+                rest += weight
+    layers = [tensor for tensor in elements if tensor.startswith("blk.")]
+    head = "output.weight" if "output.weight" in types else "token_embd.weight"
+    copy = sum(bits[tensor] for tensor in layers if types[tensor] in REPACKED)
+    return Size(
+        round((sum(bits.values()) + 32 * rest) / 8),
+        layer_bits=sum(bits[tensor] for tensor in layers)
+        / sum(elements[tensor] for tensor in layers),
+        head_bits=GGUF_BITS[types[head]],
+        copy=round(copy / 8),
+        tower=4 * choices.vision_parameters(weights),
+    )
+
+
+def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The row of `edgemed inspect`: (precision, (weight bytes with a vision tower beside the file,
+    bytes of a float16 KV cache at the full context)).
+    """
+    size = engine_bytes(weights, "q4_k_m")
+    yield "Q4_K_M", (size.total + size.tower, choices.kv_cache(weights.unfolded, 2))
+
+
+def unsuitable(device: Device) -> str | None:
+    """Why these engines are not planned on a device, or None."""
+    return None
+
+
+def build_bytes(weights: CanonicalWeights, size: Size) -> float:
+    """Memory of a build."""
+    return choices.streamed_build_bytes(weights)
+
+
+def tower_elsewhere(device: Device) -> str | None:
+    """A note where the vision tower runs on the CPU of a device whose GPU runs the decoder, or
+    None: nothing is known of such a CPU's speed.
+    """
+    if not device.compute_capability:
+        return None
+    return (
+        "llama.cpp engines see through ONNX Runtime on the CPU, whose speed there is not known:"
+        " the time of the vision tower is missing from every first token."
+    )
+
+
+def plan_notes(device: Device) -> list[str]:
+    """What a person must know to read a plan of these engines."""
+    if not device.compute_capability:
+        return []
+    return ["llama.cpp on CUDA: one published decoding speed stands behind this, and no prefill."]
+
+
+def recipe_params(device: Device) -> dict[str, Any]:
+    """Parameters that a recipe for this device needs besides those of the choice."""
+    return {}
+
+
+def quantize_group(bits: int) -> int:
+    """The group of the quantize step that a planned recipe puts before these engines."""
+    return choices.GROUP
+
+
 def self_check() -> str:
     """Decode a long prompt with tiny quantized models in a process of its own; a sentence saying
     that it works.
@@ -665,7 +868,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
             t,
             s,
             types[t],
-            partial(random.normal, 0, 0.05, s),
+            partial(_noise, random, s),
         )
         for t, s in shapes.items()
     ]
@@ -677,6 +880,10 @@ def write_probe(folder: Path, wanted: str) -> Engine:
 
     writer.write(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)
     return probe_engine(folder, wanted)
+
+
+def _noise(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return random.normal(0, 0.05, shape)
 
 
 def probe_engine(folder: Path, wanted: str) -> Engine:
@@ -693,7 +900,7 @@ def probe_engine(folder: Path, wanted: str) -> Engine:
         0,
         None,
         True,
-        asdict(Params(wanted)),
+        {**asdict(Params()), "type": wanted},
     )
 
 

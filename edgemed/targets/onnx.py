@@ -8,63 +8,136 @@ and 8-bit weights packed; both were measured fastest for one-sequence decoding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError, need
 from edgemed.models import lora
+from edgemed.models.parameter_count import SPARE, sizes
 from edgemed.onnx import lora_files
 from edgemed.onnx.decoder_graph import w8a8_refused
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.ort_session import OrtSession
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
+from edgemed.params import Doc, Range
+from edgemed.planning import choices
+from edgemed.planning.choices import Choice, Size
+from edgemed.planning.roofline import Storage
 from edgemed.quantization.grids import Ints, labelled, named
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
+    from edgemed.hardware.device import Device
     from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source, for precisions that must be exact.
 FP32_TOLERANCE = {"fp32": 1e-3}
 # The package that runs these engines, and the extra that installs it.
 RUNTIME = ("onnxruntime", "onnx")
+TITLE = "ONNX Runtime"
+# Distribution -> extra; distribution -> others of the same package (the build for GPUs is installed
+# instead of the plain one).
+PACKAGES = {"onnx": "build", "onnxruntime": "onnx"}
+PACKAGES_INSTEAD = {"onnxruntime": ("onnxruntime-gpu",)}
+# What a quantize step with a budget may choose from, (bits, group): what has kernels here.
+BUDGET_CHOICES = ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128))
+
+# For the planner: see docs/add-a-target.md.
+TABLE_ORDER = 2
+ACTIVATION_BYTES = 4
+BUILDS_ON_DEVICE = False
+KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {
+    "fp32": (4.0, {}),
+    "int8": (1.0, {"kv": "int8", "calibration": "pubmedqa-abstracts"}),
+}
+CHOICES = (
+    Choice("onnx", "fp32", {"precision": "fp32"}, Storage(32, 32, "fp32"), kv=KV_FORMATS),
+    Choice(
+        "onnx",
+        "int8",
+        {"precision": "int8"},
+        Storage(8.25, 9, "weight_only"),
+        bits=8,
+        kv=KV_FORMATS,
+    ),
+    Choice(
+        "onnx",
+        "int4",
+        {"precision": "int4"},
+        Storage(4.25, 9, "weight_only"),
+        bits=4,
+        kv=KV_FORMATS,
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Params:
-    """precision: 'auto' carries a quantized checkpoint's integers and is fp32 otherwise; int8/int4
-    round other matrices to nearest. w8a8: int8 with one scale per output (a smoothquant
-    checkpoint's, or rounded to nearest), and every token's activations rounded to 8 bits when they
-    are read: for long prompts.
+    """Parameters of the target onnx. Every field says what it is for."""
 
-    group: inputs per scale where edgemed does that rounding. accuracy_level: 4 computes with int8
-    activations, 1 with float32. context: tokens of the KV cache (default the model's). kv: its
-    format; 'auto' is that of the activations, int8 a quarter of float32's bytes, with a fixed scale
-    per channel measured on `samples` windows of `length` tokens of `calibration`, a text set's name
-    or file. tower: precision of a vision tower and projector (w8a8 rounds activations too: by far
-    the fastest, and somewhat less exact than int8); min_pixels, max_pixels: to which images are
-    resized (default the model's). adapters: LoRA adapters that travel along unmerged, {name: PEFT
-    directory}; a session uses one of them or none. provider: where ONNX Runtime runs it; cuda keeps
-    activations in float16, which is all its attention there takes (never run on a GPU yet).
-    """
-
-    precision: Literal["auto", "fp32", "fp16", "int8", "int4", "w8a8"] = "auto"
-    group: Literal[32, 64, 128] = 128
-    accuracy_level: Literal[1, 4] = 4
-    context: int | None = None
-    kv: Literal["auto", "int8"] = "auto"
-    calibration: str | None = None
-    samples: int = 32
-    length: int = 256
-    tower: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    adapters: dict[str, str] | None = None
-    provider: Literal["cpu", "cuda"] = "cpu"
+    precision: Annotated[
+        Literal["auto", "fp32", "fp16", "int8", "int4", "w8a8"],
+        Doc(
+            "'auto' carries a quantized checkpoint's integers and is fp32 otherwise. int8 and int4"
+            " quantize other matrices to nearest. w8a8: int8 with one scale per output (a"
+            " smoothquant checkpoint's, or to nearest), and every token's activations quantized to"
+            " 8 bits when they are read: for long prompts."
+        ),
+    ] = "auto"
+    group: Annotated[
+        Literal[32, 64, 128], Doc("Inputs per scale where edgemed itself quantizes.")
+    ] = 128
+    accuracy_level: Annotated[
+        Literal[1, 4], Doc("4 computes with int8 activations, 1 with float32.")
+    ] = 4
+    context: Annotated[
+        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+    ] = None
+    kv: Annotated[
+        Literal["auto", "int8"],
+        Doc(
+            "Format of the KV cache. 'auto' is that of the activations. int8 takes a quarter of"
+            " float32's bytes, with a fixed scale per channel measured on `calibration`."
+        ),
+    ] = "auto"
+    calibration: Annotated[
+        str | None,
+        Doc("Text set (name or file) on which the scales of an int8 cache are measured."),
+    ] = None
+    samples: Annotated[int, Range(1), Doc("Sequences of the calibration text.")] = 32
+    length: Annotated[int, Range(1), Doc("Tokens of each of these sequences.")] = 256
+    tower: Annotated[
+        Literal["fp32", "fp16", "int8", "w8a8"],
+        Doc(
+            "Precision of a vision tower and projector. w8a8 quantizes activations too: by far the"
+            " fastest, and somewhat less exact than int8."
+        ),
+    ] = "fp32"
+    min_pixels: Annotated[
+        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+    ] = None
+    max_pixels: Annotated[
+        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+    ] = None
+    adapters: Annotated[
+        dict[str, str] | None,
+        Doc(
+            "LoRA adapters that travel along unmerged: name -> PEFT directory. A session uses one"
+            " of them or none."
+        ),
+    ] = None
+    provider: Annotated[
+        Literal["cpu", "cuda"],
+        Doc(
+            "Where ONNX Runtime runs the engine. cuda keeps activations in float16, which is all"
+            " its attention there takes (never run on a GPU yet)."
+        ),
+    ] = "cpu"
 
 
 def label(params: Params) -> str:
@@ -81,12 +154,12 @@ def inputs(params: Params) -> dict[str, str]:
             "target onnx: an int8 cache needs text to measure its scales on",
             f"Give calibration: one of {', '.join(card_names())}, or a .jsonl file",
         )
-    found = lora.inputs(params.adapters)
+    digests = lora.inputs(params.adapters)
     if params.calibration:
         from edgemed.data.image_sets import calibration_digests
 
-        found |= calibration_digests(params.calibration)
-    return found
+        digests |= calibration_digests(params.calibration)
+    return digests
 
 
 def bits_of(weights: CanonicalWeights, params: Params) -> int | None:
@@ -100,7 +173,15 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
     does not belong to it.
     """
-    d = weights.decoder
+    for check in (_integers_refused, _options_refused, _shapes_refused):
+        if reason := check(weights, params):
+            return reason
+    lora.read_loras(weights, params.adapters)
+    return None
+
+
+def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why the integers that a checkpoint holds, or the ones asked for, cannot be had."""
     bits = bits_of(weights, params)
     stored = weights.packings()
     if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
@@ -110,10 +191,16 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if params.precision == "w8a8" and (reason := w8a8_refused(weights)):
         return reason
-    if uneven := [group for _, group in stored if group != -1 and group % 16]:
+    uneven = [group for _, group in stored if group != -1 and group % 16]
+    if uneven:
         return (
             f"MatMulNBits needs groups that are a multiple of 16, this checkpoint has {uneven[0]}"
         )
+    return None
+
+
+def _options_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why these parameters do not go together, whatever the model."""
     if params.provider == "cuda" and params.precision == "w8a8":
         return "products of integers were only ever run on the CPU; leave provider cuda out"
     if params.provider == "cuda" and params.precision == "fp32":
@@ -133,6 +220,12 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if params.samples < 1 or params.length < 1:
         return "samples and length of the calibration text must be at least 1"
+    return None
+
+
+def _shapes_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why ONNX Runtime's operators cannot take matrices and heads of these sizes."""
+    d = weights.decoder
     if d.head_dim % 8:
         return (
             "GroupQueryAttention needs a head size that is a multiple of 8, this model has"
@@ -147,17 +240,12 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
         return f"hidden size {d.hidden} is not a multiple of 32"
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
-    if (
-        bits
-        and params.precision != "w8a8"
-        and not stored
-        and (d.hidden % params.group or d.ffn % params.group)
-    ):
+    grouped = bits_of(weights, params) and params.precision != "w8a8" and not weights.packings()
+    if grouped and (d.hidden % params.group or d.ffn % params.group):
         return (
             f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
             " or 64"
         )
-    lora.read_loras(weights, params.adapters)
     return None
 
 
@@ -253,6 +341,80 @@ def vision_tolerance(engine: Engine) -> tuple[str, float]:
     return precision, TOLERANCES[precision]
 
 
+def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
+    """The size of an engine of this precision: fp32, or int8 and int4 with the output matrix in
+    int8 and the embedding in float16 (see choices.integer_bits).
+    """
+    parts = {name: part for name, part in sizes(weights).items() if not name.startswith("vision.")}
+    tower = 4 * choices.vision_parameters(weights)
+    tied = choices.tied_head(weights)
+    if precision == "fp32":
+        stored = sum(weight + bias for _, weight, bias in parts.values()) + tied
+        return Size(4 * stored, 32, 32, tower=tower)
+    bits = int(precision.removeprefix("int"))
+    total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
+    # A tied output matrix is held once more, at int8 with a float32 scale per 32: 9 bits.
+    return Size(
+        round(total / 8) + tied * 9 // 8,
+        layer_bits=bits + 32 / choices.GROUP,
+        head_bits=9,
+        tower=tower,
+    )
+
+
+def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The rows of `edgemed inspect`: (precision, (weight bytes, KV cache bytes at the full
+    context)).
+
+    fp32, fp16: 4 or 2 bytes for everything (ONNX holds a tied output matrix once more). int8, int4
+    g128: layer matrices as integers with one float32 scale per 128 inputs, tables float16, output
+    matrix int8 with a float32 scale per 32, norms, biases and a vision tower float32; their cache
+    is float32.
+    """
+    parts = {name: part for name, part in sizes(weights).items() if not name.startswith(SPARE)}
+    d = weights.unfolded
+    everything = sum(weight + bias for _, weight, bias in parts.values())
+    yield "fp32", (4 * everything, choices.kv_cache(d, 4))
+    yield "fp16", (2 * everything, choices.kv_cache(d, 2))
+    tied_bytes = choices.tied_head(weights) * 9 // 8
+    for bits in (8, 4):
+        total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
+        size = round(total / 8) + tied_bytes
+        yield f"int{bits} g{choices.GROUP}", (size, choices.kv_cache(d, 4))
+
+
+def unsuitable(device: Device) -> str | None:
+    """Why these engines are not planned on a device, or None."""
+    if device.compute_capability:
+        return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
+    return None
+
+
+def build_bytes(weights: CanonicalWeights, size: Size) -> float:
+    """Memory of a build."""
+    return choices.streamed_build_bytes(weights)
+
+
+def tower_elsewhere(device: Device) -> str | None:
+    """A note where the vision tower runs on another processor than the decoder, or None."""
+    return None
+
+
+def plan_notes(device: Device) -> list[str]:
+    """What a person must know to read a plan of these engines."""
+    return []
+
+
+def recipe_params(device: Device) -> dict[str, Any]:
+    """Parameters that a recipe for this device needs besides those of the choice."""
+    return {}
+
+
+def quantize_group(bits: int) -> int:
+    """The group of the quantize step that a planned recipe puts before these engines."""
+    return choices.GROUP
+
+
 def self_check() -> str:
     """Run one quantized product through onnxruntime and compare it with numpy; returns a sentence.
 
@@ -276,7 +438,7 @@ def self_check() -> str:
         x @ ((q.reshape(64, 2, 128).astype(np.float32) - 8) * scales[..., None]).reshape(64, 256).T
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = _product(
+        product = _product(
             ort,
             Path(folder),
             x,
@@ -287,7 +449,7 @@ def self_check() -> str:
                 128,
             ),
         )
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    error = float(np.abs(product - expected).max() / np.abs(expected).max())
     if error > 0.02:
         raise EdgemedError(
             f"onnxruntime {ort.__version__} gives wrong 4-bit products on this CPU (relative error"

@@ -8,18 +8,25 @@ parity, and nothing is measured. None of this has run on TensorRT yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed.engines.engine import pixels_of
 from edgemed.errors import EdgemedError
+from edgemed.models.parameter_count import sizes
 from edgemed.onnx.decoder_graph import w8a8_refused
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder, VisionGraphs
+from edgemed.params import Doc, Range
+from edgemed.planning import choices
+from edgemed.planning.choices import Choice, Size
+from edgemed.planning.roofline import Storage
 from edgemed.quantization.grids import labelled, named
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
+    from edgemed.hardware.device import Device
     from edgemed.inference.session import Session
     from edgemed.models.architecture import VisionConfig
     from edgemed.models.weights import CanonicalWeights
@@ -29,6 +36,53 @@ FP32_TOLERANCE = {"fp32": 1e-3}
 # The package that runs these engines, and the extra that installs it (on a Jetson it comes with
 # JetPack).
 RUNTIME = ("tensorrt", "tensorrt")
+TITLE = "TensorRT"
+# Distribution -> extra; distribution -> others of the same package.
+PACKAGES = {"tensorrt": "tensorrt"}
+PACKAGES_INSTEAD: dict[str, tuple[str, ...]] = {}
+# What a quantize step with a budget may choose from, (bits, group): what has kernels here.
+BUDGET_CHOICES = ((4, 128), (4, 64), (4, 32), (8, -1))
+
+# For the planner: see docs/add-a-target.md.
+TABLE_ORDER = 1
+ACTIVATION_BYTES = 2
+BUILDS_ON_DEVICE = True
+# TensorRT holds the weights three times while it compiles (parser, plan, engine), and may use this
+# much to try kernels: a rule of thumb.
+WORKSPACE = 1e9
+KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {"fp16": (2.0, {})}
+# Bits per weight of the layer matrices, scales included.
+LAYER_BITS = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / choices.GROUP}
+CHOICES = (
+    Choice(
+        "tensorrt",
+        "fp16",
+        {"precision": "fp16"},
+        Storage(16, 16, "fp16"),
+        arithmetic="fp16",
+        kv=KV_FORMATS,
+    ),
+    Choice(
+        "tensorrt",
+        "int8",
+        {"precision": "int8"},
+        Storage(8, 16, "weight_only"),
+        arithmetic="fp16",
+        bits=8,
+        kv=KV_FORMATS,
+    ),
+    Choice(
+        "tensorrt",
+        "int4",
+        {"precision": "int4"},
+        Storage(4.125, 16, "weight_only"),
+        arithmetic="fp16",
+        bits=4,
+        kv=KV_FORMATS,
+    ),
+)
+# TensorRT versions that have a profile, besides 11 and later.
+PROFILE_OF: dict[tuple[int, ...], str] = {(10, 3): "jetpack6", (10, 16): "jetpack7"}
 # Where engines go -> the parser table they are checked against.
 PROFILES = {"jetpack6": "10.3", "jetpack7": "10.16", "trt11": "11"}
 # bytes of attention scores beyond which a vision tower is refused: a quarter of a 64 GB Jetson
@@ -38,33 +92,57 @@ FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Params:
-    """profile: jetpack6 (TensorRT 10.3), jetpack7 (10.16) or trt11. precision: 'auto' carries a
-    quantized checkpoint's integers and is fp16 otherwise; int4 rounds other matrices to nearest in
-    groups of `group`, int8 with one scale per output. w8a8: a smoothquant checkpoint's int8
-    weights, activations rounded to int8 as well, with the scales that checkpoint holds.
+    """Parameters of the target tensorrt. Every field says what it is for."""
 
-    activations: format beside integers. context: tokens of the KV cache (default the model's).
-    prefill: tokens per run at most; longer prompts go in parts. workspace_mb: memory TensorRT may
-    use to try kernels (10^6 bytes). runtime: 'rtx' builds with TensorRT for RTX. experts: 'chosen'
-    passes over those of a mixture that no token chose, by conditionals, which no CUDA graph can
-    hold; 'all' computes all of them. adapters: not taken; TensorRT engines carry merged weights
-    only. tower: precision of a vision tower and projector; min_pixels, max_pixels: to which images
-    are resized (default the model's).
-    """
-
-    profile: Literal["jetpack6", "jetpack7", "trt11"] = "jetpack6"
-    precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4", "w8a8"] = "auto"
-    group: Literal[32, 64, 128] = 128
-    activations: Literal["fp16", "bf16", "fp32"] = "fp16"
-    context: int | None = None
-    prefill: int = 512
-    workspace_mb: int = 1024
-    runtime: Literal["tensorrt", "rtx"] = "tensorrt"
-    experts: Literal["chosen", "all"] = "chosen"
-    tower: Literal["fp16", "fp32", "bf16", "int8"] = "fp16"
-    adapters: dict[str, str] | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    profile: Annotated[
+        Literal["jetpack6", "jetpack7", "trt11"],
+        Doc("Where the engine goes: jetpack6 (TensorRT 10.3), jetpack7 (10.16) or trt11."),
+    ] = "jetpack6"
+    precision: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16", "int8", "int4", "w8a8"],
+        Doc(
+            "'auto' carries a quantized checkpoint's integers and is fp16 otherwise. int4 quantizes"
+            " other matrices to nearest in groups of `group`, int8 with one scale per output. w8a8:"
+            " a smoothquant checkpoint's int8 weights, and activations quantized to int8 with the"
+            " scales that checkpoint holds."
+        ),
+    ] = "auto"
+    group: Annotated[Literal[32, 64, 128], Doc("Inputs per scale of int4.")] = 128
+    activations: Annotated[
+        Literal["fp16", "bf16", "fp32"], Doc("Format of the activations beside integers.")
+    ] = "fp16"
+    context: Annotated[
+        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+    ] = None
+    prefill: Annotated[
+        int, Range(1), Doc("Tokens per run at most; longer prompts go in parts.")
+    ] = 512
+    workspace_mb: Annotated[
+        int, Range(1), Doc("Memory TensorRT may use to try kernels, in 10^6 bytes.")
+    ] = 1024
+    runtime: Annotated[Literal["tensorrt", "rtx"], Doc("'rtx' builds with TensorRT for RTX.")] = (
+        "tensorrt"
+    )
+    experts: Annotated[
+        Literal["chosen", "all"],
+        Doc(
+            "'chosen' passes over the experts of a mixture that no token chose, by conditionals,"
+            " which no CUDA graph can hold. 'all' computes all of them."
+        ),
+    ] = "chosen"
+    tower: Annotated[
+        Literal["fp16", "fp32", "bf16", "int8"],
+        Doc("Precision of a vision tower and projector."),
+    ] = "fp16"
+    adapters: Annotated[
+        dict[str, str] | None, Doc("Not taken: TensorRT engines carry merged weights only.")
+    ] = None
+    min_pixels: Annotated[
+        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+    ] = None
+    max_pixels: Annotated[
+        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+    ] = None
 
 
 def label(params: Params) -> str:
@@ -86,9 +164,13 @@ def bits_of(weights: CanonicalWeights, params: Params) -> int | None:
 
 def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None."""
-    d = weights.decoder
-    bits = bits_of(weights, params)
-    stored = sorted(weights.packings())
+    for check in (_adapters_refused, _sizes_refused, _integers_refused):
+        if reason := check(weights, params):
+            return reason
+    return None
+
+
+def _adapters_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if params.adapters:
         return (
             "TensorRT engines cannot switch adapters; merge the adapter first (edgemed merge), and"
@@ -99,14 +181,26 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
             "TensorRT engines carry no adapters, and this checkpoint is used with one beside its"
             " integers; start from the quantize step (from: quantize)"
         )
+    return None
+
+
+def _sizes_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why a context or image of this size cannot be had."""
+    d = weights.decoder
     if params.context is not None and not 1 <= params.context <= d.context:
         return f"context {params.context} is not between 1 and the model's {d.context}"
     if params.prefill < 1 or params.workspace_mb < 1:
         return "prefill and workspace_mb must be above 0"
-    if weights.vision and (
-        reason := images_refused(vision_seen(weights, params), params.context or d.context)
-    ):
-        return reason
+    if weights.vision:
+        return images_refused(vision_seen(weights, params), params.context or d.context)
+    return None
+
+
+def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
+    """Why the integers that a checkpoint holds, or the ones asked for, cannot be had."""
+    d = weights.decoder
+    bits = bits_of(weights, params)
+    stored = sorted(weights.packings())
     if not bits:
         return None
     if params.precision == "w8a8":
@@ -120,22 +214,26 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
             f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks"
             f" for {bits}; use precision auto"
         )
-    if not stored:
-        small = bits == 4 and (d.hidden % params.group or d.ffn % params.group)
+    if stored:
+        return _packings_refused(weights, stored)
+    if bits == 4 and (d.hidden % params.group or d.ffn % params.group):
         return (
             f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
             " or 64"
-            if small
-            else None
         )
-    if not weights.quantization.get("sym", True):
+    return None
+
+
+def _packings_refused(weights: CanonicalWeights, stored: list[tuple[int, int]]) -> str | None:
+    """Why TensorRT cannot take a checkpoint's (bits, group)."""
+    if not (weights.quantization or {}).get("sym", True):
         return (
             "the checkpoint is quantized asymmetrically, and TensorRT takes integers without zero"
             " points only; quantize symmetrically, or use precision fp16, which expands the"
             " integers"
         )
-    for wide, group in stored:
-        if wide == 8 and group != -1:
+    for bits, group in stored:
+        if bits == 8 and group != -1:
             return (
                 "TensorRT takes int8 with one scale per output, this checkpoint has groups of"
                 f" {group}; quantize with group -1, or use precision fp16"
@@ -150,7 +248,10 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
 
 def vision_seen(weights: CanonicalWeights, params: Params) -> VisionConfig:
     """The model's vision with the limits of images these parameters set."""
-    return replace(weights.vision, pixels=pixels_of(weights.vision, params))
+    v = weights.vision
+    if v is None:
+        raise ValueError("only a vision model has limits of images")
+    return replace(v, pixels=pixels_of(v, params))
 
 
 def images_refused(v: VisionConfig, context: int) -> str | None:
@@ -206,7 +307,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     seen = {}
     scores = 0
     if weights.vision:
-        seen = {"tower_bytes": build_eyes(weights, out, params)}
+        seen = {"tower_bytes": build_vision_files(weights, out, params)}
         scores = score_bytes(vision_seen(weights, params), context)
     reports = {name: parsed(out / f"{name}.onnx", params.profile) for name in names}
     cache = 2 * d.layers * rows_offered(context) * d.kv_size * (4 if chosen == "fp32" else 2)
@@ -250,7 +351,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     }
 
 
-def build_eyes(weights: CanonicalWeights, out: Path, params: Params) -> int:
+def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> int:
     """Write tower.onnx and projector.onnx; returns their weight bytes. Sums and norms are float32,
     as in the decoder; int8 has one scale per output.
     """
@@ -339,6 +440,85 @@ def identity(engine: Engine) -> dict[str, Any]:
     from edgemed.tensorrt.build import identity as of_machine
 
     return of_machine(engine.params["runtime"], PROFILES[engine.params["profile"]])
+
+
+def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
+    """The size of an engine of this precision.
+
+    Embedding and output matrix are float16, and a tied one is held twice. int8 has one float32
+    scale per output (not counted: under 0.1 %), int4 a float16 scale per 128.
+    """
+    bits = 0.0
+    for name, (kind, weight, bias) in sizes(weights).items():
+        if name.startswith("vision."):
+            continue
+        if kind == "matrix" and name.startswith("layers."):
+            per_weight = LAYER_BITS[precision]
+        elif kind in ("norm", "router"):
+            per_weight = 32
+        else:
+            per_weight = 16
+        bits += per_weight * weight + 32 * bias
+    return Size(
+        round(bits / 8) + 2 * choices.tied_head(weights),
+        layer_bits=LAYER_BITS[precision],
+        head_bits=16,
+        tower=2 * choices.vision_parameters(weights),
+    )
+
+
+def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]]]:
+    """`edgemed inspect` has no rows of its own for these engines: their sizes are those of the
+    other targets' precisions.
+    """
+    yield from ()
+
+
+def unsuitable(device: Device) -> str | None:
+    """Why these engines are not planned on a device, or None."""
+    if not device.compute_capability:
+        return "no NVIDIA GPU"
+    if device.tensorrt and profile(device) is None:
+        return f"TensorRT {', '.join(device.tensorrt.values())} is older than edgemed's profiles"
+    return None
+
+
+def profile(device: Device) -> str | None:
+    """The profile for a device's newest TensorRT that has one; cards without a JetPack take the
+    newest.
+    """
+    versions = [tuple(map(int, version.split(".")[:2])) for version in device.tensorrt.values()]
+    for version in sorted(versions or [(11, 0)]):
+        if version >= (10, 3):
+            return PROFILE_OF.get(version) or ("trt11" if version >= (11, 0) else None)
+    return None
+
+
+def build_bytes(weights: CanonicalWeights, size: Size) -> float:
+    """Memory while TensorRT compiles an engine."""
+    return 3 * size.total + WORKSPACE
+
+
+def tower_elsewhere(device: Device) -> str | None:
+    """A note where the vision tower runs on another processor than the decoder, or None."""
+    return None
+
+
+def plan_notes(device: Device) -> list[str]:
+    """What a person must know to read a plan of these engines."""
+    return []
+
+
+def recipe_params(device: Device) -> dict[str, Any]:
+    """Parameters that a recipe for this device needs besides those of the choice."""
+    return {"profile": profile(device)}
+
+
+def quantize_group(bits: int) -> int:
+    """The group of the quantize step that a planned recipe puts before these engines: -1 is one
+    scale per output.
+    """
+    return -1 if bits == 8 else choices.GROUP
 
 
 def self_check() -> str:

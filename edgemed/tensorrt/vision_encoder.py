@@ -32,6 +32,11 @@ class TensorRTVisionGraphs:
         is too small.
         """
         self.trt = tensorrt(engine.params["runtime"])
+        if engine.vision is None:
+            raise EdgemedError(
+                f"{engine.path} reads text only",
+                "Ask it without an image, or export a vision model",
+            )
         self.v = vision_of(engine.vision)
         self.most = profiles(engine, SEEING[0])[0][2]
         check_plan(engine)

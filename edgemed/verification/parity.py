@@ -17,9 +17,9 @@ from edgemed.console import track
 from edgemed.engines.engine import Engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
-from edgemed.inference.decoding import Sampling, generate, log_softmax
+from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import Session
-from edgemed.verification.vision_parity import DecoderLimits, stages
+from edgemed.verification.vision_parity import DecoderLimits, divergence, stages
 from edgemed.verification.vision_parity import problems as stage_problems
 
 
@@ -100,17 +100,19 @@ def with_adapters(
     """A result of verify and, under 'adapters', one for each further adapter against what the
     source with it answers; failed where one is.
     """
-    found = {
+    results = {
         name: verify(engine, engine.reference(name), limits, threads, name)
         for name in engine.adapters
         if name != engine.default
     }
-    if not found:
+    if not results:
         return result
-    problems = [f"{name}: {problem}" for name, own in found.items() for problem in own["problems"]]
+    problems = [
+        f"{name}: {problem}" for name, adapted in results.items() for problem in adapted["problems"]
+    ]
     return {
         **result,
-        "adapters": found,
+        "adapters": results,
         "problems": [*result["problems"], *problems],
         "passed": not problems and result["passed"],
     }
@@ -127,23 +129,21 @@ def compare(session: Session, reference: Reference) -> dict[str, Any]:
         list(zip(reference.windows, reference.logits, strict=False)), "parity"
     ):
         session.rewind(0)
-        found = session.prefill([int(t) for t in window], every=session.head == "lm")
-        p = log_softmax(expected)
-        q = log_softmax(found)
-        kl.append((np.exp(p) * (p - q)).sum(-1))
-        same.append(expected.argmax(-1) == found.argmax(-1))
-        error = max(error, float(np.abs(expected - found).max()))
-    kl = np.concatenate(kl)
-    same = np.concatenate(same)
-    if not np.isfinite(kl).all():
+        scores = session.prefill([int(t) for t in window], every=session.head == "lm")
+        kl.append(divergence(expected, scores))
+        same.append(expected.argmax(-1) == scores.argmax(-1))
+        error = max(error, float(np.abs(expected - scores).max()))
+    divergences = np.concatenate(kl)
+    agreements = np.concatenate(same)
+    if not np.isfinite(divergences).all():
         raise EdgemedError(
             "the engine gives NaN or infinite scores", "Do not deploy it; export it again"
         )
     return {
-        "positions": int(kl.size),
-        "mean_kl": float(kl.mean()),
-        "max_kl": float(kl.max()),
-        "top1": float(same.mean()),
+        "positions": int(divergences.size),
+        "mean_kl": float(divergences.mean()),
+        "max_kl": float(divergences.max()),
+        "top1": float(agreements.mean()),
         "max_logit_error": error,
     }
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VerifySpec:
-    """prompts: card of held-out text. count windows of `width` tokens; greedy answers of `new`
-    tokens after `prompt` tokens.
+    """prompts: card whose validation split is read. count windows of `width` tokens; greedy
+    answers of `new` tokens after `prompt` tokens.
 
     max_kl: limit on the mean KL divergence (nats); min_top1: on top-1 agreement. carried: windows
-    whose logits travel in the engine. Of models that see besides: images of the shipped card,
+    whose logits travel in the engine. Of vision models besides: images of the shipped card,
     answered with image_new greedy tokens each; 0: none.
     """
 

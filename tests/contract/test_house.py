@@ -204,6 +204,51 @@ def test_only_families_name_a_family(file: Path) -> None:
                 )
 
 
+# Strings that are a target's name and mean something else, or that a person types.
+TARGET_WORDS = {
+    # The import name of a package and the extra of pyproject.toml that brings one.
+    ("errors.py", "onnx"),
+    # A key of the device files: the versions of TensorRT a board has.
+    ("device.py", "tensorrt"),
+    # Runtimes of measurements that others published, as the data files name them.
+    ("validation.py", "tensorrt"),
+    ("validation.py", "llamacpp"),
+    # What an option or a recipe's key is where nothing is said, and the values it may have.
+    ("main.py", "onnx"),
+    ("proof.py", "onnx"),
+    ("quantize.py", "onnx"),
+    ("quantize.py", "tensorrt"),
+    # Its parameter vision: ONNX Runtime or llama.cpp's own library sees.
+    ("llamacpp.py", "onnx"),
+}
+# A target's own package, besides its file.
+OWN_PACKAGE = {"onnx": "onnx", "llamacpp": "gguf", "tensorrt": "tensorrt"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_only_a_target_names_itself(file: Path) -> None:
+    """Nothing outside of a target decides by its name, so that a new one is one new file."""
+    root = tree(file)
+    # need("onnxruntime", "onnx") names a package and an extra, find_spec("onnx") a package.
+    packages = {
+        id(argument)
+        for node in ast.walk(root)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1] in ("need", "find_spec")
+        for argument in node.args
+    }
+    targets = {f.stem for f in (PACKAGE / "targets").glob("*.py")}
+    for name in targets:
+        if name_of(file) == OWN_PACKAGE.get(name) or file == PACKAGE / "targets" / f"{name}.py":
+            continue
+        for node in ast.walk(root):
+            if isinstance(node, ast.Constant) and node.value == name and id(node) not in packages:
+                assert (file.name, name) in TARGET_WORDS, (
+                    f"line {node.lineno}: names the target {name}; let the target say it"
+                )
+        assert f"edgemed.targets.{name}" not in imports(root)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_no_swallowed_exceptions(file: Path) -> None:
     for node in ast.walk(tree(file)):

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -236,8 +237,50 @@ def test_target_module(name: str) -> None:
         ("supports", ["weights", "params"]),
         ("build", ["weights", "out", "params"]),
         ("open", ["engine", "threads"]),
+        ("open_vision", ["engine", "threads"]),
+        ("vision_tolerance", ["engine"]),
+        ("engine_bytes", ["weights", "precision"]),
+        ("inspected_sizes", ["weights"]),
+        ("unsuitable", ["device"]),
+        ("build_bytes", ["weights", "size"]),
+        ("tower_elsewhere", ["device"]),
+        ("plan_notes", ["device"]),
+        ("recipe_params", ["device"]),
+        ("quantize_group", ["bits"]),
     ):
         assert list(inspect.signature(getattr(module, function)).parameters) == parameters
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_target_has_what_the_page_says(name: str) -> None:
+    module = plugins.load("targets", name)
+    page = (ROOT / "docs" / "add-a-target.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)(?:\(([\w, ]*)\))?` \|", page, re.MULTILINE)
+    assert len(listed) > 20
+    for fact, parameters in listed:
+        value = getattr(module, fact)
+        if callable(value) and parameters:
+            assert list(inspect.signature(value).parameters) == parameters.split(", "), fact
+    assert {choice.target for choice in module.CHOICES} <= {name}
+    known = {parameter.name for parameter in strict.described(module.Params)}
+    for choice in module.CHOICES:
+        assert set(choice.params) <= known
+        assert choice.kv
+    extras = (ROOT / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in extras for extra in module.PACKAGES.values())
+    assert set(module.PACKAGES_INSTEAD) <= set(module.PACKAGES)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_session_carries_vision(name: str) -> None:
+    """Whoever writes a session inherits how it carries its vision encoder."""
+    from edgemed.inference.session import CarriesVision
+
+    module = plugins.load("targets", name)
+    hints = inspect.signature(module.open).return_annotation
+    classes = [getattr(module, word, None) for word in re.findall(r"\w+", hints)]
+    for session in [one for one in classes if isinstance(one, type)]:
+        assert issubclass(session, CarriesVision)
 
 
 @pytest.mark.parametrize("name", TARGETS)

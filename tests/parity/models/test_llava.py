@@ -684,7 +684,8 @@ def test_conversation_forms(config: dict[str, Any], form: str, text: str) -> Non
 
 def test_numbers_of_the_published_models() -> None:
     from edgemed.models.parameter_count import parameters
-    from edgemed.planning.inspect import described, inspect, seen
+    from edgemed.planning.choices import vision_parameters
+    from edgemed.planning.inspect import described, inspect
 
     weights = CanonicalWeights(described("huatuogpt-vision-7b"))
     # Qwen2-7B's 7,615,616,512, CLIP-ViT-L/14-336's 303,507,456 and the projector's 3584 * (1024 +
@@ -692,7 +693,7 @@ def test_numbers_of_the_published_models() -> None:
     assert parameters(weights) == 7_615_616_512 + 303_507_456 + 3584 * 1025 + 3584 * 3585
     v = weights.vision
     assert (v.layers, v.spare, (v.size // v.patch) ** 2) == (23, 1, 576)
-    assert seen(weights) < 303_507_456 + 3584 * 4610
+    assert vision_parameters(weights) < 303_507_456 + 3584 * 4610
     assert inspect("random:llava")["family"] == "llava"
     # llava-hf/llava-1.5-7b-hf's config.json says of its text model only what differs from
     # LlamaConfig

@@ -473,7 +473,7 @@ def test_a_budget_is_kept_and_every_matrix_has_its_own_bits(base, tmp_path, text
     found = {name: weights.packing(weights.keys[name][0]) for name in notes["packings"]}
     assert found == {name: tuple(packing) for name, packing in notes["packings"].items()}
     assert len(set(found.values())) > 1
-    assert set(found.values()) <= set(quantize.CHOICES[target])
+    assert set(found.values()) <= set(quantize.budget_choices(target))
     assert notes["bits_per_weight"] <= 5.2
     held = sum(
         e.nbytes

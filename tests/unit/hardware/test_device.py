@@ -298,5 +298,5 @@ def test_doctor_covers_hardware_packages_and_every_target(monkeypatch):
         doctor, "self_check", lambda name: doctor.Finding(f"target {name}", "ok", "not run here")
     )
     names = {finding.name for finding in doctor.examine()}
-    assert {"cpu", "memory", "disk", "gpu", "python", *doctor.PACKAGES} <= names
+    assert {"cpu", "memory", "disk", "gpu", "python", *doctor.packages.every_package()} <= names
     assert {f"target {name}" for name in plugins.names("targets")} <= names

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgemed.hardware import doctor, jetpack, jetson
+from edgemed.hardware import doctor, jetson
 
 R36 = (
     "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan "
@@ -17,11 +17,11 @@ R36 = (
 def machine(monkeypatch, tmp_path, release: str, package: str | None) -> None:
     (tmp_path / "etc").mkdir(exist_ok=True)
     (tmp_path / "etc" / "nv_tegra_release").write_text(release)
-    monkeypatch.setattr(jetpack.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(jetson.shutil, "which", lambda name: f"/usr/bin/{name}")
     done = SimpleNamespace(
         returncode=0 if package else 1, stdout=package or "", stderr="no packages found"
     )
-    monkeypatch.setattr(jetpack.subprocess, "run", lambda *a, **k: done)
+    monkeypatch.setattr(jetson.subprocess, "run", lambda *a, **k: done)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_doctor_says_what_is_missing(monkeypatch, tmp_path) -> None:
     assert finding.fix == "sudo apt install nvidia-jetpack"
     machine(monkeypatch, tmp_path, R36, "6.2+b77")
     assert "--system-site-packages" in doctor.jetpack(tmp_path)[0].fix
-    monkeypatch.setattr(jetpack.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(jetson.util, "find_spec", lambda name: object())
     assert doctor.jetpack(tmp_path)[0].state == "ok"
     assert "JetPack 6.2, L4T 36.4.3 with TensorRT 10.3" in doctor.jetpack(tmp_path)[0].detail
     machine(monkeypatch, tmp_path, R36.replace("R36", "R35"), "5.1.2-b104")

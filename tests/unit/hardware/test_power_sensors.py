@@ -222,7 +222,7 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
     )
     assert "sudo chmod a+r" in meter.reason
     assert "CVE-2020-8694" in meter.reason
-    [finding] = doctor.power_sensors(power_sensors.find(root))
+    [finding] = doctor.sensor_findings(power_sensors.find(root))
     assert finding.state == "missing"
     assert "no permission" in finding.detail
     assert "chmod" in finding.fix
@@ -254,7 +254,7 @@ def test_no_sensor_is_a_reason(tmp_path):
         pass
     assert meter.joules is None
     assert meter.reason == power_sensors.NONE_FOUND
-    assert doctor.power_sensors([])[0].detail == power_sensors.NONE_FOUND
+    assert doctor.sensor_findings([])[0].detail == power_sensors.NONE_FOUND
 
 
 def fixed(name: str, part: str, joules: float, **facts: str) -> power_sensors.Sensor:

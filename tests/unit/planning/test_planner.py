@@ -19,8 +19,9 @@ from edgemed.models.parameter_count import sizes
 from edgemed.models.random_weights import make_random
 from edgemed.pipeline.recipe import parse
 from edgemed.planning import planner
-from edgemed.planning.inspect import dimensions, engine_bytes
-from edgemed.planning.planner import CHOICES, Wishes
+from edgemed.planning.choices import choices, engine_bytes
+from edgemed.planning.inspect import dimensions
+from edgemed.planning.planner import Wishes
 from edgemed.plugins import load
 
 MODEL = "random:biomedlm"
@@ -67,7 +68,7 @@ def test_every_device_can_be_planned(device):
     planned = {(entry["target"], entry["precision"]) for entry in found["choices"]}
     assert planned | {
         (entry["target"], entry["precision"]) for entry in found["left_out"] if entry["why"]
-    } == {(c.target, c.precision) for c in CHOICES}
+    } == {(c.target, c.precision) for c in choices()}
 
 
 @pytest.mark.parametrize("device", [BOARD, "n100-mini-pc-16gb", "rtx-4060-8gb"])
@@ -252,7 +253,7 @@ def test_a_recipe_brings_model_and_device(tmp_path, small):
 
 def test_profiles_follow_the_newest_tensorrt_edgemed_knows():
     assert [
-        planner.profile(read_device(name))
+        load("targets", "tensorrt").profile(read_device(name))
         for name in ("jetson-orin-nano-8gb", "jetson-thor", "rtx-4060-8gb", "jetson-nano-4gb")
     ] == ["jetpack6", "jetpack7", "trt11", None]
 
