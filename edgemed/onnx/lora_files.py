@@ -30,20 +30,19 @@ def write(out: Path, lora: Lora, floats: str) -> int:
     ort = need("onnxruntime", "onnx")
     values = {}
     for part, factors in lora.factors.items():
-        # The graph multiplies from the left.
         for suffix, factor in zip(("lora_a", "lora_b"), factors, strict=True):
-            values[f"{part}.{suffix}"] = np.ascontiguousarray(
-                narrowed(f"adapter '{lora.name}', {part}", factor.T, floats).numpy()
-            )
+            # The graph multiplies from the left.
+            narrow = narrowed(f"adapter '{lora.name}', {part}", factor.T, floats)
+            values[f"{part}.{suffix}"] = np.ascontiguousarray(narrow.numpy())
     file = out / FOLDER / lora.name / FILE
     file.parent.mkdir(parents=True)
-    made = ort.AdapterFormat()
-    made.set_adapter_version(1)
-    made.set_model_version(1)
-    made.set_parameters(
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters(
         {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()}
     )
-    made.export_adapter(str(file))
+    adapter.export_adapter(str(file))
     return sum(value.nbytes for value in values.values())
 
 
@@ -52,27 +51,24 @@ def read(engine: Path, name: str | None, session: Any, cuda: bool) -> dict[str, 
     everywhere) where it has none. Raises EdgemedError for a damaged file.
     """
     ort = need("onnxruntime", "onnx")
-    given = {}
+    factors = {}
     if name is not None:
         file = engine / FOLDER / name / FILE
         try:
+            adapter = ort.AdapterFormat.read_adapter(str(file))
             # Copied: the values read belong to the object that read them.
-            given = {
-                key: value.numpy().copy()
-                for key, value in ort.AdapterFormat.read_adapter(str(file)).get_parameters().items()
-            }
+            factors = {key: value.numpy().copy() for key, value in adapter.get_parameters().items()}
         except Exception as error:
             # onnxruntime raises a dozen unrelated exception types for a file it cannot read
             raise EdgemedError(
                 f"{file} cannot be read: {str(error).splitlines()[0]}", "Export the engine again"
             ) from error
+    device = ("cuda", 0) if cuda else ()
     values = {}
-    for value in session.get_overridable_initializers():
-        empty = np.zeros(
-            [size if isinstance(size, int) else 0 for size in value.shape],
-            np.float16 if value.type == "tensor(float16)" else np.float32,
-        )
-        values[value.name] = ort.OrtValue.ortvalue_from_numpy(
-            given.get(value.name, empty), *(("cuda", 0) if cuda else ())
-        )
+    for tensor in session.get_overridable_initializers():
+        # A size with a name is the rank, which is 0 without an adapter.
+        shape = [size if isinstance(size, int) else 0 for size in tensor.shape]
+        kind = np.float16 if tensor.type == "tensor(float16)" else np.float32
+        factor = factors.get(tensor.name, np.zeros(shape, kind))
+        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(factor, *device)
     return values

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.onnx.ort_dialect import WIDE_SUMS
-
-if TYPE_CHECKING:
-    pass
 
 
 def started(file: Path, wide: bool, threads: int | None, integers: bool = False) -> Any:
@@ -56,21 +53,17 @@ def widened(file: Path) -> bytes:
     model = onnx.load(str(file))
     narrow = onnx.TensorProto.BFLOAT16
     wide = onnx.TensorProto.FLOAT
-    parts = list(nested(onnx, model.graph))
-    for tensor in (tensor for part in parts for tensor in part.initializer):
-        if tensor.data_type == narrow:
-            tensor.CopyFrom(
-                onnx.numpy_helper.from_array(
-                    onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name
-                )
-            )
-    for value in (value for part in parts for value in (*part.input, *part.output)):
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = wide
-    for node in (node for part in parts for node in part.node):
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
-                attribute.i = wide
+    for graph in nested(onnx, model.graph):
+        for tensor in graph.initializer:
+            if tensor.data_type == narrow:
+                values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        for value in (*graph.input, *graph.output):
+            if value.type.tensor_type.elem_type == narrow:
+                value.type.tensor_type.elem_type = wide
+        for node in graph.node:
+            if node.op_type == "Cast":
+                _widen_cast(node, narrow, wide)
     if model.ByteSize() >= 1 << 31:
         raise EdgemedError(
             f"{file}: too large to widen from bfloat16 to float32 in memory, and ONNX Runtime's CPU"
@@ -78,6 +71,12 @@ def widened(file: Path) -> bytes:
             "Check parity with precision=fp16, or on the device after edgemed build",
         )
     return model.SerializeToString()
+
+
+def _widen_cast(node: Any, narrow: int, wide: int) -> None:
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.i == narrow:
+            attribute.i = wide
 
 
 def nested(onnx: Any, graph: Any) -> Iterator[Any]:

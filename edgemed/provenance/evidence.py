@@ -28,7 +28,7 @@ NOBODY_SAID = {
     "adapters": (),
 }
 PIPELINES = {"lm": "text-generation", "choice": "multiple-choice", "classes": "text-classification"}
-SEES = "image-text-to-text"
+VISION_PIPELINE = "image-text-to-text"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Evidence:
     @property
     def pipeline(self) -> str:
         """The hub's name for what it does."""
-        return SEES if self.facts.get("vision") else PIPELINES[self.facts["head"]]
+        if self.facts.get("vision"):
+            return VISION_PIPELINE
+        return PIPELINES[self.facts["head"]]
 
     @property
     def licence(self) -> str:
@@ -173,23 +175,22 @@ def shown(values: Json) -> str:
     """Parameters as 'name value, ...'; of a path only the last part, because the rest is about a
     machine and not about a model.
     """
-    return ", ".join(
-        f"{name} {Path(value).name if isinstance(value, str) and '/' in value else value}"
-        for name, value in values.items()
-        if value is not None
-    )
+    texts = []
+    for name, value in values.items():
+        if isinstance(value, str) and "/" in value:
+            value = Path(value).name
+        if value is not None:
+            texts.append(f"{name} {value}")
+    return ", ".join(texts)
 
 
 def title(result: Json) -> str:
     """An evaluation by name: task, its language or part where only one was asked, and the prompt
     strategy.
     """
-    asked = result["language"] or result.get("part")  # results of earlier versions name no part
-    return (
-        f"{result['task']}/{asked}, {result['strategy']}"
-        if asked
-        else f"{result['task']}, {result['strategy']}"
-    )
+    part = result["language"] or result.get("part")  # results of earlier versions name no part
+    task = f"{result['task']}/{part}" if part else result["task"]
+    return f"{task}, {result['strategy']}"
 
 
 def limits(evidence: Evidence) -> list[str]:
@@ -237,37 +238,37 @@ def limits(evidence: Evidence) -> list[str]:
 
 def not_measured(evidence: Evidence) -> list[str]:
     """What a reader might take for granted and nothing in the directory shows."""
-    found = []
+    items = []
     if evidence.facts["random_weights"]:
-        found.append("Accuracy and agreement with a source: the weights are random.")
+        items.append("Accuracy and agreement with a source: the weights are random.")
     else:
-        found += (
-            []
-            if evidence.verify
-            else [
-                "Whether it answers as its float32 source does (no verification is recorded here)."
-            ]
-        )
-        found += [] if evidence.evals else ["Accuracy on any task."]
-        alone = sorted({title(r) for r in evidence.evals if not r["paired"]})
-        if alone:
-            found += [f"The accuracy of its source on the same questions: {'; '.join(alone)}."]
-        if evidence.evals and not evidence.gate:
-            found += ["Whether it is not worse than its source by a stated margin (no gate)."]
-    machines = sorted({r["machine"]["label"] for r in evidence.speeds})
-    found.append(
-        f"Speed and memory on any machine but {', '.join(machines)}."
-        if machines
-        else "Speed and memory."
+        items += _accuracy_not_measured(evidence)
+    machines = sorted({record["machine"]["label"] for record in evidence.speeds})
+    if machines:
+        items.append(f"Speed and memory on any machine but {', '.join(machines)}.")
+    else:
+        items.append("Speed and memory.")
+    measured = any(record["unit"] == "J" for record in evidence.records)
+    if not measured and not any(result.get("joules") for result in evidence.evals):
+        items.append("Energy.")
+    items.append(
+        "Whether free text it writes is true or safe, bias between groups of patients beyond"
+        " the groups shown, and how it behaves on input unlike the tasks."
     )
-    if not any(r["unit"] == "J" for r in evidence.records) and not any(
-        r.get("joules") for r in evidence.evals
-    ):
-        found.append("Energy.")
-    return [
-        *found,
-        (
-            "Whether free text it writes is true or safe, bias between groups of patients beyond"
-            " the groups shown, and how it behaves on input unlike the tasks."
-        ),
-    ]
+    return items
+
+
+def _accuracy_not_measured(evidence: Evidence) -> list[str]:
+    items = []
+    if not evidence.verify:
+        items.append(
+            "Whether it answers as its float32 source does (no verification is recorded here)."
+        )
+    if not evidence.evals:
+        items.append("Accuracy on any task.")
+    unpaired = sorted({title(result) for result in evidence.evals if not result["paired"]})
+    if unpaired:
+        items.append(f"The accuracy of its source on the same questions: {'; '.join(unpaired)}.")
+    if evidence.evals and not evidence.gate:
+        items.append("Whether it is not worse than its source by a stated margin (no gate).")
+    return items

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FILE = "bom.cdx.json"
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "edgemed engine key")
+# Values of engine.json that are properties of the engine's component.
+DESCRIBED = ("target", "family", "precision", "context", "bytes_per_token", "random_weights")
 MEDICAL = "Not a medical device: a wrong answer may harm a person who relies on it."
 
 
@@ -65,7 +67,7 @@ def render(evidence: Evidence, card: bytes, version: int) -> bytes:
     components, needed = materials(evidence, engine)
     bom.components = components.values()
     for reference, others in needed.items():
-        target = engine if reference == engine.bom_ref.value else components[reference]
+        target = engine if reference == reference_of(engine) else components[reference]
         bom.register_dependency(target, [components[other] for other in others])
     document = json.loads(
         make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
@@ -85,37 +87,25 @@ def engine_component(evidence: Evidence, card: bytes) -> Component:
     facts = evidence.facts
     gate = evidence.gate
     reference = f"engine/{evidence.key}"
-    hashes = {
-        name: entry["sha256"] for name, entry in evidence.manifest["files"].items() if name != FILE
-    } | {"README.md": hashlib.sha256(card).hexdigest()}
-    done = [
-        f"{number}. {manifest['stage']} ({facts_of.shown(manifest['params'])})"
-        for number, manifest in enumerate(facts_of.steps(evidence), 1)
-    ]
-    said = {
-        "key": evidence.key,
-        "created": evidence.manifest["created"],
-        **{
-            name: facts[name]
-            for name in (
-                "target",
-                "family",
-                "precision",
-                "context",
-                "bytes_per_token",
-                "random_weights",
-            )
-        },
-    }
+    hashes = {}
+    for name, entry in evidence.manifest["files"].items():
+        if name != FILE:
+            hashes[name] = entry["sha256"]
+    hashes["README.md"] = hashlib.sha256(card).hexdigest()
+    steps = []
+    for number, manifest in enumerate(facts_of.steps(evidence), 1):
+        params = facts_of.shown(manifest["params"])
+        steps.append(f"{number}. {manifest['stage']} ({params})")
+    described = {"key": evidence.key, "created": evidence.manifest["created"]}
+    for name in DESCRIBED:
+        described[name] = facts[name]
     if evidence.verify:
-        said |= {"verified": evidence.verify["passed"]}
+        described["verified"] = evidence.verify["passed"]
     if gate:
-        said |= {
-            "gate": gate["verdict"],
-            "gate margin": gate["margin"],
-            "gate alpha": gate["alpha"],
-            "gate correction": gate["correction"],
-        }
+        described["gate"] = gate["verdict"]
+        described["gate margin"] = gate["margin"]
+        described["gate alpha"] = gate["alpha"]
+        described["gate correction"] = gate["correction"]
     ancestors = [
         Component(
             name=source_name(evidence),
@@ -134,21 +124,21 @@ def engine_component(evidence: Evidence, card: bytes) -> Component:
                     description=kind,
                 )
             )
+    warning = ""
+    if facts["random_weights"]:
+        warning = "RANDOM WEIGHTS, for latency and memory only. "
     return Component(
         name=facts["name"],
         version=evidence.key[:12],
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=reference,
-        description=(
-            "RANDOM WEIGHTS, for latency and memory only. " if facts["random_weights"] else ""
-        )
-        + f"{facts['target']} engine, {facts['precision']}. {MEDICAL}",
+        description=f"{warning}{facts['target']} engine, {facts['precision']}. {MEDICAL}",
         licenses=licences(evidence.source),
         components=files_of(hashes, reference),
-        properties=properties(said),
+        properties=properties(described),
         pedigree=Pedigree(
             ancestors=ancestors,
-            notes="Made from the source checkpoint in these steps: " + "; ".join(done),
+            notes="Made from the source checkpoint in these steps: " + "; ".join(steps),
         ),
     )
 
@@ -159,14 +149,12 @@ def materials(
     """({reference: component} of all but the engine, {reference: references of what it was made
     from}).
     """
-    from cyclonedx.model.component import Component, ComponentType
-
-    found: dict[str, Component] = {}
+    components: dict[str, Component] = {}
     needed: dict[str, list[str]] = {}
     before: list[str] = []
     if facts_of.steps(evidence)[0] is evidence.chain[0]:
         source = f"source/{hashing.digest(evidence.origin)[:12]}"
-        found[source] = model(
+        components[source] = model(
             source,
             source_name(evidence),
             evidence.origin,
@@ -176,58 +164,92 @@ def materials(
         )
         before = [source]
     for manifest in evidence.chain:
-        last = manifest is evidence.manifest
-        reference = engine.bom_ref.value if last else f"checkpoint/{manifest['key']}"
-        if not last:
-            facts = {
-                "key": manifest["key"],
-                "created": manifest["created"],
-                "seconds": manifest["wall_seconds"],
-            }
-            facts |= {
-                f"param {name}": value
-                for name, value in manifest["params"].items()
-                if not isinstance(value, (dict, list))
-            }
-            hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-            found[reference] = model(
-                reference,
-                f"{source_name(evidence)}, after {manifest['stage']}",
-                hashes,
-                f"the checkpoint after {manifest['stage']}",
-                evidence.source,
-                facts,
-            )
-        needed[reference] = before
-        for kind, files in facts_of.brought(manifest).items():
-            other = f"{kind}/{hashing.digest(files)[:12]}"
-            name = named(manifest, kind)
-            licence = next((a for a in evidence.source["adapters"] if a["name"] == name), {})
-            found[other] = model(other, name, files, kind, licence, {})
-            needed[reference] = [*needed[reference], other]
-        for package, version in manifest["versions"].items():
-            if package != "platform":
-                found[f"tool/{package}@{version}"] = tool(package, version)
-                needed[reference] = [*needed[reference], f"tool/{package}@{version}"]
-        used = [
-            d
-            for d in evidence.datasets
-            if d["sha256"] in manifest["inputs"].values() or (last and d["use"] == "parity")
-        ]
-        needed[reference] = [*needed[reference], *map(data_reference, used)]
+        is_engine = manifest is evidence.manifest
+        reference = f"checkpoint/{manifest['key']}"
+        if is_engine:
+            reference = reference_of(engine)
+        else:
+            components[reference] = checkpoint(evidence, manifest, reference)
+        brought = _brought(evidence, manifest)
+        tools = _tools(manifest)
+        components.update(brought)
+        components.update(tools)
+        data = [d for d in evidence.datasets if _uses(manifest, is_engine, d)]
+        needed[reference] = [*before, *brought, *tools, *map(data_reference, data)]
         before = [reference]
-    for d in evidence.datasets:
-        found[data_reference(d)] = Component(
-            name=d["name"],
-            version=d["sha256"][:12],
-            type=ComponentType.DATA,
-            bom_ref=data_reference(d),
-            description=f"{d['use']} data: {d['source'] or 'source not recorded'}",
-            hashes=[sha256(d["sha256"])],
-            licenses=licences(d),
-            properties=properties({"use": d["use"], "split": d["split"], "url": d["url"]}),
-        )
-    return found, needed
+    for dataset in evidence.datasets:
+        components[data_reference(dataset)] = data_component(dataset)
+    return components, needed
+
+
+def reference_of(component: Component) -> str:
+    """A component's reference, which all of this document have."""
+    value = component.bom_ref.value
+    if value is None:
+        raise ValueError(f"the component {component.name} has no reference")
+    return value
+
+
+def checkpoint(evidence: Evidence, manifest: Json, reference: str) -> Component:
+    """A checkpoint between the source and the engine."""
+    facts = {
+        "key": manifest["key"],
+        "created": manifest["created"],
+        "seconds": manifest["wall_seconds"],
+    }
+    for name, value in manifest["params"].items():
+        if not isinstance(value, (dict, list)):
+            facts[f"param {name}"] = value
+    return model(
+        reference,
+        f"{source_name(evidence)}, after {manifest['stage']}",
+        {name: entry["sha256"] for name, entry in manifest["files"].items()},
+        f"the checkpoint after {manifest['stage']}",
+        evidence.source,
+        facts,
+    )
+
+
+def _brought(evidence: Evidence, manifest: Json) -> dict[str, Component]:
+    """What a step took besides its checkpoint, by reference."""
+    components = {}
+    for kind, files in facts_of.brought(manifest).items():
+        reference = f"{kind}/{hashing.digest(files)[:12]}"
+        name = named(manifest, kind)
+        licence: Json = next((a for a in evidence.source["adapters"] if a["name"] == name), {})
+        components[reference] = model(reference, name, files, kind, licence, {})
+    return components
+
+
+def _tools(manifest: Json) -> dict[str, Component]:
+    """The packages a step ran with, by reference."""
+    components = {}
+    for package, version in manifest["versions"].items():
+        if package != "platform":
+            components[f"tool/{package}@{version}"] = tool(package, version)
+    return components
+
+
+def _uses(manifest: Json, is_engine: bool, dataset: Json) -> bool:
+    """Whether a step read a set, or it is one the engine was compared on."""
+    if dataset["sha256"] in manifest["inputs"].values():
+        return True
+    return is_engine and dataset["use"] == "parity"
+
+
+def data_component(dataset: Json) -> Component:
+    from cyclonedx.model.component import Component, ComponentType
+
+    return Component(
+        name=dataset["name"],
+        version=dataset["sha256"][:12],
+        type=ComponentType.DATA,
+        bom_ref=data_reference(dataset),
+        description=f"{dataset['use']} data: {dataset['source'] or 'source not recorded'}",
+        hashes=[sha256(dataset["sha256"])],
+        licenses=licences(dataset),
+        properties=properties({name: dataset[name] for name in ("use", "split", "url")}),
+    )
 
 
 def model(
@@ -434,14 +456,9 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def metric(name: str, value: float, where: str, interval: Any = None) -> dict[str, Any]:
-    limits = (
-        {
-            "confidenceInterval": {
-                "lowerBound": f"{interval[0]:.6g}",
-                "upperBound": f"{interval[1]:.6g}",
-            }
-        }
-        if interval
-        else {}
-    )
-    return {"type": name, "value": f"{value:.6g}", "slice": where, **limits}
+    """One number as the schema's performanceMetric. where: what it was measured on."""
+    entry: dict[str, Any] = {"type": name, "value": f"{value:.6g}", "slice": where}
+    if interval:
+        low, high = interval
+        entry["confidenceInterval"] = {"lowerBound": f"{low:.6g}", "upperBound": f"{high:.6g}"}
+    return entry

@@ -124,7 +124,9 @@ def result_of(result: Json, head: str) -> dict[str, Any]:
         "type": result["task"],
         "name": result["task"],
         "revision": result["task_sha256"],
-    } | ({"config": asked} if (asked := result["language"] or result.get("part")) else {})
+    }
+    if part := result["language"] or result.get("part"):
+        dataset["config"] = part
     return {
         "task": {
             "type": "multiple-choice" if head == "lm" else PIPELINES[head],
@@ -234,11 +236,15 @@ def figure(value: float, unit: str) -> str:
 
 
 def size(n: float) -> str:
-    unit, scale = next(
-        ((unit, scale) for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if n >= scale),
-        ("B", 1),
-    )
-    return f"{n / scale:.3g} {unit}" if n / scale < 100 else f"{n / scale:.0f} {unit}"
+    """Bytes with three significant digits in powers of ten."""
+    unit = "B"
+    scale = 1.0
+    for larger, factor in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9)):
+        if n >= factor:
+            unit = larger
+            scale = factor
+    value = n / scale
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
 def cell(text: Any) -> str:

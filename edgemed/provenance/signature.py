@@ -122,37 +122,33 @@ def check(directory: Path, key: Path) -> dict[str, Any]:
     statement = _statement(directory, public)
     hashing.clear_hash_cache()
     signed = statement["files"]
-    found = hashes(directory)
-    problems = [f"{name} is missing" for name in signed if name not in found]
-    problems += [f"{name} was added after signing" for name in found if name not in signed]
-    problems += [
-        f"{name} was altered after signing"
-        for name in signed
-        if name in found and found[name] != signed[name]
-    ]
-    # Measuring on the device adds records, which is no attack; but only the signer can say so.
-    problems = [
-        (
-            f"{problem}: sign again if these measurements are yours"
-            if problem.startswith(f"{records.RECORDS} was ")
-            else problem
-        )
-        for problem in problems
-    ]
-    problems = [
-        (
-            f"{problem}: sign again if you built it on this device"
-            if problem.startswith(f"{store.ON_DEVICE}/")
-            else problem
-        )
-        for problem in problems
-    ]
+    present = hashes(directory)
+    problems = []
+    for name in signed:
+        if name not in present:
+            problems.append(with_hint(f"{name} is missing"))
+        elif present[name] != signed[name]:
+            problems.append(with_hint(f"{name} was altered after signing"))
+    for name in present:
+        if name not in signed:
+            problems.append(with_hint(f"{name} was added after signing"))
     return {
         "public_key": statement["public_key"],
         "signed": statement["signed"],
         "files": len(signed),
         "problems": sorted(problems),
     }
+
+
+def with_hint(problem: str) -> str:
+    """A problem with what may explain it. Measuring or building on the device is no attack, but
+    only the signer can say so.
+    """
+    if problem.startswith(f"{records.RECORDS} was "):
+        return f"{problem}: sign again if these measurements are yours"
+    if problem.startswith(f"{store.ON_DEVICE}/"):
+        return f"{problem}: sign again if you built it on this device"
+    return problem
 
 
 def hashes(directory: Path) -> dict[str, str | None]:
@@ -257,9 +253,9 @@ def _private_key(file: Path, password: bytes | None) -> Ed25519PrivateKey:
     except (ValueError, TypeError, unsupported) as error:
         public = b"PUBLIC KEY" in content
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        said = "is a public key" if public else f"cannot be read as a private key ({reason})"
+        problem = "is a public key" if public else f"cannot be read as a private key ({reason})"
         raise EdgemedError(
-            f"key {file} {said}", f"Give {PRIVATE}, and its own password if it has one"
+            f"key {file} {problem}", f"Give {PRIVATE}, and its own password if it has one"
         ) from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise EdgemedError(

@@ -1,7 +1,7 @@
 """Runs the graph written for TensorRT on ONNX Runtime's CPU, so that what TensorRT will be given is
 known to be right.
 
-It is a stand-in for parity only and never fast: no number made with it is a TensorRT number, and
+The emulation is for parity only and never fast: no number made with it is a TensorRT number, and
 everything that shows its results says so.
 """
 
@@ -93,8 +93,8 @@ class OrtEmulation(CarriesVision):
                 self.position, new, pictures.positions if pictures else None
             )
         scores, *fresh = self.session.run(self.outputs, feeds)
-        for rows, made in zip(self.cache.values(), fresh, strict=True):
-            rows[:, self.position : end] = made
+        for rows, new_rows in zip(self.cache.values(), fresh, strict=True):
+            rows[:, self.position : end] = new_rows
         self.position = end
         return scores[0]
 
@@ -124,32 +124,27 @@ def self_check() -> str:
     q = random.integers(0, 16, (64, 128), dtype=np.uint8)
     scales = random.random((64, 2), dtype=np.float32) + 0.1
     x = random.standard_normal((5, 128), dtype=np.float32)
-    expected = (
-        x
-        @ ((q.reshape(64, 2, BLOCK).astype(np.float32) - 8) * scales[..., None]).reshape(64, 128).T
-    )
+    # Integers are stored with 8 for zero, and each block of a row has its own scale.
+    integers = q.reshape(64, 2, BLOCK).astype(np.float32) - 8
+    weight = (integers * scales[..., None]).reshape(64, 128)
+    expected = x @ weight.T
     with tempfile.TemporaryDirectory() as folder:
         graph = Graph(Path(folder), Precision(bits=4, group=BLOCK))
         dialect = PlainDialect(4)
         graph.value("inputs", "x", graph.float_type, list(x.shape))
         graph.value("outputs", "y", graph.float_type, [len(x), len(q)])
-        dialect.quantized(
-            graph,
-            "y",
-            "x",
-            Ints(
-                q,
-                scales,
-                4,
-                BLOCK,
-            ),
-            None,
+        ints = Ints(
+            q=q,
+            scales=scales,
+            bits=4,
+            block=BLOCK,
         )
+        dialect.quantized(graph, "y", "x", ints, None)
         graph.save("self-check", dialect)
-        found = ort.InferenceSession(
-            str(Path(folder) / "model.onnx"), providers=["CPUExecutionProvider"]
-        ).run(None, {"x": x})[0]
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        file = str(Path(folder) / "model.onnx")
+        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        product = session.run(None, {"x": x})[0]
+    error = float(np.abs(product - expected).max() / np.abs(expected).max())
     if error > 0.02:
         raise EdgemedError(
             f"onnxruntime {ort.__version__} gives wrong int4 products (relative error {error:.2g})",

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
-from edgemed.gguf.preserved_integers import carried, carried_type
+from edgemed.gguf.preserved_integers import preserved, preserved_type
 from edgemed.gguf.writer import Encoder, Tensor
 from edgemed.models.weights import Packed
 from edgemed.quantization.grids import ggml_q8
@@ -37,7 +37,7 @@ def columns_of(kind: str, blocks: int) -> int:
     group=st.sampled_from([32, 64, 128]),
     seed=SEEDS,
 )
-def test_carried_integers_are_read_back(
+def test_preserved_integers_are_read_back(
     bits: int, rows: int, groups: int, group: int, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
@@ -52,8 +52,8 @@ def test_carried_integers_are_read_back(
         group=group,
         bias=None,
     )
-    data = carried(matrix, "m", 8 if bits == 8 else 4)
-    assert (read(carried_type(bits), data) == matrix.dense().numpy()).all()
+    data = preserved(matrix, "m", 8 if bits == 8 else 4)
+    assert (read(preserved_type(bits), data) == matrix.dense().numpy()).all()
 
 
 @given(rows=st.integers(1, 3), blocks=st.integers(1, 4), seed=SEEDS)
