@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from edgemed.engines.engine import Engine, require_built
 from edgemed.errors import EdgemedError, need
 from edgemed.hardware import process_memory
 from edgemed.hardware.device import machine, read_bandwidth
-from edgemed.inference.session import Session, vision_of_session
+from edgemed.inference.session import Session, TimedVisionEncoder, vision_of_session
 from edgemed.vision.preprocessing import fitted_size, vision_of
 
 # Together they draw the distribution of a latency, without keeping every value.
@@ -191,7 +191,7 @@ def image_questions(
     side = plan.image or 0
     random = np.random.default_rng(0)
     started = time.perf_counter()
-    vision_encoder = vision_of_session(session)
+    vision_encoder = cast(TimedVisionEncoder, vision_of_session(session))
     seconds_of: dict[str, list[float]] = {"load": [time.perf_counter() - started]}
     try:
         for round_number in range(plan.runs + 1):

@@ -9,7 +9,9 @@ skipped where not.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import operator
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -329,7 +331,10 @@ def gpu_values(seconds: float, skipped: list[str]) -> dict[str, Any]:
     products = {}
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         a = torch.randn(size, size, device="cuda").to(dtype)
-        products[name] = round(2 * size**3 / gpu_best(torch, lambda a=a: a @ a, seconds) / 1e12, 3)
+        products[name] = round(
+            2 * size**3 / gpu_best(torch, functools.partial(operator.matmul, a, a), seconds) / 1e12,
+            3,
+        )
     a = torch.randint(-8, 8, (size, size), device="cuda", dtype=torch.int8)
     if properties.major >= 8:
         products["int8"] = round(

@@ -84,7 +84,7 @@ class Conditions:
             time.sleep(REST)
         return (
             []
-            if meter.joules is None
+            if meter.joules is None or meter.watts_mean is None
             else [
                 (
                     "rest_watts",
@@ -105,7 +105,7 @@ class Conditions:
         self.hold(steps, self.meter.settle, self.late)
         with Meter(self.meter.sensors, self.on_gpu) as meter:
             tokens = self.hold(steps, max(LOAD, 3 * meter.settle), self.late)
-        if meter.joules is None:
+        if meter.joules is None or meter.watts_mean is None:
             self.meter = meter
             return []
         facts = {

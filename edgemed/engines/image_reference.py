@@ -143,7 +143,7 @@ def make_image_reference(
         session.rewind(0)
         scores = session.prefill(prompt, pictures=pictures)[-1]
         kept = [scores.copy()]
-        said = []
+        said: list[int] = []
         while session.head == "lm" and len(said) < new:
             said.append(int(scores.argmax()))
             if len(said) < new:

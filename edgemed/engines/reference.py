@@ -68,7 +68,8 @@ class Reference:
             prompt=self.prompt,
             greedy=self.greedy,
             logits=self.logits,
-            **(self.images.arrays() if self.images else {}),
+            # numpy's own types take any further keyword for its flag allow_pickle
+            **(self.images.arrays() if self.images else {}),  # type: ignore[arg-type]
         )
 
     @staticmethod

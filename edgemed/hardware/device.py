@@ -421,7 +421,7 @@ def read_bandwidth(threads: int, rounds: int = 30) -> float:
             if number >= 5 and time.perf_counter() - begun > BANDWIDTH_SECONDS:
                 break
             for way, dtype in ways:
-                pieces = np.array_split(buffer.view(dtype), 16 * threads)
+                pieces: list[np.ndarray] = np.array_split(buffer.view(dtype), 16 * threads)
                 started = time.perf_counter()
                 for _ in pool.map(way, pieces):
                     pass

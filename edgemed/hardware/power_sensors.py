@@ -47,7 +47,7 @@ class Sensor:
     part: Literal["board", "cpu", "gpu"]
     kind: Literal["energy", "power"]
     how: str
-    read: Callable[[], float] | None = None
+    read: Callable[[], float | None] | None = None
     wrap: float | None = None
     settle: float = 0.0
     problem: str = ""
@@ -311,7 +311,7 @@ class Meter:
     def _sample(self) -> None:
         for sensor in self.sensors:
             try:
-                value = sensor.read()
+                value = reading(sensor)
                 now = time.perf_counter()
                 then, before = self._last.get(sensor.name, (now, value))
                 self.parts[sensor.name] += (
@@ -323,6 +323,14 @@ class Meter:
                 self.reason = f"{sensor.name} failed while it was read: {error}"
                 return
             self._last[sensor.name] = now, value
+
+
+def reading(sensor: Sensor) -> float:
+    """What a sensor says now. Raises OSError where it says nothing."""
+    value = sensor.read() if sensor.read else None
+    if value is None:
+        raise OSError("it gives no value")
+    return value
 
 
 def counted(before: float, now: float, wrap: float | None) -> float:

@@ -79,6 +79,14 @@ class VisionEncoder(Protocol):
     def close(self) -> None: ...
 
 
+class TimedVisionEncoder(VisionEncoder, Protocol):
+    """The vision encoder of an engine. seconds: what the last call to `see` spent on 'preprocess',
+    'tower' and 'projector'.
+    """
+
+    seconds: dict[str, float]
+
+
 class CarriesVision:
     """The base of every session: it carries the vision encoder of its engine.
 

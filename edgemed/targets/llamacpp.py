@@ -589,7 +589,7 @@ def _budgeted(
         places,
         types,
         columns,
-        params.budget,
+        params.budget or "",
         params.rounding == "gptq",
         out,
     )
@@ -627,7 +627,7 @@ def _calibration(
     from edgemed.data.image_text_windows import calibration_samples
 
     return calibration_samples(
-        weights, params.imatrix, params.samples, min(params.length, weights.decoder.context)
+        weights, params.imatrix or "", params.samples, min(params.length, weights.decoder.context)
     )
 
 

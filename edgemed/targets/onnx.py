@@ -320,7 +320,10 @@ def _kv_scales(weights: CanonicalWeights, params: Params) -> list[tuple[np.ndarr
     return kv_scales(
         weights,
         calibration_samples(
-            weights, params.calibration, params.samples, min(params.length, weights.decoder.context)
+            weights,
+            params.calibration or "",
+            params.samples,
+            min(params.length, weights.decoder.context),
         ),
     )
 

@@ -87,7 +87,11 @@ PROFILE_OF: dict[tuple[int, ...], str] = {(10, 3): "jetpack6", (10, 16): "jetpac
 PROFILES = {"jetpack6": "10.3", "jetpack7": "10.16", "trt11": "11"}
 # bytes of attention scores beyond which a vision tower is refused: a quarter of a 64 GB Jetson
 SCORES = 16 * 10**9
-FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FLOATS: dict[str, Literal["float32", "float16", "bfloat16"]] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     reports = {name: parsed(out / f"{name}.onnx", params.profile) for name in names}
     cache = 2 * d.layers * rows_offered(context) * d.kv_size * (4 if chosen == "fp32" else 2)
     (out / "build.sh").write_text(SCRIPT, encoding="utf-8")
-    packings = weights.packings() or {(bits, -1 if bits == 8 else params.group)}
+    packings = weights.packings() or {(bits or 0, -1 if bits == 8 else params.group)}
     same = "ONNX Runtime on the same graph, not TensorRT"
     return {
         "precision": (
