@@ -1,8 +1,8 @@
 """Item by item: do edgemed and lm-evaluation-harness ask the same words, and get the same scores,
 from the same engine and from the same model?
 
-lm_eval's own task definitions are used, over local rows. Engines are scored by `lm_eval --model
-edgemed`, the source checkpoint by `lm_eval --model hf`; ours come from `edgemed eval`'s code.
+lm_eval's own task definitions are used, over local rows. Engines are scored by `edgemed lm-eval
+--model edgemed`, the source checkpoint by `--model hf`; ours come from `edgemed eval`'s code.
 Truncated contexts are counted apart, because lm_eval cuts every option's context by its own length
 and edgemed all alike. Needs an environment of its own: python -m venv bench/peers/lm-eval/.venv;
 bench/peers/lm-eval/.venv/bin/pip install --constraint constraints.txt
@@ -136,7 +136,8 @@ def their_scores(
     accuracy per task of its own.
     """
     command = [
-        str(Path(sys.executable).parent / "lm_eval"),
+        str(Path(sys.executable).parent / "edgemed"),
+        "lm-eval",
         *arguments,
         "--tasks",
         ",".join(names),

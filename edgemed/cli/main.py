@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, planning, proof, provenance
+from edgemed.cli import calibration, experts, harness, planning, proof, provenance
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
@@ -407,6 +407,7 @@ def build(
 for verb in (proof.verify, proof.bench):
     app.command()(verb)
 app.command(name="eval")(proof.eval_)
+app.command(name="lm-eval", context_settings=harness.HANDED_OVER)(harness.lm_eval)
 app.command()(proof.ttt)
 app.command()(proof.report)
 

@@ -1,9 +1,9 @@
-"""Our engines as a model of lm-evaluation-harness: `lm_eval --model edgemed --model_args engine=DIR
---tasks medqa_4options`.
+"""Our engines as a model of lm-evaluation-harness: `edgemed lm-eval --model edgemed --model_args
+engine=DIR --tasks medqa_4options`.
 
 What is scored is the very file that ships, ONNX or GGUF, through the same session as everywhere
-else; contexts that requests share are read once. Only lm_eval imports this module (see
-pyproject.toml); it needs no torch, unless a task of lm_eval's does.
+else; contexts that requests share are read once. Only lm_eval imports this module; it needs no
+torch, unless a task of lm_eval's does.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ VERBS = {
     "verify",
     "bench",
     "eval",
+    "lm-eval",
     "report",
     "generate",
     "chat",
