@@ -193,32 +193,6 @@ def choice(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     return options.index(row["answer"])
 
 
-def lettered(options: tuple[str, ...]) -> str:
-    """'A. first', 'B. second', one a line."""
-    return "\n".join(
-        f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
-    )
-
-
-def bracketed(options: tuple[str, ...]) -> str:
-    """'A) first', 'B) second', one a line: how vision-language models are shown them."""
-    return "\n".join(
-        f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)
-    )
-
-
-def letters(options: tuple[str, ...]) -> tuple[str, ...]:
-    """' A', ' B', one per option: what a lettered prompt is continued with."""
-    return tuple(f" {letter}" for letter, _ in zip(LETTERS, options, strict=False))
-
-
-def bracketed_choice(example: Example) -> Prompt:
-    """Task.render of multiple choice about images: the question with its options under letters. The
-    family puts its own instructions around it.
-    """
-    return Prompt(f"{example.question}\n{bracketed(example.options)}", letters(example.options))
-
-
 def describe(task: Task, example: Example) -> str:
     """What stands before everything else in this example's prompt: 'The following are ... about
     anatomy.'

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import LETTERS, Example, Task, bracketed_choice, multiple_choice, text
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import LETTERS, Example, multiple_choice, text
 
 MODALITIES = {"mr": "MRI", "ct": "CT", "x-ray": "X-ray"}
 
@@ -52,21 +53,17 @@ def everything(row: Mapping[str, Any]) -> bool:
     return True
 
 
-TASK = Task(
+TASK = lettered_task(
     name="omnimedvqa",
+    template="{question}\n{options}",
     source="OmniMedVQA (Hu et al., CVPR 2024), github.com/OpenGVLab/Multi-Modality-Arena",
     licence="a licence for every image set, see the source",
     split=(
         "all published questions about MRI, CT and X-ray; part all: every modality. The shipped"
         " sample is synthetic"
     ),
-    metric="accuracy",
-    prompt="{question}\nA) {option}\nB) {option}\n...",
     wording="edgemed's own, in the form of the model's family",
-    sample="omnimedvqa.jsonl",
     example=example,
-    render=bracketed_choice,
-    lettered=True,
     images="omnimedvqa.zip",
     place=(
         "Download OmniMedVQA and put its folder Images beside the QA_information file"

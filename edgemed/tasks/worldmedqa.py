@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import Example, Prompt, Task, lettered, letters, multiple_choice
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, multiple_choice
 
 COUNTRIES = ("brazil", "israel", "japan", "spain")
 
@@ -31,15 +32,9 @@ def example(row: Mapping[str, Any]) -> Example:
     )
 
 
-def render(example: Example) -> Prompt:
-    return Prompt(
-        f"Question: {example.question}\n{lettered(example.options)}\nAnswer:",
-        letters(example.options),
-    )
-
-
-TASK = Task(
+TASK = lettered_task(
     name="worldmedqa",
+    template="Question: {question}\n{options}\nAnswer:",
     source=(
         "WorldMedQA-V (Matos et al. 2024), github.com/WorldMedQA/V; text only, the images are not"
         " used"
@@ -50,12 +45,8 @@ TASK = Task(
         " of it)"
     ),
     metric="accuracy (a lower bound: the images are missing)",
-    prompt="Question: {question}\nA. {option}\nB. {option}\n...\nAnswer:",
     wording="edgemed's own, like lm-evaluation-harness medqa_4options",
-    sample="worldmedqa.jsonl",
     example=example,
-    render=render,
     languages=("pt", "he", "ja", "es", "en"),
-    lettered=True,
     shots="worldmedqa.shots.jsonl",
 )
