@@ -237,9 +237,7 @@ def measure_eyes(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str
     """
     from PIL import Image
 
-    from edgemed.onnx.vision_encoder import open_vision
-
-    vision_encoder = open_vision(engine)
+    vision_encoder = engine.open_vision()
     random = np.random.default_rng(0)
     found = []
     for _ in range(plan["runs"] + 1):

@@ -71,7 +71,6 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
 
     from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
-    from edgemed.onnx.vision_encoder import open_vision
 
     engine = open_engine(path)
     found = {"before": resident()}
@@ -87,7 +86,7 @@ def memory_worker(pipe: Any, path: str, threads: int, side: int) -> None:
     session.prefill(ids[:PROMPT])
     found["prompt_peak_bytes"] = process_memory.peak_memory()
     if engine.vision:
-        vision_encoder = open_vision(engine, threads)
+        vision_encoder = engine.open_vision(threads)
         picture = Image.fromarray(
             np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8)
         )

@@ -101,13 +101,12 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
     from edgemed.evaluation.option_scoring import Reader
-    from edgemed.onnx.vision_encoder import open_vision
 
     engine = open_engine(path)
     engine = replace(engine, params={**engine.params, "vision": eyes_on})
     started = time.perf_counter()
     session = engine.open(threads)
-    vision_encoder = open_vision(engine, threads)
+    vision_encoder = engine.open_vision(threads)
     opened = time.perf_counter() - started
     bare = bare_of(engine, session, threads)
     while order := pipe.recv():

@@ -21,13 +21,12 @@ from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
 from edgemed.hardware import process_memory
 from edgemed.inference.decoding import Sampling, generate
-from edgemed.inference.session import ImageEmbeddings, Session
+from edgemed.inference.session import ImageEmbeddings, Session, vision_of_session
 from edgemed.models import lora
 from edgemed.models.architecture import Architecture
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import chat_text, encode
 from edgemed.models.weights import CanonicalWeights
-from edgemed.onnx.vision_encoder import open_vision
 from edgemed.planning.inspect import inspect
 from edgemed.provenance import record
 from edgemed.vision.image_io import open_image
@@ -297,16 +296,21 @@ def stream(
             "Use edgemed bench; it is good for latency and memory only",
         )
     pictures = [open_image(image) for image in images]
-    vision_encoder = open_vision(opened, threads) if pictures else None
+    if pictures and not opened.vision:
+        raise EdgemedError(
+            f"{engine} reads text only", "Ask it without an image, or export a vision model"
+        )
     text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
     v = vision_of(opened.vision) if opened.vision else None
     tokens = prompt_tokens(opened.tokenizer(), text, v)
     if v:
         check_places(tokens, v.token, len(pictures))
-    tokens, seen = vision_encoder.see(tokens, pictures) if vision_encoder else (tokens, None)
     session = opened.open(threads, adapter)
     try:
-        yield from _words(opened, session, tokens, sampling, seen)
+        embeddings = None
+        if pictures:
+            tokens, embeddings = vision_of_session(session).see(tokens, pictures)
+        yield from _words(opened, session, tokens, sampling, embeddings)
     finally:
         session.close()
 

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from edgemed.artifacts import store
 from edgemed.console import say
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
-from edgemed.inference.session import Session
+from edgemed.inference.session import Session, VisionEncoder
 from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import BASE, FOLDER, adapter_config, carried, quantized_base
@@ -95,17 +96,28 @@ class Engine:
         )
 
     def open(self, threads: int | None = None, adapter: str | None = None) -> Session:
-        """Start the engine. threads: None for the physical cores available; adapter: one of the
-        engine's, 'base' for none, None for its default (mostly none). A session of an engine with
-        adapters goes on with another by use(name), or without by use(None). Raises EdgemedError for
-        an unknown adapter.
+        """Start the engine. Its session carries the vision encoder of a vision model.
+
+        threads: None for the physical cores available. adapter: one of the engine's, 'base' for
+        none, None for its default (mostly none). A session of an engine with adapters goes on with
+        another by use(name), or without by use(None). Raises EdgemedError for an unknown adapter.
         """
         self.check_adapter(adapter)
-        session = plugins.load("targets", self.target).open(self, threads)
+        session: Session = plugins.load("targets", self.target).open(self, threads)
+        if self.vision:
+            session.carry(partial(self.open_vision, threads))
         chosen = adapter or self.default
         if chosen and chosen != BASE:
             session.use(chosen)
         return session
+
+    def open_vision(self, threads: int | None = None) -> VisionEncoder:
+        """The vision encoder alone, without the decoder; a session opens its own. threads: None for
+        as many as the runtime takes.
+
+        Raises EdgemedError where the model reads text only or a file does not load.
+        """
+        return plugins.load("targets", self.target).open_vision(self, threads)
 
     def check_adapter(self, adapter: str | None) -> None:
         """Raise EdgemedError where the engine carries no adapter of this name."""

@@ -66,7 +66,7 @@ class ImageReference:
     def image(self, n: int) -> Image.Image:
         return need("PIL.Image", "vision").fromarray(self.pictures[n])
 
-    def shown(
+    def prompt_with_features(
         self, n: int, v: VisionConfig, parts: int, context: int
     ) -> tuple[list[int], ImageEmbeddings | None]:
         """(prompt about image n, the source's own features in it), as OnnxVisionEncoder.see. Raises

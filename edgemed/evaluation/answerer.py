@@ -24,7 +24,6 @@ from edgemed.evaluation.prompting import (
     Answer,
     Settings,
     Strategy,
-    VisionEncoder,
     combine,
 )
 from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, describe
@@ -45,16 +44,15 @@ class Answerer:
         questions: Questions,
         settings: Settings,
         stop: frozenset[int] = frozenset(),
-        vision_encoder: VisionEncoder | None = None,
     ):
-        """eyes: needed only where the task shows images."""
+        """The session's vision encoder is opened only where the task shows images."""
         self.session = session
         self.tokenizer = tokenizer
         self.questions = questions
         self.settings = settings
         self.stop = stop
         self.task: Task = questions.task
-        self.vision_encoder = vision_encoder
+        self.vision_encoder = session.vision if questions.has_vision else None
         self.reader = Reader(session)
         self.pools: dict[str | None, tuple[Example, ...]] = {}
         self.neighbours: dict[str | None, Neighbours] = {}

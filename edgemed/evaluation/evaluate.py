@@ -16,7 +16,7 @@ from edgemed.console import track
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, confidence, paired_statistics
 from edgemed.evaluation.answerer import Answerer
-from edgemed.evaluation.prompting import Answer, Settings, Strategy, VisionEncoder, parse
+from edgemed.evaluation.prompting import Answer, Settings, Strategy, parse
 from edgemed.evaluation.task import Example, Questions
 from edgemed.hardware.device import machine
 from edgemed.hardware.power_sensors import Meter
@@ -42,13 +42,12 @@ def evaluate(
     strategy: Strategy | str = "zero-shot",
     settings: Settings = Settings(),
     stop: frozenset[int] = frozenset(),
-    vision_encoder: VisionEncoder | None = None,
     before: Callable[[Example], None] | None = None,
 ) -> dict[str, Any]:
     """Answer every question. Contexts that do not fit lose their first tokens, options and prompts
     with images never; how many did is reported.
 
-    eyes: needed where the task shows images. before: what is done to the session before each
+    before: what is done to the session before each
     question; its time counts. model_key: the engine's key, or source_key of a checkpoint. Returns
     the result mapping of docs/report.md. Raises EdgemedError where this engine or task cannot
     follow the strategy.
@@ -60,7 +59,6 @@ def evaluate(
         questions,
         settings,
         stop,
-        vision_encoder,
     )
     answerer.check(strategy)
     items = []

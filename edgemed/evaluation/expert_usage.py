@@ -60,7 +60,6 @@ def load(
                 asked,
                 Settings(),
                 frozenset() if opened.eos is None else frozenset({opened.eos}),
-                opened.vision_encoder,
             )
             answerer.check(parse("zero-shot"))
             for example in track(asked.examples, f"count the experts of {spec}"):

@@ -6,17 +6,17 @@ Both are asked by the same code, so that what differs is the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgemed.engines.engine import Engine
 from edgemed.evaluation.evaluate import evaluate
-from edgemed.evaluation.prompting import Settings, VisionEncoder
+from edgemed.evaluation.prompting import Settings
 from edgemed.evaluation.task import Questions
-from edgemed.inference.session import Session
+from edgemed.inference.session import Session, vision_of_session
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import answering
 from edgemed.models.tokenizer import open_tokenizer
-from edgemed.onnx.vision_encoder import open_vision
 
 if TYPE_CHECKING:
     from edgemed.models.torch_decoder import Route
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model ready to be evaluated. eos: its end-of-text token; eyes: where it shall see."""
+    """A model ready to be evaluated. eos: its end-of-text token. Its session carries the vision
+    encoder.
+    """
 
     session: Session
     tokenizer: Any
     eos: int | None
-    vision_encoder: VisionEncoder | None = None
 
     def close(self) -> None:
         self.session.close()
-        if self.vision_encoder:
-            self.vision_encoder.close()
 
 
 def open_source(
@@ -46,32 +45,34 @@ def open_source(
     """The float32 source, with an adapter (name, PEFT directory) or as it is, as a session, with
     its tokenizer and end-of-text token.
 
-    sees: with its eyes; raises EdgemedError where it has none. route: as TorchSession.
+    has_vision: open its vision encoder too; raises EdgemedError where it reads text only. route: as
+    TorchSession.
     """
     from edgemed.models.torch_decoder import TorchSession
     from edgemed.vision.torch_encoder import TorchVisionEncoder
 
     weights = answering(source, adapter)
-    vision_encoder = TorchVisionEncoder(weights) if has_vision else None
+    session = TorchSession(weights, route=route)
+    if has_vision:
+        session.carry(partial(TorchVisionEncoder, weights))
+        vision_of_session(session)
     return OpenedModel(
-        TorchSession(weights, route=route),
+        session,
         open_tokenizer(source.path, weights.decoder.vocab),
         weights.decoder.eos,
-        vision_encoder,
     )
 
 
 def start_engine(
     engine: Engine, has_vision: bool = False, threads: int | None = None, adapter: str | None = None
 ) -> OpenedModel:
-    """An engine, with one of its adapters or as its base, in the same form."""
-    vision_encoder = open_vision(engine, threads) if has_vision else None
-    return OpenedModel(
-        engine.open(threads, adapter),
-        engine.tokenizer(),
-        engine.eos,
-        vision_encoder,
-    )
+    """An engine, with one of its adapters or as its base, in the same form. has_vision: open its
+    vision encoder too; raises EdgemedError where it reads text only.
+    """
+    session = engine.open(threads, adapter)
+    if has_vision:
+        vision_of_session(session)
+    return OpenedModel(session, engine.tokenizer(), engine.eos)
 
 
 def evaluate_opened(
@@ -87,5 +88,4 @@ def evaluate_opened(
         strategy,
         settings,
         stop,
-        opened.vision_encoder,
     )

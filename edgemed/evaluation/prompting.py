@@ -11,14 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import log_softmax
-from edgemed.inference.session import ImageEmbeddings
-from edgemed.models.architecture import Architecture, VisionConfig
 
 # Kojima et al. 2022; English for every language, as OpenMedLM does.
 THINK = " Let's think step by step."
@@ -77,21 +75,6 @@ class Answer:
     scores: tuple[float, ...]
     cut: bool
     text: str | None = None
-
-
-class VisionEncoder(Protocol):
-    """What turns the images of a prompt into features: vision.OnnxVisionEncoder of an engine,
-    tower.TorchVisionEncoder of its source.
-    """
-
-    family: Architecture
-    v: VisionConfig
-
-    def see(
-        self, tokens: Sequence[int], images: Sequence[Any]
-    ) -> tuple[list[int], ImageEmbeddings | None]: ...
-
-    def close(self) -> None: ...
 
 
 def parse(text: str) -> Strategy:

@@ -20,7 +20,12 @@ from edgemed.gguf import ggml_bindings
 from edgemed.gguf.ggml_bindings import F16, F32, I32, I64, NEOX, GgmlWeights, view
 from edgemed.gguf.llama_session import runs
 from edgemed.hardware.device import machine
-from edgemed.inference.session import ImageEmbeddings, check_image_embeddings, check_room
+from edgemed.inference.session import (
+    CarriesVision,
+    ImageEmbeddings,
+    check_image_embeddings,
+    check_room,
+)
 from edgemed.models.architecture import DecoderConfig, ExpertsConfig
 
 if TYPE_CHECKING:
@@ -65,7 +70,7 @@ def read_decoder(text: str) -> DecoderConfig:
     )
 
 
-class GgmlSession:
+class GgmlSession(CarriesVision):
     """A Session on ggml. Keys and values are [context, kv heads * head size] per layer, float32 for
     a float32 file, float16 otherwise.
     """
@@ -164,6 +169,7 @@ class GgmlSession:
             self.graph = None
 
     def close(self) -> None:
+        self.close_vision()
         if self.backend is None:
             return
         self._forget()

@@ -19,7 +19,13 @@ from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import lora_files
 from edgemed.hardware.device import machine
-from edgemed.inference.session import ImageEmbeddings, Positions, check_image_embeddings, check_room
+from edgemed.inference.session import (
+    CarriesVision,
+    ImageEmbeddings,
+    Positions,
+    check_image_embeddings,
+    check_room,
+)
 
 FILE = "model.gguf"
 HEAD = "head.npz"
@@ -28,7 +34,7 @@ CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 BATCH = 512  # tokens per llama_decode call
 
 
-class LlamaSession:
+class LlamaSession(CarriesVision):
     """A Session on llama.cpp. One token is decoded through a batch made once; scores are read where
     llama.cpp keeps them.
     """
@@ -120,7 +126,7 @@ class LlamaSession:
         if pictures and not self.has_vision:
             raise EdgemedError(
                 "this engine reads text only",
-                "Ask it without an image, or export a model that sees",
+                "Ask it without an image, or export a vision model",
             )
         placed = (
             self.counted.add(self.position, len(tokens), pictures.positions if pictures else None)
@@ -257,6 +263,7 @@ class LlamaSession:
             self.rewind(0)
 
     def close(self) -> None:
+        self.close_vision()
         if self.ctx is None:
             return
         self.address = self.row = None

@@ -1,5 +1,5 @@
-"""An engine's eyes on libmtmd, llama.cpp's own multimodal library (the ctypes binding inside
-llama-cpp-python): images in, features out.
+"""The vision encoder of an engine on libmtmd, llama.cpp's own multimodal library: images in,
+features out. It is reached through the ctypes binding inside llama-cpp-python.
 
 Images are resized here first, to the size the model's own rule gives, because libmtmd resizes in
 another way and the features are then another image's; it finds nothing left to resize. It
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
 
 IMAGE = 1  # mtmd_input_chunk_type
+# Largest error of the features (see vision_parity.relative), by the precision of mmproj.gguf:
+# libmtmd's GELU is a table of float16 (measured 5e-4 in f32, 6e-4 in f16, 1.3e-2 in q8_0).
+TOLERANCES = {"f32": 5e-3, "f16": 1e-2, "q8_0": 5e-2}
 
 
 class MtmdVisionEncoder:
@@ -41,7 +44,7 @@ class MtmdVisionEncoder:
         if not engine.vision:
             raise EdgemedError(
                 f"{engine.path} reads text only",
-                "Ask it without an image, or export a model that sees",
+                "Ask it without an image, or export a vision model",
             )
         self.v = vision_of(engine.vision)
         self.parts = max(engine.rope_axes, default=0) + 1

@@ -7,9 +7,9 @@ how the options of a question share its context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,20 +48,89 @@ class Positions:
         return self.held[:, start : start + count]
 
 
+class VisionEncoder(Protocol):
+    """What turns the images of a prompt into features. Every target and the source have one.
+
+    v: the model's VisionConfig, with the image sizes of this engine; family: the Architecture whose
+    prompts and answers the model knows; parts: numbers in a rotary position. Both classes lie above
+    this package, so they are not named here.
+    """
+
+    v: Any
+    family: Any
+    parts: int
+
+    def features(self, image: Any) -> tuple[np.ndarray, tuple[int, int]]:
+        """(features float32 [n, hidden], (rows, columns) of features) of one RGB image. They are
+        computed once for the same pixels.
+        """
+        ...
+
+    def see(
+        self, tokens: Sequence[int], images: Sequence[Any]
+    ) -> tuple[list[int], ImageEmbeddings | None]:
+        """(tokens with every image token repeated for its image's features, the features).
+
+        tokens: a prompt with one image token for each image, in order. Raises EdgemedError where
+        there are more or fewer, or they do not fit the context.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class CarriesVision:
+    """The base of every session: it carries the vision encoder of its engine.
+
+    The encoder is opened where it is first asked for, because it takes time and memory that a text
+    prompt does not need. It is closed with the session.
+    """
+
+    _open_encoder: Callable[[], VisionEncoder] | None = None
+    _encoder: VisionEncoder | None = None
+
+    def carry(self, open_encoder: Callable[[], VisionEncoder]) -> None:
+        """Say how the vision encoder is opened. Sessions of text models never hear of one."""
+        self._open_encoder = open_encoder
+
+    @property
+    def vision(self) -> VisionEncoder | None:
+        """The vision encoder, None for a text model. Raises EdgemedError where it cannot be
+        opened.
+        """
+        if self._encoder is None and self._open_encoder is not None:
+            self._encoder = self._open_encoder()
+        return self._encoder
+
+    def close_vision(self) -> None:
+        """Give back what the vision encoder holds. It is opened anew where asked for again."""
+        if self._encoder is not None:
+            self._encoder.close()
+            self._encoder = None
+
+
 class Session(Protocol):
     """A running engine with one sequence. Arrays returned are float32 and valid until the next
     call.
 
     head: 'lm', 'choice' or 'classes'; width: vocabulary size for 'lm', scores per sequence
-    otherwise. A session that runs on a GPU has device = 'cuda'; that of an engine with adapters has
-    use(name), which goes on with one of them (None: the base) and forgets what was read with the
-    other weights.
+    otherwise; vision: the encoder of its images, None for a text model (see CarriesVision, the base
+    of every session). A session that runs on a GPU has device = 'cuda'; that of an engine with
+    adapters has use(name), which goes on with one of them (None: the base) and forgets what was
+    read with the other weights.
     """
 
     head: str
     width: int
     context: int
     position: int
+
+    @property
+    def vision(self) -> VisionEncoder | None: ...
+
+    def carry(self, open_encoder: Callable[[], VisionEncoder]) -> None: ...
+
+    def close_vision(self) -> None: ...
 
     def prefill(
         self, tokens: Sequence[int], every: bool = False, pictures: ImageEmbeddings | None = None
@@ -70,7 +139,7 @@ class Session(Protocol):
         every=True.
 
         pictures: features that take the place of image tokens. Raises EdgemedError where the tokens
-        do not fit the context, or the engine sees nothing.
+        do not fit the context, or the model reads text only.
         """
         ...
 
@@ -83,6 +152,16 @@ class Session(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def vision_of_session(session: Session) -> VisionEncoder:
+    """A session's vision encoder. Raises EdgemedError where its model reads text only."""
+    encoder = session.vision
+    if encoder is None:
+        raise EdgemedError(
+            "this model reads text only", "Ask it without an image, or take a vision model"
+        )
+    return encoder
 
 
 def check_room(session: Session, tokens: Sequence[int]) -> None:
@@ -128,7 +207,7 @@ def feature_rows(
         return np.full(len(tokens), -1)
     if not has_vision:
         raise EdgemedError(
-            "this engine reads text only", "Ask it without an image, or export a model that sees"
+            "this engine reads text only", "Ask it without an image, or export a vision model"
         )
     check_image_embeddings(tokens, pictures)
     seen = np.array(tokens) == pictures.token

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgemed.errors import need
 from edgemed.inference.session import (
+    CarriesVision,
     ImageEmbeddings,
     Positions,
     check_image_embeddings,
@@ -338,7 +339,7 @@ def logits(weights: CanonicalWeights, tokens: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(norm(d, final, "final_norm", x), matrix, bias)
 
 
-class TorchSession:
+class TorchSession(CarriesVision):
     """A checkpoint as a Session, in float32: the source every engine is verified and evaluated
     against.
     """
@@ -416,4 +417,5 @@ class TorchSession:
         self.position = position
 
     def close(self) -> None:
+        self.close_vision()
         self.layers = None

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.inference.session import (
+    CarriesVision,
     ImageEmbeddings,
     Positions,
     check_room,
@@ -81,7 +82,7 @@ def _use_huge_pages() -> None:
                 )
 
 
-class OrtSession:
+class OrtSession(CarriesVision):
     """A Session on ONNX Runtime. All buffers are bound once; a step writes one token id and reads
     one row of scores.
     """
@@ -261,4 +262,5 @@ class OrtSession:
         self.position = position
 
     def close(self) -> None:
+        self.close_vision()
         del self.binding, self.session

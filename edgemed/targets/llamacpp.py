@@ -32,6 +32,7 @@ from edgemed.gguf import (
     lora_files,
     metadata,
     mmproj,
+    mtmd_vision,
     preserved_integers,
     writer,
 )
@@ -53,10 +54,11 @@ from edgemed.models import lora
 from edgemed.models.architecture import all_families
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.onnx.ort_dialect import OrtDialect
+from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.onnx.vision_graph import TOWERS, build_vision
 
 if TYPE_CHECKING:
-    from edgemed.inference.session import ImageEmbeddings
+    from edgemed.inference.session import ImageEmbeddings, VisionEncoder
     from edgemed.models.weights import CanonicalWeights
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
@@ -571,6 +573,24 @@ def open(engine: Engine, threads: int | None) -> LlamaSession | GgmlSession:
         if (engine.path / GRAPH).is_file()
         else LlamaSession(engine, threads)
     )
+
+
+def open_vision(engine: Engine, threads: int | None) -> VisionEncoder:
+    """The vision encoder the engine was exported with: ONNX Runtime's or libmtmd's. Raises
+    EdgemedError where the model reads text only.
+    """
+    if engine.params.get("vision") == "mtmd":
+        return mtmd_vision.MtmdVisionEncoder(engine, threads)
+    return OnnxVisionEncoder(engine, threads)
+
+
+def vision_tolerance(engine: Engine) -> tuple[str, float]:
+    """The precision of an engine's tower and projector, and the limit on their relative error."""
+    if engine.params.get("vision") == "mtmd":
+        precision = engine.params["mmproj"] or "f16"
+        return precision, mtmd_vision.TOLERANCES[precision]
+    precision = engine.params["tower"]
+    return precision, TOLERANCES[precision]
 
 
 def self_check() -> str:

@@ -21,6 +21,7 @@ from edgemed.onnx import lora_files
 from edgemed.onnx.decoder_graph import w8a8_refused
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.ort_session import OrtSession
+from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.quantization.grids import Ints, labelled, named
 
 if TYPE_CHECKING:
@@ -237,7 +238,19 @@ def _kv_scales(weights: CanonicalWeights, params: Params) -> list[tuple[np.ndarr
 
 
 def open(engine: Engine, threads: int | None) -> OrtSession:
+    """The decoder as a Session."""
     return OrtSession(engine, threads)
+
+
+def open_vision(engine: Engine, threads: int | None) -> OnnxVisionEncoder:
+    """The vision encoder. Raises EdgemedError where the model reads text only."""
+    return OnnxVisionEncoder(engine, threads)
+
+
+def vision_tolerance(engine: Engine) -> tuple[str, float]:
+    """The precision of an engine's tower and projector, and the limit on their relative error."""
+    precision = engine.params["tower"]
+    return precision, TOLERANCES[precision]
 
 
 def self_check() -> str:

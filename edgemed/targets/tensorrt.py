@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgemed.engines.engine import pixels_of
 from edgemed.errors import EdgemedError
 from edgemed.onnx.decoder_graph import w8a8_refused
+from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder, VisionGraphs
 from edgemed.quantization.grids import labelled, named
 
 if TYPE_CHECKING:
@@ -299,6 +300,27 @@ def open(engine: Engine, threads: int | None) -> Session:
     from edgemed.tensorrt.session import TrtSession
 
     return TrtSession(engine)
+
+
+def open_vision(engine: Engine, threads: int | None) -> OnnxVisionEncoder:
+    """The vision encoder, on TensorRT where the engine is built. Raises EdgemedError where the
+    model reads text only.
+    """
+    if engine.emulation:
+        return OnnxVisionEncoder(engine, threads)
+    return OnnxVisionEncoder(engine, threads, _compiled_graphs)
+
+
+def _compiled_graphs(engine: Engine, threads: int | None) -> VisionGraphs:
+    from edgemed.tensorrt.vision_encoder import TensorRTVisionGraphs
+
+    return TensorRTVisionGraphs(engine)
+
+
+def vision_tolerance(engine: Engine) -> tuple[str, float]:
+    """The precision of an engine's tower and projector, and the limit on their relative error."""
+    precision = engine.params["tower"]
+    return precision, TOLERANCES[precision]
 
 
 def finish(engine: Engine, out: Path, workspace_mb: int | None = None) -> dict[str, Any]:

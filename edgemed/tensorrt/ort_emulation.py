@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.errors import EdgemedError, need
-from edgemed.inference.session import ImageEmbeddings, Positions, check_room, feature_rows
+from edgemed.inference.session import (
+    CarriesVision,
+    ImageEmbeddings,
+    Positions,
+    check_room,
+    feature_rows,
+)
 from edgemed.onnx.ort_cpu_types import started
 from edgemed.tensorrt.dialect import BLOCK, NOWHERE, rows_offered
 
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
 
 
-class OrtEmulation:
+class OrtEmulation(CarriesVision):
     """A Session on ONNX Runtime over the plain graph; the cache is [1, rows, kv_heads, head_dim]
     per layer, new rows are written behind the old.
     """
@@ -99,6 +105,7 @@ class OrtEmulation:
         self.position = position
 
     def close(self) -> None:
+        self.close_vision()
         del self.session
 
 

@@ -18,7 +18,13 @@ from edgemed.artifacts import store
 from edgemed.console import say
 from edgemed.errors import EdgemedError
 from edgemed.hardware.cuda_driver import CaptureError, Cuda
-from edgemed.inference.session import ImageEmbeddings, Positions, check_room, feature_rows
+from edgemed.inference.session import (
+    CarriesVision,
+    ImageEmbeddings,
+    Positions,
+    check_room,
+    feature_rows,
+)
 from edgemed.tensorrt.build import EVERY, Sizes, identity, shape_of, tensorrt
 from edgemed.tensorrt.dialect import NOWHERE, rows_offered
 
@@ -32,7 +38,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-class TrtSession:
+class TrtSession(CarriesVision):
     """A Session on TensorRT with one sequence; scores come back as float32 in page-locked host
     memory.
     """
@@ -254,6 +260,7 @@ class TrtSession:
         self.position = position
 
     def close(self) -> None:
+        self.close_vision()
         self._forget()
         del self.contexts, self.engine
         self.cuda.close()

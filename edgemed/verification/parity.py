@@ -1,5 +1,5 @@
 """Does the engine say what its float32 source says? Divergence, agreement and greedy answers on
-held-out text, and on images where it sees.
+text of the validation split, and on images for a vision model.
 
 It needs only a running engine and the reference answers that travel inside it, so the same check
 runs where the engine was built and on the device. An engine that fails it is not benchmarked.
@@ -19,15 +19,15 @@ from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate, log_softmax
 from edgemed.inference.session import Session
+from edgemed.verification.vision_parity import DecoderLimits, stages
 from edgemed.verification.vision_parity import problems as stage_problems
-from edgemed.verification.vision_parity import stages
 
 
 @dataclass(frozen=True)
 class Limits:
     """What an engine must keep. max_kl: mean KL divergence from the source, nats; min_top1: share
-    of positions with the same most likely token. Exact engines (a target's EXACT precisions) must
-    besides give every greedy token and stay within a logit error.
+    of positions with the same most likely token. Exact engines (those of a target's FP32_TOLERANCE)
+    must besides give every greedy token and stay within a logit error.
     """
 
     max_kl: float = 0.05
@@ -42,14 +42,13 @@ def verify(
     adapter: str | None = None,
 ) -> dict[str, Any]:
     """Compare an engine with the reference answers; see the keys of the result for what is measured
-    ('stages' only for engines that see).
+    ('stages' only for vision models).
 
-    adapter: one of the engine's, whose answers the reference then holds ('base': none); of an
-    engine that sees, what lies in front of its decoder is then passed over, because no adapter
-    reaches it.
+    adapter: one of the engine's, whose answers the reference then holds ('base': none). What lies
+    in front of a vision model's decoder is then passed over, because no adapter reaches it.
 
     Raises EdgemedError where the reference does not belong to this engine's vocabulary, or shows no
-    images to an engine that sees.
+    images to a vision model.
     """
     if reference.logits.shape[-1] != engine.width:
         raise EdgemedError(
@@ -57,28 +56,22 @@ def verify(
             f" {reference.logits.shape[-1]}",
             "Export the engine again",
         )
-    if engine.vision and reference.images is None:
+    images = reference.images
+    if engine.vision and images is None:
         raise EdgemedError(
-            f"{engine.path} sees, and its reference answers say nothing about images (an earlier"
-            " edgemed made them)",
+            f"{engine.path} is a vision model, and its reference answers say nothing about images"
+            " (an earlier edgemed made them)",
             "Export the engine again",
         )
+    exact = exact_error(engine)
     session = engine.open(threads, adapter)
     try:
         measured = compare(session, reference)
         if engine.head == "lm":
             measured |= greedy(session, reference)
-        if engine.vision:
-            measured["stages"] = stages(
-                engine,
-                session,
-                reference.images,
-                exact_error(engine),
-                limits.max_kl,
-                limits.min_top1,
-                threads,
-                tower=not adapter,
-            )
+        if engine.vision and images is not None:
+            decoder = DecoderLimits(exact, limits.max_kl, limits.min_top1)
+            measured["stages"] = stages(engine, session, images, decoder, tower=not adapter)
     finally:
         session.close()
     problems = judge(engine, measured, limits) + stage_problems(measured.get("stages", []))
@@ -94,7 +87,7 @@ def verify(
         "limits": {
             "max_kl": limits.max_kl,
             "min_top1": limits.min_top1,
-            "max_logit_error": exact_error(engine),
+            "max_logit_error": exact,
         },
         "passed": not problems,
         "problems": problems,

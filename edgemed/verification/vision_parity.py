@@ -1,24 +1,25 @@
-"""Parity of an engine that sees, stage by stage: pixels, tower, projector, decoder, and all of them
+"""Parity of a vision model, stage by stage: pixels, tower, projector, decoder, and all of them
 together.
 
 Each stage is given the exact inputs of the source's own stage, so that an error shows where it
-arises and is not blamed on what comes behind it; only the last one sees with the engine's own eyes
-throughout.
+arises and is not blamed on what comes behind it. Only the last one uses the engine's own vision
+encoder throughout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from edgemed import plugins
 from edgemed.console import track
 from edgemed.engines.image_reference import ImageReference
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate, log_softmax
-from edgemed.inference.session import ImageEmbeddings, Session
-from edgemed.onnx.vision_encoder import OnnxVisionEncoder, open_vision
+from edgemed.inference.session import ImageEmbeddings, Session, VisionEncoder, vision_of_session
 from edgemed.vision.preprocessing import Patches, patches
 
 if TYPE_CHECKING:
@@ -27,80 +28,75 @@ if TYPE_CHECKING:
 # Normalised pixels are at most about 2.7: float32 arithmetic in another order stays far below, one
 # grey level (0.015 and more) far above.
 PIXELS = 1e-5
-# Largest error of a tower's or projector's output (see `relative`), by the precision of both. fp32
-# only sums in another order (measured on random towers of 2 to 32 layers: up to 1.4e-5). fp16
-# rounds every weight and activation to 11 bits, 5e-4 at a time; int8 weights and, in its products,
-# activations to 8 bits in groups of 32. Measured with weights as small as trained ones (standard
-# deviation 0.02), 2, 8 and 32 layers: fp16 2e-4, 3e-4, 5e-4 behind the tower and 6e-4 behind the
-# projector; int8 6e-4, 8e-3, 2e-2 and 1.5e-2. The limits leave a factor for towers with larger
-# values inside. bf16 has three bits less than fp16; w8a8 rounds activations by rows too (measured
-# 2.5e-2).
-TOWERS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "w8a8": 1e-1}
-# The same where libmtmd computes both: its GELU is a table of float16 (measured 5e-4 in f32, 6e-4
-# in f16, 1.3e-2 in q8_0).
-MTMD = {"f32": 5e-3, "f16": 1e-2, "q8_0": 5e-2}
+# A tower of this precision only sums in another order: its engine's answers are the source's.
+UNROUNDED = ("fp32", "f32")
+
+
+@runtime_checkable
+class StagedVisionEncoder(VisionEncoder, Protocol):
+    """A vision encoder whose tower and projector can be run one without the other."""
+
+    def run_tower(self, image_patches: Patches) -> np.ndarray: ...
+
+    def run_projector(self, tower: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class DecoderLimits:
+    """What the decoder must keep. exact: largest logit error where its precision is float32, None
+    for a quantized one, which is held against max_kl (mean KL divergence, nats) and min_top1 (share
+    of positions with the same most likely token) instead.
+    """
+
+    exact: float | None
+    max_kl: float
+    min_top1: float
 
 
 def stages(
     engine: Engine,
     session: Session,
     reference: ImageReference,
-    exact: float | None,
-    max_kl: float,
-    min_top1: float,
-    threads: int | None = None,
+    limits: DecoderLimits,
     tower: bool = True,
 ) -> list[dict[str, Any]]:
     """One mapping per stage: 'stage', 'error', 'limit' (None: no limit), 'passed' and 'how' in
     words; none where the reference holds no images.
 
-    exact: largest logit error where the decoder's precision is float32, None for a quantized one.
     tower: also the stages in front of the decoder. Raises EdgemedError where an image and its
     answer do not fit the context, the engine resizes images otherwise than its reference, or a
     stage gives NaN.
     """
     if not reference.pictures:
         return []
-    vision_encoder = open_vision(engine, threads)
-    try:
-        check_fit(engine, vision_encoder, reference)
-        found = seen(engine, vision_encoder, reference) if tower else []
-        found.append(decoded(session, vision_encoder, reference, exact, max_kl, min_top1))
-        return [
-            *found,
-            answered(
-                session,
-                vision_encoder,
-                reference,
-                exact is not None and tower_of(engine)[0] in ("fp32", "f32"),
-                max_kl,
-            ),
-        ]
-    finally:
-        vision_encoder.close()
+    encoder = vision_of_session(session)
+    precision, tolerance = plugins.load("targets", engine.target).vision_tolerance(engine)
+    check_fit(engine, encoder, reference)
+    rows = []
+    if tower:
+        rows += encoder_stages(encoder, reference, precision, tolerance)
+    rows.append(decoder_stage(session, encoder, reference, limits))
+    same_answers = limits.exact is not None and precision in UNROUNDED
+    rows.append(end_to_end_stage(session, encoder, reference, same_answers, limits.max_kl))
+    return rows
 
 
-def tower_of(engine: Engine) -> tuple[str, float]:
-    """The precision of an engine's tower and projector, and the limit on their error."""
-    if engine.params.get("vision") == "mtmd":
-        return engine.params["mmproj"] or "f16", MTMD[engine.params["mmproj"] or "f16"]
-    return engine.params["tower"], TOWERS[engine.params["tower"]]
-
-
-def check_fit(engine: Engine, vision_encoder: Any, reference: ImageReference) -> None:
+def check_fit(engine: Engine, encoder: VisionEncoder, reference: ImageReference) -> None:
     """Raise EdgemedError where the engine makes another number of patches of an image than its
     source did, or has no room for an image and its answer.
     """
     new = reference.greedy.shape[1]
     for n, picture in enumerate(reference.pictures):
-        found = patches(reference.image(n), vision_encoder.v)
-        if n < len(reference.pixels) and found.pixels.shape != reference.pixels[n].shape:
+        pixels = patches(reference.image(n), encoder.v).pixels
+        if n < len(reference.pixels) and pixels.shape != reference.pixels[n].shape:
             raise EdgemedError(
-                f"{engine.path}: image {n + 1} becomes {len(found.pixels)} patches, in its"
-                f" reference {len(reference.pixels[n])}",
+                f"{engine.path}: image {n + 1} becomes {len(pixels)} patches, in its reference"
+                f" {len(reference.pixels[n])}",
                 "Export the engine again",
             )
-        length = len(reference.tokens(n)) - 1 + len(found.pixels) // vision_encoder.v.merge**2 + new
+        features = len(pixels) // encoder.v.merge**2
+        # The prompt holds one token where the image's features go.
+        length = len(reference.tokens(n)) - 1 + features + new
         if length > engine.context:
             raise EdgemedError(
                 f"{engine.path}: image {n + 1} ({picture.shape[1]} x {picture.shape[0]}) with"
@@ -110,83 +106,76 @@ def check_fit(engine: Engine, vision_encoder: Any, reference: ImageReference) ->
             )
 
 
-def seen(engine: Engine, vision_encoder: Any, reference: ImageReference) -> list[dict[str, Any]]:
-    """The stages in front of the decoder."""
+def encoder_stages(
+    encoder: VisionEncoder, reference: ImageReference, precision: str, tolerance: float
+) -> list[dict[str, Any]]:
+    """The stages in front of the decoder: three, or one where the encoder computes all at once."""
     images = counted(len(reference.pixels), "image")
-    precision, limit = tower_of(engine)
-    if not isinstance(vision_encoder, OnnxVisionEncoder):
+    if not isinstance(encoder, StagedVisionEncoder):
         both = [
-            relative(vision_encoder.features(reference.image(n))[0], right)
-            for n, right in enumerate(reference.features)
+            relative(encoder.features(reference.image(n))[0], expected)
+            for n, expected in enumerate(reference.features)
         ]
-        return [
-            stage(
-                "projector",
-                both,
-                limit,
-                f"largest relative error of the features of {images}; pixels, {precision} tower and"
-                " projector in one",
-            )
-        ]
-    found = [patches(reference.image(n), vision_encoder.v) for n in range(len(reference.pixels))]
-    pixels = [
-        float(np.abs(made.pixels - right).max())
-        for made, right in zip(found, reference.pixels, strict=True)
-    ]
-    towers = [
-        relative(vision_encoder.run_tower(Patches(right, made.rows, made.columns)), tower)
-        for made, right, tower in zip(found, reference.pixels, reference.tower, strict=True)
-    ]
-    projected = [
-        relative(vision_encoder.run_projector(tower), features)
-        for tower, features in zip(reference.tower, reference.features, strict=True)
-    ]
+        how = (
+            f"largest relative error of the features of {images}; pixels, {precision} tower and"
+            " projector in one"
+        )
+        return [stage("projector", both, tolerance, how)]
+    pixel_errors = []
+    tower_errors = []
+    projector_errors = []
+    for n, pixels in enumerate(reference.pixels):
+        image_patches = patches(reference.image(n), encoder.v)
+        pixel_errors.append(float(np.abs(image_patches.pixels - pixels).max()))
+        # The tower gets the source's own pixels, the projector the source's own tower output.
+        tower = encoder.run_tower(Patches(pixels, image_patches.rows, image_patches.columns))
+        tower_errors.append(relative(tower, reference.tower[n]))
+        features = encoder.run_projector(reference.tower[n])
+        projector_errors.append(relative(features, reference.features[n]))
     return [
-        stage("pixels", pixels, PIXELS, f"largest difference of a normalised pixel of {images}"),
+        stage(
+            "pixels",
+            pixel_errors,
+            PIXELS,
+            f"largest difference of a normalised pixel of {images}",
+        ),
         stage(
             "tower",
-            towers,
-            limit,
+            tower_errors,
+            tolerance,
             f"largest relative error of the {precision} tower's output for the source's pixels of"
             f" {images}",
         ),
         stage(
             "projector",
-            projected,
-            limit,
+            projector_errors,
+            tolerance,
             f"largest relative error of the {precision} projector's features for the source's tower"
             f" output of {images}",
         ),
     ]
 
 
-def relative(found: np.ndarray, right: np.ndarray) -> float:
+def relative(output: np.ndarray, expected: np.ndarray) -> float:
     """Largest absolute difference / largest absolute value of the source, or the norm of the
     difference / the norm of the source's output, whichever is larger.
 
     Trained towers have a few values hundreds of times the others: beside these alone, errors of all
-    the others would look small.
+    the others would look small. Raises EdgemedError where the shapes differ.
     """
-    if found.shape != right.shape:
+    if output.shape != expected.shape:
         raise EdgemedError(
-            f"the vision tower gives an array of shape {found.shape}, its source {right.shape}",
+            f"the vision tower gives an array of shape {output.shape}, its source {expected.shape}",
             "Export the engine again",
         )
-    return float(
-        max(
-            np.abs(found - right).max() / np.abs(right).max(),
-            np.linalg.norm(found - right) / np.linalg.norm(right),
-        )
-    )
+    difference = output - expected
+    largest = np.abs(difference).max() / np.abs(expected).max()
+    overall = np.linalg.norm(difference) / np.linalg.norm(expected)
+    return float(max(largest, overall))
 
 
-def decoded(
-    session: Session,
-    vision_encoder: Any,
-    reference: ImageReference,
-    exact: float | None,
-    max_kl: float,
-    min_top1: float,
+def decoder_stage(
+    session: Session, encoder: VisionEncoder, reference: ImageReference, limits: DecoderLimits
 ) -> dict[str, Any]:
     """The decoder, given the source's own image features and answers."""
     kl = []
@@ -196,99 +185,94 @@ def decoded(
         # The source's greedy answer is its most likely tokens: agreement needs no scores, and the
         # few that are kept would leave it to chance.
         best = reference.greedy[n] if reference.greedy.size else expected.argmax(-1)
-        found = forced(
-            session,
-            *reference.shown(n, vision_encoder.v, vision_encoder.parts, session.context),
-            best[:-1],
+        prompt, embeddings = reference.prompt_with_features(
+            n, encoder.v, encoder.parts, session.context
         )
-        kl.append(divergence(expected, found[: len(expected)]))
-        same.append(best == found.argmax(-1))
-        error = max(error, float(np.abs(expected - found[: len(expected)]).max()))
+        scores = forced(session, prompt, embeddings, best[:-1])
+        scored = scores[: len(expected)]
+        kl.append(divergence(expected, scored))
+        same.append(best == scores.argmax(-1))
+        error = max(error, float(np.abs(expected - scored).max()))
     where = (
         f"at {counted(len(np.concatenate(kl)), 'answer position')} about"
         f" {counted(len(kl), 'image')}, given the source's image features"
     )
     mean = float(np.concatenate(kl).mean())
     top1 = float(np.concatenate(same).mean())
-    if exact is not None:
-        return stage("decoder", [error, mean], exact, f"largest difference of a logit {where}")
-    agreed = (
-        f"top-1 agreement {top1:.4f} at all {len(np.concatenate(same))} tokens of these answers, at"
-        f" least {min_top1} is asked for"
+    if limits.exact is not None:
+        how = f"largest difference of a logit {where}"
+        return stage("decoder", [error, mean], limits.exact, how)
+    how = (
+        f"mean KL divergence {where}; top-1 agreement {top1:.4f} at all"
+        f" {len(np.concatenate(same))} tokens of these answers, at least {limits.min_top1} is asked"
+        " for"
     )
-    return stage(
-        "decoder", [mean], max_kl, f"mean KL divergence {where}; {agreed}", top1 >= min_top1
-    )
+    return stage("decoder", [mean], limits.max_kl, how, top1 >= limits.min_top1)
 
 
-def answered(
-    session: Session, vision_encoder: Any, reference: ImageReference, exact: bool, max_kl: float
+def end_to_end_stage(
+    session: Session,
+    encoder: VisionEncoder,
+    reference: ImageReference,
+    same_answers: bool,
+    max_kl: float,
 ) -> dict[str, Any]:
     """Everything together: from the image to greedy answers, and for engines that may differ a
     little to the scores of the source's answers.
+
+    same_answers: nothing is rounded, so every greedy token must be the source's.
     """
     same = 0
     new = reference.greedy.shape[1]
     for n, expected in track(list(enumerate(reference.greedy)), "answers about images"):
-        prompt, pictures = vision_encoder.see(reference.tokens(n), [reference.image(n)])
+        prompt, embeddings = encoder.see(reference.tokens(n), [reference.image(n)])
         session.rewind(0)
-        answer = np.array(
-            (
-                list(generate(session, prompt, Sampling(max_tokens=new), pictures=pictures))
-                if new
-                else []
-            ),
-            np.int32,
-        )
-        different = np.flatnonzero(answer != expected)
+        answer: list[int] = []
+        if new:
+            sampling = Sampling(max_tokens=new)
+            answer = list(generate(session, prompt, sampling, pictures=embeddings))
+        different = np.flatnonzero(np.array(answer, np.int32) != expected)
         same += int(different[0]) if different.size else new
     total = reference.greedy.size
-    said = (
+    agreement = (
         f"{same} of {total} greedy tokens are the source's, counted up to the first that differs of"
         f" each answer, about {counted(len(reference.pictures), 'image')}"
     )
-    if exact and total:
-        return stage(
-            "end to end",
-            [1 - same / total],
-            0.0,
-            f"share of greedy tokens that are not the source's: {said}",
-        )
+    if same_answers and total:
+        how = f"share of greedy tokens that are not the source's: {agreement}"
+        return stage("end to end", [1 - same / total], 0.0, how)
     kl = []
     for n, expected in enumerate(reference.logits):
-        found = forced(
-            session,
-            *vision_encoder.see(reference.tokens(n), [reference.image(n)]),
-            reference.greedy[n, : len(expected) - 1],
-        )
-        kl.append(divergence(expected, found))
+        prompt, embeddings = encoder.see(reference.tokens(n), [reference.image(n)])
+        answer_tokens = reference.greedy[n, : len(expected) - 1]
+        kl.append(divergence(expected, forced(session, prompt, embeddings, answer_tokens)))
     where = (
         f"at {counted(len(np.concatenate(kl)), 'answer position')} about"
         f" {counted(len(kl), 'image')}"
     )
-    return stage(
-        "end to end",
-        [float(np.concatenate(kl).mean())],
-        max_kl,
-        f"mean KL divergence {where}, from the image on" + (f"; {said}" if total else ""),
-    )
+    how = f"mean KL divergence {where}, from the image on"
+    if total:
+        how += f"; {agreement}"
+    return stage("end to end", [float(np.concatenate(kl).mean())], max_kl, how)
 
 
 def forced(
-    session: Session, prompt: Sequence[int], pictures: ImageEmbeddings | None, answer: np.ndarray
+    session: Session, prompt: Sequence[int], embeddings: ImageEmbeddings | None, answer: np.ndarray
 ) -> np.ndarray:
     """Scores [1 + len(answer), width] behind a prompt and behind each token of an answer that is
     given.
     """
     session.rewind(0)
-    scores = [session.prefill(prompt, pictures=pictures)[-1].copy()]
-    return np.array([*scores, *(session.step(int(token)).copy() for token in answer)])
+    scores = [session.prefill(prompt, pictures=embeddings)[-1].copy()]
+    for token in answer:
+        scores.append(session.step(int(token)).copy())
+    return np.array(scores)
 
 
-def divergence(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+def divergence(expected: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """KL(source || engine) per position, nats."""
     p = log_softmax(expected)
-    q = log_softmax(found)
+    q = log_softmax(scores)
     return (np.exp(p) * (p - q)).sum(-1)
 
 
@@ -317,10 +301,10 @@ def stage(
     }
 
 
-def problems(found: Sequence[dict[str, Any]]) -> list[str]:
+def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One sentence per stage that failed."""
     return [
         f"stage {row['stage']}: error {row['error']:.2e}, limit {row['limit']:.2g} ({row['how']})"
-        for row in found
+        for row in rows
         if not row["passed"]
     ]

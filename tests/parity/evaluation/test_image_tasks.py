@@ -507,7 +507,6 @@ def test_how_a_written_answer_is_read(
         "m",
         "k",
         settings=Settings("generated", rationale=1),
-        vision_encoder=model.vision_encoder,
     )
     assert found["items"][0]["answer"] == answer
     assert found["unparsed"] == (answer < 0)
@@ -517,13 +516,13 @@ def test_prompt_is_the_familys(vision_model: Path, folder: Path) -> None:
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     shown = []
     model = opened(vision_model, asked)
-    see = model.vision_encoder.see
-    model.vision_encoder.see = lambda tokens, images: (
+    see = model.session.vision.see
+    model.session.vision.see = lambda tokens, images: (
         shown.append(model.tokenizer.decode(tokens, skip_special_tokens=False))
         or see(tokens, images)
     )
-    evaluate(model.session, model.tokenizer, asked, "m", "k", vision_encoder=model.vision_encoder)
-    family = model.vision_encoder.family
+    evaluate(model.session, model.tokenizer, asked, "m", "k")
+    family = model.session.vision.family
     assert shown == [family.chat(family.reasoning("Which organ?\nA) Liver\nB) Heart"), 1)]
     assert family.opening == "<answer>"
 
@@ -534,9 +533,9 @@ def test_a_reader_never_takes_one_image_for_another(vision_model: Path, folder: 
 
     def scores(reader: Reader, seed: int, question: str) -> np.ndarray:
         tokens = model.tokenizer.encode(
-            model.vision_encoder.family.chat(question, 1), add_special_tokens=False
+            model.session.vision.family.chat(question, 1), add_special_tokens=False
         ).ids
-        return reader.read(*model.vision_encoder.see(tokens, [noise(seed)])).copy()
+        return reader.read(*model.session.vision.see(tokens, [noise(seed)])).copy()
 
     kept = Reader(model.session)
     found = [
@@ -602,7 +601,7 @@ def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
 ) -> None:
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     model = opened(vision_model, asked)
-    model.vision_encoder.family = replace(model.vision_encoder.family, reasoning=None, answer=None)
+    model.session.vision.family = replace(model.session.vision.family, reasoning=None, answer=None)
     found = evaluate(
         model.session,
         Says(model.tokenizer, "B."),
@@ -610,17 +609,9 @@ def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
         "m",
         "k",
         settings=Settings("generated"),
-        vision_encoder=model.vision_encoder,
     )
     assert found["items"][0]["answer"] == 1
-    assert (
-        len(
-            evaluate(
-                model.session, model.tokenizer, asked, "m", "k", vision_encoder=model.vision_encoder
-            )["items"][0]["scores"]
-        )
-        == 2
-    )
+    assert len(evaluate(model.session, model.tokenizer, asked, "m", "k")["items"][0]["scores"]) == 2
 
 
 def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: Path) -> None:

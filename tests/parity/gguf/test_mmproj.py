@@ -81,10 +81,8 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 def test_features_equal_the_torch_tower(
     source: Checkpoint, tmp_path: Path, kind: str, limit: float
 ) -> None:
-    from edgemed.onnx.vision_encoder import open_vision
-
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj=kind)
-    vision_encoder = open_vision(engine, 1)
+    vision_encoder = engine.open_vision(1)
     try:
         assert type(vision_encoder).__name__ == "MtmdVisionEncoder"
         for size in SIZES:
@@ -100,14 +98,12 @@ def test_features_equal_the_torch_tower(
 def test_an_engine_with_these_eyes_answers_as_its_source(
     source: Checkpoint, tmp_path: Path
 ) -> None:
-    from edgemed.onnx.vision_encoder import open_vision
-
     engine = made(source, tmp_path / "engine", vision="mtmd", mmproj="f32")
     prompt = [5, 9, BEFORE, TOKEN, AFTER, 30, BEFORE, TOKEN, AFTER, 77]
     images = [noise(140, 84), noise(60, 60)]
     answers = []
     for vision_encoder, session in (
-        (open_vision(engine, 1), engine.open(1)),
+        (engine.open_vision(1), engine.open(1)),
         (
             torch_encoder.TorchVisionEncoder(CanonicalWeights(source)),
             TorchSession(CanonicalWeights(source)),
@@ -219,11 +215,9 @@ def test_the_file_is_what_llamacpps_converter_writes(
 def test_random_weights_see_too(tmp_path: Path) -> None:
     from conftest import tiny_config
 
-    from edgemed.onnx.vision_encoder import open_vision
-
     source = make_random(tiny_config("qwen2_vl"), tmp_path / "random", "float32")
     engine = made(source, tmp_path / "engine", vision="mtmd")
-    vision_encoder = open_vision(engine, 1)
+    vision_encoder = engine.open_vision(1)
     assert (
         error(
             vision_encoder.features(noise(84, 84))[0], right(source, vision_encoder, noise(84, 84))

@@ -153,7 +153,7 @@ def test_the_source_with_an_adapter_answers_about_images_as_peft_does(
     ).eval()
     for n in range(len(images.features)):
         seen = process(images=[images.image(n)], return_tensors="pt")
-        tokens, _ = images.shown(n, v, 3, 1024)
+        tokens, _ = images.prompt_with_features(n, v, 3, 1024)
         ids = torch.tensor([tokens])
         with torch.inference_mode():
             out = right.generate(

@@ -30,7 +30,6 @@ from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import TorchSession
 from edgemed.models.weights import CanonicalWeights, Dense
-from edgemed.onnx.vision_encoder import open_vision
 from edgemed.onnx.vision_graph import build_vision
 from edgemed.quantization.grids import rtn
 from edgemed.targets import tensorrt as target
@@ -153,7 +152,7 @@ def theirs(
 def test_tower_and_projector_equal_transformers(
     engines: dict[str, Path], vision_model: tuple[Path, Any], kind: str, bound: float
 ) -> None:
-    vision_encoder = open_vision(open_engine(engines[kind]), 1)
+    vision_encoder = open_engine(engines[kind]).open_vision(1)
     visual = vision_model[1].model.visual
     for size in SIZES:
         found = patches(noise(*size), vision_encoder.v)
@@ -189,7 +188,7 @@ class Rounded(CanonicalWeights):
 def test_int8_tower_carries_its_integers(
     engines: dict[str, Path], vision_model: tuple[Path, Any]
 ) -> None:
-    vision_encoder = open_vision(open_engine(engines["int4"]), 1)
+    vision_encoder = open_engine(engines["int4"]).open_vision(1)
     weights = Rounded(open_checkpoint(vision_model[0]))
     for size in SIZES[:2]:
         right = torch_encoder.features(weights, patches(noise(*size), vision_encoder.v))[
@@ -351,7 +350,7 @@ def test_unbuilt_engine_answers_as_transformers(
     engines: dict[str, Path], vision_model: tuple[Path, Any]
 ) -> None:
     engine = open_engine(engines["fp32"])
-    vision_encoder = open_vision(engine, 1)
+    vision_encoder = engine.open_vision(1)
     session = engine.open(1)
     for images in (
         [noise(*SIZES[0])],
@@ -396,7 +395,7 @@ def test_second_question_after_going_back(
     engines: dict[str, Path], vision_model: tuple[Path, Any]
 ) -> None:
     engine = open_engine(engines["fp32"])
-    vision_encoder = open_vision(engine, 1)
+    vision_encoder = engine.open_vision(1)
     session = engine.open(1)
     seen, first, second = asked_twice(session, vision_encoder)
     images = [noise(*SIZES[0]), noise(*SIZES[1])]
@@ -423,14 +422,14 @@ def test_lower_precisions_stay_near(
     weights = Rounded(open_checkpoint(vision_model[0]))
     for kind, bound in (("fp16", 0.06), ("bf16", 0.4)):
         engine = open_engine(engines[kind])
-        vision_encoder = open_vision(engine, 1)
+        vision_encoder = engine.open_vision(1)
         session = engine.open(1)
         seen, scores, _ = answers(session, vision_encoder, prompt(2), images, 1)
         right, _ = theirs(vision_model[1], images, seen, vision_encoder.v)
         assert np.abs(scores - right).max() < bound, kind
         session.close()
     engine = open_engine(engines["int4"])
-    vision_encoder = open_vision(engine, 1)
+    vision_encoder = engine.open_vision(1)
     session = engine.open(1)
     seen, scores, _ = answers(session, vision_encoder, prompt(2), images, 1)
     rounded = torch_encoder.TorchVisionEncoder(weights)
@@ -584,7 +583,7 @@ def test_built_engine_sees_and_answers_as_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here, engine = built(engines, tmp_path, monkeypatch)
-    vision_encoder = open_vision(engine)
+    vision_encoder = engine.open_vision()
     session = engine.open()
     assert type(vision_encoder.graphs).__name__ == "TensorRTVisionGraphs"
     # 60 and 15 features: both run across parts of 40 tokens
@@ -714,10 +713,10 @@ def test_a_missing_or_foreign_plan(
     with pytest.raises(EdgemedError, match="tower.plan is missing"):
         open_engine(engine.path, check=True)
     with pytest.raises(EdgemedError, match="tower.plan is missing. Remove .* edgemed build"):
-        open_vision(engine)
+        engine.open_vision()
     fake_tensorrt.install(monkeypatch, gpu="Thor", capability=(11, 0))
     with pytest.raises(EdgemedError, match="was built for Orin"):
-        open_vision(engine)
+        engine.open_vision()
 
 
 def test_memory_of_the_tower_is_said(
@@ -728,7 +727,7 @@ def test_memory_of_the_tower_is_said(
     with pytest.raises(
         EdgemedError, match=r"images and activations of the tower need \d.\d MB of GPU memory"
     ):
-        open_vision(engine)
+        engine.open_vision()
     here.driver.memory = 1 << 30
     shutil.rmtree(engine.path / "on-device" / "plan")
     monkeypatch.setattr("edgemed.tensorrt.build.score_bytes", lambda v, context: 2 << 30)
@@ -802,7 +801,7 @@ def test_images_meet_an_engine_that_reads_text(
         open_checkpoint(model), "tensorrt", Params(precision="fp32"), tmp_path / "engine"
     )
     with pytest.raises(EdgemedError, match="reads text only"):
-        open_vision(engine)
+        engine.open_vision()
     pictures = ImageEmbeddings(np.zeros((1, 64), np.float32), np.arange(3)[None], 7)
     unbuilt = engine.open(1)
     finish(engine, 300)
@@ -821,7 +820,7 @@ def test_images_that_do_not_fit(
         if kind == "plan"
         else (None, open_engine(engines["fp32"]))
     )
-    vision_encoder = open_vision(engine, 1)
+    vision_encoder = engine.open_vision(1)
     session = engine.open(1)
     with pytest.raises(EdgemedError, match="places for 1 images, 2 were given"):
         vision_encoder.see(prompt(1), [noise(60, 60)] * 2)
@@ -850,7 +849,7 @@ def test_an_image_token_may_lie_outside_the_vocabulary(
 ) -> None:
     _, engine = built(engines, tmp_path, monkeypatch)
     emulation = open_engine(engines["fp32"])
-    vision_encoder = open_vision(emulation, 1)
+    vision_encoder = emulation.open_vision(1)
     found = []
     seen, pictures = vision_encoder.see(prompt(1), [noise(60, 60)])
     for session in (emulation.open(1), engine.open()):

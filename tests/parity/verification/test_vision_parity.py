@@ -22,8 +22,10 @@ from edgemed.engines.engine import Engine, export
 from edgemed.engines.image_reference import SCORED
 from edgemed.engines.reference import FILE, Reference
 from edgemed.errors import EdgemedError
+from edgemed.gguf import mtmd_vision
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.weights import CanonicalWeights
+from edgemed.onnx import vision_encoder
 from edgemed.onnx.vision_encoder import OnnxVisionEncoder
 from edgemed.pipeline.references import answers, image_answers
 from edgemed.verification import vision_parity
@@ -94,7 +96,7 @@ def test_source_answers_as_transformers(vision_model: Path, reference: Reference
     for n in range(10):
         seen = process(images=[images.image(n)], return_tensors="pt")
         assert np.abs(seen["pixel_values"].numpy() - images.pixels[n]).max() <= vision_parity.PIXELS
-        tokens, _pictures = images.shown(n, v, 3, 1024)
+        tokens, _pictures = images.prompt_with_features(n, v, 3, 1024)
         ids = torch.tensor([tokens])
         with torch.inference_mode():
             out = model.generate(
@@ -117,7 +119,7 @@ def test_source_answers_as_transformers(vision_model: Path, reference: Reference
             ).pooler_output[0]
             assert (
                 vision_parity.relative(images.features[0], features.detach().numpy())
-                <= vision_parity.TOWERS["fp32"]
+                <= vision_encoder.TOLERANCES["fp32"]
             )
     assert len({tuple(answer) for answer in images.greedy.tolist()}) == 10, (
         "every image is answered in another way, so that a mistaken one shows"
@@ -162,7 +164,7 @@ def test_narrow_towers_have_limits_of_their_own(
     assert result["passed"], result["problems"]
     for name in ("tower", "projector"):
         assert least < found[name]["error"] < most
-        assert found[name]["limit"] == vision_parity.TOWERS[tower]
+        assert found[name]["limit"] == vision_encoder.TOLERANCES[tower]
         assert f"the {tower} {name}" in found[name]["how"]
     assert found["decoder"]["limit"] == 1e-3, "the decoder is as exact as ever"
     assert 0 < found["end to end"]["error"] < 0.05 == found["end to end"]["limit"]
@@ -187,7 +189,7 @@ def test_a_bfloat16_tower(vision_model: Path, reference: Reference, tmp_path: Pa
     )
     for name in ("tower", "projector"):
         assert 1e-4 < found[name]["error"] < 2e-2
-        assert found[name]["limit"] == vision_parity.TOWERS["bf16"]
+        assert found[name]["limit"] == vision_encoder.TOLERANCES["bf16"]
         assert found[name]["passed"]
 
 
@@ -213,7 +215,7 @@ def test_libmtmds_tower_and_projector_are_one_stage(
     assert list(found) == ["projector", "decoder", "end to end"], result["problems"]
     assert result["passed"], result["problems"]
     assert 1e-5 < found["projector"]["error"] < most
-    assert found["projector"]["limit"] == vision_parity.MTMD[mmproj]
+    assert found["projector"]["limit"] == mtmd_vision.TOLERANCES[mmproj]
     assert f"{mmproj} tower and projector in one" in found["projector"]["how"]
     assert ("share of greedy tokens" in found["end to end"]["how"]) == (mmproj == "f32"), (
         "only float32 must answer every token"
@@ -567,7 +569,7 @@ def test_a_second_question_costs_no_second_look(
         lambda self, found: looks.append(found.pixels) or run_tower(self, found),
     )
     session = engine.open(1)
-    image_questions(engine, session, BenchSpec((16,), 4, 3, 1, image=56), 1)
+    image_questions(engine, session, BenchSpec((16,), 4, 3, 1, image=56))
     session.close()
     assert len(looks) == 4, "one look at each image, and every round another image"
     assert len({pixels.tobytes() for pixels in looks}) == 4, (
@@ -582,7 +584,7 @@ def test_faults_end_in_one_line(
     vision_model: Path, engine: Engine, reference: Reference, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        EdgemedError, match="sees, and its reference answers say nothing about images"
+        EdgemedError, match="is a vision model, and its reference answers say nothing about images"
     ):
         verify(engine, replace(reference, images=None), Limits(), 1)
     with pytest.raises(

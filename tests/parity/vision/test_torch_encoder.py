@@ -22,7 +22,6 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.decoder_graph import Graph, Precision
 from edgemed.onnx.ort_cpu_types import started
 from edgemed.onnx.ort_dialect import OrtDialect
-from edgemed.onnx.vision_encoder import open_vision
 from edgemed.onnx.vision_graph import TOWERS
 from edgemed.vision import torch_encoder
 from edgemed.vision.preprocessing import patches
@@ -39,12 +38,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.mark.parametrize("kind", sorted(TOWERS))
 def test_features_equal_the_torch_tower(source: Checkpoint, tmp_path: Path, kind: str) -> None:
-    vision_encoder = open_vision(
-        export(
-            source, "onnx", plugins.load("targets", "onnx").Params(tower=kind), tmp_path / "engine"
-        ),
-        1,
+    engine = export(
+        source, "onnx", plugins.load("targets", "onnx").Params(tower=kind), tmp_path / "engine"
     )
+    vision_encoder = engine.open_vision(1)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (84, 140, 3), dtype=np.uint8))
     # One colour: every patch is the same, and so is every row of what follows.
     for image in (noise, Image.new("RGB", (56, 56), "black")):
