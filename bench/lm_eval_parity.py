@@ -28,7 +28,7 @@ from records import save
 
 from edgemed.engines.engine import Engine, export
 from edgemed.evaluation.answerer import Answerer
-from edgemed.evaluation.prompting import Settings, parse
+from edgemed.evaluation.prompting import PromptPlan
 from edgemed.evaluation.task import Example, Questions, describe, questions
 from edgemed.inference.session import Session
 from edgemed.models.checkpoint import open_checkpoint
@@ -185,7 +185,7 @@ def compare(
     """Our scores of every question beside lm_eval's."""
     found = {}
     for ours, these in asked.items():
-        answerer = Answerer(session, tokenizer, these, Settings())
+        answerer = Answerer(session, tokenizer, these, PromptPlan())
         row = {
             "items": 0,
             "truncated": 0,
@@ -197,7 +197,7 @@ def compare(
             "theirs_correct": 0,
         }
         for example in these.examples:
-            answer = answerer.answer(example, parse("zero-shot"))
+            answer = answerer.answer(example)
             their = theirs[ours, example.id]
             prompt = these.task.render(example)
             row["prompts_differ"] += (

@@ -18,7 +18,7 @@ from edgemed.errors import EdgemedError
 from edgemed.evaluation.answerer import Answerer
 from edgemed.evaluation.evaluate import SOURCE
 from edgemed.evaluation.opened_model import evaluate_opened, open_source
-from edgemed.evaluation.prompting import Settings, parse
+from edgemed.evaluation.prompting import PromptPlan, PromptSettings
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.weights import CanonicalWeights
@@ -54,20 +54,15 @@ def load(
     opened = open_source(source, any(asked.has_vision for asked in every), route)
     try:
         for spec, asked in zip(tasks, every, strict=True):
-            answerer = Answerer(
-                opened.session,
-                opened.tokenizer,
-                asked,
-                Settings(),
-                frozenset() if opened.eos is None else frozenset({opened.eos}),
-            )
-            answerer.check(parse("zero-shot"))
+            plan = PromptPlan(stop=opened.stop)
+            answerer = Answerer(opened.session, opened.tokenizer, asked, plan)
+            answerer.check()
             for example in track(asked.examples, f"count the experts of {spec}"):
                 route.group = (
                     spec,
                     example.groups.get("language") or asked.language or asked.task.languages[0],
                 )
-                answerer.answer(example, parse("zero-shot"))
+                answerer.answer(example)
         for name in cards:
             route.group = (name, str(read_card(name).facts.get("language", "")))
             for window in track(
@@ -114,7 +109,7 @@ def spread(
     results = []
     for route in routes:
         opened = open_source(source, asked.has_vision, route)
-        results.append(evaluate_opened(opened, asked, SOURCE, "", "zero-shot", Settings()))
+        results.append(evaluate_opened(opened, asked, SOURCE, "", "zero-shot", PromptSettings()))
         opened.close()
     plain = results[0]
     noisy = results[1:]

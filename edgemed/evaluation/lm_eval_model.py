@@ -15,7 +15,7 @@ import numpy as np
 
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, need
-from edgemed.evaluation.option_scoring import Reader
+from edgemed.evaluation.option_scoring import PrefixReader
 from edgemed.inference.decoding import Sampling, continued, log_softmax
 from edgemed.models import tokenizer
 from edgemed.models.tokenizer import chat_text, encode
@@ -69,7 +69,7 @@ class EngineLM(TemplateLM):
         self.max_length = self.session.context
         self.max_gen_toks = max_gen_toks
         self.batch_size = 1
-        self.reader = Reader(self.session)
+        self.reader = PrefixReader(self.session)
         self.context: list[int] = []
         self.first = np.empty(0)
 

@@ -27,7 +27,7 @@ from edgemed.vision.preprocessing import prompt_tokens
 SHARED = 32
 
 
-class Reader:
+class PrefixReader:
     """A session that remembers which tokens and images it holds. tokens_read, tokens_generated:
     what was computed so far.
     """
@@ -40,7 +40,7 @@ class Reader:
         self.seen: ImageEmbeddings | None = None
         session.rewind(0)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """The session is another than it was: nothing it holds is used again."""
         self.held = []
         self.seen = None

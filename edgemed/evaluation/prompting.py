@@ -51,7 +51,7 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Settings:
+class PromptSettings:
     """scoring: 'sum' of an option's token log-probabilities, 'normalised' by its length in
     characters (lm-evaluation-harness's acc_norm), or 'generated': the model writes, and the option
     it names is taken. rationale: tokens of a rationale at most. temperature: of sampled rationales.
@@ -64,7 +64,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PromptPlan:
+    """How all questions are put to a model. stop: tokens that end a written text."""
+
+    strategy: Strategy = Strategy("zero-shot")
+    settings: PromptSettings = PromptSettings()
+    stop: frozenset[int] = frozenset()
+
+
+ZERO_SHOT = PromptPlan()
+
+
+@dataclass(frozen=True)
+class ModelAnswer:
     """option: index, -1 where a generated answer named none; of an open question 0 right, 1 wrong,
     -1 nothing written. scores: one per option, log scale (empty for a generated answer). cut:
     whether the context lost its first tokens. text: what was written, where words and not letters
@@ -87,26 +99,26 @@ def parse(text: str) -> Strategy:
                 "Every member of an ensemble must differ",
             )
         return Strategy(text, members=members)
-    found = Strategy(text)
+    strategy = Strategy(text)
     for part in text.split("/"):
         name, _, number = part.rpartition("-")
         count = int(number) if re.fullmatch(r"[1-9]\d*", number) else 0
         if part == "zero-shot" and text == part:
             continue
-        if part == "cot" and not found.reason:
-            found = replace(found, reason=True)
-        elif name in ("random", "nearest") and count and not found.k:
-            found = replace(found, shots=name, k=count)
-        elif (
-            name in ("vote", "self-consistency")
-            and count > 1
-            and found.votes == 1
-            and not (found.reason and name != "vote")
-        ):
-            found = replace(found, votes=count, reason=found.reason or name != "vote")
+        first_votes = count > 1 and strategy.votes == 1
+        if part == "cot" and not strategy.reason:
+            strategy = replace(strategy, reason=True)
+        elif name == "random" and count and not strategy.k:
+            strategy = replace(strategy, shots="random", k=count)
+        elif name == "nearest" and count and not strategy.k:
+            strategy = replace(strategy, shots="nearest", k=count)
+        elif name == "vote" and first_votes:
+            strategy = replace(strategy, votes=count)
+        elif name == "self-consistency" and first_votes and not strategy.reason:
+            strategy = replace(strategy, votes=count, reason=True)
         else:
             raise EdgemedError(f"unknown strategy '{text}'", f"Known: {KNOWN}")
-    return found
+    return strategy
 
 
 def combine(rounds: Sequence[Sequence[float]]) -> tuple[float, ...]:

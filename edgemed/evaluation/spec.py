@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.prompting import PromptSettings
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class EvalSpec:
     temperature: float = 0.7
     seed: int = 0
 
-    def settings(self) -> Settings:
-        return Settings(
+    def settings(self) -> PromptSettings:
+        return PromptSettings(
             self.scoring,
             self.rationale,
             self.temperature,

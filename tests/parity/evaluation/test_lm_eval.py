@@ -390,7 +390,7 @@ def test_every_prompt_is_worded_as_lm_evals_own(
 def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
     from edgemed.engines.engine import open_engine
     from edgemed.evaluation.answerer import Answerer
-    from edgemed.evaluation.prompting import Settings, parse
+    from edgemed.evaluation.prompting import PromptPlan
     from edgemed.evaluation.task import questions
 
     asked = questions("headqa/en", 6)
@@ -447,10 +447,10 @@ def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
         row["doc"]["q"]: [float(answer[0][0]) for answer in row["resps"]]
         for row in map(json.loads, samples.read_text(encoding="utf-8").splitlines())
     }
-    answerer = Answerer(opened.open(1), opened.tokenizer(), asked, Settings())
+    answerer = Answerer(opened.open(1), opened.tokenizer(), asked, PromptPlan())
     compared = 0
     for example in asked.examples:
-        answer = answerer.answer(example, parse("zero-shot"))
+        answer = answerer.answer(example)
         if not answer.cut:
             compared += 1
             assert np.abs(np.array(answer.scores) - found[example.question]).max() < 1e-5
