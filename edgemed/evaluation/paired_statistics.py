@@ -82,7 +82,7 @@ def newcombe(
     low2, high2 = wilson(source, n, confidence)
     p1 = engine / n
     p2 = source / n
-    together = both * neither - only_source * only_engine
+    together = float(both * neither - only_source * only_engine)
     if together > 0:
         together = max(together - n / 2, 0)
     margins = engine * (n - engine) * source * (n - source)
