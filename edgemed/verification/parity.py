@@ -17,7 +17,7 @@ from edgemed.console import track
 from edgemed.engines.engine import Engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
-from edgemed.inference.decoding import Sampling, generate, log_softmax
+from edgemed.inference.decoding import Sampling, generate, kl_divergence
 from edgemed.inference.session import Session
 from edgemed.verification.vision_parity import DecoderLimits, stages
 from edgemed.verification.vision_parity import problems as stage_problems
@@ -128,9 +128,7 @@ def compare(session: Session, reference: Reference) -> dict[str, Any]:
     ):
         session.rewind(0)
         found = session.prefill([int(t) for t in window], every=session.head == "lm")
-        p = log_softmax(expected)
-        q = log_softmax(found)
-        kl.append((np.exp(p) * (p - q)).sum(-1))
+        kl.append(kl_divergence(expected, found))
         same.append(expected.argmax(-1) == found.argmax(-1))
         error = max(error, float(np.abs(expected - found).max()))
     kl = np.concatenate(kl)
