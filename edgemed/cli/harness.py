@@ -34,10 +34,10 @@ def lm_eval(context: typer.Context) -> None:
     command = need("lm_eval.__main__", "lm-eval")
     if MODEL not in registry:
         registry.register(MODEL, target=ADAPTER)
-    own = sys.argv
+    process_arguments = sys.argv
     # lm_eval reads the arguments of the process.
     sys.argv = ["lm_eval", *context.args]
     try:
         command.cli_evaluate()
     finally:
-        sys.argv = own
+        sys.argv = process_arguments

@@ -145,11 +145,11 @@ def plan(
         units.size(memory, "--memory") if memory else None,
         precision,
     )
-    found = plan_for(model, device, wishes, power)
+    result = plan_for(model, device, wishes, power)
     if json_:
-        show(found, True)
+        show(result, True)
         return
-    for line in lines(found):
+    for line in lines(result):
         typer.echo(line)
 
 

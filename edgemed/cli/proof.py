@@ -105,9 +105,9 @@ def verify(
             False,
         )
         show([stage_row(row) for row in result.get("stages", [])], False)
-        for own in result.get("adapters", {}).values():
-            show({key: value for key, value in own.items() if key != "stages"}, False)
-            show([stage_row(row) for row in own.get("stages", [])], False)
+        for unmerged in result.get("adapters", {}).values():
+            show({key: value for key, value in unmerged.items() if key != "stages"}, False)
+            show([stage_row(row) for row in unmerged.get("stages", [])], False)
     sys.exit(0 if result["passed"] else 1)
 
 

@@ -49,18 +49,18 @@ def load(
             "neither a task nor a text set is given",
             "For example --task cells, or --calibration medquad-answers",
         )
-    every = [questions(task, limit) for task in tasks]
+    sets = [questions(task, limit) for task in tasks]
     route = Load()
-    opened = open_source(source, any(asked.has_vision for asked in every), route)
+    opened = open_source(source, any(part.has_vision for part in sets), route)
     try:
-        for spec, asked in zip(tasks, every, strict=True):
+        for spec, part in zip(tasks, sets, strict=True):
             plan = PromptPlan(stop=opened.stop)
-            answerer = Answerer(opened.session, opened.tokenizer, asked, plan)
+            answerer = Answerer(opened.session, opened.tokenizer, part, plan)
             answerer.check()
-            for example in track(asked.examples, f"count the experts of {spec}"):
+            for example in track(part.examples, f"count the experts of {spec}"):
                 route.group = (
                     spec,
-                    example.groups.get("language") or asked.language or asked.task.languages[0],
+                    example.groups.get("language") or part.language or part.task.languages[0],
                 )
                 answerer.answer(example)
         for name in cards:
@@ -104,32 +104,34 @@ def spread(
     if seeds < 1:
         raise EdgemedError(f"{seeds} seeds of noise", "Give 1 or more")
     d = CanonicalWeights(source).decoder
-    asked = questions(task, limit)
+    task_questions = questions(task, limit)
     routes = [None, *(Noisy(d, seed, scale) for seed in range(seeds))]
     results = []
     for route in routes:
-        opened = open_source(source, asked.has_vision, route)
-        results.append(evaluate_opened(opened, asked, SOURCE, "", "zero-shot", PromptSettings()))
+        opened = open_source(source, task_questions.has_vision, route)
+        results.append(
+            evaluate_opened(opened, task_questions, SOURCE, "", "zero-shot", PromptSettings())
+        )
         opened.close()
     plain = results[0]
     noisy = results[1:]
-    changed = [
-        sum(
-            a["answer"] != b["answer"] for a, b in zip(plain["items"], result["items"], strict=True)
-        )
-        / plain["n"]
-        for result in noisy
-    ]
-    found = [result["accuracy"] for result in noisy]
+    changed = [_share_changed(plain, result) for result in noisy]
+    accuracies = [result["accuracy"] for result in noisy]
     return {
         "task": task,
         "n": plain["n"],
         "scale": scale,
         "accuracy": plain["accuracy"],
         "interval": plain["interval"],
-        "noisy": found,
-        "mean": statistics.mean(found),
-        "deviation": statistics.stdev(found) if seeds > 1 else None,
+        "noisy": accuracies,
+        "mean": statistics.mean(accuracies),
+        "deviation": statistics.stdev(accuracies) if seeds > 1 else None,
         "changed": changed,
         "mean_changed": statistics.mean(changed),
     }
+
+
+def _share_changed(plain: dict[str, Any], noisy: dict[str, Any]) -> float:
+    """The share of questions that two results answer differently."""
+    pairs = zip(plain["items"], noisy["items"], strict=True)
+    return sum(a["answer"] != b["answer"] for a, b in pairs) / plain["n"]

@@ -23,8 +23,9 @@ def example(row: Mapping[str, Any]) -> Example:
     """
     if "/" in text(row, "pair"):
         raise ValueError("'pair' holds a slash")
-    found = multiple_choice({**row, "id": f"{row['pair']}/{text(row, 'image')}"}, "category")
-    return replace(found, images=image_names(row))
+    identity = f"{row['pair']}/{text(row, 'image')}"
+    question = multiple_choice({**row, "id": identity}, "category")
+    return replace(question, images=image_names(row))
 
 
 def scores(pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

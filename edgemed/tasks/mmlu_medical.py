@@ -32,10 +32,10 @@ def example(row: Mapping[str, Any]) -> Example:
     subject = row.get("subject") or str(row["id"]).rpartition("/")[2].rpartition("-")[0]
     if subject not in SUBJECTS:
         raise ValueError(f"the subject '{subject}' is none of {', '.join(SUBJECTS)}")
-    found = multiple_choice(row)
+    example = multiple_choice(row)
     return replace(
-        found,
-        question=found.question.strip(),
+        example,
+        question=example.question.strip(),
         groups={"subject": subject.replace("_", " ")},
     )
 

@@ -21,9 +21,9 @@ def modality(row: Mapping[str, Any]) -> str:
     """The three of MedVLM-R1 under one spelling each ('MR (Mag-netic Resonance Imaging)' is MRI),
     others as they are.
     """
-    # one published file has the second name
-    said = text(row, "modality_type" if "modality_type" in row else "modality")
-    return MODALITIES.get(said.split("(")[0].strip().lower(), said)
+    # One published file has the second name.
+    name = text(row, "modality_type" if "modality_type" in row else "modality")
+    return MODALITIES.get(name.split("(")[0].strip().lower(), name)
 
 
 def radiology(row: Mapping[str, Any]) -> bool:
@@ -38,7 +38,7 @@ def example(row: Mapping[str, Any]) -> Example:
     answer = [letter for letter, option in options.items() if option == row["gt_answer"]]
     if not answer:
         raise ValueError(f"the answer {row['gt_answer']!r} is none of the {len(options)} options")
-    found = multiple_choice(
+    question = multiple_choice(
         {
             "id": row["question_id"],
             "question": row["question"],
@@ -46,7 +46,7 @@ def example(row: Mapping[str, Any]) -> Example:
             "answer": answer[0],
         }
     )
-    return replace(found, groups={"modality": modality(row)}, images=(text(row, "image_path"),))
+    return replace(question, groups={"modality": modality(row)}, images=(text(row, "image_path"),))
 
 
 def everything(row: Mapping[str, Any]) -> bool:

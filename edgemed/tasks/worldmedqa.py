@@ -2,7 +2,7 @@
 its own language and in English.
 
 lm-evaluation-harness has no such task; the prompt is worded like its medqa_4options, in English
-around questions of every language. The questions come with an image that a text model does not see,
+around questions of every language. The questions come with an image that a text model is not shown,
 so the accuracy is a lower bound, good for comparing an engine with its source.
 """
 
@@ -23,13 +23,11 @@ def example(row: Mapping[str, Any]) -> Example:
 
     Without "country" it is read from an id such as brazil-17; it may be left out.
     """
-    found = multiple_choice(row, "country", "language")
-    country = found.id.split("-")[0]
-    return (
-        replace(found, groups={"country": country, **found.groups})
-        if country in COUNTRIES
-        else found
-    )
+    question = multiple_choice(row, "country", "language")
+    country = question.id.split("-")[0]
+    if country not in COUNTRIES:
+        return question
+    return replace(question, groups={"country": country, **question.groups})
 
 
 TASK = lettered_task(
