@@ -101,26 +101,36 @@ def test_help_needs_no_build_package() -> None:
     assert "edgemed[build]" in " ".join(done.stdout.split())
 
 
+def completed(words: str) -> set[str]:
+    """What the shell is offered for the last of these words."""
+    environment = {
+        "_EDGEMED_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    return set(alone(environment=environment).stdout.split())
+
+
+def alone(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "edgemed", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.process
 def test_version_and_completion() -> None:
     assert cli("--version").stdout == f"edgemed {metadata.version('edgemed')}\n"
-    script = cli(
-        "--show-completion", "bash", env={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    )
+    environment = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = alone("--show-completion", "bash", environment=environment)
     assert script.returncode == 0, script.stderr
     assert "_EDGEMED_COMPLETE=complete_bash" in script.stdout
-    for words, expected in (
-        ("edgemed quan", {"quantize"}),
-        ("edgemed export m --target ", set(plugins.names("targets"))),
-        ("edgemed eval e --task medm", {"medmcqa"}),
-        ("edgemed run quickstart-v", {"quickstart-vlm"}),
-        ("edgemed quantize m --max", {"--max-memory"}),
-    ):
-        environment = {
-            "_EDGEMED_COMPLETE": "complete_bash",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(words.count(" ")),
-        }
-        assert set(cli(env=environment).stdout.split()) == expected, words
+    assert completed("edgemed quan") == {"quantize"}
+    assert completed("edgemed export m --target ") == set(plugins.names("targets"))
+    assert completed("edgemed eval e --task medm") == {"medmcqa"}
+    assert completed("edgemed run quickstart-v") == {"quickstart-vlm"}
+    assert completed("edgemed quantize m --max") == {"--max-memory"}
 
 
 @pytest.mark.parametrize(

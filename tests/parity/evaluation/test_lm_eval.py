@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CONTEXT, EOS, ROOT, cli, refused
+from conftest import CONTEXT, EOS, ROOT, refused
 
 from edgemed.artifacts import store
 from edgemed.errors import EdgemedError
@@ -92,11 +92,22 @@ def cli_evaluate():
 }
 
 
+def harness(*arguments: str, paths: str) -> subprocess.CompletedProcess[str]:
+    """`edgemed lm-eval` in a process of its own, with these folders to import from."""
+    return subprocess.run(
+        [sys.executable, "-m", "edgemed", "lm-eval", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+
+
+@pytest.mark.process
 def test_the_verb_registers_once_and_hands_every_argument_over(tmp_path: Path) -> None:
     for file, code in STAND_IN.items():
         (tmp_path / "lm_eval" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "lm_eval" / file).write_text(code)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
     registry = {"edgemed": "edgemed.evaluation.lm_eval_model:EngineLM"}
     for arguments in (
         ["--model", "edgemed", "--model_args", "engine=a b,threads=1", "--tasks", "x,y", "--json"],
@@ -105,10 +116,10 @@ def test_the_verb_registers_once_and_hands_every_argument_over(tmp_path: Path) -
         ["--model=edgemed", "-t", "x", "--limit", "-1", "--set", "k=v"],
         [],
     ):
-        done = cli("lm-eval", *arguments, env=environment)
+        done = harness(*arguments, paths=paths)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == [arguments, registry, False]
-    own = cli("lm-eval", "--help", env=environment)
+    own = harness("--help", paths=paths)
     assert own.returncode == 0
     assert "edgemed lm-eval -h" in own.stdout
 
@@ -117,7 +128,7 @@ def test_the_verb_registers_once_and_hands_every_argument_over(tmp_path: Path) -
 def test_without_lm_eval_the_extra_is_named() -> None:
     with pytest.raises(EdgemedError, match=r"edgemed\[lm-eval\]"):
         importlib.import_module("edgemed.evaluation.lm_eval_model")
-    refused(cli("lm-eval", "--tasks", "x"), "edgemed[lm-eval]")
+    refused(harness("--tasks", "x", paths=str(ROOT)), "edgemed[lm-eval]")
 
 
 # --- the adapter against the plain way
