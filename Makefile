@@ -60,7 +60,6 @@ test: setup .venv-device/.ready
 docs: setup
 	.venv/bin/python docs/make_cli.py
 	.venv/bin/python docs/make_tasks.py
-	.venv/bin/python docs/make_parameters.py
 
 clean:
 	rm -rf .venv .venv-device .wheels runs

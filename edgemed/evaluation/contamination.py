@@ -11,7 +11,7 @@ from typing import Any
 from edgemed import plugins
 from edgemed.data.calibration_cards import traces_of, words
 from edgemed.data.text_sets import Card, read_card, texts_of
-from edgemed.evaluation.task import Example, questions
+from edgemed.evaluation.task import questions
 
 # Words in a row that two texts must share to count as overlapping (Brown et al. 2020, arXiv
 # 2005.14165, appendix C).
@@ -44,7 +44,11 @@ def overlap(card: Card, splits: Iterable[str], specs: Iterable[str]) -> list[dic
     for spec in specs:
         examples = questions(spec).examples
         for split, card_grams in grams_of_split.items():
-            hits = [example.id for example in examples if grams_of(example) & card_grams]
+            hits = []
+            for example in examples:
+                parts = (example.question, *example.options, example.reference)
+                if any(grams(part) & card_grams for part in parts):
+                    hits.append(example.id)
             rows.append(
                 {
                     "task": spec,
@@ -55,11 +59,6 @@ def overlap(card: Card, splits: Iterable[str], specs: Iterable[str]) -> list[dic
                 }
             )
     return rows
-
-
-def grams_of(example: Example) -> set[str]:
-    """The grams of a question, of its options and of its reference answer, each by itself."""
-    return set().union(*map(grams, (example.question, *example.options, example.reference)))
 
 
 def every_task() -> list[str]:

@@ -49,18 +49,18 @@ def load(
             "neither a task nor a text set is given",
             "For example --task cells, or --calibration medquad-answers",
         )
-    sets = [questions(task, limit) for task in tasks]
+    every = [questions(task, limit) for task in tasks]
     route = Load()
-    opened = open_source(source, any(part.has_vision for part in sets), route)
+    opened = open_source(source, any(asked.has_vision for asked in every), route)
     try:
-        for spec, part in zip(tasks, sets, strict=True):
+        for spec, asked in zip(tasks, every, strict=True):
             plan = PromptPlan(stop=opened.stop)
-            answerer = Answerer(opened.session, opened.tokenizer, part, plan)
+            answerer = Answerer(opened.session, opened.tokenizer, asked, plan)
             answerer.check()
-            for example in track(part.examples, f"count the experts of {spec}"):
+            for example in track(asked.examples, f"count the experts of {spec}"):
                 route.group = (
                     spec,
-                    example.groups.get("language") or part.language or part.task.languages[0],
+                    example.groups.get("language") or asked.language or asked.task.languages[0],
                 )
                 answerer.answer(example)
         for name in cards:

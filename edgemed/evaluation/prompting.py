@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import log_softmax
+from edgemed.params import Doc, Range
 
 # Kojima et al. 2022; English for every language, as OpenMedLM does.
 THINK = " Let's think step by step."
@@ -52,15 +53,21 @@ class Strategy:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """scoring: 'sum' of an option's token log-probabilities, 'normalised' by its length in
-    characters (lm-evaluation-harness's acc_norm), or 'generated': the model writes, and the option
-    it names is taken. rationale: tokens of a rationale at most. temperature: of sampled rationales.
-    """
+    """What a result depends on besides its strategy."""
 
-    scoring: Literal["sum", "normalised", "generated"] = "sum"
-    rationale: int = 96
-    temperature: float = 0.7
-    seed: int = 0
+    scoring: Annotated[
+        Literal["sum", "normalised", "generated"],
+        Doc(
+            "The sum of an option's token log-probabilities; that sum over the option's length in"
+            " characters (lm-evaluation-harness's acc_norm); or the option that a generated answer"
+            " names."
+        ),
+    ] = "sum"
+    rationale: Annotated[int, Range(1), Doc("Tokens of a rationale at most.")] = 96
+    temperature: Annotated[float, Range(0), Doc("Of sampled rationales. 0 is greedy.")] = 0.7
+    seed: Annotated[
+        int, Range(0), Doc("Of the random examples, the shuffled options and the sampling.")
+    ] = 0
 
 
 @dataclass(frozen=True)
