@@ -11,6 +11,7 @@ from typing import Any
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
+from edgemed.artifacts.records import append_records
 from edgemed.data.text_sets import IMAGES
 from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
@@ -140,7 +141,7 @@ def build(
             else 0
         )
         records = bench(opened, BenchSpec(lengths, image=side))
-        records.append_records(opened.path, records)
+        append_records(opened.path, records)
     return {"plan": plan, "verify": result, "records": records}
 
 

@@ -184,16 +184,16 @@ def bench(
 
 
 def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
+    from edgemed.artifacts.records import append_records
     from edgemed.benchmarking.bench import bench as bench_engine
     from edgemed.benchmarking.machine_state import sentences
     from edgemed.engines.engine import open_engine
-
-    opened = open_engine(engine, check=True)
     from edgemed.hardware import process_memory
 
+    opened = open_engine(engine, check=True)
     process_memory.reset_peak_memory()
     records = bench_engine(opened, plan)
-    records.append_records(engine, records)
+    append_records(engine, records)
     if as_json:
         show(records, True)
         return
