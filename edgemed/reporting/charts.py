@@ -23,7 +23,7 @@ RIGHT = 312  # of a chart with a row per engine: labels end at LEFT, figures beg
 ROW = 20
 HEADING = 26
 TOP = 26
-LETTERS = 18
+NAMES = LEFT - 10  # where names of engines end; they begin at the chart's left border
 SHAPES = ("circle", "square", "diamond", "triangle", "hexagon")
 VERDICTS = {"pass": "not worse", "fail": "worse", "undecided": "undecided"}
 
@@ -439,7 +439,13 @@ def pareto(found: Sequence[Point], axis: str, title: str) -> str:
     ]
     parts += [
         line(x(v), 8, x(v), height - 44, "grid")
-        + text(x(v), height - 28, f"{v:.6g}", "figure soft", "middle")
+        + text(
+            svg.inside(x(v), f"{v:.6g}", "middle", width),
+            height - 28,
+            f"{v:.6g}",
+            "figure soft",
+            "middle",
+        )
         for v in (svg.log_ticks if log else svg.ticks)(low, high, 5)
     ]
     parts += [text((left + width) / 2, height - 8, axis, "figure soft", "middle")]
@@ -517,9 +523,9 @@ def names(placed: Sequence[tuple[Any, float]]) -> list[str]:
     for row, y in placed:
         heading = row.result is None if isinstance(row, Row) else row.median is None
         parts.append(
-            text(0, y + 4, row.label, "heading")
+            text(0, y + 4, svg.fit(row.label, WIDTH, bold=True), "heading")
             if heading
-            else text(LEFT - 10, y + 4, svg.shorten(row.label, LETTERS), "name", "end")
+            else text(NAMES, y + 4, svg.fit(row.label, NAMES), "name", "end")
         )
     return parts
 
@@ -537,7 +543,9 @@ def grid(
 def marked(x: float, bottom: float, label: str, kind: str) -> list[str]:
     """A dashed line with its meaning above it, written to the side that has room."""
     anchor = "end" if x > (LEFT + RIGHT) / 2 else "start"
-    return [line(x, TOP - 8, x, bottom, kind), text(x, 12, label, "figure marked", anchor)]
+    label = svg.fit(label, WIDTH)
+    at = svg.inside(x, label, anchor, WIDTH)
+    return [line(x, TOP - 8, x, bottom, kind), text(at, 12, label, "figure marked", anchor)]
 
 
 def dot(x: float, y: float, row: Row) -> str:

@@ -484,3 +484,16 @@ def test_a_cards_own_memory_is_not_the_processs(run):
     [peak] = [r for r in run["engines"][0]["records"] if r["name"] == "peak_memory_bytes"]
     run["engines"][0]["records"].append({**peak, "name": "peak_gpu_memory_bytes", "value": 8.3e9})
     assert answers(run)["fits"].kind == "no"
+
+
+def test_labels_keep_to_their_room_whatever_the_font():
+    # Widths of DejaVu Sans at 11.5 pixels, measured: no common sans-serif is wider.
+    measured = {"gguf-…somebody-did": 122.4, "most frequent answer 25.0 %": 170.5}
+    for label, width in measured.items():
+        assert svg.width_of(label) >= width
+    for label in ("W" * 60, "onnx-int4-with-a-name-nobody-would-choose", "多" * 40, "short"):
+        assert svg.width_of(svg.fit(label, charts.NAMES)) <= charts.NAMES
+    assert svg.fit("onnx-int4", charts.NAMES) == "onnx-int4"
+    assert svg.inside(5.0, "a label of some length", "end", 372) > 100
+    assert svg.inside(370.0, "a label of some length", "start", 372) < 300
+    assert svg.inside(186.0, "12", "middle", 372) == 186.0
