@@ -1,8 +1,8 @@
 """What all documents share: reading from JSON, writing the same JSON again, and a schema.
 
-A document is a frozen dataclass whose fields are the keys of a JSON object. What was read is written
-again with the same keys in the same order, keys that this version does not know included, so that a
-file of another version loses nothing on its way through.
+A document is a frozen dataclass whose fields are the keys of a JSON object. What was read is
+written again with the same keys in the same order, keys that this version does not know included,
+so that a file of another version loses nothing on its way through.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Field:
 
     name: str
     required: bool
+    default: Any
     left_out: bool
     read: Callable[[Any, str], Any] | None
 
@@ -86,8 +87,9 @@ class Document:
         for name, entry in fields_of(type(self)).items():
             value = getattr(self, name)
             # What an earlier version did not write is written only where it says something.
-            silent = value is None and (entry.left_out or bool(self.keys))
-            if name not in content and not silent:
+            unsaid = bool(self.keys) and not entry.required and value == entry.default
+            absent = entry.left_out and value is None
+            if name not in content and not unsaid and not absent:
                 content[name] = plain(value)
         for name, value in self.extra.items():
             content.setdefault(name, plain(value))
@@ -105,9 +107,17 @@ def plain(value: Any) -> Any:
     return value
 
 
-@functools.cache
+FIELDS: dict[type[Document], dict[str, Field]] = {}
+
+
 def fields_of(cls: type[Document]) -> dict[str, Field]:
     """name -> Field, in the order in which a document made in code is written."""
+    if cls not in FIELDS:
+        FIELDS[cls] = read_fields(cls)
+    return FIELDS[cls]
+
+
+def read_fields(cls: type[Document]) -> dict[str, Field]:
     hints = typing.get_type_hints(cls, include_extras=True)
     entries: dict[str, Field] = {}
     for entry in dataclasses.fields(cls):
@@ -120,6 +130,7 @@ def fields_of(cls: type[Document]) -> dict[str, Field]:
                 entry.default is dataclasses.MISSING
                 and entry.default_factory is dataclasses.MISSING
             ),
+            default=entry.default,
             left_out=LEFT_OUT in metadata,
             read=reader(hint),
         )
@@ -144,7 +155,7 @@ def optional(hint: Any) -> tuple[Any, bool]:
 
 
 def reader(hint: Any) -> Callable[[Any, str], Any] | None:
-    """What turns a JSON value into a value of the type `hint`; None where nothing has to be done."""
+    """What turns a JSON value into a value of the type `hint`, None where there is nothing to do."""
     hint, _ = bare(hint)
     hint, nullable = optional(hint)
     if nullable:

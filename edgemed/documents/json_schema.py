@@ -32,7 +32,8 @@ def report_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"edgemed report, schema {SCHEMA}",
         "description": (
-            "report.json of a run, and the JSON of a comparison. Fields not named here may be there."
+            "report.json of a run, and the JSON of a comparison."
+            " Fields not named here may be there."
         ),
         "oneOf": choices,
         "$defs": dict(sorted(definitions.items())),
@@ -40,7 +41,7 @@ def report_schema() -> dict[str, Any]:
 
 
 def definition_name(document: type[Document]) -> str:
-    """'EngineEntry' -> 'engine_entry'; the two documents of their own are 'run' and 'comparison'."""
+    """'EngineEntry' -> 'engine_entry'; the two outermost documents are 'run' and 'comparison'."""
     if document in (RunDocument, ComparisonDocument):
         return document.__name__.removesuffix("Document").lower()
     return re.sub(r"(?<!^)(?=[A-Z])", "_", document.__name__).lower()
@@ -98,9 +99,11 @@ def value_schema(hint: Any, definitions: Definitions) -> dict[str, Any]:
     if origin is typing.Literal:
         return {"enum": list(arguments)}
     if origin is tuple:
-        schema = {"type": "array", "items": type_schema(arguments[0], definitions)}
+        schema: dict[str, Any] = {"type": "array"}
+        schema["items"] = type_schema(arguments[0], definitions)
         if arguments[-1] is not Ellipsis:
-            schema |= {"minItems": len(arguments), "maxItems": len(arguments)}
+            schema["minItems"] = len(arguments)
+            schema["maxItems"] = len(arguments)
         return schema
     if origin is Mapping:
         if arguments[1] is Any:
