@@ -22,6 +22,11 @@ class Spread(Document):
     max: float
     values: Annotated[tuple[float, ...] | None, LEFT_OUT, Doc("where they were kept")] = None
 
+    @property
+    def percentiles(self) -> Mapping[str, float]:
+        """'p50' -> value, in the unit of the record."""
+        return self.extra
+
 
 @dataclass(frozen=True, kw_only=True)
 class MachineState(Document):

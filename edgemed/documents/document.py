@@ -155,7 +155,7 @@ def optional(hint: Any) -> tuple[Any, bool]:
 
 
 def reader(hint: Any) -> Callable[[Any, str], Any] | None:
-    """What turns a JSON value into a value of the type `hint`, None where there is nothing to do."""
+    """What turns a JSON value into one of the type `hint`, None where there is nothing to do."""
     hint, _ = bare(hint)
     hint, nullable = optional(hint)
     if nullable:
