@@ -125,7 +125,7 @@ def differences(rows: Sequence[Row], margin: float | None, title: str) -> str:
     compared = [(row, row.paired) for row in rows if row.paired]
     # A broken engine lies far off; it ends at the border with an arrow rather than pressing all
     # others together.
-    bounds = []
+    bounds: list[float] = []
     for row, paired in compared:
         if not row.failed:
             bounds += paired.difference.interval
@@ -346,7 +346,9 @@ def spans(rows: Sequence[Range], title: str, scale_of: float = 1.0) -> str:
         WIDTH,
         placed[1] + 20,
         title,
-        described((row.label, seconds(row.median * scale_of)) for row in known),
+        described(
+            (row.label, seconds(row.median * scale_of)) for row in known if row.median is not None
+        ),
         [*names(placed[0]), *parts],
     )
 
@@ -367,7 +369,7 @@ def memory(
         RIGHT,
         log=True,
     )
-    placed, bottom = place([Row(name, {}) for name, *_ in rows])
+    placed, bottom = place([Range(name, held) for name, held, _ in rows])
     unit, unit_name = (1e9, "GB") if high >= 2e9 else (1e6, "MB")
     parts = grid(
         scale,
