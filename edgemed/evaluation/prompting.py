@@ -63,7 +63,7 @@ class PromptSettings:
             " names."
         ),
     ] = "sum"
-    rationale: Annotated[int, Range(1), Doc("Tokens of a rationale at most.")] = 96
+    rationale: Annotated[int, Range(0), Doc("Tokens of a rationale at most.")] = 96
     temperature: Annotated[float, Range(0), Doc("Of sampled rationales. 0 is greedy.")] = 0.7
     seed: Annotated[
         int, Range(0), Doc("Of the random examples, the shuffled options and the sampling.")

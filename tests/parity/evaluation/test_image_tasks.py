@@ -639,7 +639,11 @@ def test_evaluated_together_paired_and_judged(
     found = evaluate_tasks(
         engine.path,
         EvalSpec(
-            (f"micro_bench:{write(folder, ROW)}", "worldmedqa_v/he", "vqa_rad/image_disjoint"),
+            tasks=(
+                f"micro_bench:{write(folder, ROW)}",
+                "worldmedqa_v/he",
+                "vqa_rad/image_disjoint",
+            ),
             limit=1,
             margin=0.5,
         ),
