@@ -58,35 +58,36 @@ def table(value: object) -> None:
     elif isinstance(value, dict):
         width = max(len(str(key)) for key in value)
         for key, item in value.items():
-            if (
-                isinstance(item, dict)
-                and item
-                and all(isinstance(row, dict) for row in item.values())
-            ):
+            if _is_table(item):
                 console.print(str(key), markup=False)
                 console.print(_grid([{"": name, **row} for name, row in item.items()]))
             else:
                 console.print(f"{key!s:<{width}}  {_text(item)}", soft_wrap=True, markup=False)
 
 
+def _is_table(item: object) -> bool:
+    return (
+        isinstance(item, dict)
+        and bool(item)
+        and all(isinstance(row, dict) for row in item.values())
+    )
+
+
 def wide(rows: Sequence[dict[str, object]]) -> list[str]:
     """Rows as lines of aligned text, as wide as they need to be: for tables whose cells must not be
     folded. Numbers stand to the right.
     """
-    columns = (
-        {name: [name, *(_text(row.get(name)) for row in rows)] for name in rows[0]} if rows else {}
-    )
-    right = {
-        name for name in columns if any(isinstance(row.get(name), (int, float)) for row in rows)
-    }
-    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
-    return [
-        "  ".join(
-            cells[n].rjust(widths[name]) if name in right else cells[n].ljust(widths[name])
-            for name, cells in columns.items()
-        ).rstrip()
-        for n in range(len(rows) + 1 if rows else 0)
-    ]
+    if not rows:
+        return []
+    columns = []
+    for name in rows[0]:
+        cells = [name, *(_text(row.get(name)) for row in rows)]
+        width = max(map(len, cells))
+        if any(isinstance(row.get(name), (int, float)) for row in rows):
+            columns.append([cell.rjust(width) for cell in cells])
+        else:
+            columns.append([cell.ljust(width) for cell in cells])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def _grid(rows: list[dict[str, object]]) -> object:

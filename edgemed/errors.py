@@ -31,18 +31,18 @@ class EdgemedError(Exception):
         super().__init__(f"{problem}. {fix}" if fix else problem)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'did you mean X? Known: a, b, c' for a mistyped name."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """'Did you mean X? Known: a, b, c' for a mistyped name."""
+    names = sorted(choices)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
-    return f"{hint}Known: {', '.join(known) or 'none'}"
+    return f"{hint}Known: {', '.join(names) or 'none'}"
 
 
 def need(module: str, extra: str) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 
-    Raises EdgemedError where the package itself is absent; an error inside an installed package is
+    Raises EdgemedError where the package itself is absent. An error inside an installed package is
     not hidden.
     """
     try:

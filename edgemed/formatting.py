@@ -26,13 +26,16 @@ def size(n: float | None) -> str:
 
 
 def seconds(t: float | None) -> str:
+    """A time in seconds for people, in the unit that suits it."""
     if t is None:
         return DASH
     if t >= 120:
         return f"{int(t // 60)}\u00a0min {t % 60:.0f}\u00a0s"
     if t >= 1:
         return f"{number(t)}\u00a0s"
-    return f"{number(1e3 * t)}\u00a0ms" if t >= 1e-3 or t == 0 else f"{number(1e6 * t)}\u00a0µs"
+    if t >= 1e-3 or t == 0:
+        return f"{number(1e3 * t)}\u00a0ms"
+    return f"{number(1e6 * t)}\u00a0µs"
 
 
 def number(x: float | None) -> str:
@@ -40,31 +43,32 @@ def number(x: float | None) -> str:
     if x is None:
         return DASH
     magnitude = abs(x)
-    digits = (
-        0
-        if magnitude >= 100
-        else 1
-        if magnitude >= 10
-        else 2
-        if magnitude >= 1 or magnitude == 0
-        else 3
-    )
+    if magnitude >= 100:
+        digits = 0
+    elif magnitude >= 10:
+        digits = 1
+    elif magnitude >= 1 or magnitude == 0:
+        digits = 2
+    else:
+        digits = 3
     return f"{x:,.{digits}f}".replace(",", "\u202f").replace("-", MINUS)
 
 
 def count(n: int | None) -> str:
+    """A whole number, its thousands set apart."""
     return DASH if n is None else f"{n:,}".replace(",", "\u202f")
 
 
 def percent(x: float | None) -> str:
+    """0.7093 -> '70.9 %'."""
     return DASH if x is None else f"{100 * x:.1f}\u202f%"
 
 
 def percent_interval(interval: Sequence[float] | None) -> str:
     """(0.7093, 0.8281) -> '70.9 to 82.8 %'."""
-    return (
-        DASH if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}\u202f%"
-    )
+    if interval is None:
+        return DASH
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}\u202f%"
 
 
 def points(difference: float | None) -> str:
@@ -76,11 +80,15 @@ def points(difference: float | None) -> str:
 
 def point_interval(interval: Sequence[float] | None) -> str:
     """(-0.034, 0.004) -> '−3.4 to +0.4 pt'."""
-    return DASH if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}\u00a0pt"
+    if interval is None:
+        return DASH
+    return f"{_signed(interval[0])} to {_signed(interval[1])}\u00a0pt"
 
 
 def _signed(difference: float) -> str:
-    return f"{100 * difference:+.1f}".replace("-", MINUS) if round(100 * difference, 1) else "0.0"
+    if not round(100 * difference, 1):
+        return "0.0"  # never -0.0
+    return f"{100 * difference:+.1f}".replace("-", MINUS)
 
 
 def probability(p: float | None) -> str:
@@ -122,8 +130,10 @@ def pretty(item: Any) -> str:
 
 def unit_of(value: float | None, unit: str) -> str:
     """A recorded value with its unit, whatever record it is."""
-    written = {"s": seconds, "B": size, "1": fixed}.get(unit)
-    return DASH if value is None else written(value) if written else f"{number(value)}\u00a0{unit}"
+    if value is None:
+        return DASH
+    write = {"s": seconds, "B": size, "1": fixed}.get(unit)
+    return write(value) if write else f"{number(value)}\u00a0{unit}"
 
 
 def moment(iso: str) -> str:

@@ -12,11 +12,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgemed.errors import EdgemedError, nearest
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +91,8 @@ def described(cls: type) -> list[Parameter]:
         parameters.append(
             Parameter(
                 name=field.name,
-                kind=_say(hint),
-                default=None if required else _shown(value),
+                kind=_in_words(hint),
+                default=None if required else _default_text(value),
                 range=", ".join(str(extra) for extra in extras if isinstance(extra, Range)),
                 doc=" ".join(extra.text for extra in extras if isinstance(extra, Doc)),
             )
@@ -104,7 +107,7 @@ def _bare(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, ()
 
 
-def _shown(value: Any) -> str:
+def _default_text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -124,7 +127,7 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise EdgemedError(f"{where}: unknown key '{key}'", nearest(key, fields))
+            raise EdgemedError(f"{where}: unknown key '{key}'", nearest(str(key), fields))
     hints = typing.get_type_hints(cls, include_extras=True)
     ready = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     for name, field in fields.items():
@@ -134,7 +137,7 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
             and field.default_factory is dataclasses.MISSING
         ):
             raise EdgemedError(
-                f"{where}: '{name}' is missing", f"Give {name}: a {_say(hints[name])}"
+                f"{where}: '{name}' is missing", f"Give {name}: a {_in_words(hints[name])}"
             )
     return cls(**ready)
 
@@ -149,6 +152,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
+    # the value as the type asks for it; containers are walked
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -166,7 +170,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(args[0], item, where) for item in items)
     if origin is list and isinstance(value, list):
         return [_convert(args[0], item, where) for item in value]
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, where)
     if origin is dict:
         if isinstance(value, Mapping):
@@ -180,10 +184,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     ):
         return value
-    raise EdgemedError(f"{where}: {value!r} is not a {_say(hint)}", "")
+    raise EdgemedError(f"{where}: {value!r} is not a {_in_words(hint)}", "")
 
 
-def _say(hint: Any) -> str:
+def _in_words(hint: Any) -> str:
     hint, _ = _bare(hint)
     names = {
         int: "whole number",
@@ -196,10 +200,10 @@ def _say(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "value among " + ", ".join(map(str, args))
     if typing.get_origin(hint) is tuple:
-        return f"list of {_say(args[0])}"
+        return f"list of {_in_words(args[0])}"
     if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
         return "mapping"
-    return names.get(hint) or (_say(args[0]) if args else str(hint))
+    return names.get(hint) or (_in_words(args[0]) if args else str(hint))
 
 
 def parse_set(text: str) -> tuple[list[str], Any]:

@@ -27,20 +27,20 @@ def size(text: str, option: str) -> int:
 
 
 def _quantity(text: str, option: str, units: dict[str, float], example: str) -> float:
-    known = ", ".join(units)
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
-    if not found or not re.fullmatch(r"\d+\.?\d*|\.\d+", found[1]):
+    names = ", ".join(units)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    if not match or not re.fullmatch(r"\d+\.?\d*|\.\d+", match[1]):
         raise EdgemedError(
             f"{option} {text}: not a number with a unit",
-            f"For example: {option} {example} (units: {known})",
+            f"For example: {option} {example} (units: {names})",
         )
-    unit = next((name for name in units if name.lower() == found[2].lower()), None)
+    unit = next((name for name in units if name.lower() == match[2].lower()), None)
     if unit is None:
-        said = f"'{found[2]}' is not a unit known here" if found[2] else "the unit is missing"
+        problem = f"'{match[2]}' is not a unit known here" if match[2] else "the unit is missing"
         raise EdgemedError(
-            f"{option} {text}: {said}", f"Units: {known}. For example: {option} {example}"
+            f"{option} {text}: {problem}", f"Units: {names}. For example: {option} {example}"
         )
-    value = float(found[1]) * units[unit]
+    value = float(match[1]) * units[unit]
     if value <= 0:
         raise EdgemedError(f"{option} {text}: must be above 0", f"For example: {option} {example}")
     return value

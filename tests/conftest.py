@@ -13,9 +13,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import in_process
+from hypothesis import HealthCheck, settings
+from tiers import is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 288
@@ -60,10 +64,31 @@ TINY_CLIP = {
 }
 
 
+# The same examples on every run and machine; times differ between machines, so they decide nothing.
+settings.register_profile(
+    "stable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("stable")
+
+
 def pytest_configure() -> None:
     # Two cores, and engines bring their own threads: torch must not fight them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.path.relative_to(ROOT / "tests").as_posix(), item.originalname):
+            item.add_marker(pytest.mark.slow)
+
+
+pytest_plugins = ["skip_report"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -186,9 +211,34 @@ def rewrite(model: Path, out: Path, change) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session that all workers see."""
+    base = tmp_path_factory.getbasetemp()
+    # A worker's own folder lies in the session's.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(out: Path, make: Callable[[Path], object]) -> Path:
+    """A directory that the first worker to come makes and the others wait for; make(path) writes
+    it. Nobody may change what is in it.
+    """
+    from filelock import FileLock
+
+    with FileLock(out.parent / f".{out.name}.once"):
+        if not out.exists():
+            part = out.parent / f".{out.name}.making"
+            make(part)
+            part.rename(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(shared: Path) -> Path:
+    """The tiny text model. Tests copy it before they change it."""
     pytest.importorskip("torch")
-    return write_model(tmp_path_factory.mktemp("shared") / "model")
+    return once(shared / "model", write_model)
 
 
 def on_q8_grid(weight):
@@ -252,11 +302,12 @@ def write_vision_model(path: Path, **config: object) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with room for an image of its largest size."""
+def vision_model(shared: Path) -> Path:
+    """The tiny vision model, with room for an image of its largest size."""
     pytest.importorskip("torch")
-    return write_vision_model(
-        tmp_path_factory.mktemp("sees") / "model", max_position_embeddings=1024
+    return once(
+        shared / "vision_model",
+        lambda path: write_vision_model(path, max_position_embeddings=1024),
     )
 
 
@@ -268,22 +319,26 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def cli(
     *arguments: object,
+    process: bool = False,
     python: str | Path = sys.executable,
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
     stdin: str | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """The real command line in a process of its own, without the test run's own environment leaking
-    into the package under test.
+    """The real command line, in the process of the tests; with process=True, or with another
+    Python, in one of its own.
+
+    timeout: of a process of its own; pytest's holds for the rest.
     """
-    command = [str(python), "-m", "edgemed", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200", **(env or {})}
+    words = [str(argument) for argument in arguments]
+    if not process and str(python) == sys.executable:
+        return in_process(words, env or {}, cwd, stdin)
     return subprocess.run(
-        command,
+        [str(python), "-m", "edgemed", *words],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "COLUMNS": "200", **(env or {})},
         cwd=cwd,
         input=stdin,
         timeout=timeout,

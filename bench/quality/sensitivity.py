@@ -30,7 +30,7 @@ def main() -> None:
     from edgemed.data.text_sets import calibration_windows
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.tokenizer import open_tokenizer
-    from edgemed.models.torch_decoder import block, embed, load_layer, norm, top
+    from edgemed.models.torch_decoder import block, embed, load_layer, norm, output_head
     from edgemed.models.weights import CanonicalWeights
     from edgemed.quantization.gptq import Solution
     from edgemed.quantization.grids import rtn
@@ -42,7 +42,7 @@ def main() -> None:
         calibration_windows(CARD, open_tokenizer(MODEL, d.vocab), WINDOWS, LENGTH)
     )
     layers = [load_layer(weights, n) for n in range(d.layers)]
-    (final, matrix, bias) = top(weights)
+    (final, matrix, bias) = output_head(weights)
 
     def answers(x: torch.Tensor, start: int) -> torch.Tensor:
         for n in range(start, d.layers):

@@ -27,8 +27,8 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file; remembered within the process while size and modification time stay the
     same.
     """
-    facts = os.stat(path)
-    return _sha256(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    status = os.stat(path)
+    return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def clear_hash_cache() -> None:

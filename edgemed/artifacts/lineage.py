@@ -1,5 +1,5 @@
-"""Where an engine comes from: the chain of manifests back to the first checkpoint, and the whole
-family of a run as one tree.
+"""Where an engine comes from: the chain of manifests back to the first checkpoint, and a run as one
+tree.
 
 Everything is found through content keys, never through names or paths, so that a report cannot
 attach a result to the wrong file.
@@ -43,12 +43,12 @@ def made_from(manifest: Json) -> str:
     return hashing.digest(read(manifest))
 
 
-def source_of(manifest: Json, known: Collection[str]) -> str:
+def source_of(manifest: Json, evaluated: Collection[str]) -> str:
     """Key of the float32 source an engine is judged against: the youngest ancestor that was
-    evaluated (`known`), else the oldest of all.
+    evaluated, else the oldest of all. evaluated: keys of checkpoints.
     """
     keys = [key for key, _ in ancestors(manifest)]
-    return next((key for key in keys if key in known), keys[-1])
+    return next((key for key in keys if key in evaluated), keys[-1])
 
 
 def outputs(manifest: Json) -> dict[str, str]:
@@ -76,16 +76,17 @@ def tree(document: Json) -> dict[str, Any]:
     last = root
     for manifest in document["steps"]:
         by_content.setdefault(made_from(manifest), last)
-        made = artifact("step", manifest["stage"], manifest)
-        last["children"].append(made)
-        by_key[manifest["key"]] = last = made
+        step = artifact("step", manifest["stage"], manifest)
+        last["children"].append(step)
+        by_key[manifest["key"]] = step
+        last = step
     for engine in document["engines"]:
         manifest = engine["manifest"]
         parent = by_key.get((manifest["parent"] or {}).get("key"), root)
         by_content.setdefault(made_from(manifest), parent)
-        made = artifact("engine", engine["name"], manifest)
-        made["children"] = [result_node(result) for result in engine["evals"]]
-        parent["children"].append(made)
+        leaf = artifact("engine", engine["name"], manifest)
+        leaf["children"] = [result_node(result) for result in engine["evals"]]
+        parent["children"].append(leaf)
     for result in document["source_evals"]:
         owner = by_content.get(result["model_key"], root)
         leaves = [child for child in owner["children"] if child["kind"] == "result"]
@@ -94,6 +95,7 @@ def tree(document: Json) -> dict[str, Any]:
 
 
 def artifact(kind: str, name: str, manifest: Json) -> dict[str, Any]:
+    """The node of a step or an engine."""
     others = {
         name: sha for name, sha in manifest["inputs"].items() if not name.startswith(CHECKPOINT)
     }
@@ -115,6 +117,7 @@ def node(
     files: Mapping[str, str],
     others: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
+    """One node of the tree, without children; see `tree`."""
     return {
         "kind": kind,
         "name": name,
@@ -127,6 +130,7 @@ def node(
 
 
 def result_node(result: Json) -> dict[str, Any]:
+    """The leaf of one evaluation."""
     note = f"{percent(result['accuracy'])} of {result['n']}, on {result['machine']}"
     return node(
         "result",

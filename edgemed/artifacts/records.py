@@ -27,14 +27,14 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     last before a power cut.
     """
     path = Path(directory) / RECORDS
-    found = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1
-    ):
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError as error:
             raise EdgemedError(
                 f"{path} line {number} is not JSON ({error})", "Remove that line"
             ) from None
-    return found
+    return records

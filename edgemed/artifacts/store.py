@@ -1,9 +1,9 @@
-"""Directories that are whole or absent, the manifest beside every artifact, and records of measured
-numbers.
+"""The content-addressed store: directories that are complete or absent, and documents added to
+them.
 
-Work happens in a hidden `.part` directory, the manifest is written last and one rename makes it
-visible, so a kill, a full disk or a second process never leaves something half-written where a
-finished thing should be.
+Work happens in a hidden `.part` directory. The manifest is written last, and one rename makes the
+directory visible. So a kill, a full disk or a second process never leaves something half-written
+where a finished artifact should be.
 """
 
 from __future__ import annotations
@@ -12,47 +12,49 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts.hashing import canonical, digest, file_sha256
+from edgemed.artifacts.json_files import write_json
+from edgemed.artifacts.manifest import BUILT, MANIFEST, SCHEMA, Manifest, read_manifest, size_of
 from edgemed.artifacts.records import RECORDS
 from edgemed.errors import EdgemedError
 from edgemed.hardware.process_memory import peak_memory, reset_peak_memory
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "BESIDE",
+    "FULL",
+    "MANIFEST",
+    "ON_DEVICE",
+    "SIGNATURE",
+    "Build",
+    "Manifest",
+    "attach",
+    "building",
+    "check_manifest",
+    "files_of",
+    "read_manifest",
+    "size_of",
+    "versions",
+    "write_json",
+    "write_json_beside",
+]
+
 # what a device adds to an engine: artifacts of their own, each with its own manifest
 ON_DEVICE = "on-device"
 SIGNATURE = "signature.json"
 # Beside an artifact's files, not of them: the manifest names the files, records grow on the device,
 # a signature covers all the others.
 BESIDE = (MANIFEST, RECORDS, SIGNATURE)
-SCHEMA = 1
-# What `building` writes into a manifest; sections attached later have other names.
-OWN = {
-    "schema",
-    "key",
-    "kind",
-    "stage",
-    "params",
-    "inputs",
-    "files",
-    "notes",
-    "versions",
-    "wall_seconds",
-    "peak_memory_bytes",
-    "created",
-    "parent",
-    "pending",
-}
+# what the operating system says of a full disk or a full quota
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PACKAGES = (
     "edgemed",
@@ -73,25 +75,20 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of the packages that can influence a result, and of Python and the platform."""
-    found = {
+    installed = {
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",
     }
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def size_of(manifest: Mapping[str, Any]) -> int:
-    """Bytes of what was built; documents attached afterwards are not counted."""
-    return sum(entry["bytes"] for entry in manifest["files"].values() if not entry.get("attached"))
+            installed[package] = metadata.version(package)
+    return installed
 
 
 @dataclass
 class Build:
-    """A directory under construction. Put files into `path`; facts added to `notes` end up in the
-    manifest.
+    """A directory under construction. Files go into `path`. What is added to `notes` becomes part
+    of the manifest.
     """
 
     path: Path
@@ -107,23 +104,21 @@ def building(
     inputs: Mapping[str, Any],
     parent: Mapping[str, Any] | None = None,
 ) -> Iterator[Build | None]:
-    """Make `final` appear whole or not at all. Yields None where an identical artifact is already
-    there.
+    """Make `final` appear complete or not at all. Yields None where an identical artifact is
+    already there.
 
-    kind: 'checkpoint' | 'engine' | 'plan' | 'reference' | 'result'; stage: the step or target that
-    makes it; inputs: name -> sha256. Raises EdgemedError where `final` holds something else, or the
-    disk is full.
+    kind, stage, params, inputs, parent: see Manifest. Raises EdgemedError where `final` holds
+    something else, or the disk is full.
     """
     final = Path(final)
-    key = digest(
-        {
-            "kind": kind,
-            "stage": stage,
-            "params": dict(params),
-            "inputs": dict(inputs),
-            "schema": SCHEMA,
-        }
-    )
+    made_from = {
+        "kind": kind,
+        "stage": stage,
+        "params": dict(params),
+        "inputs": dict(inputs),
+        "schema": SCHEMA,
+    }
+    key = digest(made_from)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,7 +126,7 @@ def building(
             f"cannot make {final.parent}: {error.strerror}", "Choose another output directory"
         ) from None
     with _lock(final.with_name(f".{final.name}.lock")):
-        if _is_whole(final, key):
+        if _is_complete(final, key):
             yield None
             return
         part = final.with_name(f".{final.name}.part")
@@ -142,22 +137,22 @@ def building(
         reset_peak_memory()
         try:
             yield work
-            manifest = {
-                "schema": SCHEMA,
-                "key": key,
-                "kind": kind,
-                "stage": stage,
-                "params": dict(params),
-                "inputs": dict(inputs),
-                "files": files_of(part),
-                "notes": work.notes,
-                "versions": versions(),
-                "wall_seconds": round(time.perf_counter() - started, 3),
-                "peak_memory_bytes": peak_memory(),
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "parent": parent,
-            }
-            write_json(part / MANIFEST, manifest)
+            manifest = Manifest(
+                schema=SCHEMA,
+                key=key,
+                kind=kind,
+                stage=stage,
+                params=dict(params),
+                inputs=dict(inputs),
+                files=files_of(part),
+                notes=work.notes,
+                versions=versions(),
+                wall_seconds=round(time.perf_counter() - started, 3),
+                peak_memory_bytes=peak_memory(),
+                created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                parent=parent,
+            )
+            write_json(part / MANIFEST, manifest.to_json())
             os.replace(part, final)
         except OSError as error:
             if error.errno in FULL:
@@ -175,37 +170,44 @@ def attach(directory: Path, files: Mapping[str, bytes], sections: Mapping[str, A
     directory cannot be written.
     """
     with _changing(directory) as (final, part):
-        manifest = read_manifest(final)
-        before = (
-            _expected(manifest, files_of(final)) if "pending" in manifest else manifest["files"]
-        )
-        built = {
-            name
-            for name in files
-            if name in BESIDE or (name in before and not before[name].get("attached"))
-        } | (set(sections) & OWN)
+        manifest = Manifest.read(final)
+        if manifest.pending is not None:
+            manifest = replace(manifest, files=_expected(manifest, files_of(final)))
+        built = {name for name in sections if name in BUILT}
+        built.update(name for name in files if _is_built(manifest, name))
         if built:
             raise ValueError(f"{', '.join(sorted(built))} of an artifact cannot be replaced")
-        there = all(
-            (final / name).is_file()
-            and file_sha256(final / name)
-            == before.get(name, {}).get("sha256")
-            == hashlib.sha256(content).hexdigest()
-            for name, content in files.items()
-        )
-        if (
-            there
-            and "pending" not in manifest
-            and all(
-                name in manifest and canonical(manifest[name]) == canonical(value)
-                for name, value in sections.items()
-            )
-        ):
-            return
-        _switch(final, part, {**manifest, "files": before}, files, sections)
+        if not _is_attached(final, manifest, files, sections):
+            _switch(final, part, manifest, files, sections)
 
 
-def put(directory: Path, name: str, value: Any) -> None:
+def _is_built(manifest: Manifest, name: str) -> bool:
+    # whether a file belongs to the artifact itself, or is a document that may be replaced
+    entry = manifest.files.get(name)
+    return name in BESIDE or (entry is not None and not entry.get("attached"))
+
+
+def _is_attached(
+    final: Path, manifest: Manifest, files: Mapping[str, bytes], sections: Mapping[str, Any]
+) -> bool:
+    # whether every document and section is there already, as it is to become
+    if manifest.pending is not None:
+        return False
+    for name, content in files.items():
+        sha256 = hashlib.sha256(content).hexdigest()
+        if manifest.files.get(name, {}).get("sha256") != sha256:
+            return False
+        if not (final / name).is_file() or file_sha256(final / name) != sha256:
+            return False
+    for name, value in sections.items():
+        if name not in manifest.sections:
+            return False
+        if canonical(manifest.sections[name]) != canonical(value):
+            return False
+    return True
+
+
+def write_json_beside(directory: Path, name: str, value: Any) -> None:
     """Write a JSON file beside an artifact's files. Raises EdgemedError where the directory cannot
     be written.
     """
@@ -242,51 +244,56 @@ def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
 def _switch(
     final: Path,
     part: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     files: Mapping[str, bytes],
     sections: Mapping[str, Any],
 ) -> None:
     # Several files cannot be replaced in one stroke. So the manifest first allows each document to
-    # be the old or the new one, and says which at the end; everything is written beside the
-    # artifact before, and after a kill at any moment the artifact is whole.
-    kept = {name: entry for name, entry in manifest["files"].items() if name not in files}
-    fresh = {
-        name: {
+    # be the old or the new one, and says which at the end. Everything is written beside the
+    # artifact before, and after a kill at any moment the artifact is complete.
+    unchanged = {name: entry for name, entry in manifest.files.items() if name not in files}
+    new: dict[str, Mapping[str, Any]] = {}
+    pending: dict[str, list[Mapping[str, Any]]] = {}
+    for name, content in files.items():
+        new[name] = {
             "sha256": hashlib.sha256(content).hexdigest(),
             "bytes": len(content),
             "attached": True,
         }
-        for name, content in files.items()
-    }
-    pending = {
-        name: [manifest["files"][name], entry] if name in manifest["files"] else [entry]
-        for name, entry in fresh.items()
-    }
-    done = (
-        {key: value for key, value in manifest.items() if key != "pending"}
-        | {"files": kept | fresh}
-        | dict(sections)
+        pending[name] = [new[name]]
+        if name in manifest.files:
+            pending[name].insert(0, manifest.files[name])
+    during = replace(manifest, files=unchanged, pending=pending)
+    after = replace(
+        manifest,
+        files=unchanged | new,
+        pending=None,
+        sections={**manifest.sections, **sections},
     )
     for number, content in enumerate(files.values()):
         (part / f"{number}").write_bytes(content)
-    write_json(part / "during.json", {**manifest, "files": kept, "pending": pending})
-    write_json(part / "after.json", done)
+    write_json(part / "during.json", during.to_json())
+    write_json(part / "after.json", after.to_json())
     os.replace(part / "during.json", final / MANIFEST)
     for number, name in enumerate(files):
         os.replace(part / f"{number}", final / name)
     os.replace(part / "after.json", final / MANIFEST)
 
 
-def _expected(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    # The files a manifest names; where an attach was cut short, a document is right as it was
-    # before or as it was to become.
-    expected = dict(manifest["files"])
-    for name, entries in manifest.get("pending", {}).items():
-        same = [
-            entry for entry in entries if name in found and found[name]["sha256"] == entry["sha256"]
-        ]
-        if same or name in found or len(entries) > 1:
+def _expected(
+    manifest: Manifest, present: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    # The files a manifest names. Where an attach was cut short, a document is right as it was
+    # before or as it was to become. present: `files_of` the artifact.
+    expected = dict(manifest.files)
+    for name, entries in (manifest.pending or {}).items():
+        if name in present:
+            sha256 = present[name]["sha256"]
+            same = [entry for entry in entries if entry["sha256"] == sha256]
             expected[name] = (same or entries)[0]
+        elif len(entries) > 1:
+            # It was there before and is missing now.
+            expected[name] = entries[0]
     return expected
 
 
@@ -315,14 +322,14 @@ def _lock(path: Path) -> Iterator[None]:
             return
 
 
-def _is_whole(final: Path, key: str) -> bool:
+def _is_complete(final: Path, key: str) -> bool:
     if not final.exists():
         return False
     if not (final / MANIFEST).is_file():
         raise EdgemedError(
             f"{final} exists and was not made by edgemed", "Choose another directory or remove it"
         )
-    if read_manifest(final)["key"] != key:
+    if Manifest.read(final).key != key:
         raise EdgemedError(
             f"{final} holds an artifact made from other inputs or parameters",
             "Choose another directory or remove it",
@@ -336,47 +343,17 @@ def _is_whole(final: Path, key: str) -> bool:
     return True
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of an artifact. Raises EdgemedError where there is none or it cannot be read."""
-    path = Path(directory) / MANIFEST
-    if not path.is_file():
-        raise EdgemedError(
-            f"{directory} has no {MANIFEST}",
-            "Give a directory made by edgemed export or edgemed run",
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise EdgemedError(f"{path} cannot be read: {error}", "Make the artifact again") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise EdgemedError(
-            f"{path} is not a manifest of schema {SCHEMA}",
-            "Make the artifact again with this version of edgemed",
-        )
-    return manifest
-
-
 def check_manifest(directory: Path) -> list[str]:
     """What differs from the manifest, one sentence each; empty when every byte is as it was
     made.
     """
-    manifest = read_manifest(directory)
-    found = files_of(Path(directory))
-    expected = _expected(manifest, found)
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} was added" for name in found if name not in expected]
-    problems += [
-        f"{name} was altered"
-        for name, entry in expected.items()
-        if name in found and found[name]["sha256"] != entry["sha256"]
-    ]
+    present = files_of(Path(directory))
+    expected = _expected(Manifest.read(directory), present)
+    problems = [f"{name} is missing" for name in expected if name not in present]
+    problems += [f"{name} was added" for name in present if name not in expected]
+    for name, entry in expected.items():
+        if name in present and present[name]["sha256"] != entry["sha256"]:
+            problems.append(f"{name} was altered")
     return problems
 
 
@@ -384,9 +361,9 @@ def files_of(directory: Path) -> dict[str, dict[str, Any]]:
     """name -> {sha256, bytes} of every file that belongs to an artifact (those BESIDE it and what a
     device added excluded).
     """
-    found = {}
+    files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in BESIDE and not name.startswith(f"{ON_DEVICE}/"):
-            found[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-    return found
+            files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    return files

@@ -88,7 +88,7 @@ def choose(
 
     Raises EdgemedError for sizes the source does not have, or a target nothing fits.
     """
-    d = weights.source
+    d = weights.unfolded
     every = Shape(tuple(range(d.layers)), d.ffn, d.kv_heads)
     if target is not None:
         if layers or ffn or heads:
@@ -153,7 +153,7 @@ def config_of(weights: CanonicalWeights, shape: Shape) -> dict[str, Any]:
     """The source's config with the student's sizes. Raises EdgemedError where the architecture
     cannot say them.
     """
-    source = weights.source
+    source = weights.unfolded
     config = {
         key: value for key, value in weights.checkpoint.config.items() if key != "torch_dtype"
     }
@@ -206,7 +206,7 @@ def kept(
     read.
     """
     torch = need("torch", "build")
-    d = weights.source
+    d = weights.unfolded
     if (shape.ffn, shape.kv_heads) == (d.ffn, d.kv_heads):
         return {n: (torch.arange(d.ffn), torch.arange(d.kv_heads)) for n in shape.layers}
     squares = importance(weights, windows)
@@ -239,13 +239,13 @@ def cut(
         {name.split(".", 2)[2] for name in weights.parts if name.startswith("layers.")} - set(PARTS)
     )
     narrow = weights.vision and (shape.ffn, shape.kv_heads) != (
-        weights.source.ffn,
-        weights.source.kv_heads,
+        weights.unfolded.ffn,
+        weights.unfolded.kv_heads,
     )
-    if weights.rounded or strange or narrow:
+    if weights.quantized or strange or narrow:
         reason = (
             "it is quantized"
-            if weights.rounded
+            if weights.quantized
             else (
                 f"its layers have '{strange[0]}'"
                 if strange
@@ -286,8 +286,8 @@ def _write(
     for new, old in enumerate(shape.layers):
         # Where the scale of the scores depends on the layer's number, the moved layer's q rows take
         # up the difference.
-        factor = weights.source.score_scale[old] / student.score_scale[new]
-        rows, columns = _selection(weights.source, *keep[old])
+        factor = weights.unfolded.score_scale[old] / student.score_scale[new]
+        rows, columns = _selection(weights.unfolded, *keep[old])
         for name in [name for name in weights.parts if name.startswith(f"layers.{old}.")]:
             kind = name.split(".")[-1]
             _copy(
@@ -354,9 +354,9 @@ def _copy(
             tensor = read(f"{key}.{suffix}").float()
             turned = part.conv1d and suffix == "weight"
             tensor = tensor.T if turned else tensor
-            if q_factor != 1.0 and begin < weights.source.q_size:
+            if q_factor != 1.0 and begin < weights.unfolded.q_size:
                 tensor = tensor.clone()
-                tensor[: weights.source.q_size - begin] *= q_factor
+                tensor[: weights.unfolded.q_size - begin] *= q_factor
             if rows is not None:
                 tensor = tensor[rows[(rows >= begin) & (rows < start)] - begin]
             if columns is not None and suffix == "weight":

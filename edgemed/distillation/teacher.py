@@ -29,11 +29,11 @@ from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.torch_decoder import (
     TorchSession,
     block,
+    layer_elements,
     load_layer,
-    loaded,
     norm,
+    output_head,
     rope_angles,
-    top,
 )
 from edgemed.models.weights import CanonicalWeights
 
@@ -81,7 +81,7 @@ class Teacher:
         self.weights = weights
         self.d = weights.decoder
         self.device = device
-        needed = 4 * sum(loaded(weights, n) for n in range(self.d.layers))
+        needed = 4 * sum(layer_elements(weights, n) for n in range(self.d.layers))
         fits = device != "cpu" or needed < 0.6 * psutil.virtual_memory().available
         self.layers = [self._layer(n) for n in range(self.d.layers)] if fits else None
         self.embedding = {
@@ -89,7 +89,7 @@ class Teacher:
             for name in ("embed", "positions")
             if name in weights.parts
         }
-        final, self.matrix, self.bias = top(weights)
+        final, self.matrix, self.bias = output_head(weights)
         self.final = {
             name: tuple(None if t is None else t.to(device) for t in pair)
             for name, pair in final.items()

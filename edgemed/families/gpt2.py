@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import whole
+from edgemed.models.family_helpers import size_in
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")
@@ -23,9 +23,9 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     """Numbers from config.json; the head from the stored tensors, since BioMedLM's head classes are
     not transformers' own.
     """
-    hidden, layers, heads, vocab, context = (
-        whole(config, key) for key in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
-    )
+    hidden = size_in(config, "n_embd")
+    layers = size_in(config, "n_layer")
+    heads = size_in(config, "n_head")
     if hidden % heads:
         raise EdgemedError(
             f"config.json: n_embd {hidden} is not a multiple of n_head {heads}",
@@ -38,36 +38,40 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
             f"Known: {', '.join(ACTIVATIONS)}",
         )
     head_dim = hidden // heads
-    plain = head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
+    scale = head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
-    found = next((name for name in HEADS if name in shapes), None)
-    outputs = shapes[found][0] if found else 0
+    stored_head = next((name for name in HEADS if name in shapes), None)
+    head = "lm"
+    outputs = 0
+    if stored_head is not None:
+        outputs = shapes[stored_head][0]
+        head = "choice" if outputs == 1 else "classes"
     return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,
-        ffn=whole(config, "n_inner") if config.get("n_inner") else 4 * hidden,
-        vocab=vocab,
-        context=context,
+        ffn=size_in(config, "n_inner") if config.get("n_inner") else 4 * hidden,
+        vocab=size_in(config, "vocab_size"),
+        context=size_in(config, "n_positions"),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        score_scale=tuple(plain / (layer + 1) if by_layer else plain for layer in range(layers)),
+        score_scale=tuple(scale / (n + 1) if by_layer else scale for n in range(layers)),
         activation=ACTIVATIONS[activation],
         tied=config.get("tie_word_embeddings", True),
-        head="lm" if not found else "choice" if outputs == 1 else "classes",
+        head=head,
         head_size=outputs,
         eos=config.get("eos_token_id"),
     )
 
 
 def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
-    found = {
+    specs = {
         "embed": ParamSpec(("wte",), "table", (d.vocab, d.hidden)),
         "positions": ParamSpec(("wpe",), "table", (d.context, d.hidden)),
     }
     for n in range(d.layers):
-        found |= {
+        specs |= {
             f"layers.{n}.attn_norm": ParamSpec(
                 (f"h.{n}.ln_1",),
                 "norm",
@@ -109,21 +113,21 @@ def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
                 bias=True,
             ),
         }
-    found["final_norm"] = ParamSpec(
+    specs["final_norm"] = ParamSpec(
         ("ln_f",),
         "norm",
         (d.hidden,),
         bias=True,
     )
     if d.head == "lm":
-        found["lm_head"] = ParamSpec(
+        specs["lm_head"] = ParamSpec(
             ("wte",) if d.tied else ("lm_head",), "matrix", (d.vocab, d.hidden)
         )
     else:
-        found["head"] = ParamSpec(
+        specs["head"] = ParamSpec(
             ("classifier|score|multiple_choice_head.summary",), "matrix", (d.head_size, d.hidden)
         )
-    return found
+    return specs
 
 
 def folded(config: Mapping[str, Any]) -> dict[str, Any]:

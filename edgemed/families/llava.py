@@ -21,7 +21,8 @@ from edgemed.models.architecture import (
     all_families,
 )
 from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
-from edgemed.models.family_helpers import checked, relocated, whole
+from edgemed.models.conversation import CHATML, VICUNA, ConversationForm, user_turn
+from edgemed.models.family_helpers import relocated, require, size_in
 
 TOWER = (
     "vision_tower.vision_model.",
@@ -30,10 +31,9 @@ TOWER = (
     "model.vision_tower.",
 )
 ORIGINAL = ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower.")
-PROJECTOR = tuple(
-    f"multi_modal_projector.linear_{n}|model.multi_modal_projector.linear_{n}"
-    f"|model.mm_projector.{2 * (n - 1)}"
-    for n in (1, 2)
+PROJECTOR = (
+    "multi_modal_projector.linear_1|model.multi_modal_projector.linear_1|model.mm_projector.0",
+    "multi_modal_projector.linear_2|model.multi_modal_projector.linear_2|model.mm_projector.2",
 )
 # Longest match first: the authors' layout has the text model's own names.
 TEXT = {
@@ -93,23 +93,13 @@ AUTHORS = {
     "llava_qwen2": "qwen2",
 }
 HUATUO = "huatuo"
-# form -> (what a prompt begins with, what stands behind the user's turn): vicuna_v1 of
-# haotian-liu/LLaVA's llava/conversation.py, mistral_instruct of microsoft/LLaVA-Med's, conv_qwen of
-# LLaVA-VL/LLaVA-NeXT's, and FreedomIntelligence/HuatuoGPT-Vision's cli.py
+# mistral_instruct of microsoft/LLaVA-Med's llava/conversation.py, and
+# FreedomIntelligence/HuatuoGPT-Vision's cli.py
 FORMS = {
-    "vicuna": (
-        (
-            "A chat between a curious user and an artificial intelligence assistant. The assistant"
-            " gives helpful, detailed, and polite answers to the user's questions. USER: "
-        ),
-        " ASSISTANT:",
-    ),
-    "mistral": ("[INST] ", " [/INST]"),
-    "chatml": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    HUATUO: ("<|user|>\n", "\n<|assistant|>\n"),
+    "vicuna": VICUNA,
+    "mistral": ConversationForm(before="[INST] ", after=" [/INST]"),
+    "chatml": CHATML,
+    HUATUO: ConversationForm(before="<|user|>\n", after="\n<|assistant|>\n"),
 }
 
 
@@ -137,11 +127,13 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     kind, text = text_model(config)
-    found = all_families()[MODELS[kind][0]].decoder(text, {})
+    config_of_text = all_families()[MODELS[kind][0]].decoder(text, {})
     window = text.get("sliding_window") if kind == "mistral" else None
-    # Within its window a sliding one sees everything; beyond it this graph would not be the
-    # model's.
-    return replace(found, context=min(found.context, window)) if window else found
+    if not window:
+        return config_of_text
+    # Up to the length of its window, sliding attention is full attention. Beyond it this graph
+    # would compute something else than the model.
+    return replace(config_of_text, context=min(config_of_text.context, window))
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -155,6 +147,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def variant(config: Mapping[str, Any]) -> Architecture:
+    """This family with the parts and the GGUF names of the text model that a config asks for."""
     text = all_families()[MODELS[text_model(config)[0]][0]]
 
     def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
@@ -179,16 +172,19 @@ def vision(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> VisionConfig:
     kind, text = text_model(config)
-    hidden = whole(text, "hidden_size")
+    hidden = size_in(text, "hidden_size")
     form = conversation(config, kind)
-    start = (
-        (text["bos_token_id"],)
-        if form in ("vicuna", "mistral") and isinstance(text.get("bos_token_id"), int)
-        else ()
-    )
-    rest = {"projector_hidden": hidden, "marker": MARKER, "conversation": form, "start": start}
+    start: tuple[int, ...] = ()
+    if form in ("vicuna", "mistral") and isinstance(text.get("bos_token_id"), int):
+        start = (text["bos_token_id"],)
+    common: dict[str, Any] = {
+        "projector_hidden": hidden,
+        "marker": MARKER,
+        "conversation": form,
+        "start": start,
+    }
     if authors(config):
-        checked(
+        require(
             config,
             {
                 "mm_projector_type": "mlp2x_gelu",
@@ -211,10 +207,10 @@ def vision(
             preprocessor,
             config.get("mm_vision_select_layer", -2),
             ratio == "pad" or form == HUATUO,
-            token=whole(config, "vocab_size"),
-            **rest,
+            token=size_in(config, "vocab_size"),
+            **common,
         )
-    checked(config, {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"})
+    require(config, {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"})
     token = config.get("image_token_index", config.get("image_token_id", 32000))
     return clip_vision(
         tower_numbers(config.get("vision_config") or {}, shapes, TOWER),
@@ -222,7 +218,7 @@ def vision(
         config.get("vision_feature_layer", -2),
         False,
         token=token,
-        **rest,
+        **common,
     )
 
 
@@ -231,28 +227,29 @@ def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
 
 
 def conversation(config: Mapping[str, Any], kind: str) -> str:
-    """The form a checkpoint was trained on: 'conversation' in config.json where a person put it
-    there, else by what it says of the model's origin.
+    """The conversation form a checkpoint was trained on: 'conversation' in config.json where a
+    person put it there, else what follows from the model's origin.
+
+    kind: of text model. Raises EdgemedError for a form that is not known.
     """
-    asked = config.get("conversation")
-    if asked is not None and asked not in FORMS:
+    form = config.get("conversation")
+    if form is not None and form not in FORMS:
         raise EdgemedError(
-            f"config.json: conversation '{asked}' is not known", f"Known: {', '.join(FORMS)}"
+            f"config.json: conversation '{form}' is not known", f"Known: {', '.join(FORMS)}"
         )
-    names = f"{config.get('_name_or_path', '')} {config['model_type']}".lower()
-    return asked or (
-        HUATUO
-        if HUATUO in names or "llava_qwen2" in names
-        else {"llama": "vicuna", "mistral": "mistral", "qwen2": "chatml"}[kind]
-    )
+    if form:
+        return form
+    origin = f"{config.get('_name_or_path', '')} {config['model_type']}".lower()
+    if HUATUO in origin or "llava_qwen2" in origin:
+        return HUATUO
+    return {"llama": "vicuna", "mistral": "mistral", "qwen2": "chatml"}[kind]
 
 
 def chat(text: str, images: int, conversation: str) -> str:
     """One user turn, images first, each on a line of its own; what starts a prompt as a token
-    (Vision.start) is not part of the text.
+    (VisionConfig.start) is not part of the text.
     """
-    before, after = FORMS[conversation]
-    return before + f"{MARKER}\n" * images + text.strip() + after
+    return user_turn(FORMS[conversation], text.strip(), images, image=f"{MARKER}\n")
 
 
 # FreedomIntelligence/HuatuoGPT-Vision-7B in transformers' layout: Qwen2-7B's and

@@ -24,7 +24,8 @@ from edgemed.models.architecture import (
     all_families,
 )
 from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
-from edgemed.models.family_helpers import checked, first_token, inverse_frequencies, whole
+from edgemed.models.conversation import VICUNA, user_turn
+from edgemed.models.family_helpers import first_token, inverse_frequencies, require, size_in
 
 # model_type -> family of its text model; '' is Qwen (1), which is described here because nothing
 # else has it
@@ -46,38 +47,32 @@ STORED = re.compile(
 BASE = "mlp.deepspeed_moe.experts.base."
 ROOTS = ("model.", "transformer.")
 TOWER = tuple(f"{root}image_tower.image_tower.vision_model." for root in ROOTS)
-PROJECTOR = tuple(
-    "|".join(f"{root}mm_projector.image_spatial_proj.{n}" for root in ROOTS) for n in (0, 2)
+PROJECTOR = (
+    "|".join(f"{root}mm_projector.image_spatial_proj.0" for root in ROOTS),
+    "|".join(f"{root}mm_projector.image_spatial_proj.2" for root in ROOTS),
 )
-# moellava/conversation.py of PKU-YuanGroup/MoE-LLaVA and of Med-MoE (whose eval.sh asks for phi and
-# stablelm): conv_stablelm and conv_phi are alike, and qwen is conv_phi.
-BEFORE = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
-    " helpful, detailed, and polite answers to the user's questions. USER: "
-)
-AFTER = " ASSISTANT:"
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     base = BASES[config["model_type"]]
-    found = all_families()[base].decoder(config, {}) if base else qwen(config)
+    dense = all_families()[base].decoder(config, {}) if base else qwen(config)
     moe = config.get("moe") or {}
     if not config["model_type"].startswith("moe_") or moe.get("moe_enable") is False:
-        return found
-    return replace(found, experts=experts(moe, shapes, found.layers))
+        return dense
+    return replace(dense, experts=experts(moe, shapes, dense.layers))
 
 
 def experts(
     moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth: int
 ) -> ExpertsConfig:
-    """What config.json's `moe` says, with what only the tensors tell. shapes: {} where there are
-    none, and then `meta_expert` (not the authors') is heard.
+    """The mixture that config.json's `moe` describes, with what only the tensors tell.
 
-    With a meta expert one expert is chosen whatever top_k_experts says, and DeepSpeed, which
-    computed these models, renormalises no single gate. Raises EdgemedError where config and tensors
-    speak of other experts.
+    shapes: of the stored tensors. Where there are none ({}), `meta_expert` of the config counts,
+    which the authors' configs do not have. With a meta expert one expert is chosen, whatever
+    top_k_experts says. DeepSpeed, which computed these models, does not renormalise a single gate.
+    Raises EdgemedError where config and tensors describe different experts.
     """
-    checked(moe, {"use_residual": False})
+    require(moe, {"use_residual": False})
     layers = sparse_layers(moe, depth)
     count = moe.get("num_experts")
     count = count[0] if isinstance(count, list) and count and set(count) == {count[0]} else count
@@ -95,9 +90,9 @@ def experts(
     shared = _stored(shapes, layers, count) if shapes else bool(moe.get("meta_expert"))
     rank, density = _shared_delta(moe.get("shared_delta"))
     return ExpertsConfig(
-        count,
-        1 if shared else active,
-        layers,
+        count=count,
+        active=1 if shared else active,
+        layers=layers,
         renormalised=not shared and active > 1,
         shared=shared,
         router_bias=shared,
@@ -106,13 +101,15 @@ def experts(
     )
 
 
-def _shared_delta(said: Any) -> tuple[int, float]:
+def _shared_delta(entry: Any) -> tuple[int, float]:
     """(rank, density) of moe.shared_delta, one of them 0; both where there is none."""
-    if said is None:
+    if entry is None:
         return 0, 0.0
-    rank, density = (
-        (said.get(key, 0) for key in ("rank", "density")) if isinstance(said, Mapping) else (0, 0)
-    )
+    rank = 0
+    density = 0
+    if isinstance(entry, Mapping):
+        rank = entry.get("rank", 0)
+        density = entry.get("density", 0)
     if (
         not isinstance(rank, int)
         or not isinstance(density, (int, float))
@@ -121,7 +118,7 @@ def _shared_delta(said: Any) -> tuple[int, float]:
         or bool(rank) == bool(density)
     ):
         raise EdgemedError(
-            f"config.json: moe.shared_delta {said!r} is neither a rank nor a density",
+            f"config.json: moe.shared_delta {entry!r} is neither a rank nor a density",
             'For example {"rank": 64}, as edgemed merge writes it',
         )
     return rank, float(density)
@@ -156,35 +153,22 @@ def _stored(shapes: Mapping[str, tuple[int, ...]], layers: tuple[int, ...], coun
     """Whether the tensors are those of the architecture with a meta expert, after checking them
     against the config.
     """
-    found: dict[int, set[int]] = {}
-    biased = set()
-    meta = set()
+    experts_in: dict[int, set[int]] = {}
+    biased: set[int] = set()
+    meta: set[int] = set()
     for key in shapes:
-        if match := STORED.search(f".{key}"):
-            layer = int(match[1])
-            found.setdefault(layer, set()).update({int(match[2])} if match[2] else ())
-            if match[3]:
-                biased |= {layer}
-            if match[4]:
-                meta |= {layer}
-    odd = next(
-        (n for n in sorted(set(layers) | set(found)) if (n in layers) != bool(found.get(n))), None
-    )
-    if odd is not None:
-        said = ("has none of the experts", "does") if odd in layers else ("has experts", "does not")
-        raise EdgemedError(
-            f"layer {odd} {said[0]}, config.json says it {said[1]} (moe.moe_layers_idx"
-            f" {list(layers)})",
-            "Config and weights do not belong together, or a shard is missing",
-        )
-    for layer, numbers in sorted(found.items()):
-        if numbers != set(range(count)):
-            missing = sorted(set(range(count)) - numbers)
-            said = f"misses expert {missing[0]}" if missing else f"has {len(numbers)} experts"
-            raise EdgemedError(
-                f"layer {layer} {said}, config.json says {count} (moe.num_experts)",
-                "Config and weights do not belong together, or a shard is missing",
-            )
+        match = STORED.search(f".{key}")
+        if match is None:
+            continue
+        layer = int(match[1])
+        numbers = experts_in.setdefault(layer, set())
+        if match[2]:
+            numbers.add(int(match[2]))
+        if match[3]:
+            biased.add(layer)
+        if match[4]:
+            meta.add(layer)
+    _check_numbers(experts_in, layers, count)
     if (meta or biased) and not meta == biased == set(layers):
         lacking = min((set(layers) - (meta & biased)) or (meta | biased) - set(layers))
         raise EdgemedError(
@@ -195,15 +179,40 @@ def _stored(shapes: Mapping[str, tuple[int, ...]], layers: tuple[int, ...], coun
     return bool(meta)
 
 
+def _check_numbers(experts_in: Mapping[int, set[int]], layers: tuple[int, ...], count: int) -> None:
+    # experts_in: layer -> numbers of the experts stored for it
+    fix = "Config and weights do not belong together, or a shard is missing"
+    for n in sorted(set(layers) | set(experts_in)):
+        stored = bool(experts_in.get(n))
+        if stored and n not in layers:
+            raise EdgemedError(
+                f"layer {n} has experts, config.json says it does not (moe.moe_layers_idx"
+                f" {list(layers)})",
+                fix,
+            )
+        if not stored and n in layers:
+            raise EdgemedError(
+                f"layer {n} has none of the experts, config.json says it does"
+                f" (moe.moe_layers_idx {list(layers)})",
+                fix,
+            )
+    for layer, numbers in sorted(experts_in.items()):
+        if numbers != set(range(count)):
+            missing = sorted(set(range(count)) - numbers)
+            problem = f"misses expert {missing[0]}" if missing else f"has {len(numbers)} experts"
+            raise EdgemedError(
+                f"layer {layer} {problem}, config.json says {count} (moe.num_experts)", fix
+            )
+
+
 def qwen(config: Mapping[str, Any]) -> DecoderConfig:
     """Qwen (1)'s text model: Qwen2's with q, k and v in one matrix; intermediate_size counts gate
     and up together.
     """
-    checked(config, {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True})
-    hidden, layers, heads, vocab = (
-        whole(config, key)
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    )
+    require(config, {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True})
+    hidden = size_in(config, "hidden_size")
+    layers = size_in(config, "num_hidden_layers")
+    heads = size_in(config, "num_attention_heads")
     head_dim = config.get("kv_channels", hidden // heads)
     theta = float(config.get("rotary_emb_base", 10000.0))
     return DecoderConfig(
@@ -212,9 +221,9 @@ def qwen(config: Mapping[str, Any]) -> DecoderConfig:
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,
-        ffn=whole(config, "intermediate_size") // 2,
-        vocab=vocab,
-        context=whole(config, "seq_length"),
+        ffn=size_in(config, "intermediate_size") // 2,
+        vocab=size_in(config, "vocab_size"),
+        context=size_in(config, "seq_length"),
         norm_eps=config.get("layer_norm_epsilon", 1e-6),
         norm="rmsnorm",
         score_scale=(head_dim**-0.5,) * layers,
@@ -229,11 +238,11 @@ def qwen(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def qwen_parts(d: DecoderConfig) -> dict[str, ParamSpec]:
-    found = {"embed": ParamSpec(("transformer.wte",), "table", (d.vocab, d.hidden))}
+    specs = {"embed": ParamSpec(("transformer.wte",), "table", (d.vocab, d.hidden))}
     for n in range(d.layers):
         name = f"layers.{n}"
         at = f"transformer.h.{n}"
-        found |= {
+        specs |= {
             f"{name}.attn_norm": ParamSpec((f"{at}.ln_1",), "norm", (d.hidden,)),
             f"{name}.qkv": ParamSpec(
                 (f"{at}.attn.c_attn",),
@@ -252,7 +261,7 @@ def qwen_parts(d: DecoderConfig) -> dict[str, ParamSpec]:
             ),
             f"{name}.down": ParamSpec((f"{at}.mlp.c_proj",), "matrix", (d.hidden, d.ffn)),
         }
-    return found | {
+    return specs | {
         "final_norm": ParamSpec(("transformer.ln_f",), "norm", (d.hidden,)),
         "lm_head": ParamSpec(("lm_head",), "matrix", (d.vocab, d.hidden)),
     }
@@ -262,32 +271,39 @@ def with_experts(d: DecoderConfig, parts: Mapping[str, ParamSpec]) -> dict[str, 
     """A dense model's parts with those of the experts where the MLPs of sparse layers were; every
     expert is called as the MLP is.
     """
-    found: dict[str, ParamSpec] = {}
+    specs: dict[str, ParamSpec] = {}
     for name, part in parts.items():
         layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-        if not d.sparse(layer) or not name.endswith((".up", ".down")):
-            found[name] = part
-            continue
-        stem, _, last = name.rpartition(".")
-        if last == "up":
-            found[f"{stem}.router"] = ParamSpec(
-                (part.modules[0].partition("mlp.")[0] + ROUTER,),
-                "router",
-                (d.experts.count, d.hidden),
-                bias=d.experts.router_bias,
-            )
-        for mlp in d.mlps(layer):
-            place = {"shared.": META, "base.": BASE}.get(mlp) or EXPERT + mlp.removeprefix(
-                "experts."
-            )
-            found[f"{stem}.{mlp}{last}"] = replace(
-                part,
-                modules=tuple(module.replace("mlp.", place) for module in part.modules),
-                bias=part.bias and mlp != "base.",
-            )
-        for j in range(d.experts.count) if d.experts.based else ():
-            found |= delta_parts(d.experts, part, f"{stem}.experts.{j}.{last}", f"{EXPERT}{j}.")
-    return found
+        if d.sparse(layer) and name.endswith((".up", ".down")):
+            specs |= _expert_parts(d, layer, name, part)
+        else:
+            specs[name] = part
+    return specs
+
+
+def _expert_parts(d: DecoderConfig, layer: int, name: str, part: ParamSpec) -> dict[str, ParamSpec]:
+    # What stands in place of one matrix ('up' or 'down') of a dense layer's MLP.
+    experts = d.mixture
+    stem, _, last = name.rpartition(".")
+    specs: dict[str, ParamSpec] = {}
+    if last == "up":
+        specs[f"{stem}.router"] = ParamSpec(
+            (part.modules[0].partition("mlp.")[0] + ROUTER,),
+            "router",
+            (experts.count, d.hidden),
+            bias=experts.router_bias,
+        )
+    for mlp in d.mlps(layer):
+        place = {"shared.": META, "base.": BASE}.get(mlp) or EXPERT + mlp.removeprefix("experts.")
+        specs[f"{stem}.{mlp}{last}"] = replace(
+            part,
+            modules=tuple(module.replace("mlp.", place) for module in part.modules),
+            bias=part.bias and mlp != "base.",
+        )
+    if experts.has_shared_base:
+        for j in range(experts.count):
+            specs |= delta_parts(experts, part, f"{stem}.experts.{j}.{last}", f"{EXPERT}{j}.")
+    return specs
 
 
 def delta_parts(e: ExpertsConfig, part: ParamSpec, name: str, place: str) -> dict[str, ParamSpec]:
@@ -297,45 +313,29 @@ def delta_parts(e: ExpertsConfig, part: ParamSpec, name: str, place: str) -> dic
     rows, columns = part.shape
     last = name.rpartition(".")[2]
     at = part.modules[0].partition("mlp.")[0] + f"{place}{last}_delta."
-    kept = e.kept(columns)
-    forms = (
-        {"a": ("delta", (e.rank, columns)), "b": ("delta", (rows, e.rank))}
-        if e.rank
-        else {"values": ("delta", (rows, kept)), "columns": ("index", (rows, kept))}
-    )
-    found = {
-        f"{name}.{form}": ParamSpec(
-            (at + form,),
-            kind,
-            shape,
-            bare=True,
-        )
-        for form, (kind, shape) in forms.items()
-    }
-    biases = tuple(module.replace("mlp.", place) + ".bias" for module in part.modules)
-    return found | (
-        {
-            f"{name}.bias": ParamSpec(
-                biases,
-                "delta",
-                (rows,),
-                bare=True,
-                rows=part.rows,
-            )
+    if e.rank:
+        specs = {
+            f"{name}.a": ParamSpec((f"{at}a",), "delta", (e.rank, columns), bare=True),
+            f"{name}.b": ParamSpec((f"{at}b",), "delta", (rows, e.rank), bare=True),
         }
-        if part.bias
-        else {}
-    )
+    else:
+        kept = e.kept(columns)
+        specs = {
+            f"{name}.values": ParamSpec((f"{at}values",), "delta", (rows, kept), bare=True),
+            f"{name}.columns": ParamSpec((f"{at}columns",), "index", (rows, kept), bare=True),
+        }
+    if part.bias:
+        biases = tuple(module.replace("mlp.", place) + ".bias" for module in part.modules)
+        specs[f"{name}.bias"] = ParamSpec(biases, "delta", (rows,), bare=True, rows=part.rows)
+    return specs
 
 
 def shared_experts(config: Mapping[str, Any], rank: int, density: float) -> dict[str, Any]:
     """The config of the same model with one shared matrix per layer and differences of this rank or
     density.
     """
-    return {
-        **config,
-        "moe": {**config["moe"], "shared_delta": {"rank": rank} if rank else {"density": density}},
-    }
+    shared_delta = {"rank": rank} if rank else {"density": density}
+    return {**config, "moe": {**config["moe"], "shared_delta": shared_delta}}
 
 
 def without_experts(config: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -343,38 +343,40 @@ def without_experts(config: Mapping[str, Any], times: int) -> dict[str, Any]:
     MoE-LLaVA calls such models llava_*; of Qwen it has one under the same name.
     """
     kind = config["model_type"].removeprefix("moe_")
-    classes = config.get("architectures")
-    found = {key: value for key, value in config.items() if key != "moe"} | {
-        "intermediate_size": times * whole(config, "intermediate_size")
-    }
-    found |= {"model_type": kind} if kind in BASES else {"moe": {"moe_enable": False}}
-    return found | (
-        {"architectures": [re.sub("^(Eval)?MoELLaVA", "Llava", name) for name in classes]}
-        if classes
-        else {}
-    )
+    dense = {key: value for key, value in config.items() if key != "moe"}
+    dense["intermediate_size"] = times * size_in(config, "intermediate_size")
+    if kind in BASES:
+        dense["model_type"] = kind
+    else:
+        dense["moe"] = {"moe_enable": False}
+    if classes := config.get("architectures"):
+        dense["architectures"] = [re.sub("^(Eval)?MoELLaVA", "Llava", name) for name in classes]
+    return dense
 
 
 def variant(config: Mapping[str, Any]) -> Architecture:
+    """This family with the parts and the GGUF names of the text model that a config asks for."""
     base = BASES[config["model_type"]]
     text = all_families()[base] if base else None
 
     def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
         return with_experts(d, text.parts(d) if text else qwen_parts(d))
 
-    arch, pre = (text.gguf_arch, text.gguf_pre) if text else ("", "qwen2")
+    arch = text.gguf_arch if text else ""
     if config["model_type"].startswith("moe_"):
         # The one graph of llama.cpp with attention, positions and gated experts like these; it has
         # RMS norms.
         arch = "phimoe" if base == "stablelm" else ""
-    found = replace(
-        FAMILY, parts=parts, gguf_arch=arch, gguf_pre=pre, gguf_centred=arch == "phimoe"
+    family = replace(
+        FAMILY,
+        parts=parts,
+        gguf_arch=arch,
+        gguf_pre=text.gguf_pre if text else "qwen2",
+        gguf_centred=arch == "phimoe",
     )
-    return (
-        replace(found, auto_classes={"lm": "AutoModelForCausalLM"}, text_config=text_config)
-        if config["model_type"] == "llava_stablelm"
-        else found
-    )
+    if config["model_type"] != "llava_stablelm":
+        return family
+    return replace(family, auto_classes={"lm": "AutoModelForCausalLM"}, text_config=text_config)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -413,7 +415,7 @@ def vision(
 ) -> VisionConfig:
     # mm_image_tower is often a path on the authors' disk; the tower lies in the checkpoint, so only
     # an error ever speaks of it.
-    checked(
+    require(
         config,
         {
             "image_projector_type": "mlp2x_gelu",
@@ -429,8 +431,8 @@ def vision(
         preprocessor,
         config.get("mm_vision_select_layer", -2),
         config.get("image_aspect_ratio") == "pad",
-        token=whole(config, "vocab_size"),
-        projector_hidden=whole(config, "hidden_size"),
+        token=size_in(config, "vocab_size"),
+        projector_hidden=size_in(config, "hidden_size"),
         marker=MARKER,
     )
 
@@ -440,8 +442,10 @@ def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
 
 
 def chat(text: str, images: int, conversation: str) -> str:
-    """One user turn of the authors' conversation form, images first, each on a line of its own."""
-    return BEFORE + f"{MARKER}\n" * images + text.strip() + AFTER
+    """One user turn of the authors' conversation form, images first, each on a line of its own.
+    Med-MoE's eval.sh asks for the forms phi and stablelm, which are alike.
+    """
+    return user_turn(VICUNA, text.strip(), images, image=f"{MARKER}\n")
 
 
 def reference(
@@ -450,7 +454,7 @@ def reference(
     """Published true dimensions of one model: its base's config.json and the experts' numbers
     (arXiv 2404.10237, 2401.15947).
     """
-    moe = {
+    moe: dict[str, Any] = {
         "moe_enable": True,
         "moe_mode": "sparse",
         "moe_layers_idx": list(range(0, depth, 2)),
@@ -458,7 +462,9 @@ def reference(
         "top_k_experts": 1 if meta else 2,
         "use_residual": False,
     }
-    seen = {
+    if meta:
+        moe["meta_expert"] = True
+    images = {
         "mm_image_tower": "openai/clip-vit-large-patch14-336",
         "mm_vision_select_layer": -2,
         "image_projector_type": "mlp2x_gelu",
@@ -466,9 +472,9 @@ def reference(
     }
     return {
         **base,
-        **seen,
+        **images,
         "model_type": model_type,
-        "moe": moe | ({"meta_expert": True} if meta else {}),
+        "moe": moe,
         "initializer_range": 0.02,
     }
 

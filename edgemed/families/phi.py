@@ -10,32 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import checked, first_token, head_of, rotary, usual_parts, whole
+from edgemed.models.family_helpers import require, usual_decoder, usual_parts
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    checked(config, {"hidden_act": "gelu_new", "qk_layernorm": False})
-    hidden, layers, heads, vocab = (
-        whole(config, key)
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    )
-    head_dim = hidden // heads
-    return DecoderConfig(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        ffn=whole(config, "intermediate_size"),
-        vocab=vocab,
-        context=whole(config, "max_position_embeddings"),
+    require(config, {"hidden_act": "gelu_new", "qk_layernorm": False})
+    return usual_decoder(
+        config,
+        shapes,
         norm_eps=config.get("layer_norm_eps", 1e-5),
-        score_scale=(head_dim**-0.5,) * layers,
         parallel=True,
-        tied=config.get("tie_word_embeddings", False),
-        eos=first_token(config.get("eos_token_id")),
-        **rotary(config, head_dim),
-        **head_of(shapes),
     )
 
 

@@ -11,34 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import checked, first_token, head_of, rotary, usual_parts, whole
+from edgemed.models.family_helpers import require, usual_decoder, usual_parts
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    checked(config, {"hidden_act": "silu", "use_sliding_window": False})
-    hidden, layers, heads, vocab = (
-        whole(config, key)
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    )
-    head_dim = config.get("head_dim") or hidden // heads
-    return DecoderConfig(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        ffn=whole(config, "intermediate_size"),
-        vocab=vocab,
-        context=whole(config, "max_position_embeddings"),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+    require(config, {"hidden_act": "silu", "use_sliding_window": False})
+    return usual_decoder(
+        config,
+        shapes,
+        head_dim=config.get("head_dim"),
         norm="rmsnorm",
-        score_scale=(head_dim**-0.5,) * layers,
+        norm_eps=config.get("rms_norm_eps", 1e-6),
         activation="silu",
         gated=True,
-        tied=config.get("tie_word_embeddings", False),
-        eos=first_token(config.get("eos_token_id")),
-        **rotary(config, head_dim),
-        **head_of(shapes),
     )
 
 

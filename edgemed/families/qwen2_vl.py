@@ -14,13 +14,13 @@ from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec, VisionConfig
+from edgemed.models.conversation import CHATML, user_turn
 from edgemed.models.family_helpers import (
-    checked,
-    first_token,
     inverse_frequencies,
-    rotary,
+    require,
+    size_in,
+    usual_decoder,
     usual_parts,
-    whole,
 )
 
 TEXT = ("model.", "model.language_model.")
@@ -36,12 +36,8 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     text = text_config(config)
-    checked(text, {"hidden_act": "silu", "use_sliding_window": False})
-    hidden, layers, heads, vocab = (
-        whole(text, key)
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    )
-    head_dim = hidden // heads
+    require(text, {"hidden_act": "silu", "use_sliding_window": False})
+    head_dim = size_in(text, "hidden_size") // size_in(text, "num_attention_heads")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     sections = rope.get("mrope_section")
     if not sections or 2 * sum(sections) != head_dim:
@@ -49,31 +45,24 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
             f"config.json: mrope_section {sections} does not divide a head of {head_dim}",
             "The config is damaged",
         )
-    # The published config calls the rope type 'mrope'; the frequencies themselves are the plain
-    # ones.
+    axes: list[int] = []
+    for axis, pairs in enumerate(sections):
+        axes += [axis] * pairs
+    # The published config calls the rope type 'mrope'. Its frequencies are the default ones.
     plain = {
         **text,
         "rope_scaling": {},
         "rope_parameters": {**rope, "rope_type": "default", "type": "default"},
     }
-    return DecoderConfig(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        ffn=whole(text, "intermediate_size"),
-        vocab=vocab,
-        context=whole(text, "max_position_embeddings"),
-        norm_eps=text.get("rms_norm_eps", 1e-6),
+    return usual_decoder(
+        plain,
+        shapes={},
         norm="rmsnorm",
-        score_scale=(head_dim**-0.5,) * layers,
+        norm_eps=text.get("rms_norm_eps", 1e-6),
         activation="silu",
         gated=True,
         tied=text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)),
-        eos=first_token(text.get("eos_token_id")),
-        **rotary(plain, head_dim),
-        rope_axes=tuple(axis for axis, count in enumerate(sections) for _ in range(count)),
+        rope_axes=tuple(axes),
     )
 
 
@@ -89,11 +78,8 @@ def vision(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> VisionConfig:
     tower = config["vision_config"]
-    width = whole(tower, "embed_dim")
-    heads = whole(tower, "num_heads")
-    known = {
-        key: whole(config, f"{key}_token_id") for key in ("image", "vision_start", "vision_end")
-    }
+    width = size_in(tower, "embed_dim")
+    heads = size_in(tower, "num_heads")
     size = preprocessor.get("size") or {}
     pixels = (
         preprocessor.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
@@ -102,7 +88,7 @@ def vision(
     half = width // heads // 2
     return VisionConfig(
         width=width,
-        layers=whole(tower, "depth"),
+        layers=size_in(tower, "depth"),
         heads=heads,
         ffn=int(width * tower.get("mlp_ratio", 4)),
         norm_eps=1e-6,
@@ -116,9 +102,9 @@ def vision(
         ),
         projector_hidden=width * tower.get("spatial_merge_size", 2) ** 2,
         projector_norm=True,
-        token=known["image"],
-        before=(known["vision_start"],),
-        after=(known["vision_end"],),
+        token=size_in(config, "image_token_id"),
+        before=(size_in(config, "vision_start_token_id"),),
+        after=(size_in(config, "vision_end_token_id"),),
         mean=tuple(preprocessor.get("image_mean") or (0.48145466, 0.4578275, 0.40821073)),
         std=tuple(preprocessor.get("image_std") or (0.26862954, 0.26130258, 0.27577711)),
     )
@@ -128,7 +114,7 @@ def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
     def at(module: str) -> tuple[str]:
         return ("|".join(root + module for root in TOWER),)
 
-    found = {
+    specs = {
         "vision.patch": ParamSpec(
             at("patch_embed.proj"),
             "matrix",
@@ -138,7 +124,7 @@ def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
     }
     for n in range(v.layers):
         name = f"vision.layers.{n}"
-        found |= {
+        specs |= {
             f"{name}.attn_norm": ParamSpec(
                 at(f"blocks.{n}.norm1"),
                 "norm",
@@ -177,7 +163,7 @@ def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
             ),
         }
     merged = v.width * v.merge**2
-    return found | {
+    return specs | {
         "vision.projector.norm": ParamSpec(
             at("merger.ln_q"),
             "norm",
@@ -201,11 +187,7 @@ def vision_parts(v: VisionConfig, d: DecoderConfig) -> dict[str, ParamSpec]:
 
 def chat(text: str, images: int, conversation: str = "") -> str:
     """Qwen2-VL's chat template for one user turn, images first."""
-    seen = "<|vision_start|><|image_pad|><|vision_end|>" * images
-    return (
-        "<|im_start|>system\nYou are a helpful"
-        f" assistant.<|im_end|>\n<|im_start|>user\n{seen}{text}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    return user_turn(CHATML, text, images, image="<|vision_start|><|image_pad|><|vision_end|>")
 
 
 def reasoning(question: str) -> str:
@@ -224,8 +206,8 @@ def answer(text: str) -> str | None:
     """The letter inside the answer tags, as MedVLM-R1 is evaluated: without tags there is no
     answer.
     """
-    found = re.search(r"<answer>\s*([A-Z])\s*</answer>", text)
-    return found[1] if found else None
+    match = re.search(r"<answer>\s*([A-Z])\s*</answer>", text)
+    return match[1] if match else None
 
 
 FAMILY = Architecture(

@@ -27,7 +27,7 @@ from edgemed.quantization.gptq import root_of
 from edgemed.quantization.sensitivity import sensitivities
 
 if TYPE_CHECKING:
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
     from edgemed.models.weights import CanonicalWeights
 
 TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -43,7 +43,7 @@ class Chosen:
 
 def choose(
     weights: CanonicalWeights,
-    windows: Sequence[Window],
+    windows: Sequence[TokenSequence],
     places: Mapping[str, Place],
     types: Mapping[str, str],
     columns: Mapping[str, np.ndarray],

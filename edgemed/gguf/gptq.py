@@ -23,7 +23,7 @@ from edgemed.errors import need
 from edgemed.gguf.quant_types import FLOATS, block_of
 from edgemed.gguf.tensor_map import Place, interleaved
 from edgemed.gguf.writer import Encoder, Tensor
-from edgemed.models.torch_decoder import shown
+from edgemed.models.torch_decoder import embed_sequences
 from edgemed.quantization.gptq import Root, swept
 from edgemed.quantization.hidden_states import Activations, begin
 from edgemed.quantization.layer_progress import Layers
@@ -33,7 +33,7 @@ from edgemed.quantization.memory_budget import spilled
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
     from edgemed.models.weights import CanonicalWeights
     from edgemed.quantization.layerwise import Rounding
 
@@ -280,7 +280,7 @@ def _recode(
 @contextlib.contextmanager
 def rounded(
     weights: CanonicalWeights,
-    windows: Sequence[Window],
+    windows: Sequence[TokenSequence],
     places: Mapping[str, Place],
     tensors: Sequence[Tensor],
     importance: Mapping[str, np.ndarray],
@@ -318,7 +318,7 @@ def rounded(
 
 def _run(
     weights: CanonicalWeights,
-    windows: Sequence[Window],
+    windows: Sequence[TokenSequence],
     wanted: Mapping[str, tuple[Place, str]],
     importance: Mapping[str, np.ndarray],
     kept: Layers,
@@ -329,7 +329,7 @@ def _run(
     shape = (len(windows), len(windows[0][0]), d.hidden)
     settings = Settings(*shape[:2])
     on_disk = spilled(weights, True, settings)
-    angles = [turned for _, turned in shown(weights, windows)] if d.rope_axes else None
+    angles = [turned for _, turned in embed_sequences(weights, windows)] if d.rope_axes else None
     streams = [
         Activations(
             kept.folder,

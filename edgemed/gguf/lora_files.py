@@ -28,7 +28,7 @@ FILE = "adapter.gguf"
 
 def refused(weights: CanonicalWeights) -> str | None:
     """Why this model's file cannot have adapters beside it, or None."""
-    if own_graph(weights.family, weights.source):
+    if own_graph(weights.family, weights.unfolded):
         return "edgemed's own ggml graph knows no adapters; merge the adapter first (edgemed merge)"
     if weights.family.gguf_centred:
         return (

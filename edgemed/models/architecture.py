@@ -1,7 +1,7 @@
 """The values that describe one architecture: numbers of the decoder, and where each part lies in a
 checkpoint.
 
-A family is a frozen value in one file under families/, not a class tree: steps and targets read
+A family is a frozen value in one file under families/, not a class tree. Steps and targets read
 these values and never ask which family they have, so a new architecture is one new file.
 """
 
@@ -17,31 +17,33 @@ from edgemed.errors import EdgemedError, nearest
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts in place of some layers' MLPs. count: experts of one layer; active: how
-    many of them a token uses; layers: which have them.
+    """A mixture of experts in place of some layers' MLPs.
 
     The router's scores become gates by softmax over all experts, in float32. A token goes to the
-    `active` experts of the largest gates, and their outputs are added, each times its gate;
-    renormalised: the chosen gates are divided by their sum first. shared: one more expert, which
-    every token uses with gate 1. router_bias: the router adds one.
-
-    rank or density above 0: the experts of a layer share one matrix ('base.up', 'base.down'), and
-    each adds its own difference: of that rank (b a), or with that share of each row's weights
-    (values at columns).
+    `active` experts with the largest gates. Their outputs are added, each times its gate.
     """
 
+    # experts of one layer
     count: int
+    # how many of them a token uses
     active: int
+    # which layers have them
     layers: tuple[int, ...]
+    # The gates of the active experts are divided by their sum.
     renormalised: bool
+    # There is one more expert, which every token uses with gate 1.
     shared: bool = False
+    # The router adds a bias.
     router_bias: bool = False
+    # Above 0 (one of the two): the experts of a layer share one matrix ('base.up', 'base.down') and
+    # each adds a difference of its own. rank: the difference is a product b a of this rank;
+    # density: it has this share of each row's weights, stored as values and their columns.
     rank: int = 0
     density: float = 0.0
 
     @property
-    def based(self) -> bool:
-        """Whether they are stored as one shared matrix and differences."""
+    def has_shared_base(self) -> bool:
+        """Whether the experts are stored as one shared matrix and differences."""
         return bool(self.rank or self.density)
 
     def kept(self, columns: int) -> int:
@@ -51,50 +53,68 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Numbers of one decoder-only transformer; all sizes in elements.
-
-    score_scale: factor on q.k per layer. norm: 'layernorm' or 'rmsnorm'. positions: 'learned'
-    (absolute table) or 'rope': the first 2 * len(rope_frequencies) elements of each head are
-    rotated, element i with element i + len(rope_frequencies), by position * rope_frequencies[i]
-    radians (rope_theta is the base they come from); rope_axes[i]: which part of a position with
-    several parts pair i counts (all 0: positions are plain numbers). activation: 'gelu_tanh',
-    'gelu' or 'silu'. gated: the MLP is down(activation(gate x) * (up x)). parallel: attention and
-    MLP both read the attention norm of the same x. head: 'lm' (next token), 'choice' (one score per
-    sequence) or 'classes' (head_size scores per sequence), the last two read from the last token.
-    experts: where some MLPs are mixtures of experts, each of size ffn.
-    """
+    """Numbers of one decoder-only transformer; all sizes in elements."""
 
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
+    # inner size of the MLP, and of each expert
     ffn: int
     vocab: int
+    # largest number of tokens
     context: int
     norm_eps: float
+    # per layer: factor on q.k
     score_scale: tuple[float, ...]
+    # 'layernorm' or 'rmsnorm'
     norm: str = "layernorm"
+    # 'learned' (a table of absolute positions) or 'rope'. With 'rope' the first
+    # 2 * len(rope_frequencies) elements of each head are rotated: element i with element
+    # i + len(rope_frequencies), by position * rope_frequencies[i] radians.
     positions: str = "learned"
     rope_frequencies: tuple[float, ...] = ()
+    # the base the frequencies come from
     rope_theta: float = 0.0
+    # per pair of elements: which part of a position with several parts it counts; empty where
+    # positions are plain numbers
     rope_axes: tuple[int, ...] = ()
+    # 'gelu_tanh', 'gelu' or 'silu'
     activation: str = "gelu_tanh"
+    # The MLP is down(activation(gate x) * (up x)).
     gated: bool = False
+    # Attention and MLP both read the attention norm of the same x.
     parallel: bool = False
+    # The output matrix is the embedding table.
     tied: bool = True
+    # 'lm' (next token), 'choice' (one score per sequence) or 'classes' (head_size scores per
+    # sequence); the last two are read from the last token
     head: str = "lm"
     head_size: int = 0
+    # id of the token that ends a text
     eos: int | None = None
+    # where some MLPs are mixtures of experts
     experts: ExpertsConfig | None = None
 
     @property
     def q_size(self) -> int:
+        """Rows of the q matrix."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Rows of the k matrix, and of the v matrix."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def mixture(self) -> ExpertsConfig:
+        """The experts of a model that has them. Raises ValueError for one that has none; ask
+        `sparse` or `experts` first.
+        """
+        if self.experts is None:
+            raise ValueError("this decoder has no mixture of experts")
+        return self.experts
 
     def cache_elements(self, context: int) -> int:
         """Numbers in a KV cache of `context` tokens."""
@@ -104,28 +124,34 @@ class DecoderConfig:
         """Whether this layer's MLP is a mixture of experts."""
         return self.experts is not None and layer in self.experts.layers
 
+    def has_shared_base(self, layer: int) -> bool:
+        """Whether this layer has experts that are stored as one shared matrix and differences."""
+        return self.sparse(layer) and self.mixture.has_shared_base
+
     def mlps(self, layer: int) -> tuple[str, ...]:
-        """What stands before 'up' and 'down' in the names of this layer's MLPs: '' alone, or
-        'experts.J.' of each expert (of those with a shared matrix 'base.') and 'shared.'.
+        """What stands before 'up' and 'down' in the names of this layer's MLPs.
+
+        ('',) for a dense layer. For a mixture 'experts.J.' of each expert (or 'base.' where they
+        share a matrix), and 'shared.' where there is such an expert.
         """
         if not self.sparse(layer):
             return ("",)
-        own = (
-            ("base.",)
-            if self.experts.based
-            else tuple(f"experts.{j}." for j in range(self.experts.count))
-        )
-        return (*own, *(("shared.",) if self.experts.shared else ()))
+        experts = self.mixture
+        names = ["base."]
+        if not experts.has_shared_base:
+            names = [f"experts.{j}." for j in range(experts.count)]
+        if experts.shared:
+            names.append("shared.")
+        return tuple(names)
 
     def matrices(self, layer: int) -> tuple[str, ...]:
-        """The matrices of one layer that may be quantized, in the order they are computed; parts
-        are called 'layers.N.' and then these.
+        """The matrices of one layer that may be quantized, in the order in which they are computed.
+        Their parts are called 'layers.N.' and then these names.
         """
-        return (
-            "qkv",
-            "o",
-            *(f"{mlp}{part}" for mlp in self.mlps(layer) for part in ("up", "down")),
-        )
+        names = ["qkv", "o"]
+        for mlp in self.mlps(layer):
+            names += [f"{mlp}up", f"{mlp}down"]
+        return tuple(names)
 
     def fold_factor(self, layer: int) -> float:
         """What q must be multiplied with so that the plain 1/sqrt(head_dim) scale gives this
@@ -136,47 +162,54 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Numbers of a vision tower and of the projector behind it; sizes in elements.
-
-    layers: those that are computed; spare: stored behind them and never read. patch: pixels per
-    side of a patch; temporal: how often an image is stacked in one (a still image as frames of a
-    film); merge: patches per side that become one feature. pixels: (least, most) of an image, which
-    is resized to multiples of patch * merge within them; size: or the one side every image gets,
-    and fit how: 'pad' (to a square of the mean colour, then resized), 'crop' (shortest side
-    resized, the middle cut out) or 'stretch'. frequencies: rotary over row (first half of the
-    pairs) and column (second half); empty: a learned table and, in front, a class token that is
-    dropped again. pre_norm: a norm before the first layer. projector_hidden: middle of the
-    two-layer projector; projector_norm: a norm in front of it. token: id that stands for one
-    feature in a prompt, between `before` and `after`; it may lie outside the vocabulary, for it is
-    never looked up. marker: the text that becomes this id where the tokenizer has no token for it;
-    start: ids in front of every prompt. conversation: which of its family's conversation forms the
-    model was trained on. mean, std: of RGB in 0..1. activation: 'quick_gelu' or 'gelu'.
+    """Numbers of a vision encoder (CLIP or Qwen2-VL's) and of the projector behind it; all sizes in
+    elements.
     """
 
     width: int
+    # layers that are computed; `spare` more are stored behind them and never read
     layers: int
     heads: int
     ffn: int
     norm_eps: float
+    # 'quick_gelu' or 'gelu'
     activation: str
+    # pixels per side of a patch
     patch: int
+    # inner size of the two-layer projector
     projector_hidden: int
+    # Id that stands for one image feature in a prompt, between `before` and `after`. It may lie
+    # outside the vocabulary, for its embedding is never read.
     token: int
+    # of RGB in 0..1
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    # how often a still image is repeated, as frames of a film
     temporal: int = 1
+    # patches per side that become one feature
     merge: int = 1
+    # (least, most) pixels of an image, which is resized to multiples of patch * merge
     pixels: tuple[int, int] = (0, 0)
+    # or the one side that every image gets, in pixels
     size: int = 0
+    # how an image becomes a square of that side: 'pad' (to a square of the mean colour, then
+    # resized), 'crop' (shortest side resized, the middle cut out) or 'stretch'
     fit: str = "pad"
+    # Rotary frequencies over row (first half of the pairs) and column (second half). Empty: there
+    # is a learned table and, in front, a class token that is dropped at the end.
     frequencies: tuple[float, ...] = ()
+    # There is a norm before the first layer.
     pre_norm: bool = False
+    # There is a norm in front of the projector.
     projector_norm: bool = False
     spare: int = 0
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    # the text that becomes `token` where the tokenizer has no token for it
     marker: str = ""
+    # ids in front of every prompt
     start: tuple[int, ...] = ()
+    # which of its family's conversation forms the model was trained on
     conversation: str = ""
 
     @property
@@ -187,25 +220,30 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One canonical part of a decoder and the checkpoint modules it is made of (joined along the
+    """One canonical part of a model, and the checkpoint modules it is made of (joined along the
     output axis).
-
-    kind: 'matrix' (weight [out, in], perhaps bias, may be quantized), 'router' (a matrix that stays
-    float32: its rows decide which experts a token uses), 'table' (weight [rows, width]), 'norm'
-    (weight [width], perhaps bias), 'delta' (what an expert adds to a shared matrix) or 'index'
-    (int32, where it adds it). conv1d: stored as [in, out], as GPT-2 does. bias: whether a bias is
-    stored. rows: output rows of each module, where there are several. stored_shape: where a weight
-    is stored with other axes than `shape` has (a convolution over patches). bare: stored under the
-    module's own name, without '.weight'.
     """
 
+    # names of the modules; alternatives for one module are parted by '|'
     modules: tuple[str, ...]
+    # 'matrix': weight [out, in], perhaps a bias, may be quantized
+    # 'router': a matrix that stays float32, for its rows decide which experts a token uses
+    # 'table': weight [rows, width]
+    # 'norm': weight [width], perhaps a bias
+    # 'delta': what an expert adds to a shared matrix
+    # 'index': int32, where it adds it
     kind: str
+    # in the layout of `kind`
     shape: tuple[int, ...]
+    # stored as [in, out], as GPT-2 does
     conv1d: bool = False
+    # A bias may be stored.
     bias: bool = False
+    # output rows of each module, where there are several
     rows: tuple[int, ...] = ()
+    # where a weight is stored with other axes than `shape` has (a convolution over patches)
     stored_shape: tuple[int, ...] = ()
+    # stored under the module's own name, without '.weight'
     bare: bool = False
 
     def weight(self, module: str) -> str:
@@ -214,117 +252,120 @@ class ParamSpec:
 
     def stored(self) -> list[tuple[str, tuple[int, ...]]]:
         """(module, shape of its weight as stored) of each module."""
-        shapes = (
-            [self.stored_shape]
-            if self.stored_shape
-            else [(rows, *self.shape[1:]) for rows in self.rows or self.shape[:1]]
-        )
-        return [
-            (module.split("|")[0], shape[::-1] if self.conv1d else shape)
-            for module, shape in zip(self.modules, shapes, strict=True)
-        ]
+        shapes = [(rows, *self.shape[1:]) for rows in self.rows or self.shape[:1]]
+        if self.stored_shape:
+            shapes = [self.stored_shape]
+        if self.conv1d:
+            shapes = [shape[::-1] for shape in shapes]
+        names = [module.split("|")[0] for module in self.modules]
+        return list(zip(names, shapes, strict=True))
+
+
+# tensor name without its prefix -> shape
+Shapes = Mapping[str, tuple[int, ...]]
+# (config.json, preprocessor_config.json, shapes of the stored tensors) -> numbers of the encoder
+ReadVision = Callable[[Mapping[str, Any], Mapping[str, Any], Shapes], VisionConfig]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What is peculiar to one architecture.
 
-    decoder(config, tensor_shapes) -> Decoder. parts(decoder) -> canonical name -> Part, canonical
-    names being 'embed', 'positions',
+    Canonical names of parts are 'embed', 'positions',
     'layers.N.{attn_norm,qkv,o,mlp_norm,up,down}', 'final_norm', and 'lm_head' or 'head'. qkv holds
-    the rows of q, k and v; up holds, where
-    the MLP is gated, the rows of gate and then of up; a parallel block has no mlp_norm. A layer
-    with experts has router, experts.J.up and experts.J.down, and
-    perhaps shared.up and shared.down in place of up and down; where experts share a matrix,
-    base.up, base.down and experts.J.{up,down}.{a,b} or .{values,columns}, and .bias.
-    prefixes: key prefixes under which the modules may be stored. ignored: endings of stored buffers
-    that carry no information.
-    folded(config): the config after score_scale has been folded into the q rows. gguf_arch,
-    gguf_pre: llama.cpp's names for
-    the graph ('': it has none) and the pre-tokenizer. reference_config: published true dimensions,
-    for --random-weights; other_references: name -> those of its other models.
-    gguf_projector: llama.cpp's name for its graph of the vision tower and projector, '' where it
-    has none that is right.
-    auto_classes: head -> transformers Auto class, for peft. gguf_interleaved: that graph rotates
-    elements 2i and 2i+1 of a head, not i and i+half.
-    gguf_centred: that graph has RMS norms where the model has layer norms, which are the same where
-    the residual stream has no mean: it is taken out of
-    everything that is added to it.
-    vision(config, preprocessor_config, tensor_shapes) -> Vision and vision_parts(vision, decoder)
-    -> canonical name -> Part ('vision.patch',
-    'vision.layers.N.*', 'vision.projector.*'; 'vision.spare.*' is stored and never read), of
-    families that see.
-    variant(config) -> the family as one config has it, where its text model may be one of several
-    other families'.
-    text_config(config) -> the config under which transformers reads the text model alone, None
-    where it reads the whole checkpoint.
-    chat(text, images, conversation) -> prompt: one user turn in the model's own form
-    (Vision.conversation), with one image token where each image stands. reasoning(question)
-    -> that question with the instructions a reasoning fine-tune was trained with; answer(text) ->
-      the letter its answer names, None where it names none.
-    opening: what such an answer writes right before that letter. without_experts(config, times) ->
-    the config of the dense model with MLPs `times` as wide;
-    shared_experts(config, rank, density) -> that of the model whose experts share a matrix (see
-    Experts).
+    the rows of q, k and v. up holds, where the MLP is gated, the rows of gate and then of up. A
+    parallel block has no mlp_norm.
+
+    A layer with experts has router, experts.J.up and experts.J.down, and perhaps shared.up and
+    shared.down, in place of up and down. Where experts share a matrix it has base.up, base.down and
+    experts.J.{up,down}.{a,b} or .{values,columns}, and .bias.
+
+    Parts of a vision encoder are 'vision.patch', 'vision.layers.N.*' and 'vision.projector.*'.
+    'vision.spare.*' is stored and never read.
     """
 
     name: str
+    # what config.json may call it
     model_types: tuple[str, ...]
-    decoder: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], DecoderConfig]
+    # (config.json, shapes of the stored tensors) -> numbers of the text decoder
+    decoder: Callable[[Mapping[str, Any], Shapes], DecoderConfig]
+    # canonical name -> part
     parts: Callable[[DecoderConfig], dict[str, ParamSpec]]
+    # what may stand before the modules' names
     prefixes: tuple[str, ...]
+    # endings of stored buffers that carry no information
     ignored: tuple[str, ...]
+    # the config after score_scale has been folded into the q rows
     folded: Callable[[Mapping[str, Any]], dict[str, Any]]
+    # llama.cpp's names for the graph ('': it has none) and for the pre-tokenizer
     gguf_arch: str
     gguf_pre: str
+    # the best-known model and its published true dimensions, for --random-weights
     reference_name: str
     reference_config: Mapping[str, Any]
+    # head -> transformers Auto class, for peft
     auto_classes: Mapping[str, str]
+    # llama.cpp's graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     gguf_interleaved: bool = False
+    # llama.cpp's graph has RMS norms where the model has layer norms. They are the same where the
+    # residual stream has no mean, so the mean is taken out of everything that is added to it.
     gguf_centred: bool = False
+    # llama.cpp's name for its graph of vision encoder and projector, '' where none is right
     gguf_projector: str = ""
-    vision: (
-        Callable[
-            [Mapping[str, Any], Mapping[str, Any], Mapping[str, tuple[int, ...]]], VisionConfig
-        ]
-        | None
-    ) = None
+    # of vision models: numbers of the encoder, and its parts
+    vision: ReadVision | None = None
     vision_parts: Callable[[VisionConfig, DecoderConfig], dict[str, ParamSpec]] | None = None
+    # the family as one config has it, where the text model may be one of several other families'
     variant: Callable[[Mapping[str, Any]], Architecture] | None = None
+    # the config under which transformers reads the text model alone; None where it reads the whole
+    # checkpoint
     text_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] | None = None
+    # (text, number of images, VisionConfig.conversation) -> the prompt of one user turn in the
+    # model's own form, with one image token where each image stands
     chat: Callable[[str, int, str], str] | None = None
+    # a question -> that question with the instructions a reasoning fine-tune was trained with
     reasoning: Callable[[str], str] | None = None
+    # a generated text -> the letter its answer names, None where it names none
     answer: Callable[[str], str | None] | None = None
+    # what such an answer writes right before that letter
     opening: str = ""
+    # (config, times) -> the config of the dense model whose MLPs are `times` as wide
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+    # (config, rank, density) -> the config of the model whose experts share a matrix
     shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
+    # name -> published true dimensions of the family's other models
     other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def every_part(
     family: Architecture, d: DecoderConfig, vision: VisionConfig | None
 ) -> dict[str, ParamSpec]:
-    """All canonical parts of a checkpoint: the text decoder's, and the vision tower's where there
+    """All canonical parts of a checkpoint: the text decoder's, and the vision encoder's where there
     is one.
     """
-    return family.parts(d) | (family.vision_parts(vision, d) if vision else {})
+    specs = family.parts(d)
+    if vision is not None and family.vision_parts is not None:
+        specs = specs | family.vision_parts(vision, d)
+    return specs
 
 
 def all_families() -> dict[str, Architecture]:
+    """name -> architecture of every file in families/."""
     return {name: plugins.load("families", name).FAMILY for name in plugins.names("families")}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Architecture:
-    """The family of a config.json. Raises EdgemedError listing the known architectures and the
-    nearest.
+    """The family of a config.json. where: names the file in messages.
+
+    Raises EdgemedError listing the known architectures and the nearest.
     """
     model_type = str(config.get("model_type", ""))
     families = all_families()
     for family in families.values():
         if model_type in family.model_types:
             return family.variant(config) if family.variant else family
-    known = [t for family in families.values() for t in family.model_types]
+    model_types = [name for family in families.values() for name in family.model_types]
     raise EdgemedError(
         f"{where}: unknown architecture '{model_type or '(no model_type)'}'",
-        nearest(model_type, known),
+        nearest(model_type, model_types),
     )

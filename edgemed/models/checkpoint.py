@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemed.artifacts.hashing import file_sha256
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
 
 if TYPE_CHECKING:
@@ -49,21 +50,21 @@ COMPANIONS = (
     "processor_config.json",
 )
 ADAPTER = "edgemed_adapter"
-# in config.json: which LoRA, of those in this folder, belongs to the integers
+# in config.json: which LoRA, of those in the folder of this name, belongs to the integers
 ADAPTERS = "adapters"
-# folder of a vision tower that a checkpoint lacks: its tensors are read as vision_tower.*
+# folder of a vision encoder that a checkpoint lacks: its tensors are read as vision_tower.*
 TOWER = "vision_tower"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: file, torch dtype name, shape, and byte range (offset None: a pickle
-    entry, called `name` there).
-    """
+    """Where one tensor lies."""
 
     file: Path
+    # torch's name of the dtype
     dtype: str
     shape: tuple[int, ...]
+    # first byte in the file; None for an entry of a pickle, which is called `name` there
     offset: int | None
     nbytes: int
     name: str = ""
@@ -88,36 +89,30 @@ class Checkpoint:
                 "The checkpoint is incomplete; download it again",
             )
         entry = self.tensors[name]
-        tensor = (
-            _read_pickled(entry.file, entry.name)
-            if entry.offset is None
-            else _read_raw(entry, torch)
-        )
-        if (
-            tensor.is_floating_point()
-            and not math.isfinite(tensor.sum(dtype=torch.float32))
-            and not torch.isfinite(tensor).all()
-        ):
+        read = _read_raw if entry.offset is not None else _read_pickled
+        tensor = read(entry)
+        if not tensor.is_floating_point():
+            return tensor
+        # The sum shows NaN and Inf at a fraction of the cost, but it may overflow without any.
+        if not math.isfinite(tensor.sum(dtype=torch.float32)):
             bad = int((~torch.isfinite(tensor)).sum())
-            raise EdgemedError(
-                f"{entry.file.name}: tensor '{name}' holds {bad} NaN or Inf values",
-                "The checkpoint is damaged; do not deploy it",
-            )
+            if bad:
+                raise EdgemedError(
+                    f"{entry.file.name}: tensor '{name}' holds {bad} NaN or Inf values",
+                    "The checkpoint is damaged; do not deploy it",
+                )
         return tensor
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of config.json, of every weight file, of the tokenizer, of what says how images
-        are read, and of its own adapter.
+        """file -> sha256: of config.json, every weight file, the tokenizer, the preprocessor and
+        the checkpoint's own adapter.
         """
-        files = {entry.file for entry in self.tensors.values()} | {self.path / "config.json"}
+        files = {entry.file for entry in self.tensors.values()}
+        files.add(self.path / "config.json")
         if self.adapter:
-            files |= {file for file in self.adapter.iterdir() if file.is_file()}
-        files |= {
-            folder / name
-            for folder in (self.path, self.path / TOWER)
-            for name in COMPANIONS
-            if (folder / name).is_file()
-        }
+            files.update(file for file in self.adapter.iterdir() if file.is_file())
+        for folder in (self.path, self.path / TOWER):
+            files.update(folder / name for name in COMPANIONS if (folder / name).is_file())
         return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in sorted(files)}
 
     @property
@@ -154,11 +149,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises EdgemedError for a missing or unreadable directory, config.json, shard or damaged file.
     """
     path = Path(model)
-    if (
-        not path.exists()
-        and str(model).count("/") == 1
-        and not str(model).startswith((".", "/", "~"))
-    ):
+    is_hub_id = str(model).count("/") == 1 and not str(model).startswith((".", "/", "~"))
+    if is_hub_id and not path.exists():
         path = _from_hub(str(model))
     if not path.is_dir():
         raise EdgemedError(
@@ -170,9 +162,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     tensors: dict[str, Entry] = {}
     files, index = _weight_files(path)
     for file in files:
-        tensors.update(
-            _pickle_entries(file) if file.suffix == ".bin" else _safetensors_entries(file)
-        )
+        tensors.update(_entries(file))
     absent = next((name for name in index if name not in tensors), None)
     if absent:
         raise EdgemedError(
@@ -181,26 +171,19 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         )
     if (path / TOWER).is_dir():
         for file in _weight_files(path / TOWER)[0]:
-            found = _pickle_entries(file) if file.suffix == ".bin" else _safetensors_entries(file)
-            tensors |= {
-                f"{TOWER}.{name}": entry
-                for name, entry in found.items()
-                if f"{TOWER}.{name}" not in tensors
-            }
+            for name, entry in _entries(file).items():
+                tensors.setdefault(f"{TOWER}.{name}", entry)
     return Checkpoint(path, read_config(path), tensors)
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises EdgemedError where there is none, or it is no
+    JSON object.
+    """
     file = Path(path) / "config.json"
     if not file.is_file():
         raise EdgemedError(f"{path} has no config.json", "Give a directory in Hugging Face layout")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise EdgemedError(f"{file} cannot be read: {error}", "Download it again") from None
-    if not isinstance(config, dict):
-        raise EdgemedError(f"{file} is not a JSON object", "Download it again")
-    return config
+    return read_json_object(file, "Download it again")
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
@@ -228,6 +211,10 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     )
 
 
+def _entries(file: Path) -> dict[str, Entry]:
+    return _pickle_entries(file) if file.suffix == ".bin" else _safetensors_entries(file)
+
+
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
     damaged = f"{file} is damaged or truncated"
     try:
@@ -237,7 +224,10 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
             if length > size:
                 raise EdgemedError(damaged, "Download it again")
             header = json.loads(handle.read(length))
+        # A file is an 8-byte length, a JSON header of that length, then the tensors' bytes, from
+        # which the offsets count.
         entries = {}
+        needed = 0
         for name, info in header.items():
             if name == "__metadata__":
                 continue
@@ -249,19 +239,19 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
                     "Convert it to F32, F16 or BF16",
                 )
             entries[name] = Entry(
-                file,
-                DTYPES[info["dtype"]],
-                tuple(info["shape"]),
-                8 + length + begin,
-                end - begin,
+                file=file,
+                dtype=DTYPES[info["dtype"]],
+                shape=tuple(info["shape"]),
+                offset=8 + length + begin,
+                nbytes=end - begin,
             )
+            needed = max(needed, 8 + length + end)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         raise EdgemedError(damaged, "Download it again") from None
     except OSError as error:
         raise EdgemedError(
             f"{file} cannot be read: {error.strerror}", "Check its permissions"
         ) from None
-    needed = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
     if needed > size:
         raise EdgemedError(
             f"{file} is truncated: {size} bytes on disk, {needed} needed", "Download it again"
@@ -271,7 +261,7 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
 
 def metadata(file: Path) -> dict[str, str]:
     """The free words in a safetensors file's header; {} where there are none, or the file is of
-    another kind. The file was opened before, so its header is whole.
+    another kind. The file was opened before, so its header is complete.
     """
     if file.suffix != ".safetensors":
         return {}
@@ -280,7 +270,10 @@ def metadata(file: Path) -> dict[str, str]:
         return json.loads(handle.read(length)).get("__metadata__") or {}
 
 
-def _read_raw(entry: Entry, torch: Any) -> torch.Tensor:
+def _read_raw(entry: Entry) -> torch.Tensor:
+    torch = need("torch", "build")
+    if entry.offset is None:
+        raise ValueError(f"{entry.name} lies in a pickle, which has no byte offsets")
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     with open(entry.file, "rb") as handle:
         handle.seek(entry.offset)
@@ -293,12 +286,11 @@ def read_tensors(file: Path, names: Collection[str] | None = None) -> dict[str, 
     """The tensors of one safetensors file, all or those of `names`. Raises EdgemedError where it is
     damaged.
     """
-    torch = need("torch", "build")
-    return {
-        name: _read_raw(entry, torch)
-        for name, entry in _safetensors_entries(Path(file)).items()
-        if names is None or name in names
-    }
+    tensors = {}
+    for name, entry in _safetensors_entries(Path(file)).items():
+        if names is None or name in names:
+            tensors[name] = _read_raw(entry)
+    return tensors
 
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
@@ -320,21 +312,21 @@ def _pickle_entries(file: Path) -> dict[str, Entry]:
     state = _load_pickle(file)
     return {
         name: Entry(
-            file,
-            str(t.dtype).removeprefix("torch."),
-            tuple(t.shape),
-            None,
-            t.numel() * t.element_size(),
-            name,
+            file=file,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            offset=None,
+            nbytes=tensor.numel() * tensor.element_size(),
+            name=name,
         )
-        for name, t in state.items()
+        for name, tensor in state.items()
     }
 
 
-def _read_pickled(file: Path, name: str) -> torch.Tensor:
+def _read_pickled(entry: Entry) -> torch.Tensor:
     # Loaded anew for each tensor: dropping the map is what keeps pages already read from counting
     # as resident.
-    return _load_pickle(file)[name].clone()
+    return _load_pickle(entry.file)[entry.name].clone()
 
 
 def _from_hub(name: str) -> Path:
@@ -358,7 +350,9 @@ def _from_hub(name: str) -> Path:
 
 
 def narrowed(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The tensor in another floating dtype. Raises EdgemedError where a value would become Inf."""
+    """The tensor in another floating dtype. name: of the tensor, for the message. Raises
+    EdgemedError where a value would become Inf.
+    """
     torch = need("torch", "build")
     result = tensor.to(getattr(torch, dtype))
     if not torch.isfinite(result).all():
@@ -389,16 +383,19 @@ class Writer:
         self.shard_bytes = shard_bytes
         self.pending: dict[str, torch.Tensor] = {}
         self.size = 0
-        self.shards = []
+        # names of the tensors in each shard
+        self.shards: list[list[str]] = []
         self.total = 0
         (self.path / "config.json").write_text(
             json.dumps(dict(config), indent=1) + "\n", encoding="utf-8"
         )
-        for name in COMPANIONS if source else ():
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, self.path / name)
+        if source is not None:
+            for name in COMPANIONS:
+                if (Path(source) / name).is_file():
+                    shutil.copyfile(Path(source) / name, self.path / name)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; the shard is written where it would grow beyond `shard_bytes`."""
         if self.pending and self.size + tensor.nbytes > self.shard_bytes:
             self._flush()
         self.pending[name] = tensor.contiguous()
@@ -412,15 +409,16 @@ class Writer:
             save(self.pending, file, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
             # Its Rust code reports a full disk in words only.
-            found = re.search(r"os error (\d+)", str(error))
-            if found is None:
+            match = re.search(r"os error (\d+)", str(error))
+            if match is None:
                 raise
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
+            number = int(match[1])
+            raise OSError(number, os.strerror(number), str(file)) from error
         # safetensors writes files only their owner may read; the service that runs a model is often
         # another user.
         shutil.copymode(self.path / "config.json", file)
         self.shards.append(list(self.pending))
-        self.total = self.total + self.size
+        self.total += self.size
         self.pending = {}
         self.size = 0
 
@@ -431,7 +429,7 @@ class Writer:
             os.replace(self.path / "model-00001.safetensors", self.path / "model.safetensors")
             return
         count = len(self.shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.shards, 1):
             final = f"model-{number:05d}-of-{count:05d}.safetensors"
             os.replace(self.path / f"model-{number:05d}.safetensors", self.path / final)

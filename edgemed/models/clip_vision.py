@@ -1,9 +1,9 @@
-"""CLIP's vision transformer as Vision values and parts, wherever a checkpoint keeps it: what every
-family with such a tower shares.
+"""CLIP's vision transformer as a VisionConfig and its parts: what every family with such a vision
+encoder shares.
 
-A family says under which roots the tower may lie, which layer's output it reads and how images get
-square; numbers come from config.json where it has them and from the tensors' shapes where it does
-not, as in the checkpoints of LLaVA's authors.
+A family says under which names the encoder may lie, which layer's output it reads and how images
+become square. Numbers come from config.json where it has them. Where it does not, as in the
+checkpoints of LLaVA's authors, they come from the tensors' shapes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.errors import EdgemedError
-from edgemed.models.architecture import DecoderConfig, ParamSpec, VisionConfig
-from edgemed.models.family_helpers import whole
+from edgemed.models.architecture import DecoderConfig, ParamSpec, Shapes, VisionConfig
+from edgemed.models.family_helpers import size_in
 
 MARKER = "<image>"  # what LLaVA and its descendants write where an image stands
+# of CLIP's training images, RGB in 0..1
 MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
+STD = (0.26862954, 0.26130258, 0.27577711)
 # openai/clip-vit-large-patch14-336 config.json: what these models use, where neither config nor
 # tensors are at hand (--random-weights)
 LARGE_336 = {
@@ -29,18 +30,17 @@ LARGE_336 = {
     "patch_size": 14,
     "image_size": 336,
 }
-HEAD = 64  # elements of a head in every published CLIP tower
-Shapes = Mapping[str, tuple[int, ...]]
+HEAD = 64  # elements of a head in every published CLIP encoder
 
 
 def tower_numbers(
     config: Mapping[str, Any] | None, shapes: Shapes, roots: tuple[str, ...], named: str = ""
 ) -> dict[str, Any]:
-    """The tower's numbers under transformers' names. config: a CLIPVisionConfig's mapping, or None:
-    they are read off the tensors.
+    """The encoder's numbers under transformers' names.
 
-    named: the tower's name in config.json, for the error. Raises EdgemedError where the checkpoint
-    holds no such tower.
+    config: a CLIPVisionConfig's mapping, or None where they are to be taken from the tensors.
+    roots: what may stand before 'embeddings.' and 'encoder.'. named: the encoder's name in
+    config.json, for the message. Raises EdgemedError where the checkpoint holds no such encoder.
     """
     if config is not None:
         if config.get("model_type", "clip_vision_model") != "clip_vision_model":
@@ -48,16 +48,17 @@ def tower_numbers(
                 f"config.json: a vision tower of type '{config['model_type']}' is not supported",
                 "Known: clip_vision_model",
             )
-        return {**config, **{key: whole(config, key) for key in LARGE_336}}
+        return {**config, **{key: size_in(config, key) for key in LARGE_336}}
     if not shapes:
         return dict(LARGE_336)
+    origin = f"; config.json names {named}" if named else ""
     root = next(
         (root for root in roots if f"{root}embeddings.patch_embedding.weight" in shapes), None
     )
     if root is None:
         raise EdgemedError(
             f"the checkpoint has no vision tower ('{roots[0]}embeddings.patch_embedding.weight' is"
-            f" missing){f'; config.json names {named}' if named else ''}",
+            f" missing){origin}",
             "Put that CLIP model's folder beside the weights and call it vision_tower",
         )
     try:
@@ -86,18 +87,21 @@ def tower_numbers(
 def clip_vision(
     tower: Mapping[str, Any], preprocessor: Mapping[str, Any], layer: Any, pad: bool, **rest: Any
 ) -> VisionConfig:
-    """Vision values. tower: see tower_numbers; layer: whose output is read, counted from the
-    embeddings as 0, or from the end as below 0 (transformers' hidden_states); pad: whether images
-    are padded to a square, which preprocessor_config.json may say too. rest: Vision's token,
-    projector_hidden and so on.
+    """The numbers of a CLIP encoder.
+
+    tower: see tower_numbers. layer: whose output is read, counted as transformers' hidden_states
+    are: the embeddings are 0, a number below 0 counts from the end. pad: whether images are padded
+    to a square; preprocessor_config.json may ask for it too. rest: other fields of VisionConfig
+    (token, projector_hidden and so on).
 
     Raises EdgemedError for a layer or a rule of resizing that is not supported.
     """
     depth = tower["num_hidden_layers"]
-    width = tower["hidden_size"]
     size = tower["image_size"]
-    layers = layer if not isinstance(layer, int) or layer >= 0 else depth + 1 + layer
-    if not isinstance(layer, int) or not 1 <= layers <= depth:
+    layers = 0
+    if isinstance(layer, int):
+        layers = layer if layer >= 0 else depth + 1 + layer
+    if not 1 <= layers <= depth:
         raise EdgemedError(
             f"config.json: features of layer {layer} of a tower of {depth} are not supported",
             f"Known: one layer, from 1 to {depth} or from -{depth} to -1",
@@ -109,7 +113,7 @@ def clip_vision(
             "Known: quick_gelu, gelu",
         )
     return VisionConfig(
-        width=width,
+        width=tower["hidden_size"],
         layers=layers,
         spare=depth - layers,
         heads=tower["num_attention_heads"],
@@ -127,54 +131,57 @@ def clip_vision(
 
 
 def square_rule(preprocessor: Mapping[str, Any], size: int, pad: bool) -> str:
-    """Vision.fit from preprocessor_config.json. Raises EdgemedError for another rule or size than
-    the tower's, which would be another image.
+    """VisionConfig.fit from preprocessor_config.json.
+
+    size: side of the encoder's images, in pixels. Raises EdgemedError for another rule or size than
+    the encoder's, which would give another image.
     """
-    asked = preprocessor.get("size") or size
+    sides = preprocessor.get("size") or size
+    if isinstance(sides, int):
+        sides = {"shortest_edge": sides}
     crop = preprocessor.get("crop_size") or size
-    asked = {"shortest_edge": asked} if isinstance(asked, int) else asked
-    crop = {crop} if isinstance(crop, int) else set(crop.values())
-    wanted = {
-        "resample": (3, None),
-        "do_resize": (True, None),
-        "do_rescale": (True, None),
-        "do_normalize": (True, None),
-    }
-    odd = [
-        f"{key} {preprocessor[key]}"
-        for key, known in wanted.items()
-        if preprocessor.get(key) not in known
-    ]
-    if set(asked.values()) != {size} or set(asked) not in ({"shortest_edge"}, {"height", "width"}):
-        odd += [f"size {asked}"]
+    crop_sides = {crop} if isinstance(crop, int) else set(crop.values())
     cropped = preprocessor.get("do_center_crop", True)
-    if cropped and crop != {size}:
-        odd += [f"crop_size {preprocessor['crop_size']}"]
     pad = pad or bool(preprocessor.get("do_pad"))
-    if not pad and not cropped and "shortest_edge" in asked:
-        odd += ["do_center_crop false"]
-    if odd:
+    unsupported = []
+    # 3 is bicubic.
+    usual = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True}
+    for key, value in usual.items():
+        if preprocessor.get(key) not in (value, None):
+            unsupported.append(f"{key} {preprocessor[key]}")
+    if set(sides.values()) != {size} or set(sides) not in ({"shortest_edge"}, {"height", "width"}):
+        unsupported.append(f"size {sides}")
+    if cropped and crop_sides != {size}:
+        unsupported.append(f"crop_size {preprocessor['crop_size']}")
+    if not pad and not cropped and "shortest_edge" in sides:
+        unsupported.append("do_center_crop false")
+    if unsupported:
         raise EdgemedError(
-            f"preprocessor_config.json: {odd[0]} is not supported",
+            f"preprocessor_config.json: {unsupported[0]} is not supported",
             f"Known: bicubic, to the tower's {size} x {size}, padded or centre-cropped",
         )
-    return "pad" if pad else "crop" if "shortest_edge" in asked else "stretch"
+    if pad:
+        return "pad"
+    return "crop" if "shortest_edge" in sides else "stretch"
 
 
 def clip_parts(
     v: VisionConfig, d: DecoderConfig, roots: tuple[str, ...], projector: tuple[str, str]
 ) -> dict[str, ParamSpec]:
-    """The tower's and the two-layer projector's parts. roots: what may stand before 'embeddings.'
-    and 'encoder.'; projector: modules of its two matrices, alternatives parted by '|'. Layers
-    behind the one that is read, and the last norm, are 'vision.spare.*'.
+    """The parts of the encoder and of the two-layer projector.
+
+    roots: what may stand before 'embeddings.' and 'encoder.'. projector: modules of its two
+    matrices, alternatives parted by '|'. Layers behind the one that is read, and the last norm, are
+    'vision.spare.*'.
     """
 
     def at(module: str) -> tuple[str]:
         return ("|".join(root + module for root in roots),)
 
     w = v.width
+    # one per patch, and one for the class token
     places = (v.size // v.patch) ** 2 + 1
-    found = {
+    specs = {
         "vision.class": ParamSpec(
             at("embeddings.class_embedding"),
             "table",
@@ -189,7 +196,7 @@ def clip_parts(
             stored_shape=(w, 3, v.patch, v.patch),
         ),
         "vision.positions": ParamSpec(at("embeddings.position_embedding"), "table", (places, w)),
-        # as it is spelt there
+        # This is how it is spelt in transformers.
         "vision.pre_norm": ParamSpec(
             at("pre_layrnorm"),
             "norm",
@@ -200,7 +207,7 @@ def clip_parts(
     for n in range(v.layers + v.spare):
         name = f"vision.layers.{n}" if n < v.layers else f"vision.spare.layers.{n}"
         layer = f"encoder.layers.{n}"
-        found |= {
+        specs |= {
             f"{name}.attn_norm": ParamSpec(
                 at(f"{layer}.layer_norm1"),
                 "norm",
@@ -239,7 +246,7 @@ def clip_parts(
                 bias=True,
             ),
         }
-    return found | {
+    return specs | {
         "vision.spare.post_norm": ParamSpec(
             at("post_layernorm"),
             "norm",

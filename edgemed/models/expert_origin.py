@@ -1,9 +1,9 @@
-"""Whether the experts of a layer are of one make: the signs that a file's headers give that one of
-them came from another model.
+"""Whether the experts of a layer come from one model: what the headers of a checkpoint's files tell
+about it.
 
 Weights alone do not tell: trained experts of one model have little in common, so no statistic of
 theirs would be evidence. What can be seen is that one expert has another size, number format or set
-of biases than its siblings, or lies in a file that names another base model.
+of biases than the others, or lies in a file that names another base model.
 """
 
 from __future__ import annotations
@@ -30,51 +30,49 @@ def check(
     keys: canonical part -> the checkpoint's modules. Packed matrices are compared among themselves
     in biases and named bases only: bits may differ by design.
     """
-    known: dict[str, str | None] = {}
-    # (layer, matrix, what) -> expert -> (value, tensor)
-    found: dict[tuple[int, str, str], dict[int, tuple[str, str]]] = {}
+    base_of: dict[str, str | None] = {}  # file -> the base model that its metadata names
+    # (layer, matrix, property) -> expert -> (value, tensor)
+    properties: dict[tuple[int, str, str], dict[int, tuple[str, str]]] = {}
     for name, part in parts.items():
-        if not (match := NAME.fullmatch(name)):
+        match = NAME.fullmatch(name)
+        if match is None:
             continue
         layer = int(match[1])
         expert = int(match[2])
-        last = match[3]
+        matrix = match[3]
         for number, key in enumerate(keys[name]):
-            for what, value in _facts(checkpoint, part.weight(key), key, known).items():
-                found.setdefault((layer, f"{last} {number}", what), {})[expert] = (
-                    value,
-                    part.weight(key),
-                )
-    for (layer, _, what), experts in sorted(found.items()):
+            tensor = part.weight(key)
+            for what, value in _properties(checkpoint, tensor, key, base_of).items():
+                experts = properties.setdefault((layer, f"{matrix} {number}", what), {})
+                experts[expert] = (value, tensor)
+    for (layer, _, what), experts in sorted(properties.items()):
         usual = Counter(value for value, _ in experts.values()).most_common(1)[0][0]
-        odd = next(
-            (expert for expert, (value, _) in sorted(experts.items()) if value != usual), None
-        )
-        if odd is not None:
-            value, tensor = experts[odd]
-            problem = (
-                f"{checkpoint.path}: layer {layer}, expert {odd}: '{tensor}' {what} {value}, its"
-                f" siblings' {usual}"
-            )
-            raise EdgemedError(
-                problem,
-                "The experts come from different models; download the checkpoint again, or put"
-                " together what belongs together",
-            )
+        for expert, (value, tensor) in sorted(experts.items()):
+            if value != usual:
+                raise EdgemedError(
+                    f"{checkpoint.path}: layer {layer}, expert {expert}: '{tensor}' {what} {value},"
+                    f" the other experts' {usual}",
+                    "The experts come from different models; download the checkpoint again, or put"
+                    " together what belongs together",
+                )
 
 
-def _facts(
-    checkpoint: Checkpoint, tensor: str, key: str, known: dict[str, str | None]
+def _properties(
+    checkpoint: Checkpoint, tensor: str, key: str, base_of: dict[str, str | None]
 ) -> dict[str, str]:
+    # verb -> value, of one expert's module; base_of is filled on the way
     entry = checkpoint.tensors.get(tensor)
-    held = entry or checkpoint.tensors.get(f"{key}.qweight")
-    if held is None:
+    stored = entry or checkpoint.tensors.get(f"{key}.qweight")
+    if stored is None:
         return {}
-    file = str(held.file)
-    if file not in known:
-        said = metadata(held.file)
-        known[file] = next((str(said[name]) for name in BASE if name in said), None)
-    found = {"has": "a bias" if f"{key}.bias" in checkpoint.tensors else "no bias"} | (
-        {"is made from": known[file]} if known[file] else {}
-    )
-    return found | ({"is": f"{entry.dtype} {list(entry.shape)}"} if entry else {})
+    file = str(stored.file)
+    if file not in base_of:
+        words = metadata(stored.file)
+        base_of[file] = next((str(words[name]) for name in BASE if name in words), None)
+    properties = {"has": "a bias" if f"{key}.bias" in checkpoint.tensors else "no bias"}
+    base = base_of[file]
+    if base:
+        properties["is made from"] = base
+    if entry is not None:
+        properties["is"] = f"{entry.dtype} {list(entry.shape)}"
+    return properties

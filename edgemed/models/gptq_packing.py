@@ -22,14 +22,15 @@ def unpack(packed: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     values, words = stride(bits)
     moved = packed.movedim(axis, 0)
     grouped = moved.reshape(-1, words, *moved.shape[1:]).to(torch.int64) & 0xFFFFFFFF
-    found = torch.empty((grouped.shape[0], values, *moved.shape[1:]), dtype=torch.uint8)
+    unpacked = torch.empty((grouped.shape[0], values, *moved.shape[1:]), dtype=torch.uint8)
+    # Value i lies at the bits from i * bits on. It may begin in one word and end in the next.
     for i in range(values):
         word, shift = divmod(i * bits, 32)
         value = grouped[:, word] >> shift
         if shift + bits > 32:
             value |= grouped[:, word + 1] << (32 - shift)
-        found[:, i] = value & ((1 << bits) - 1)
-    return found.reshape(-1, *moved.shape[1:]).movedim(0, axis).contiguous()
+        unpacked[:, i] = value & ((1 << bits) - 1)
+    return unpacked.reshape(-1, *moved.shape[1:]).movedim(0, axis).contiguous()
 
 
 def pack(values: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
@@ -38,15 +39,16 @@ def pack(values: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     count, words = stride(bits)
     moved = values.movedim(axis, 0)
     grouped = moved.reshape(-1, count, *moved.shape[1:])
-    found = torch.zeros((grouped.shape[0], words, *moved.shape[1:]), dtype=torch.int64)
+    packed = torch.zeros((grouped.shape[0], words, *moved.shape[1:]), dtype=torch.int64)
     for i in range(count):
         word, shift = divmod(i * bits, 32)
         value = grouped[:, i].to(torch.int64)
-        found[:, word] |= value << shift & 0xFFFFFFFF
+        packed[:, word] |= value << shift & 0xFFFFFFFF
         if shift + bits > 32:
-            found[:, word + 1] |= value >> (32 - shift)
-    found = torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32)
-    return found.reshape(-1, *moved.shape[1:]).movedim(0, axis).contiguous()
+            packed[:, word + 1] |= value >> (32 - shift)
+    # The words are unsigned, torch's int32 is not: those of 2^31 and above become negative.
+    packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    return packed.reshape(-1, *moved.shape[1:]).movedim(0, axis).contiguous()
 
 
 def stride(bits: int) -> tuple[int, int]:

@@ -21,23 +21,23 @@ def quiet_and_offline() -> Iterator[None]:
     """
     hub = need("huggingface_hub", "build")
     transformers_logging = need("transformers.utils.logging", "build")
-    was = hub.constants.HF_HUB_OFFLINE
-    bars = transformers_logging.is_progress_bar_enabled()
-    loggers = {
-        logging.getLogger(name): logging.getLogger(name).level
-        for name in ("transformers", "peft", "accelerate")
-    }
+    hub_offline = hub.constants.HF_HUB_OFFLINE
+    progress_bar = transformers_logging.is_progress_bar_enabled()
+    levels = {}
+    for name in ("transformers", "peft", "accelerate"):
+        logger = logging.getLogger(name)
+        levels[logger] = logger.level
     hub.constants.HF_HUB_OFFLINE = True
     transformers_logging.disable_progress_bar()
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        hub.constants.HF_HUB_OFFLINE = was
-        for logger, level in loggers.items():
+        hub.constants.HF_HUB_OFFLINE = hub_offline
+        for logger, level in levels.items():
             logger.setLevel(level)
-        if bars:
+        if progress_bar:
             transformers_logging.enable_progress_bar()

@@ -273,10 +273,10 @@ def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
         b = torch.block_diag(*(b for _, b in own))
         if part.endswith(".qkv"):
             layer = int(part.split(".")[1])
-            factor = (weights.source.fold_factor(layer) if weights.fold else 1.0) * (
+            factor = (weights.unfolded.fold_factor(layer) if weights.fold else 1.0) * (
                 folded["q"][layer] if "q" in folded else 1.0
             )
-            b[: weights.source.q_size] *= factor
+            b[: weights.unfolded.q_size] *= factor
         found[part] = (a, b)
     if not any(b.any() for _, b in found.values()):
         raise EdgemedError(

@@ -9,27 +9,26 @@ import math
 
 from edgemed.models.weights import CanonicalWeights
 
-SPARE = "vision.spare."  # layers of a vision tower that are stored and never read
+SPARE = "vision.spare."  # layers of a vision encoder that are stored and never read
 
 
 def sizes(weights: CanonicalWeights) -> dict[str, tuple[str, int, int]]:
-    """canonical part -> (kind, weights, biases) in elements; a matrix that is the embedding table
-    is not counted again.
+    """canonical part -> (kind, number of weights, number of biases). A matrix that is the embedding
+    table is not counted again.
 
-    Taken from the architecture, so that packed integers count as the weights they stand for.
+    The numbers come from the architecture, so packed integers count as the weights they stand for.
     """
-    found = {}
+    counts = {}
     seen = set()
     for name, part in weights.parts.items():
         keys = weights.keys[name]
         if keys in seen:
             continue
         seen.add(keys)
-        biases = (
-            part.shape[0] if any(f"{key}.bias" in weights.checkpoint.tensors for key in keys) else 0
-        )
-        found[name] = (part.kind, math.prod(part.shape), biases)
-    return found
+        has_bias = any(f"{key}.bias" in weights.checkpoint.tensors for key in keys)
+        biases = part.shape[0] if has_bias else 0
+        counts[name] = (part.kind, math.prod(part.shape), biases)
+    return counts
 
 
 def parameters(weights: CanonicalWeights) -> int:

@@ -22,19 +22,14 @@ MARK = "edgemed_random_weights"
 
 def reference_config(name: str) -> dict[str, Any]:
     """The published config of a model ('biomedlm') or of a family's best-known one ('gpt2')."""
-    families = all_families().values()
-    known = {
-        name: config
-        for f in families
-        for name, config in (
-            (f.reference_name, f.reference_config),
-            (f.name, f.reference_config),
-            *f.other_references.items(),
-        )
-    }
-    if name not in known:
-        raise EdgemedError(f"no true dimensions are known for '{name}'", nearest(name, known))
-    return dict(known[name])
+    configs: dict[str, Mapping[str, Any]] = {}
+    for family in all_families().values():
+        configs[family.reference_name] = family.reference_config
+        configs[family.name] = family.reference_config
+        configs.update(family.other_references)
+    if name not in configs:
+        raise EdgemedError(f"no true dimensions are known for '{name}'", nearest(name, configs))
+    return dict(configs[name])
 
 
 def make_random(
@@ -46,45 +41,39 @@ def make_random(
     dtype: 'float32', 'float16' or 'bfloat16'. Matrices ~ N(0, initializer_range), norms 1, biases
     0, as at initialisation.
     """
-    torch = need("torch", "build")
     config = reference_config(config) if isinstance(config, str) else dict(config)
     config |= {MARK: True, "torch_dtype": dtype}
     params = {"config": config, "dtype": dtype, "seed": seed}
     with store.building(Path(out), "checkpoint", "random-weights", params, {}) as work:
         if work is not None:
-            family = family_of(config, "random weights")
-            decoder = family.decoder(config, {})
-            generator = torch.Generator().manual_seed(seed)
-            writer = Writer(work.path, config)
-            std = config.get("initializer_range", 0.02)
-            written: set[str] = set()
-            for part in track(
-                list(
-                    every_part(
-                        family, decoder, family.vision(config, {}, {}) if family.vision else None
-                    ).values()
-                ),
-                "random weights",
-            ):
-                for module, shape in part.stored():
-                    if module in written:
-                        continue
-                    written.add(module)
-                    if part.kind == "norm":
-                        weight = torch.ones(shape)
-                    else:
-                        weight = torch.empty(shape).normal_(0, std, generator=generator)
-                    writer.add(
-                        f"{family.prefixes[0]}{part.weight(module)}",
-                        weight.to(getattr(torch, dtype)),
-                    )
-                    if part.bias:
-                        writer.add(
-                            f"{family.prefixes[0]}{module}.bias",
-                            torch.zeros(
-                                shape[-1 if part.conv1d else 0], dtype=getattr(torch, dtype)
-                            ),
-                        )
-            writer.close()
+            _write(work.path, config, dtype, seed)
             work.notes[MARK] = True
     return open_checkpoint(out)
+
+
+def _write(path: Path, config: Mapping[str, Any], dtype: str, seed: int) -> None:
+    torch = need("torch", "build")
+    family = family_of(config, "random weights")
+    decoder = family.decoder(config, {})
+    vision = family.vision(config, {}, {}) if family.vision else None
+    generator = torch.Generator().manual_seed(seed)
+    writer = Writer(path, config)
+    std = config.get("initializer_range", 0.02)
+    stored_dtype = getattr(torch, dtype)
+    prefix = family.prefixes[0]
+    written: set[str] = set()
+    for part in track(list(every_part(family, decoder, vision).values()), "random weights"):
+        for module, shape in part.stored():
+            # Tied modules are written once.
+            if module in written:
+                continue
+            written.add(module)
+            if part.kind == "norm":
+                weight = torch.ones(shape)
+            else:
+                weight = torch.empty(shape).normal_(0, std, generator=generator)
+            writer.add(f"{prefix}{part.weight(module)}", weight.to(stored_dtype))
+            if part.bias:
+                rows = shape[-1 if part.conv1d else 0]
+                writer.add(f"{prefix}{module}.bias", torch.zeros(rows, dtype=stored_dtype))
+    writer.close()

@@ -60,15 +60,15 @@ def _from_bpe_files(path: Path) -> Any:
     tokenizer = Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt")))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    config = (
-        json.loads((path / "tokenizer_config.json").read_text())
-        if (path / "tokenizer_config.json").is_file()
-        else {}
-    )
-    special = {config.get(key) for key in ("eos_token", "bos_token", "pad_token", "unk_token")}
-    tokenizer.add_special_tokens(
-        sorted(t if isinstance(t, str) else t["content"] for t in special if t)
-    )
+    config = {}
+    if (path / "tokenizer_config.json").is_file():
+        config = json.loads((path / "tokenizer_config.json").read_text())
+    special = set()
+    for key in ("eos_token", "bos_token", "pad_token", "unk_token"):
+        token = config.get(key)
+        if token:
+            special.add(token if isinstance(token, str) else token["content"])
+    tokenizer.add_special_tokens(sorted(special))
     return tokenizer
 
 
@@ -80,12 +80,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def chat_text(
     path: Path | None, messages: Sequence[Mapping[str, str]], eos: str, answered: bool = False
 ) -> str:
-    """Messages as one prompt: the engine's (or checkpoint's) chat template where it has one, else
-    plain turns. answered: a whole conversation, which no answer is to follow.
+    """Messages as one prompt: in the chat template of an engine or checkpoint where it has one,
+    else in plain turns.
 
-    messages: [{'role': 'user', 'content': ...}, ...].
+    messages: [{'role': 'user', 'content': ...}, ...]. eos: the token that ends a text. answered:
+    the conversation ends with an answer, so no answer is to follow.
     """
-    if template := path and chat_template(Path(path)):
+    template = chat_template(Path(path)) if path else ""
+    if template:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -93,24 +95,26 @@ def chat_text(
         return environment.from_string(template).render(
             messages=messages, add_generation_prompt=not answered, eos_token=eos, bos_token=""
         )
-    turns = [f"{NAMES[m['role']]}: {m['content']}" for m in messages]
-    return "\n".join(turns if answered else [*turns, "Answer:"])
+    turns = [f"{NAMES[message['role']]}: {message['content']}" for message in messages]
+    if not answered:
+        turns.append("Answer:")
+    return "\n".join(turns)
 
 
 def chat_template(path: Path) -> str:
     """The jinja template of a model or engine directory, '' where it has none: a file of its own
     today, an entry of tokenizer_config.json or chat_template.json in older checkpoints.
     """
-    if (file := path / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+    own_file = path / "chat_template.jinja"
+    if own_file.is_file():
+        return own_file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        found = (
-            json.loads((path / name).read_text(encoding="utf-8")).get("chat_template")
-            if (path / name).is_file()
-            else None
-        )
-        if isinstance(found, str):
-            return found
+        file = path / name
+        if not file.is_file():
+            continue
+        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, str):
+            return template
     return ""
 
 

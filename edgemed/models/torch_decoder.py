@@ -1,14 +1,15 @@
 """A generic decoder in torch, built from a family's values and run layer by layer from disk.
 
-It is the reference every engine is compared with and the pass calibration runs on. It exists beside
+It is the reference every engine is compared with, and calibration runs on it. It exists beside
 transformers because it needs the memory of one layer only, and because steps must see the input of
-every matrix.
+every matrix. A target's module imports it on a device too, so torch is not imported at the top.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,51 +31,68 @@ if TYPE_CHECKING:
 
     Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
     Cache = tuple[torch.Tensor, torch.Tensor]
-    # token ids, or those and the images among them
-    Window = Sequence[int] | tuple[list[int], ImageEmbeddings | None]
+    # token ids, or token ids and the embeddings of the images among them
+    TokenSequence = Sequence[int] | tuple[list[int], ImageEmbeddings | None]
+    # (layer, name, x [.., in]) -> [.., out]: how a matrix is multiplied
     Product = Callable[[Layer, str, torch.Tensor], torch.Tensor]
     # (number of the layer, decoder, layer, x [tokens, hidden]) -> what `routed` gives
     Route = Callable[[int, DecoderConfig, Layer, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class SessionState:
+    """What a session adds to the computation of one layer.
+
+    cache: (keys, values), each float32 [batch, kv_heads, context, head_dim]. position: of the first
+    token; rows from there on are written in place. route: who chooses experts, None for `routed`.
+    """
+
+    cache: Cache
+    position: int
+    route: Route | None = None
+
+
 def load_layer(weights: CanonicalWeights, n: int) -> Layer:
     """(weight, bias) of each part of layer n, float32, quantized matrices expanded."""
-    d = weights.source
-    norms = [name for name in ("attn_norm", "mlp_norm") if f"layers.{n}.{name}" in weights.parts]
-    layer: Layer = {name: weights.norm(f"layers.{n}.{name}") for name in norms}
-    for name in (*d.matrices(n), *(("router",) if d.sparse(n) else ())):
+    d = weights.unfolded
+    layer: Layer = {}
+    for name in ("attn_norm", "mlp_norm"):
+        if f"layers.{n}.{name}" in weights.parts:
+            layer[name] = weights.norm(f"layers.{n}.{name}")
+    names = list(d.matrices(n))
+    if d.sparse(n):
+        names.append("router")
+    for name in names:
         matrix = weights.matrix(f"layers.{n}.{name}")
         layer[name] = (matrix.dense(), matrix.bias)
-    for name in (
-        (f"experts.{j}.{last}" for j in range(d.experts.count) for last in ("up", "down"))
-        if d.sparse(n) and d.experts.based
-        else ()
-    ):
-        own = weights.delta(f"layers.{n}.{name}")
-        layer[name] = (own.weight, own.bias)
+    if d.has_shared_base(n):
+        for j in range(d.mixture.count):
+            for last in ("up", "down"):
+                delta = weights.delta(f"layers.{n}.experts.{j}.{last}")
+                layer[f"experts.{j}.{last}"] = (delta.weight, delta.bias)
     return layer
 
 
-def loaded(weights: CanonicalWeights, n: int) -> int:
-    """Numbers of layer n as load_layer holds it: of experts that share a matrix every difference
-    whole.
+def layer_elements(weights: CanonicalWeights, n: int) -> int:
+    """Numbers of layer n as load_layer holds it. Of experts that share a matrix, every difference
+    is held as a full matrix.
     """
-    d = weights.source
-    shapes = {
-        name: part.shape for name, part in weights.parts.items() if name.startswith(f"layers.{n}.")
-    }
-    whole = (
-        d.experts.count
-        * sum(math.prod(shapes[f"layers.{n}.base.{last}"]) for last in ("up", "down"))
-        if d.sparse(n) and d.experts.based
-        else 0
-    )
-    return whole + sum(
-        math.prod(shape) for name, shape in shapes.items() if ".experts." not in name or not whole
-    )
+    d = weights.unfolded
+    has_base = d.has_shared_base(n)
+    total = 0
+    for name, part in weights.parts.items():
+        # The factors of a difference are not held.
+        if name.startswith(f"layers.{n}.") and not (has_base and ".experts." in name):
+            total += math.prod(part.shape)
+    if has_base:
+        for last in ("up", "down"):
+            shape = weights.parts[f"layers.{n}.base.{last}"].shape
+            total += d.mixture.count * math.prod(shape)
+    return total
 
 
 def norm(d: DecoderConfig, layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
+    """A norm of the layer over the last axis of x [.., hidden]."""
     torch = need("torch", "build")
     weight, bias = layer[name]
     if d.norm == "rmsnorm":
@@ -83,6 +101,7 @@ def norm(d: DecoderConfig, layer: Layer, name: str, x: torch.Tensor) -> torch.Te
 
 
 def linear(layer: Layer, name: str, x: torch.Tensor) -> torch.Tensor:
+    """A matrix of the layer times x [.., in], plus its bias: [.., out]."""
     torch = need("torch", "build")
     return torch.nn.functional.linear(x, *layer[name])
 
@@ -91,15 +110,18 @@ def activate(d: DecoderConfig, x: torch.Tensor) -> torch.Tensor:
     """What 'down' reads, from what 'up' gives: [.., ffn], or [.., gate and up] where the MLP is
     gated.
     """
-    torch = need("torch", "build")
-    gate, x = x.chunk(2, -1) if d.gated else (x, None)
-    if d.activation == "silu":
-        gate = torch.nn.functional.silu(gate)
+    functional = need("torch", "build").nn.functional
+    if d.gated:
+        gate, rest = x.chunk(2, -1)
     else:
-        gate = torch.nn.functional.gelu(
-            gate, approximate="tanh" if d.activation == "gelu_tanh" else "none"
-        )
-    return gate if x is None else gate * x
+        gate = x
+        rest = None
+    if d.activation == "silu":
+        gate = functional.silu(gate)
+    else:
+        approximate = "tanh" if d.activation == "gelu_tanh" else "none"
+        gate = functional.gelu(gate, approximate=approximate)
+    return gate if rest is None else gate * rest
 
 
 def rope_angles(d: DecoderConfig, positions: torch.Tensor) -> torch.Tensor:
@@ -107,12 +129,17 @@ def rope_angles(d: DecoderConfig, positions: torch.Tensor) -> torch.Tensor:
     are plain numbers).
     """
     torch = need("torch", "build")
-    counted = positions[list(d.rope_axes)] if d.rope_axes else positions[[0]]
-    return counted.T.float() * torch.tensor(d.rope_frequencies)
+    # One row per pair of elements: the part of the position that this pair counts.
+    per_pair = positions[list(d.rope_axes)] if d.rope_axes else positions[[0]]
+    return per_pair.T.float() * torch.tensor(d.rope_frequencies)
 
 
 def rotated(d: DecoderConfig, x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
-    """x [batch, heads, tokens, head_dim] turned by rope_angles, where the model has them."""
+    """x [batch, heads, tokens, head_dim] turned by rope_angles [tokens, pairs]; None: unchanged.
+
+    Pair i of a head is its elements i and i + half. Each pair turns in its plane by its angle
+    (Su et al. 2021); elements behind the pairs stay.
+    """
     torch = need("torch", "build")
     if angles is None:
         return x
@@ -142,9 +169,9 @@ def attention(
     torch = need("torch", "build")
     batch, tokens, _ = qkv.shape
     if angles is None and d.positions == "rope":
-        angles = rope_angles(
-            d, torch.arange(position, position + tokens).expand(max(d.rope_axes, default=0) + 1, -1)
-        )
+        # Text: every part of a position counts alike.
+        counts = torch.arange(position, position + tokens)
+        angles = rope_angles(d, counts.expand(max(d.rope_axes, default=0) + 1, -1))
     q, k, v = qkv.split([d.q_size, d.kv_size, d.kv_size], dim=-1)
     q = rotated(d, q.view(batch, tokens, d.heads, d.head_dim).transpose(1, 2), angles)
     k = rotated(d, k.view(batch, tokens, d.kv_heads, d.head_dim).transpose(1, 2), angles)
@@ -155,6 +182,8 @@ def attention(
         cache[1][:, :, position:end] = v
         k = cache[0][:, :, :end]
         v = cache[1][:, :, :end]
+    # Token i stands at `position` + i and sees everything up to itself: a diagonal moved right by
+    # `position`. A single token sees all there is.
     mask = torch.ones(tokens, end, dtype=torch.bool).tril(position) if tokens > 1 else None
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=d.score_scale[n], enable_gqa=d.heads != d.kv_heads
@@ -167,23 +196,28 @@ def block(
     layer: Layer,
     n: int,
     x: torch.Tensor,
-    cache: Cache | None = None,
-    position: int = 0,
     product: Product = linear,
     angles: torch.Tensor | None = None,
-    route: Route | None = None,
+    state: SessionState | None = None,
 ) -> torch.Tensor:
-    """One decoder layer: x [batch, tokens, hidden] -> the same shape. product(layer, name, x)
-    computes a matrix; a step may look at its input. route: who chooses experts instead of
-    `routed`.
+    """One decoder layer: x [batch, tokens, hidden] -> the same shape.
+
+    product: computes a matrix; a step may look at its input. angles: see `attention`. state: of a
+    session; None for whole sequences from position 0.
     """
-    read = norm(d, layer, "attn_norm", x)
-    branch = product(
-        layer, "o", attention(d, n, product(layer, "qkv", read), cache, position, angles)
-    )
-    x = x + branch
-    read = read if d.parallel else norm(d, layer, "mlp_norm", x)
-    return x + mlp(d, layer, n, read, product, route)
+    cache = None
+    position = 0
+    route = None
+    if state is not None:
+        cache = state.cache
+        position = state.position
+        route = state.route
+    normed = norm(d, layer, "attn_norm", x)
+    qkv = product(layer, "qkv", normed)
+    x = x + product(layer, "o", attention(d, n, qkv, cache, position, angles))
+    if not d.parallel:
+        normed = norm(d, layer, "mlp_norm", x)
+    return x + mlp(d, layer, n, normed, product, route)
 
 
 def mlp(
@@ -195,30 +229,30 @@ def mlp(
     route: Route | None = None,
 ) -> torch.Tensor:
     """What layer n's MLP or mixture of experts gives for x [.., hidden], the same shape. Of the
-    experts only those some token chose are computed.
+    experts only those that some token chose are computed. route: who chooses, None for `routed`.
     """
     if not d.sparse(n):
         return _one_mlp(d, layer, "", x, product)
     torch = need("torch", "build")
+    experts = d.mixture
     flat = x.reshape(-1, d.hidden)
     gates, chosen = route(n, d, layer, flat) if route else routed(d, layer, flat)
-    y = _one_mlp(d, layer, "shared.", flat, product) if d.experts.shared else torch.zeros_like(flat)
-    if d.experts.based:
-        mixed, own = based(d, layer, flat, (gates, chosen), product)
-        return (y + own + product(layer, "base.down", mixed)).reshape(x.shape)
-    for expert in range(d.experts.count):
+    y = torch.zeros_like(flat)
+    if experts.shared:
+        y = _one_mlp(d, layer, "shared.", flat, product)
+    if experts.has_shared_base:
+        mixed, deltas = shared_base_mixture(d, layer, flat, (gates, chosen), product)
+        return (y + deltas + product(layer, "base.down", mixed)).reshape(x.shape)
+    for expert in range(experts.count):
+        # rows: the tokens that chose this expert; place: as which of their choices
         rows, place = (chosen == expert).nonzero(as_tuple=True)
         if len(rows):
-            y.index_add_(
-                0,
-                rows,
-                gates[rows, place, None]
-                * _one_mlp(d, layer, f"experts.{expert}.", flat[rows], product),
-            )
+            outputs = _one_mlp(d, layer, f"experts.{expert}.", flat[rows], product)
+            y.index_add_(0, rows, gates[rows, place, None] * outputs)
     return y.reshape(x.shape)
 
 
-def based(
+def shared_base_mixture(
     d: DecoderConfig,
     layer: Layer,
     x: torch.Tensor,
@@ -233,19 +267,18 @@ def based(
     multiplied once, whatever the number of experts. route: as routed gives it.
     """
     torch = need("torch", "build")
-    (gates, chosen) = route
-    common = product(layer, "base.up", x)
-    mixed = x.new_zeros(len(x), d.ffn)
-    own = torch.zeros_like(x)
-    for expert in range(d.experts.count):
+    gates, chosen = route
+    common = product(layer, "base.up", x)  # S_up x
+    mixed = x.new_zeros(len(x), d.ffn)  # sum_j g_j a_j
+    deltas = torch.zeros_like(x)  # sum_j g_j D_down,j a_j
+    for expert in range(d.mixture.count):
         rows, place = (chosen == expert).nonzero(as_tuple=True)
         if len(rows):
+            gate = gates[rows, place, None]
             inner = activate(d, common[rows] + linear(layer, f"experts.{expert}.up", x[rows]))
-            mixed.index_add_(0, rows, gates[rows, place, None] * inner)
-            own.index_add_(
-                0, rows, gates[rows, place, None] * linear(layer, f"experts.{expert}.down", inner)
-            )
-    return mixed, own
+            mixed.index_add_(0, rows, gate * inner)
+            deltas.index_add_(0, rows, gate * linear(layer, f"experts.{expert}.down", inner))
+    return mixed, deltas
 
 
 def _one_mlp(
@@ -255,68 +288,78 @@ def _one_mlp(
 
 
 def routed(d: DecoderConfig, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gates, experts chosen), each [tokens, active], for x float32 [tokens, hidden]; see Experts.
+    """(gates, experts chosen), each [tokens, active], for x float32 [tokens, hidden]; see
+    ExpertsConfig.
 
-    The authors' top-2 adds noise to the second choice even in evaluation; here it is the second
-    largest, always (routing.Noisy does as they do).
+    The authors' top-2 adds noise to the second choice even in evaluation. Here it is always the
+    second largest gate (routing.Noisy does as they do).
     """
-    gates, chosen = linear(layer, "router", x).softmax(-1).topk(d.experts.active, -1)
-    return (gates / gates.sum(-1, keepdim=True) if d.experts.renormalised else gates), chosen
+    experts = d.mixture
+    gates, chosen = linear(layer, "router", x).softmax(-1).topk(experts.active, -1)
+    if experts.renormalised:
+        gates = gates / gates.sum(-1, keepdim=True)
+    return gates, chosen
 
 
 def tables(weights: CanonicalWeights) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of words [vocab, hidden] and, where they are learned, of positions [context, hidden],
-    float32.
+    """The embedding tables, float32: of tokens [vocab, hidden] and, where positions are learned, of
+    positions [context, hidden].
     """
-    return weights.table("embed"), weights.table(
-        "positions"
-    ) if weights.decoder.positions == "learned" else None
+    positions = None
+    if weights.decoder.positions == "learned":
+        positions = weights.table("positions")
+    return weights.table("embed"), positions
 
 
 def embed(
     weights: CanonicalWeights,
     tokens: torch.Tensor,
-    known: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    read: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """tokens [batch, tokens] from position 0 -> hidden states, float32. known: `tables`, where they
+    """tokens [batch, tokens] from position 0 -> hidden states, float32. read: `tables`, where they
     are read already.
     """
-    words, positions = known or tables(weights)
+    words, positions = read or tables(weights)
     x = words[tokens]
     return x if positions is None else x + positions[: tokens.shape[1]]
 
 
-def shown(
-    weights: CanonicalWeights, windows: Iterable[Window]
+def embed_sequences(
+    weights: CanonicalWeights, windows: Iterable[TokenSequence]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """(hidden states float32 [1, tokens, hidden] before the first layer, rotary angles [tokens,
-    pairs] or None for plain positions) of each window's tokens and the images among them. The
-    tables are read once for all windows.
+    pairs] or None for plain positions) of each sequence, with the images among its tokens. The
+    tables are read once for all sequences.
     """
     torch = need("torch", "build")
-    known = tables(weights)
+    read = tables(weights)
     for window in windows:
-        tokens, pictures = (
-            window if isinstance(window, tuple) else ([int(token) for token in window], None)
-        )
-        x = embed(weights, torch.from_numpy(embedding_ids(tokens, pictures))[None], known)
-        if pictures is None:
+        images: ImageEmbeddings | None = None
+        if isinstance(window, tuple):
+            tokens, images = window
+        else:
+            tokens = [int(token) for token in window]
+        x = embed(weights, torch.from_numpy(embedding_ids(tokens, images))[None], read)
+        if images is None:
             yield x, None
             continue
-        check_image_embeddings(tokens, pictures)
-        x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(
-            np.asarray(pictures.features, np.float32)
-        )
-        yield (
-            x,
-            rope_angles(weights.decoder, torch.from_numpy(pictures.positions))
-            if weights.decoder.rope_axes
-            else None,
-        )
+        _place_images(x, tokens, images)
+        angles = None
+        if weights.decoder.rope_axes:
+            angles = rope_angles(weights.decoder, torch.from_numpy(images.positions))
+        yield x, angles
 
 
-def top(weights: CanonicalWeights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
-    """The final norm, and the matrix [width, hidden] (with bias) that makes scores."""
+def _place_images(x: torch.Tensor, tokens: Sequence[int], images: ImageEmbeddings) -> None:
+    # Image features take the places of the image's token in x [1, tokens, hidden].
+    torch = need("torch", "build")
+    check_image_embeddings(tokens, images)
+    features = torch.from_numpy(np.asarray(images.features, np.float32))
+    x[0, torch.tensor(list(tokens)) == images.token] = features
+
+
+def output_head(weights: CanonicalWeights) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
+    """(layer with the final norm, matrix [width, hidden] that makes scores, its bias)."""
     name = "lm_head" if weights.decoder.head == "lm" else "head"
     matrix = weights.matrix(name)
     return {"final_norm": weights.norm("final_norm")}, matrix.dense(), matrix.bias
@@ -335,7 +378,7 @@ def logits(weights: CanonicalWeights, tokens: torch.Tensor) -> torch.Tensor:
             # One sequence after the other: activations stay those of one sequence.
             x = torch.cat([block(d, layer, n, row) for row in x.split(1)])
             del layer  # before the next one is read, or two would be in memory
-        final, matrix, bias = top(weights)
+        final, matrix, bias = output_head(weights)
         return torch.nn.functional.linear(norm(d, final, "final_norm", x), matrix, bias)
 
 
@@ -360,13 +403,14 @@ class TorchSession(CarriesVision):
         self.head = d.head
         self.context = d.context
         self.position = 0
-        needed = 4 * sum(loaded(weights, n) for n in range(d.layers))
+        needed = 4 * sum(layer_elements(weights, n) for n in range(d.layers))
         if resident is None:
             resident = needed < 0.6 * psutil.virtual_memory().available
-        self.layers = [load_layer(weights, n) for n in range(d.layers)] if resident else None
-        self.embed = weights.table("embed")
-        self.positions = weights.table("positions") if d.positions == "learned" else None
-        self.final, self.matrix, self.bias = top(weights)
+        self.layers: list[Layer] | None = None
+        if resident:
+            self.layers = [load_layer(weights, n) for n in range(d.layers)]
+        self.embed, self.positions = tables(weights)
+        self.final, self.matrix, self.bias = output_head(weights)
         self.width = self.matrix.shape[0]
         self.counted = Positions(max(d.rope_axes) + 1, d.context) if d.rope_axes else None
         shape = (1, d.kv_heads, d.context, d.head_dim)
@@ -380,42 +424,34 @@ class TorchSession(CarriesVision):
         with torch.inference_mode():
             end = self.position + len(tokens)
             x = self.embed[torch.from_numpy(embedding_ids(tokens, pictures))][None]
-            x = x + self.positions[self.position : end] if self.positions is not None else x
+            if self.positions is not None:
+                x = x + self.positions[self.position : end]
             if pictures:
-                check_image_embeddings(tokens, pictures)
-                x[0, torch.tensor(list(tokens)) == pictures.token] = torch.from_numpy(
-                    np.asarray(pictures.features, np.float32)
-                )
+                _place_images(x, tokens, pictures)
             angles = None
             if self.counted:
-                placed = self.counted.add(
-                    self.position, len(tokens), pictures.positions if pictures else None
-                )
+                image_positions = pictures.positions if pictures else None
+                placed = self.counted.add(self.position, len(tokens), image_positions)
                 angles = rope_angles(self.d, torch.from_numpy(placed))
             for n in range(self.d.layers):
                 layer = self.layers[n] if self.layers else load_layer(self.weights, n)
-                x = block(
-                    self.d,
-                    layer,
-                    n,
-                    x,
-                    self.cache[n],
-                    self.position,
-                    angles=angles,
-                    route=self.route,
-                )
+                state = SessionState(self.cache[n], self.position, self.route)
+                x = block(self.d, layer, n, x, angles=angles, state=state)
             self.position = end
-            x = x if every else x[:, -1:]
-            return torch.nn.functional.linear(
-                norm(self.d, self.final, "final_norm", x), self.matrix, self.bias
-            )[0].numpy()
+            if not every:
+                x = x[:, -1:]
+            normed = norm(self.d, self.final, "final_norm", x)
+            return torch.nn.functional.linear(normed, self.matrix, self.bias)[0].numpy()
 
     def step(self, token: int) -> np.ndarray:
+        """Scores [width] after one more token."""
         return self.prefill([token])[0]
 
     def rewind(self, position: int) -> None:
+        """Forget every token from `position` on."""
         self.position = position
 
     def close(self) -> None:
+        """Release the layers kept in memory and the vision encoder."""
         self.close_vision()
         self.layers = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ class Dense:
     bias: torch.Tensor | None
 
     def dense(self) -> torch.Tensor:
+        """The weight [out, in], float32."""
         return self.weight
 
 
@@ -61,88 +63,111 @@ class Packed:
 
     @property
     def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the range."""
         return bool((self.zeros == 1 << (self.bits - 1)).all())
 
     def dense(self) -> torch.Tensor:
+        """The weight [out, in] that the integers stand for, float32."""
         torch = need("torch", "build")
-        index = (
-            self.g_idx.long()
-            if self.g_idx is not None
-            else torch.arange(self.q.shape[1]) // self.group
-        )
+        if self.g_idx is not None:
+            index = self.g_idx.long()
+        else:
+            index = torch.arange(self.q.shape[1]) // self.group
         return (self.q.float() - self.zeros.float()[:, index]) * self.scales[:, index]
 
 
 class CanonicalWeights:
-    """Reads the canonical parts of a checkpoint. Shapes are checked against the config when it is
-    opened.
+    """The canonical parts of a checkpoint, read one at a time.
+
+    family: what is peculiar to the architecture. decoder: numbers of the text decoder as a runtime
+    computes it. unfolded: the same with the score scale of the checkpoint, which differs from
+    `decoder` where it is folded. vision: numbers of the vision encoder, None for a text model.
+    parts: canonical name -> what it is. keys: canonical name -> the checkpoint's modules.
+    quantization: quantization_config of a GPTQ checkpoint, else None. expanded: the format of a
+    bitsandbytes checkpoint ('bitsandbytes nf4'), which is read as floats, else ''.
     """
 
-    def __init__(self, checkpoint: Checkpoint, fold: bool = False, whole: bool = False):
-        """fold: multiply the q rows so that the plain 1/sqrt(head_dim) score scale is right
-        (runtimes that know no other). whole: experts stored as a shared matrix and differences are
-        read as their sums, and `source` and `decoder` say nothing of it (runtimes that know only
-        whole experts).
+    def __init__(self, checkpoint: Checkpoint, fold: bool = False, sum_experts: bool = False):
+        """Check all shapes against the config; no weight is read yet.
+
+        fold: multiply the q rows so that the plain 1/sqrt(head_dim) score scale is right, for
+        runtimes that know no other. sum_experts: read experts that are stored as a shared matrix
+        and differences as their sums, for runtimes that know no shared matrix; `parts`, `unfolded`
+        and `decoder` are then those of plain experts.
 
         Raises EdgemedError for an unknown architecture, a missing tensor or a tensor of the wrong
         shape.
         """
         self.checkpoint = checkpoint
-        self.family: Architecture = family_of(
-            checkpoint.config, str(checkpoint.path / "config.json")
-        )
-        self.source: DecoderConfig = self.family.decoder(checkpoint.config, self._bare_shapes())
         self.fold = fold
-        plain = (self.source.head_dim**-0.5,) * self.source.layers
-        self.decoder: DecoderConfig = (
-            replace(self.source, score_scale=plain) if fold else self.source
-        )
-        self.vision: VisionConfig | None = (
-            self.family.vision(checkpoint.config, _preprocessor(checkpoint), self._bare_shapes())
-            if self.family.vision
-            else None
-        )
-        self.parts: dict[str, ParamSpec] = every_part(self.family, self.source, self.vision)
-        said: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
-        method = said.get("quant_method")
-        if said and method not in ("gptq", bitsandbytes.METHOD):
-            raise EdgemedError(
-                f"{checkpoint.path}: quantized with '{method}', which edgemed does not read",
-                f"Known: gptq, {bitsandbytes.METHOD}",
-            )
-        # Integers that can be carried; what bitsandbytes rounded is read as floats.
-        self.quantization = said if method == "gptq" else None
-        self.expanded = (
-            f"{bitsandbytes.METHOD} {bitsandbytes.label(said)}"
-            if method == bitsandbytes.METHOD
-            else ""
-        )
+        config = checkpoint.config
+        self.family: Architecture = family_of(config, str(checkpoint.path / "config.json"))
+        shapes = self._bare_shapes()
+        self.unfolded: DecoderConfig = self.family.decoder(config, shapes)
+        self.vision: VisionConfig | None = None
+        if self.family.vision is not None:
+            self.vision = self.family.vision(config, _preprocessor(checkpoint), shapes)
+        self.parts: dict[str, ParamSpec] = every_part(self.family, self.unfolded, self.vision)
+        self._read_quantization()
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
         expert_origin.check(checkpoint, self.parts, self.keys)
         self._check_shapes()
+        # as they are in the checkpoint, also where experts are read as sums
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
-        self.summed = bool(whole and self.source.experts and self.source.experts.based)
+        experts = self.unfolded.experts
+        self.summed = sum_experts and experts is not None and experts.has_shared_base
         if self.summed:
-            plain = replace(self.source.experts, rank=0, density=0.0)
-            self.source = replace(self.source, experts=plain)
-            self.decoder = replace(self.decoder, experts=plain)
-            self.parts = every_part(self.family, self.source, self.vision)
-            self.keys = {
-                name: self.keys.get(name) or tuple(module.split("|")[0] for module in part.modules)
-                for name, part in self.parts.items()
-            }
+            self._describe_plain_experts()
+        self.decoder: DecoderConfig = self.unfolded
+        if fold:
+            plain_scale = (self.unfolded.head_dim**-0.5,) * self.unfolded.layers
+            self.decoder = replace(self.unfolded, score_scale=plain_scale)
+
+    def _read_quantization(self) -> None:
+        config: dict[str, Any] = self.checkpoint.config.get("quantization_config") or {}
+        method = config.get("quant_method")
+        self.quantization: dict[str, Any] | None = None
+        self.expanded = ""
+        if method == "gptq":
+            self.quantization = config
+        elif method == bitsandbytes.METHOD:
+            self.expanded = f"{bitsandbytes.METHOD} {bitsandbytes.label(config)}"
+        elif config:
+            raise EdgemedError(
+                f"{self.checkpoint.path}: quantized with '{method}', which edgemed does not read",
+                f"Known: gptq, {bitsandbytes.METHOD}",
+            )
+
+    def _describe_plain_experts(self) -> None:
+        experts = replace(self.unfolded.mixture, rank=0, density=0.0)
+        self.unfolded = replace(self.unfolded, experts=experts)
+        self.parts = every_part(self.family, self.unfolded, self.vision)
+        for name, part in self.parts.items():
+            if name not in self.keys:
+                # An expert's matrix as a checkpoint without a shared one would name it.
+                self.keys[name] = tuple(module.split("|")[0] for module in part.modules)
+        self.keys = {name: self.keys[name] for name in self.parts}
+
+    def require_vision(self) -> VisionConfig:
+        """Numbers of the vision encoder. Raises EdgemedError for a text model."""
+        if self.vision is None:
+            raise EdgemedError(
+                f"{self.checkpoint.path} is a text model and has no vision encoder",
+                "Give a vision model",
+            )
+        return self.vision
 
     @property
-    def rounded(self) -> bool:
+    def quantized(self) -> bool:
         """Whether this is a quantized checkpoint, in either layout."""
         return bool(self.quantization or self.expanded)
 
     def _bare_shapes(self) -> dict[str, tuple[int, ...]]:
-        found = {}
+        shapes = {}
         for key, entry in self.checkpoint.tensors.items():
             prefix = next((p for p in self.family.prefixes if key.startswith(p)), "")
-            found[key.removeprefix(prefix)] = entry.shape
-        return found
+            shapes[key.removeprefix(prefix)] = entry.shape
+        return shapes
 
     def _resolve(self, name: str, part: ParamSpec) -> tuple[str, ...]:
         tensors = self.checkpoint.tensors
@@ -179,11 +204,11 @@ class CanonicalWeights:
         """The tensors a module may have, with their shapes."""
         rows = weight[-1] if part.conv1d else weight[0]
         columns = part.shape[-1]
-        found = {part.weight(key): weight, f"{key}.bias": (rows,)}
+        shapes = {part.weight(key): weight, f"{key}.bias": (rows,)}
         if self.expanded and bitsandbytes.rounded(self.checkpoint, key):
-            return found | bitsandbytes.shapes(self.checkpoint, key, rows, columns)
+            return shapes | bitsandbytes.shapes(self.checkpoint, key, rows, columns)
         if part.weight(key) in self.checkpoint.tensors:
-            return found
+            return shapes
         bits, group = self.packing(key)
         groups = 1 if group == -1 else -(-columns // group)
         packed = {
@@ -192,14 +217,14 @@ class CanonicalWeights:
             "scales": (groups, rows),
             "g_idx": (columns,),
         }
-        return found | {f"{key}.{suffix}": shape for suffix, shape in packed.items()}
+        return shapes | {f"{key}.{suffix}": shape for suffix, shape in packed.items()}
 
     def packing(self, key: str) -> tuple[int, int]:
-        """(bits, group size) of a packed module: those of quantization_config, or of the first
-        entry of its `dynamic` whose pattern matches the module's name.
+        """(bits, group size) of a packed module, group size -1 for a whole row.
 
-        GPTQModel's rule for mixed checkpoints. Raises EdgemedError where they are not among those
-        read.
+        They are those of quantization_config, or of the first entry of its `dynamic` whose pattern
+        matches the module's name (GPTQModel's rule for mixed checkpoints). Raises EdgemedError for
+        widths that are not read.
         """
         if not self.quantization:
             raise EdgemedError(
@@ -207,17 +232,13 @@ class CanonicalWeights:
                 " quantization_config",
                 "Add the quantization_config the checkpoint was made with",
             )
-        own = next(
-            (
-                entry
-                for pattern, entry in (self.quantization.get("dynamic") or {}).items()
-                if re.match(pattern.removeprefix("+:"), key)
-            ),
-            {},
-        )
-        bits, group = (
-            own.get(name, self.quantization.get(name)) for name in ("bits", "group_size")
-        )
+        settings = self.quantization
+        for pattern, entry in (self.quantization.get("dynamic") or {}).items():
+            if re.match(pattern.removeprefix("+:"), key):
+                settings = self.quantization | entry
+                break
+        bits = settings.get("bits")
+        group = settings.get("group_size")
         if bits not in BITS or not isinstance(group, int) or (group < 1 and group != -1):
             raise EdgemedError(
                 f"{self.checkpoint.path}: quantized with bits {bits} and group_size {group}, which"
@@ -251,11 +272,9 @@ class CanonicalWeights:
     def norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weight, bias) of a norm, float32; bias None where the family stores none."""
         key = self.keys[name][0]
-        bias = (
-            self.checkpoint.read(f"{key}.bias").float()
-            if f"{key}.bias" in self.checkpoint.tensors
-            else None
-        )
+        bias = None
+        if f"{key}.bias" in self.checkpoint.tensors:
+            bias = self.checkpoint.read(f"{key}.bias").float()
         return self.checkpoint.read(f"{key}.weight").float(), bias
 
     def matrix(self, name: str) -> Dense | Packed:
@@ -264,53 +283,56 @@ class CanonicalWeights:
         """
         torch = need("torch", "build")
         if self.summed and ".experts." in name:
-            own = self.delta(name)
+            delta = self.delta(name)
             shared = [self.module(key, False).dense() for key in self.stored[_base(name)][1]]
-            return Dense(torch.cat(shared) + own.weight, own.bias)
-        found = [self.module(key, self.parts[name].conv1d) for key in self.keys[name]]
-        matrix = found[0] if len(found) == 1 else joined(found, name)
+            return Dense(torch.cat(shared) + delta.weight, delta.bias)
+        modules = [self.module(key, self.parts[name].conv1d) for key in self.keys[name]]
+        matrix = modules[0] if len(modules) == 1 else joined(modules, name)
         if self.fold and name.startswith("layers.") and name.endswith(".qkv"):
-            factor = self.source.fold_factor(int(name.split(".")[1]))
-            rows = torch.ones(self.parts[name].shape[0])
-            rows[: self.source.q_size] = factor
-            bias = matrix.bias * rows if matrix.bias is not None else None
-            if isinstance(matrix, Packed):
-                return replace(matrix, scales=matrix.scales * rows[:, None], bias=bias)
-            # in place: it was read for this call alone
-            return Dense(matrix.weight.mul_(rows[:, None]), bias)
+            return self._folded(matrix, int(name.split(".")[1]))
         return matrix
+
+    def _folded(self, matrix: Dense | Packed, layer: int) -> Dense | Packed:
+        # The score of two tokens is scale * q.k, so the ratio of the layer's scale to the plain one
+        # goes into the rows of q. k and v, the rows behind them, stay.
+        rows = need("torch", "build").ones(self.parts[f"layers.{layer}.qkv"].shape[0])
+        rows[: self.unfolded.q_size] = self.unfolded.fold_factor(layer)
+        bias = matrix.bias * rows if matrix.bias is not None else None
+        if isinstance(matrix, Packed):
+            return replace(matrix, scales=matrix.scales * rows[:, None], bias=bias)
+        # In place, for it was read for this call alone.
+        return Dense(matrix.weight.mul_(rows[:, None]), bias)
 
     def delta(self, name: str) -> Dense:
         """What an expert ('layers.N.experts.J.up') adds to its layer's shared matrix, float32 [out,
         in], and its own bias. Raises EdgemedError for columns that are not there.
         """
         torch = need("torch", "build")
-        read = {
-            form: self.factor(f"{name}.{form}")
-            for form in ("a", "b", "values", "columns", "bias")
-            if f"{name}.{form}" in self.stored
-        }
-        if "a" in read:
-            return Dense(read["b"] @ read["a"], read.get("bias"))
+        factors = {}
+        for form in ("a", "b", "values", "columns", "bias"):
+            if f"{name}.{form}" in self.stored:
+                factors[form] = self.factor(f"{name}.{form}")
+        bias = factors.get("bias")
+        if "a" in factors:
+            return Dense(factors["b"] @ factors["a"], bias)
         rows, columns = self.stored[_base(name)][0].shape
-        index = read["columns"].long()
+        index = factors["columns"].long()
         if index.min() < 0 or index.max() >= columns:
             raise EdgemedError(
                 f"{self.checkpoint.path}: '{self.stored[f'{name}.columns'][1][0]}' names columns"
                 f" that a row of {columns} does not have",
                 "The checkpoint is damaged; make it again",
             )
-        return Dense(
-            torch.zeros(rows, columns).scatter_(1, index, read["values"]), read.get("bias")
-        )
+        weight = torch.zeros(rows, columns).scatter_(1, index, factors["values"])
+        return Dense(weight, bias)
 
     def factor(self, name: str) -> torch.Tensor:
         """One stored piece of a difference: 'a' [rank, in], 'b' [out, rank], 'values' or 'columns'
         (int32) [out, kept], 'bias' [out]; float32 but for columns.
         """
         part, keys = self.stored[name]
-        found = need("torch", "build").cat([self.checkpoint.read(key) for key in keys])
-        return found if part.kind == "index" else found.float()
+        factor = need("torch", "build").cat([self.checkpoint.read(key) for key in keys])
+        return factor if part.kind == "index" else factor.float()
 
     def module(self, key: str, conv1d: bool) -> Dense | Packed:
         """One stored module of a part, [out, in], unfolded; conv1d: its float weight lies [in,
@@ -323,29 +345,39 @@ class CanonicalWeights:
             return Dense(bitsandbytes.expanded(self.checkpoint, key), bias)
         if f"{key}.weight" in tensors:
             weight = read(f"{key}.weight")
-            # a convolution over patches is a product with each patch
-            weight = weight.flatten(1) if weight.ndim > 2 else weight
-            # Turned before it is widened: half the bytes to move for a 16-bit checkpoint.
-            return Dense((weight.T.contiguous() if conv1d else weight).float(), bias)
+            if weight.ndim > 2:
+                # A convolution over patches is a product with each patch.
+                weight = weight.flatten(1)
+            if conv1d:
+                # Turned before it is widened: half the bytes to move for a 16-bit checkpoint.
+                weight = weight.T.contiguous()
+            return Dense(weight.float(), bias)
+        return self._packed(key, bias)
+
+    def _packed(self, key: str, bias: torch.Tensor | None) -> Packed:
+        torch = need("torch", "build")
+        read = self.checkpoint.read
+        tensors = self.checkpoint.tensors
         bits, group = self.packing(key)
         columns = tensors[f"{key}.qweight"].shape[0] * 32 // bits
-        group = columns if group == -1 else group
-        v1 = self.quantization.get("checkpoint_format", "gptq") == "gptq"
-        q = unpack(read(f"{key}.qweight"), bits, 0).T.contiguous()
-        zeros = (unpack(read(f"{key}.qzeros"), bits, 1) + (1 if v1 else 0)).T.contiguous()
-        g_idx = read(f"{key}.g_idx") if f"{key}.g_idx" in tensors else None
-        if g_idx is not None and bool(
-            (g_idx == need("torch", "build").arange(columns) // group).all()
-        ):
-            g_idx = None
+        if group == -1:
+            group = columns
+        # The first version of the format stores zero points minus 1.
+        checkpoint_format = (self.quantization or {}).get("checkpoint_format", "gptq")
+        offset = 1 if checkpoint_format == "gptq" else 0
+        g_idx = None
+        if f"{key}.g_idx" in tensors:
+            g_idx = read(f"{key}.g_idx")
+            if bool((g_idx == torch.arange(columns) // group).all()):
+                g_idx = None
         return Packed(
-            q,
-            read(f"{key}.scales").float().T.contiguous(),
-            zeros,
-            g_idx,
-            bits,
-            group,
-            bias,
+            q=unpack(read(f"{key}.qweight"), bits, 0).T.contiguous(),
+            scales=read(f"{key}.scales").float().T.contiguous(),
+            zeros=(unpack(read(f"{key}.qzeros"), bits, 1) + offset).T.contiguous(),
+            g_idx=g_idx,
+            bits=bits,
+            group=group,
+            bias=bias,
         )
 
 
@@ -358,7 +390,7 @@ def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
     """How images are resized: what processor_config.json says of them (transformers 5 writes it
     there), or preprocessor_config.json; {} where neither does.
 
-    A vision tower in a folder of its own may bring the file.
+    A vision encoder in a folder of its own may bring the file.
     """
     for name, key in (
         ("processor_config.json", "image_processor"),
@@ -366,53 +398,65 @@ def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
         (f"{TOWER}/preprocessor_config.json", None),
     ):
         file = checkpoint.path / name
+        if not file.is_file():
+            continue
         try:
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            found = found.get(key, {}) if key else found
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if key:
+                config = config.get(key, {})
         except (ValueError, AttributeError) as error:
             raise EdgemedError(
                 f"{file} is not a JSON object ({error})", "Download it again"
             ) from None
-        if found:
-            return found
+        if config:
+            return config
     return {}
 
 
-def joined(found: list[Dense | Packed], name: str) -> Dense | Packed:
+def joined(modules: Sequence[Dense | Packed], name: str) -> Dense | Packed:
     """Matrices with the same inputs as one, along the output axis. A bias that only some of them
     have is zero in the others.
 
     Raises EdgemedError where packed ones are packed differently.
     """
     torch = need("torch", "build")
-    bias = None
-    if any(m.bias is not None for m in found):
-        rows = [m.q.shape[0] if isinstance(m, Packed) else m.weight.shape[0] for m in found]
-        bias = torch.cat(
-            [
-                m.bias if m.bias is not None else torch.zeros(n)
-                for m, n in zip(found, rows, strict=True)
-            ]
-        )
-    if all(isinstance(m, Dense) for m in found):
-        return Dense(torch.cat([m.weight for m in found]), bias)
-    first = found[0]
-    same = all(
-        isinstance(m, Packed) and (m.bits, m.group) == (first.bits, first.group) for m in found
-    )
-    if not same or any(
-        (m.g_idx is None) != (first.g_idx is None)
-        or (m.g_idx is not None and not torch.equal(m.g_idx, first.g_idx))
-        for m in found
-    ):
+    bias = _joined_bias(modules)
+    dense = [module for module in modules if isinstance(module, Dense)]
+    packed = [module for module in modules if isinstance(module, Packed)]
+    if not packed:
+        return Dense(torch.cat([module.weight for module in dense]), bias)
+    first = packed[0]
+    if dense or not all(_packed_alike(module, first) for module in packed):
         raise EdgemedError(
             f"{name}: its modules are quantized in different ways",
             "Quantize them alike, or start from the float checkpoint",
         )
     return Packed(
-        *(torch.cat([getattr(m, field) for m in found]) for field in ("q", "scales", "zeros")),
-        first.g_idx,
-        first.bits,
-        first.group,
-        bias,
+        q=torch.cat([module.q for module in packed]),
+        scales=torch.cat([module.scales for module in packed]),
+        zeros=torch.cat([module.zeros for module in packed]),
+        g_idx=first.g_idx,
+        bits=first.bits,
+        group=first.group,
+        bias=bias,
     )
+
+
+def _joined_bias(modules: Sequence[Dense | Packed]) -> torch.Tensor | None:
+    torch = need("torch", "build")
+    if all(module.bias is None for module in modules):
+        return None
+    biases = []
+    for module in modules:
+        rows = len(module.q if isinstance(module, Packed) else module.weight)
+        biases.append(torch.zeros(rows) if module.bias is None else module.bias)
+    return torch.cat(biases)
+
+
+def _packed_alike(module: Packed, other: Packed) -> bool:
+    torch = need("torch", "build")
+    if (module.bits, module.group) != (other.bits, other.group):
+        return False
+    if module.g_idx is None or other.g_idx is None:
+        return module.g_idx is other.g_idx
+    return torch.equal(module.g_idx, other.g_idx)

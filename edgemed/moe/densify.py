@@ -17,7 +17,7 @@ from edgemed.data.image_text_windows import calibration
 from edgemed.errors import EdgemedError, need
 from edgemed.models.architecture import ParamSpec, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
-from edgemed.models.torch_decoder import linear, load_layer, mlp, routed, shown
+from edgemed.models.torch_decoder import embed_sequences, linear, load_layer, mlp, routed
 from edgemed.models.weights import CanonicalWeights, Dense
 from edgemed.quantization.layerwise import feed
 
@@ -55,7 +55,7 @@ def dense(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[str, Any]
     over all x the layer reads in the source, from the weights as written. Raises EdgemedError for a
     model without experts, gates to be averaged without calibration text, or too little of that.
     """
-    weights = CanonicalWeights(checkpoint, whole=True)
+    weights = CanonicalWeights(checkpoint, sum_experts=True)
     d = weights.decoder
     if d.experts is None or weights.family.without_experts is None:
         raise EdgemedError(
@@ -117,7 +117,7 @@ def windows(weights: CanonicalWeights, params: Settings) -> list[torch.Tensor] |
         raise EdgemedError(problem, "Both are at least 1, and length is at most the context")
     return [
         hidden
-        for hidden, _ in shown(
+        for hidden, _ in embed_sequences(
             weights, calibration(weights, params.calibration, params.samples, params.length)
         )
     ]

@@ -79,7 +79,7 @@ def shared_delta(checkpoint: Checkpoint, out: Path, params: Settings) -> dict[st
             f"{checkpoint.path} has no mixtures of experts to share a matrix",
             "Leave the step out: the model is dense already",
         )
-    if d.experts.based:
+    if d.experts.has_shared_base:
         raise EdgemedError(
             f"{checkpoint.path}: its experts share a matrix already",
             "Start from the checkpoint it was made from",

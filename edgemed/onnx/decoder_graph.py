@@ -441,7 +441,7 @@ def mlp(graph: Graph, dialect: Dialect, weights: CanonicalWeights, n: int, x: st
     if not d.sparse(n):
         return one_mlp(graph, dialect, weights, name, x)
     gates, chosen = routed(graph, weights, name, x)
-    if d.experts.based:
+    if d.experts.has_shared_base:
         y = dialect.based(graph, weights, n, x, gates, chosen)
         return (
             graph.node(

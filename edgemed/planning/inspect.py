@@ -48,7 +48,7 @@ def inspect(model: str) -> dict[str, Any]:
     kind, _, name = str(model).partition(":")
     checkpoint = described(name) if kind == "random" else open_checkpoint(model)
     weights = CanonicalWeights(checkpoint)
-    d = weights.source
+    d = weights.unfolded
     devices = [read_device(name) for name in plugins.names("devices")]
     return {
         "model": str(model),
@@ -153,7 +153,7 @@ def precisions(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int, int]
     Q4_K_M: llama.cpp's mix of types, cache float16.
     """
     found = {name: part for name, part in sizes(weights).items() if not name.startswith(SPARE)}
-    d = weights.source
+    d = weights.unfolded
     everything = sum(weight + bias for _, weight, bias in found.values())
     yield "fp32", (4 * everything, kv_cache(d, 4))
     yield "fp16", (2 * everything, kv_cache(d, 2))
@@ -190,7 +190,7 @@ def _int_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
 def _tied_head(weights: CanonicalWeights) -> int:
     # A gathered table and a multiplied matrix need different formats, so an engine holds a tied
     # matrix twice.
-    d = weights.source
+    d = weights.unfolded
     return (
         d.vocab * d.hidden * 9 // 8
         if d.head == "lm" and weights.keys["lm_head"] == weights.keys["embed"]
@@ -230,7 +230,7 @@ def engine_bytes(weights: CanonicalWeights, target: str, precision: str) -> Size
     if target == "llamacpp":
         return gguf_size(weights, precision)
     found = {name: part for name, part in sizes(weights).items() if not name.startswith("vision.")}
-    d = weights.source
+    d = weights.unfolded
     tower = seen(weights) * (2 if target == "tensorrt" else 4)
     tied = (
         d.vocab * d.hidden
@@ -287,8 +287,8 @@ def gguf_size(weights: CanonicalWeights, file_type: str) -> Size:
     """The tensors of a GGUF file, by llama.cpp's own rules for which matrix gets which type; a
     vision tower lies in a file of its own.
     """
-    weights = CanonicalWeights(weights.checkpoint, whole=True)
-    d = weights.source
+    weights = CanonicalWeights(weights.checkpoint, sum_experts=True)
+    d = weights.unfolded
     places = {
         t: math.prod(p.shape)
         for t, p in layout(weights.family, d, weights.parts).items()
@@ -318,11 +318,11 @@ def gguf_size(weights: CanonicalWeights, file_type: str) -> Size:
 
 def dimensions(weights: CanonicalWeights) -> Dimensions:
     """A checkpoint's decoder as the roofline model sees it."""
-    if weights.source.experts and weights.source.experts.density:
+    if weights.unfolded.experts and weights.unfolded.experts.density:
         weights = CanonicalWeights(
-            weights.checkpoint, whole=True
+            weights.checkpoint, sum_experts=True
         )  # no engine computes sparse differences
-    d = weights.source
+    d = weights.unfolded
     found = sizes(weights)
     layers = {
         name: weight

@@ -189,7 +189,7 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
     room = min(room, wishes.memory) if wishes.memory else room
     check_precision(wishes.precision, device)
     tokens = prompt_tokens(weights, wishes)
-    contexts = contexts_for(weights.source.context, tokens, wishes)
+    contexts = contexts_for(weights.unfolded.context, tokens, wishes)
     found = []
     left_out = []
     for choice in CHOICES:
@@ -304,7 +304,7 @@ def weights_of(model: str) -> CanonicalWeights:
 def prompt_tokens(weights: CanonicalWeights, wishes: Wishes) -> int:
     """Tokens of the request, its images included. Raises EdgemedError for one that is none."""
     prompt = (
-        min(512, (wishes.context or weights.source.context) // 2)
+        min(512, (wishes.context or weights.unfolded.context) // 2)
         if wishes.prompt is None
         else wishes.prompt
     )
@@ -665,7 +665,7 @@ def recipe_text(
         c for c in CHOICES if (c.target, c.precision) == (chosen["target"], chosen["precision"])
     )
     random = weights.checkpoint.random_weights
-    packed = weights.rounded
+    packed = weights.quantized
     module = plugins.load("targets", choice.target)
     allowed = {f.name for f in dataclasses.fields(module.Params)}
     rounding = choice.bits and not packed and not random

@@ -102,7 +102,7 @@ def sign(engine: Path, key: Path, password: bytes | None = None) -> dict[str, An
         "edgemed": store.versions().get("edgemed"),
         "files": files,
     }
-    store.put(
+    store.write_json_beside(
         engine,
         store.SIGNATURE,
         {"statement": statement, "signature": private.sign(hashing.canonical(statement)).hex()},

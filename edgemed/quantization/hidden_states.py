@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgemed.errors import EdgemedError, need
-from edgemed.models.torch_decoder import shown
+from edgemed.models.torch_decoder import embed_sequences
 
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
     from edgemed.models.weights import CanonicalWeights
 
 
@@ -148,12 +148,15 @@ def _get(handle: BinaryIO, i: int, shape: tuple[int, int, int], folder: Path) ->
 
 
 def begin(
-    weights: CanonicalWeights, windows: Iterable[Window], streams: Sequence[Activations], layer: int
+    weights: CanonicalWeights,
+    windows: Iterable[TokenSequence],
+    streams: Sequence[Activations],
+    layer: int,
 ) -> None:
     """What layer 0 reads of the windows, in every stream; or where layers are done, what the last
     of them left on disk.
     """
-    for i, (hidden, _) in enumerate([] if layer else shown(weights, windows)):
+    for i, (hidden, _) in enumerate([] if layer else embed_sequences(weights, windows)):
         for stream in streams:
             stream.write(i, hidden)
     for stream in streams:

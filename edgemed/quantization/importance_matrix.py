@@ -17,18 +17,20 @@ import numpy as np
 from edgemed.artifacts.hashing import file_sha256
 from edgemed.console import track
 from edgemed.errors import EdgemedError, need
-from edgemed.models.torch_decoder import block, linear, load_layer, shown
+from edgemed.models.torch_decoder import block, embed_sequences, linear, load_layer
 from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.torch_decoder import Layer, Window
+    from edgemed.models.torch_decoder import Layer, TokenSequence
 
 FIX = "Give a .npz file made by edgemed, or the name of a calibration card"
 
 
-def importance(weights: CanonicalWeights, windows: Sequence[Window]) -> dict[str, np.ndarray]:
+def importance(
+    weights: CanonicalWeights, windows: Sequence[TokenSequence]
+) -> dict[str, np.ndarray]:
     """Mean squared input per column of each layer matrix over the tokens it was computed for:
     canonical name -> float32 [in].
 
@@ -40,7 +42,7 @@ def importance(weights: CanonicalWeights, windows: Sequence[Window]) -> dict[str
     d = weights.decoder
     found = {}
     with torch.inference_mode():
-        hidden, angles = map(list, zip(*shown(weights, windows), strict=True))
+        hidden, angles = map(list, zip(*embed_sequences(weights, windows), strict=True))
         for n in track(range(d.layers), "importance"):
             layer = load_layer(weights, n)
             sums = {

@@ -16,19 +16,19 @@ import numpy as np
 
 from edgemed.console import track
 from edgemed.errors import need
-from edgemed.models.torch_decoder import block, linear, load_layer, shown
+from edgemed.models.torch_decoder import block, embed_sequences, linear, load_layer
 from edgemed.models.weights import CanonicalWeights
 
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.torch_decoder import Layer, Window
+    from edgemed.models.torch_decoder import Layer, TokenSequence
 
 LARGEST = 127
 
 
 def kv_scales(
-    weights: CanonicalWeights, windows: Sequence[Window]
+    weights: CanonicalWeights, windows: Sequence[TokenSequence]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(key scale, value scale) of every layer, float32 [1, kv_heads, 1, head_dim]: the largest
     magnitude of the channel in the windows / 127.
@@ -37,11 +37,11 @@ def kv_scales(
     memory at a time. A channel that is always zero gets the scale 1e-6.
     """
     torch = need("torch", "build")
-    d = weights.source
+    d = weights.unfolded
     found = []
     half = len(d.rope_frequencies)
     with torch.inference_mode():
-        hidden, angles = map(list, zip(*shown(weights, windows), strict=True))
+        hidden, angles = map(list, zip(*embed_sequences(weights, windows), strict=True))
         for n in track(range(d.layers), "cache scales"):
             layer = load_layer(weights, n)
             most = [torch.zeros(d.kv_heads, d.head_dim) for _ in "kv"]

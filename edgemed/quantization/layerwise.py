@@ -17,12 +17,12 @@ from edgemed.hardware import process_memory
 from edgemed.models.torch_decoder import (
     activate,
     attention,
-    based,
     linear,
     load_layer,
     mlp,
     norm,
     routed,
+    shared_base_mixture,
 )
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.awq import Seen, folds, scaled
@@ -439,7 +439,7 @@ def feed(
     read = read if rows is None else read[:, rows]
     if name == "base.down":
         flat = read.reshape(-1, d.hidden)
-        return based(d, layer, flat, routed(d, layer, flat))[0][None]
+        return shared_base_mixture(d, layer, flat, routed(d, layer, flat))[0][None]
     return (
         activate(d, linear(layer, f"{name.removesuffix('down')}up", read))
         if name.endswith("down")

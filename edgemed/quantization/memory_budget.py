@@ -13,7 +13,7 @@ from typing import Protocol
 from edgemed import units
 from edgemed.errors import EdgemedError
 from edgemed.formatting import size
-from edgemed.models.torch_decoder import loaded
+from edgemed.models.torch_decoder import layer_elements
 from edgemed.models.weights import CanonicalWeights
 
 # What libraries load and allocate when they are first used, beside the tensors.
@@ -98,4 +98,4 @@ def held(weights: CanonicalWeights, n: int, params: Settings) -> int:
             (1 + params.act_order) * c**2 + (c * min(c, rows) if params.correction else 0)
             for rows, c in shapes.values()
         )
-    return loaded(weights, n) + sum(map(math.prod, shapes.values())) + moments + 4 * largest
+    return layer_elements(weights, n) + sum(map(math.prod, shapes.values())) + moments + 4 * largest

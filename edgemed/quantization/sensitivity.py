@@ -17,14 +17,21 @@ from typing import TYPE_CHECKING
 
 from edgemed.console import track
 from edgemed.errors import need
-from edgemed.models.torch_decoder import block, linear, load_layer, norm, shown, top
+from edgemed.models.torch_decoder import (
+    block,
+    embed_sequences,
+    linear,
+    load_layer,
+    norm,
+    output_head,
+)
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.gptq import Hessian
 
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.torch_decoder import Layer, Window
+    from edgemed.models.torch_decoder import Layer, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Sensitivity:
 
 
 def sensitivities(
-    weights: CanonicalWeights, windows: Sequence[Window], folder: Path
+    weights: CanonicalWeights, windows: Sequence[TokenSequence], folder: Path
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
     """(layer, matrix -> Sensitivity) from the last layer to the first; one layer in memory at a
     time. windows: all of the same length.
@@ -58,7 +65,7 @@ def sensitivities(
     torch = need("torch", "build")
     d = weights.decoder
     with torch.no_grad():
-        hidden, angles = zip(*shown(weights, windows), strict=True)
+        hidden, angles = zip(*embed_sequences(weights, windows), strict=True)
         x = torch.cat(hidden)
         for n in track(range(d.layers), "sensitivity, forward"):
             torch.save(x, folder / f"hidden-{n}")
@@ -84,7 +91,7 @@ def _at_the_top(weights: CanonicalWeights, x: torch.Tensor) -> torch.Tensor:
     """
     torch = need("torch", "build")
     d = weights.decoder
-    (final, matrix, bias) = top(weights)
+    (final, matrix, bias) = output_head(weights)
     generator = torch.Generator().manual_seed(0)
     found = []
     for row in x.split(1):

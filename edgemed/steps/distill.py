@@ -216,7 +216,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     }
     work = out.parent / f".distill-{hashing.digest(facts)[:12]}"
     whole = shape == Shape(
-        tuple(range(weights.source.layers)), weights.source.ffn, weights.source.kv_heads
+        tuple(range(weights.unfolded.layers)), weights.unfolded.ffn, weights.unfolded.kv_heads
     )
     _check_models(weights, teacher, shape, whole, params)
     work.mkdir(exist_ok=True)
@@ -240,9 +240,9 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         raise
     notes |= {
         "teacher": hashing.digest(teacher.checkpoint.hashes()),
-        "teacher_parameters": parameters(teacher.family, teacher.source),
+        "teacher_parameters": parameters(teacher.family, teacher.unfolded),
         "seed": params.seed,
-        "parameters": parameters(student.family, student.source),
+        "parameters": parameters(student.family, student.unfolded),
         "kept": None if whole else asdict(shape) | {"layers": list(shape.layers)},
         "windows": {
             "training": lesson.training,
@@ -288,7 +288,7 @@ def _check_models(
             f" {student.checkpoint.path} ({student.checkpoint.config['model_type']})",
             fix,
         )
-    if student.rounded and params.train == "weights":
+    if student.quantized and params.train == "weights":
         raise EdgemedError(
             f"distill: the student {student.checkpoint.path} is quantized, and integers cannot be"
             " trained",
@@ -301,7 +301,7 @@ def _check_models(
         )
     sizes = [
         parameters(w.family, d)
-        for w, d in ((student, smaller(student.source, shape)), (teacher, teacher.source))
+        for w, d in ((student, smaller(student.unfolded, shape)), (teacher, teacher.unfolded))
     ]
     if sizes[0] > sizes[1] and not params.larger:
         said = f"the student has {sizes[0]:,} parameters, more than its teacher's {sizes[1]:,}"
@@ -628,7 +628,7 @@ def _pairs(
 def _check_room(student: CanonicalWeights, params: Params, work: Path) -> None:
     # Float32 weights with AdamW's two moments in each checkpoint; the last, the best and the one
     # being written may exist at once.
-    needed = 3 * 12 * parameters(student.family, student.source)
+    needed = 3 * 12 * parameters(student.family, student.unfolded)
     room = shutil.disk_usage(work).free
     if not params.lora and needed > room:
         raise EdgemedError(

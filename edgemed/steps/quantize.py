@@ -26,7 +26,7 @@ from edgemed.models import bitsandbytes
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
 from edgemed.models.gptq_packing import pack, stride
 from edgemed.models.lora import FOLDED
-from edgemed.models.torch_decoder import shown
+from edgemed.models.torch_decoder import embed_sequences
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
 from edgemed.quantization.gptq import Solution, solve
@@ -47,9 +47,9 @@ from edgemed.quantization.smoothquant import smooth_layer
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.torch_decoder import Window
+    from edgemed.models.torch_decoder import TokenSequence
 
-    Windows = Sequence[Window]
+    Windows = Sequence[TokenSequence]
     # canonical matrix -> (bits, group size, -1 for one per row)
     Packings = dict[str, tuple[int, int]]
 
@@ -133,7 +133,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     that float16 cannot hold.
     """
     weights = CanonicalWeights(checkpoint, fold=True)
-    if weights.rounded:
+    if weights.quantized:
         raise EdgemedError(
             f"{checkpoint.path} is quantized already", "Quantize the checkpoint it was made from"
         )
@@ -175,7 +175,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         )
         errors = {name: found for facts in kept.facts for name, found in facts["errors"].items()}
         notes = {
-            "folded_attention_scale": weights.decoder != weights.source,
+            "folded_attention_scale": weights.decoder != weights.unfolded,
             "errors": errors,
             "spilled": on_disk,
         }
@@ -311,7 +311,7 @@ def _layer_matrices(weights: CanonicalWeights) -> list[str]:
 def _check(weights: CanonicalWeights, params: Params) -> None:
     if (
         weights.decoder.experts
-        and weights.decoder.experts.based
+        and weights.decoder.experts.has_shared_base
         and (params.method == "awq" or params.budget)
     ):
         problem = (
@@ -524,8 +524,8 @@ def _config(
     config.pop("torch_dtype", None)
     # For an adapter of the float model, which knows of none of it.
     folded = (
-        {"q": [weights.source.fold_factor(n) for n in range(weights.decoder.layers)]}
-        if weights.decoder != weights.source
+        {"q": [weights.unfolded.fold_factor(n) for n in range(weights.decoder.layers)]}
+        if weights.decoder != weights.unfolded
         else {}
     )
     if params.method in ("awq", "smoothquant"):
@@ -556,7 +556,9 @@ def _round(
     with torch.inference_mode():
         if params.method != "rtn":
             shape = (params.samples, params.length, d.hidden)
-            angles = [turned for _, turned in shown(weights, windows)] if d.rope_axes else None
+            angles = (
+                [turned for _, turned in embed_sequences(weights, windows)] if d.rope_axes else None
+            )
             corrects = params.method in ("auto", "gptq") and params.correction
             streams = [
                 Activations(

@@ -178,13 +178,13 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
     """Why this model cannot become this engine, or None. Raises EdgemedError for an adapter that
     does not belong to it.
     """
-    d = weights.source
+    d = weights.unfolded
     if lora.carried(weights.checkpoint, params.adapters) and (
         reason := lora_files.refused(weights)
     ):
         return reason
     lora.read_loras(weights, params.adapters)
-    if params.from_checkpoint and d.experts and d.experts.based:
+    if params.from_checkpoint and d.experts and d.experts.has_shared_base:
         return (
             "experts that share a matrix become whole ones here, whose sums have no integers of the"
             " checkpoint; leave from_checkpoint out"
@@ -242,10 +242,12 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
 
 def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
-    weights = type(weights)(weights.checkpoint, whole=True)
-    own = own_graph(weights.family, weights.source)
+    weights = type(weights)(weights.checkpoint, sum_experts=True)
+    own = own_graph(weights.family, weights.unfolded)
     centred = weights.family.gguf_centred and not own
-    folded = (Centred if centred else type(weights))(weights.checkpoint, fold=True, whole=True)
+    folded = (Centred if centred else type(weights))(
+        weights.checkpoint, fold=True, sum_experts=True
+    )
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
@@ -274,8 +276,8 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         {"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set()
     )
     share = (
-        weights.source.experts.active / weights.source.experts.count
-        if weights.source.experts
+        weights.unfolded.experts.active / weights.unfolded.experts.count
+        if weights.unfolded.experts
         else 1
     )
     carried = (
@@ -538,7 +540,7 @@ def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
         if isinstance(weights, Centred)
         else weights.decoder
     )
-    if own_graph(weights.family, weights.source):
+    if own_graph(weights.family, weights.unfolded):
         writer.add_string(KEY, json.dumps(asdict(d)))
     metadata.describe_decoder(
         writer,

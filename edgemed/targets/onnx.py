@@ -168,7 +168,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
 
     if weights.decoder.experts and weights.decoder.experts.density:
         # ONNX Runtime has no product with a sparse matrix on CPUs
-        weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
+        weights = type(weights)(weights.checkpoint, weights.fold, sum_experts=True)
     bits = bits_of(weights, params)
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
     seen = {}

@@ -186,7 +186,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     from edgemed.tensorrt.dialect import PlainDialect, rows_offered
     from edgemed.tensorrt.parser_check import estimate
 
-    weights = type(weights)(weights.checkpoint, weights.fold, whole=True)
+    weights = type(weights)(weights.checkpoint, weights.fold, sum_experts=True)
     d = weights.decoder
     bits = bits_of(weights, params)
     chosen = (

@@ -8,6 +8,7 @@ a month.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def name_of(file: Path) -> str:
     return inside.parts[0] if len(inside.parts) > 1 else inside.stem
 
 
+@functools.cache
 def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
@@ -148,6 +150,7 @@ FORMAT_NAMES = {
 }
 
 
+@functools.cache
 def family_words() -> set[str]:
     from edgemed.models.architecture import all_families
 
@@ -181,12 +184,14 @@ def test_only_families_name_a_family(file: Path) -> None:
         )
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             said = node.value
+        if not said:
+            continue
         for word in family_words():
             # The runtime's name holds a family's.
             text = re.sub(
                 r"llama[._-]?cpp|libllama|LlamaSession|llama_\w+",
                 "",
-                said or "",
+                said,
                 flags=re.IGNORECASE,
             )
             if (file.name, said) not in FORMAT_NAMES and re.search(

@@ -54,6 +54,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.process
 def test_reference_page_is_current() -> None:
     make_cli = script("make_cli")
     assert set(make_cli.verbs()) == VERBS
@@ -168,8 +169,9 @@ def test_list_and_recipes_as_json() -> None:
     )
 
 
+@pytest.mark.process
 def test_usage_errors_are_clicks_own() -> None:
-    done = cli("quantise")
+    done = cli("quantise", process=True)
     assert done.returncode == 2
     assert "quantise" in done.stderr
     assert "Traceback" not in done.stderr
@@ -228,6 +230,7 @@ def test_every_result_as_json(engine: Path, model: Path, tmp_path: Path) -> None
     assert json.loads(cli("verify", "--manifest", engine, "--json").stdout)["intact"]
 
 
+@pytest.mark.process
 def test_thread_sweep_and_waiting(engine: Path) -> None:
     rows = json.loads(
         cli(
@@ -267,6 +270,7 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
             "--threads",
             1,
             "--json",
+            process=True,  # it replaces its process
         ).stdout
     )
     assert records[0]["state"]["wait"]["OMP_WAIT_POLICY"] == "passive"
@@ -276,11 +280,12 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
     refused(cli("bench", engine, "--sweep", "threads", "--threads", 2), "--threads")
 
 
+@pytest.mark.process
 def test_generate_and_chat(engine: Path) -> None:
     said = json.loads(
         cli("generate", engine, "--prompt", "hello", "--max-tokens", 8, "--json").stdout
     )
-    shown = cli("generate", engine, "--prompt", "hello", "--max-tokens", 8)
+    shown = cli("generate", engine, "--prompt", "hello", "--max-tokens", 8, process=True)
     assert shown.stdout == said["text"] + "\n"
     sampled = [
         cli(
@@ -298,7 +303,7 @@ def test_generate_and_chat(engine: Path) -> None:
         for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    talk = cli("chat", engine, "--max-tokens", 4, stdin="hello\nand again\n\n")
+    talk = cli("chat", engine, "--max-tokens", 4, stdin="hello\nand again\n\n", process=True)
     assert talk.returncode == 0
     assert talk.stdout.count("> ") == 3
     assert not talk.stderr

@@ -16,7 +16,10 @@ import pytest
 from conftest import ROOT, cli
 
 PYTHON = ROOT / ".venv-device" / "bin" / "python"
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-device: make test makes it")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-device: make test makes it"),
+]
 TARGETS = {
     "onnx": ["--set", "precision=int8", "--set", "group=32"],
     "llamacpp": ["--set", "type=q8_0"],

@@ -23,7 +23,8 @@ for package in ("onnx", "onnxruntime", "gguf", "llama_cpp", "peft"):
 
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.process,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not (ROOT / "recipes" / "quickstart" / "adapter").is_dir(),
         reason="recipes/quickstart holds no trained model and adapter yet",
@@ -61,7 +62,7 @@ def denied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def work(denied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "work"
-    done = cli("run", RECIPE, "--work", out, env=denied, timeout=1500)
+    done = cli("run", RECIPE, "--work", out, env=denied, process=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -194,6 +195,7 @@ def test_second_run_reuses_every_step(work: Path, denied: dict[str, str]) -> Non
         "--set",
         "bench.generate=8",
         env=denied,
+        process=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
@@ -222,6 +224,7 @@ def test_set_reaches_a_step(work: Path, tmp_path: Path) -> None:
             "quantize.bits=8",
             "--set",
             "quantize.samples=8",
+            process=True,
             timeout=600,
         )
     finally:

@@ -13,13 +13,15 @@ from conftest import ROOT, cli
 for package in ("torch", "onnx", "onnxruntime", "gguf", "llama_cpp", "PIL"):
     pytest.importorskip(package)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module", params=["quickstart-vlm", "quickstart-moe"])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp(request.param) / "work"
-    done = cli("run", ROOT / "recipes" / f"{request.param}.yaml", "--work", out, timeout=1500)
+    done = cli(
+        "run", ROOT / "recipes" / f"{request.param}.yaml", "--work", out, process=True, timeout=1500
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 

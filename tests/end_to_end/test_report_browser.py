@@ -32,9 +32,12 @@ CHROMIUM = next(
     ),
     None,
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)"
+    ),
+]
 # Asked by the page itself once it is laid out; put into a copy of the page, which has no script of
 # its own.
 PROBE = """<script>addEventListener("load", () => {

@@ -7,6 +7,7 @@ is allowed, processes get SIGKILL, bytes on disk are changed.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -67,9 +68,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
+        # What a failed command still maps would keep the file system busy.
+        gc.collect()
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.disk_full
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -89,6 +93,7 @@ def test_disk_full(small_disk: Path, tmp_path: Path, arguments: list[str]) -> No
     assert not list(small_disk.iterdir())
 
 
+@pytest.mark.disk_full
 def test_disk_full_while_merging(small_disk: Path, model: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -108,6 +113,7 @@ def test_disk_full_while_merging(small_disk: Path, model: Path, tmp_path: Path) 
     assert not list(small_disk.iterdir())
 
 
+@pytest.mark.disk_full
 def test_report_that_cannot_be_written(model: Path, small_disk: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         f"model: {model}\nengines:\n  - onnx: {{precision: fp32}}\nverify: {{prompts:"
@@ -148,6 +154,7 @@ def start(file: Path, work: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.kill
 def test_killed_in_the_middle_then_completed_is_identical(model: Path, tmp_path: Path) -> None:
     file = recipe(tmp_path, model, samples=400)
     killed = tmp_path / "killed"
@@ -187,6 +194,7 @@ def test_a_second_run_reuses_everything(model: Path, tmp_path: Path) -> None:
     assert len(list((work / "store").glob("quantize-*"))) == 2
 
 
+@pytest.mark.process
 def test_two_runs_at_once_on_one_cache(model: Path, tmp_path: Path) -> None:
     file = recipe(tmp_path, model, samples=32)
     work = tmp_path / "work"
@@ -199,6 +207,7 @@ def test_two_runs_at_once_on_one_cache(model: Path, tmp_path: Path) -> None:
     assert sorted("quantize: reused" in errors for (_, errors), _ in ends) == [False, True]
 
 
+@pytest.mark.kill
 def test_interrupt_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     running = start(recipe(tmp_path, model, samples=400), tmp_path / "work")
     deadline = time.monotonic() + 120
@@ -226,6 +235,7 @@ def test_prompt_longer_than_the_context(engines: dict[str, Path]) -> None:
         assert fits.returncode == 0, fits.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("target", "package", "extra"),
     [("onnx", "onnxruntime", "onnx"), ("llamacpp", "llama_cpp", "llamacpp")],
@@ -234,12 +244,20 @@ def test_runtime_not_installed(
     engines: dict[str, Path], tmp_path: Path, target: str, package: str, extra: str
 ) -> None:
     refused(
-        cli("generate", engines[target], "--prompt", "hello", env=without(tmp_path, package)),
+        cli(
+            "generate",
+            engines[target],
+            "--prompt",
+            "hello",
+            env=without(tmp_path, package),
+            process=True,
+        ),
         package,
         f"pip install 'edgemed[{extra}]'",
     )
 
 
+@pytest.mark.process
 def test_build_packages_not_installed(model: Path, tmp_path: Path) -> None:
     done = cli(
         "export",
@@ -251,6 +269,7 @@ def test_build_packages_not_installed(model: Path, tmp_path: Path) -> None:
         "--out",
         tmp_path / "out",
         env=without(tmp_path, "torch"),
+        process=True,
     )
     refused(done, "torch", "pip install 'edgemed[build]'")
     assert not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ pytest.importorskip("accelerate")
 from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
 from edgemed.distillation import pruning as cutting
-from edgemed.distillation.divergences import coarse, divergence, kl, softened, top
+from edgemed.distillation.divergences import coarse, divergence, kl, output_head, softened
 from edgemed.distillation.objective import Lesson, Objective, batch_loss, measure, pupil
 from edgemed.distillation.student import load
 from edgemed.distillation.teacher import CHUNK, Cache, Teacher, number, written
@@ -151,7 +151,7 @@ def test_top_k_bounds_every_divergence_from_below_and_reaches_it(kind: str) -> N
     full = divergence(kind, *(torch.log_softmax(z / temperature, -1) for z in (z_p, z_q)))
     before = torch.zeros(6)
     for k in (1, 4, 16, 48, 63):
-        ids, values, tails = top(z_p, k, temperature)
+        ids, values, tails = output_head(z_p, k, temperature)
         log_p = softened(values, tails, temperature)
         log_q = coarse(torch.log_softmax(z_q / temperature, -1), ids)
         assert torch.allclose(log_p.exp().sum(-1), torch.ones(6))
@@ -173,7 +173,7 @@ def test_the_tail_is_punished() -> None:
     # look right.
     z_p = torch.tensor([[4.0, 3.0, 0.0, -1.0, -2.0]], requires_grad=False)
     z_q = (z_p + torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0])).requires_grad_()
-    ids, values, tails = top(z_p, 2, 1.0)
+    ids, values, tails = output_head(z_p, 2, 1.0)
     loss = divergence(
         "forward_kl", softened(values, tails, 1.0), coarse(torch.log_softmax(z_q, -1), ids)
     ).sum()
@@ -328,7 +328,7 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
     the scores depends on the layer in GPT-2.
     """
     from edgemed.models.torch_decoder import block, embed, load_layer, norm
-    from edgemed.models.torch_decoder import top as head
+    from edgemed.models.torch_decoder import output_head as head
 
     sizes = {"n_layer": 5} if family == "gpt2" else {"num_hidden_layers": 5}
     path = write_model(tmp_path / "model", family=family, **sizes)
@@ -399,8 +399,8 @@ def test_target_params_is_kept_and_nearly_reached(family: str) -> None:
     from edgemed.planning.inspect import described
 
     weights = CanonicalWeights(described(all_families()[family].reference_name))
-    d = weights.source
-    whole = cutting.parameters(weights.family, weights.source)
+    d = weights.unfolded
+    whole = cutting.parameters(weights.family, weights.unfolded)
     for share in (0.9, 0.5, 0.3):
         target = int(share * whole)
         shape = cutting.solve(weights.family, d, target)
@@ -602,6 +602,7 @@ def test_early_stopping_keeps_the_best(teacher: Path, text: str, tmp_path: Path)
     )
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize(
     "extra",
     [["on_policy=0.5", "hidden=0.5"], ["top_k=16", "lora=4"]],

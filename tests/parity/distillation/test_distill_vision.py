@@ -520,6 +520,7 @@ def test_scores_of_eyes_that_see_otherwise_are_refused(
     assert not list(tmp_path.glob("teacher-*"))
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize(
     "extra", [["on_policy=0.5"], ["top_k=16", "lora=4"]], ids=["own answers", "top-k-and-lora"]
 )

@@ -223,6 +223,7 @@ def test_a_recipe_finds_the_float_checkpoint_by_itself(
     assert notes["teacher"] == hashing.digest(open_checkpoint(float_copy).hashes())
 
 
+@pytest.mark.kill
 def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: str, tmp_path: Path) -> None:
     start = packed(model, tmp_path / "packed", 3)
     asked = [start, "--teacher", model, "--calibration", text, "--steps", 40, "--rate", 3e-3]

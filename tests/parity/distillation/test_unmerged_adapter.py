@@ -399,6 +399,7 @@ def test_a_checkpoint_with_an_adapter_answers_with_it_as_a_source(
     )
 
 
+@pytest.mark.kill
 def test_a_killed_run_ends_with_the_same_adapter(model: Path, text: str, tmp_path: Path) -> None:
     packed = run_step(
         Stage("quantize", quantize.Params("rtn", 3, 32)),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import once, tiny_config
 
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
@@ -297,11 +297,8 @@ def compare_with_llama(
     return same
 
 
-@pytest.mark.parametrize("kind", ["q4_k_m", "q3_k_m", "q2_k", "q5_k_s", "iq4_xs", "iq3_s", "q8_0"])
-@pytest.mark.parametrize("family", plugins.names("families"))
-def test_every_family_gets_the_types_llama_quantize_gives(
-    family: str, kind: str, tmp_path: Path
-) -> None:
+def family_in_eight_layers(family: str, folder: Path) -> None:
+    """A random checkpoint of a family as folder/model, and its float32 engine as folder/f32."""
     # Query heads in groups of four, so that the rules for shared key heads are met; eight layers,
     # so that those for the first and last are.
     small = {
@@ -319,13 +316,25 @@ def test_every_family_gets_the_types_llama_quantize_gives(
         "vocab_size": 256,
     }
     published = all_families()[family].reference_config
+    folder.mkdir()
     model = make_random(
         tiny_config(family, **{k: v for k, v in small.items() if k in published}),
-        tmp_path / "model",
+        folder / "model",
         dtype="float32",
     )
-    source = export(model, "llamacpp", Params("f32"), tmp_path / "f32")
-    made = export(model, "llamacpp", Params(kind), tmp_path / kind)
+    export(model, "llamacpp", Params("f32"), folder / "f32")
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q3_k_m", "q2_k", "q5_k_s", "iq4_xs", "iq3_s", "q8_0"])
+@pytest.mark.parametrize("family", plugins.names("families"))
+def test_every_family_gets_the_types_llama_quantize_gives(
+    family: str, kind: str, shared: Path, tmp_path: Path
+) -> None:
+    folder = once(
+        shared / f"eight-layers-{family}", lambda path: family_in_eight_layers(family, path)
+    )
+    source = open_engine(folder / "f32")
+    made = export(open_checkpoint(folder / "model"), "llamacpp", Params(kind), tmp_path / kind)
     assert compare_with_llama(source, made, kind, None, tmp_path) == len(tensors_of(source))
 
 

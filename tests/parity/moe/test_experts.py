@@ -331,7 +331,7 @@ def test_an_expert_of_another_size(tinymed: Path, tmp_path: Path) -> None:
             }
         ),
     )
-    refused(path, "layer 2, expert 1", "is float32 [64, 96], its siblings' float32 [64, 128]")
+    refused(path, "layer 2, expert 1", "is float32 [64, 96], the other experts' float32 [64, 128]")
 
 
 def test_an_expert_of_another_format_or_without_its_bias(tinymed: Path, tmp_path: Path) -> None:
@@ -343,13 +343,13 @@ def test_an_expert_of_another_format_or_without_its_bias(tinymed: Path, tmp_path
     refused(
         path,
         "layer 2, expert 3",
-        f"'{EXPERT}3.up_proj.weight' is float16 [128, 64], its siblings' float32 [128, 64]",
+        f"'{EXPERT}3.up_proj.weight' is float16 [128, 64], the other experts' float32 [128, 64]",
     )
     phi = write(tmp_path / "phi", "moe-tinymed-phi")
     refused(
         rewrite(phi, tmp_path / "bias", without(f"{EXPERT}0.fc1.bias")),
         "layer 2, expert 0",
-        "fc1.weight' has no bias, its siblings' a bias",
+        "fc1.weight' has no bias, the other experts' a bias",
     )
 
 
@@ -393,7 +393,7 @@ def test_experts_in_files_that_name_different_bases(tinymed: Path, tmp_path: Pat
     refused(
         sharded("other", {**dict.fromkeys("013", "stablelm-2-1_6b"), "2": "phi-2"}),
         "layer 0, expert 2",
-        "is made from phi-2, its siblings' stablelm-2-1_6b",
+        "is made from phi-2, the other experts' stablelm-2-1_6b",
     )
 
 

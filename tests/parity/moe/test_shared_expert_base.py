@@ -38,7 +38,9 @@ def shared(model: Path, out: Path, **params: object) -> dict:
 
 
 def scores(path: Path, whole: bool = False) -> torch.Tensor:
-    return logits(CanonicalWeights(open_checkpoint(path), whole=whole), torch.tensor([IDS]))[0]
+    return logits(CanonicalWeights(open_checkpoint(path), sum_experts=whole), torch.tensor([IDS]))[
+        0
+    ]
 
 
 def expanded(path: Path) -> dict[str, torch.Tensor]:
@@ -87,7 +89,7 @@ def test_the_checkpoint_is_the_model_with_summed_experts(
     with torch.inference_mode():
         right = reference(plain, config, MODELS[name][0])(input_ids=torch.tensor([IDS])).logits[0]
     assert (scores(tmp_path / "out") - right).abs().max() < 1e-4, "shared matrices multiplied once"
-    assert (scores(tmp_path / "out", whole=True) - right).abs().max() < 1e-4, (
+    assert (scores(tmp_path / "out", sum_experts=True) - right).abs().max() < 1e-4, (
         "experts summed when they are read"
     )
     before = load_file(model / "model.safetensors")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CONTEXT, on_q8_grid, tokens, write_model
+from gptq_checkpoints import old_checkpoint
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
@@ -25,8 +26,7 @@ pytest.importorskip("onnxruntime")
 
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
-from edgemed.models.gptq_packing import pack
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights, Dense, Packed
 from edgemed.onnx import ort_session
@@ -170,65 +170,6 @@ def test_eight_bits_and_whole_rows(model: Path, tmp_path: Path, group: int) -> N
     assert np.abs(scores(engine) - expected(Carried(checkpoint))).max() < 1e-3
     with pytest.raises(EdgemedError, match="holds 8-bit integers and precision int4 asks for 4"):
         export(checkpoint, "onnx", Params("int4"), tmp_path / "other")
-
-
-def old_checkpoint(
-    model: Path, out: Path, bits: int, asymmetric: bool, act_order: bool
-) -> Checkpoint:
-    """What AutoGPTQ wrote for desc_act and asymmetric quantization, made by hand: zeros of their
-    own, groups numbered freely.
-    """
-    source = CanonicalWeights(open_checkpoint(model))
-    group = 32
-    random = torch.Generator().manual_seed(3)
-    config = {
-        **source.checkpoint.config,
-        "quantization_config": {
-            "quant_method": "gptq",
-            "bits": bits,
-            "group_size": group,
-            "desc_act": act_order,
-            "sym": not asymmetric,
-            "checkpoint_format": "gptq",
-        },
-    }
-    out.mkdir()
-    writer = Writer(out, config, model)
-    matrices = {
-        source.keys[f"layers.{n}.{name}"][0]
-        for n in range(source.decoder.layers)
-        for name in source.decoder.matrices(n)
-    }
-    for key in source.checkpoint.tensors:
-        module, _, kind = key.rpartition(".")
-        tensor = source.checkpoint.read(key)
-        if module not in matrices or kind == "bias":
-            writer.add(key, tensor)
-            continue
-        columns, rows = tensor.shape
-        q = torch.randint(1 << bits, (columns, rows), generator=random, dtype=torch.uint8)
-        zeros = (
-            torch.randint(
-                1, 1 << bits, (columns // group, rows), generator=random, dtype=torch.uint8
-            )
-            if asymmetric
-            else torch.full((columns // group, rows), 1 << bits - 1, dtype=torch.uint8)
-        )
-        g_idx = torch.arange(columns) // group
-        writer.add(f"{module}.qweight", pack(q, bits, 0))
-        writer.add(f"{module}.qzeros", pack(zeros - 1, bits, 1))
-        writer.add(
-            f"{module}.scales",
-            (torch.rand(columns // group, rows, generator=random) * 0.4 / (1 << bits)).half(),
-        )
-        writer.add(
-            f"{module}.g_idx",
-            (g_idx[torch.randperm(columns, generator=random)] if act_order else g_idx).to(
-                torch.int32
-            ),
-        )
-    writer.close()
-    return open_checkpoint(out)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

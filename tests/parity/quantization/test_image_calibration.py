@@ -19,7 +19,14 @@ from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import encode, open_tokenizer
-from edgemed.models.torch_decoder import TorchSession, block, load_layer, norm, shown, top
+from edgemed.models.torch_decoder import (
+    TorchSession,
+    block,
+    embed_sequences,
+    load_layer,
+    norm,
+    output_head,
+)
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.hidden_states import Activations
 from edgemed.quantization.importance_matrix import importance
@@ -46,7 +53,7 @@ def windows(weights: CanonicalWeights) -> list:
 
 
 def scored(weights: CanonicalWeights, x: torch.Tensor) -> np.ndarray:
-    final, matrix, bias = top(weights)
+    final, matrix, bias = output_head(weights)
     return torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)[
         0
     ].numpy()
@@ -96,7 +103,7 @@ def test_passes_over_them_are_the_models(weights: CanonicalWeights, windows: lis
     for window in windows:
         session.rewind(0)
         right = session.prefill(window[0], every=True, pictures=window[1]).copy()
-        ((x, angles),) = shown(weights, [window])
+        ((x, angles),) = embed_sequences(weights, [window])
         with torch.inference_mode():
             for n in range(d.layers):
                 layer = load_layer(weights, n)
@@ -127,7 +134,7 @@ def test_rounded_layers_see_the_same_positions(
         smooth_layer: lambda n, x: smooth_layer(weights, n, x, own, True, 0.5),
     }
     for turned in (True, False):
-        angles = [turned for _, turned in shown(weights, windows)]
+        angles = [turned for _, turned in embed_sequences(weights, windows)]
         x = Activations(
             tmp_path,
             f"{method.__name__}-{turned}",
@@ -137,7 +144,7 @@ def test_rounded_layers_see_the_same_positions(
         )
         with torch.inference_mode():
             for i, window in enumerate(windows):
-                x.write(i, next(shown(weights, [window]))[0])
+                x.write(i, next(embed_sequences(weights, [window]))[0])
             x.commit()
             for n in range(d.layers):
                 rounds[method](n, x)

@@ -30,7 +30,7 @@ import sys, torch, onnx
 from edgemed.artifacts import store
 from edgemed.hardware import process_memory
 from edgemed.models.checkpoint import open_checkpoint
-from edgemed.models.weights import Weights
+from edgemed.models.weights import CanonicalWeights
 torch.set_num_threads(1)
 checkpoint, out = open_checkpoint(sys.argv[1]), sys.argv[2]
 process_memory.reset_peak_memory(); before = process_memory.peak_memory()
@@ -39,7 +39,7 @@ REFERENCE = (
     PRELUDE
     + """
 from edgemed.models.torch_decoder import logits
-logits(Weights(checkpoint), torch.zeros(2, 64, dtype=torch.int64))
+logits(CanonicalWeights(checkpoint), torch.zeros(2, 64, dtype=torch.int64))
 print(process_memory.peak_memory() - before)
 """
 )

@@ -22,7 +22,7 @@ from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import log_softmax
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
-from edgemed.models.torch_decoder import block, embed, linear, load_layer, logits, norm, top
+from edgemed.models.torch_decoder import block, embed, linear, load_layer, logits, norm, output_head
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.smoothquant import scale
 from edgemed.steps import quantize
@@ -109,7 +109,7 @@ def by_hand(
                 layer, name, rounded(f"layers.{n}.{name}", x)
             ),
         )
-    final, matrix, bias = top(weights)
+    final, matrix, bias = output_head(weights)
     return torch.nn.functional.linear(
         norm(d, final, "final_norm", x), on_q8_grid(matrix) if grid else matrix, bias
     )[0].numpy()

@@ -593,7 +593,7 @@ def test_what_it_cannot_take(
 
 
 def test_checkpoints_it_cannot_carry(model: Path, tmp_path: Path) -> None:
-    from test_onnx import old_checkpoint
+    from gptq_checkpoints import old_checkpoint
 
     asymmetric = old_checkpoint(model, tmp_path / "asymmetric", 4, asymmetric=True, act_order=False)
     with pytest.raises(EdgemedError, match="quantized asymmetrically.*precision fp16"):
@@ -620,7 +620,7 @@ def test_checkpoints_it_cannot_carry(model: Path, tmp_path: Path) -> None:
 
 
 def test_old_act_order_checkpoints(model: Path, tmp_path: Path) -> None:
-    from test_onnx import old_checkpoint
+    from gptq_checkpoints import old_checkpoint
 
     checkpoint = old_checkpoint(model, tmp_path / "old", 4, asymmetric=False, act_order=True)
     engine = export(checkpoint, "tensorrt", Params(activations="fp32"), tmp_path / "engine")

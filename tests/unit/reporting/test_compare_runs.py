@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 from conftest import cli, refused
+from html_page import read
 from report_documents import MACHINE, ORIN, TASKS, document, records
-from test_report import read
 
 from edgemed.artifacts.records import append_records
 from edgemed.errors import EdgemedError
