@@ -193,27 +193,17 @@ def quantize(
 def distill(
     model: Model,
     out: Out,
-    calibration: Annotated[
-        str, typer.Option(help="Text to learn on: card name, .jsonl or .txt file.")
-    ],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")],
-    rate: Annotated[float, typer.Option(help="Largest learning rate.")],
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Teacher's directory; default: MODEL, of which a part is kept."),
-    ] = None,
+    calibration: Annotated[str, typer.Option()],
+    steps: Annotated[int, typer.Option()],
+    rate: Annotated[float, typer.Option()],
+    teacher: str | None = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Layers of MODEL the student keeps: a count, or indices as 0,2,4."),
     ] = None,
-    target_params: Annotated[
-        str | None,
-        typer.Option(help="Parameters of the student at most, as 30M: depth and width are chosen."),
-    ] = None,
-    loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl or jsd.")] = "forward_kl",
-    mode: Annotated[
-        str, typer.Option(help="logits, or sequence for different tokenizers.")
-    ] = "logits",
+    target_params: str | None = None,
+    loss: str = "forward_kl",
+    mode: str = "logits",
     sets: Sets = None,
     json_: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ from there. A plug-in is imported only when the help of its own verb is asked fo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,9 @@ SECTIONS = {
     "eval": Source("evaluation.spec", "EvalSpec", ""),
 }
 
+# Options that may be repeated, and the lists they make.
+OPTIONS = {"task": "tasks", "strategy": "strategies"}
+
 
 def step(name: str) -> Source:
     return Source(f"steps.{name}", "Params", "")
@@ -52,13 +56,20 @@ def target(name: str) -> Source:
     return Source(f"targets.{name}", "Params", f" with --target {name}")
 
 
-def sources_of(verb: str) -> list[Source]:
-    """The classes that a verb's options and --set values go into."""
+def option_sources(verb: str) -> list[Source]:
+    """The classes whose fields a verb has options for."""
     if verb == "export":
-        return [target(name) for name in plugins.names("targets")]
+        return []
     if verb in SECTIONS:
         return [SECTIONS[verb]]
     return [step(verb)]
+
+
+def set_sources(verb: str) -> list[Source]:
+    """The classes that the --set values of a verb go into."""
+    if verb in ("export", "bench"):
+        return [target(name) for name in plugins.names("targets")]
+    return option_sources(verb)
 
 
 def allowed(parameter: Parameter) -> str:
@@ -73,12 +84,13 @@ def allowed(parameter: Parameter) -> str:
     return "; ".join(words)
 
 
-def option_help(parameter: Parameter) -> str:
-    """The text of an option. typer itself adds its default."""
+def option_help(parameter: Parameter, option: Any) -> str:
+    """The text of an option. typer itself adds its default, and its bounds where it has some."""
+    bounds = (getattr(option, "min", None), getattr(option, "max", None))
     limits = []
     if parameter.kind.startswith("value among"):
         limits.append(parameter.kind)
-    if parameter.range:
+    if parameter.range and bounds == (None, None):
         limits.append(parameter.range)
     if not limits:
         return parameter.doc
@@ -91,30 +103,34 @@ class ParameterCommand(TyperCommand):
     """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        options = {option.name: option for option in self.params}
-        tables = []
-        notes = []
-        for source in sources_of(self.name or ""):
-            try:
-                parameters = source.parameters()
-            except EdgemedError as error:
-                notes.append(f"--set{source.where}: {error}")
-                continue
-            rows = []
-            for parameter in parameters:
-                option: Any = options.get(parameter.name)
-                if option is None:
-                    rows.append((parameter.name, f"{parameter.doc} [{allowed(parameter)}]".strip()))
-                elif parameter.doc or not option.help:
-                    option.help = option_help(parameter)
-            tables.append((source, rows))
+        verb = self.name or ""
+        options: dict[str | None, Any] = {option.name: option for option in self.params}
+        with contextlib.suppress(EdgemedError):  # the tables below say what is missing
+            for source in option_sources(verb):
+                for parameter in source.parameters():
+                    option = options.get(parameter.name)
+                    if option is not None and not option.help:
+                        option.help = option_help(parameter, option)
         super().format_options(ctx, formatter)
         if "sets" not in options:
             return
-        for source, rows in tables:
-            if rows:
-                with formatter.section(f"Parameters for --set{source.where}"):
-                    formatter.write_dl(rows)
-        for note in notes:
-            formatter.write_paragraph()
-            formatter.write_text(note)
+        own_options = {OPTIONS.get(str(name), str(name)) for name in options}
+        for source in set_sources(verb):
+            try:
+                rows = table(source, own_options)
+            except EdgemedError as error:
+                formatter.write_paragraph()
+                formatter.write_text(f"--set{source.where}: {error}")
+                continue
+            with formatter.section(f"Parameters for --set{source.where}"):
+                formatter.write_dl(rows)
+
+
+def table(source: Source, own_options: set[str]) -> list[tuple[str, str]]:
+    """(name, text) of the parameters that have no option of their own."""
+    rows = []
+    for parameter in source.parameters():
+        if parameter.name not in own_options:
+            text = f"{parameter.doc} [{allowed(parameter)}]".strip()
+            rows.append((parameter.name, text))
+    return rows

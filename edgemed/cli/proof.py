@@ -37,12 +37,8 @@ def verify(
         Path | None,
         typer.Option(help="Only re-check every file of this artifact against its manifest."),
     ] = None,
-    max_kl: Annotated[
-        float, typer.Option(min=0, help="Limit on the mean KL divergence from the source, nats.")
-    ] = 0.05,
-    min_top1: Annotated[
-        float, typer.Option(min=0, max=1, help="Limit on top-1 agreement with the source.")
-    ] = 0.9,
+    max_kl: Annotated[float, typer.Option(min=0)] = 0.05,
+    min_top1: Annotated[float, typer.Option(min=0, max=1)] = 0.9,
     key: Annotated[
         Path | None,
         typer.Option(
@@ -138,15 +134,9 @@ def bench(
     prompt: Annotated[
         list[int] | None, typer.Option(min=1, help="Prompt length in tokens; may be repeated.")
     ] = None,
-    generate: Annotated[int, typer.Option(min=1, help="New tokens per round.")] = 64,
-    runs: Annotated[int, typer.Option(min=1, help="Counted rounds after one warm-up.")] = 5,
-    image: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Vision models: side in pixels of an image to ask about besides; 0: none.",
-        ),
-    ] = 448,
+    generate: Annotated[int, typer.Option(min=1)] = 64,
+    runs: Annotated[int, typer.Option(min=1)] = 5,
+    image: Annotated[int, typer.Option(min=0)] = 448,
     threads: Threads = None,
     sweep: Annotated[
         str | None,
@@ -277,14 +267,9 @@ def eval_(
             help="File of the source's results, written with --out where the source was evaluated."
         ),
     ] = None,
-    margin: Annotated[
-        float | None,
-        typer.Option(
-            help="Largest loss of accuracy that counts as not worse, e.g. 0.02; gives a verdict."
-        ),
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="How often a worse engine may pass.")] = 0.05,
-    scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
+    margin: float | None = None,
+    alpha: float = 0.05,
+    scoring: str = "sum",
     limit: Limit = None,
     accept_undecided: AcceptUndecided = False,
     record: Annotated[
