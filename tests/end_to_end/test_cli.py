@@ -154,8 +154,7 @@ def test_version_and_completion() -> None:
 def test_numbers_out_of_range_are_refused_at_once(arguments: tuple[object, ...]) -> None:
     done = cli(*arguments)
     assert done.returncode == 2
-    assert "range" in done.stderr
-    assert str(arguments[-2]) in done.stderr
+    assert f"Invalid value for '{arguments[-2]}'" in done.stderr
 
 
 def test_list_and_recipes_as_json() -> None:
