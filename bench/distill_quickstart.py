@@ -22,7 +22,7 @@ from scipy.stats import t as student_t
 
 from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
-from edgemed.distillation.pruning import choose, cut
+from edgemed.distillation.pruning import choose_shape, prune
 from edgemed.evaluation.evaluate import evaluate
 from edgemed.evaluation.opened_model import open_source
 from edgemed.evaluation.task import questions
@@ -183,9 +183,9 @@ def main():
     windows = {card: heldout(options.model, card) for card in CARDS}
     join_texts(options.work)
     weights = CanonicalWeights(open_checkpoint(options.model))
-    cut_out = cut(
+    cut_out = prune(
         weights,
-        choose(weights, COMMON["layers"], None, None, None),
+        choose_shape(weights, COMMON["layers"], None, None, None),
         options.work / "store" / "cut",
         [],
     ).path

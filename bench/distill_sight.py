@@ -19,10 +19,10 @@ from distill_quickstart import interval
 from records import save
 
 from edgemed.artifacts import hashing, store
-from edgemed.data.image_text_windows import IGNORED, look
+from edgemed.data.image_text_windows import IGNORED, encode_images
 from edgemed.data.text_sets import read_card, read_jsonl
 from edgemed.distillation import image_answers
-from edgemed.distillation.pruning import choose, cut
+from edgemed.distillation.pruning import choose_shape, prune
 from edgemed.distillation.teacher import Teacher
 from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import open_checkpoint
@@ -54,12 +54,12 @@ def heldout(model, work):
     """
     weights = CanonicalWeights(open_checkpoint(model))
     rows = read_jsonl(read_card(CARD).file("heldout"))
-    told = image_answers.written(
+    told = image_answers.generate_answers(
         weights, CARD, rows, Sampling(1.0, max_tokens=LENGTH), work / "heldout.jsonl"
     )
     return {
-        "card": look(weights, CARD, rows, LENGTH, ROOM),
-        "teacher": look(weights, CARD, rows, LENGTH, ROOM, lambda: told),
+        "card": encode_images(weights, CARD, rows, LENGTH, ROOM),
+        "teacher": encode_images(weights, CARD, rows, LENGTH, ROOM, lambda: told),
     }
 
 
@@ -68,9 +68,9 @@ def measured(model, teacher, parts):
     entropy there, in float32.
     """
     found = {}
-    for name, (tokens, labels, sights) in parts.items():
+    for name, (tokens, labels, images) in parts.items():
         counted = torch.from_numpy(labels[:, 1:] != IGNORED)
-        seen = sights.of(range(len(tokens)), "cpu")
+        seen = images.batch(range(len(tokens)), "cpu")
         ours, theirs = (
             torch.log_softmax(
                 Teacher(CanonicalWeights(open_checkpoint(path)))(
@@ -126,9 +126,9 @@ def main():
     started = time.perf_counter()
     parts = heldout(options.model, options.work)
     weights = CanonicalWeights(open_checkpoint(options.model))
-    cut_out = cut(
+    cut_out = prune(
         weights,
-        choose(weights, COMMON["layers"], None, None, None),
+        choose_shape(weights, COMMON["layers"], None, None, None),
         options.work / "store" / "cut",
         [],
     ).path

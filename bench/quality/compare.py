@@ -268,13 +268,13 @@ def make(name: str, work: Path, model: Path) -> dict[str, Any] | None:
 
 def calibration_tokens(work: Path, model: Path) -> Path:
     """The calibration windows as token ids, the very ones edgemed calibrates on."""
-    from edgemed.data.text_sets import calibration_windows
+    from edgemed.data.text_sets import calibration_sequences
     from edgemed.models.tokenizer import open_tokenizer
 
     file = work / "tokens.json"
     file.write_text(
         json.dumps(
-            calibration_windows(
+            calibration_sequences(
                 CARD,
                 open_tokenizer(
                     model, json.loads((model / "config.json").read_text())["vocab_size"]

@@ -27,7 +27,7 @@ GROUP = 64
 def main() -> None:
     import torch
 
-    from edgemed.data.text_sets import calibration_windows
+    from edgemed.data.text_sets import calibration_sequences
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.tokenizer import open_tokenizer
     from edgemed.models.torch_decoder import block, embed, load_layer, norm, output_head
@@ -39,7 +39,7 @@ def main() -> None:
     weights = CanonicalWeights(open_checkpoint(MODEL), fold=True)
     d = weights.decoder
     windows = torch.tensor(
-        calibration_windows(CARD, open_tokenizer(MODEL, d.vocab), WINDOWS, LENGTH)
+        calibration_sequences(CARD, open_tokenizer(MODEL, d.vocab), WINDOWS, LENGTH)
     )
     layers = [load_layer(weights, n) for n in range(d.layers)]
     (final, matrix, bias) = output_head(weights)

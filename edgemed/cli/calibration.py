@@ -60,8 +60,7 @@ def make(
     """Make a calibration card from your own text: split, hashed, and refused where it looks like
     data of patients.
     """
-    from edgemed.data.calibration_cards import Source
-    from edgemed.data.calibration_cards import make as make_card
+    from edgemed.data.calibration_cards import Source, make_card
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.tokenizer import open_tokenizer
 

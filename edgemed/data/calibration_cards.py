@@ -1,8 +1,7 @@
-"""Calibration cards from a user's own text, and whether a card shares text with an evaluation.
+"""Calibration cards from a user's own text, refused where the text looks like data of patients.
 
-A model calibrated on the questions it is judged by is flattered, and a card with patients' names in
-it travels further than anyone meant. Both are looked for by plain rules that are written down here;
-neither search proves that nothing is there.
+A card with patients' names in it travels further than anyone meant. They are looked for by plain
+rules that are written down here. The search does not prove that nothing is there.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,8 @@ TRACES = {
     ),
 }
 
+TextRow = tuple[str, dict[str, Any]]  # a text, and what the card keeps of its row
+
 
 @dataclass(frozen=True)
 class Source:
@@ -63,7 +64,7 @@ class Source:
     description: str = ""
 
 
-def make(
+def make_card(
     file: Path,
     out: Path,
     source: Source,
@@ -71,13 +72,15 @@ def make(
     allow_traces: bool = False,
     tokenizer: Any = None,
 ) -> dict[str, Any]:
-    """Write calibration.jsonl, heldout.jsonl and card.yaml into `out` from a .jsonl file of rows
-    with "text" or "messages" (data.texts_of) or a .txt file of paragraphs; returns the card.
+    """Write calibration.jsonl, heldout.jsonl and card.yaml into `out`; returns the card.
 
-    Like texts are kept once; a text is held out by the hash of its words, so the same file is
-    always split alike, and a longer one does not move texts from one side to the other. tokenizer:
-    counts tokens too. Raises EdgemedError for an unreadable file, a text that carries traces of a
-    patient (unless allow_traces), a directory that is there already, or too few texts.
+    file: .jsonl with rows of "text" or "messages" (text_sets.texts_of), or .txt with paragraphs.
+    heldout: share of the texts in the validation split. Like texts are kept once. A text's split
+    comes from the hash of its words. So the same file is always split alike, and a longer file does
+    not move texts from one split to the other. tokenizer: counts tokens too.
+
+    Raises EdgemedError for an unreadable file, a text that carries traces of a patient (unless
+    allow_traces), a directory that is there already, or too few texts.
     """
     import yaml
 
@@ -85,33 +88,22 @@ def make(
         raise EdgemedError(f"heldout {heldout} is not a share between 0 and 1", "For example 0.2")
     if Path(out).exists():
         raise EdgemedError(f"{out} exists", "Choose another --out, or remove it")
-    found = _own_texts(Path(file))
-    traces = list(traces_of(text for text, _ in found))
+    texts = _own_texts(Path(file))
+    traces = list(traces_of(text for text, _ in texts))
     if traces and not allow_traces:
-        first = "; ".join(f"text {number}: {kind}" for number, kind in traces[:3])
-        more = f" and {len(traces) - 3} more" if len(traces) > 3 else ""
+        raise _traces_error(file, traces)
+    unique = {" ".join(words(text)): (text, row) for text, row in texts}
+    splits = _split(unique, heldout)
+    if not all(splits.values()):
         raise EdgemedError(
-            f"{file} looks as if it held data of patients ({first}{more})",
-            "Remove it, or give --allow-traces where you know that it does not or may travel",
-        )
-    unique = {" ".join(words(text)): (text, kept) for text, kept in found}
-    sides: dict[str, list[tuple[str, dict[str, Any]]]] = {"calibration": [], "heldout": []}
-    for plain, row in unique.items():
-        sides[
-            (
-                "heldout"
-                if int(hashlib.sha256(plain.encode()).hexdigest()[:8], 16) < heldout * 2**32
-                else "calibration"
-            )
-        ].append(row)
-    if not all(sides.values()):
-        raise EdgemedError(
-            f"{file}: {len(unique)} different texts are too few to hold {heldout:g} of them out",
+            f"{file}: {len(unique)} different texts are too few for a validation split of"
+            f" {heldout:g}",
             "Give more texts, or another --heldout",
         )
     out.mkdir(parents=True)
     files = {
-        split: _written(out / f"{split}.jsonl", rows, tokenizer) for split, rows in sides.items()
+        split: _write_split(out / f"{split}.jsonl", rows, tokenizer)
+        for split, rows in splits.items()
     }
     card = {
         "name": source.name,
@@ -125,8 +117,8 @@ def make(
         "made_from": {
             "file": Path(file).name,
             "sha256": file_sha256(file),
-            "texts": len(found),
-            "repeated": len(found) - len(unique),
+            "texts": len(texts),
+            "repeated": len(texts) - len(unique),
         },
         "files": files,
     }
@@ -136,26 +128,40 @@ def make(
     return card
 
 
-def _written(file: Path, rows: list[tuple[str, dict[str, Any]]], tokenizer: Any) -> dict[str, Any]:
-    """Write one split; its entry in the card."""
-    file.write_text(
-        "".join(
-            json.dumps(
-                {"id": hashlib.sha256(text.encode()).hexdigest()[:12], **kept}, ensure_ascii=False
-            )
-            + "\n"
-            for text, kept in rows
-        ),
-        encoding="utf-8",
-    )
-    facts = {"file": file.name, "sha256": file_sha256(file), "n": len(rows)}
-    return facts | (
-        {"tokens": sum(len(tokenizer.encode(text).ids) for text, _ in rows)} if tokenizer else {}
+def _traces_error(file: Path, traces: Sequence[tuple[int, str]]) -> EdgemedError:
+    first = "; ".join(f"text {number}: {kind}" for number, kind in traces[:3])
+    more = f" and {len(traces) - 3} more" if len(traces) > 3 else ""
+    return EdgemedError(
+        f"{file} looks as if it held data of patients ({first}{more})",
+        "Remove it, or give --allow-traces where you know that it does not or may travel",
     )
 
 
-def _own_texts(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(text, what a card's row keeps of it: 'text' or 'messages', and 'language' where it is said)
+def _split(unique: Mapping[str, TextRow], heldout: float) -> dict[str, list[TextRow]]:
+    """unique: the words of each text -> (text, what the card keeps of its row)."""
+    splits: dict[str, list[TextRow]] = {"calibration": [], "heldout": []}
+    for plain, row in unique.items():
+        # The first 32 bits of the hash, uniform over [0, 2^32).
+        place = int(hashlib.sha256(plain.encode()).hexdigest()[:8], 16)
+        splits["heldout" if place < heldout * 2**32 else "calibration"].append(row)
+    return splits
+
+
+def _write_split(file: Path, rows: Sequence[TextRow], tokenizer: Any) -> dict[str, Any]:
+    """Write one split. Returns its entry in the card."""
+    lines = []
+    for text, row in rows:
+        text_id = hashlib.sha256(text.encode()).hexdigest()[:12]
+        lines.append(json.dumps({"id": text_id, **row}, ensure_ascii=False) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+    entry = {"file": file.name, "sha256": file_sha256(file), "n": len(rows)}
+    if tokenizer:
+        entry["tokens"] = sum(len(tokenizer.encode(text).ids) for text, _ in rows)
+    return entry
+
+
+def _own_texts(file: Path) -> list[TextRow]:
+    """(text, what a card's row keeps of it: 'text' or 'messages', and 'language' where it has one)
     of every row.
     """
     if not file.is_file():
@@ -164,41 +170,47 @@ def _own_texts(file: Path) -> list[tuple[str, dict[str, Any]]]:
             'Give a .jsonl file with rows {"text": ...}, or a .txt file with a blank line between'
             " texts",
         )
+    _check_no_dicom(file)
+    texts = texts_of(file)
+    if file.suffix == ".txt":
+        return [(text, {"text": text}) for text in texts]
+    return [
+        (text, _kept_fields(text, row)) for text, row in zip(texts, read_rows(file), strict=True)
+    ]
+
+
+def _kept_fields(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {key: row[key] for key in ("language", "messages") if key in row}
+    if "messages" not in row:
+        fields["text"] = text
+    return fields
+
+
+def _check_no_dicom(file: Path) -> None:
     with open(file, "rb") as handle:
+        # A DICOM file has 128 bytes of preamble, then these four.
         if handle.read(132)[128:] == b"DICM":
             raise EdgemedError(
                 f"{file} is a DICOM file",
                 "A card holds text; export reports without patient data first",
             )
-    if file.suffix in (".jsonl", ".json"):
-        keys = {
-            str(key)
-            for row in read_rows(file)
-            for key in row
-            if TRACES["DICOM tag"].search(str(key))
-        }
-        if keys:
-            raise EdgemedError(
-                f"{file} holds DICOM fields ({', '.join(sorted(keys)[:3])})",
-                "Keep only the texts, without patient data",
-            )
-    found = texts_of(file)
-    rows = [{}] * len(found) if file.suffix == ".txt" else read_rows(file)
-    return [
-        (
-            text,
-            {key: row[key] for key in ("language", "messages") if key in row}
-            | ({} if "messages" in row else {"text": text}),
+    if file.suffix not in (".jsonl", ".json"):
+        return
+    keys: set[str] = set()
+    for row in read_rows(file):
+        keys.update(str(key) for key in row if TRACES["DICOM tag"].search(str(key)))
+    if keys:
+        raise EdgemedError(
+            f"{file} holds DICOM fields ({', '.join(sorted(keys)[:3])})",
+            "Keep only the texts, without patient data",
         )
-        for text, row in zip(found, rows, strict=True)
-    ]
 
 
-def traces_of(found: Iterable[str]) -> Iterator[tuple[int, str]]:
+def traces_of(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
     """(number of the text from 1, kind) of everything that looks like data of a patient: TRACES, or
     a person's name and a date in one text. Other traces are not seen.
     """
-    for number, text in enumerate(found, 1):
+    for number, text in enumerate(texts, 1):
         for kind, pattern in TRACES.items():
             if pattern.search(text):
                 yield number, kind

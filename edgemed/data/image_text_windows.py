@@ -1,24 +1,23 @@
-"""Rows of questions about images as windows that a step can calibrate on or a student learn from:
-tokens, which of them count, and what the images became.
+"""Questions about images as token sequences: what a step calibrates on or a student learns from.
 
-Vision tower and projector are neither rounded nor trained in these passes, so every image is looked
-at once and its features are kept in memory.
+A sequence has its tokens, the labels that count, and the features of its images. The vision encoder
+and its projector are neither quantized nor trained in these passes. So every image is encoded once,
+and its features stay in memory. This module needs torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from edgemed.artifacts import hashing
 from edgemed.console import track
-from edgemed.data.text_sets import calibration_windows, read_card, read_jsonl
-from edgemed.errors import EdgemedError, need
+from edgemed.data.image_sets import calibration_sets, image_rows, images_album, images_of
+from edgemed.data.text_sets import calibration_sequences
+from edgemed.errors import EdgemedError
 from edgemed.inference.session import ImageEmbeddings, Positions
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
@@ -26,295 +25,271 @@ from edgemed.vision.image_io import Album
 from edgemed.vision.preprocessing import prompt_tokens
 from edgemed.vision.torch_encoder import TorchVisionEncoder
 
-if TYPE_CHECKING:
-    import torch
-
 IGNORED = -100  # transformers' label of a token that is not counted
 
 
+class MultimodalBatch(NamedTuple):
+    """The images of one batch of sequences.
+
+    features: float32 [n, hidden], all features of the batch in the order of its image tokens.
+    positions: rotary positions int64 [parts, rows, length]. token: the image token's id.
+    """
+
+    features: torch.Tensor
+    positions: torch.Tensor
+    token: int
+
+
 @dataclass(frozen=True)
-class Sights:
-    """What the images of each window became. features: float32 [n, hidden] per window, for its
-    tokens `token`, in order; positions int64 [windows, parts, length], which go on behind the
-    answer that is there, for another one that may stand in its place.
+class ImageInputs:
+    """The images of a set of sequences, encoded.
+
+    features: float32 [n, hidden] of each sequence, for its tokens `token`, in order. positions:
+    rotary positions int64 [sequences, parts, length]. They go on behind the answer that is there,
+    so another answer may stand in its place.
     """
 
     features: tuple[np.ndarray, ...]
     positions: np.ndarray
     token: int
 
-    def only(self, rows: Sequence[int]) -> Sights:
-        """Those of these windows alone."""
-        return Sights(
+    def only(self, rows: Sequence[int]) -> ImageInputs:
+        """Those of these sequences alone."""
+        return ImageInputs(
             tuple(self.features[row] for row in rows), self.positions[list(rows)], self.token
         )
 
-    def of(self, rows: Sequence[int], device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """(features of these windows one after the other, positions [parts, rows, length],
-        token).
-        """
-        torch = need("torch", "build")
-        found = (
-            np.concatenate([self.features[row] for row in rows]),
-            self.positions[list(rows)].transpose(1, 0, 2).copy(),
+    def batch(self, rows: Sequence[int], device: str) -> MultimodalBatch:
+        """The images of these sequences, on a torch device."""
+        features = np.concatenate([self.features[row] for row in rows])
+        positions = self.positions[list(rows)].transpose(1, 0, 2).copy()
+        return MultimodalBatch(
+            torch.from_numpy(features).to(device),
+            torch.from_numpy(positions).to(device),
+            self.token,
         )
-        return *(torch.from_numpy(array).to(device) for array in found), self.token
 
 
-def pictured(name: str) -> list[dict[str, Any]] | None:
-    """Rows {"image" or "images", "question", "answer"} of a .jsonl file, None where its first row
-    names no image.
-
-    Raises EdgemedError naming a row that lacks one of them.
-    """
-    file = read_card(name).file("calibration")
-    rows = read_jsonl(file) if file.suffix == ".jsonl" else []
-    if not rows or not rows[0].keys() & {"image", "images"}:
-        return None
-    for number, row in enumerate(rows, 1):
-        if not images_of(row) or not all(
-            isinstance(row.get(key), str) and row[key] for key in ("question", "answer")
-        ):
-            raise EdgemedError(
-                f"{file}: row {number} is no question about an image",
-                'Rows look like {"id": .., "image": "name.png", "question": .., "answer": ..}',
-            )
-    return rows
+# Tokens of one calibration sample, and its images where it has some.
+Sample = tuple[list[int], ImageEmbeddings | None]
 
 
-def images_of(row: dict[str, Any]) -> list[str]:
-    names = row.get("images", [row.get("image")])
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
-
-
-def album_of(name: str) -> Album:
-    """The images of a set: files beside its rows, or members of the zip file its card names."""
-    card = read_card(name)
-    return Album(
-        card.file("calibration").parent, card.files["images"].name if "images" in card.files else ""
-    )
-
-
-def digest(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    """sha256 over the images' bytes, in the rows' order. Raises EdgemedError for one that is
-    missing.
-    """
-    album = album_of(name)
-    return hashing.digest(
-        [hashlib.sha256(album.read(image)).hexdigest() for row in rows for image in images_of(row)]
-    )
-
-
-def sets_of(names: str) -> list[str]:
-    """The calibration sets of one parameter: names or files with commas between; a file whose own
-    name has a comma is one.
-    """
-    return [names] if Path(names).is_file() else names.split(",")
-
-
-def calibration_digests(names: str) -> dict[str, str]:
-    """sha256 of the rows of one calibration set or several (with commas between), and of their
-    images.
-    """
-    found = {}
-    for n, name in enumerate(sets_of(names)):
-        place = f" {n + 1}" if n else ""
-        rows = pictured(name)
-        found |= {f"calibration{place}": read_card(name).digest("calibration")} | (
-            {f"images{place}": digest(name, rows)} if rows else {}
-        )
-    return found
-
-
-def calibration(
+def calibration_samples(
     weights: CanonicalWeights, names: str, samples: int, length: int
-) -> list[tuple[list[int], ImageEmbeddings | None]]:
-    """`samples` windows of `length` tokens of a calibration set, or of several (with commas
+) -> list[Sample]:
+    """`samples` sequences of `length` tokens of a calibration set, or of several (with commas
     between) in turns.
 
-    Windows are of its texts, or of its questions about images with their answers, one chat turn
-    after the other: such a window begins with a question and ends in the middle of one. Raises
-    EdgemedError where a set is too short, or has images and the model sees none.
+    Samples are made of a set's texts, or of its questions about images with their answers, one chat
+    turn after the other. Such a sample begins with a question and may end in the middle of a turn.
+    Raises EdgemedError where a set is too short, or has images and the model has no vision.
     """
-    sets = sets_of(names)
+    sets = calibration_sets(names)
     if samples < len(sets):
         raise EdgemedError(
             f"{samples} samples of {len(sets)} calibration sets leave one out",
             "Ask for at least one sample of each",
         )
-    each = [
-        _of_one(weights, name, samples // len(sets) + (n < samples % len(sets)), length)
-        for n, name in enumerate(sets)
-    ]
-    return [found[i] for i in range(len(each[0])) for found in each if i < len(found)]
+    by_set = []
+    for n, name in enumerate(sets):
+        # The first sets take what does not divide evenly.
+        share = samples // len(sets) + (n < samples % len(sets))
+        by_set.append(_samples_of_set(weights, name, share, length))
+    in_turns = []
+    for i in range(len(by_set[0])):
+        for set_samples in by_set:
+            if i < len(set_samples):
+                in_turns.append(set_samples[i])
+    return in_turns
 
 
-def _of_one(
+def _samples_of_set(
     weights: CanonicalWeights, name: str, samples: int, length: int
-) -> list[tuple[list[int], ImageEmbeddings | None]]:
+) -> list[Sample]:
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    rows = pictured(name)
+    rows = image_rows(name)
     if not rows:
-        return [
-            (window, None)
-            for window in calibration_windows(
-                name, tokenizer, samples, length, weights.checkpoint.path
-            )
-        ]
+        sequences = calibration_sequences(name, tokenizer, samples, length, weights.checkpoint.path)
+        return [(sequence, None) for sequence in sequences]
     if not weights.vision:
         raise EdgemedError(
             f"calibration set '{name}' has images, and {weights.checkpoint.path} reads text only",
             "Calibrate on text",
         )
     vision_encoder = TorchVisionEncoder(weights)
-    album = album_of(name)
-    found = []
-    turns = []
-    for row in track(rows, "looks at images"):
-        turns.append(_turn(vision_encoder, tokenizer, album, row))
+    album = images_album(name)
+    joined: list[Sample] = []
+    turns: list[tuple[list[int], ImageEmbeddings]] = []
+    for row in track(rows, "encoding images"):
+        turns.append(_chat_turn(vision_encoder, tokenizer, album, row))
         if sum(len(tokens) for tokens, _ in turns) >= length:
-            found.append(_joined(turns, vision_encoder, length))
+            joined.append(_joined_turns(turns, vision_encoder, length))
             turns = []
-            if len(found) == samples:
-                return found
-    problem = (
-        f"calibration set '{name}' has questions and images for {len(found)} windows of {length}"
-        f" tokens, {samples} are asked for"
+            if len(joined) == samples:
+                return joined
+    raise EdgemedError(
+        f"calibration set '{name}' has questions and images for {len(joined)} samples of {length}"
+        f" tokens, {samples} are asked for",
+        "Ask for fewer or shorter samples, or use a larger set",
     )
-    raise EdgemedError(problem, "Ask for fewer or shorter samples, or use a larger set")
 
 
-def _joined(
+def _joined_turns(
     turns: Sequence[tuple[list[int], ImageEmbeddings]],
     vision_encoder: TorchVisionEncoder,
     length: int,
 ) -> tuple[list[int], ImageEmbeddings]:
-    """Chat turns one after the other, cut at `length` tokens."""
-    held = Positions(vision_encoder.parts, sum(len(tokens) for tokens, _ in turns))
+    """Chat turns one after the other, truncated at `length` tokens."""
+    positions = Positions(vision_encoder.parts, sum(len(tokens) for tokens, _ in turns))
     tokens: list[int] = []
-    for more, seen in turns:
-        held.add(len(tokens), len(more), seen.positions)
-        tokens += more
+    for turn_tokens, embeddings in turns:
+        positions.add(len(tokens), len(turn_tokens), embeddings.positions)
+        tokens += turn_tokens
     tokens = tokens[:length]
-    features = np.concatenate([seen.features for _, seen in turns])[
-        : tokens.count(vision_encoder.v.token)
-    ]
-    return tokens, ImageEmbeddings(features, held.held[:, :length], vision_encoder.v.token)
+    features = np.concatenate([embeddings.features for _, embeddings in turns])
+    # The truncation may have taken image tokens away: their features go too.
+    features = features[: tokens.count(vision_encoder.v.token)]
+    return tokens, ImageEmbeddings(features, positions.held[:, :length], vision_encoder.v.token)
 
 
-def asked(
+def question_prompt(
     vision_encoder: TorchVisionEncoder, tokenizer: Any, album: Album, row: dict[str, Any]
 ) -> tuple[list[int], ImageEmbeddings]:
-    """(tokens, pictures) of one row's question as a chat turn in the model's own form, up to where
+    """(tokens, images) of one row's question as a chat turn in the model's own form, up to where
     the answer begins.
+
+    Raises EdgemedError for an image that cannot be opened, and a model without a chat form.
     """
+    chat = vision_encoder.family.chat
+    if chat is None:
+        raise EdgemedError(
+            f"{vision_encoder.weights.checkpoint.path} has no chat form for questions about images",
+            "Give a vision-language model",
+        )
     images = [album.open(image) for image in images_of(row)]
-    return vision_encoder.see(
-        prompt_tokens(
-            tokenizer,
-            vision_encoder.family.chat(row["question"], len(images), vision_encoder.v.conversation),
-            vision_encoder.v,
-        ),
-        images,
+    prompt = chat(row["question"], len(images), vision_encoder.v.conversation)
+    tokens, embeddings = vision_encoder.see(
+        prompt_tokens(tokenizer, prompt, vision_encoder.v), images
     )
+    if embeddings is None:
+        raise EdgemedError(f"the row '{row['question'][:80]}' has no image", "Give its image")
+    return tokens, embeddings
 
 
-def _placed(
-    vision_encoder: TorchVisionEncoder, prompt: int, seen: ImageEmbeddings, length: int
+def _positions(
+    vision_encoder: TorchVisionEncoder, prompt: int, embeddings: ImageEmbeddings, length: int
 ) -> np.ndarray:
-    """Positions int64 [parts, length] of a question of `prompt` tokens and of what comes after it,
-    whatever that is.
+    """Rotary positions int64 [parts, length] of a question of `prompt` tokens and of what comes
+    after it, whatever that is.
     """
-    held = Positions(vision_encoder.parts, length)
-    held.add(0, prompt, seen.positions)
-    held.add(prompt, length - prompt)
-    return held.held
+    positions = Positions(vision_encoder.parts, length)
+    positions.add(0, prompt, embeddings.positions)
+    positions.add(prompt, length - prompt)
+    return positions.held
 
 
-def _answer(weights: CanonicalWeights, tokenizer: Any, text: str, ended: bool = True) -> list[int]:
-    found = encode(tokenizer, text)
-    eos = weights.decoder.eos
-    if weights.vision.token in found:
+def _answer_tokens(
+    vision_encoder: TorchVisionEncoder, tokenizer: Any, text: str, ended: bool = True
+) -> list[int]:
+    """ended: the answer is complete, so the token that ends an answer follows."""
+    tokens = encode(tokenizer, text)
+    if vision_encoder.v.token in tokens:
         raise EdgemedError(
             f"the answer '{text[:80]}' has the token that stands for an image",
             "Take it out of the answer",
         )
-    return found + ([eos] if ended and eos is not None else [])
+    eos = vision_encoder.weights.decoder.eos
+    if ended and eos is not None:
+        tokens = [*tokens, eos]
+    return tokens
 
 
-def _turn(
+def _chat_turn(
     vision_encoder: TorchVisionEncoder, tokenizer: Any, album: Album, row: dict[str, Any]
 ) -> tuple[list[int], ImageEmbeddings]:
-    """(tokens, pictures) of one row as a chat turn, the answer at its end."""
-    prompt, seen = asked(vision_encoder, tokenizer, album, row)
-    whole = prompt + _answer(vision_encoder.weights, tokenizer, row["answer"])
-    return whole, ImageEmbeddings(
-        seen.features, _placed(vision_encoder, len(prompt), seen, len(whole)), seen.token
-    )
+    """(tokens, images) of one row as a chat turn, the answer at its end."""
+    prompt, embeddings = question_prompt(vision_encoder, tokenizer, album, row)
+    tokens = prompt + _answer_tokens(vision_encoder, tokenizer, row["answer"])
+    positions = _positions(vision_encoder, len(prompt), embeddings, len(tokens))
+    return tokens, ImageEmbeddings(embeddings.features, positions, embeddings.token)
 
 
-def look(
+def encode_images(
     weights: CanonicalWeights,
     name: str,
     rows: Sequence[dict[str, Any]],
     length: int,
     limit: int,
-    written: Callable[[], Sequence[dict[str, Any]]] | None = None,
-) -> tuple[np.ndarray, np.ndarray, Sights]:
+    generated: Callable[[], Sequence[dict[str, Any]]] | None = None,
+) -> tuple[np.ndarray, np.ndarray, ImageInputs]:
     """(tokens, labels) int64 [rows, length] and the images: one chat turn per row in the model's
     own form, of which only the answer counts.
 
-    limit: bytes the features may take. written: gives answers {"text", "ended"} that take the place
-    of the rows', cut at `length`; called when all questions are known to fit. Raises EdgemedError
-    for a row longer than `length`, images that take more, or one that cannot be opened.
+    limit: bytes the features may take. generated: gives answers {"text", "ended"} that take the
+    place of the rows' answers, truncated at `length`. It is called when all questions are known to
+    fit. Raises EdgemedError for a row longer than `length`, features that take more than `limit`,
+    or an image that cannot be opened.
     """
     vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    album = album_of(name)
+    album = images_album(name)
     turns = []
-    said = []
-    held = 0
-    for n, row in enumerate(track(rows, "looks at images")):
-        turns.append(asked(vision_encoder, tokenizer, album, row))
-        said += [] if written else [_answer(weights, tokenizer, row["answer"])]
-        held += turns[-1][1].features.nbytes
-        whole = len(turns[-1][0]) + (1 if written else len(said[-1]))
-        if whole > length:
-            raise EdgemedError(
-                f"distill: {name}: row '{row.get('id', row['question'])}' is {whole} tokens long,"
-                f" length is {length}",
-                "Raise length, or use smaller images",
+    answers = []
+    nbytes = 0
+    for n, row in enumerate(track(rows, "encoding images")):
+        prompt, embeddings = question_prompt(vision_encoder, tokenizer, album, row)
+        turns.append((prompt, embeddings))
+        # Of an answer that is not there yet, one token at least must fit.
+        answer_length = 1
+        if generated is None:
+            answers.append(_answer_tokens(vision_encoder, tokenizer, row["answer"]))
+            answer_length = len(answers[-1])
+        _check_length(name, row, len(prompt) + answer_length, length)
+        nbytes += embeddings.features.nbytes
+        _check_feature_bytes(name, n + 1, nbytes, limit)
+    if generated is not None:
+        for answer in generated():
+            answers.append(
+                _answer_tokens(vision_encoder, tokenizer, answer["text"], answer["ended"])
             )
-        if held > limit:
-            problem = (
-                f"the image features of {n + 1} rows take {held / 1e6:.1f} MB, cache_limit is"
-                f" {limit / 1e6:.1f} MB"
-            )
-            raise EdgemedError(
-                f"distill: {name}: {problem}",
-                "Use smaller images or fewer rows, or raise cache_limit",
-            )
-    said = (
-        [_answer(weights, tokenizer, row["text"], row["ended"]) for row in written()]
-        if written
-        else said
-    )
-    tokens, labels = (
-        np.full((len(rows), length), fill, np.int64) for fill in (weights.decoder.eos or 0, IGNORED)
-    )
-    for (prompt, _), answer, ids, counted in zip(turns, said, tokens, labels, strict=True):
-        whole = (prompt + answer)[:length]
-        ids[: len(whole)] = whole
-        counted[len(prompt) : len(whole)] = whole[len(prompt) :]
-    positions = np.stack(
-        [_placed(vision_encoder, len(prompt), seen, length) for prompt, seen in turns]
-    )
-    return (
-        tokens,
-        labels,
-        Sights(
-            tuple(np.asarray(seen.features, np.float32) for _, seen in turns),
-            positions,
-            weights.vision.token,
-        ),
-    )
+    prompts = [prompt for prompt, _ in turns]
+    tokens, labels = padded_sequences(prompts, answers, length, weights.decoder.eos or 0)
+    positions = [
+        _positions(vision_encoder, len(prompt), embeddings, length) for prompt, embeddings in turns
+    ]
+    features = tuple(np.asarray(embeddings.features, np.float32) for _, embeddings in turns)
+    return tokens, labels, ImageInputs(features, np.stack(positions), vision_encoder.v.token)
+
+
+def padded_sequences(
+    prompts: Sequence[list[int]], answers: Sequence[list[int]], length: int, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, labels) int64 [rows, length]: each prompt with its answer, truncated or padded.
+
+    Only the answers count: every other label is IGNORED.
+    """
+    tokens = np.full((len(prompts), length), padding, np.int64)
+    labels = np.full((len(prompts), length), IGNORED, np.int64)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        sequence = (prompt + answer)[:length]
+        tokens[row, : len(sequence)] = sequence
+        labels[row, len(prompt) : len(sequence)] = sequence[len(prompt) :]
+    return tokens, labels
+
+
+def _check_length(name: str, row: dict[str, Any], tokens: int, length: int) -> None:
+    if tokens > length:
+        raise EdgemedError(
+            f"distill: {name}: row '{row.get('id', row['question'])}' is {tokens} tokens long,"
+            f" length is {length}",
+            "Raise length, or use smaller images",
+        )
+
+
+def _check_feature_bytes(name: str, rows: int, nbytes: int, limit: int) -> None:
+    if nbytes > limit:
+        raise EdgemedError(
+            f"distill: {name}: the image features of {rows} rows take {nbytes / 1e6:.1f} MB,"
+            f" cache_limit is {limit / 1e6:.1f} MB",
+            "Use smaller images or fewer rows, or raise cache_limit",
+        )

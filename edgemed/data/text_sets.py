@@ -1,7 +1,8 @@
-"""Calibration and held-out text: cards in calibration/, or a user's own file, read as plain rows.
+"""Text sets for calibration and validation: cards in calibration/, or a user's own file, read as
+plain rows.
 
-A card says where a text comes from, under which licence and with which sha256, so that a manifest
-can name exactly what a model was calibrated on. A file that differs from its card is refused.
+A card says where a text comes from, under which licence and with which sha256. So a manifest can
+name exactly what a model was calibrated on. A file that differs from its card is refused.
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ from edgemed.vision.image_io import Album
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGES = "vqa-rad-images"  # the card of images that engines that see are verified on
+IMAGES = "vqa-rad-images"  # the card of images that vision engines are verified on
+# A tokenizer of more entries than this has more than single bytes. A language it covers then takes
+# at least so many bytes for each token.
+SINGLE_BYTE_VOCAB = 1000
+BYTES_PER_TOKEN = 1.5
 
 
 @dataclass(frozen=True)
-class Card:
-    """One set of texts. files: split name -> file. facts: everything card.yaml says."""
+class TextCard:
+    """One set of texts. files: split name ('calibration', 'heldout', 'images') -> file. 'heldout'
+    is the validation split. metadata: everything card.yaml says.
+    """
 
     name: str
     files: Mapping[str, Path]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def file(self, split: str) -> Path:
+        """The file of one split. Raises EdgemedError where the card has no such split."""
         if split not in self.files:
             raise EdgemedError(f"{self.name} has no '{split}' texts", nearest(split, self.files))
         return self.files[split]
@@ -41,15 +49,15 @@ class Card:
         """sha256 of one split's file. Raises EdgemedError where the file is not the one the card
         describes.
         """
-        found = file_sha256(self.file(split))
-        said = self.facts.get("files", {}).get(split, {}).get("sha256")
-        if said and said != found:
+        actual = file_sha256(self.file(split))
+        expected = self.metadata.get("files", {}).get(split, {}).get("sha256")
+        if expected and expected != actual:
             raise EdgemedError(
-                f"{self.file(split)} differs from its card (sha256 {found[:12]}, card says"
-                f" {said[:12]})",
+                f"{self.file(split)} differs from its card (sha256 {actual[:12]}, card says"
+                f" {expected[:12]})",
                 "Restore the file or correct the card",
             )
-        return found
+        return actual
 
 
 def card_names() -> list[str]:
@@ -57,9 +65,9 @@ def card_names() -> list[str]:
     return sorted(p.parent.name for p in plugins.shared("calibration").glob("*/calibration.jsonl"))
 
 
-def read_card(name: str) -> Card:
+def read_card(name: str) -> TextCard:
     """A card by name, a directory with a card.yaml, or a .jsonl / .txt file (then every split is
-    that file).
+    that file). Raises EdgemedError where there is none.
     """
     import yaml
 
@@ -70,18 +78,15 @@ def read_card(name: str) -> Card:
                 f"text file {path} does not exist",
                 'Give a .jsonl file with rows {"id", "text"}, or a card name',
             )
-        return Card(str(path), {"calibration": path, "heldout": path}, {"source": str(path)})
+        return TextCard(str(path), {"calibration": path, "heldout": path}, {"source": str(path)})
     folder = path if (path / "card.yaml").is_file() else plugins.shared("calibration") / name
     if not (folder / "card.yaml").is_file():
         raise EdgemedError(
             f"unknown text set '{name}'", f"{nearest(name, card_names())}; or give a .jsonl file"
         )
-    facts = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
-    return Card(
-        facts["name"],
-        {split: folder / entry["file"] for split, entry in facts["files"].items()},
-        facts,
-    )
+    metadata = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+    files = {split: folder / entry["file"] for split, entry in metadata["files"].items()}
+    return TextCard(metadata["name"], files, metadata)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -89,22 +94,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     is not a JSON object, or not UTF-8.
     """
     rows = []
-    try:
-        content = Path(path).read_bytes()
-        # Not splitlines(): a text may hold U+2028 or U+0085, which end a line for Python and not
-        # for JSON.
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise EdgemedError(
-            f"{path} line {line} is not UTF-8 ({error.reason} at byte {error.start})",
-            "Convert the file to UTF-8",
-        ) from None
-    except OSError as error:
-        raise EdgemedError(
-            f"{path} cannot be read: {error.strerror}", "Check the path and its permissions"
-        ) from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(Path(path)), 1):
         # Also inside the file, where files were joined that each began with a mark.
         line = line.removeprefix("\ufeff")
         if not line.strip():
@@ -121,6 +111,26 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EdgemedError(
+            f"{path} cannot be read: {error.strerror}", "Check the path and its permissions"
+        ) from None
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise EdgemedError(
+            f"{path} line {number} is not UTF-8 ({error.reason} at byte {error.start})",
+            "Convert the file to UTF-8",
+        ) from None
+    # Not splitlines(): a text may hold U+2028 or U+0085, which end a line for Python and not for
+    # JSON.
+    return text.split("\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -161,46 +171,52 @@ def texts_of(file: Path, model: Path | None = None) -> list[str]:
     and becomes text in the form of the chat template in `model` (a checkpoint's directory), in
     plain turns where there is none. Raises EdgemedError for an empty file, or a row with neither.
     """
-    return [text for text, _ in _spoken(file, model)]
+    return [text for text, _ in _texts_with_language(file, model)]
 
 
-def _spoken(file: Path, model: Path | None) -> list[tuple[str, str]]:
+def _texts_with_language(file: Path, model: Path | None) -> list[tuple[str, str]]:
     """(text, its language or '') of every row; see texts_of."""
-    if file.suffix == ".txt":
-        found = [
-            (part.strip(), "")
-            for part in file.read_text(encoding="utf-8").split("\n\n")
-            if part.strip()
-        ]
-    else:
-        found = [(_text(row, model), str(row.get("language", ""))) for row in read_jsonl(file)]
-        lacking = next((i for i, (text, _) in enumerate(found, 1) if text is None), None)
-        if lacking:
+    texts = _paragraphs(file) if file.suffix == ".txt" else _row_texts(file, model)
+    if not texts:
+        raise EdgemedError(f"{file} holds no texts", "Give at least one row")
+    return texts
+
+
+def _paragraphs(file: Path) -> list[tuple[str, str]]:
+    paragraphs = file.read_text(encoding="utf-8").split("\n\n")
+    return [(paragraph.strip(), "") for paragraph in paragraphs if paragraph.strip()]
+
+
+def _row_texts(file: Path, model: Path | None) -> list[tuple[str, str]]:
+    texts = []
+    for number, row in enumerate(read_jsonl(file), 1):
+        text = _text(row, model)
+        if text is None:
             raise EdgemedError(
-                f"{file}: row {lacking} has no 'text'",
+                f"{file}: row {number} has no 'text'",
                 'Rows look like {"id": ..., "text": ...} or {"messages": [{"role": "user",'
                 ' "content": ...}, ...]}',
             )
-    if not found:
-        raise EdgemedError(f"{file} holds no texts", "Give at least one row")
-    return found
+        texts.append((text, str(row.get("language", ""))))
+    return texts
 
 
-def _text(row: Mapping[str, Any], model: Path | None) -> Any:
+def _text(row: Mapping[str, Any], model: Path | None) -> str | None:
     """None where a row holds no text in any form."""
     messages = row.get("messages")
-    if (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and m.get("role") in NAMES and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    ):
+    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
         return chat_text(model, messages, "", answered=True)
     if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
         return f"{row['question']}\n{row['answer']}"
     return row["text"] if isinstance(row.get("text"), str) else None
+
+
+def _is_message(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.get("role") in NAMES
+        and isinstance(entry.get("content"), str)
+    )
 
 
 def image_questions(count: int, name: str = IMAGES) -> list[tuple[str, Image.Image]]:
@@ -219,10 +235,10 @@ def image_questions(count: int, name: str = IMAGES) -> list[tuple[str, Image.Ima
     return [(row["question"], album.open(row["image"])) for row in rows[:count]]
 
 
-def calibration_windows(
+def calibration_sequences(
     name: str, tokenizer: Any, samples: int, length: int, model: Path | None = None
 ) -> list[list[int]]:
-    """`samples` windows of `length` tokens from the calibration split, texts joined end to end;
+    """`samples` sequences of `length` tokens from the calibration split, texts joined end to end.
     model: whose chat template conversations take (texts_of).
 
     Raises EdgemedError where the set is too short, or holds a language the tokenizer spells out
@@ -231,23 +247,15 @@ def calibration_windows(
     card = read_card(name)
     card.digest("calibration")
     stream: list[int] = []
-    counted: dict[str, list[int]] = {}
-    for text, language in _spoken(card.file("calibration"), model):
-        found = encode(tokenizer, text + "\n")
-        stream += found
-        total = counted.setdefault(language, [0, 0])
-        total[0] = total[0] + len(text.encode())
-        total[1] = total[1] + len(found)
-    for language, (nbytes, spelled) in counted.items():
-        # A tokenizer with more than single bytes in it that still spells a text out was made for
-        # other languages.
-        if tokenizer.get_vocab_size() > 1000 and nbytes < 1.5 * spelled:
-            raise EdgemedError(
-                f"calibration set '{name}': the tokenizer needs {spelled} tokens for {nbytes}"
-                f" bytes{f' of {language!r}' if language else ''}, so it does not cover the"
-                " language of these texts",
-                "Calibrate on text in a language the model was made for",
-            )
+    nbytes: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for text, language in _texts_with_language(card.file("calibration"), model):
+        encoded = encode(tokenizer, text + "\n")
+        stream += encoded
+        nbytes[language] = nbytes.get(language, 0) + len(text.encode())
+        tokens[language] = tokens.get(language, 0) + len(encoded)
+    for language in nbytes:
+        _check_language(name, tokenizer, language, nbytes[language], tokens[language])
     if len(stream) < samples * length:
         raise EdgemedError(
             f"calibration set '{name}' has {len(stream)} tokens, {samples} x {length} ="
@@ -255,3 +263,15 @@ def calibration_windows(
             f"Ask for at most {len(stream) // length} samples, or use a larger set",
         )
     return [stream[i * length : (i + 1) * length] for i in range(samples)]
+
+
+def _check_language(name: str, tokenizer: Any, language: str, nbytes: int, tokens: int) -> None:
+    # A tokenizer with more than single bytes in it that still spells a text out was made for other
+    # languages.
+    if tokenizer.get_vocab_size() > SINGLE_BYTE_VOCAB and nbytes < BYTES_PER_TOKEN * tokens:
+        of_language = f" of {language!r}" if language else ""
+        raise EdgemedError(
+            f"calibration set '{name}': the tokenizer needs {tokens} tokens for {nbytes}"
+            f" bytes{of_language}, so it does not cover the language of these texts",
+            "Calibrate on text in a language the model was made for",
+        )

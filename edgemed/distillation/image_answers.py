@@ -1,8 +1,8 @@
-"""Answers about images that models give themselves: a student's, sampled while it trains on-policy,
-and a teacher's, kept on disk.
+"""Answers about images that models generate: a student's, sampled while it trains on-policy, and a
+teacher's, kept on disk.
 
-Both are asked what the rows ask. transformers' own generation would look at images and place them
-by rules of its own; here they stand where every other pass of a lesson has them, so what was
+Both answer the questions of the rows. transformers' own generation would encode and place images by
+rules of its own. Here the images stand where every other pass of a run has them, so what was
 sampled is what is scored.
 """
 
@@ -11,97 +11,98 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from edgemed.console import track
-from edgemed.data.image_text_windows import IGNORED, album_of, asked
-from edgemed.distillation.teacher import continuation, kept
-from edgemed.errors import need
+from edgemed.data.image_sets import images_album
+from edgemed.data.image_text_windows import IGNORED, MultimodalBatch, question_prompt
+from edgemed.distillation.teacher import generate_text, resumable_rows
 from edgemed.inference.decoding import Sampling
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
 from edgemed.models.weights import CanonicalWeights
 from edgemed.vision.torch_encoder import TorchVisionEncoder
 
-if TYPE_CHECKING:
-    import torch
 
-    # (features of all windows one after the other, positions int64 [parts, rows, length], image
-    # token), as Sights.of gives them
-    Shown = tuple[torch.Tensor, torch.Tensor, int]
-
-
-def embedded(student: torch.nn.Module, tokens: torch.Tensor, pictures: Shown) -> torch.Tensor:
+def input_embeddings(student: Any, tokens: torch.Tensor, images: MultimodalBatch) -> torch.Tensor:
     """What a student in transformers reads, [rows, length, hidden]: embeddings of tokens int64
     [rows, length], and features where the images are.
     """
-    features, _, token = pictures
-    # An image token may lie outside the vocabulary, and is never looked up.
-    found = student.get_input_embeddings()(tokens.masked_fill(tokens == token, 0))
-    return found.masked_scatter((tokens == token)[..., None], features.to(found.dtype))
+    is_image = tokens == images.token
+    # An image token may lie outside the vocabulary, so another token is looked up in its place.
+    embeddings = student.get_input_embeddings()(tokens.masked_fill(is_image, 0))
+    return embeddings.masked_scatter(is_image[..., None], images.features.to(embeddings.dtype))
 
 
-def sampled(
-    student: torch.nn.Module,
+def sample_answers(
+    student: Any,
     tokens: torch.Tensor,
     begins: torch.Tensor,
-    pictures: Shown,
+    images: MultimodalBatch,
     vocab: int,
     eos: int | None,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels) int64 [rows, length] with everything from `begins` [rows] on answered anew
-    by the student; labels: what it sampled, IGNORED elsewhere.
+    by the student. labels: what it sampled, IGNORED elsewhere.
 
-    Sampled at temperature 1 from the first `vocab` tokens but the image's own; an answer ends with
-    `eos`, or where its window does. No gradient flows.
+    Sampled at temperature 1 from the first `vocab` tokens except the image's own. An answer ends
+    with `eos`, or where its sequence does. No gradient flows.
     """
-    torch = need("torch", "build")
-    (count, length) = tokens.shape
-    (_, positions, image) = pictures
-    rows = torch.arange(len(tokens), device=tokens.device)
-    # The questions end side by side; what stands before the shorter ones is masked.
-    place = torch.arange(int(begins.max()), device=tokens.device) - (begins.max() - begins)[:, None]
-    seen = (place >= 0).long()
-    first = place.clamp(min=0)
+    count, length = tokens.shape
+    device = tokens.device
+    rows = torch.arange(count, device=device)
+    # One batch is one left-padded prompt: the questions end side by side, and what stands before
+    # the shorter ones is masked.
+    longest = begins.max()
+    offsets = torch.arange(int(longest), device=device) - (longest - begins)[:, None]
+    attention_mask = (offsets >= 0).long()
+    read = offsets.clamp(min=0)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed % (1 << 63))
-        x = embedded(student, tokens, pictures)[rows[:, None], first]
-        placed = positions[:, rows[:, None], first]
+        inputs = input_embeddings(student, tokens, images)[rows[:, None], read]
+        positions = images.positions[:, rows[:, None], read]
         cache = None
-        tokens = tokens.masked_fill(
-            torch.arange(length, device=tokens.device) >= begins[:, None], eos or 0
-        )
+        is_answer = torch.arange(length, device=device) >= begins[:, None]
+        tokens = tokens.masked_fill(is_answer, eos or 0)
         labels = torch.full_like(tokens, IGNORED)
-        open_ = torch.ones(count, dtype=torch.bool, device=tokens.device)
+        is_open = torch.ones(count, dtype=torch.bool, device=device)
         for step in range(length - int(begins.min())):
-            out = student(
-                inputs_embeds=x,
-                attention_mask=seen,
-                position_ids=placed if len(placed) > 1 else placed[0],
+            output = student(
+                inputs_embeds=inputs,
+                attention_mask=attention_mask,
+                position_ids=positions if len(positions) > 1 else positions[0],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-            scores = out.logits[:, -1].float()
-            scores[:, vocab:] = -torch.inf
-            scores[:, image : image + 1] = -torch.inf
-            drawn = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
+            drawn = _draw(output.logits[:, -1].float(), vocab, images.token)
             at = begins + step
-            open_ = open_ & (at < length)
-            for array in (tokens, labels):
-                array[rows[open_], at[open_]] = drawn[open_]
-            open_ = open_ if eos is None else open_ & (drawn != eos)
-            if not open_.any():
+            is_open = is_open & (at < length)
+            tokens[rows[is_open], at[is_open]] = drawn[is_open]
+            labels[rows[is_open], at[is_open]] = drawn[is_open]
+            if eos is not None:
+                is_open = is_open & (drawn != eos)
+            if not is_open.any():
                 break
-            x = student.get_input_embeddings()(drawn)[:, None]
-            placed = positions[:, rows, at.clamp(max=length - 1)][..., None]
-            cache = out.past_key_values
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+            inputs = student.get_input_embeddings()(drawn)[:, None]
+            positions = images.positions[:, rows, at.clamp(max=length - 1)][..., None]
+            cache = output.past_key_values
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
     return tokens, labels
 
 
-def written(
+def _draw(scores: torch.Tensor, vocab: int, image_token: int) -> torch.Tensor:
+    """One token of each row of scores [rows, vocabulary], at temperature 1."""
+    scores[:, vocab:] = -torch.inf
+    # A slice, because the image token may lie outside the scores.
+    scores[:, image_token : image_token + 1] = -torch.inf
+    return torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
+
+
+def generate_answers(
     weights: CanonicalWeights,
     name: str,
     rows: Sequence[dict[str, Any]],
@@ -116,16 +117,16 @@ def written(
     is longer than the teacher's context.
     """
 
-    def more(start: int) -> Iterator[dict[str, Any]]:
+    def answers_from(start: int) -> Iterator[dict[str, Any]]:
         tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
         vision_encoder = TorchVisionEncoder(weights)
-        album = album_of(name)
+        album = images_album(name)
         session = TorchSession(weights)
         for n in track(range(start, len(rows)), "teacher answers"):
-            begin, pictures = asked(vision_encoder, tokenizer, album, rows[n])
-            yield {"prompt": rows[n]["question"]} | continuation(
-                session, tokenizer, begin, replace(sampling, seed=sampling.seed + n), pictures
-            )
+            prompt, images = question_prompt(vision_encoder, tokenizer, album, rows[n])
+            row_sampling = replace(sampling, seed=sampling.seed + n)
+            answer = generate_text(session, tokenizer, prompt, row_sampling, images)
+            yield {"prompt": rows[n]["question"], **answer}
         session.close()
 
-    return kept(file, len(rows), more)
+    return resumable_rows(file, len(rows), answers_from)

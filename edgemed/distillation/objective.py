@@ -1,31 +1,25 @@
-"""One course of distillation on transformers' Trainer: what a batch costs, how the student is
-measured on held-out text, and what is kept of it.
+"""What a batch of a distillation costs, and how the student is measured on the validation split.
 
-The Trainer brings mixed precision, gradient accumulation, checkpoints, resuming and early stopping.
-Which windows a step sees, whether it samples and with which seed depend only on its number, so a
-killed and resumed run ends with the same weights.
+Which sequences a step sees, whether it samples and with which seed depend only on the step's
+number, so a killed and resumed run ends with the same weights.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from edgemed.data.image_text_windows import IGNORED, Sights
-from edgemed.distillation.divergences import coarse, divergence, kl
-from edgemed.distillation.image_answers import embedded, sampled
-from edgemed.distillation.teacher import Cache, Teacher
-from edgemed.errors import need
+from edgemed.data.image_text_windows import IGNORED, ImageInputs, MultimodalBatch
+from edgemed.distillation.divergences import divergence, kl, merge_tail
+from edgemed.distillation.image_answers import input_embeddings, sample_answers
+from edgemed.distillation.teacher import Distribution, Teacher, TopKCache
 
-if TYPE_CHECKING:
-    import torch
-
-    from edgemed.distillation.image_answers import Shown
-    from edgemed.distillation.teacher import Target
+HiddenStates = dict[int, torch.Tensor]  # layer -> [rows, length, hidden]
 
 
 @dataclass(frozen=True)
@@ -35,8 +29,8 @@ class Objective:
 
     kind, beta: the divergence D. pairs: (student layer, teacher layer) whose hidden states are
     matched. on_policy: share of batches whose text after `prompt` tokens, or whose answers about
-    images, are sampled from the student; their loss is T^2 D of the sampled tokens alone. vocab:
-    tokens both share; eos: the one that ends an answer.
+    images, are sampled from the student. Their loss is T^2 D of the sampled tokens alone. vocab:
+    tokens both share. eos: the token that ends an answer.
     """
 
     kind: str
@@ -53,211 +47,241 @@ class Objective:
 
 
 @dataclass
-class Lesson:
-    """tokens, labels int64 [windows, length]: training windows first, then `held` held-out ones;
-    labels are tokens, or IGNORED.
+class DistillationData:
+    """The sequences of one run, and who answers for the teacher.
 
-    teacher: None where only texts are learned from; cache: its likeliest tokens at these windows,
-    where they are kept. sights: what student and teacher see in the windows, where there are
-    images.
+    tokens, labels: int64 [sequences, length], the training split first, then `validation` sequences
+    that only measure. Labels are tokens, or IGNORED. teacher: None where only texts are learned
+    from, or where `cache` keeps its likeliest tokens at these sequences. images: what student and
+    teacher read in the sequences, where there are images.
     """
 
     objective: Objective
     tokens: np.ndarray
     labels: np.ndarray
-    held: int
+    validation: int
     teacher: Teacher | None = None
-    cache: Cache | None = None
-    sights: tuple[Sights, Sights] | None = None
+    cache: TopKCache | None = None
+    images: tuple[ImageInputs, ImageInputs] | None = None
 
     @property
     def training(self) -> int:
-        return len(self.tokens) - self.held
+        """Number of sequences in the training split."""
+        return len(self.tokens) - self.validation
+
+    @property
+    def has_teacher_scores(self) -> bool:
+        """Whether a teacher's distribution is known, and not only texts."""
+        return self.teacher is not None or self.cache is not None
 
     def row(self, place: int) -> int:
-        """The window at a place in the order of training: every pass is a permutation of its
+        """The sequence at a place in the order of training: every pass is a permutation of its
         own.
         """
         lap, at = divmod(place, self.training)
         return int(np.random.default_rng([self.objective.seed, lap]).permutation(self.training)[at])
 
-    def target(
-        self, rows: Sequence[int], tokens: torch.Tensor, temperature: float, known: bool = True
-    ) -> tuple[Target, dict[int, torch.Tensor]]:
-        """The teacher's distribution at every position, and its hidden states. known: `tokens` are
-        the windows `rows`, so a cache may answer.
+    def batch(
+        self, rows: Sequence[int], device: str
+    ) -> tuple[torch.Tensor, torch.Tensor, MultimodalBatch | None]:
+        """(tokens, labels, images as the student reads them) of these sequences."""
+        tokens = torch.from_numpy(self.tokens[list(rows)]).to(device)
+        labels = torch.from_numpy(self.labels[list(rows)]).to(device)
+        return tokens, labels, self._images(0, rows, device)
+
+    def _images(self, reader: int, rows: Sequence[int], device: str) -> MultimodalBatch | None:
+        """reader: 0 for the student, 1 for the teacher."""
+        return self.images[reader].batch(rows, device) if self.images else None
+
+    def teacher_distribution(
+        self, rows: Sequence[int], tokens: torch.Tensor, temperature: float, sampled: bool = False
+    ) -> tuple[Distribution, HiddenStates]:
+        """The teacher's distribution at every position, and its hidden states.
+
+        sampled: `tokens` are no longer those of the sequences `rows`, so a cache cannot answer.
         """
-        torch = need("torch", "build")
-        if self.cache and known:
+        if self.cache and not sampled:
             ids, log_p = self.cache.read(rows, temperature == 1.0)
-            return (ids.to(tokens.device), log_p.to(tokens.device)), {}
-        seen = self.sights[1].of(rows, str(tokens.device)) if self.sights else None
-        scores, hidden = self.teacher(tokens, [theirs for _, theirs in self.objective.pairs], seen)
-        return (
-            None,
-            torch.log_softmax(
-                scores[..., : self.objective.vocab].to(tokens.device) / temperature, -1
-            ),
-        ), hidden
+            return Distribution(ids.to(tokens.device), log_p.to(tokens.device)), {}
+        if self.teacher is None:
+            raise ValueError("no teacher and no cache that could answer")
+        layers = [teacher_layer for _, teacher_layer in self.objective.pairs]
+        images = self._images(1, rows, str(tokens.device))
+        scores, hidden = self.teacher(tokens, layers, images)
+        shared = scores[..., : self.objective.vocab].to(tokens.device)
+        return Distribution(None, torch.log_softmax(shared / temperature, -1)), hidden
 
 
-def pupil(
-    student: torch.nn.Module, layers: int, pairs: Sequence[tuple[int, int]], widths: tuple[int, int]
-) -> torch.nn.Module:
-    """The student with what is trained beside it: forward(tokens, pictures) gives its logits and
-    the projected hidden states of `pairs`.
+class StudentModule(torch.nn.Module):
+    """The student and the projections that are trained with it: forward(tokens, images) gives its
+    logits and the projected hidden states of `pairs`.
 
-    widths: hidden sizes of student and teacher; each projection [teacher, student] begins as the
-    identity. Its state_dict holds exactly what is trained.
+    layers: of the student. widths: hidden sizes of student and teacher. Each projection [teacher,
+    student] begins as the identity. The state_dict holds exactly what is trained.
     """
-    torch = need("torch", "build")
 
-    class Pupil(torch.nn.Module):
-        # The Trainer reads this of every model it loads weights into.
-        _keys_to_ignore_on_save = None
+    student: Any  # a model of transformers or peft
+    # The Trainer reads this of every model it loads weights into.
+    _keys_to_ignore_on_save = None
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.student = student
-            self.seen = {}
-            self.projections = torch.nn.ModuleList(
-                torch.nn.Linear(*widths, bias=False) for _ in pairs
-            )
-            for projection in self.projections:
-                torch.nn.init.eye_(projection.weight)
-            decoder = getattr(student, "get_base_model", lambda: student)().get_decoder()
-            blocks = next(
-                m
-                for m in decoder.modules()
-                if isinstance(m, torch.nn.ModuleList) and len(m) == layers
-            )
-            for ours, _ in pairs:
-                blocks[ours].register_forward_hook(self._keep(ours))
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        layers: int,
+        pairs: Sequence[tuple[int, int]],
+        widths: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.pairs = tuple(pairs)
+        self.hidden_states: HiddenStates = {}
+        self.projections = torch.nn.ModuleList()
+        for _ in self.pairs:
+            projection = torch.nn.Linear(*widths, bias=False)
+            torch.nn.init.eye_(projection.weight)
+            self.projections.append(projection)
+        blocks = self._blocks(layers)
+        for student_layer, _ in self.pairs:
+            blocks[student_layer].register_forward_hook(self._keep(student_layer))
 
-        def _keep(self, layer: int) -> Callable[..., None]:
-            # Hooks, because the last hidden state transformers gives is normed already.
-            def hook(module: Any, inputs: Any, output: Any) -> None:
-                self.seen[layer] = output[0] if isinstance(output, tuple) else output
+    def _blocks(self, layers: int) -> torch.nn.ModuleList:
+        """The decoder's list of blocks: the one list of modules that has as many as layers."""
+        base = getattr(self.student, "get_base_model", lambda: self.student)()
+        return next(
+            module
+            for module in base.get_decoder().modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == layers
+        )
 
-            return hook
+    def _keep(self, layer: int) -> Callable[..., None]:
+        # Hooks, because the last hidden state that transformers gives is after the final norm.
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            self.hidden_states[layer] = output[0] if isinstance(output, tuple) else output
 
-        def forward(self, tokens: torch.Tensor, pictures: Shown | None = None) -> dict[str, Any]:
-            asked = {"input_ids": tokens}
-            if pictures:
-                positions = pictures[1]
-                asked = {
-                    "inputs_embeds": embedded(student, tokens, pictures),
-                    "position_ids": positions if len(positions) > 1 else positions[0],
-                }
-            logits = self.student(**asked, use_cache=False).logits
-            return {
-                "logits": logits,
-                "hidden": [
-                    project(self.seen[ours])
-                    for project, (ours, _) in zip(self.projections, pairs, strict=True)
-                ],
+        return hook
+
+    def forward(
+        self, tokens: torch.Tensor, images: MultimodalBatch | None = None
+    ) -> dict[str, Any]:
+        """{"logits": [rows, length, vocab], "hidden": [rows, length, teacher's hidden] of each
+        pair}. tokens: int64 [rows, length].
+        """
+        inputs: dict[str, torch.Tensor] = {"input_ids": tokens}
+        if images:
+            positions = images.positions
+            inputs = {
+                "inputs_embeds": input_embeddings(self.student, tokens, images),
+                "position_ids": positions if len(positions) > 1 else positions[0],
             }
+        logits = self.student(**inputs, use_cache=False).logits
+        projected = [
+            projection(self.hidden_states[student_layer])
+            for projection, (student_layer, _) in zip(self.projections, self.pairs, strict=True)
+        ]
+        return {"logits": logits, "hidden": projected}
 
-        def trained(self) -> dict[str, torch.nn.Parameter]:
-            return {
-                name: parameter
-                for name, parameter in self.named_parameters()
-                if parameter.requires_grad
-            }
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """Names and parameters of what is trained."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
 
-        def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
-            return {name: parameter.detach() for name, parameter in self.trained().items()}
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        return {name: parameter.detach() for name, parameter in self.trained().items()}
 
-        def load_state_dict(self, state: dict[str, torch.Tensor], *_: Any, **__: Any) -> Any:
-            with torch.no_grad():
-                for name, parameter in self.trained().items():
-                    parameter.copy_(state[name])
-            return torch.nn.modules.module._IncompatibleKeys([], [])
-
-    return Pupil()
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        with torch.no_grad():
+            for name, parameter in self.trained().items():
+                parameter.copy_(state_dict[name])
+        return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
 def batch_loss(
-    lesson: Lesson, model: torch.nn.Module, rows: Sequence[int], place: int, device: str
+    data: DistillationData,
+    model: torch.nn.Module,
+    rows: Sequence[int],
+    place: int,
+    device: torch.device | str,
 ) -> torch.Tensor:
-    """The objective on one batch of windows. place: where the batch stands in the order of
-    training.
+    """The objective on one batch of sequences, a number. place: where the batch stands in the order
+    of training.
     """
-    torch = need("torch", "build")
-    o = lesson.objective
-    tokens, labels = (
-        torch.from_numpy(array[list(rows)]).to(device) for array in (lesson.tokens, lesson.labels)
-    )
-    pictures = lesson.sights[0].of(rows, device) if lesson.sights else None
-    own = random.Random(f"{o.seed}/{place}").random() < o.on_policy
-    if own:
-        tokens, labels = resampled(o, model, tokens, labels, pictures, place)
-    out = model(tokens, pictures)
-    scores = out["logits"][:, :-1].float()
-    counted = labels[:, 1:] != IGNORED
-    weight = 1.0 if own else 1 - o.labels
+    o = data.objective
+    tokens, labels, images = data.batch(rows, str(device))
+    # By the place and not by a running generator: a resumed run decides as the killed one did.
+    sampled = random.Random(f"{o.seed}/{place}").random() < o.on_policy
+    if sampled:
+        tokens, labels = on_policy_batch(o, model, tokens, labels, images, place)
+    output = model(tokens, images)
+    # Position t predicts token t + 1.
+    scores = output["logits"][:, :-1].float()
+    next_labels = labels[:, 1:]
+    counted = next_labels != IGNORED
+    # Sampled text is nobody's label: there the divergence alone counts.
+    teacher_weight = 1.0 if sampled else 1 - o.labels
     loss = scores.new_zeros(())
-    if weight < 1:
-        loss = loss + (1 - weight) * torch.nn.functional.cross_entropy(
-            scores[counted], labels[:, 1:][counted]
-        )
-    if weight > 0 or o.hidden:
-        (ids, log_p), theirs = lesson.target(rows, tokens, o.temperature, not own)
+    if teacher_weight < 1:
+        cross_entropy = torch.nn.functional.cross_entropy(scores[counted], next_labels[counted])
+        loss = loss + (1 - teacher_weight) * cross_entropy
+    if teacher_weight > 0 or o.hidden:
+        teacher, teacher_hidden = data.teacher_distribution(rows, tokens, o.temperature, sampled)
         log_q = torch.log_softmax(scores[..., : o.vocab] / o.temperature, -1)
-        log_q = log_q if ids is None else coarse(log_q, ids[:, :-1])
-        loss = (
-            loss
-            + weight
-            * o.temperature**2
-            * divergence(o.kind, log_p[:, :-1], log_q, o.beta)[counted].mean()
-        )
-        for ours, (_, layer) in zip(out["hidden"], o.pairs, strict=True):
-            right = theirs[layer].to(device)[:, :-1][counted]
-            loss = (
-                loss
-                + o.hidden
-                / len(o.pairs)
-                * (ours[:, :-1][counted] - right).square().mean()
-                / right.square().mean()
-            )
+        log_p, log_q = aligned(teacher, log_q)
+        # T^2 keeps the size of the gradients (Hinton et al. 2015).
+        distance = divergence(o.kind, log_p, log_q, o.beta)[counted].mean()
+        loss = loss + teacher_weight * o.temperature**2 * distance
+        for projected, (_, layer) in zip(output["hidden"], o.pairs, strict=True):
+            target = teacher_hidden[layer].to(device)[:, :-1][counted]
+            error = (projected[:, :-1][counted] - target).square().mean()
+            # Relative to the target's own size, so that layers of any scale count alike.
+            loss = loss + o.hidden / len(o.pairs) * error / target.square().mean()
     return loss
 
 
-def resampled(
+def aligned(teacher: Distribution, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, log q) over the same classes, at the positions of log_q [rows, length - 1, vocab]:
+    the last position of a sequence predicts nothing.
+    """
+    log_p = teacher.log_p[:, :-1]
+    if teacher.ids is None:
+        return log_p, log_q
+    return log_p, merge_tail(log_q, teacher.ids[:, :-1])
+
+
+def on_policy_batch(
     o: Objective,
-    model: torch.nn.Module,
+    model: Any,
     tokens: torch.Tensor,
     labels: torch.Tensor,
-    pictures: Shown | None,
+    images: MultimodalBatch | None,
     place: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, labels) of the batch at `place` with what comes after the prompt, or answers the
-    questions about images, sampled from the student; the labels are what was sampled.
+    """(tokens, labels) of the batch at `place` with what comes after the prompt, or the answers to
+    the questions about images, sampled from the student. The labels are what was sampled.
     """
     seed = (o.seed << 32) + place
-    if pictures:
-        return sampled(
-            model.student,
-            tokens,
-            (labels != IGNORED).int().argmax(1),
-            pictures,
-            o.vocab,
-            o.eos,
-            seed,
-        )
-    tokens = sample(model, tokens, o.prompt, o.vocab, seed)
+    if images:
+        # The answer begins at the first label.
+        begins = (labels != IGNORED).int().argmax(1)
+        return sample_answers(model.student, tokens, begins, images, o.vocab, o.eos, seed)
+    tokens = sample_text(model, tokens, o.prompt, o.vocab, seed)
     labels = tokens.clone()
     labels[:, : o.prompt] = IGNORED
     return tokens, labels
 
 
-def sample(
-    model: torch.nn.Module, tokens: torch.Tensor, prompt: int, vocab: int, seed: int
+def sample_text(
+    model: Any, tokens: torch.Tensor, prompt: int, vocab: int, seed: int
 ) -> torch.Tensor:
-    """tokens with everything after the first `prompt` ones sampled anew from the student, at
-    temperature 1 from the first `vocab` tokens, which its teacher has too.
+    """tokens int64 [rows, length] with everything after the first `prompt` ones sampled anew from
+    the student, at temperature 1 from the first `vocab` tokens, which its teacher has too.
     """
-    torch = need("torch", "build")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed % (1 << 63))
         begin = tokens[:, :prompt]
@@ -270,39 +294,49 @@ def sample(
         ).clone()
 
 
-def measure(lesson: Lesson, model: torch.nn.Module, batch: int, device: str) -> dict[str, float]:
-    """On the held-out windows, at temperature 1: mean KL(teacher || student) in nats (of k + 1
-    classes where a cache answers: a lower bound), share of positions where both have the same
-    likeliest token, and the student's cross entropy on the text.
+def validation_metrics(
+    data: DistillationData, model: torch.nn.Module, batch: int, device: torch.device | str
+) -> dict[str, float]:
+    """On the validation split, at temperature 1: {"kl", "top1", "cross_entropy"}, the last alone
+    where no teacher's scores are known.
+
+    kl: mean KL(teacher || student) in nats; where a cache answers, of k + 1 classes, which is a
+    lower bound. top1: share of positions where both have the same likeliest token. cross_entropy:
+    the student's on the text, in nats.
     """
-    torch = need("torch", "build")
     totals = dict.fromkeys(("kl", "top1", "cross_entropy"), 0.0)
     count = 0
     model.eval()
-    for start in range(lesson.training, len(lesson.tokens), batch):
-        rows = list(range(start, min(start + batch, len(lesson.tokens))))
-        tokens, labels = (
-            torch.from_numpy(array[rows]).to(device) for array in (lesson.tokens, lesson.labels)
-        )
+    for start in range(data.training, len(data.tokens), batch):
+        rows = list(range(start, min(start + batch, len(data.tokens))))
         with torch.no_grad():
-            out = model(tokens, lesson.sights[0].of(rows, device) if lesson.sights else None)
-            scores = out["logits"][:, :-1].float()
-            counted = labels[:, 1:] != IGNORED
-            totals["cross_entropy"] += float(
-                torch.nn.functional.cross_entropy(
-                    scores[counted], labels[:, 1:][counted], reduction="sum"
-                )
-            )
-            if lesson.teacher or lesson.cache:
-                (ids, log_p), _ = lesson.target(rows, tokens, 1.0)
-                log_q = torch.log_softmax(scores[..., : lesson.objective.vocab], -1)
-                best = log_p.argmax(-1) if ids is None else ids[..., 0]
-                totals["top1"] += float((log_q.argmax(-1) == best[:, :-1])[counted].sum())
-                totals["kl"] += float(
-                    kl(log_p[:, :-1], log_q if ids is None else coarse(log_q, ids[:, :-1]))[counted]
-                    .double()
-                    .sum()
-                )
-        count += int(counted.sum())
-    found = {name: total / count for name, total in totals.items()}
-    return found if lesson.teacher or lesson.cache else {"cross_entropy": found["cross_entropy"]}
+            sums, positions = _metric_sums(data, model, rows, str(device))
+        for name, value in sums.items():
+            totals[name] += value
+        count += positions
+    metrics = {name: total / count for name, total in totals.items()}
+    if not data.has_teacher_scores:
+        return {"cross_entropy": metrics["cross_entropy"]}
+    return metrics
+
+
+def _metric_sums(
+    data: DistillationData, model: torch.nn.Module, rows: Sequence[int], device: str
+) -> tuple[dict[str, float], int]:
+    """(sum of each metric over the counted positions of these sequences, number of positions)."""
+    tokens, labels, images = data.batch(rows, device)
+    scores = model(tokens, images)["logits"][:, :-1].float()
+    next_labels = labels[:, 1:]
+    counted = next_labels != IGNORED
+    cross_entropy = torch.nn.functional.cross_entropy(
+        scores[counted], next_labels[counted], reduction="sum"
+    )
+    sums = {"cross_entropy": float(cross_entropy)}
+    if data.has_teacher_scores:
+        teacher, _ = data.teacher_distribution(rows, tokens, 1.0)
+        log_q = torch.log_softmax(scores[..., : data.objective.vocab], -1)
+        # A cache holds its ids likeliest first.
+        best = teacher.log_p.argmax(-1) if teacher.ids is None else teacher.ids[..., 0]
+        sums["top1"] = float((log_q.argmax(-1) == best[:, :-1])[counted].sum())
+        sums["kl"] = float(kl(*aligned(teacher, log_q))[counted].double().sum())
+    return sums, int(counted.sum())

@@ -1,33 +1,33 @@
-"""A smaller student made out of a checkpoint: chosen layers, the most important MLP neurons and
+"""Structured pruning: a smaller student made of chosen layers, the most important MLP neurons and
 key/value heads, or whatever fits a number of parameters.
 
 A student that begins as part of its teacher needs far less training than one that begins at random
-(Sanh et al. 2019; Muralidharan et al. 2024). Only the sizes a config can say are changed, so what
-comes out is an ordinary checkpoint of the same architecture.
+(Sanh et al. 2019; Muralidharan et al. 2024). Only the sizes a config can say are changed, so the
+result is an ordinary checkpoint of the same architecture.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+import torch
 
 from edgemed.artifacts import hashing, store
-from edgemed.errors import EdgemedError, need
-from edgemed.models.architecture import Architecture, DecoderConfig
+from edgemed.errors import EdgemedError
+from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.checkpoint import Checkpoint, Writer, open_checkpoint
+from edgemed.models.parameter_count import decoder_parameters
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.importance_matrix import importance
 
-if TYPE_CHECKING:
-    import torch
-
 # Widths stay multiples of this, so that the groups of later quantization divide them.
 STEP = 64
-PARTS = ("attn_norm", "qkv", "o", "mlp_norm", "up", "down")  # of a layer that can be cut
+# The parts of a layer that can be pruned.
+PARTS = ("attn_norm", "qkv", "o", "mlp_norm", "up", "down")
 # Where configs in transformers' layout say a size: the first key that has the effect is changed.
 KEYS = {
     "layers": ("n_layer", "num_hidden_layers"),
@@ -38,8 +38,8 @@ KEYS = {
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a student keeps. layers: the source's layers, in order; ffn: neurons per MLP; kv_heads:
+class StudentShape:
+    """What a student keeps. layers: the source's layers, in order. ffn: neurons per MLP. kv_heads:
     key/value heads, each with the query heads that read it.
     """
 
@@ -48,16 +48,29 @@ class Shape:
     kv_heads: int
 
 
-def parameters(family: Architecture, d: DecoderConfig) -> int:
-    """Weights and biases of a decoder as its family stores them, tied ones counted once."""
-    found = {}
-    for part in family.parts(d).values():
-        for module, shape in part.stored():
-            found[module] = math.prod(shape) + (shape[-1 if part.conv1d else 0] if part.bias else 0)
-    return sum(found.values())
+class KeptUnits(NamedTuple):
+    """What of one layer stays: indices of neurons and of key/value heads, rising int64."""
+
+    neurons: torch.Tensor
+    heads: torch.Tensor
 
 
-def smaller(d: DecoderConfig, shape: Shape) -> DecoderConfig:
+class Selection(NamedTuple):
+    """Which canonical rows and columns of one matrix stay (None: all), and the factor on its q
+    rows.
+    """
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    q_factor: float = 1.0
+
+
+def whole_shape(d: DecoderConfig) -> StudentShape:
+    """The shape that keeps everything."""
+    return StudentShape(tuple(range(d.layers)), d.ffn, d.kv_heads)
+
+
+def pruned_config(d: DecoderConfig, shape: StudentShape) -> DecoderConfig:
     """The numbers of the student. Its attention scales are set when its config is read."""
     return replace(
         d,
@@ -76,71 +89,73 @@ def evenly(count: int, layers: int) -> tuple[int, ...]:
     return tuple(round(i * (layers - 1) / max(count - 1, 1)) for i in range(count))
 
 
-def choose(
+def choose_shape(
     weights: CanonicalWeights,
     layers: Sequence[int],
     ffn: int | None,
     heads: int | None,
     target: int | None,
-) -> Shape:
-    """The shape asked for. layers: one number is a count, several are indices, none keeps all;
-    heads: query heads to keep; target: parameters at most.
+) -> StudentShape:
+    """The shape asked for. layers: one number is a count, several are indices, none keeps all.
+    heads: query heads to keep. target: parameters at most.
 
     Raises EdgemedError for sizes the source does not have, or a target nothing fits.
     """
     d = weights.unfolded
-    every = Shape(tuple(range(d.layers)), d.ffn, d.kv_heads)
     if target is not None:
         if layers or ffn or heads:
             raise EdgemedError(
                 "distill: target_params chooses depth and width itself",
                 "Leave layers, ffn and heads out, or target_params",
             )
-        return solve(weights.family, d, target)
-    group = d.heads // d.kv_heads
-    several = len(layers) > 1
-    if any(not (0 <= n < d.layers if several else 1 <= n <= d.layers) for n in layers) or list(
-        layers
-    ) != sorted(set(layers)):
-        raise EdgemedError(
-            f"distill: layers {list(layers)} cannot be taken from {d.layers} layers",
-            f"Give a count from 1 to {d.layers}, or rising indices from 0 to {d.layers - 1}",
-        )
-    layers = layers if several or not layers else evenly(layers[0], d.layers)
+        return fit_parameters(weights.family, d, target)
+    kept_layers = _chosen_layers(layers, d.layers)
     if ffn is not None and not 1 <= ffn <= d.ffn:
         raise EdgemedError(
             f"distill: ffn {ffn} is not between 1 and the model's {d.ffn}",
             "Give the neurons to keep in each MLP",
         )
+    group = d.heads // d.kv_heads
     if heads is not None and (not 1 <= heads <= d.heads or heads % group):
         raise EdgemedError(
             f"distill: heads {heads} is not a multiple of {group} up to {d.heads}",
             "Each key/value head goes with all query heads that read it",
         )
-    return Shape(tuple(layers) or every.layers, ffn or d.ffn, (heads or d.heads) // group)
+    return StudentShape(kept_layers, ffn or d.ffn, (heads or d.heads) // group)
 
 
-def solve(family: Architecture, d: DecoderConfig, target: int) -> Shape:
-    """The shape of at most `target` parameters: for each depth the widest MLP (a multiple of 64)
-    that fits, and of those the one whose share of neurons is nearest to its share of layers, in
-    doubt the deeper. Heads are left alone.
+def _chosen_layers(layers: Sequence[int], available: int) -> tuple[int, ...]:
+    several = len(layers) > 1
+    low = 0 if several else 1
+    high = available - 1 if several else available
+    out_of_range = any(not low <= n <= high for n in layers)
+    if out_of_range or list(layers) != sorted(set(layers)):
+        raise EdgemedError(
+            f"distill: layers {list(layers)} cannot be taken from {available} layers",
+            f"Give a count from 1 to {available}, or rising indices from 0 to {available - 1}",
+        )
+    if not layers:
+        return tuple(range(available))
+    return tuple(layers) if several else evenly(layers[0], available)
+
+
+def fit_parameters(family: Architecture, d: DecoderConfig, target: int) -> StudentShape:
+    """The shape of at most `target` parameters.
+
+    For each depth the widest MLP (a multiple of 64) that fits. Of those the one whose share of
+    neurons is nearest to its share of layers, in doubt the deeper. Heads stay. Raises EdgemedError
+    where one layer is too much already.
     """
     fitting = []
     for count in range(1, d.layers + 1):
         depth = evenly(count, d.layers)
-
-        def size(ffn: int, depth: tuple[int, ...] = depth) -> int:
-            return parameters(family, smaller(d, Shape(depth, ffn, d.kv_heads)))
-
-        per = size(2) - size(1)
-        ffn = min(d.ffn, (target - size(1)) // per + 1)
-        ffn = ffn if ffn == d.ffn else ffn // STEP * STEP
+        ffn = _widest_mlp(family, d, depth, target)
         if ffn >= 1:
-            fitting.append(
-                (abs(ffn / d.ffn - count / d.layers), -count, Shape(depth, ffn, d.kv_heads))
-            )
+            imbalance = abs(ffn / d.ffn - count / d.layers)
+            fitting.append((imbalance, -count, StudentShape(depth, ffn, d.kv_heads)))
     if not fitting:
-        least = parameters(family, smaller(d, Shape((0,), min(STEP, d.ffn), d.kv_heads)))
+        smallest = StudentShape((0,), min(STEP, d.ffn), d.kv_heads)
+        least = decoder_parameters(family, pruned_config(d, smallest))
         raise EdgemedError(
             f"distill: no student has {target:,} parameters: one layer with the embedding has"
             f" {least:,}",
@@ -149,174 +164,185 @@ def solve(family: Architecture, d: DecoderConfig, target: int) -> Shape:
     return min(fitting, key=lambda entry: entry[:2])[2]
 
 
-def config_of(weights: CanonicalWeights, shape: Shape) -> dict[str, Any]:
-    """The source's config with the student's sizes. Raises EdgemedError where the architecture
+def _widest_mlp(family: Architecture, d: DecoderConfig, depth: tuple[int, ...], target: int) -> int:
+    """Neurons of the widest MLP with which these layers have at most `target` parameters; 0 or
+    less where there is none.
+    """
+    one, two = (
+        decoder_parameters(family, pruned_config(d, StudentShape(depth, ffn, d.kv_heads)))
+        for ffn in (1, 2)
+    )
+    # The count is linear in the width, so the difference is what one neuron costs.
+    ffn = min(d.ffn, (target - one) // (two - one) + 1)
+    return ffn if ffn == d.ffn else ffn // STEP * STEP
+
+
+def pruned_hf_config(weights: CanonicalWeights, shape: StudentShape) -> dict[str, Any]:
+    """The source's config.json with the student's sizes. Raises EdgemedError where the architecture
     cannot say them.
     """
     source = weights.unfolded
     config = {
         key: value for key, value in weights.checkpoint.config.items() if key != "torch_dtype"
     }
-    wanted = smaller(source, shape)
+    wanted = pruned_config(source, shape)
     kinds = config.get("text_config", config).get("layer_types")
     if isinstance(kinds, list):
-        config = _with(config, "layer_types", [kinds[n] for n in shape.layers])
-    for name in [name for name in KEYS if getattr(wanted, name) != getattr(source, name)]:
-        trials = (_with(config, key, getattr(wanted, name)) for key in KEYS[name])
-        config = next(
-            (
-                trial
-                for trial in trials
-                if getattr(weights.family.decoder(trial, {}), name) == getattr(wanted, name)
-            ),
-            config,
-        )
-    if replace(weights.family.decoder(config, {}), score_scale=wanted.score_scale) != wanted:
-        tied = (
-            ""
-            if shape.kv_heads == source.kv_heads
-            else ": its head size follows from its number of heads"
-        )
+        config = _with_text_key(config, "layer_types", [kinds[n] for n in shape.layers])
+    for name in KEYS:
+        if getattr(wanted, name) != getattr(source, name):
+            config = _with_size(weights.family, config, name, getattr(wanted, name))
+    student = weights.family.decoder(config, {})
+    if replace(student, score_scale=wanted.score_scale) != wanted:
+        reason = ""
+        if shape.kv_heads != source.kv_heads:
+            reason = ": its head size follows from its number of heads"
         raise EdgemedError(
             f"{weights.checkpoint.path}: the config of this architecture cannot say"
-            f" {asdict(shape)}{tied}",
-            "Cut layers and ffn only",
+            f" {asdict(shape)}{reason}",
+            "Prune layers and ffn only",
         )
-    return config | {"dtype": "float32"}
+    return {**config, "dtype": "float32"}
 
 
-def _with(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    # Models that see may keep the text model's sizes in a mapping of their own.
+def _with_size(
+    family: Architecture, config: dict[str, Any], name: str, value: int
+) -> dict[str, Any]:
+    """The config in which the family reads this size; unchanged where no key has that effect."""
+    for key in KEYS[name]:
+        trial = _with_text_key(config, key, value)
+        if getattr(family.decoder(trial, {}), name) == value:
+            return trial
+    return config
+
+
+def _with_text_key(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    # Vision models may keep the text model's sizes in a mapping of their own.
     text = config.get("text_config")
-    return (
-        {**config, "text_config": {**text, key: value}}
-        if isinstance(text, dict)
-        else {**config, key: value}
-    )
+    if isinstance(text, dict):
+        return {**config, "text_config": {**text, key: value}}
+    return {**config, key: value}
 
 
-def kept(
-    weights: CanonicalWeights, shape: Shape, windows: Sequence[Sequence[int]]
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """layer -> (neurons, key/value heads) to keep, rising int64.
+def important_units(
+    weights: CanonicalWeights, shape: StudentShape, sequences: Sequence[Sequence[int]]
+) -> dict[int, KeptUnits]:
+    """layer -> the neurons and key/value heads to keep.
 
     A neuron's importance is the expected size of what it adds to the residual stream, ||down[:,
-    j]|| sqrt(E[a_j^2]) over the tokens of `windows`; a head's is the root of the sum of squares of
-    the same over its columns of `o`. All are kept where nothing is dropped, and then no text is
+    j]|| sqrt(E[a_j^2]) over the tokens of `sequences`. A head's is the root of the sum of squares
+    of the same over its columns of `o`. All are kept where nothing is dropped, and then no text is
     read.
     """
-    torch = need("torch", "build")
     d = weights.unfolded
     if (shape.ffn, shape.kv_heads) == (d.ffn, d.kv_heads):
-        return {n: (torch.arange(d.ffn), torch.arange(d.kv_heads)) for n in shape.layers}
-    squares = importance(weights, windows)
-    found = {}
+        everything = KeptUnits(torch.arange(d.ffn), torch.arange(d.kv_heads))
+        return dict.fromkeys(shape.layers, everything)
+    squares = importance(weights, sequences)
+    units = {}
     for n in shape.layers:
-        sizes = {
-            name: (
-                weights.matrix(f"layers.{n}.{name}").dense().square().sum(0)
-                * torch.from_numpy(squares[f"layers.{n}.{name}"])
-            )
-            for name in ("down", "o")
-        }
-        heads = sizes["o"].reshape(d.kv_heads, -1).sum(1)
-        found[n] = tuple(
-            score.topk(count).indices.sort().values
-            for score, count in ((sizes["down"], shape.ffn), (heads, shape.kv_heads))
-        )
-    return found
+        neurons = _column_importance(weights, squares, f"layers.{n}.down")
+        # The columns of `o` that belong to one key/value head lie side by side.
+        heads = _column_importance(weights, squares, f"layers.{n}.o").reshape(d.kv_heads, -1)
+        units[n] = KeptUnits(_largest(neurons, shape.ffn), _largest(heads.sum(1), shape.kv_heads))
+    return units
 
 
-def cut(
-    weights: CanonicalWeights, shape: Shape, out: Path, windows: Sequence[Sequence[int]]
+def _column_importance(
+    weights: CanonicalWeights, squares: Mapping[str, Any], name: str
+) -> torch.Tensor:
+    """Expected square [in] of what each input adds to the outputs of a matrix. squares: E[a^2] of
+    each matrix' inputs.
+    """
+    column_norms = weights.matrix(name).dense().square().sum(0)
+    return column_norms * torch.from_numpy(squares[name])
+
+
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` largest scores, rising."""
+    return scores.topk(count).indices.sort().values
+
+
+def prune(
+    weights: CanonicalWeights, shape: StudentShape, out: Path, sequences: Sequence[Sequence[int]]
 ) -> Checkpoint:
-    """Write the student to `out` in float32 (reused where it is already there). windows: tokens
+    """Write the student to `out` in float32 (reused where it is already there). sequences: tokens
     that importance is measured on.
 
-    Raises EdgemedError where the source is quantized, or has parts that cannot be cut.
+    Raises EdgemedError where the source is quantized, or has parts that cannot be pruned.
     """
-    strange = sorted(
-        {name.split(".", 2)[2] for name in weights.parts if name.startswith("layers.")} - set(PARTS)
-    )
-    narrow = weights.vision and (shape.ffn, shape.kv_heads) != (
-        weights.unfolded.ffn,
-        weights.unfolded.kv_heads,
-    )
-    if weights.quantized or strange or narrow:
-        reason = (
-            "it is quantized"
-            if weights.quantized
-            else (
-                f"its layers have '{strange[0]}'"
-                if strange
-                else "of a model that sees, only layers can be left out"
-            )
-        )
+    reason = _why_not(weights, shape)
+    if reason:
         raise EdgemedError(
-            f"{weights.checkpoint.path} cannot be cut: {reason}",
+            f"{weights.checkpoint.path} cannot be pruned: {reason}",
             "Give a student of your own, and this model as its teacher",
         )
-    config = config_of(weights, shape)
+    config = pruned_hf_config(weights, shape)
     student = weights.family.decoder(config, {})
-    windows = [list(map(int, window)) for window in windows]
-    inputs = weights.checkpoint.hashes() | {"windows": hashing.digest(windows)}
+    tokens = [list(map(int, sequence)) for sequence in sequences]
+    inputs = {**weights.checkpoint.hashes(), "windows": hashing.digest(tokens)}
     with store.building(out, "checkpoint", "cut", asdict(shape), inputs) as work:
         if work is not None:
-            _write(
-                weights,
-                shape,
-                kept(weights, shape, windows),
-                student,
-                Writer(work.path, config, weights.checkpoint.path),
-            )
+            units = important_units(weights, shape, tokens)
+            writer = Writer(work.path, config, weights.checkpoint.path)
+            _write(weights, shape, units, student, writer)
     return open_checkpoint(out)
+
+
+def _why_not(weights: CanonicalWeights, shape: StudentShape) -> str:
+    """Why this checkpoint cannot be pruned to this shape; '' where it can."""
+    if weights.quantized:
+        return "it is quantized"
+    parts = {name.split(".", 2)[2] for name in weights.parts if name.startswith("layers.")}
+    unknown = sorted(parts - set(PARTS))
+    if unknown:
+        return f"its layers have '{unknown[0]}'"
+    same_width = (shape.ffn, shape.kv_heads) == (weights.unfolded.ffn, weights.unfolded.kv_heads)
+    if weights.vision and not same_width:
+        return "of a vision model, only layers can be left out"
+    return ""
 
 
 def _write(
     weights: CanonicalWeights,
-    shape: Shape,
-    keep: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    shape: StudentShape,
+    units: Mapping[int, KeptUnits],
     student: DecoderConfig,
     writer: Writer,
 ) -> None:
     written: set[str] = set()
     for name in weights.parts:
         if not name.startswith("layers."):
-            _copy(weights, name, writer, written)
+            _copy(weights, name, writer, written, {}, Selection())
     for new, old in enumerate(shape.layers):
         # Where the scale of the scores depends on the layer's number, the moved layer's q rows take
         # up the difference.
-        factor = weights.unfolded.score_scale[old] / student.score_scale[new]
-        rows, columns = _selection(weights.unfolded, *keep[old])
-        for name in [name for name in weights.parts if name.startswith(f"layers.{old}.")]:
-            kind = name.split(".")[-1]
-            _copy(
-                weights,
-                name,
-                writer,
-                written,
-                (old, new),
-                rows.get(kind),
-                columns.get(kind),
-                factor if kind == "qkv" else 1.0,
-            )
+        q_factor = weights.unfolded.score_scale[old] / student.score_scale[new]
+        selections = _selections(weights.unfolded, units[old], q_factor)
+        for name in weights.parts:
+            if name.startswith(f"layers.{old}."):
+                selection = selections.get(name.split(".")[-1], Selection())
+                _copy(weights, name, writer, written, {old: new}, selection)
     writer.close()
 
 
-def _selection(
-    d: DecoderConfig, neurons: torch.Tensor, heads: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    # Canonical rows and columns of each matrix that stay. A key/value head's columns of `o` are
-    # those of all query heads that read it.
-    torch = need("torch", "build")
+def _selections(d: DecoderConfig, units: KeptUnits, q_factor: float) -> dict[str, Selection]:
+    """What stays of each matrix of a layer. A key/value head's columns of `o` are those of all
+    query heads that read it.
+    """
     size = d.head_dim
-    group = d.heads // d.kv_heads
-    q = (heads[:, None] * group * size + torch.arange(group * size)).flatten()
-    kv = (heads[:, None] * size + torch.arange(size)).flatten()
-    up = torch.cat([neurons, neurons + d.ffn]) if d.gated else neurons
-    return {"qkv": torch.cat([q, kv + d.q_size, kv + d.q_size + d.kv_size]), "up": up}, {
-        "o": q,
-        "down": neurons,
+    group_size = d.heads // d.kv_heads * size  # rows of q that read one key/value head
+    q = (units.heads[:, None] * group_size + torch.arange(group_size)).flatten()
+    kv = (units.heads[:, None] * size + torch.arange(size)).flatten()
+    # 'qkv' has the rows of q, then of k, then of v.
+    qkv = torch.cat([q, kv + d.q_size, kv + d.q_size + d.kv_size])
+    # A gated MLP's 'up' has the gate's rows first.
+    up = torch.cat([units.neurons, units.neurons + d.ffn]) if d.gated else units.neurons
+    return {
+        "qkv": Selection(rows=qkv, q_factor=q_factor),
+        "up": Selection(rows=up),
+        "o": Selection(columns=q),
+        "down": Selection(columns=units.neurons),
     }
 
 
@@ -325,40 +351,55 @@ def _copy(
     name: str,
     writer: Writer,
     written: set[str],
-    layer: tuple[int, int] = (0, 0),
-    rows: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
-    q_factor: float = 1.0,
+    moved: Mapping[int, int],
+    selection: Selection,
 ) -> None:
-    # The modules of one part, each with the rows of it that stay, under the student's layer number.
-    # Tied modules are written once.
+    """Write the modules of one part, each with the rows and columns that stay, under the student's
+    layer number. Tied modules are written once.
+
+    moved: the layer's number in the source -> in the student.
+    """
     part = weights.parts[name]
-    start = 0
-    read = weights.checkpoint.read
-    tensors = weights.checkpoint.tensors
-    old, new = layer
+    stop = 0
     for key, height in zip(weights.keys[name], part.rows or part.shape[:1], strict=True):
-        begin = start
-        start = start + height
-        final = (
-            re.sub(rf"(?<=\.){old}(?=\.)", str(new), key, count=1)
-            if name.startswith("layers.")
-            else key
-        )
-        if final in written:
+        start = stop
+        stop = start + height
+        student_key = key
+        for old, new in moved.items():
+            student_key = re.sub(rf"(?<=\.){old}(?=\.)", str(new), key, count=1)
+        if student_key in written:
             continue
-        written.add(final)
+        written.add(student_key)
         for suffix in ("weight", "bias"):
-            if f"{key}.{suffix}" not in tensors:
-                continue
-            tensor = read(f"{key}.{suffix}").float()
-            turned = part.conv1d and suffix == "weight"
-            tensor = tensor.T if turned else tensor
-            if q_factor != 1.0 and begin < weights.unfolded.q_size:
-                tensor = tensor.clone()
-                tensor[: weights.unfolded.q_size - begin] *= q_factor
-            if rows is not None:
-                tensor = tensor[rows[(rows >= begin) & (rows < start)] - begin]
-            if columns is not None and suffix == "weight":
-                tensor = tensor[:, columns]
-            writer.add(f"{final}.{suffix}", (tensor.T if turned else tensor).contiguous())
+            if f"{key}.{suffix}" in weights.checkpoint.tensors:
+                tensor = weights.checkpoint.read(f"{key}.{suffix}").float()
+                pruned = _selected(
+                    tensor, part, suffix, selection, range(start, stop), weights.unfolded.q_size
+                )
+                writer.add(f"{student_key}.{suffix}", pruned)
+
+
+def _selected(
+    tensor: torch.Tensor,
+    part: ParamSpec,
+    suffix: str,
+    selection: Selection,
+    module_rows: range,
+    q_size: int,
+) -> torch.Tensor:
+    """What stays of one stored tensor. module_rows: which canonical rows of the part it holds."""
+    transposed = part.conv1d and suffix == "weight"
+    if transposed:
+        tensor = tensor.T
+    start = module_rows.start
+    if selection.q_factor != 1.0 and start < q_size:
+        tensor = tensor.clone()
+        tensor[: q_size - start] *= selection.q_factor
+    if selection.rows is not None:
+        inside = (selection.rows >= start) & (selection.rows < module_rows.stop)
+        tensor = tensor[selection.rows[inside] - start]
+    if selection.columns is not None and suffix == "weight":
+        tensor = tensor[:, selection.columns]
+    if transposed:
+        tensor = tensor.T
+    return tensor.contiguous()

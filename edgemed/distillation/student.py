@@ -1,42 +1,43 @@
 """A distilled student as transformers trains it: read from a checkpoint, given a LoRA on request,
 and written as a checkpoint again.
 
-Of a model that sees and that transformers does not know, its text model alone is read and trained;
-tower and projector are copied, as they never change.
+Of a vision model that transformers does not know, the text model alone is read and trained. Vision
+encoder and projector are copied, as they never change.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edgemed.errors import EdgemedError, need
+import peft
+import torch
+import transformers
+
+from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Writer, narrowed, open_checkpoint
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights
 
-if TYPE_CHECKING:
-    import torch
-
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest score, between the trained model and what was written
 
 
 def load(weights: CanonicalWeights, path: Path | None = None) -> Any:
-    """The student in transformers, float32; path: of a copy that transformers reads instead.
+    """The student in transformers, float32. path: of a copy that transformers reads instead.
+
     Dropout is off: the target is the teacher's own distribution, and what fits it must not be
-    blurred.
+    blurred. Raises EdgemedError where transformers finds no weights for a part.
     """
-    torch = need("torch", "build")
-    transformers = need("transformers", "build")
-    text = _text_config(weights)
     path = path or weights.checkpoint.path
-    options = {}
-    auto = getattr(
-        transformers, "AutoModelForCausalLM" if text else weights.family.auto_classes["lm"]
-    )
-    if text:
-        options = {"config": transformers.AutoConfig.for_model(**text)}
-    model, info = auto.from_pretrained(
+    options: dict[str, Any] = {}
+    text_config = _text_config(weights)
+    auto_class: Any
+    if text_config:
+        auto_class = transformers.AutoModelForCausalLM
+        options["config"] = transformers.AutoConfig.for_model(**text_config)
+    else:
+        auto_class = getattr(transformers, weights.family.auto_classes["lm"])
+    model, info = auto_class.from_pretrained(
         path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
     )
     if info["missing_keys"]:
@@ -49,15 +50,8 @@ def load(weights: CanonicalWeights, path: Path | None = None) -> Any:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if weights.vision:
-        # What the images become is fixed: only the text model is trained.
-        learned = {
-            id(p)
-            for module in (model.get_decoder(), model.get_output_embeddings())
-            for p in module.parameters()
-        }
-        for parameter in model.parameters():
-            parameter.requires_grad = id(parameter) in learned
-    # Sampled text has its full length, as the packed windows have: after an end of text the next
+        _freeze_vision(model)
+    # Sampled text has its full length, as the packed sequences have: after an end of text the next
     # one begins.
     model.generation_config = transformers.GenerationConfig(
         do_sample=True,
@@ -69,75 +63,87 @@ def load(weights: CanonicalWeights, path: Path | None = None) -> Any:
     return model
 
 
+def _freeze_vision(model: Any) -> None:
+    """What the images become is fixed: only the text model is trained."""
+    trained: set[int] = set()
+    for module in (model.get_decoder(), model.get_output_embeddings()):
+        trained.update(id(parameter) for parameter in module.parameters())
+    for parameter in model.parameters():
+        parameter.requires_grad = id(parameter) in trained
+
+
 def _text_config(weights: CanonicalWeights) -> dict[str, Any] | None:
     """Under which transformers reads the text model alone, None where it knows the whole
     checkpoint.
     """
-    return (
-        weights.family.text_config(weights.checkpoint.config)
-        if weights.family.text_config
-        else None
-    )
+    if weights.family.text_config is None:
+        return None
+    return weights.family.text_config(weights.checkpoint.config)
 
 
-def adapted(model: Any, rank: int, seed: int) -> Any:
+def with_lora(model: Any, rank: int, seed: int) -> Any:
+    """The model with peft's LoRA of this rank on all linear layers; rank 0: the model itself. seed:
+    of the first values.
+    """
     if not rank:
         return model
-    peft = need("peft", "build")
-    torch = need("torch", "build")
     torch.manual_seed(seed)
-    turned = any(type(module).__name__ == "Conv1D" for module in model.modules())
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules="all-linear",
-            fan_in_fan_out=turned,
-        ),
+    # Conv1D of transformers stores its weight [in, out].
+    has_conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        fan_in_fan_out=has_conv1d,
     )
+    return peft.get_peft_model(model, config)
 
 
 def write(
     model: torch.nn.Module, student: CanonicalWeights, out: Path, dtype: str
 ) -> dict[str, float]:
-    """Write the student and hold what was written against it: {max_abs_error, largest_score} on
-    random tokens.
+    """Write the student and compare what was written with it: {max_abs_error, largest_score} on
+    random tokens. dtype: of the written weights.
 
     Raises EdgemedError where float32 weights do not give the model's scores.
     """
     config = {
         key: value for key, value in student.checkpoint.config.items() if key != "torch_dtype"
     }
-    alone = _text_config(student) is not None
-    writer = Writer(
-        out,
-        config | {"dtype": dtype} | ({} if alone else {"architectures": [type(model).__name__]}),
-        student.checkpoint.path,
-    )
+    config["dtype"] = dtype
+    text_model_alone = _text_config(student) is not None
+    if not text_model_alone:
+        config["architectures"] = [type(model).__name__]
+    writer = Writer(out, config, student.checkpoint.path)
     written = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, value in written.items():
         writer.add(name, narrowed(name, value, dtype))
-    for key in (
-        key
-        for name in student.parts
-        if alone and name.startswith("vision.")
-        for module in student.keys[name]
-        for key in (student.parts[name].weight(module), f"{module}.bias")
-    ):
-        if key in student.checkpoint.tensors and key not in written:
-            writer.add(key, narrowed(key, student.checkpoint.read(key), dtype))
+    if text_model_alone:
+        for name in _vision_tensors(student):
+            if name not in written:
+                writer.add(name, narrowed(name, student.checkpoint.read(name), dtype))
     writer.close()
-    return same_scores(model, CanonicalWeights(open_checkpoint(out)), dtype == "float32")
+    return compare_scores(model, CanonicalWeights(open_checkpoint(out)), dtype == "float32")
 
 
-def same_scores(model: torch.nn.Module, written: CanonicalWeights, exact: bool) -> dict[str, float]:
-    """Hold what was written against the trained model: {max_abs_error, largest_score} on random
+def _vision_tensors(student: CanonicalWeights) -> list[str]:
+    """Names of the stored tensors of vision encoder and projector."""
+    names = []
+    for part_name, part in student.parts.items():
+        if part_name.startswith("vision."):
+            for module in student.keys[part_name]:
+                names += [part.weight(module), f"{module}.bias"]
+    return [name for name in names if name in student.checkpoint.tensors]
+
+
+def compare_scores(
+    model: torch.nn.Module, written: CanonicalWeights, exact: bool
+) -> dict[str, float]:
+    """Compare what was written with the trained model: {max_abs_error, largest_score} on random
     tokens.
 
     exact: raises EdgemedError where the scores are not the model's.
     """
-    torch = need("torch", "build")
     tokens = torch.randint(
         written.decoder.vocab,
         (2, min(64, written.decoder.context)),
@@ -147,6 +153,7 @@ def same_scores(model: torch.nn.Module, written: CanonicalWeights, exact: bool) 
         expected = model(input_ids=tokens, use_cache=False).logits
     error = float((logits(written, tokens) - expected).abs().max())
     largest = max(1.0, float(expected.abs().max()))
+    # `not <=`, so that NaN is an error too.
     if exact and not error <= TOLERANCE * largest:
         raise EdgemedError(
             "the written student does not give the trained one's scores: largest difference"

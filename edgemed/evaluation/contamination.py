@@ -10,7 +10,7 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.data.calibration_cards import traces_of, words
-from edgemed.data.text_sets import Card, read_card, texts_of
+from edgemed.data.text_sets import TextCard, read_card, texts_of
 from edgemed.evaluation.task import questions
 
 # Words in a row that two texts must share to count as overlapping (Brown et al. 2020, arXiv
@@ -30,7 +30,7 @@ def grams(text: str) -> set[str]:
     return {" ".join(row[i : i + GRAM]) for i in range(len(row) - GRAM + 1)}
 
 
-def overlap(card: Card, splits: Iterable[str], specs: Iterable[str]) -> list[dict[str, Any]]:
+def overlap(card: TextCard, splits: Iterable[str], specs: Iterable[str]) -> list[dict[str, Any]]:
     """One row per task and split: how many of its questions share GRAM words in a row with the
     card's texts, and which do first.
 

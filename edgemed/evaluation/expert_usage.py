@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgemed.console import track
-from edgemed.data.text_sets import calibration_windows, read_card
+from edgemed.data.text_sets import calibration_sequences, read_card
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.answerer import Answerer
 from edgemed.evaluation.evaluate import SOURCE
@@ -64,9 +64,9 @@ def load(
                 )
                 answerer.answer(example)
         for name in cards:
-            route.group = (name, str(read_card(name).facts.get("language", "")))
+            route.group = (name, str(read_card(name).metadata.get("language", "")))
             for window in track(
-                calibration_windows(name, opened.tokenizer, samples, length),
+                calibration_sequences(name, opened.tokenizer, samples, length),
                 f"count the experts of {name}",
             ):
                 opened.session.rewind(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from edgemed.models.architecture import Architecture, DecoderConfig
 from edgemed.models.weights import CanonicalWeights
 
 SPARE = "vision.spare."  # layers of a vision encoder that are stored and never read
@@ -36,3 +37,15 @@ def parameters(weights: CanonicalWeights) -> int:
     information not counted.
     """
     return sum(weight + bias for _, weight, bias in sizes(weights).values())
+
+
+def decoder_parameters(family: Architecture, config: DecoderConfig) -> int:
+    """Number of weights and biases of a decoder as its family would store it, tied tensors counted
+    once. No checkpoint is needed: the student of a distillation is counted before it exists.
+    """
+    modules = {}
+    for part in family.parts(config).values():
+        for module, shape in part.stored():
+            outputs = shape[-1 if part.conv1d else 0]
+            modules[module] = math.prod(shape) + (outputs if part.bias else 0)
+    return sum(modules.values())

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemed.console import track
-from edgemed.data.image_text_windows import calibration
 from edgemed.errors import EdgemedError, need
 from edgemed.models.architecture import ParamSpec, family_of
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed
@@ -115,10 +114,12 @@ def windows(weights: CanonicalWeights, params: Settings) -> list[torch.Tensor] |
             f" {weights.decoder.context}"
         )
         raise EdgemedError(problem, "Both are at least 1, and length is at most the context")
+    from edgemed.data.image_text_windows import calibration_samples
+
     return [
         hidden
         for hidden, _ in embed_sequences(
-            weights, calibration(weights, params.calibration, params.samples, params.length)
+            weights, calibration_samples(weights, params.calibration, params.samples, params.length)
         )
     ]
 

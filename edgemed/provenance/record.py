@@ -208,7 +208,7 @@ def text_set(name: str, split: str, sha256: str) -> dict[str, Any]:
     """A set of the data cards; a user's own file is known by its name and hash only."""
     facts: Mapping[str, Any] = {}
     if name in (*card_names(), IMAGES):
-        facts = read_card(name).facts
+        facts = read_card(name).metadata
         # A card that has changed since says nothing about the text that was used.
         facts = facts if facts["files"][split]["sha256"] == sha256 else {}
     use = {"calibration": "calibration", "heldout": "parity", "images": "parity"}[split]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.console import say, track
-from edgemed.data.image_text_windows import calibration_digests
-from edgemed.data.text_sets import calibration_windows, card_names
+from edgemed.data.image_sets import calibration_digests
+from edgemed.data.text_sets import calibration_sequences, card_names
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
@@ -206,7 +206,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         bound = TOLERANCE if dtypes == {"float32"} else None
         notes["check_written"] = _compare("the written checkpoint", written, expected, bound)
     if rounded_base(params):
-        windows = calibration_windows(
+        windows = calibration_sequences(
             params.calibration,
             open_tokenizer(checkpoint.path, weights.decoder.vocab),
             params.samples,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemed.artifacts import hashing, store
 from edgemed.console import track
-from edgemed.data.image_text_windows import calibration, calibration_digests
+from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError, need
 from edgemed.formatting import size
@@ -132,6 +132,8 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     row, too little calibration text, a budget below the smallest, too little memory, or a value
     that float16 cannot hold.
     """
+    from edgemed.data.image_text_windows import calibration_samples
+
     weights = CanonicalWeights(checkpoint, fold=True)
     if weights.quantized:
         raise EdgemedError(
@@ -145,7 +147,9 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
     _check(weights, params)
     params = replace(params, clip=params.method != "rtn" if params.clip is None else params.clip)
     windows = (
-        calibration(weights, params.calibration, params.samples, params.length) if digests else None
+        calibration_samples(weights, params.calibration, params.samples, params.length)
+        if digests
+        else None
     )
     on_disk = spilled(weights, windows is not None, params)
     told = {name: value for name, value in asdict(params).items() if name != "max_memory"}

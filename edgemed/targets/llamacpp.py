@@ -166,7 +166,7 @@ def inputs(params: Params) -> dict[str, str]:
         from edgemed.quantization import importance_matrix
 
         return found | {"imatrix": importance_matrix.digest(Path(params.imatrix))}
-    from edgemed.data.image_text_windows import calibration_digests
+    from edgemed.data.image_sets import calibration_digests
 
     return found | {
         name.replace("calibration", "imatrix"): sha
@@ -495,9 +495,9 @@ def _rounded(
 def _calibration(
     weights: CanonicalWeights, params: Params
 ) -> list[tuple[list[int], ImageEmbeddings | None]]:
-    from edgemed.data.image_text_windows import calibration
+    from edgemed.data.image_text_windows import calibration_samples
 
-    return calibration(
+    return calibration_samples(
         weights, params.imatrix, params.samples, min(params.length, weights.decoder.context)
     )
 

@@ -83,7 +83,7 @@ def inputs(params: Params) -> dict[str, str]:
         )
     found = lora.inputs(params.adapters)
     if params.calibration:
-        from edgemed.data.image_text_windows import calibration_digests
+        from edgemed.data.image_sets import calibration_digests
 
         found |= calibration_digests(params.calibration)
     return found
@@ -227,11 +227,11 @@ def _kv_scales(weights: CanonicalWeights, params: Params) -> list[tuple[np.ndarr
             .integers(0, weights.decoder.vocab, (1, min(32, params.length)))
             .tolist(),
         )
-    from edgemed.data.image_text_windows import calibration
+    from edgemed.data.image_text_windows import calibration_samples
 
     return kv_scales(
         weights,
-        calibration(
+        calibration_samples(
             weights, params.calibration, params.samples, min(params.length, weights.decoder.context)
         ),
     )

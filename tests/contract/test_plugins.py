@@ -526,19 +526,19 @@ def test_device(name: str) -> None:
 def test_text_set(name: str) -> None:
     card = read_card(name)
     assert card.name == name
-    assert card.facts["contains_phi"] is False
-    assert card.facts["licence"]
-    assert card.facts["source"]
+    assert card.metadata["contains_phi"] is False
+    assert card.metadata["licence"]
+    assert card.metadata["source"]
     licences = "\n".join(file.name for file in (ROOT / "LICENSES").iterdir())
     assert (
-        card.facts["licence"].split()[0] in licences
-        or card.facts["licence"] in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text()
+        card.metadata["licence"].split()[0] in licences
+        or card.metadata["licence"] in (ROOT / "LICENSES" / "ATTRIBUTION.md").read_text()
     )
     for split, file in card.files.items():
         assert len(card.digest(split)) == 64
         assert (
             len(zipfile.ZipFile(file).namelist() if file.suffix == ".zip" else texts(name, split))
-            == card.facts["files"][split]["n"]
+            == card.metadata["files"][split]["n"]
         )
     assert not set(texts(name, "calibration")) & set(texts(name, "heldout")), (
         "held-out texts must not be calibrated on"

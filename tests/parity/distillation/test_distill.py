@@ -32,14 +32,28 @@ pytest.importorskip("accelerate")
 
 from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
-from edgemed.distillation import pruning as cutting
-from edgemed.distillation.divergences import coarse, divergence, kl, output_head, softened
-from edgemed.distillation.objective import Lesson, Objective, batch_loss, measure, pupil
+from edgemed.distillation import pruning
+from edgemed.distillation.divergences import (
+    divergence,
+    kl,
+    merge_tail,
+    top_k_distribution,
+    top_k_with_tail,
+)
+from edgemed.distillation.objective import (
+    DistillationData,
+    Objective,
+    StudentModule,
+    batch_loss,
+    validation_metrics,
+)
+from edgemed.distillation.params import parse_count
 from edgemed.distillation.student import load
-from edgemed.distillation.teacher import CHUNK, Cache, Teacher, number, written
+from edgemed.distillation.teacher import CHUNK, Teacher, TopKCache, generate_continuations
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.parameter_count import decoder_parameters
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
@@ -151,9 +165,9 @@ def test_top_k_bounds_every_divergence_from_below_and_reaches_it(kind: str) -> N
     full = divergence(kind, *(torch.log_softmax(z / temperature, -1) for z in (z_p, z_q)))
     before = torch.zeros(6)
     for k in (1, 4, 16, 48, 63):
-        ids, values, tails = output_head(z_p, k, temperature)
-        log_p = softened(values, tails, temperature)
-        log_q = coarse(torch.log_softmax(z_q / temperature, -1), ids)
+        ids, values, tails = top_k_with_tail(z_p, k, temperature)
+        log_p = top_k_distribution(values, tails, temperature)
+        log_q = merge_tail(torch.log_softmax(z_q / temperature, -1), ids)
         assert torch.allclose(log_p.exp().sum(-1), torch.ones(6))
         assert torch.allclose(log_q.exp().sum(-1), torch.ones(6), atol=1e-5)
         found = divergence(kind, log_p, log_q)
@@ -162,7 +176,7 @@ def test_top_k_bounds_every_divergence_from_below_and_reaches_it(kind: str) -> N
         before = found
     assert torch.allclose(found, full, rtol=1e-3)
     assert torch.allclose(
-        softened(values, tails, temperature, at_one=True)[:, 0],
+        top_k_distribution(values, tails, temperature, at_one=True)[:, 0],
         torch.log_softmax(z_p, -1).max(-1).values,
         atol=1e-5,
     )
@@ -173,9 +187,11 @@ def test_the_tail_is_punished() -> None:
     # look right.
     z_p = torch.tensor([[4.0, 3.0, 0.0, -1.0, -2.0]], requires_grad=False)
     z_q = (z_p + torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0])).requires_grad_()
-    ids, values, tails = output_head(z_p, 2, 1.0)
+    ids, values, tails = top_k_with_tail(z_p, 2, 1.0)
     loss = divergence(
-        "forward_kl", softened(values, tails, 1.0), coarse(torch.log_softmax(z_q, -1), ids)
+        "forward_kl",
+        top_k_distribution(values, tails, 1.0),
+        merge_tail(torch.log_softmax(z_q, -1), ids),
     ).sum()
     loss.backward()
     assert loss > 1
@@ -189,9 +205,9 @@ def objective(**changes: object) -> Objective:
     )
 
 
-def lesson(teacher: Path, **changes: object) -> Lesson:
+def lesson(teacher: Path, **changes: object) -> DistillationData:
     rows = IDS.numpy()
-    return Lesson(
+    return DistillationData(
         objective(**changes),
         np.concatenate([rows, rows]),
         np.concatenate([rows, rows]),
@@ -202,7 +218,7 @@ def lesson(teacher: Path, **changes: object) -> Lesson:
 
 def student_of(path: Path, pairs: tuple[tuple[int, int], ...] = ()) -> torch.nn.Module:
     weights = CanonicalWeights(open_checkpoint(path))
-    return pupil(
+    return StudentModule(
         load(weights),
         weights.decoder.layers,
         pairs,
@@ -244,7 +260,7 @@ def test_held_out_values_are_kl_and_cross_entropy(teacher: Path, model: Path) ->
     z_p, z_q = (
         logits(CanonicalWeights(open_checkpoint(path)), IDS)[:, :-1] for path in (teacher, model)
     )
-    found = measure(lesson(teacher), student_of(model), 1, "cpu")
+    found = validation_metrics(lesson(teacher), student_of(model), 1, "cpu")
     assert found["kl"] == pytest.approx(
         float(loss_of("forward_kl", z_p, z_q, 1.0, 0.5).mean()), rel=1e-5
     )
@@ -271,10 +287,10 @@ def test_a_teacher_gives_transformers_scores_and_hidden_states(teacher: Path) ->
 
 
 def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model: Path) -> None:
-    from edgemed.distillation.objective import sample
+    from edgemed.distillation.objective import sample_text
 
     ours = student_of(model)
-    drawn = [sample(ours, IDS, 8, VOCAB, seed) for seed in (1, 1, 2)]
+    drawn = [sample_text(ours, IDS, 8, VOCAB, seed) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert drawn[0].shape == IDS.shape
@@ -283,16 +299,16 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
     # At temperature 1 from the whole vocabulary: over many draws the first token has the student's
     # own probabilities.
     begin = IDS[:1, :9].expand(512, 9)
-    counts = torch.bincount(sample(ours, begin, 8, VOCAB, 0)[:, 8], minlength=VOCAB) / 512
+    counts = torch.bincount(sample_text(ours, begin, 8, VOCAB, 0)[:, 8], minlength=VOCAB) / 512
     p = torch.softmax(logits(CanonicalWeights(open_checkpoint(model)), IDS[:1, :8])[0, -1], -1)
     assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / 512)
-    assert int(sample(ours, begin, 8, 5, 0)[:, 8:].max()) < 5, (
+    assert int(sample_text(ours, begin, 8, 5, 0)[:, 8:].max()) < 5, (
         "a token that the teacher does not have"
     )
     # Lambda 1: every batch is sampled, and its loss is the divergence of the sampled tokens alone.
     place = 3
     found = batch_loss(lesson(teacher, on_policy=1.0, labels=0.5), ours, [0, 1], place, "cpu")
-    rows = sample(ours, IDS, 8, VOCAB, place)
+    rows = sample_text(ours, IDS, 8, VOCAB, place)
     z_p, z_q = (
         logits(CanonicalWeights(open_checkpoint(path)), rows)[:, 7:-1] for path in (teacher, model)
     )
@@ -304,8 +320,8 @@ def test_on_policy_text_is_the_students_own_and_repeatable(teacher: Path, model:
 # --- the student
 
 
-def shape_of(path: Path, **asked: object) -> cutting.Shape:
-    return cutting.choose(
+def shape_of(path: Path, **asked: object) -> pruning.StudentShape:
+    return pruning.choose_shape(
         CanonicalWeights(open_checkpoint(path)),
         asked.get("layers", ()),
         asked.get("ffn"),
@@ -318,7 +334,7 @@ def shape_of(path: Path, **asked: object) -> cutting.Shape:
 def test_nothing_cut_is_the_same_model(family: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", family=family)
     weights = CanonicalWeights(open_checkpoint(path))
-    student = cutting.cut(weights, shape_of(path), tmp_path / "student", [])
+    student = pruning.prune(weights, shape_of(path), tmp_path / "student", [])
     assert (logits(CanonicalWeights(student), IDS) - logits(weights, IDS)).abs().max() == 0
 
 
@@ -334,7 +350,7 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", family=family, **sizes)
     weights = CanonicalWeights(open_checkpoint(path))
     student = CanonicalWeights(
-        cutting.cut(weights, shape_of(path, layers=(0, 3, 4)), tmp_path / "student", [])
+        pruning.prune(weights, shape_of(path, layers=(0, 3, 4)), tmp_path / "student", [])
     )
     assert student.decoder.layers == 3
     x = embed(weights, IDS)
@@ -344,10 +360,10 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
     right = torch.nn.functional.linear(norm(weights.decoder, final, "final_norm", x), matrix, bias)
     assert (logits(student, IDS) - right).abs().max() < 1e-4
     with torch.no_grad():
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        layer_elements = transformers.AutoModelForCausalLM.from_pretrained(
             student.checkpoint.path, dtype=torch.float32
         )(input_ids=IDS).logits
-    assert (loaded - right).abs().max() < 1e-4
+    assert (layer_elements - right).abs().max() < 1e-4
 
 
 def dead(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -370,7 +386,7 @@ def test_what_adds_nothing_is_cut_first(tmp_path: Path) -> None:
     weights = CanonicalWeights(open_checkpoint(path))
     shape = shape_of(path, ffn=128 - len(range(1, 128, 3)), heads=2)
     student = CanonicalWeights(
-        cutting.cut(weights, shape, tmp_path / "student", [tokens(32, seed=4)])
+        pruning.prune(weights, shape, tmp_path / "student", [tokens(32, seed=4)])
     )
     assert (
         student.decoder.heads,
@@ -384,7 +400,7 @@ def test_what_adds_nothing_is_cut_first(tmp_path: Path) -> None:
 def test_importance_is_the_rule_in_the_docs(teacher: Path) -> None:
     weights = CanonicalWeights(open_checkpoint(teacher))
     windows = [tokens(32, seed=5)]
-    kept = cutting.kept(weights, shape_of(teacher, ffn=100), windows)
+    kept = pruning.important_units(weights, shape_of(teacher, ffn=100), windows)
     squares = importance(weights, windows)
     score = (
         weights.matrix("layers.2.down").dense().norm(dim=0)
@@ -400,11 +416,11 @@ def test_target_params_is_kept_and_nearly_reached(family: str) -> None:
 
     weights = CanonicalWeights(described(all_families()[family].reference_name))
     d = weights.unfolded
-    whole = cutting.parameters(weights.family, weights.unfolded)
+    whole = decoder_parameters(weights.family, weights.unfolded)
     for share in (0.9, 0.5, 0.3):
         target = int(share * whole)
-        shape = cutting.solve(weights.family, d, target)
-        found = cutting.parameters(weights.family, cutting.smaller(d, shape))
+        shape = pruning.fit_parameters(weights.family, d, target)
+        found = decoder_parameters(weights.family, pruning.pruned_config(d, shape))
         assert 0.95 * target <= found <= target
         assert shape.ffn % 64 == 0
         assert shape.layers[0] == 0
@@ -412,20 +428,20 @@ def test_target_params_is_kept_and_nearly_reached(family: str) -> None:
             "depth and width shrink alike"
         )
     with pytest.raises(EdgemedError, match="no student has 1,000 parameters"):
-        cutting.solve(weights.family, d, 1000)
+        pruning.fit_parameters(weights.family, d, 1000)
 
 
 def test_evenly_spaced_layers() -> None:
     assert (
-        cutting.evenly(3, 6),
-        cutting.evenly(1, 6),
-        cutting.evenly(6, 6),
-        cutting.evenly(2, 32),
+        pruning.evenly(3, 6),
+        pruning.evenly(1, 6),
+        pruning.evenly(6, 6),
+        pruning.evenly(2, 32),
     ) == ((0, 2, 5), (0,), (0, 1, 2, 3, 4, 5), (0, 31))
 
 
 def test_numbers_with_units() -> None:
-    assert [number(text, "x") for text in ("30M", "1.5 GB", 7, "2B")] == [
+    assert [parse_count(text, "x") for text in ("30M", "1.5 GB", 7, "2B")] == [
         30_000_000,
         1_500_000_000,
         7,
@@ -433,7 +449,7 @@ def test_numbers_with_units() -> None:
     ]
     for wrong in ("many", "", -3, "0", None):
         with pytest.raises(EdgemedError, match="is not a number"):
-            number(wrong, "target_params")
+            parse_count(wrong, "target_params")
 
 
 # --- the cache and the teacher's text
@@ -442,7 +458,7 @@ def test_numbers_with_units() -> None:
 def test_the_cache_gives_what_the_teacher_says(teacher: Path, tmp_path: Path) -> None:
     weights = CanonicalWeights(open_checkpoint(teacher))
     windows = np.array([tokens(24, seed=n) for n in range(CHUNK + 3)], np.int32)
-    cache = Cache(tmp_path / "cache", windows, VOCAB, 20, 2.0)
+    cache = TopKCache(tmp_path / "cache", windows, VOCAB, 20, 2.0)
     assert cache.nbytes == windows.size * (20 * (2 + 2) + 8)
     assert cache.fill(weights, 10**9) == windows.size
     held = sum(file.stat().st_size for file in cache.folder.iterdir())
@@ -458,7 +474,7 @@ def test_the_cache_gives_what_the_teacher_says(teacher: Path, tmp_path: Path) ->
         other = torch.log_softmax(
             logits(weights, torch.from_numpy(windows.astype(np.int64))[[0, 2]]) / temperature, -1
         )
-        assert (kl(log_p, coarse(other, ids)) <= kl(right.log(), other) * 1.01 + 1e-3).all()
+        assert (kl(log_p, merge_tail(other, ids)) <= kl(right.log(), other) * 1.01 + 1e-3).all()
 
 
 def test_the_cache_goes_on_after_a_kill_and_is_bounded(
@@ -466,7 +482,7 @@ def test_the_cache_goes_on_after_a_kill_and_is_bounded(
 ) -> None:
     weights = CanonicalWeights(open_checkpoint(teacher))
     windows = np.array([tokens(16, seed=n) for n in range(2 * CHUNK)], np.int32)
-    cache = Cache(tmp_path / "cache", windows, VOCAB, 8, 1.0)
+    cache = TopKCache(tmp_path / "cache", windows, VOCAB, 8, 1.0)
     with pytest.raises(
         EdgemedError,
         match=r"top 8 at 512 positions take 0.0 MB \(40 bytes each\), cache_limit is 0.0 MB",
@@ -491,12 +507,15 @@ def test_the_cache_goes_on_after_a_kill_and_is_bounded(
 def test_what_a_teacher_writes_is_kept_line_by_line(teacher: Path, tmp_path: Path) -> None:
     weights = CanonicalWeights(open_checkpoint(teacher))
     some = ["one text of many", "another one", "and a third text"]
-    rows = written(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "a.jsonl")
+    rows = generate_continuations(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "a.jsonl")
     assert [row["prompt"] for row in rows] == ["one ", "anot", "and "]
     assert all(row["text"] for row in rows)
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_bytes(lines[0] + lines[1][:10])
-    assert written(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "b.jsonl") == rows
+    assert (
+        generate_continuations(weights, some, 4, 12, Sampling(1.0, seed=3), tmp_path / "b.jsonl")
+        == rows
+    )
     assert (tmp_path / "b.jsonl").read_bytes() == b"".join(lines)
 
 
@@ -535,10 +554,10 @@ def test_every_kind_of_run_comes_nearer_to_the_teacher(
     assert notes["tokens"] == 12 * 4 * 48 * params.accumulate
     weights = CanonicalWeights(open_checkpoint(path))
     with torch.no_grad():
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(
-            input_ids=IDS
-        ).logits
-    assert (logits(weights, IDS) - loaded).abs().max() < 1e-4
+        layer_elements = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32
+        )(input_ids=IDS).logits
+    assert (logits(weights, IDS) - layer_elements).abs().max() < 1e-4
     assert (path / "tokenizer.json").is_file()
     assert not list(tmp_path.glob(".distill-*")), "working state is gone when a run is finished"
 
@@ -679,20 +698,21 @@ def test_student_and_teacher_see_what_the_reference_sees(vision_model: Path, pic
     """The training graphs of both, on windows with one or two images, against TorchSession, which
     is held against transformers.
     """
-    from edgemed.data.image_text_windows import look, pictured
+    from edgemed.data.image_sets import image_rows
+    from edgemed.data.image_text_windows import encode_images
     from edgemed.inference.session import ImageEmbeddings
     from edgemed.models.torch_decoder import TorchSession
 
     weights = CanonicalWeights(open_checkpoint(vision_model))
-    rows = pictured(pictures)[5:8]
-    tokens, labels, sights = look(weights, pictures, rows, 192, 10**9)
+    rows = image_rows(pictures)[5:8]
+    tokens, labels, images = encode_images(weights, pictures, rows, 192, 10**9)
     teacher = Teacher(weights)
     ours = student_of(vision_model)
     with torch.no_grad():
         found = list(
             (
-                teacher(torch.from_numpy(tokens), (), sights.of([0, 1, 2], "cpu"))[0],
-                ours(torch.from_numpy(tokens), sights.of([0, 1, 2], "cpu"))["logits"],
+                teacher(torch.from_numpy(tokens), (), images.batch([0, 1, 2], "cpu"))[0],
+                ours(torch.from_numpy(tokens), images.batch([0, 1, 2], "cpu"))["logits"],
             )
         )
     for n, row in enumerate(rows):
@@ -706,13 +726,13 @@ def test_student_and_teacher_see_what_the_reference_sees(vision_model: Path, pic
             tokens[n, :end].tolist(),
             every=True,
             pictures=ImageEmbeddings(
-                sights.features[n], sights.positions[n, :, :end], sights.token
+                images.features[n], images.positions[n, :, :end], images.token
             ),
         )
         assert all(np.abs(scores[n, :end].numpy() - right).max() < 1e-4 for scores in found)
     swapped = (
-        ours(torch.from_numpy(tokens[[0]]), sights.of([1], "cpu"))["logits"]
-        if len(sights.features[0]) == len(sights.features[1])
+        ours(torch.from_numpy(tokens[[0]]), images.batch([1], "cpu"))["logits"]
+        if len(images.features[0]) == len(images.features[1])
         else None
     )
     assert swapped is None or (swapped - found[1][[0]]).abs().max() > 1e-2, (
@@ -900,14 +920,14 @@ def test_bad_input(teacher: Path, text: str, model: Path, tmp_path: Path) -> Non
     one.write_text('{"id": 1, "text": "short"}\n')
     wrong(teacher, tmp_path, "has 1 texts, too few", small(str(one), layers=(2,)))
     one.write_text('{"id": 1, "text": "short"}\n' * 20)
-    wrong(teacher, tmp_path, "2 training and 0 held-out windows", small(str(one), layers=(2,)))
+    wrong(teacher, tmp_path, "2 training and 0 validation sequences", small(str(one), layers=(2,)))
     assert not list(tmp_path.glob(".distill-*")), (
         "nothing is left behind that no run could go on from"
     )
     wrong(
         write_model(tmp_path / "sees", family="qwen2_vl"),
         tmp_path,
-        "the student sees, the teacher sees, and .* has no images",
+        "the student has vision, the teacher has vision, and .* has no images",
         small(text, layers=(1,)),
     )
 
@@ -958,7 +978,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     with pytest.raises(
         EdgemedError,
         match=(
-            r"the loss is nan at step 8, training windows \[\d+, \d+, \d+, \d+\]. The last good"
+            r"the loss is nan at step 8, training sequences \[\d+, \d+, \d+, \d+\]. The last good"
             r" state is kept in \S+checkpoint-6"
         ),
     ) as error:
@@ -974,12 +994,12 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
 def test_a_broken_gradient_is_never_taken(
     teacher: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgemed.distillation import objective as course
+    from edgemed.distillation import hf_trainer as course
 
     real = course.batch_loss
 
     def broken(
-        found: Lesson, model: torch.nn.Module, rows: list[int], place: int, device: str
+        found: DistillationData, model: torch.nn.Module, rows: list[int], place: int, device: str
     ) -> torch.Tensor:
         weight = next(model.parameters())
         # Finite itself, its derivative is not: the square root at 0.
@@ -991,7 +1011,7 @@ def test_a_broken_gradient_is_never_taken(
     wrong(
         teacher,
         tmp_path,
-        "the gradient is not finite at step 5, training windows",
+        "the gradient is not finite at step 5, training sequences",
         small(text, layers=(2,), steps=20),
     )
 

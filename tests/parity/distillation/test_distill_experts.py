@@ -18,8 +18,9 @@ pytest.importorskip("PIL")
 from safetensors.torch import load_file
 
 from edgemed.artifacts import store
-from edgemed.data.image_text_windows import look, pictured
-from edgemed.distillation.objective import pupil
+from edgemed.data.image_sets import image_rows
+from edgemed.data.image_text_windows import encode_images
+from edgemed.distillation.objective import StudentModule
 from edgemed.distillation.student import load
 from edgemed.distillation.teacher import Teacher
 from edgemed.errors import EdgemedError
@@ -83,26 +84,26 @@ def test_both_see_what_the_reference_sees(teacher: Path, dense: Path, pictures: 
     """The image token lies outside the vocabulary here; the student's text model is transformers'
     own.
     """
-    rows = pictured(pictures)[:2]
+    rows = image_rows(pictures)[:2]
     for path, is_student in ((teacher, False), (dense, True)):
         weights = CanonicalWeights(open_checkpoint(path))
-        tokens, labels, sights = look(weights, pictures, rows, 224, 10**9)
+        tokens, labels, images = encode_images(weights, pictures, rows, 224, 10**9)
         assert (tokens == weights.vision.token).any()
         assert weights.vision.token >= weights.decoder.vocab
         run = (
-            pupil(load(weights), weights.decoder.layers, (), (64, 64))
+            StudentModule(load(weights), weights.decoder.layers, (), (64, 64))
             if is_student
             else Teacher(weights)
         )
         with torch.no_grad():
             found = (
-                run(torch.from_numpy(tokens), sights.of([0, 1], "cpu"))["logits"]
+                run(torch.from_numpy(tokens), images.batch([0, 1], "cpu"))["logits"]
                 if is_student
-                else run(torch.from_numpy(tokens), (), sights.of([0, 1], "cpu"))[0]
+                else run(torch.from_numpy(tokens), (), images.batch([0, 1], "cpu"))[0]
             )
         for n in range(2):
             end = np.flatnonzero(labels[n] != -100)[-1] + 1
-            seen = ImageEmbeddings(sights.features[n], sights.positions[n, :, :end], sights.token)
+            seen = ImageEmbeddings(images.features[n], images.positions[n, :, :end], images.token)
             assert (
                 np.abs(
                     found[n, :end].numpy()

@@ -29,11 +29,18 @@ pytest.importorskip("accelerate")
 pytest.importorskip("PIL")
 
 from edgemed.artifacts import store
-from edgemed.data.image_text_windows import IGNORED, Sights, album_of, asked, look, pictured
+from edgemed.data.image_sets import image_rows, images_album
+from edgemed.data.image_text_windows import IGNORED, ImageInputs, encode_images, question_prompt
 from edgemed.distillation import image_answers
-from edgemed.distillation.objective import Lesson, Objective, batch_loss, measure, pupil
+from edgemed.distillation.objective import (
+    DistillationData,
+    Objective,
+    StudentModule,
+    batch_loss,
+    validation_metrics,
+)
 from edgemed.distillation.student import load
-from edgemed.distillation.teacher import CHUNK, Cache, Teacher
+from edgemed.distillation.teacher import CHUNK, Teacher, TopKCache
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling
 from edgemed.inference.session import ImageEmbeddings
@@ -90,12 +97,12 @@ def lesson(
     eos: int | None = EOS,
     rows: slice = slice(5, 9),
     **changes: float,
-) -> Lesson:
+) -> DistillationData:
     """Every row is both trained on and held out; both see with their own eyes."""
     weights = [CanonicalWeights(open_checkpoint(path)) for path in (student, teacher)]
-    chosen = pictured(pictures)[rows] * 2
+    chosen = image_rows(pictures)[rows] * 2
     (tokens, labels, ours), (_, _, theirs) = (
-        look(one, pictures, chosen, LENGTH, 10**9) for one in weights
+        encode_images(one, pictures, chosen, LENGTH, 10**9) for one in weights
     )
     asked_for = Objective(
         "forward_kl",
@@ -110,14 +117,14 @@ def lesson(
         0,
         eos,
     )
-    return Lesson(
-        asked_for, tokens, labels, len(chosen) // 2, Teacher(weights[1]), sights=(ours, theirs)
+    return DistillationData(
+        asked_for, tokens, labels, len(chosen) // 2, Teacher(weights[1]), images=(ours, theirs)
     )
 
 
 def learner(path: Path) -> torch.nn.Module:
     weights = CanonicalWeights(open_checkpoint(path))
-    return pupil(load(weights), weights.decoder.layers, (), (weights.decoder.hidden,) * 2)
+    return StudentModule(load(weights), weights.decoder.layers, (), (weights.decoder.hidden,) * 2)
 
 
 def counted(labels: np.ndarray) -> np.ndarray:
@@ -125,7 +132,7 @@ def counted(labels: np.ndarray) -> np.ndarray:
     return np.concatenate([labels[:, 1:] != IGNORED, np.zeros((len(labels), 1), bool)], 1)
 
 
-def scores(path: Path, tokens: np.ndarray, sights: Sights) -> torch.Tensor:
+def scores(path: Path, tokens: np.ndarray, images: ImageInputs) -> torch.Tensor:
     """The reference session's, float32 [rows, tokens, vocab], one row at a time; what comes after
     the images it places itself.
     """
@@ -133,12 +140,12 @@ def scores(path: Path, tokens: np.ndarray, sights: Sights) -> torch.Tensor:
     found = []
     for n, row in enumerate(tokens):
         session.rewind(0)
-        end = int(np.flatnonzero(row == sights.token)[-1]) + 1
+        end = int(np.flatnonzero(row == images.token)[-1]) + 1
         seen = session.prefill(
             row[:end].tolist(),
             every=True,
             pictures=ImageEmbeddings(
-                sights.features[n], sights.positions[n, :, :end], sights.token
+                images.features[n], images.positions[n, :, :end], images.token
             ),
         ).copy()
         found.append(np.concatenate([seen, session.prefill(row[end:].tolist(), every=True)]))
@@ -160,18 +167,18 @@ def test_the_cache_keeps_what_the_teacher_says_where_answers_are(
     teacher: Path, pictures: str, tmp_path: Path
 ) -> None:
     weights = CanonicalWeights(open_checkpoint(teacher))
-    tokens, labels, sights = look(weights, pictures, pictured(pictures), LENGTH, 10**9)
+    tokens, labels, images = encode_images(weights, pictures, image_rows(pictures), LENGTH, 10**9)
     at = counted(labels)
     rows = [1, 7, CHUNK + 2]
-    cache = Cache(tmp_path / "cache", tokens, VOCAB, 20, 2.0, at, sights)
-    assert at.sum() == sum(len(row["answer"]) + 1 for row in pictured(pictures))
+    cache = TopKCache(tmp_path / "cache", tokens, VOCAB, 20, 2.0, at, images)
+    assert at.sum() == sum(len(row["answer"]) + 1 for row in image_rows(pictures))
     assert cache.nbytes == at.sum() * (20 * (2 + 2) + 8)
     assert cache.fill(weights, cache.nbytes) == at.sum()
     held = sum(file.stat().st_size for file in cache.folder.iterdir())
     assert cache.nbytes <= held <= cache.nbytes + 2 * 256, (
         "what was stated beforehand, and a header per file"
     )
-    z = scores(teacher, tokens[rows], sights.only(rows))
+    z = scores(teacher, tokens[rows], images.only(rows))
     where = torch.from_numpy(at[rows])
     for temperature, at_one in ((2.0, False), (1.0, True)):
         ids, log_p = cache.read(rows, at_one)
@@ -196,22 +203,24 @@ def test_cached_losses_bound_the_full_ones_and_reach_them(
     right = kl_of(
         *(
             scores(path, course.tokens, seen)
-            for path, seen in zip((teacher, student), reversed(course.sights), strict=True)
+            for path, seen in zip((teacher, student), reversed(course.images), strict=True)
         ),
         at,
     )
     whole = batch_loss(course, ours, range(4), 0, "cpu").item()
-    measured = measure(course, ours, 3, "cpu")["kl"]
+    measured = validation_metrics(course, ours, 3, "cpu")["kl"]
     assert whole == pytest.approx(right, rel=1e-4)
     assert measured == pytest.approx(right, rel=1e-4)
     assert right > 0.1
     before = 0.0
     for k in (2, 16, 100, VOCAB - 1):
-        course.cache = Cache(tmp_path / str(k), course.tokens, VOCAB, k, 1.0, at, course.sights[1])
+        course.cache = TopKCache(
+            tmp_path / str(k), course.tokens, VOCAB, k, 1.0, at, course.images[1]
+        )
         course.cache.fill(course.teacher.weights, 10**9)
         found = batch_loss(course, ours, range(4), 0, "cpu").item()
         assert before < found <= whole * 1.001, "a lower bound that grows with k"
-        assert measure(course, ours, 3, "cpu")["kl"] == pytest.approx(found, rel=1e-4)
+        assert validation_metrics(course, ours, 3, "cpu")["kl"] == pytest.approx(found, rel=1e-4)
         before = found
     assert found == pytest.approx(whole, rel=1e-3), "every token but one: nothing is merged"
 
@@ -223,7 +232,7 @@ def test_a_cache_serves_other_students_and_no_other_images(
 
     _, notes = run(teacher, tmp_path / "one", pictures, layers=(2,), top_k=16, steps=1)
     (cache,) = tmp_path.glob("teacher-*")
-    held = sum(len(row["answer"]) + 1 for row in pictured(pictures))
+    held = sum(len(row["answer"]) + 1 for row in image_rows(pictures))
     assert notes["cache_bytes"] == held * 72
     assert "lower bound" in notes["bound"]
     other = Path(shutil.copytree(Path(pictures).parent, tmp_path / "other"))
@@ -247,7 +256,9 @@ def test_a_student_answers_as_the_reference_would(
     different lengths, images in their places, one image token never drawn.
     """
     weights = CanonicalWeights(open_checkpoint(student))
-    tokens, labels, sights = look(weights, pictures, pictured(pictures)[5:9], LENGTH, 10**9)
+    tokens, labels, images = encode_images(
+        weights, pictures, image_rows(pictures)[5:9], LENGTH, 10**9
+    )
     begins = (labels != IGNORED).argmax(1)
     drawn = []
     real = torch.multinomial
@@ -257,11 +268,11 @@ def test_a_student_answers_as_the_reference_would(
         return real(p, count)
 
     ours = load(weights)
-    seen = sights.of(range(4), "cpu")
+    seen = images.batch(range(4), "cpu")
     monkeypatch.setattr(torch, "multinomial", watched)
     rows, own = (
         array.numpy()
-        for array in image_answers.sampled(
+        for array in image_answers.sample_answers(
             ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, 7
         )
     )
@@ -270,7 +281,7 @@ def test_a_student_answers_as_the_reference_would(
     assert not (rows[own != IGNORED] == IMAGE).any()
     assert rows[own != IGNORED].max() < VOCAB - 20
     p = torch.softmax(
-        scores(student, rows, sights).index_fill(
+        scores(student, rows, images).index_fill(
             -1, torch.tensor([IMAGE, *range(VOCAB - 20, VOCAB)]), -torch.inf
         ),
         -1,
@@ -288,7 +299,7 @@ def test_a_student_answers_as_the_reference_would(
         )
     monkeypatch.undo()
     again, other = (
-        image_answers.sampled(
+        image_answers.sample_answers(
             ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, seed
         )[0].numpy()
         for seed in (7, 8)
@@ -299,15 +310,17 @@ def test_a_student_answers_as_the_reference_would(
 
 def test_an_answer_ends_where_the_student_ends_it(student: Path, pictures: str) -> None:
     weights = CanonicalWeights(open_checkpoint(student))
-    tokens, labels, sights = look(weights, pictures, pictured(pictures)[5:9], LENGTH, 10**9)
+    tokens, labels, images = encode_images(
+        weights, pictures, image_rows(pictures)[5:9], LENGTH, 10**9
+    )
     begins = torch.from_numpy((labels != IGNORED).argmax(1))
     ours = load(weights)
-    endless, _ = image_answers.sampled(
-        ours, torch.from_numpy(tokens), begins, sights.of(range(4), "cpu"), VOCAB, None, 7
+    endless, _ = image_answers.sample_answers(
+        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, None, 7
     )
     eos = int(endless[0, begins[0] + 3])
-    rows, own = image_answers.sampled(
-        ours, torch.from_numpy(tokens), begins, sights.of(range(4), "cpu"), VOCAB, eos, 7
+    rows, own = image_answers.sample_answers(
+        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, eos, 7
     )
     for n, begin in enumerate(begins.tolist()):
         ends = (endless[n, begin:] == eos).nonzero()
@@ -328,11 +341,11 @@ def test_the_loss_of_own_answers_is_the_divergence_there_alone(
     begins = torch.from_numpy((course.labels[:4] != IGNORED).argmax(1))
     rows, own = (
         array.numpy()
-        for array in image_answers.sampled(
+        for array in image_answers.sample_answers(
             ours.student,
             torch.from_numpy(course.tokens[:4]),
             begins,
-            course.sights[0].of(range(4), "cpu"),
+            course.images[0].batch(range(4), "cpu"),
             VOCAB,
             EOS,
             place,
@@ -340,10 +353,10 @@ def test_the_loss_of_own_answers_is_the_divergence_there_alone(
     )
     z_p, z_q = (
         scores(path, rows, seen.only(range(4)))
-        for path, seen in zip((teacher, student), reversed(course.sights), strict=True)
+        for path, seen in zip((teacher, student), reversed(course.images), strict=True)
     )
     assert found.item() == pytest.approx(kl_of(z_p, z_q, counted(own)), rel=1e-4)
-    blind = kl_of(scores(teacher, rows, course.sights[0].only(range(4))), z_q, counted(own))
+    blind = kl_of(scores(teacher, rows, course.images[0].only(range(4))), z_q, counted(own))
     assert found.item() != pytest.approx(blind, rel=1e-2), "the teacher has eyes of its own"
     found.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in ours.trained().values())
@@ -358,17 +371,17 @@ def test_a_teacher_answers_as_transformers_does_and_line_by_line(
     from edgemed.vision.preprocessing import patches
 
     weights = CanonicalWeights(open_checkpoint(teacher))
-    rows = pictured(pictures)[5:9]
+    rows = image_rows(pictures)[5:9]
     # So cold that the likeliest token is all there is.
-    told = image_answers.written(
+    told = image_answers.generate_answers(
         weights, pictures, rows, Sampling(1e-4, seed=3, max_tokens=12), tmp_path / "cold.jsonl"
     )
     vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(teacher, VOCAB)
-    album = album_of(pictures)
+    album = images_album(pictures)
     model = transformers.AutoModelForImageTextToText.from_pretrained(teacher, dtype=torch.float32)
     for row, found in zip(rows, told, strict=True):
-        begin, _ = asked(vision_encoder, tokenizer, album, row)
+        begin, _ = question_prompt(vision_encoder, tokenizer, album, row)
         seen = [
             patches(album.open(name), weights.vision)
             for name in row.get("images", [row.get("image")])
@@ -391,14 +404,14 @@ def test_a_teacher_answers_as_transformers_does_and_line_by_line(
             "text": tokenizer.decode(out[: out.index(EOS)] if ended else out),
             "ended": ended,
         }
-    warm = image_answers.written(
+    warm = image_answers.generate_answers(
         weights, pictures, rows, Sampling(1.0, seed=3, max_tokens=12), tmp_path / "a.jsonl"
     )
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     assert warm != told
     (tmp_path / "b.jsonl").write_bytes(lines[0] + lines[1][:10])
     assert (
-        image_answers.written(
+        image_answers.generate_answers(
             weights, pictures, rows, Sampling(1.0, seed=3, max_tokens=12), tmp_path / "b.jsonl"
         )
         == warm
@@ -411,15 +424,15 @@ def test_windows_of_answers_that_were_written(teacher: Path, pictures: str) -> N
     token teaches nothing.
     """
     weights = CanonicalWeights(open_checkpoint(teacher))
-    rows = pictured(pictures)[:3]
+    rows = image_rows(pictures)[:3]
     told = [
         {"text": "yes", "ended": True},
         {"text": "y" * 500, "ended": True},
         {"text": "", "ended": False},
     ]
-    _tokens, labels, _ = look(weights, pictures, rows, LENGTH, 10**9, lambda: told)
+    _tokens, labels, _ = encode_images(weights, pictures, rows, LENGTH, 10**9, lambda: told)
     spoken = [row[row != IGNORED].tolist() for row in labels]
-    begins = (look(weights, pictures, rows, LENGTH, 10**9)[1] != IGNORED).argmax(1)
+    begins = (encode_images(weights, pictures, rows, LENGTH, 10**9)[1] != IGNORED).argmax(1)
     y = ord("y") - ord("!")
     assert len(spoken[0]) == 4
     assert spoken[0][0] == y
@@ -429,12 +442,12 @@ def test_windows_of_answers_that_were_written(teacher: Path, pictures: str) -> N
     with pytest.raises(
         EdgemedError, match=f"row '0' is {begins[0] + 1} tokens long, length is {begins[0]}"
     ):
-        look(weights, pictures, rows[:1], int(begins[0]), 10**9, pytest.fail)
+        encode_images(weights, pictures, rows[:1], int(begins[0]), 10**9, pytest.fail)
     with pytest.raises(
         EdgemedError,
         match=r"the answer 'no <\|image_pad\|>' has the token that stands for an image",
     ):
-        look(weights, pictures, [{**rows[0], "answer": "no <|image_pad|>"}], LENGTH, 10**9)
+        encode_images(weights, pictures, [{**rows[0], "answer": "no <|image_pad|>"}], LENGTH, 10**9)
 
 
 # --- whole runs

@@ -90,7 +90,7 @@ def opened(
     path: Path, folder: Path, norms: bool = False
 ) -> tuple[CanonicalWeights, torch.nn.Module]:
     weights = CanonicalWeights(open_checkpoint(path))
-    model = student.load(weights, quantized_student.expanded(weights, folder))
+    model = student.load(weights, quantized_student.write_dequantized(weights, folder))
     quantized_student.freeze(model, weights, norms)
     return weights, model.eval()
 
@@ -108,7 +108,7 @@ def test_the_student_computes_what_its_integers_stand_for(
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (
         count
-        == quantized_student.trained(weights, False)["scales"]
+        == quantized_student.trained_summary(weights, False)["scales"]
         == sum(
             m.scales.numel()
             for name in weights.parts

@@ -110,7 +110,7 @@ def pefts(folder: Path, work: Path) -> np.ndarray:
     on them.
     """
     weights = CanonicalWeights(open_checkpoint(folder / "packed"))
-    base = student.load(weights, quantized_student.expanded(weights, work / "expanded"))
+    base = student.load(weights, quantized_student.write_dequantized(weights, work / "expanded"))
     model = peft.PeftModel.from_pretrained(base, folder / "out" / "adapters" / "qad").eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([IDS])).logits[0].numpy()

@@ -13,7 +13,7 @@ import torch
 from conftest import cli, refused, write_model
 
 from edgemed.artifacts import store
-from edgemed.data.text_sets import calibration_windows
+from edgemed.data.text_sets import calibration_sequences
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.qlora import Trained
@@ -86,7 +86,7 @@ def test_the_difference_is_that_from_the_trained_model(folder, tmp_path, kind):
         ),
     )
     windows = torch.tensor(
-        calibration_windows(str(folder / "text.jsonl"), open_tokenizer(base.path, 288), 6, 64)
+        calibration_sequences(str(folder / "text.jsonl"), open_tokenizer(base.path, 288), 6, 64)
     )
     trained = peft.PeftModel.from_pretrained(
         rounded(folder / "model", KINDS[kind]), folder / "adapter"

@@ -154,7 +154,7 @@ def test_the_error_is_what_one_layer_shows(tmp_path: Path) -> None:
     """
     from moe_models import sparse
 
-    from edgemed.data.text_sets import calibration_windows
+    from edgemed.data.text_sets import calibration_sequences
     from edgemed.models.tokenizer import open_tokenizer
 
     model = write(tmp_path / "model", "moe-tinymed", num_hidden_layers=1)
@@ -165,7 +165,7 @@ def test_the_error_is_what_one_layer_shows(tmp_path: Path) -> None:
     source = reference(model, config, "StableLm")
     read = []
     source.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    windows = calibration_windows(
+    windows = calibration_sequences(
         "medquad-answers", open_tokenizer(model, config["vocab_size"]), 4, 32
     )
     with torch.inference_mode():

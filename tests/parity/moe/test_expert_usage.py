@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
-from edgemed.data.text_sets import calibration_windows
+from edgemed.data.text_sets import calibration_sequences
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.expert_usage import load, spread
 from edgemed.models.checkpoint import open_checkpoint
@@ -72,7 +72,7 @@ def test_a_text_sets_tokens_are_counted_as_numpy_counts_them(
     name: str, active: int, tmp_path: Path
 ) -> None:
     model = write(tmp_path / "model", name)
-    windows = calibration_windows("medquad-answers", open_tokenizer(model, 288), 3, 40)
+    windows = calibration_sequences("medquad-answers", open_tokenizer(model, 288), 3, 40)
     right = choices(model, "StableLm", windows, active)
     rows = load(open_checkpoint(model), cards=["medquad-answers"], samples=3, length=40)
     assert [(row["of"], row["language"], row["layer"]) for row in rows] == [

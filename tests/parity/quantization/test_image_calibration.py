@@ -14,7 +14,8 @@ from conftest import ROOT, write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL.Image")
 
-from edgemed.data.image_text_windows import album_of, calibration, calibration_digests, pictured
+from edgemed.data.image_sets import calibration_digests, image_rows, images_album
+from edgemed.data.image_text_windows import calibration_samples
 from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
@@ -49,7 +50,7 @@ def weights(vision_model: Path) -> CanonicalWeights:
 
 @pytest.fixture(scope="module")
 def windows(weights: CanonicalWeights) -> list:
-    return calibration(weights, CARD, SAMPLES, LENGTH)
+    return calibration_samples(weights, CARD, SAMPLES, LENGTH)
 
 
 def scored(weights: CanonicalWeights, x: torch.Tensor) -> np.ndarray:
@@ -63,8 +64,8 @@ def test_a_window_is_the_beginning_of_its_turns(weights: CanonicalWeights, windo
     """Turn after turn, as if the whole conversation were one prompt."""
     vision_encoder = TorchVisionEncoder(weights)
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
-    album = album_of(CARD)
-    rows = iter(pictured(CARD))
+    album = images_album(CARD)
+    rows = iter(image_rows(CARD))
     ids = []
     images = []
     tokens, seen = windows[0]
@@ -189,10 +190,10 @@ def test_a_model_that_sees_is_quantized_on_images(
 
 
 def test_several_sets_take_turns(weights: CanonicalWeights, windows: list) -> None:
-    mixed = calibration(weights, f"{CARD},medquad-answers", 5, LENGTH)
+    mixed = calibration_samples(weights, f"{CARD},medquad-answers", 5, LENGTH)
     assert [pictures is not None for _, pictures in mixed] == [True, False, True, False, True]
     assert mixed[2][0] == windows[1][0]
-    assert mixed[3] == calibration(weights, "medquad-answers", 2, LENGTH)[1]
+    assert mixed[3] == calibration_samples(weights, "medquad-answers", 2, LENGTH)[1]
     assert set(calibration_digests(f"medquad-answers,{CARD}")) == {
         "calibration",
         "calibration 2",
@@ -205,18 +206,18 @@ def test_a_file_with_a_comma_in_its_name_is_one_set(
 ) -> None:
     file = tmp_path / "notes, 2026.jsonl"
     file.write_text(json.dumps({"text": "a" * 64}) + "\n")
-    assert len(calibration(weights, str(file), 1, 32)) == 1
+    assert len(calibration_samples(weights, str(file), 1, 32)) == 1
     assert set(calibration_digests(str(file))) == {"calibration"}
 
 
 def test_bad_input(weights: CanonicalWeights, tmp_path: Path) -> None:
-    with pytest.raises(EdgemedError, match="for 11 windows of 1000 tokens, 500 are asked for"):
-        calibration(weights, CARD, 500, 1000)
+    with pytest.raises(EdgemedError, match="for 11 samples of 1000 tokens, 500 are asked for"):
+        calibration_samples(weights, CARD, 500, 1000)
     with pytest.raises(EdgemedError, match="1 samples of 2 calibration sets leave one out"):
-        calibration(weights, f"medquad-answers,{CARD}", 1, 16)
+        calibration_samples(weights, f"medquad-answers,{CARD}", 1, 16)
     text = CanonicalWeights(open_checkpoint(write_model(tmp_path / "text")))
     with pytest.raises(EdgemedError, match="has images, and .* reads text only"):
-        calibration(text, CARD, 1, 16)
+        calibration_samples(text, CARD, 1, 16)
     row = read_jsonl(ROOT / "calibration" / CARD / "calibration.jsonl")[0]
     (tmp_path / "own.jsonl").write_text(json.dumps({**row, "image": "none.png"}) + "\n")
     with pytest.raises(EdgemedError, match="none.png"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgemed import plugins
-from edgemed.data.text_sets import calibration_windows
+from edgemed.data.text_sets import calibration_sequences
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.gptq_packing import pack, unpack
@@ -317,7 +317,7 @@ def trained():
         pytest.skip("recipes/quickstart/model is not there")
     weights = CanonicalWeights(open_checkpoint(TRAINED), fold=True)
     return weights, torch.tensor(
-        calibration_windows(
+        calibration_sequences(
             "pubmedqa-abstracts", open_tokenizer(TRAINED, weights.decoder.vocab), 8, 64
         )
     )

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from edgemed import plugins
 from edgemed.cli.main import app
-from edgemed.data.calibration_cards import Source, make, traces_of, words
-from edgemed.data.text_sets import calibration_windows, card_names, read_card, texts
+from edgemed.data.calibration_cards import Source, make_card, traces_of, words
+from edgemed.data.text_sets import calibration_sequences, card_names, read_card, texts
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.contamination import GRAM, check, every_task, grams, overlap
 from edgemed.evaluation.task import questions
@@ -34,7 +34,7 @@ def write(path, rows):
 
 def test_a_card_from_own_text(tmp_path):
     file = write(tmp_path / "own.jsonl", [{"text": text} for text in [*NOTES, NOTES[0].upper()]])
-    card = make(file, tmp_path / "card", SOURCE, 0.25, tokenizer=open_tokenizer(MODEL, 4096))
+    card = make_card(file, tmp_path / "card", SOURCE, 0.25, tokenizer=open_tokenizer(MODEL, 4096))
     split = {name: texts(str(tmp_path / "card"), name) for name in ("calibration", "heldout")}
     assert len(split["calibration"]) + len(split["heldout"]) == 40
     assert not set(split["calibration"]) & set(split["heldout"])
@@ -52,7 +52,7 @@ def test_a_card_from_own_text(tmp_path):
     assert yaml.safe_load((tmp_path / "card" / "card.yaml").read_text()) == card
     assert read_card(str(tmp_path / "card")).digest("heldout")
     # More texts do not move those that were there before.
-    more = make(
+    more = make_card(
         write(
             tmp_path / "more.jsonl",
             [{"text": text} for text in [*NOTES, *(n.replace("wound", "cut") for n in NOTES)]],
@@ -84,10 +84,11 @@ def test_traces_of_patients_are_refused(tmp_path, text, kind):
     assert (41, kind) in list(traces_of([*NOTES, text]))
     file = write(tmp_path / "own.jsonl", [{"text": t} for t in [*NOTES, text]])
     with pytest.raises(EdgemedError, match=f"text 41: {kind}.*--allow-traces"):
-        make(file, tmp_path / "card", SOURCE)
+        make_card(file, tmp_path / "card", SOURCE)
     assert not (tmp_path / "card").exists()
     assert (
-        "--allow-traces" in make(file, tmp_path / "card", SOURCE, allow_traces=True)["contains_phi"]
+        "--allow-traces"
+        in make_card(file, tmp_path / "card", SOURCE, allow_traces=True)["contains_phi"]
     )
 
 
@@ -109,7 +110,7 @@ def test_ordinary_medical_text_is_not(text):
 def test_bad_input(tmp_path):
     def refused(match, file, **options):
         with pytest.raises(EdgemedError, match=match):
-            make(file, tmp_path / "card", SOURCE, **options)
+            make_card(file, tmp_path / "card", SOURCE, **options)
 
     refused("does not exist", tmp_path / "none.jsonl")
     (tmp_path / "image.txt").write_bytes(bytes(128) + b"DICM" + bytes(64))
@@ -119,7 +120,7 @@ def test_bad_input(tmp_path):
         write(tmp_path / "tags.jsonl", [{"text": NOTES[0], "PatientName": "x"}]),
     )
     refused("has no 'text'", write(tmp_path / "rows.jsonl", [{"words": "x"}]))
-    refused("too few to hold", write(tmp_path / "one.jsonl", [{"text": NOTES[0]}]))
+    refused("too few for a validation split", write(tmp_path / "one.jsonl", [{"text": NOTES[0]}]))
     refused(
         "not a share between",
         write(tmp_path / "own.jsonl", [{"text": text} for text in NOTES]),
@@ -129,10 +130,10 @@ def test_bad_input(tmp_path):
     refused("card exists", tmp_path / "own.jsonl")
     chinese = write(tmp_path / "zh.jsonl", [{"text": "患者因发热和咳嗽三天来诊。" * 20}])
     with pytest.raises(EdgemedError, match="does not cover the language"):
-        calibration_windows(str(chinese), open_tokenizer(MODEL, 4096), 2, 16)
+        calibration_sequences(str(chinese), open_tokenizer(MODEL, 4096), 2, 16)
     # Four of its five languages would hide the fifth in a mean over all.
     with pytest.raises(EdgemedError, match="bytes of 'ja', so it does not cover the language"):
-        calibration_windows("human-rights", open_tokenizer(MODEL, 4096), 2, 16)
+        calibration_sequences("human-rights", open_tokenizer(MODEL, 4096), 2, 16)
 
 
 def test_conversations_stay_conversations(tmp_path):
@@ -146,7 +147,7 @@ def test_conversations_stay_conversations(tmp_path):
         }
         for text in NOTES
     ]
-    make(write(tmp_path / "talk.jsonl", talk), tmp_path / "card", SOURCE)
+    make_card(write(tmp_path / "talk.jsonl", talk), tmp_path / "card", SOURCE)
     rows = [
         json.loads(line)
         for split in ("calibration", "heldout")
@@ -157,7 +158,7 @@ def test_conversations_stay_conversations(tmp_path):
     )
     assert not any("text" in row for row in rows)
     with pytest.raises(EdgemedError, match="phone number"):
-        make(
+        make_card(
             write(
                 tmp_path / "traces.jsonl",
                 [{"messages": [{"role": "user", "content": "Call +44 20 7946 0958"}]}, *talk],
