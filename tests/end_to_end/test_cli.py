@@ -274,7 +274,7 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
     )
     assert records[0]["state"]["wait"]["OMP_WAIT_POLICY"] == "passive"
     assert {r["how"]["threads"] for r in records} == {1}
-    refused(cli("bench", engine, "--wait", "actve"), "Did you mean 'active'")
+    refused(cli("bench", engine, "--wait", "actve", process=True), "Did you mean 'active'")
     refused(cli("bench", engine, "--sweep", "thread"), "Did you mean 'threads'")
     refused(cli("bench", engine, "--sweep", "threads", "--threads", 2), "--threads")
 
