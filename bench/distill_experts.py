@@ -25,7 +25,7 @@ from edgemed.artifacts import store
 from edgemed.evaluation.evaluate import SOURCE
 from edgemed.evaluation.opened_model import evaluate_opened, open_source
 from edgemed.evaluation.paired_statistics import paired
-from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.prompting import PromptSettings
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.pipeline.recipe import Stage
@@ -66,7 +66,7 @@ def lesson(data: Path, work: Path, count: int) -> str:
 
 def answered(path: Path) -> dict[str, Any]:
     opened = open_source(open_checkpoint(path), True)
-    found = evaluate_opened(opened, questions("cells"), SOURCE, "", "zero-shot", Settings())
+    found = evaluate_opened(opened, questions("cells"), SOURCE, "", "zero-shot", PromptSettings())
     opened.close()
     return found
 

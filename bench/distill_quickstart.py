@@ -25,7 +25,6 @@ from edgemed.data.text_sets import texts
 from edgemed.distillation.pruning import choose_shape, prune
 from edgemed.evaluation.evaluate import evaluate
 from edgemed.evaluation.opened_model import open_source
-from edgemed.evaluation.prompting import Settings
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import encode, open_tokenizer
@@ -96,9 +95,6 @@ def accuracy(model):
             questions("section"),
             "student",
             "",
-            "zero-shot",
-            Settings(),
-            frozenset(),
         )["accuracy"]
     finally:
         opened.close()

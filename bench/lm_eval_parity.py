@@ -1,8 +1,8 @@
 """Item by item: do edgemed and lm-evaluation-harness ask the same words, and get the same scores,
 from the same engine and from the same model?
 
-lm_eval's own task definitions are used, over local rows. Engines are scored by `lm_eval --model
-edgemed`, the source checkpoint by `lm_eval --model hf`; ours come from `edgemed eval`'s code.
+lm_eval's own task definitions are used, over local rows. Engines are scored by `edgemed lm-eval
+--model edgemed`, the source checkpoint by `--model hf`; ours come from `edgemed eval`'s code.
 Truncated contexts are counted apart, because lm_eval cuts every option's context by its own length
 and edgemed all alike. Needs an environment of its own: python -m venv bench/peers/lm-eval/.venv;
 bench/peers/lm-eval/.venv/bin/pip install --constraint constraints.txt
@@ -28,7 +28,7 @@ from records import save
 
 from edgemed.engines.engine import Engine, export
 from edgemed.evaluation.answerer import Answerer
-from edgemed.evaluation.prompting import Settings, parse
+from edgemed.evaluation.prompting import PromptPlan
 from edgemed.evaluation.task import Example, Questions, describe, questions
 from edgemed.inference.session import Session
 from edgemed.models.checkpoint import open_checkpoint
@@ -136,7 +136,8 @@ def their_scores(
     accuracy per task of its own.
     """
     command = [
-        str(Path(sys.executable).parent / "lm_eval"),
+        str(Path(sys.executable).parent / "edgemed"),
+        "lm-eval",
         *arguments,
         "--tasks",
         ",".join(names),
@@ -184,7 +185,7 @@ def compare(
     """Our scores of every question beside lm_eval's."""
     found = {}
     for ours, these in asked.items():
-        answerer = Answerer(session, tokenizer, these, Settings())
+        answerer = Answerer(session, tokenizer, these, PromptPlan())
         row = {
             "items": 0,
             "truncated": 0,
@@ -196,7 +197,7 @@ def compare(
             "theirs_correct": 0,
         }
         for example in these.examples:
-            answer = answerer.answer(example, parse("zero-shot"))
+            answer = answerer.answer(example)
             their = theirs[ours, example.id]
             prompt = these.task.render(example)
             row["prompts_differ"] += (

@@ -15,7 +15,7 @@ import numpy as np
 from records import paired_ratio, save, spread
 
 from edgemed.engines.engine import Engine, open_engine
-from edgemed.evaluation.option_scoring import Reader
+from edgemed.evaluation.option_scoring import PrefixReader
 from edgemed.evaluation.task import questions
 from edgemed.inference.decoding import log_softmax
 from edgemed.inference.session import Session
@@ -52,7 +52,7 @@ def measure(engine: Engine, count: int, least: int, threads: int) -> None:
     times: dict[str, list[float]] = {"shared": [], "alone": []}
     difference = 0.0
     for number, context in enumerate([contexts[0], *contexts]):  # the first once more, as a warm-up
-        reader = Reader(session)
+        reader = PrefixReader(session)
         started = time.perf_counter()
         shared = reader.options(context, options)
         half = time.perf_counter()

@@ -132,7 +132,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     names = args.only or ["source, fp32", *ARMS]
     asked = questions("cells", None)
-    settings = EvalSpec(("cells",)).settings()
+    settings = EvalSpec(tasks=("cells",)).settings()
     onnx = plugins.load("targets", "onnx")
     if not all((args.work / f"{short(name)}.json").is_file() for name in names):
         model = open_source(open_checkpoint(MODEL), True)

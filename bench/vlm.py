@@ -100,7 +100,7 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     """
     from edgemed.artifacts import store
     from edgemed.engines.engine import open_engine
-    from edgemed.evaluation.option_scoring import Reader
+    from edgemed.evaluation.option_scoring import PrefixReader
 
     engine = open_engine(path)
     engine = replace(engine, params={**engine.params, "vision": eyes_on})
@@ -112,7 +112,7 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     while order := pipe.recv():
         number, side, new = order
         picture = image(number, side)
-        reader = Reader(session)
+        reader = PrefixReader(session)
         spent = {}
         started = time.perf_counter()
         tokens, pictures = vision_encoder.see(prompt(vision_encoder.v, number), [picture])

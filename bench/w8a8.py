@@ -79,7 +79,7 @@ def main() -> None:
     from edgemed.engines.engine import export
     from edgemed.evaluation import paired_statistics
     from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
-    from edgemed.evaluation.prompting import Settings
+    from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.random_weights import make_random
@@ -138,7 +138,7 @@ def main() -> None:
         for card, rows in windows.items()
     }
     base = evaluate_opened(
-        open_source(checkpoint), section, "source", "source", "zero-shot", Settings()
+        open_source(checkpoint), section, "source", "source", "zero-shot", PromptSettings()
     )
     rows = {}
     sessions = {}
@@ -159,7 +159,7 @@ def main() -> None:
             )
             for card, found in windows.items()
         }
-        result = evaluate_opened(opened, section, name, name, "zero-shot", Settings())
+        result = evaluate_opened(opened, section, name, name, "zero-shot", PromptSettings())
         paired = paired_statistics.paired(base["items"], result["items"], 0.03, 0.05)
         rows[name] = {
             "kl": kl,

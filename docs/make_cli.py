@@ -14,6 +14,13 @@ from pathlib import Path
 
 PAGE = Path(__file__).parent / "cli.md"
 
+HEAD = """# Command line
+
+Written by `make docs` from `--help`; a test keeps it current. All parameters of steps, targets and recipe sections: [parameters.md](parameters.md).
+Every verb exits with 0 when all is well, with 1 and one line starting with `error: ` when there is something you can put right, and with 2 when the command line itself is wrong. `edgemed eval` and `edgemed run` exit with 3 when the gate is undecided.
+Results go to standard output, progress to standard error. `edgemed --install-completion` makes the shell complete verbs, options and the names of targets, tasks, devices and recipes.
+"""
+
 
 def help_of(*arguments: str) -> str:
     # Fixed width and no colour, so that the page does not depend on the terminal.
@@ -31,8 +38,7 @@ def help_of(*arguments: str) -> str:
         check=True,
         env=environment,
     )
-    text = done.stdout.replace("python -m edgemed", "edgemed")
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
 
 
 def verbs(*above: str) -> list[str]:
@@ -42,19 +48,7 @@ def verbs(*above: str) -> list[str]:
 
 
 def page() -> str:
-    parts = [
-        "# Command line",
-        (
-            "Written by `make docs` from `--help`; a test keeps it current. Every verb exits with 0"
-            " when all is well, and with 1 and one line"
-        ),
-        "",
-    ]
-    parts[1] += (
-        "\nstarting with `error: ` when there is something you can put right. Results go to"
-        " standard output, progress to standard error."
-    )
-    parts += ["```text", help_of(), "```"]
+    parts = [HEAD, "```text", help_of(), "```"]
     for verb in verbs():
         parts += ["", f"## edgemed {verb}", "", "```text", help_of(verb), "```"]
         for below in verbs(verb):

@@ -11,9 +11,12 @@ from typing import Any
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
+from edgemed.artifacts.records import append_records
+from edgemed.benchmarking.spec import BenchSpec
 from edgemed.data.text_sets import IMAGES
 from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
+from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, extras_named, nearest
 from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
 from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
@@ -24,11 +27,12 @@ from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import ImageEmbeddings, Session, vision_of_session
 from edgemed.models import lora
 from edgemed.models.architecture import Architecture
-from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.tokenizer import chat_text, encode
 from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.inspect import inspect
 from edgemed.provenance import record
+from edgemed.verification.spec import VerifySpec
 from edgemed.vision.image_io import open_image
 from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
@@ -66,9 +70,7 @@ def export(
     prompts: text set for the reference answers that travel along (None: none). source: float
     checkpoint they come from. Raises EdgemedError for everything a person can put right.
     """
-    from edgemed.pipeline.references import answers, image_answers
     from edgemed.pipeline.runner import open_model
-    from edgemed.verification.spec import VerifySpec
 
     out = Path(out)
     module = plugins.load("targets", target)
@@ -76,22 +78,17 @@ def export(
     module.inputs(built)  # finds a missing file before the reference answers are computed
     checkpoint = open_model(model, out.parent)
     reference = None
-    adapted = {}
+    adapted: dict[str, Reference] = {}
     if prompts and not checkpoint.random_weights:
+        # Before an hour of reference answers.
+        check_supported(target, CanonicalWeights(checkpoint), built)
         origin = open_model(source, out.parent) if source else checkpoint
-        seen = CanonicalWeights(checkpoint).vision
+        vision = CanonicalWeights(checkpoint).vision
+        pixels = engines.pixels_of(vision, built) if vision else None
         spec = VerifySpec(prompts, **EXPORT_REFERENCE)
-        check_supported(
-            target, CanonicalWeights(checkpoint), built
-        )  # before an hour of reference answers
-        told = {}
-        for one in (None, *(built.adapters or {}).items()):
-            images = (
-                image_answers(origin, spec, engines.pixels_of(seen, built), one) if seen else None
-            )
-            told[one] = replace(answers(origin, spec, one), images=images).trim(spec.carried)
-        reference = told.pop(None)
-        adapted = {name: found for (name, _), found in told.items()}
+        reference = reference_answers(origin, spec, pixels)
+        for adapter in (built.adapters or {}).items():
+            adapted[adapter[0]] = reference_answers(origin, spec, pixels, adapter)
     engine = engines.export(checkpoint, target, built, out, reference, adapted=adapted)
     record.document(
         engine.path,
@@ -100,6 +97,21 @@ def export(
         images=IMAGES if reference and reference.images else None,
     )
     return engine
+
+
+def reference_answers(
+    source: Checkpoint,
+    spec: VerifySpec,
+    pixels: tuple[int, int] | None,
+    adapter: tuple[str, str] | None = None,
+) -> Reference:
+    """What travels in an engine: answers of the source, with an adapter (name, PEFT directory) or
+    as it is. pixels: (least, most) of an image, None for a text model.
+    """
+    from edgemed.pipeline.references import answers, image_answers
+
+    images = image_answers(source, spec, pixels, adapter) if pixels else None
+    return replace(answers(source, spec, adapter), images=images).trim(spec.carried)
 
 
 @extras_named()
@@ -112,35 +124,36 @@ def build(
     verify is None where the engine carries no reference answers; nothing is measured where it
     failed. Raises EdgemedError as engine.finish.
     """
-    from edgemed.benchmarking.bench import bench, image_tokens
-    from edgemed.benchmarking.spec import BenchSpec
+    from edgemed.benchmarking.bench import bench
     from edgemed.engines.reference import FILE as REFERENCE
     from edgemed.verification.parity import Limits, verify
 
     opened = open_engine(engine, check=True)
     plan = engines.finish(opened, workspace_mb)
-    result = (
-        verify(opened, opened.reference(), Limits())
-        if (opened.path / REFERENCE).is_file()
-        else None
-    )
+    result = None
+    if (opened.path / REFERENCE).is_file():
+        result = verify(opened, opened.reference(), Limits())
     records: list[dict[str, Any]] = []
     if measure and (result is None or result["passed"]):
         process_memory.reset_peak_memory()
-        lengths = tuple(
-            length
-            for length in BenchSpec().prompt
-            if length + BenchSpec().generate < opened.context
-        ) or (max(1, opened.context // 2),)
-        side = (
-            BenchSpec().image
-            if opened.vision
-            and image_tokens(opened, BenchSpec().image) + min(lengths) <= opened.context
-            else 0
-        )
-        records = bench(opened, BenchSpec(lengths, image=side))
-        records.append_records(opened.path, records)
+        records = bench(opened, usual_bench(opened))
+        append_records(opened.path, records)
     return {"plan": plan, "verify": result, "records": records}
+
+
+def usual_bench(engine: Engine) -> BenchSpec:
+    """The usual measurements, as far as prompts and images fit the engine's context."""
+    from edgemed.benchmarking.bench import image_tokens
+
+    usual = BenchSpec()
+    lengths = [length for length in usual.prompt if length + usual.generate < engine.context]
+    if not lengths:
+        lengths = [max(1, engine.context // 2)]
+    side = 0
+    if engine.vision and usual.image:
+        needed = image_tokens(engine, usual.image) + min(lengths)
+        side = usual.image if needed <= engine.context else 0
+    return BenchSpec(tuple(lengths), image=side)
 
 
 @extras_named()
@@ -168,52 +181,46 @@ def evaluate_tasks(
     opened = open_engine(engine, check=True)
     settings = spec.settings()
     require_built(opened, "evaluate")
-    known = read_results(against) if against else []
-    bases = []
-    results = []
+    earlier = read_results(against) if against else []
     every = [questions(task, spec.limit) for task in spec.tasks]
     has_vision = any(asked.has_vision for asked in every)
     model = start_engine(opened, has_vision, threads, adapter)
+    manifest = store.read_manifest(opened.path)
     name = opened.name
     key = opened.key
-    manifest = store.read_manifest(opened.path)
     adapter = None if adapter == opened.default else adapter
-    own = adapter_of(manifest, adapter) if adapter else {}
+    adapter_files: dict[str, str] = {}
     if adapter:
+        adapter_files = adapter_of(manifest, adapter)
         name = f"{name}+{adapter}"
-        key = source_key({"engine": key} | own)
-    base_model = (
-        open_source(open_checkpoint(source), has_vision, adapter=_exported(opened, adapter, own))
-        if source
-        else None
-    )
+        key = source_key({"engine": key} | adapter_files)
+    source_model = None
+    base_key = ""
+    if source:
+        checkpoint = open_checkpoint(source)
+        exported = _exported(opened, adapter, adapter_files)
+        source_model = open_source(checkpoint, has_vision, adapter=exported)
+        base_key = source_key(checkpoint.hashes() | adapter_files)
+    bases = []
+    results = []
     try:
         for asked in every:
             for text in spec.strategies:
-                base = (
-                    evaluate_opened(
-                        base_model,
-                        asked,
-                        SOURCE,
-                        source_key(open_checkpoint(source).hashes() | own),
-                        text,
-                        settings,
-                    )
-                    if source
-                    else None
-                )
+                base = None
+                if source_model:
+                    base = evaluate_opened(source_model, asked, SOURCE, base_key, text, settings)
                 result = evaluate_opened(model, asked, name, key, text, settings)
-                base = base or (same_question(known, result, str(against)) if against else None)
-                results.append(
-                    pair(result, base, manifest, spec.margin, spec.alpha, adapter)
-                    if base
-                    else result
-                )
+                if against:
+                    base = same_question(earlier, result, str(against))
                 if base:
-                    bases += [base]
+                    bases.append(base)
+                    result = pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                results.append(result)
     finally:
         model.close()
-    gate = judge({name: results}, spec.margin, spec.alpha) if spec.margin is not None else None
+    gate = None
+    if spec.margin is not None:
+        gate = judge({name: results}, spec.margin, spec.alpha)
     return {"source": bases, "engine": results, "gate": gate}
 
 
@@ -223,7 +230,7 @@ def _exported(
     """(name, PEFT directory) of one of an engine's adapters, the directory as it was at the export.
     Raises EdgemedError where it has changed or is gone.
     """
-    if adapter in (None, lora.BASE):
+    if adapter is None or adapter == lora.BASE:
         return None
     path = engine.params["adapters"][adapter]
     if lora.inputs({adapter: path}) != hashes:
@@ -257,19 +264,23 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def same_question(
-    known: Sequence[dict[str, Any]], result: dict[str, Any], where: str
+    earlier: Sequence[dict[str, Any]], result: dict[str, Any], where: str
 ) -> dict[str, Any]:
-    """The result in `known` on the same task and strategy; whether it is truly comparable is for
+    """The earlier result on the same task and strategy; whether it is truly comparable is for
     pair() to check.
     """
-    found = [k for k in known if (k["task"], k["strategy"]) == (result["task"], result["strategy"])]
-    if not found:
-        held = ", ".join(f"{k['task']} {k['strategy']}" for k in known)
+    asked = (result["task"], result["strategy"])
+    alike = [each for each in earlier if (each["task"], each["strategy"]) == asked]
+    if not alike:
+        names = ", ".join(f"{each['task']} {each['strategy']}" for each in earlier)
         raise EdgemedError(
             f"{where} has no result on {result['task']} with {result['strategy']}",
-            f"It has: {held or 'none'}",
+            f"It has: {names or 'none'}",
         )
-    return next((k for k in found if k["task_key"] == result["task_key"]), found[0])
+    for each in alike:
+        if each["task_key"] == result["task_key"]:
+            return each
+    return alike[0]
 
 
 def stream(
@@ -301,10 +312,10 @@ def stream(
             f"{engine} reads text only", "Ask it without an image, or export a vision model"
         )
     text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
-    v = vision_of(opened.vision) if opened.vision else None
-    tokens = prompt_tokens(opened.tokenizer(), text, v)
-    if v:
-        check_places(tokens, v.token, len(pictures))
+    vision = vision_of(opened.vision) if opened.vision else None
+    tokens = prompt_tokens(opened.tokenizer(), text, vision)
+    if vision:
+        check_places(tokens, vision.token, len(pictures))
     session = opened.open(threads, adapter)
     try:
         embeddings = None
@@ -323,18 +334,18 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
     if template == "none":
         return text
     family: Architecture = plugins.load("families", engine.family).FAMILY
-    known = [
-        name for name, there in (("chat", family.chat), ("reasoning", family.reasoning)) if there
-    ] + ["none"]
-    if template not in known:
+    templates = ["none"]
+    if family.reasoning:
+        templates.insert(0, "reasoning")
+    if family.chat:
+        templates.insert(0, "chat")
+    if template not in templates or family.chat is None or engine.vision is None:
         raise EdgemedError(
-            f"family {family.name} has no template '{template}'", nearest(template, known)
+            f"family {family.name} has no template '{template}'", nearest(template, templates)
         )
-    return family.chat(
-        family.reasoning(text) if template == "reasoning" else text,
-        images,
-        vision_of(engine.vision).conversation,
-    )
+    if template == "reasoning" and family.reasoning:
+        text = family.reasoning(text)
+    return family.chat(text, images, vision_of(engine.vision).conversation)
 
 
 def _words(
@@ -342,19 +353,19 @@ def _words(
     session: Session,
     tokens: Sequence[int],
     sampling: Sampling,
-    pictures: ImageEmbeddings | None = None,
+    images: ImageEmbeddings | None = None,
 ) -> Iterator[str]:
     tokenizer = engine.tokenizer()
-    found = []
-    shown = ""
+    generated = []
+    printed = ""
     stop = frozenset() if engine.eos is None else frozenset({engine.eos})
-    for token in generate(session, tokens, sampling, stop, pictures):
-        found.append(token)
-        text = tokenizer.decode(found)
+    for token in generate(session, tokens, sampling, stop, images):
+        generated.append(token)
+        text = tokenizer.decode(generated)
         # Half a UTF-8 character decodes to the replacement sign: wait for the rest.
         if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+            yield text[len(printed) :]
+            printed = text
 
 
 @extras_named()

@@ -195,6 +195,7 @@ def _in_words(hint: Any) -> str:
         str: "text",
         bool: "true or false",
         dict: "mapping",
+        typing.Any: "value",
     }
     args = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) is typing.Literal:

@@ -442,7 +442,7 @@ def evaluated(
     """({'kl', 'kl_windows', 'section', ...}, the section task's result)."""
     from edgemed.evaluation import paired_statistics
     from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened
-    from edgemed.evaluation.prompting import Settings
+    from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
     from edgemed.models.tokenizer import open_tokenizer
     from edgemed.models.torch_decoder import TorchSession
@@ -467,7 +467,7 @@ def evaluated(
         name,
         name,
         "zero-shot",
-        Settings(),
+        PromptSettings(),
     )
     facts["section"] = result["accuracy"]
     if base:

@@ -6,22 +6,27 @@ It stands beside the verb it belongs to, so that the verb needs no recipe.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from edgemed.params import Doc, Range
 
 
 @dataclass(frozen=True)
 class BenchSpec:
-    """prompt: prompt lengths in tokens; generate: new tokens per round; runs: counted rounds after
-    one warm-up round.
+    """What is measured, and what counts as fast enough in the report."""
 
-    image: side in pixels of the image that a vision model is asked about besides; 0: none.
-    max_first_token (seconds, at the longest prompt) and min_tokens_per_second are what counts as
-    fast enough in the report; None: no target.
-    """
-
-    prompt: tuple[int, ...] = (32, 128)
-    generate: int = 64
-    runs: int = 5
-    threads: int | None = None
-    image: int | None = 448
-    max_first_token: float | None = None
-    min_tokens_per_second: float | None = None
+    prompt: Annotated[tuple[int, ...], Doc("Prompt lengths, in tokens.")] = (32, 128)
+    generate: Annotated[int, Range(1), Doc("New tokens of a round.")] = 64
+    runs: Annotated[int, Range(1), Doc("Counted rounds, after one warm-up round.")] = 5
+    threads: Annotated[int | None, Doc("CPU threads. None: the physical cores.")] = None
+    image: Annotated[
+        int | None,
+        Doc("Side in pixels of the image that a vision model is asked about. 0: none."),
+    ] = 448
+    max_first_token: Annotated[
+        float | None,
+        Doc("Most seconds to the first token, at the longest prompt. None: no target."),
+    ] = None
+    min_tokens_per_second: Annotated[
+        float | None, Doc("Least speed of decoding. None: no target.")
+    ] = None

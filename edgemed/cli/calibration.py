@@ -14,6 +14,7 @@ import typer
 
 from edgemed.cli.options import Json
 from edgemed.console import show
+from edgemed.errors import EdgemedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +41,7 @@ def make(
     licence: Annotated[str, typer.Option(help="Its licence, or under which terms it may be used.")],
     language: Annotated[str, typer.Option(help="Language code.")] = "en",
     heldout: Annotated[
-        float, typer.Option(help="Share of the texts held out for verification.")
+        float, typer.Option(help="Share of the texts that make the validation split.")
     ] = 0.2,
     model: Annotated[
         str | None, typer.Option(help="Model directory whose tokenizer counts tokens.")
@@ -66,7 +67,14 @@ def make(
     tokenizer = None
     if model:
         checkpoint = open_checkpoint(model)
-        tokenizer = open_tokenizer(checkpoint.path, checkpoint.config.get("vocab_size"))
+        vocabulary = checkpoint.config.get("vocab_size")
+        if not isinstance(vocabulary, int):
+            raise EdgemedError(
+                f"{checkpoint.path}/config.json has no vocab_size, so its tokenizer cannot be"
+                " checked",
+                "Leave --model out, or give a text model",
+            )
+        tokenizer = open_tokenizer(checkpoint.path, vocabulary)
     out = out or Path("calibration") / name
     card = make_card(
         file,
@@ -81,19 +89,12 @@ def make(
         allow_traces,
         tokenizer,
     )
-    show(
-        {
-            "card": str(out),
-            **{
-                f"{split} {key}": value
-                for split, facts in card["files"].items()
-                for key, value in facts.items()
-                if key != "file"
-            },
-            **card["made_from"],
-        },
-        json_,
-    )
+    summary = {"card": str(out)}
+    for split, facts in card["files"].items():
+        for key, value in facts.items():
+            if key != "file":
+                summary[f"{split} {key}"] = value
+    show(summary | card["made_from"], json_)
 
 
 @app.command()
@@ -112,22 +113,20 @@ def check(
     """
     from edgemed.evaluation.contamination import check as check_card
 
-    found = check_card(card, task or ())
+    result = check_card(card, task or ())
+    overlap = result["overlap"]
     if json_:
-        show(found, True)
+        show(result, True)
     else:
-        show([{**row, "first": ", ".join(row["first"])} for row in found["overlap"]], False)
+        show([{**row, "first": ", ".join(row["first"])} for row in overlap], False)
+        texts = {(trace["split"], trace["text"]) for trace in result["traces"]}
+        kinds = {trace["kind"] for trace in result["traces"]}
         show(
             {
-                "texts that look like data of patients": len(
-                    {(t["split"], t["text"]) for t in found["traces"]}
-                ),
-                "kinds": ", ".join(sorted({t["kind"] for t in found["traces"]})),
+                "texts that look like data of patients": len(texts),
+                "kinds": ", ".join(sorted(kinds)),
             },
             False,
         )
-    sys.exit(
-        1
-        if any(row["overlapping"] for row in found["overlap"] if row["split"] == "calibration")
-        else 0
-    )
+    leaks = [row for row in overlap if row["split"] == "calibration" and row["overlapping"]]
+    sys.exit(1 if leaks else 0)

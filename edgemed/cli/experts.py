@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli.options import Json, Model
+from edgemed.cli.options import Json, Limit, Model
 from edgemed.console import show
 from edgemed.errors import EdgemedError
 
@@ -28,11 +28,9 @@ def experts(
         list[str] | None,
         typer.Option(help="Text set or .jsonl file to count too; may be repeated."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first questions of each task.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of each text set.")] = 16,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 256,
+    limit: Limit = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of each text set.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 256,
     noise: Annotated[
         int,
         typer.Option(
@@ -43,7 +41,9 @@ def experts(
             ),
         ),
     ] = 0,
-    scale: Annotated[float, typer.Option(help="With --noise: its scale; 1 is the authors'.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(min=0, help="With --noise: its scale; 1 is the authors'.")
+    ] = 1.0,
     json_: Json = False,
 ) -> None:
     """Tokens per expert of each sparse layer, by task and language, on the float checkpoint; or
@@ -58,11 +58,11 @@ def experts(
                 "--noise changes answers, so it needs --task and no --calibration",
                 "For example --task cells --noise 8",
             )
-        found = [spread(open_checkpoint(model), name, noise, scale, limit) for name in task]
-        show(found if json_ else [spread_row(row) for row in found], json_)
+        rows = [spread(open_checkpoint(model), name, noise, scale, limit) for name in task]
+        show(rows if json_ else [spread_row(row) for row in rows], json_)
         return
-    found = load(open_checkpoint(model), task or [], calibration or [], limit, samples, length)
-    show(found if json_ else [load_row(row) for row in found], json_)
+    rows = load(open_checkpoint(model), task or [], calibration or [], limit, samples, length)
+    show(rows if json_ else [load_row(row) for row in rows], json_)
 
 
 def load_row(row: dict[str, Any]) -> dict[str, Any]:

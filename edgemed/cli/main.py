@@ -14,31 +14,32 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed import plugins
-from edgemed.cli import calibration, experts, planning, proof, provenance
+from edgemed.cli import calibration, experts, harness, planning, proof, provenance
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
     EngineDir,
     Json,
+    MaxTokens,
     Model,
     Out,
     Sets,
+    Target,
+    Temperature,
     Threads,
+    TopP,
+    Version,
+    recipe_names,
     settings,
 )
+from edgemed.cli.parameters import ParameterCommand
 from edgemed.console import show
 from edgemed.errors import EdgemedError, extras_named
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help=(
-        "Tiny medical language models on small devices: merge, quantize, compile, and prove it did"
-        " not get worse."
-    ),
 )
 
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         with extras_named():
-            app(arguments)
+            app(arguments, prog_name="edgemed")
     except EdgemedError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
@@ -63,13 +64,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
 
 
-for verb in (planning.doctor, planning.inspect, planning.plan, experts.experts):
-    app.command()(verb)
+@app.callback()
+def root(version: Version = False) -> None:
+    """Tiny medical language models on small devices: merge, quantize, compile, and prove it did not
+    get worse.
+    """
+
+
+app.command()(planning.doctor)
+app.command()(planning.inspect)
+app.command()(planning.plan)
+app.command()(experts.experts)
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Recipe file, or the name of a shipped recipe.", autocompletion=recipe_names
+        ),
+    ],
     sets: Sets = None,
     work: Annotated[
         Path | None, typer.Option(help="Where artifacts and the report go; default: runs/RECIPE.")
@@ -89,12 +104,14 @@ def run(
     else:
         show([summary(engine) for engine in document["engines"]], False)
         typer.echo(f"report: {report}")
-    if any(engine["verify"] and not engine["verify"]["passed"] for engine in document["engines"]):
+    verified = [engine["verify"] for engine in document["engines"] if engine["verify"]]
+    if not all(result["passed"] for result in verified):
         sys.exit(1)
-    proof.leave(document["gate"], accept_undecided)
+    proof.exit_with_verdict(document["gate"], accept_undecided)
 
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
+    """One engine of a report document as a person reads it."""
     values = {record["name"]: record["value"] for record in engine["records"]}
     row = {
         "engine": engine["name"],
@@ -107,37 +124,23 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
             "top-1": round(engine["verify"]["top1"], 4),
             "mean KL": round(engine["verify"]["mean_kl"], 5),
         }
-    row |= {
-        label: round(values[name], 1)
-        for name, label in (("decode_tokens_per_second", "tok/s"),)
-        if name in values
-    }
-    # of several strategies, the first stays
+    if "decode_tokens_per_second" in values:
+        row["tok/s"] = round(values["decode_tokens_per_second"], 1)
+    # Of several strategies on a task the first stays.
     row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}
-    return row | ({"not worse": engine["gate"]["verdict"]} if engine["gate"] else {})
+    if engine["gate"]:
+        row["not worse"] = engine["gate"]["verdict"]
+    return row
 
 
-@app.command()
+@app.command(cls=ParameterCommand)
 def merge(
     model: Model,
     out: Out,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter directory.")] = None,
-    alpha: Annotated[float, typer.Option(help="1 merges fully, 0 leaves the base.")] = 1.0,
-    experts: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "Instead of an adapter: 'dense': one MLP per mixture; 'shared_delta': and small"
-                " differences (--set rank=64)."
-            )
-        ),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="With experts: text that measures the error; card name, .jsonl or .txt file."
-        ),
-    ] = None,
+    adapter: str | None = None,
+    alpha: float = 1.0,
+    experts: str | None = None,
+    calibration: str | None = None,
     sets: Sets = None,
     json_: Json = False,
 ) -> None:
@@ -153,26 +156,16 @@ def merge(
     )
 
 
-@app.command()
+@app.command(cls=ParameterCommand)
 def quantize(
     model: Model,
     out: Out,
-    method: Annotated[
-        str, typer.Option(help="gptq, awq, rtn, auto, bnb-nf4 or bnb-int8.")
-    ] = "gptq",
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group: Annotated[
-        int, typer.Option(help="Weights per scale: 32, 64, 128 or -1 (whole row).")
-    ] = 128,
-    calibration: Annotated[
-        str | None, typer.Option(help="Card name, .jsonl or .txt file; all but rtn need one.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Bits chosen per matrix within this: 4.5bpw, or 1.6GB.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="Resident memory at most, such as 4GB.")
-    ] = None,
+    method: str = "gptq",
+    bits: int = 4,
+    group: int = 128,
+    calibration: str | None = None,
+    budget: str | None = None,
+    max_memory: str | None = None,
     sets: Sets = None,
     json_: Json = False,
 ) -> None:
@@ -196,31 +189,21 @@ def quantize(
     )
 
 
-@app.command()
+@app.command(cls=ParameterCommand)
 def distill(
     model: Model,
     out: Out,
-    calibration: Annotated[
-        str, typer.Option(help="Text to learn on: card name, .jsonl or .txt file.")
-    ],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")],
-    rate: Annotated[float, typer.Option(help="Largest learning rate.")],
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Teacher's directory; default: MODEL, of which a part is kept."),
-    ] = None,
+    calibration: Annotated[str, typer.Option()],
+    steps: Annotated[int, typer.Option()],
+    rate: Annotated[float, typer.Option()],
+    teacher: str | None = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Layers of MODEL the student keeps: a count, or indices as 0,2,4."),
     ] = None,
-    target_params: Annotated[
-        str | None,
-        typer.Option(help="Parameters of the student at most, as 30M: depth and width are chosen."),
-    ] = None,
-    loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl or jsd.")] = "forward_kl",
-    mode: Annotated[
-        str, typer.Option(help="logits, or sequence for different tokenizers.")
-    ] = "logits",
+    target_params: str | None = None,
+    loss: str = "forward_kl",
+    mode: str = "logits",
     sets: Sets = None,
     json_: Json = False,
 ) -> None:
@@ -254,31 +237,25 @@ def distill(
 
 
 def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool) -> None:
+    """Run one step on a model and show what its manifest says."""
     from edgemed import params, plugins
     from edgemed.artifacts import store
     from edgemed.pipeline.recipe import Stage
     from edgemed.pipeline.runner import open_model, run_step
 
     stage = Stage(name, params.build(plugins.load("steps", name).Params, values, name))
-    done = run_step(stage, open_model(model, out.parent), out.parent, out)
-    manifest = store.read_manifest(done.path)
-    show(
-        {
-            key: manifest[key]
-            for key in ("stage", "params", "notes", "wall_seconds", "peak_memory_bytes")
-        },
-        as_json,
-    )
+    artifact = run_step(stage, open_model(model, out.parent), out.parent, out)
+    manifest = store.read_manifest(artifact.path)
+    keys = ("stage", "params", "notes", "wall_seconds", "peak_memory_bytes")
+    show({key: manifest[key] for key in keys}, as_json)
 
 
-@app.command()
+@app.command(cls=ParameterCommand)
 def export(
     model: Annotated[
         str | None, typer.Argument(help="Model directory, hub id or random:NAME.")
     ] = None,
-    target: Annotated[
-        str, typer.Option(help=f"One of {', '.join(plugins.names('targets'))}.")
-    ] = "onnx",
+    target: Target = "onnx",
     out: Annotated[Path, typer.Option(help="Engine directory to make.")] = Path("engine"),
     random_weights: Annotated[
         str | None,
@@ -290,8 +267,8 @@ def export(
         str,
         typer.Option(
             help=(
-                "Held-out texts for the reference answers that travel along; 'none' leaves them"
-                " out."
+                "Text set whose validation split gives the reference answers that travel along;"
+                " 'none' leaves them out."
             )
         ),
     ] = "pubmedqa-abstracts",
@@ -320,13 +297,7 @@ def export(
             "give either MODEL or --random-weights NAME",
             "For example: edgemed export ./BioMedLM --target onnx --out engine",
         )
-    named = dict(pair.split("=", 1) for pair in adapter or () if "=" in pair)
-    if len(named) < len(adapter or ()):
-        raise EdgemedError(
-            f"--adapter {', '.join(adapter)}: each must be NAME=DIRECTORY, and no name given twice",
-            "For example --adapter sections=recipes/quickstart/adapter",
-        )
-    values = settings(sets, adapters=named or None)
+    values = settings(sets, adapters=adapters_of(adapter or []))
     engine = export_engine(
         model or f"random:{random_weights}",
         target,
@@ -338,26 +309,31 @@ def export(
     notes = store.read_manifest(engine.path)["notes"]
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its
     # name says.
-    for change in sorted(set(notes.get("fallbacks", {}).values())):
-        say(
-            f"{change}:"
-            f" {', '.join(name for name, found in notes['fallbacks'].items() if found == change)}"
-        )
-    shown = {
+    tensors_by_change: dict[str, list[str]] = {}
+    for name, change in notes.get("fallbacks", {}).items():
+        tensors_by_change.setdefault(change, []).append(name)
+    for change, tensors in sorted(tensors_by_change.items()):
+        say(f"{change}: {', '.join(tensors)}")
+    result = {
         "engine": str(engine.path),
         "target": engine.target,
         "precision": engine.precision,
         "random_weights": engine.random_weights,
     }
-    show(
-        shown
-        | (
-            {"unbuilt": f"on the device run: edgemed build {engine.path}"}
-            if engine.emulation
-            else {}
-        ),
-        json_,
-    )
+    if engine.emulation:
+        result["unbuilt"] = f"on the device run: edgemed build {engine.path}"
+    show(result, json_)
+
+
+def adapters_of(pairs: list[str]) -> dict[str, str] | None:
+    """Name -> directory, from NAME=DIRECTORY. Raises EdgemedError for another form."""
+    adapters = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(adapters) < len(pairs):
+        raise EdgemedError(
+            f"--adapter {', '.join(pairs)}: each must be NAME=DIRECTORY, and no name given twice",
+            "For example --adapter sections=recipes/quickstart/adapter",
+        )
+    return adapters or None
 
 
 @app.command()
@@ -366,7 +342,8 @@ def build(
     workspace_mb: Annotated[
         int | None,
         typer.Option(
-            help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's."
+            min=1,
+            help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's.",
         ),
     ] = None,
     measure: Annotated[
@@ -377,12 +354,12 @@ def build(
     """On the device: compile an exported engine for this GPU, then verify and measure it."""
     from edgemed.api import build as build_engine
 
-    found = build_engine(engine, workspace_mb, measure)
+    result = build_engine(engine, workspace_mb, measure)
+    verified = result["verify"]
     if json_:
-        show(found, True)
+        show(result, True)
     else:
-        plan = found["plan"]
-        verified = found["verify"]
+        plan = result["plan"]
         show(
             {
                 **plan["params"],
@@ -400,16 +377,21 @@ def build(
                     "n": r["n"],
                     "prompt": r["how"].get("prompt", ""),
                 }
-                for r in found["records"]
+                for r in result["records"]
             ],
             False,
         )
-    sys.exit(0 if found["verify"] is None or found["verify"]["passed"] else 1)
+    sys.exit(0 if verified is None or verified["passed"] else 1)
 
 
-for verb in (proof.verify, proof.bench):
-    app.command()(verb)
-app.command(name="eval")(proof.eval_)
+app.command(cls=ParameterCommand)(proof.verify)
+app.command(cls=ParameterCommand)(proof.bench)
+app.command(name="eval", cls=ParameterCommand)(proof.eval_)
+app.command(
+    name="lm-eval",
+    options_metavar="ARGUMENTS...",
+    context_settings=harness.HANDED_OVER,
+)(harness.lm_eval)
 app.command()(proof.ttt)
 app.command()(proof.report)
 
@@ -425,12 +407,12 @@ def generate(
         str | None,
         typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 switches it off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 switches it off.")] = 1.0,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
+    top_p: TopP = 1.0,
     adapter: Adapter = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     threads: Threads = None,
     json_: Json = False,
 ) -> None:
@@ -465,8 +447,8 @@ def generate(
 @app.command()
 def chat(
     engine: EngineDir,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
     adapter: Adapter = None,
     threads: Threads = None,
 ) -> None:
@@ -478,8 +460,9 @@ def chat(
 
 
 app.add_typer(calibration.app, name="calibrate")
-for verb in (provenance.card, provenance.keygen, provenance.sign):
-    app.command()(verb)
+app.command()(provenance.card)
+app.command()(provenance.keygen)
+app.command()(provenance.sign)
 
 
 @app.command(name="list")
@@ -490,15 +473,10 @@ def list_(json_: Json = False) -> None:
     from edgemed import plugins
     from edgemed.data.text_sets import card_names
 
-    known = {kind: plugins.names(kind) for kind in (*plugins.CODE_KINDS, "devices")}
-    show(
-        known
-        | {
-            "text sets": card_names(),
-            "recipes": sorted(p.stem for p in plugins.shared("recipes").glob("*.yaml")),
-        },
-        json_,
-    )
+    names = {kind: plugins.names(kind) for kind in (*plugins.CODE_KINDS, "devices")}
+    names["text sets"] = card_names()
+    names["recipes"] = recipe_names("")
+    show(names, json_)
 
 
 @app.command()
@@ -513,8 +491,8 @@ def recipes(
     if name:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
-    found = [
-        {"recipe": p.stem, "what": p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")}
-        for p in sorted(plugins.shared("recipes").glob("*.yaml"))
-    ]
-    show(found, json_)
+    rows = []
+    for file in sorted(plugins.shared("recipes").glob("*.yaml")):
+        first_line = file.read_text(encoding="utf-8").splitlines()[0]
+        rows.append({"recipe": file.stem, "what": first_line.lstrip("# ")})
+    show(rows, json_)

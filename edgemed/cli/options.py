@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemed import plugins
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -23,6 +25,53 @@ EngineDir = Annotated[Path, typer.Argument(help="Engine directory made by export
 Out = Annotated[Path, typer.Option(help="Directory to make; must not hold anything else.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Parameter as key=value; may be repeated.")
+]
+
+
+def target_names(incomplete: str) -> list[str]:
+    """For shell completion, as the functions below."""
+    return [name for name in plugins.names("targets") if name.startswith(incomplete)]
+
+
+def device_names(incomplete: str) -> list[str]:
+    return [name for name in plugins.names("devices") if name.startswith(incomplete)]
+
+
+def task_names(incomplete: str) -> list[str]:
+    return [name for name in plugins.names("tasks") if name.startswith(incomplete)]
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    files = sorted(plugins.shared("recipes").glob(f"{incomplete}*.yaml"))
+    return [file.stem for file in files]
+
+
+Target = Annotated[
+    str,
+    typer.Option(
+        help=f"One of {', '.join(plugins.names('targets'))}.",
+        autocompletion=target_names,
+    ),
+]
+
+
+def print_version(wanted: bool) -> None:
+    """Print the installed version and end, before a verb is looked for."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"edgemed {version('edgemed')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        callback=print_version,
+        is_eager=True,
+        help="Print edgemed's version and exit.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 AcceptUndecided = Annotated[
@@ -38,7 +87,20 @@ Adapter = Annotated[
         )
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: physical cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: physical cores.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")]
+
+
+def nucleus(share: float) -> float:
+    """Check --top-p: typer's own bounds belong to the range, and 0 does not."""
+    if not 0 < share <= 1:
+        raise typer.BadParameter(f"{share} is not in the range above 0, at most 1.")
+    return share
+
+
+TopP = Annotated[float, typer.Option(callback=nucleus, help="1 switches it off.")]
 
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:

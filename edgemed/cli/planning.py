@@ -1,7 +1,7 @@
 """The verbs for the time before anything is built: what this machine is, what a model is, and what
 would run where.
 
-They stand apart from cli.py because none of them makes or runs an engine; cli.py puts them on the
+They stand apart from main.py because none of them makes or runs an engine. main.py puts them on the
 same command line.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemed import plugins
-from edgemed.cli.options import Json, Model
+from edgemed.cli.options import Json, Model, device_names
 from edgemed.console import show
 from edgemed.errors import EdgemedError
 
@@ -78,28 +78,31 @@ def plan(
     device: Annotated[
         str | None,
         typer.Option(
+            autocompletion=device_names,
             help=(
                 "Device name, or a file written by `edgemed doctor --measure`; default: the"
                 " recipe's."
-            )
+            ),
         ),
     ] = None,
     ttft: Annotated[
         str | None, typer.Option(help="Time to the first token at most, such as 1s or 800ms.")
     ] = None,
-    tps: Annotated[float | None, typer.Option(help="Tokens per second at least.")] = None,
+    tps: Annotated[float | None, typer.Option(min=0, help="Tokens per second at least.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory at most while running, such as 6GB or 6GiB.")
     ] = None,
     prompt: Annotated[
         int | None,
         typer.Option(
-            help="Prompt length in tokens, without images; default: 512, or half the context."
+            min=1,
+            help="Prompt length in tokens, without images; default: 512, or half the context.",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(help="Images in the prompt.")] = 0,
+    images: Annotated[int, typer.Option(min=0, help="Images in the prompt.")] = 0,
     context: Annotated[
-        int | None, typer.Option(help="Tokens the KV cache holds; default: two sizes are planned.")
+        int | None,
+        typer.Option(min=1, help="Tokens the KV cache holds; default: two sizes are planned."),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Only this precision.")] = None,
     power: Annotated[
@@ -142,11 +145,11 @@ def plan(
         units.size(memory, "--memory") if memory else None,
         precision,
     )
-    found = plan_for(model, device, wishes, power)
+    result = plan_for(model, device, wishes, power)
     if json_:
-        show(found, True)
+        show(result, True)
         return
-    for line in lines(found):
+    for line in lines(result):
         typer.echo(line)
 
 

@@ -1,19 +1,31 @@
 """The verbs that prove something about an engine: parity, speed and memory, accuracy with its
 verdict, and the report of it all.
 
-They stand apart from cli.py, which puts them on the same command line, because they are what the
-others exist for and grow with every measurement.
+They stand apart from main.py, which puts them on the same command line. They are what the others
+exist for, and grow with every measurement.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli.options import AcceptUndecided, Adapter, EngineDir, Json, Sets, Threads, settings
+from edgemed.cli.options import (
+    AcceptUndecided,
+    Adapter,
+    EngineDir,
+    Json,
+    Limit,
+    Sets,
+    Threads,
+    settings,
+    target_names,
+    task_names,
+)
 from edgemed.cli.provenance import signed as check_signature
 from edgemed.console import show
 from edgemed.errors import EdgemedError
@@ -25,12 +37,8 @@ def verify(
         Path | None,
         typer.Option(help="Only re-check every file of this artifact against its manifest."),
     ] = None,
-    max_kl: Annotated[
-        float, typer.Option(help="Limit on the mean KL divergence from the source, nats.")
-    ] = 0.05,
-    min_top1: Annotated[
-        float, typer.Option(help="Limit on top-1 agreement with the source.")
-    ] = 0.9,
+    max_kl: Annotated[float, typer.Option(min=0)] = 0.05,
+    min_top1: Annotated[float, typer.Option(min=0, max=1)] = 0.9,
     key: Annotated[
         Path | None,
         typer.Option(
@@ -60,18 +68,19 @@ def verify(
     from edgemed.verification.parity import Limits, with_adapters
     from edgemed.verification.parity import verify as verify_engine
 
-    if (engine is None) == (manifest is None):
+    directory = engine or manifest
+    if directory is None or (engine and manifest):
         raise EdgemedError(
             "give either ENGINE or --manifest DIR",
             "For example: edgemed verify runs/quickstart/engines/onnx-int4",
         )
-    signed = check_signature(engine or manifest, key, json_)
-    if manifest is not None:
-        problems = store.check_manifest(manifest)
+    signed = check_signature(directory, key, json_)
+    if engine is None:
+        problems = store.check_manifest(directory)
         show(
             {
-                "artifact": str(manifest),
-                "files": len(store.read_manifest(manifest)["files"]),
+                "artifact": str(directory),
+                "files": len(store.read_manifest(directory)["files"]),
                 **signed,
                 "intact": not problems,
                 "problems": problems,
@@ -92,9 +101,9 @@ def verify(
             False,
         )
         show([stage_row(row) for row in result.get("stages", [])], False)
-        for own in result.get("adapters", {}).values():
-            show({key: value for key, value in own.items() if key != "stages"}, False)
-            show([stage_row(row) for row in own.get("stages", [])], False)
+        for unmerged in result.get("adapters", {}).values():
+            show({key: value for key, value in unmerged.items() if key != "stages"}, False)
+            show([stage_row(row) for row in unmerged.get("stages", [])], False)
     sys.exit(0 if result["passed"] else 1)
 
 
@@ -115,19 +124,19 @@ def bench(
         str | None,
         typer.Option(help="Make and bench an engine of these true dimensions with random weights."),
     ] = None,
-    target: Annotated[str, typer.Option(help="With --random-weights: the target.")] = "onnx",
-    prompt: Annotated[
-        list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")
-    ] = None,
-    generate: Annotated[int, typer.Option(help="New tokens per round.")] = 64,
-    runs: Annotated[int, typer.Option(help="Counted rounds after one warm-up.")] = 5,
-    image: Annotated[
-        int,
+    target: Annotated[
+        str,
         typer.Option(
-            min=0,
-            help="Engines that see: side in pixels of an image to ask about besides; 0: none.",
+            help="With --random-weights: the target, whose parameters --set then takes.",
+            autocompletion=target_names,
         ),
-    ] = 448,
+    ] = "onnx",
+    prompt: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompt length in tokens; may be repeated.")
+    ] = None,
+    generate: Annotated[int, typer.Option(min=1)] = 64,
+    runs: Annotated[int, typer.Option(min=1)] = 5,
+    image: Annotated[int, typer.Option(min=0)] = 448,
     threads: Threads = None,
     sweep: Annotated[
         str | None,
@@ -152,16 +161,16 @@ def bench(
     """
     from edgemed.benchmarking.spec import BenchSpec
 
-    if (engine is None) == (random_weights is None):
+    if random_weights and engine is None:
+        from edgemed.pipeline.runner import random_engine
+
+        engine = random_engine(random_weights, target, settings(sets), work)
+    elif random_weights or engine is None:
         raise EdgemedError(
             "give either ENGINE or --random-weights NAME",
             "For example: edgemed bench --random-weights biomedlm --target onnx --set"
             " precision=int4",
         )
-    if random_weights:
-        from edgemed.pipeline.runner import random_engine
-
-        engine = random_engine(random_weights, target, settings(sets), work)
     plan = BenchSpec(
         tuple(prompt or (32, 128)),
         generate,
@@ -184,16 +193,16 @@ def bench(
 
 
 def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
+    from edgemed.artifacts.records import append_records
     from edgemed.benchmarking.bench import bench as bench_engine
     from edgemed.benchmarking.machine_state import sentences
     from edgemed.engines.engine import open_engine
-
-    opened = open_engine(engine, check=True)
     from edgemed.hardware import process_memory
 
+    opened = open_engine(engine, check=True)
     process_memory.reset_peak_memory()
     records = bench_engine(opened, plan)
-    records.append_records(engine, records)
+    append_records(engine, records)
     if as_json:
         show(records, True)
         return
@@ -230,10 +239,11 @@ def eval_(
     task: Annotated[
         list[str],
         typer.Option(
+            autocompletion=task_names,
             help=(
                 "Task as NAME, NAME/LANGUAGE or NAME/PART, or NAME:FILE.jsonl for your own rows;"
                 " may be repeated."
-            )
+            ),
         ),
     ],
     strategy: Annotated[
@@ -257,15 +267,10 @@ def eval_(
             help="File of the source's results, written with --out where the source was evaluated."
         ),
     ] = None,
-    margin: Annotated[
-        float | None,
-        typer.Option(
-            help="Largest loss of accuracy that counts as not worse, e.g. 0.02; gives a verdict."
-        ),
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="How often a worse engine may pass.")] = 0.05,
-    scoring: Annotated[str, typer.Option(help="sum, normalised or generated.")] = "sum",
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    margin: float | None = None,
+    alpha: float = 0.05,
+    scoring: str = "sum",
+    limit: Limit = None,
     accept_undecided: AcceptUndecided = False,
     record: Annotated[
         bool,
@@ -311,40 +316,47 @@ def eval_(
             "the manifest holds results of the engine's base only",
             "Give --out FILE instead of --record, or leave --adapter out",
         )
-    found = evaluate_tasks(
-        engine, params.build(EvalSpec, values, "eval"), source, against, threads, adapter
-    )
+    spec = params.build(EvalSpec, values, "eval")
+    document = evaluate_tasks(engine, spec, source, against, threads, adapter)
     if record:
         from edgemed.engines.engine import open_engine
         from edgemed.evaluation.evaluate import part_of
-        from edgemed.provenance.record import record as put
+        from edgemed.provenance.record import record as write_record
 
-        put(engine, found["engine"], part_of(found["gate"], open_engine(engine).name))
+        gate = part_of(document["gate"], open_engine(engine).name)
+        write_record(engine, document["engine"], gate)
     if out:
         from edgemed.artifacts.store import write_json
 
-        write_json(out, found)
+        write_json(out, document)
     if json_:
-        show(found, True)
+        show(document, True)
     else:
-        results = (*found["source"], *found["engine"])
-        show([result_row(result) for result in results], False)
-        # Metrics of a task's own differ from task to task: a line each.
-        if own := [
-            {
-                "task": r["task"],
-                "model": r["model"],
-                "metric": name,
-                "value": s["value"],
-                "n": s["n"],
-            }
-            for r in results
-            for name, s in r["scores"].items()
-        ]:
-            show(own, False)
-        if found["gate"]:
-            show([verdict_row(row) for row in found["gate"]["comparisons"]], False)
-    leave(found["gate"], accept_undecided)
+        show_results((*document["source"], *document["engine"]))
+        if document["gate"]:
+            show([verdict_row(row) for row in document["gate"]["comparisons"]], False)
+    exit_with_verdict(document["gate"], accept_undecided)
+
+
+def show_results(results: Iterable[dict[str, Any]]) -> None:
+    """The results as a table, and a second one of the metrics that a task has besides accuracy."""
+    rows = []
+    metrics = []
+    for result in results:
+        rows.append(result_row(result))
+        for name, score in result["scores"].items():
+            metrics.append(
+                {
+                    "task": result["task"],
+                    "model": result["model"],
+                    "metric": name,
+                    "value": score["value"],
+                    "n": score["n"],
+                }
+            )
+    show(rows, False)
+    if metrics:
+        show(metrics, False)
 
 
 def ttt(
@@ -360,7 +372,7 @@ def ttt(
     ] = None,
     k: Annotated[int, typer.Option(help="Nearest texts to learn from, a step on each.")] = 1,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
-    limit: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    limit: Limit = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write both results, every item included, to this JSON file."),
@@ -377,25 +389,27 @@ def ttt(
     from edgemed.evaluation.test_time_training import Adapt, compare
     from edgemed.models.checkpoint import open_checkpoint
 
-    found = compare(
+    comparison = compare(
         open_checkpoint(model),
         questions(task, limit),
         params.build(Adapt, settings(sets, text=text, k=k, rate=rate), "ttt"),
     )
     if out:
-        store.write_json(out, found)
+        store.write_json(out, comparison)
     if json_:
-        show(found, True)
+        show(comparison, True)
         return
-    show(
-        [result_row(found["plain"]), result_row(found["trained"] | {"paired": found["paired"]})],
-        False,
-    )
-    difference = found["paired"]["difference"]["value"]
-    low, high = found["paired"]["difference"]["interval"]
+    paired = comparison["paired"]
+    rows = [
+        result_row(comparison["plain"]),
+        result_row(comparison["trained"] | {"paired": paired}),
+    ]
+    show(rows, False)
+    difference = paired["difference"]["value"]
+    low, high = paired["difference"]["interval"]
     typer.echo(
         f"difference {difference:+.4f} (95 % {low:+.4f} to {high:+.4f}, McNemar p"
-        f" {found['paired']['mcnemar_p']:.3g}), {found['times']:.1f} times the seconds of a plain"
+        f" {paired['mcnemar_p']:.3g}), {comparison['times']:.1f} times the seconds of a plain"
         " answer"
     )
 
@@ -438,7 +452,7 @@ def verdict_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def leave(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
+def exit_with_verdict(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
     """End with the gate's exit code: 1 failed, 3 undecided."""
     if not gate or gate["verdict"] == "pass":
         return

@@ -1,8 +1,8 @@
 """The verbs about where an engine comes from: its documents, and the keys and signatures that vouch
 for it.
 
-They stand apart from cli.py because none of them runs a model; cli.py puts them on the same command
-line.
+They stand apart from main.py because none of them runs a model. main.py puts them on the same
+command line.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def card(
     from edgemed.provenance import record
 
     before = store.read_manifest(engine)
-    sections = (
-        {"source": record.describe(source, record.directory_of(source), engine)} if source else {}
-    )
+    sections = {}
+    if source:
+        sections["source"] = record.describe(source, record.directory_of(source), engine)
     evidence = record.write(engine, sections)
     result = {
         "card": str(engine / "README.md"),
@@ -100,15 +100,13 @@ def signed(directory: Path, key: Path | None, as_json: bool) -> dict[str, str]:
 
     if key is None:
         return {}
-    found = check(directory, key)
-    by = {"signed by": found["public_key"], "signed": found["signed"]}
-    if found["problems"]:
-        show(
-            {"artifact": str(directory), **by, "intact": False, "problems": found["problems"]},
-            as_json,
-        )
+    result = check(directory, key)
+    problems = result["problems"]
+    signer = {"signed by": result["public_key"], "signed": result["signed"]}
+    if problems:
+        show({"artifact": str(directory), **signer, "intact": False, "problems": problems}, as_json)
         sys.exit(1)
-    return by
+    return signer
 
 
 def password_of(file: Path | None) -> bytes | None:

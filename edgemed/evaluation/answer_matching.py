@@ -17,12 +17,17 @@ from edgemed.evaluation.task import Example, Prompt
 
 NUMBERS = {
     "none": "0",
-    **{
-        word: str(n)
-        for n, word in enumerate(
-            ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-        )
-    },
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
 }
 BRIEFLY = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's wording
 YES_NO = ("yes", "no")
@@ -78,48 +83,53 @@ def normalised(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def exact(said: str, reference: str) -> bool:
+def exact(answer: str, reference: str) -> bool:
     """Whether the whole answer is the reference, both normalised."""
-    return normalised(said) == normalised(reference)
+    return normalised(answer) == normalised(reference)
 
 
-def recall(said: str, reference: str) -> float:
+def recall(answer: str, reference: str) -> float:
     """Share of the reference's words that the answer holds, each as often as the reference has it;
     0..1.
     """
     wanted = Counter(normalised(reference).split())
-    found = Counter(normalised(said).split())
-    return (wanted & found).total() / wanted.total() if wanted else 0.0
+    written = Counter(normalised(answer).split())
+    return (wanted & written).total() / wanted.total() if wanted else 0.0
 
 
-def legacy_closed(said: str, reference: str) -> bool:
+def legacy_closed(answer: str, reference: str) -> bool:
     """Med-MoE's closed accuracy: the reference somewhere inside the answer, lower case, so that
     'no' is found in 'normal' (its run_eval.py).
     """
-    return reference.lower() in said.lower()
+    return reference.lower() in answer.lower()
 
 
-def legacy_open(said: str, reference: str) -> float:
+def legacy_open(answer: str, reference: str) -> float:
     """LLaVA-Med's open recall: words of the answer that the reference has, counted as often as they
     are said, over those plus the reference's missing ones (its calculate_f1score), so that
     repeating a word helps; VQA's word normalisation without its table of contractions.
     """
-    wanted, found = (
-        Counter(NUMBERS.get(word, word) for word in normalised(text).split())
-        for text in (reference, said)
-    )
-    if not wanted or not found:
+    wanted = _counted_words(reference)
+    written = _counted_words(answer)
+    if not wanted or not written:
         return 0.0
-    hits = sum(found[word] for word in found if word in wanted)
-    missing = sum(wanted[word] for word in wanted if word not in found)
+    hits = sum(written[word] for word in written if word in wanted)
+    missing = sum(wanted[word] for word in wanted if word not in written)
     return hits / (hits + missing)
 
 
-def said(example: Example, item: Mapping[str, Any]) -> str:
+def _counted_words(text: str) -> Counter[str]:
+    """How often each word stands in a text, numbers up to ten as digits."""
+    return Counter(NUMBERS.get(word, word) for word in normalised(text).split())
+
+
+def answer_words(example: Example, item: Mapping[str, Any]) -> str:
     """The answer as words: what was written, else the option chosen, '' where there was none."""
     if item.get("text") is not None:
         return item["text"]
-    return example.options[item["answer"]] if example.options and item["answer"] >= 0 else ""
+    if example.options and item["answer"] >= 0:
+        return example.options[item["answer"]]
+    return ""
 
 
 def right_answer(example: Example) -> str:
@@ -130,26 +140,16 @@ def closed_and_open(pairs: Pairs) -> dict[str, dict[str, Any]]:
     """Task.scores of a set with closed and open questions (groups 'kind'): closed accuracy, open
     exact match and recall, and both legacy scores.
     """
-    kinds: dict[str, list[tuple[Example, Mapping[str, Any], str, str]]] = {"closed": [], "open": []}
-    for example, item in pairs:
-        kinds[example.groups["kind"]].append(
-            (example, item, said(example, item), right_answer(example))
-        )
-    measured = {
-        "closed_accuracy": (
-            "closed",
-            lambda example, item, words, right: item["answer"] == example.gold,
-        ),
-        "open_exact": ("open", lambda example, item, words, right: item["answer"] == example.gold),
-        "open_recall": ("open", lambda example, item, words, right: recall(words, right)),
-        "legacy_closed": (
-            "closed",
-            lambda example, item, words, right: legacy_closed(words, right),
-        ),
-        "legacy_open": ("open", lambda example, item, words, right: legacy_open(words, right)),
-    }
+    closed = [(example, item) for example, item in pairs if example.groups["kind"] == "closed"]
+    opened = [(example, item) for example, item in pairs if example.groups["kind"] == "open"]
+    closed_words = [(answer_words(*pair), right_answer(pair[0])) for pair in closed]
+    open_words = [(answer_words(*pair), right_answer(pair[0])) for pair in opened]
     return {
-        name: mean([value(*row) for row in kinds[kind]]) for name, (kind, value) in measured.items()
+        "closed_accuracy": mean([item["answer"] == example.gold for example, item in closed]),
+        "open_exact": mean([item["answer"] == example.gold for example, item in opened]),
+        "open_recall": mean([recall(answer, right) for answer, right in open_words]),
+        "legacy_closed": mean([legacy_closed(answer, right) for answer, right in closed_words]),
+        "legacy_open": mean([legacy_open(answer, right) for answer, right in open_words]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Asks a session one question after another, the way a prompt strategy says.
+"""Asks a session one question after another, the way a prompt plan says.
 
 It stands apart from the strategies' grammar: that is read from a recipe, this runs a model.
 """
@@ -15,20 +15,20 @@ import numpy as np
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.answer_matching import exact
 from edgemed.evaluation.few_shot import Neighbours
-from edgemed.evaluation.option_scoring import Reader, chosen, fitted, option_tokens
+from edgemed.evaluation.option_scoring import PrefixReader, chosen, fitted, option_tokens
 from edgemed.evaluation.prompting import (
     CONCLUDE,
     ONE_LETTER,
     THINK,
     WRITTEN,
-    Answer,
-    Settings,
+    ModelAnswer,
+    PromptPlan,
     Strategy,
     combine,
 )
 from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, describe
 from edgemed.inference.decoding import Sampling
-from edgemed.inference.session import Session
+from edgemed.inference.session import Session, VisionEncoder
 from edgemed.models.architecture import Architecture
 from edgemed.models.tokenizer import encode
 from edgemed.vision.preprocessing import prompt_tokens
@@ -42,23 +42,28 @@ class Answerer:
         session: Session,
         tokenizer: Any,
         questions: Questions,
-        settings: Settings,
-        stop: frozenset[int] = frozenset(),
+        plan: PromptPlan,
     ):
         """The session's vision encoder is opened only where the task shows images."""
         self.session = session
         self.tokenizer = tokenizer
         self.questions = questions
-        self.settings = settings
-        self.stop = stop
+        self.strategy = plan.strategy
+        self.settings = plan.settings
+        self.stop = plan.stop
         self.task: Task = questions.task
         self.vision_encoder = session.vision if questions.has_vision else None
-        self.reader = Reader(session)
+        self.reader = PrefixReader(session)
         self.pools: dict[str | None, tuple[Example, ...]] = {}
         self.neighbours: dict[str | None, Neighbours] = {}
 
-    def check(self, strategy: Strategy) -> None:
+    def check(self) -> None:
         """Raise EdgemedError where this engine or task cannot follow the strategy."""
+        self._check(self.strategy)
+        for member in self.strategy.members:
+            self._check(member)
+
+    def _check(self, strategy: Strategy) -> None:
         if self.session.head != "lm" and not (strategy.plain and self.settings.scoring == "sum"):
             raise EdgemedError(
                 f"an engine with a '{self.session.head}' head reads scores, it cannot follow"
@@ -76,78 +81,84 @@ class Answerer:
                 f" same question {strategy.votes} times",
                 f"Use self-consistency-{strategy.votes}",
             )
-        if self.questions.has_vision and (
-            self.vision_encoder is None
-            or self.vision_encoder.family.chat is None
-            or self.session.head != "lm"
-        ):
-            raise EdgemedError(
-                f"task {self.task.name} shows images, and this model reads text only",
-                "Evaluate it on a text task, or give a model that sees",
-            )
-        if self.questions.has_vision and (strategy.k or strategy.reason):
+        if not self.questions.has_vision:
+            return
+        if self.session.head != "lm" or self._vision().family.chat is None:
+            raise self._reads_text_only()
+        if strategy.k or strategy.reason:
             raise EdgemedError(
                 f"task {self.task.name} shows images, and {strategy.name} is a strategy for text",
                 "Use zero-shot or vote-N; with scoring: generated the model reasons in its own"
                 " form",
             )
-        for member in strategy.members:
-            self.check(member)
 
-    def answer(self, example: Example, strategy: Strategy) -> Answer:
-        """One answer. Raises EdgemedError where the question cannot be put to this engine."""
-        if strategy.members:
-            return self._majority(
-                [self.answer(example, member) for member in strategy.members], len(example.options)
-            )
-        if strategy.votes > 1:
-            return self._majority(
-                [self._shuffled(example, strategy, turn) for turn in range(strategy.votes)],
-                len(example.options),
-            )
-        return self._once(example, strategy, 0)
+    def _vision(self) -> VisionEncoder:
+        if self.vision_encoder is None:
+            raise self._reads_text_only()
+        return self.vision_encoder
 
-    def _majority(self, answers: Sequence[Answer], options: int) -> Answer:
-        cut = any(answer.cut for answer in answers)
-        # A generated answer carries no scores: its vote counts whole, and one that names no option
-        # counts for none.
-        rounds = [
-            a.scores or tuple(0.0 if i == a.option else -50.0 for i in range(options))
-            for a in answers
-            if a.scores or a.option >= 0
-        ]
-        if not rounds:
-            return Answer(-1, (), cut)
-        scores = combine(rounds)
-        return Answer(int(np.argmax(scores)), scores, cut)
-
-    def _shuffled(self, example: Example, strategy: Strategy, turn: int) -> Answer:
-        order = (
-            np.random.default_rng([self.settings.seed, zlib.crc32(example.id.encode()), turn])
-            .permutation(len(example.options))
-            .tolist()
+    def _reads_text_only(self) -> EdgemedError:
+        return EdgemedError(
+            f"task {self.task.name} shows images, and this model reads text only",
+            "Evaluate it on a text task, or give a vision model",
         )
-        asked = replace(
+
+    def answer(self, example: Example) -> ModelAnswer:
+        """One answer. Raises EdgemedError where the question cannot be put to this engine."""
+        members = self.strategy.members
+        if members:
+            answers = [self._voted(example, member) for member in members]
+            return self._majority(answers, len(example.options))
+        return self._voted(example, self.strategy)
+
+    def _voted(self, example: Example, strategy: Strategy) -> ModelAnswer:
+        """One answer by a strategy that is no ensemble."""
+        if strategy.votes == 1:
+            return self._once(example, strategy, 0)
+        answers = [self._shuffled(example, strategy, turn) for turn in range(strategy.votes)]
+        return self._majority(answers, len(example.options))
+
+    def _majority(self, answers: Sequence[ModelAnswer], options: int) -> ModelAnswer:
+        cut = any(answer.cut for answer in answers)
+        rounds: list[tuple[float, ...]] = []
+        for answer in answers:
+            if answer.scores:
+                rounds.append(answer.scores)
+            elif answer.option >= 0:
+                # A generated answer carries no scores: its vote counts whole.
+                vote = [-50.0] * options
+                vote[answer.option] = 0.0
+                rounds.append(tuple(vote))
+        if not rounds:
+            return ModelAnswer(-1, (), cut)
+        scores = combine(rounds)
+        return ModelAnswer(int(np.argmax(scores)), scores, cut)
+
+    def _shuffled(self, example: Example, strategy: Strategy, turn: int) -> ModelAnswer:
+        seed = [self.settings.seed, zlib.crc32(example.id.encode()), turn]
+        order = np.random.default_rng(seed).permutation(len(example.options)).tolist()
+        shuffled = replace(
             example,
             options=tuple(example.options[i] for i in order),
             gold=order.index(example.gold),
         )
-        answer = self._once(asked, strategy, turn)
-        scores = (
-            tuple(answer.scores[order.index(i)] for i in range(len(order))) if answer.scores else ()
-        )
-        return Answer(order[answer.option] if answer.option >= 0 else -1, scores, answer.cut)
+        answer = self._once(shuffled, strategy, turn)
+        option = order[answer.option] if answer.option >= 0 else -1
+        if not answer.scores:
+            return ModelAnswer(option, (), answer.cut)
+        # Back into the order in which the options were given.
+        scores = tuple(answer.scores[order.index(i)] for i in range(len(order)))
+        return ModelAnswer(option, scores, answer.cut)
 
-    def _once(self, example: Example, strategy: Strategy, turn: int) -> Answer:
+    def _once(self, example: Example, strategy: Strategy, turn: int) -> ModelAnswer:
         if example.images:
-            return self._seen(example)
+            return self._about_images(example)
+        text = describe(self.task, example)
+        for shot in self._shots(example, strategy):
+            solved = self.task.render(shot)
+            text += f"{solved.context}{solved.options[shot.gold]}\n\n"
         prompt = self.task.render(example)
-        before = "".join(
-            f"{p.context}{p.options[shot.gold]}\n\n"
-            for shot in self._shots(example, strategy)
-            for p in (self.task.render(shot),)
-        )
-        prompt = Prompt(describe(self.task, example) + before + prompt.context, prompt.options)
+        prompt = Prompt(text + prompt.context, prompt.options)
         context = encode(self.tokenizer, prompt.context)
         if self.session.head == "classes":
             return self._classes(example, context)
@@ -170,9 +181,9 @@ class Answerer:
                 score / len(option.lstrip())
                 for score, option in zip(scores, prompt.options, strict=True)
             ]
-        return Answer(int(np.argmax(scores)), tuple(scores), cut or short)
+        return ModelAnswer(int(np.argmax(scores)), tuple(scores), cut or short)
 
-    def _classes(self, example: Example, context: list[int]) -> Answer:
+    def _classes(self, example: Example, context: list[int]) -> ModelAnswer:
         if self.session.width != len(example.options):
             raise EdgemedError(
                 f"the head gives {self.session.width} classes, question {example.id} has"
@@ -181,7 +192,7 @@ class Answerer:
             )
         kept, cut = fitted(context, self.session.context, example.id)
         scores = self.reader.read(kept).tolist()
-        return Answer(int(np.argmax(scores)), tuple(scores), cut)
+        return ModelAnswer(int(np.argmax(scores)), tuple(scores), cut)
 
     def _rationale(
         self, example: Example, strategy: Strategy, context: list[int], longest: int, turn: int
@@ -202,80 +213,93 @@ class Answerer:
         )
         return [*kept, *opening, *written, *closing], cut
 
-    def _generated(self, example: Example, prompt: Prompt, context: list[int], cut: bool) -> Answer:
+    def _generated(
+        self, example: Example, prompt: Prompt, context: list[int], cut: bool
+    ) -> ModelAnswer:
         most = max(8, *(len(encode(self.tokenizer, option)) + 2 for option in prompt.options))
         kept, short = fitted(context, self.session.context - most, example.id)
         text = self.tokenizer.decode(self.reader.write(kept, Sampling(max_tokens=most), self.stop))
-        return Answer(chosen(text, prompt.options, self.task.lettered), (), cut or short)
+        return ModelAnswer(chosen(text, prompt.options, self.task.lettered), (), cut or short)
 
-    def _seen(self, example: Example) -> Answer:
+    def _about_images(self, example: Example) -> ModelAnswer:
         """One answer to a question with images, in the conversation form of the model's family.
 
         Nothing of such a prompt is ever cut, for half an image is another image. Raises
         EdgemedError where it does not fit.
         """
+        encoder = self._vision()
+        prompt, form = self._conversation(example, encoder)
+        context = prompt_tokens(self.tokenizer, prompt.context, encoder.v)
+        options = option_tokens(self.tokenizer, prompt, context, example.id, encoder.v)
+        tokens, pictures = encoder.see(context, self.questions.pictures(example))
+        if self.settings.scoring == "generated" or not options:
+            rationale = self.settings.rationale if form else 0
+            most = WRITTEN + rationale
+            self._check_length(example, len(tokens), most)
+            written = self.reader.write(tokens, Sampling(max_tokens=most), self.stop, pictures)
+            text = self.tokenizer.decode(written).strip()
+            return self._written_answer(example, text, form)
+        self._check_length(example, len(tokens), max(map(len, options)))
+        scores = self.reader.options(tokens, options, pictures)
+        if self.settings.scoring == "normalised":
+            opening = form.opening if form else ""
+            scores = [
+                score / len(option.removeprefix(opening or " "))
+                for score, option in zip(scores, prompt.options, strict=True)
+            ]
+        return ModelAnswer(int(np.argmax(scores)), tuple(scores), False)
+
+    def _conversation(
+        self, example: Example, encoder: VisionEncoder
+    ) -> tuple[Prompt, Architecture | None]:
+        """(the question in the form of the model's family; the family where the model shall reason
+        in the form of its fine-tune, None where a plain letter or words are asked for).
+        """
         prompt = self.task.render(example)
-        family = self.vision_encoder.family
-        listed = self.task.lettered and bool(example.options)
-        reasons = listed and family.reasoning is not None
-        asked = (
-            prompt.context
-            if not listed
-            else family.reasoning(prompt.context)
-            if reasons
-            else prompt.context + ONE_LETTER
-        )
-        text = family.chat(asked, len(example.images), self.vision_encoder.v.conversation)
-        opening = family.opening if reasons else "" if text[-1:].isspace() else " "
-        prompt = Prompt(text, tuple(opening + option.lstrip() for option in prompt.options))
-        context = prompt_tokens(self.tokenizer, text, self.vision_encoder.v)
-        options = option_tokens(self.tokenizer, prompt, context, example.id, self.vision_encoder.v)
-        tokens, pictures = self.vision_encoder.see(context, self.questions.pictures(example))
-        written = self.settings.scoring == "generated" or not options
-        most = (
-            WRITTEN + (self.settings.rationale if reasons else 0)
-            if written
-            else max(map(len, options))
-        )
-        if len(tokens) + most > self.session.context:
+        family: Architecture = encoder.family
+        if family.chat is None:
+            raise self._reads_text_only()
+        form = None
+        question = prompt.context
+        if self.task.lettered and example.options:
+            if family.reasoning is None:
+                question += ONE_LETTER
+            else:
+                question = family.reasoning(question)
+                form = family
+        text = family.chat(question, len(example.images), encoder.v.conversation)
+        opening = "" if text[-1:].isspace() else " "
+        if form:
+            opening = form.opening
+        options = tuple(opening + option.lstrip() for option in prompt.options)
+        return Prompt(text, options), form
+
+    def _check_length(self, example: Example, tokens: int, most: int) -> None:
+        if tokens + most > self.session.context:
             problem = (
-                f"question {example.id}: prompt and images are {len(tokens)} tokens long, {most}"
+                f"question {example.id}: prompt and images are {tokens} tokens long, {most}"
                 f" more for the answer do not fit into {self.session.context}"
             )
             raise EdgemedError(problem, "Export with fewer max_pixels or a longer context")
-        if written:
-            said = self.tokenizer.decode(
-                self.reader.write(tokens, Sampling(max_tokens=most), self.stop, pictures)
-            ).strip()
-            return self._read(example, said, family if reasons else None)
-        scores = self.reader.options(tokens, options, pictures)
-        if self.settings.scoring == "normalised":
-            scores = [
-                score / len(option.removeprefix(opening))
-                for score, option in zip(scores, prompt.options, strict=True)
-            ]
-        return Answer(int(np.argmax(scores)), tuple(scores), False)
 
-    def _read(self, example: Example, said: str, family: Architecture | None) -> Answer:
-        """What a written answer means. family: whose answer form was asked for, None for plain
-        words or a plain letter.
+    def _written_answer(
+        self, example: Example, text: str, form: Architecture | None
+    ) -> ModelAnswer:
+        """What a written answer means. form: the family whose answer form was asked for, None for
+        plain words or a plain letter.
         """
         if not example.options:
-            return Answer(
-                -1 if not said else 0 if exact(said, example.reference) else 1,
-                (),
-                False,
-                said,
-            )
-        if family is None:
-            return Answer(
-                chosen(said, example.options, self.task.lettered),
-                (),
-                False,
-                None if self.task.lettered else said,
-            )
-        place = LETTERS.find(family.answer(said) or " ")
-        return Answer(place if place < len(example.options) else -1, (), False)
+            option = -1
+            if text:
+                option = 0 if exact(text, example.reference) else 1
+            return ModelAnswer(option, (), False, text)
+        if form is None or form.answer is None:
+            option = chosen(text, example.options, self.task.lettered)
+            words = None if self.task.lettered else text
+            return ModelAnswer(option, (), False, words)
+        place = LETTERS.find(form.answer(text) or " ")
+        option = place if place < len(example.options) else -1
+        return ModelAnswer(option, (), False)
 
     def _shots(self, example: Example, strategy: Strategy) -> list[Example]:
         """Solved examples in the question's own language; the most alike stands last, next to the
@@ -296,14 +320,9 @@ class Answerer:
                 "Ask for fewer",
             )
         if strategy.shots == "random":
-            return [
-                pool[i]
-                for i in np.random.default_rng(self.settings.seed).permutation(len(pool))[
-                    : strategy.k
-                ]
-            ]
+            order = np.random.default_rng(self.settings.seed).permutation(len(pool))
+            return [pool[i] for i in order[: strategy.k]]
         if language not in self.neighbours:
             self.neighbours[language] = Neighbours([shot.question for shot in pool])
-        return [
-            pool[i] for i in self.neighbours[language].order(example.question)[: strategy.k][::-1]
-        ]
+        nearest = self.neighbours[language].order(example.question)[: strategy.k]
+        return [pool[i] for i in nearest[::-1]]

@@ -24,16 +24,16 @@ def summary(items: Sequence[Mapping[str, Any]], target: float = 0.95) -> dict[st
     counted, and where none has scores ece and brier are None. Raises EdgemedError for scores that
     are not numbers.
     """
-    kept = [item for item in items if len(item["scores"])]
-    shares = [probabilities(item) for item in kept]
+    scored = [item for item in items if len(item["scores"])]
+    shares = [probabilities(item) for item in scored]
     confidence = np.array([p.max() for p in shares])
-    right = np.array([item["answer"] == item["gold"] for item in kept], dtype=bool)
+    right = np.array([item["answer"] == item["gold"] for item in scored], dtype=bool)
     bins = reliability(confidence, right)
     return {
-        "n": len(kept),
-        "left_out": len(items) - len(kept),
+        "n": len(scored),
+        "left_out": len(items) - len(scored),
         "ece": calibration_error(bins),
-        "brier": brier(shares, [item["gold"] for item in kept]),
+        "brier": brier(shares, [item["gold"] for item in scored]),
         "bins": bins,
         "coverage": coverage(confidence, right, len(items), target),
     }
@@ -84,11 +84,9 @@ def calibration_error(bins: Sequence[Mapping[str, Any]]) -> float | None:
     by n (Nguyen and O'Connor, EMNLP 2015).
     """
     total = sum(part["n"] for part in bins)
-    return (
-        sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in bins) / total
-        if total
-        else None
-    )
+    if not total:
+        return None
+    return sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in bins) / total
 
 
 def brier(shares: Sequence[np.ndarray], golds: Sequence[int]) -> float | None:
@@ -97,11 +95,11 @@ def brier(shares: Sequence[np.ndarray], golds: Sequence[int]) -> float | None:
     """
     if not shares:
         return None
-    return float(
-        np.mean(
-            [((p - np.eye(len(p))[gold]) ** 2).sum() for p, gold in zip(shares, golds, strict=True)]
-        )
-    )
+    distances = []
+    for probability, gold in zip(shares, golds, strict=True):
+        truth = np.eye(len(probability))[gold]
+        distances.append(((probability - truth) ** 2).sum())
+    return float(np.mean(distances))
 
 
 def coverage(
@@ -118,9 +116,9 @@ def coverage(
     sure = confidence[order]
     hits = np.cumsum(right[order])
     # A threshold takes all answers of one confidence or none.
-    ends = (
-        np.flatnonzero(np.append(sure[1:] != sure[:-1], True)) if len(sure) else np.array([], int)
-    )
+    ends = np.array([], int)
+    if len(sure):
+        ends = np.flatnonzero(np.append(sure[1:] != sure[:-1], True))
     good = [end for end in ends if hits[end] >= target * (end + 1) - 1e-9]
     if not good:
         return {"target": target, "coverage": 0.0, "threshold": None, "accuracy": None}

@@ -22,10 +22,12 @@ def grams(text: str) -> set[str]:
     """Every GRAM words in a row; of a shorter text, that text itself where it has at least half as
     many.
     """
-    found = words(text)
-    if len(found) < GRAM:
-        return {" ".join(found)} if 2 * len(found) >= GRAM else set()
-    return {" ".join(found[i : i + GRAM]) for i in range(len(found) - GRAM + 1)}
+    row = words(text)
+    if 2 * len(row) < GRAM:
+        return set()
+    if len(row) < GRAM:
+        return {" ".join(row)}
+    return {" ".join(row[i : i + GRAM]) for i in range(len(row) - GRAM + 1)}
 
 
 def overlap(card: TextCard, splits: Iterable[str], specs: Iterable[str]) -> list[dict[str, Any]]:
@@ -35,38 +37,37 @@ def overlap(card: TextCard, splits: Iterable[str], specs: Iterable[str]) -> list
     A question is its words without the task's wording, with its options and its reference answer
     each by themselves. Raises EdgemedError as task.questions.
     """
-    found = []
-    held = {
-        split: set().union(*(grams(text) for text in texts_of(card.file(split))))
-        for split in splits
-    }
+    grams_of_split: dict[str, set[str]] = {}
+    for split in splits:
+        grams_of_split[split] = set().union(*(grams(text) for text in texts_of(card.file(split))))
+    rows = []
     for spec in specs:
-        asked = questions(spec)
-        for split, known in held.items():
-            hits = [
-                e.id
-                for e in asked.examples
-                if any(grams(part) & known for part in (e.question, *e.options, e.reference))
-            ]
-            found.append(
+        examples = questions(spec).examples
+        for split, card_grams in grams_of_split.items():
+            hits = []
+            for example in examples:
+                parts = (example.question, *example.options, example.reference)
+                if any(grams(part) & card_grams for part in parts):
+                    hits.append(example.id)
+            rows.append(
                 {
                     "task": spec,
                     "split": split,
-                    "questions": len(asked.examples),
+                    "questions": len(examples),
                     "overlapping": len(hits),
                     "first": hits[:3],
                 }
             )
-    return found
+    return rows
 
 
 def every_task() -> list[str]:
     """All shipped samples, with each part of those that have parts."""
-    found = []
+    specs = []
     for name in plugins.names("tasks"):
         parts = plugins.load("tasks", name).TASK.parts
-        found += [f"{name}/{part}" for part in parts] or [name]
-    return found
+        specs += [f"{name}/{part}" for part in parts] or [name]
+    return specs
 
 
 def check(name: str, specs: Iterable[str] = ()) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from edgemed.console import track
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, confidence, paired_statistics
 from edgemed.evaluation.answerer import Answerer
-from edgemed.evaluation.prompting import Answer, Settings, Strategy, parse
+from edgemed.evaluation.prompting import ZERO_SHOT, ModelAnswer, PromptPlan, PromptSettings
 from edgemed.evaluation.task import Example, Questions
 from edgemed.hardware.device import machine
 from edgemed.hardware.power_sensors import Meter
@@ -39,46 +39,39 @@ def evaluate(
     questions: Questions,
     model: str,
     model_key: str,
-    strategy: Strategy | str = "zero-shot",
-    settings: Settings = Settings(),
-    stop: frozenset[int] = frozenset(),
+    plan: PromptPlan = ZERO_SHOT,
     before: Callable[[Example], None] | None = None,
 ) -> dict[str, Any]:
     """Answer every question. Contexts that do not fit lose their first tokens, options and prompts
     with images never; how many did is reported.
 
-    before: what is done to the session before each
-    question; its time counts. model_key: the engine's key, or source_key of a checkpoint. Returns
-    the result mapping of docs/report.md. Raises EdgemedError where this engine or task cannot
-    follow the strategy.
+    plan: how the questions are put. before: what is done to the session before each question; its
+    time counts. model_key: the engine's key, or source_key of a checkpoint. Returns the result
+    mapping of docs/report.md. Raises EdgemedError where this engine or task cannot follow the
+    strategy.
     """
-    strategy = parse(strategy) if isinstance(strategy, str) else strategy
-    answerer = Answerer(
-        session,
-        tokenizer,
-        questions,
-        settings,
-        stop,
-    )
-    answerer.check(strategy)
+    answerer = Answerer(session, tokenizer, questions, plan)
+    answerer.check()
     items = []
     truncated = 0
     started = time.perf_counter()
-    label = (
-        f"{questions.task.name}{' (synthetic sample)' if questions.synthetic else ''},"
-        f" {strategy.name}, on {model}"
-    )
+    synthetic = " (synthetic sample)" if questions.synthetic else ""
+    label = f"{questions.task.name}{synthetic}, {plan.strategy.name}, on {model}"
     with Meter(on_gpu=getattr(session, "device", "cpu") == "cuda") as meter:
         for example in track(questions.examples, label):
             if before:
                 before(example)
-                answerer.reader.forget()
-            found = answerer.answer(example, strategy)
-            truncated += found.cut
-            items.append(item_of(example, found))
+                answerer.reader.clear()
+            answer = answerer.answer(example)
+            truncated += answer.cut
+            items.append(item_of(example, answer))
     seconds = time.perf_counter() - started
     n = len(items)
     correct = sum(item["answer"] == item["gold"] for item in items)
+    joules = meter.joules
+    scores = {}
+    if questions.task.scores:
+        scores = questions.task.scores(list(zip(questions.examples, items, strict=True)))
     return {
         "task": questions.task.name,
         "language": questions.language,
@@ -88,9 +81,9 @@ def evaluate(
         "task_key": questions.key,
         "model": model,
         "model_key": model_key,
-        "strategy": strategy.name,
-        "scoring": scoring_of(questions, session.head, settings),
-        "settings": settings_of(strategy, settings, questions.has_vision),
+        "strategy": plan.strategy.name,
+        "scoring": scoring_of(questions, session.head, plan.settings),
+        "settings": settings_of(plan, questions.has_vision),
         "n": n,
         "correct": correct,
         "accuracy": correct / n,
@@ -102,60 +95,60 @@ def evaluate(
         "seconds_per_question": seconds / n,
         "tokens_read": answerer.reader.tokens_read,
         "tokens_generated": answerer.reader.tokens_generated,
-        "joules": meter.joules,
-        "joules_per_question": None if meter.joules is None else meter.joules / n,
+        "joules": joules,
+        "joules_per_question": None if joules is None else joules / n,
         "machine": machine()["label"],
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "calibration": confidence.summary(items),
         "items": items,
         "paired": None,
-        "scores": (
-            questions.task.scores(list(zip(questions.examples, items, strict=True)))
-            if questions.task.scores
-            else {}
-        ),
+        "scores": scores,
     }
 
 
-def item_of(example: Example, found: Answer) -> dict[str, Any]:
+def item_of(example: Example, answer: ModelAnswer) -> dict[str, Any]:
     """One item of a result. text: what was written; said: the same normalised, of an open question,
     so that two wrong answers can be told apart.
     """
-    item = {
+    item: dict[str, Any] = {
         "id": example.id,
         "gold": example.gold,
-        "answer": found.option,
-        "scores": [round(score, 6) for score in found.scores],
+        "answer": answer.option,
+        "scores": [round(score, 6) for score in answer.scores],
         "groups": dict(example.groups),
     }
-    item |= {} if found.text is None else {"text": found.text}
-    return item | ({} if example.options else {"said": answer_matching.normalised(found.text)})
+    if answer.text is not None:
+        item["text"] = answer.text
+    if not example.options:
+        item["said"] = answer_matching.normalised(answer.text or "")
+    return item
 
 
-def scoring_of(questions: Questions, head: str, settings: Settings) -> str:
+def scoring_of(questions: Questions, head: str, settings: PromptSettings) -> str:
     """How the answers were scored, in words."""
-    said = SCORING[settings.scoring if head == "lm" else head]
+    method = SCORING[settings.scoring if head == "lm" else head]
     opened = sum(not example.options for example in questions.examples)
     if opened == len(questions.examples):
         return OPEN
-    return f"{said}; open questions: {OPEN}" if opened else said
+    return f"{method}; open questions: {OPEN}" if opened else method
 
 
-def settings_of(strategy: Strategy, settings: Settings, has_vision: bool = False) -> dict[str, Any]:
-    """What a strategy besides its name depends on, for the record. sees: whether the task shows
-    images, whose models reason when they generate.
+def settings_of(plan: PromptPlan, has_vision: bool) -> dict[str, Any]:
+    """What a strategy besides its name depends on, for the record. has_vision: whether the task
+    shows images, whose models reason when they generate.
     """
-    parts = (strategy, *strategy.members)
-    found: dict[str, Any] = {}
+    settings = plan.settings
+    parts = (plan.strategy, *plan.strategy.members)
+    record: dict[str, Any] = {}
     if any(p.k or p.votes > 1 for p in parts):
-        found["seed"] = settings.seed
+        record["seed"] = settings.seed
     if any(p.shots == "nearest" for p in parts):
-        found["nearest_by"] = "TF-IDF over character trigrams"
+        record["nearest_by"] = "TF-IDF over character trigrams"
     if any(p.reason for p in parts) or (has_vision and settings.scoring == "generated"):
-        found["rationale_tokens"] = settings.rationale
+        record["rationale_tokens"] = settings.rationale
     if any(p.reason and p.votes > 1 for p in parts):
-        found["temperature"] = settings.temperature
-    return found
+        record["temperature"] = settings.temperature
+    return record
 
 
 def majority(questions: Questions) -> float:
@@ -194,10 +187,12 @@ def pair(
     do not belong together.
     """
     where = f"{engine['task']} on {engine['model']}"
-    own = adapter_of(manifest, adapter) if adapter else {}
-    if source["model_key"] not in {
-        source_key(lineage.read(made) | own) for _, made in lineage.ancestors(manifest)
-    }:
+    adapter_files = adapter_of(manifest, adapter) if adapter else {}
+    sources = {
+        source_key(lineage.read(ancestor) | adapter_files)
+        for _, ancestor in lineage.ancestors(manifest)
+    }
+    if source["model_key"] not in sources:
         raise EdgemedError(
             f"{where}: the result of '{source['model']}' is not that of a source of this engine",
             "Pair an engine only with the checkpoint it was made from",
@@ -212,8 +207,8 @@ def pair(
             raise EdgemedError(
                 f"{where}: the source was evaluated on {what}", "Evaluate both the same way"
             )
-    found = paired_statistics.paired(source["items"], engine["items"], margin, alpha)
-    return {**engine, "paired": {**found, "source_model": source["model"]}}
+    statistics = paired_statistics.paired(source["items"], engine["items"], margin, alpha)
+    return {**engine, "paired": {**statistics, "source_model": source["model"]}}
 
 
 def judge(
@@ -236,21 +231,23 @@ def judge(
 
 def title(result: Mapping[str, Any]) -> str:
     """A task by name, and its language or part where only one was asked for."""
-    asked = result["language"] or result.get("part")  # results of earlier versions name no part
-    return f"{result['task']}/{asked}" if asked else result["task"]
+    part = result["language"] or result.get("part")  # results of earlier versions name no part
+    return f"{result['task']}/{part}" if part else result["task"]
 
 
 def part_of(gate: Mapping[str, Any] | None, engine: str) -> dict[str, Any] | None:
     """One engine's share of the gate: its comparisons and the worst of their verdicts; the
     correction is that over all engines.
     """
-    own = [row for row in gate["comparisons"] if row["engine"] == engine] if gate else []
-    if not own:
+    if gate is None:
         return None
-    verdicts = {row["verdict"] for row in own}
+    comparisons = [row for row in gate["comparisons"] if row["engine"] == engine]
+    if not comparisons:
+        return None
+    verdicts = {row["verdict"] for row in comparisons}
     verdict = next(v for v in ("fail", "undecided", "pass") if v in verdicts)
     return {
         **{key: gate[key] for key in ("margin", "alpha", "correction")},
         "verdict": verdict,
-        "comparisons": own,
+        "comparisons": comparisons,
     }

@@ -18,7 +18,7 @@ from edgemed.errors import EdgemedError
 from edgemed.evaluation.answerer import Answerer
 from edgemed.evaluation.evaluate import SOURCE
 from edgemed.evaluation.opened_model import evaluate_opened, open_source
-from edgemed.evaluation.prompting import Settings, parse
+from edgemed.evaluation.prompting import PromptPlan, PromptSettings
 from edgemed.evaluation.task import questions
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.weights import CanonicalWeights
@@ -54,20 +54,15 @@ def load(
     opened = open_source(source, any(asked.has_vision for asked in every), route)
     try:
         for spec, asked in zip(tasks, every, strict=True):
-            answerer = Answerer(
-                opened.session,
-                opened.tokenizer,
-                asked,
-                Settings(),
-                frozenset() if opened.eos is None else frozenset({opened.eos}),
-            )
-            answerer.check(parse("zero-shot"))
+            plan = PromptPlan(stop=opened.stop)
+            answerer = Answerer(opened.session, opened.tokenizer, asked, plan)
+            answerer.check()
             for example in track(asked.examples, f"count the experts of {spec}"):
                 route.group = (
                     spec,
                     example.groups.get("language") or asked.language or asked.task.languages[0],
                 )
-                answerer.answer(example, parse("zero-shot"))
+                answerer.answer(example)
         for name in cards:
             route.group = (name, str(read_card(name).metadata.get("language", "")))
             for window in track(
@@ -109,32 +104,34 @@ def spread(
     if seeds < 1:
         raise EdgemedError(f"{seeds} seeds of noise", "Give 1 or more")
     d = CanonicalWeights(source).decoder
-    asked = questions(task, limit)
+    task_questions = questions(task, limit)
     routes = [None, *(Noisy(d, seed, scale) for seed in range(seeds))]
     results = []
     for route in routes:
-        opened = open_source(source, asked.has_vision, route)
-        results.append(evaluate_opened(opened, asked, SOURCE, "", "zero-shot", Settings()))
+        opened = open_source(source, task_questions.has_vision, route)
+        results.append(
+            evaluate_opened(opened, task_questions, SOURCE, "", "zero-shot", PromptSettings())
+        )
         opened.close()
     plain = results[0]
     noisy = results[1:]
-    changed = [
-        sum(
-            a["answer"] != b["answer"] for a, b in zip(plain["items"], result["items"], strict=True)
-        )
-        / plain["n"]
-        for result in noisy
-    ]
-    found = [result["accuracy"] for result in noisy]
+    changed = [_share_changed(plain, result) for result in noisy]
+    accuracies = [result["accuracy"] for result in noisy]
     return {
         "task": task,
         "n": plain["n"],
         "scale": scale,
         "accuracy": plain["accuracy"],
         "interval": plain["interval"],
-        "noisy": found,
-        "mean": statistics.mean(found),
-        "deviation": statistics.stdev(found) if seeds > 1 else None,
+        "noisy": accuracies,
+        "mean": statistics.mean(accuracies),
+        "deviation": statistics.stdev(accuracies) if seeds > 1 else None,
         "changed": changed,
         "mean_changed": statistics.mean(changed),
     }
+
+
+def _share_changed(plain: dict[str, Any], noisy: dict[str, Any]) -> float:
+    """The share of questions that two results answer differently."""
+    pairs = zip(plain["items"], noisy["items"], strict=True)
+    return sum(a["answer"] != b["answer"] for a, b in pairs) / plain["n"]

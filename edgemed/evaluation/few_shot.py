@@ -19,8 +19,8 @@ class Neighbours:
         rows = [_trigrams(text) for text in texts]
         self.words = {word: i for i, word in enumerate(sorted(set().union(*rows)))}
         counts = np.zeros((len(rows), len(self.words)), np.float32)
-        for row, found in zip(counts, rows, strict=True):
-            for word, count in found.items():
+        for row, trigrams in zip(counts, rows, strict=True):
+            for word, count in trigrams.items():
                 row[self.words[word]] = count
         # Smoothed inverse document frequency, as in scikit-learn's default.
         self.idf = np.log((1 + len(rows)) / (1 + (counts > 0).sum(0))) + 1
@@ -41,7 +41,8 @@ class Neighbours:
 
 def _trigrams(text: str) -> dict[str, int]:
     text = f" {' '.join(text.lower().split())} "
-    found = {}
+    counts: dict[str, int] = {}
     for start in range(len(text) - 2):
-        found[text[start : start + 3]] = found.get(text[start : start + 3], 0) + 1
-    return found
+        trigram = text[start : start + 3]
+        counts[trigram] = counts.get(trigram, 0) + 1
+    return counts

@@ -1,26 +1,29 @@
-"""Our engines as a model of lm-evaluation-harness: `lm_eval --model edgemed --model_args engine=DIR
---tasks medqa_4options`.
+"""Our engines as a model of lm-evaluation-harness: `edgemed lm-eval --model edgemed --model_args
+engine=DIR --tasks medqa_4options`.
 
 What is scored is the very file that ships, ONNX or GGUF, through the same session as everywhere
-else; contexts that requests share are read once. Only lm_eval imports this module (see
-pyproject.toml); it needs no torch, unless a task of lm_eval's does.
+else; contexts that requests share are read once. Only lm_eval imports this module; it needs no
+torch, unless a task of lm_eval's does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, need
-from edgemed.evaluation.option_scoring import Reader
+from edgemed.evaluation.option_scoring import PrefixReader
 from edgemed.inference.decoding import Sampling, continued, log_softmax
 from edgemed.models import tokenizer
 from edgemed.models.tokenizer import chat_text, encode
 
-TemplateLM = need("lm_eval.api.model", "lm-eval").TemplateLM
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+else:
+    TemplateLM = need("lm_eval.api.model", "lm-eval").TemplateLM
 # Rows of scores held at once: a thousand rows over a large vocabulary would be gigabytes.
 ROWS = 64
 FOLLOWED = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
@@ -69,7 +72,7 @@ class EngineLM(TemplateLM):
         self.max_length = self.session.context
         self.max_gen_toks = max_gen_toks
         self.batch_size = 1
-        self.reader = Reader(self.session)
+        self.reader = PrefixReader(self.session)
         self.context: list[int] = []
         self.first = np.empty(0)
 
@@ -133,7 +136,7 @@ class EngineLM(TemplateLM):
                 f"a continuation has {len(continuation)} tokens, the context is {self.max_length}",
                 "Choose a task that fits this engine",
             )
-        kept = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
+        kept = [*context, *continuation][-(self.max_length + 1) : -len(continuation)]
         if kept != self.context:
             self.first = log_softmax(self.reader.read(kept))
             self.context = kept
@@ -156,18 +159,18 @@ class EngineLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         tqdm = need("tqdm", "lm-eval").tqdm
-        found = []
+        scores = []
         for strings, context, continuation in tqdm(
             requests, disable=disable_tqdm, desc="edgemed loglikelihood"
         ):
-            found.append(self._score(context, continuation))
-            self.cache_hook.add_partial("loglikelihood", strings, found[-1])
-        return found
+            scores.append(self._score(context, continuation))
+            self.cache_hook.add_partial("loglikelihood", strings, scores[-1])
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         utils = need("lm_eval.utils", "lm-eval")
         tqdm = need("tqdm", "lm-eval").tqdm
-        found = []
+        scores = []
         for (string,) in tqdm(
             [request.args for request in requests],
             disable=disable_tqdm,
@@ -176,17 +179,16 @@ class EngineLM(TemplateLM):
             windows = utils.get_rolling_token_windows(
                 self.tok_encode(string), self.prefix_token_id, self.max_length, 1
             )
-            found.append(
-                sum(self._score(*utils.make_disjoint_window(window))[0] for window in windows)
-            )
-            self.cache_hook.add_partial("loglikelihood_rolling", (string,), found[-1])
-        return found
+            total = sum(self._score(*utils.make_disjoint_window(window))[0] for window in windows)
+            scores.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (string,), total)
+        return scores
 
     # --- generation
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         tqdm = need("tqdm", "lm-eval").tqdm
-        found = []
+        texts = []
         for turn, (context, settings) in enumerate(
             tqdm(
                 [request.args for request in requests],
@@ -194,9 +196,9 @@ class EngineLM(TemplateLM):
                 desc="edgemed generate",
             )
         ):
-            found.append(self._generate(context, settings, turn))
-            self.cache_hook.add_partial("generate_until", (context, settings), found[-1])
-        return found
+            texts.append(self._generate(context, settings, turn))
+            self.cache_hook.add_partial("generate_until", (context, settings), texts[-1])
+        return texts
 
     def _generate(self, context: str, settings: dict[str, Any], turn: int) -> str:
         utils = need("lm_eval.models.utils", "lm-eval")

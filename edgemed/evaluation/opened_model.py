@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemed.engines.engine import Engine
 from edgemed.evaluation.evaluate import evaluate
-from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.prompting import PromptPlan, PromptSettings, parse
 from edgemed.evaluation.task import Questions
 from edgemed.inference.session import Session, vision_of_session
 from edgemed.models.checkpoint import Checkpoint
@@ -31,6 +31,11 @@ class OpenedModel:
     session: Session
     tokenizer: Any
     eos: int | None
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """The tokens that end a written text."""
+        return frozenset() if self.eos is None else frozenset({self.eos})
 
     def close(self) -> None:
         self.session.close()
@@ -76,16 +81,20 @@ def start_engine(
 
 
 def evaluate_opened(
-    opened: OpenedModel, asked: Questions, name: str, key: str, strategy: str, settings: Settings
+    opened: OpenedModel,
+    questions: Questions,
+    name: str,
+    key: str,
+    strategy: str,
+    settings: PromptSettings,
 ) -> dict[str, Any]:
-    stop = frozenset() if opened.eos is None else frozenset({opened.eos})
+    """evaluate.evaluate of such a model. name, key: as its model and model_key."""
+    plan = PromptPlan(parse(strategy), settings, opened.stop)
     return evaluate(
         opened.session,
         opened.tokenizer,
-        asked,
+        questions,
         name,
         key,
-        strategy,
-        settings,
-        stop,
+        plan,
     )

@@ -27,20 +27,20 @@ from edgemed.vision.preprocessing import prompt_tokens
 SHARED = 32
 
 
-class Reader:
+class PrefixReader:
     """A session that remembers which tokens and images it holds. tokens_read, tokens_generated:
     what was computed so far.
     """
 
     def __init__(self, session: Session):
         self.session = session
-        self.held = []
+        self.held: list[int] = []
         self.tokens_read = 0
         self.tokens_generated = 0
         self.seen: ImageEmbeddings | None = None
         session.rewind(0)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """The session is another than it was: nothing it holds is used again."""
         self.held = []
         self.seen = None
@@ -54,19 +54,19 @@ class Reader:
         theirs are compared too.
         """
         same = shared(self.held, tokens, self.seen, pictures)
-        same = same if same >= SHARED else 0
+        if same < SHARED:
+            same = 0
         self.session.rewind(same)
         self.held = []  # should the next line fail, nothing is taken to be held
         rest = behind(tokens, pictures, same)
-        scores = (
-            self.session.prefill(tokens[same:], pictures=rest)
-            if rest
-            else self.session.prefill(tokens[same:])
-        )[-1]
+        if rest:
+            rows = self.session.prefill(tokens[same:], pictures=rest)
+        else:
+            rows = self.session.prefill(tokens[same:])
         self.held = list(tokens)
         self.seen = pictures
         self.tokens_read += len(tokens) - same
-        return scores
+        return rows[-1]
 
     def options(
         self,
@@ -105,11 +105,11 @@ class Reader:
     ) -> list[int]:
         """Tokens generated after the context."""
         scores = self.read(context, pictures)
-        found = list(continued(self.session, scores, sampling, stop))
+        written = list(continued(self.session, scores, sampling, stop))
         # The newest token was picked and never fed back, so the session holds all but that one.
-        self.held = [*context, *found][: self.session.position]
-        self.tokens_generated += len(found)
-        return found
+        self.held = [*context, *written][: self.session.position]
+        self.tokens_generated += len(written)
+        return written
 
 
 def shared(
@@ -126,10 +126,11 @@ def shared(
         if one != other:
             break
         same += 1
-    if seen is None and pictures is None:
+    first = seen if seen is not None else pictures
+    if first is None:
         return same
     if seen is None or pictures is None or seen.token != pictures.token:
-        token = (seen or pictures).token
+        token = first.token
         return next((i for i in range(same) if tokens[i] == token), same)
     places = [i for i in range(same) if tokens[i] == pictures.token]
     alike = (seen.features[: len(places)] == pictures.features[: len(places)]).all(1)
@@ -143,8 +144,8 @@ def shared(
 def behind(
     tokens: Sequence[int], pictures: ImageEmbeddings | None, start: int
 ) -> ImageEmbeddings | None:
-    """The pictures of tokens[start:], positions counted from 0 again; None where no image stands
-    there.
+    """The image embeddings of tokens[start:], positions counted from 0 again; None where no image
+    stands there.
     """
     if pictures is None or not start:
         return pictures
@@ -168,23 +169,22 @@ def option_tokens(
     """Tokens of each option after the context; v: as for prompt_tokens. Raises EdgemedError for an
     option that tokenizes to nothing.
     """
-    found = []
+    tokens_of_options = []
     for option in prompt.options:
         # Encoded together, so that a tokenizer that merges across the border is asked what it would
         # really see.
         whole = prompt_tokens(tokenizer, prompt.context + option, v)
-        tokens = (
-            whole[len(context) :]
-            if whole[: len(context)] == list(context)
-            else encode(tokenizer, option)
-        )
+        if whole[: len(context)] == list(context):
+            tokens = whole[len(context) :]
+        else:
+            tokens = encode(tokenizer, option)
         if not tokens:
             raise EdgemedError(
                 f"question {where}: option '{option}' tokenizes to nothing",
                 "Give it a text this model's tokenizer knows",
             )
-        found.append(tokens)
-    return found
+        tokens_of_options.append(tokens)
+    return tokens_of_options
 
 
 def fitted(context: Sequence[int], room: int, where: str) -> tuple[list[int], bool]:
@@ -207,11 +207,12 @@ def chosen(text: str, options: Sequence[str], lettered: bool) -> int:
     """
     if lettered:
         letters = "".join(chr(65 + i) for i in range(len(options)))
-        found = re.search(rf"(?<![A-Za-z])([{letters}])(?![A-Za-z'])", text)
-        return letters.index(found[1]) if found else -1
+        named = re.search(rf"(?<![A-Za-z])([{letters}])(?![A-Za-z'])", text)
+        return letters.index(named[1]) if named else -1
     places = []
     for index, option in enumerate(options):
-        found = re.search(rf"(?<!\w){re.escape(option.strip())}(?!\w)", text, re.IGNORECASE)
-        if found:
-            places += [(found.start(), -len(option), index)]
+        named = re.search(rf"(?<!\w){re.escape(option.strip())}(?!\w)", text, re.IGNORECASE)
+        if named:
+            # The first in the text wins, of two that begin there the longer one.
+            places.append((named.start(), -len(option), index))
     return min(places)[2] if places else -1

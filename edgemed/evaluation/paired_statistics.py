@@ -82,7 +82,7 @@ def newcombe(
     low2, high2 = wilson(source, n, confidence)
     p1 = engine / n
     p2 = source / n
-    together = both * neither - only_source * only_engine
+    together = float(both * neither - only_source * only_engine)
     if together > 0:
         together = max(together - n / 2, 0)
     margins = engine * (n - engine) * source * (n - source)
@@ -117,17 +117,20 @@ def minimum_detectable(changed: int, n: int, alpha: float) -> float | None:
     za = NormalDist().inv_cdf(1 - alpha)
     zb = NormalDist().inv_cdf(POWER)
 
-    def found(loss: float) -> bool:
+    def detected(loss: float) -> bool:
         share = max(changed / n, loss)
         return math.sqrt(n) * loss >= za * math.sqrt(share) + zb * math.sqrt(share - loss * loss)
 
-    if not found(1.0):
+    if not detected(1.0):
         return None
     low = 0.0
     high = 1.0
     while high - low > 1e-9:
         middle = (low + high) / 2
-        low, high = (low, middle) if found(middle) else (middle, high)
+        if detected(middle):
+            high = middle
+        else:
+            low = middle
     return high
 
 
@@ -337,10 +340,10 @@ def gate(
             "Evaluate at least one task on the source and on an engine",
         )
     for name, pair in comparisons:
-        made = pair["noninferiority"]
-        if (made["margin"], made["alpha"]) != (margin, alpha):
+        test = pair["noninferiority"]
+        if (test["margin"], test["alpha"]) != (margin, alpha):
             raise EdgemedError(
-                f"{' '.join(name)} was compared at margin {made['margin']}, alpha {made['alpha']};"
+                f"{' '.join(name)} was compared at margin {test['margin']}, alpha {test['alpha']};"
                 f" the gate asks for {margin}, {alpha}",
                 "Compare again",
             )
@@ -350,8 +353,22 @@ def gate(
     for (engine, task, strategy), pair, p, p_inferior in zip(
         *zip(*comparisons, strict=True), passing, failing, strict=True
     ):
-        verdict = "pass" if p <= alpha else "fail" if p_inferior <= alpha else "undecided"
-        counts = pair["only_source"], pair["only_engine"], pair["n"]
+        verdict = "undecided"
+        needed = None
+        if p <= alpha:
+            verdict = "pass"
+        elif p_inferior <= alpha:
+            verdict = "fail"
+        else:
+            # At Holm's strictest step, so that so many items are enough whatever the other
+            # comparisons say.
+            needed = items_needed(
+                pair["only_source"],
+                pair["only_engine"],
+                pair["n"],
+                margin,
+                alpha / len(comparisons),
+            )
         rows.append(
             {
                 "engine": engine,
@@ -365,13 +382,7 @@ def gate(
                 "p": pair["noninferiority"]["p"],
                 "p_holm": p,
                 "p_inferior_holm": p_inferior,
-                # At Holm's strictest step, so that so many items are enough whatever the other
-                # comparisons say.
-                "items_needed": (
-                    items_needed(*counts, margin, alpha / len(comparisons))
-                    if verdict == "undecided"
-                    else None
-                ),
+                "items_needed": needed,
                 "minimum_detectable": pair["minimum_detectable"],
             }
         )

@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import log_softmax
+from edgemed.params import Doc, Range
 
 # Kojima et al. 2022; English for every language, as OpenMedLM does.
 THINK = " Let's think step by step."
@@ -51,20 +52,38 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """scoring: 'sum' of an option's token log-probabilities, 'normalised' by its length in
-    characters (lm-evaluation-harness's acc_norm), or 'generated': the model writes, and the option
-    it names is taken. rationale: tokens of a rationale at most. temperature: of sampled rationales.
-    """
+class PromptSettings:
+    """What a result depends on besides its strategy."""
 
-    scoring: Literal["sum", "normalised", "generated"] = "sum"
-    rationale: int = 96
-    temperature: float = 0.7
-    seed: int = 0
+    scoring: Annotated[
+        Literal["sum", "normalised", "generated"],
+        Doc(
+            "The sum of an option's token log-probabilities; that sum over the option's length in"
+            " characters (lm-evaluation-harness's acc_norm); or the option that a generated answer"
+            " names."
+        ),
+    ] = "sum"
+    rationale: Annotated[int, Range(0), Doc("Tokens of a rationale at most.")] = 96
+    temperature: Annotated[float, Range(0), Doc("Of sampled rationales. 0 is greedy.")] = 0.7
+    seed: Annotated[
+        int, Range(0), Doc("Of the random examples, the shuffled options and the sampling.")
+    ] = 0
 
 
 @dataclass(frozen=True)
-class Answer:
+class PromptPlan:
+    """How all questions are put to a model. stop: tokens that end a written text."""
+
+    strategy: Strategy = Strategy("zero-shot")
+    settings: PromptSettings = PromptSettings()
+    stop: frozenset[int] = frozenset()
+
+
+ZERO_SHOT = PromptPlan()
+
+
+@dataclass(frozen=True)
+class ModelAnswer:
     """option: index, -1 where a generated answer named none; of an open question 0 right, 1 wrong,
     -1 nothing written. scores: one per option, log scale (empty for a generated answer). cut:
     whether the context lost its first tokens. text: what was written, where words and not letters
@@ -87,26 +106,26 @@ def parse(text: str) -> Strategy:
                 "Every member of an ensemble must differ",
             )
         return Strategy(text, members=members)
-    found = Strategy(text)
+    strategy = Strategy(text)
     for part in text.split("/"):
         name, _, number = part.rpartition("-")
         count = int(number) if re.fullmatch(r"[1-9]\d*", number) else 0
         if part == "zero-shot" and text == part:
             continue
-        if part == "cot" and not found.reason:
-            found = replace(found, reason=True)
-        elif name in ("random", "nearest") and count and not found.k:
-            found = replace(found, shots=name, k=count)
-        elif (
-            name in ("vote", "self-consistency")
-            and count > 1
-            and found.votes == 1
-            and not (found.reason and name != "vote")
-        ):
-            found = replace(found, votes=count, reason=found.reason or name != "vote")
+        first_votes = count > 1 and strategy.votes == 1
+        if part == "cot" and not strategy.reason:
+            strategy = replace(strategy, reason=True)
+        elif name == "random" and count and not strategy.k:
+            strategy = replace(strategy, shots="random", k=count)
+        elif name == "nearest" and count and not strategy.k:
+            strategy = replace(strategy, shots="nearest", k=count)
+        elif name == "vote" and first_votes:
+            strategy = replace(strategy, votes=count)
+        elif name == "self-consistency" and first_votes and not strategy.reason:
+            strategy = replace(strategy, votes=count, reason=True)
         else:
             raise EdgemedError(f"unknown strategy '{text}'", f"Known: {KNOWN}")
-    return found
+    return strategy
 
 
 def combine(rounds: Sequence[Sequence[float]]) -> tuple[float, ...]:

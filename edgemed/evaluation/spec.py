@@ -5,34 +5,36 @@ It stands beside the verb it belongs to, so that the verb needs no recipe.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Annotated
 
-from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.prompting import PromptSettings
+from edgemed.params import Doc, Range
 
 
-@dataclass(frozen=True)
-class EvalSpec:
-    """tasks: NAME[/LANGUAGE][:FILE.jsonl]. limit: only the first rows (for a quick look; said in
-    the result). strategies: prompt strategies, of which the first is the one the gate judges.
-    margin: largest loss of accuracy that counts as not worse (0.02: two points); None: no gate.
-    alpha: how often a worse engine may pass. The rest is strategy.Settings.
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec(PromptSettings):
+    """What is asked, how, and what counts as not worse. The keys of the prompt settings stand
+    beside these.
     """
 
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    strategies: tuple[str, ...] = ("zero-shot",)
-    margin: float | None = None
-    alpha: float = 0.05
-    scoring: Literal["sum", "normalised", "generated"] = "sum"
-    rationale: int = 96
-    temperature: float = 0.7
-    seed: int = 0
+    tasks: Annotated[tuple[str, ...], Doc("Each NAME[/LANGUAGE][:FILE.jsonl].")]
+    limit: Annotated[
+        int | None, Doc("Only the first rows, for a quick look. The result says so.")
+    ] = None
+    strategies: Annotated[
+        tuple[str, ...], Doc("Prompt strategies. The gate judges the first one.")
+    ] = ("zero-shot",)
+    margin: Annotated[
+        float | None,
+        Range(above=0, below=1),
+        Doc("Largest loss of accuracy that counts as not worse; 0.02: two points. None: no gate."),
+    ] = None
+    alpha: Annotated[float, Range(above=0, high=0.5), Doc("How often a worse engine may pass.")] = (
+        0.05
+    )
 
-    def settings(self) -> Settings:
-        return Settings(
-            self.scoring,
-            self.rationale,
-            self.temperature,
-            self.seed,
-        )
+    def settings(self) -> PromptSettings:
+        """The prompt settings alone: what a result depends on besides its strategy."""
+        values = {field.name: getattr(self, field.name) for field in fields(PromptSettings)}
+        return PromptSettings(**values)

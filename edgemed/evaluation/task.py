@@ -34,8 +34,8 @@ class Example:
 
     groups: by what accuracy is shown besides, e.g. {'subject': 'anatomy', 'language': 'en'}.
     images: their names, in the order the model sees them. reference: the right answer of an open
-    question, which has no options and gold 0; the model writes, and an exact match (free_text.py)
-    is right.
+    question, which has no options and gold 0; the model writes, and an exact match
+    (answer_matching.py) is right.
     """
 
     id: str
@@ -126,6 +126,11 @@ class Questions:
         """The images of one of the examples, RGB. Raises EdgemedError for a damaged one, naming the
         question.
         """
+        if self.album is None:
+            raise EdgemedError(
+                f"question {example.id} shows images, and these questions came without their files",
+                "Read them with task.questions",
+            )
         try:
             return [self.album.open(name) for name in example.images]
         except EdgemedError as error:
@@ -193,32 +198,6 @@ def choice(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     return options.index(row["answer"])
 
 
-def lettered(options: tuple[str, ...]) -> str:
-    """'A. first', 'B. second', one a line."""
-    return "\n".join(
-        f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
-    )
-
-
-def bracketed(options: tuple[str, ...]) -> str:
-    """'A) first', 'B) second', one a line: how vision-language models are shown them."""
-    return "\n".join(
-        f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)
-    )
-
-
-def letters(options: tuple[str, ...]) -> tuple[str, ...]:
-    """' A', ' B', one per option: what a lettered prompt is continued with."""
-    return tuple(f" {letter}" for letter, _ in zip(LETTERS, options, strict=False))
-
-
-def bracketed_choice(example: Example) -> Prompt:
-    """Task.render of multiple choice about images: the question with its options under letters. The
-    family puts its own instructions around it.
-    """
-    return Prompt(f"{example.question}\n{bracketed(example.options)}", letters(example.options))
-
-
 def describe(task: Task, example: Example) -> str:
     """What stands before everything else in this example's prompt: 'The following are ... about
     anatomy.'
@@ -240,14 +219,12 @@ def questions(spec: str, limit: int | None = None) -> Questions:
     task: Task = plugins.load("tasks", name).TASK
     if slash and asked_for not in (*task.languages, *task.parts):
         what = "part" if task.parts else "language"
-        raise EdgemedError(
-            f"task {name} has no {what} '{asked_for}'",
-            nearest(asked_for, (*task.parts, *task.languages) if task.parts else task.languages),
-        )
+        known = (*task.parts, *task.languages)
+        raise EdgemedError(f"task {name} has no {what} '{asked_for}'", nearest(asked_for, known))
     language = asked_for if asked_for in task.languages else ""
-    part = (
-        (asked_for if asked_for in task.parts else next(iter(task.parts))) if task.parts else None
-    )
+    part = None
+    if task.parts:
+        part = asked_for if asked_for in task.parts else next(iter(task.parts))
     folder = plugins.ROOT / "tasks" / "samples"
     file = Path(path) if colon else folder / task.sample
     if not file.is_file():
@@ -260,51 +237,45 @@ def questions(spec: str, limit: int | None = None) -> Questions:
     album = Album(file.parent, task.images)
     examples = _examples(file, task, language, part, album)[:limit]
     asked = {_plain(example) for example in examples}
-    shots = (
-        tuple(
-            shot
-            for shot in _examples(folder / task.shots, task, language, None, album)
-            if _plain(shot) not in asked
-        )
-        if task.shots
-        else ()
-    )
+    shots: tuple[Example, ...] = ()
+    if task.shots:
+        solved = _examples(folder / task.shots, task, language, None, album)
+        shots = tuple(shot for shot in solved if _plain(shot) not in asked)
     sha256 = file_sha256(file)
-    shown = [
-        [
-            describe(task, e),
-            task.render(e).context,
-            task.render(e).options,
-            e.gold,
-            *([e.reference] if e.reference else []),
-        ]
-        for e in (*examples, *shots)
-    ]
-    facts = {
+    shown = [_words_shown(task, example) for example in (*examples, *shots)]
+    key_parts: dict[str, Any] = {
         "file": sha256,
         "task": name,
         "language": language or None,
         "n": len(examples),
         "shown": shown,
     }
-    if any(e.images for e in examples):
-        facts |= {
-            "images": [
-                [hashlib.sha256(album.read(image)).hexdigest() for image in e.images]
-                for e in examples
-            ]
-        }
+    if any(example.images for example in examples):
+        key_parts["images"] = [_image_digests(album, example) for example in examples]
     return Questions(
-        task,
-        sha256,
-        examples,
-        language or None,
-        digest(facts),
-        shots,
-        album,
-        part,
-        bool(task.place) and not colon,
+        task=task,
+        sha256=sha256,
+        examples=examples,
+        language=language or None,
+        key=digest(key_parts),
+        shots=shots,
+        album=album,
+        part=part,
+        synthetic=bool(task.place) and not colon,
     )
+
+
+def _words_shown(task: Task, example: Example) -> list[Any]:
+    """Every word of an example that a model is shown or judged by. It is part of the task's key."""
+    prompt = task.render(example)
+    words = [describe(task, example), prompt.context, prompt.options, example.gold]
+    if example.reference:
+        words.append(example.reference)
+    return words
+
+
+def _image_digests(album: Album, example: Example) -> list[str]:
+    return [hashlib.sha256(album.read(image)).hexdigest() for image in example.images]
 
 
 def _examples(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +21,11 @@ from edgemed.evaluation import paired_statistics
 from edgemed.evaluation.evaluate import SOURCE, evaluate, source_key
 from edgemed.evaluation.few_shot import Neighbours
 from edgemed.evaluation.task import Example, Questions
-from edgemed.inference.session import ImageEmbeddings, check_room
+from edgemed.inference.session import CarriesVision, ImageEmbeddings, check_room
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -48,29 +45,27 @@ class Adapt:
     length: int = 256
 
 
-class Learner:
+class Learner(CarriesVision):
     """A float checkpoint in transformers as a Session (session.py), with a LoRA that learns and is
-    put back.
+    put back. It reads text only.
     """
 
     def __init__(self, weights: CanonicalWeights, rank: int, seed: int = 0):
-        """Raises EdgemedError for a checkpoint that is quantized, sees, has another head, or that
-        transformers cannot open as it is.
+        """Raises EdgemedError for a checkpoint that is quantized, is a vision model, has another
+        head, or that transformers cannot open as it is.
         """
         peft = need("peft", "build")
         torch = need("torch", "build")
         transformers = need("transformers", "build")
         d = weights.decoder
         path = weights.checkpoint.path
-        wrong = (
-            "is quantized"
-            if weights.quantization
-            else "sees"
-            if weights.vision
-            else f"has a '{d.head}' head"
-            if d.head != "lm"
-            else ""
-        )
+        wrong = ""
+        if weights.quantization:
+            wrong = "is quantized"
+        elif weights.vision:
+            wrong = "is a vision model"
+        elif d.head != "lm":
+            wrong = f"has a '{d.head}' head"
         if wrong:
             raise EdgemedError(
                 f"test-time training takes float text models, and {path} {wrong}",
@@ -106,15 +101,15 @@ class Learner:
         self.position = 0
 
     def learn(
-        self, windows: Sequence[tuple[list[int], list[int]]], steps: int, rate: float
+        self, sequences: Sequence[tuple[list[int], list[int]]], steps: int, rate: float
     ) -> list[float]:
-        """One AdamW step on each window (tokens, labels; IGNORED where nothing is learned), `steps`
-        times over; the losses before each. Dropout is off.
+        """One AdamW step on each sequence (tokens, labels; IGNORED where nothing is learned),
+        `steps` times over; the losses before each. Dropout is off.
         """
         torch = need("torch", "build")
         optimizer = torch.optim.AdamW(self.learned, rate, weight_decay=0.0)
         losses = []
-        for tokens, labels in list(windows) * steps:
+        for tokens, labels in list(sequences) * steps:
             loss = self.model(
                 input_ids=torch.tensor([tokens]), labels=torch.tensor([labels]), use_cache=False
             ).loss
@@ -170,36 +165,42 @@ class Learner:
 
 
 class Library:
-    """The texts a model may learn from, as windows, found by their likeness to a question."""
+    """The texts a model may learn from, as training sequences, found by their likeness to a
+    question.
+    """
 
     def __init__(self, questions: Questions, adapt: Adapt, tokenizer: Any):
         """Raises EdgemedError where there are fewer than k texts."""
         self.questions = questions
         self.adapt = adapt
         self.tokenizer = tokenizer
-        self.found: list[Any] = texts(adapt.text) if adapt.text else list(questions.shots)
-        if len(self.found) < adapt.k:
-            said = adapt.text or f"task {questions.task.name} with its solved examples"
+        self.texts: list[str] = []
+        if adapt.text:
+            self.texts = texts(adapt.text)
+        else:
+            self.texts = [shot.question for shot in questions.shots]
+        if len(self.texts) < adapt.k:
+            source = adapt.text or f"task {questions.task.name} with its solved examples"
             raise EdgemedError(
-                f"test-time training on {adapt.k} texts: {said} has {len(self.found)}",
+                f"test-time training on {adapt.k} texts: {source} has {len(self.texts)}",
                 "Give text: a card or .jsonl file, or a smaller k",
             )
-        self.neighbours = Neighbours([text if adapt.text else text.question for text in self.found])
+        self.neighbours = Neighbours(self.texts)
 
     def nearest(self, question: str) -> list[tuple[list[int], list[int]]]:
-        """Windows (tokens, labels) of the k most alike, the most alike last."""
-        return [
-            self._window(self.found[i])
-            for i in self.neighbours.order(question)[: self.adapt.k][::-1]
-        ]
+        """Sequences (tokens, labels) of the k most alike, the most alike last."""
+        nearest = self.neighbours.order(question)[: self.adapt.k]
+        return [self._sequence(int(index)) for index in nearest[::-1]]
 
-    def _window(self, found: Any) -> tuple[list[int], list[int]]:
+    def _sequence(self, index: int) -> tuple[list[int], list[int]]:
         if self.adapt.text:
-            tokens = encode(self.tokenizer, found)[: self.adapt.length]
+            tokens = encode(self.tokenizer, self.texts[index])[: self.adapt.length]
             return tokens, tokens
-        prompt = self.questions.task.render(found)
+        # Of a solved example the answer alone is learned.
+        shot = self.questions.shots[index]
+        prompt = self.questions.task.render(shot)
         context = encode(self.tokenizer, prompt.context)
-        whole = encode(self.tokenizer, prompt.context + prompt.options[found.gold])
+        whole = encode(self.tokenizer, prompt.context + prompt.options[shot.gold])
         labels = [IGNORED] * len(context) + whole[len(context) :]
         return whole[-self.adapt.length :], labels[-self.adapt.length :]
 
@@ -214,9 +215,9 @@ def compare(
     """The same questions answered plainly and after test-time training: {'plain', 'trained',
     'paired', 'times', 'adapt'}.
 
-    plain, trained: results as evaluate gives them; paired: stats.paired of the two; times: seconds
-    of a question over those of a plain one. Raises EdgemedError for parameters out of range, a
-    checkpoint that cannot learn, and a task with images or too few texts.
+    plain, trained: results as evaluate gives them; paired: paired_statistics.paired of the two;
+    times: seconds of a question over those of a plain one. Raises EdgemedError for parameters out
+    of range, a checkpoint that cannot learn, and a task with images or too few texts.
     """
     if min(adapt.k, adapt.steps, adapt.rank) < 1 or adapt.rate <= 0 or adapt.length < 2:
         raise EdgemedError(
@@ -241,9 +242,8 @@ def compare(
         session.learn(library.nearest(example.question), adapt.steps, adapt.rate)
 
     plain = evaluate(session, tokenizer, questions, SOURCE, key)
-    trained = evaluate(session, tokenizer, questions, SOURCE, key, before=before) | {
-        "strategy": f"ttt-{adapt.k}"
-    }
+    trained = evaluate(session, tokenizer, questions, SOURCE, key, before=before)
+    trained["strategy"] = f"ttt-{adapt.k}"
     session.close()
     return {
         "plain": plain,

@@ -89,3 +89,10 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     scores = scores.astype(np.float64)
     shifted = scores - scores.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def kl_divergence(source: np.ndarray, engine: np.ndarray) -> np.ndarray:
+    """KL(source || engine) in nats, float64 [...]. source, engine: logits [..., vocab]."""
+    p = log_softmax(source)
+    q = log_softmax(engine)
+    return (np.exp(p) * (p - q)).sum(-1)

@@ -452,6 +452,6 @@ class TorchSession(CarriesVision):
         self.position = position
 
     def close(self) -> None:
-        """Release the layers kept in memory."""
+        """Release the layers kept in memory and the vision encoder."""
         self.close_vision()
         self.layers = None

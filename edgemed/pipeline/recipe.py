@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from edgemed import params as strict
 from edgemed import plugins
@@ -17,35 +17,39 @@ from edgemed.benchmarking.spec import BenchSpec
 from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.hardware.device import read_device
+from edgemed.params import Doc
 from edgemed.verification.spec import VerifySpec
 
+T = TypeVar("T")
 PATH_KEYS = ("adapter", "calibration", "imatrix", "teacher")
 SECTIONS = ("model", "device", "title", "steps", "engines", "verify", "bench", "eval")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step or engine: plug-in name, its Params, and for an engine its own name and the step it
-    starts from.
-    """
+    """One step or engine of a recipe."""
 
-    plugin: str
-    params: Any
-    name: str = ""
-    start: str | None = None
+    plugin: Annotated[str, Doc("Name of the step or target.")]
+    params: Annotated[Any, Doc("Its Params.")]
+    name: Annotated[str, Doc("Of an engine: its own name.")] = ""
+    start: Annotated[str | None, Doc("Of an engine: the step it starts from.")] = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    model: str
-    steps: tuple[Stage, ...]
-    engines: tuple[Stage, ...]
-    title: str = ""
-    device: str | None = None
-    verify: VerifySpec | None = None
-    bench: BenchSpec | None = None
-    eval: EvalSpec | None = None
-    document: Mapping[str, Any] = field(default_factory=dict)
+    """A recipe as parsed. verify, bench and eval are None where the recipe leaves them out."""
+
+    model: Annotated[str, Doc("Directory, hub id or random:NAME.")]
+    steps: Annotated[tuple[Stage, ...], Doc("Run one after the other.")]
+    engines: Annotated[tuple[Stage, ...], Doc("Built side by side.")]
+    title: Annotated[str, Doc("Title of the report.")] = ""
+    device: Annotated[str | None, Doc("Device the engines are meant for.")] = None
+    verify: Annotated[VerifySpec | None, Doc("Parity with the source.")] = None
+    bench: Annotated[BenchSpec | None, Doc("Speed and memory.")] = None
+    eval: Annotated[EvalSpec | None, Doc("Accuracy.")] = None
+    document: Annotated[Mapping[str, Any], Doc("The recipe as written.")] = field(
+        default_factory=dict
+    )
 
 
 def read_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
@@ -95,44 +99,51 @@ def parse(document: Mapping[str, Any], where: str, folder: Path) -> Recipe:
     engines = tuple(
         _stage("targets", entry, where, folder) for entry in _list(document, "engines", where)
     )
-    known = ["model", *(s.plugin for s in steps)]
-    for engine in engines:
-        if engine.start is not None and engine.start not in known:
-            raise EdgemedError(
-                f"{where}: engine starts from '{engine.start}', which is no step of this recipe",
-                nearest(engine.start, known),
-            )
-    names = [engine.name for engine in engines]
-    if len(set(names)) < len(names):
-        raise EdgemedError(
-            f"{where}: two engines are called '{next(n for n in names if names.count(n) > 1)}'",
-            "Give one of them a name:",
-        )
-    sections = {"verify": VerifySpec, "bench": BenchSpec, "eval": EvalSpec}
-    checks = {
-        k: strict.build(cls, document[k], f"{where}: {k}")
-        for k, cls in sections.items()
-        if document.get(k) is not None
-    }
-    if "verify" in checks:
-        checks["verify"] = replace(
-            checks["verify"], prompts=_path(checks["verify"].prompts, folder)
-        )
+    check_engines(steps, engines, where)
     device = document.get("device")
     if device is not None:
         device = _path(str(device), folder)
         # A device of your own is a file beside the recipe; an unknown one must stop the run now,
         # not after the first build.
         read_device(device)
+    verify = _section(VerifySpec, document, "verify", where)
+    if verify is not None:
+        verify = replace(verify, prompts=_path(verify.prompts, folder))
     return Recipe(
-        _path(document["model"], folder),
-        steps,
-        engines,
-        document.get("title", where),
-        device,
+        model=_path(document["model"], folder),
+        steps=steps,
+        engines=engines,
+        title=document.get("title", where),
+        device=device,
+        verify=verify,
+        bench=_section(BenchSpec, document, "bench", where),
+        eval=_section(EvalSpec, document, "eval", where),
         document=dict(document),
-        **checks,
     )
+
+
+def check_engines(steps: Sequence[Stage], engines: Sequence[Stage], where: str) -> None:
+    """Raises EdgemedError for an engine that starts from no step, and for a name given twice."""
+    starts = ["model", *(step.plugin for step in steps)]
+    for engine in engines:
+        if engine.start is not None and engine.start not in starts:
+            raise EdgemedError(
+                f"{where}: engine starts from '{engine.start}', which is no step of this recipe",
+                nearest(engine.start, starts),
+            )
+    names = [engine.name for engine in engines]
+    for name in names:
+        if names.count(name) > 1:
+            raise EdgemedError(
+                f"{where}: two engines are called '{name}'", "Give one of them a name:"
+            )
+
+
+def _section(cls: type[T], document: Mapping[str, Any], key: str, where: str) -> T | None:
+    """One of the recipe's sections of checks, None where it is left out."""
+    if document.get(key) is None:
+        return None
+    return strict.build(cls, document[key], f"{where}: {key}")
 
 
 def _list(document: Mapping[str, Any], key: str, where: str) -> list[Any]:
@@ -148,25 +159,25 @@ def _list(document: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 
 def _stage(kind: str, entry: str | Mapping[str, Any], where: str, folder: Path) -> Stage:
-    plugin, values = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+    if isinstance(entry, str):
+        plugin = entry
+        values: dict[str, Any] = {}
+    else:
+        plugin, content = next(iter(entry.items()))
+        values = dict(content or {})
     module = plugins.load(kind, plugin)
-    values = dict(values or {})
-    start, name = (
-        (values.pop("from", None), values.pop("name", "")) if kind == "targets" else (None, "")
-    )
-    values |= {k: _path(values[k], folder) for k in PATH_KEYS if isinstance(values.get(k), str)}
+    start = values.pop("from", None) if kind == "targets" else None
+    name = values.pop("name", "") if kind == "targets" else plugin
+    for key in PATH_KEYS:
+        if isinstance(values.get(key), str):
+            values[key] = _path(values[key], folder)
     if isinstance(values.get("adapters"), Mapping):
         values["adapters"] = {
-            name: _path(path, folder) if isinstance(path, str) else path
-            for name, path in values["adapters"].items()
+            adapter: _path(path, folder) if isinstance(path, str) else path
+            for adapter, path in values["adapters"].items()
         }
     params = strict.build(module.Params, values, f"{where}: {plugin}")
-    return Stage(
-        plugin,
-        params,
-        name or (module.label(params) if kind == "targets" else plugin),
-        start,
-    )
+    return Stage(plugin, params, name or module.label(params), start)
 
 
 def _path(value: str, folder: Path) -> str:
@@ -190,11 +201,11 @@ def override(document: dict[str, Any], keys: list[str], value: Any) -> None:
             )
         place[keys[-1]] = value
         return
-    found = [e for e in entries if isinstance(e, dict) and keys[0] in e]
-    if not found or len(keys) != 2:
+    named = [e for e in entries if isinstance(e, dict) and keys[0] in e]
+    if not named or len(keys) != 2:
         known = [*SECTIONS, *(next(iter(e)) for e in entries if isinstance(e, dict))]
         raise EdgemedError(
             f"--set {'.'.join(keys)}: no such key in this recipe", nearest(keys[0], known)
         )
-    for entry in found:
+    for entry in named:
         entry[keys[0]] = {**(entry[keys[0]] or {}), keys[1]: value}

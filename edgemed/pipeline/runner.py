@@ -12,52 +12,64 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import hashing, store
+from edgemed.benchmarking.spec import BenchSpec
 from edgemed.console import say
 from edgemed.data.text_sets import IMAGES, image_questions, read_card
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.evaluation import EvalResult
+from edgemed.documents.gate import GateVerdict
+from edgemed.documents.machine import Machine
+from edgemed.documents.manifest import Manifest
+from edgemed.documents.run import SCHEMA, RunDocument
+from edgemed.documents.verify import VerifyResult
 from edgemed.engines.engine import Engine, export
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, need
-from edgemed.evaluation.evaluate import SOURCE, judge, pair, part_of, source_key
-from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
+from edgemed.evaluation.evaluate import SOURCE, judge, pair, source_key
+from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened, open_source, start_engine
 from edgemed.evaluation.prompting import parse
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import Questions, questions
-from edgemed.hardware.device import machine, read_device
+from edgemed.hardware.device import machine
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.weights import CanonicalWeights
+from edgemed.pipeline.engine_run import EngineRun
 from edgemed.pipeline.recipe import Recipe, Stage
 from edgemed.pipeline.references import adapted_references, reference_for, with_images
-from edgemed.pipeline.report_document import describe, entry, not_measured
+from edgemed.pipeline.report_document import (
+    describe,
+    device_asked_for,
+    entry,
+    gate_of,
+    not_measured,
+)
 from edgemed.provenance import record
 from edgemed.reporting.report import write
 from edgemed.verification.parity import Limits, verify, with_adapters
-
-if TYPE_CHECKING:
-    pass
 
 RANDOM = "random:"
 
 
 @dataclass
 class Line:
-    """The checkpoints a recipe passes through, by step name; `source` is the last one before any
-    rounding.
+    """The checkpoints a recipe passes through, by step name. source: the last one before any is
+    quantized.
     """
 
     points: dict[str, Checkpoint]
     source: Checkpoint
     last: Checkpoint
-    manifests: list[dict[str, Any]] = field(default_factory=list)
+    manifests: list[Manifest] = field(default_factory=list)
 
 
 def run(recipe: Recipe, work: Path) -> Path:
@@ -71,72 +83,74 @@ def run(recipe: Recipe, work: Path) -> Path:
     work = Path(work)
     cache = work / "store"
     line = run_steps(recipe, cache)
-    reference = (
-        reference_for(line.source, recipe.verify, cache)
-        if recipe.verify and not line.source.random_weights
-        else None
+    references = engine_references(line, recipe, cache)
+    runs = [
+        EngineRun(run_target(stage, line, reference, recipe, cache, work), reference)
+        for stage, reference in zip(recipe.engines, references, strict=True)
+    ]
+    for each in runs:
+        if each.reference:
+            each.verified = verify_engine(each.engine, each.reference, recipe, cache)
+    for each in runs:
+        if recipe.bench and each.may_be_benched:
+            each.records = bench_engine(each.engine, recipe)
+    source_results = run_evals(line.source, runs, recipe, cache)
+    gate = run_gate(runs, recipe)
+    for each in runs:
+        document_engine(each, line, recipe, gate)
+    document = RunDocument(
+        schema=SCHEMA,
+        title=recipe.title,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        recipe=dict(recipe.document),
+        device=device_asked_for(recipe),
+        machine=Machine.from_json(machine()),
+        source=describe(line.points["model"]),
+        steps=tuple(line.manifests),
+        engines=tuple(entry(each, gate) for each in runs),
+        source_evals=tuple(source_results),
+        strategies=recipe.eval.strategies if recipe.eval else (),
+        gate=gate,
+        not_measured=tuple(not_measured(recipe, runs)),
     )
-    references = [
-        with_images(reference, line.source, stage, recipe.verify, cache) if reference else None
-        for stage in recipe.engines
-    ]
-    engines = [
-        run_target(stage, line, own, recipe, cache, work)
-        for stage, own in zip(recipe.engines, references, strict=True)
-    ]
-    verified = [
-        verify_engine(engine, own, recipe, cache) if own else None
-        for engine, own in zip(engines, references, strict=True)
-    ]
-    records = [
-        (
-            bench_engine(engine, recipe)
-            if recipe.bench and not engine.emulation and (result is None or result["passed"])
-            else []
-        )
-        for engine, result in zip(engines, verified, strict=True)
-    ]
-    source_evals, evals = run_evals(line.source, engines, recipe, cache)
-    gate = run_gate(engines, evals, recipe)
-    for engine, result, found in zip(engines, verified, evals, strict=True):
-        source = record.known_source(recipe.model, line.points["model"].path, engine.path)
-        record.document(
-            engine.path,
-            source,
-            result,
-            found,
-            part_of(gate, engine.name),
-            recipe.verify.prompts if result else None,
-            IMAGES if result and result.get("stages") else None,
-        )
-    document = {
-        "schema": 2,
-        "title": recipe.title,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "recipe": dict(recipe.document),
-        "device": asdict(read_device(recipe.device)) if recipe.device else None,
-        "machine": machine(),
-        "source": describe(line.points["model"]),
-        "steps": line.manifests,
-        "engines": [
-            entry(*facts, gate) for facts in zip(engines, verified, records, evals, strict=True)
-        ],
-        "source_evals": source_evals,
-        "strategies": list(recipe.eval.strategies) if recipe.eval else [],
-        "gate": gate,
-        "not_measured": not_measured(recipe, engines, verified, records),
-    }
-    store.write_json(work / "report.json", document)
-    return write(document, work)
+    content = document.to_json()
+    store.write_json(work / "report.json", content)
+    return write(content, work)
+
+
+def engine_references(line: Line, recipe: Recipe, cache: Path) -> list[Reference | None]:
+    """For every engine of a recipe the answers it is verified against, None where nothing is."""
+    spec = recipe.verify
+    if not spec or line.source.random_weights:
+        return [None for _ in recipe.engines]
+    reference = reference_for(line.source, spec, cache)
+    return [with_images(reference, line.source, stage, spec, cache) for stage in recipe.engines]
+
+
+def document_engine(run: EngineRun, line: Line, recipe: Recipe, gate: GateVerdict | None) -> None:
+    """Put what was measured into the engine's manifest, and its model card and bill of materials
+    beside it.
+    """
+    share = gate_of(gate, run.engine.name)
+    verified = run.verified
+    record.document(
+        run.engine.path,
+        record.known_source(recipe.model, line.points["model"].path, run.engine.path),
+        verified.to_json() if verified else None,
+        [result.to_json() for result in run.evaluations],
+        share.to_json() if share else None,
+        recipe.verify.prompts if recipe.verify and verified else None,
+        IMAGES if verified and verified.stages else None,
+    )
 
 
 def check_inputs(recipe: Recipe) -> None:
     """Find a missing model, adapter, text set, importance or task file in the first second, not
     after an hour of work.
     """
-    weights = (
-        None if recipe.model.startswith(RANDOM) else CanonicalWeights(open_checkpoint(recipe.model))
-    )
+    weights = None
+    if not recipe.model.startswith(RANDOM):
+        weights = CanonicalWeights(open_checkpoint(recipe.model))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
     for stage in recipe.engines:
@@ -146,14 +160,22 @@ def check_inputs(recipe: Recipe) -> None:
         read_card(recipe.verify.prompts).digest("heldout")
         if weights and weights.vision:
             image_questions(recipe.verify.images)
-    for spec in recipe.eval.tasks if recipe.eval else ():
-        if questions(spec).has_vision and weights and not weights.vision:
+    if recipe.eval:
+        check_tasks(recipe.eval, recipe.model, weights)
+
+
+def check_tasks(spec: EvalSpec, model: str, weights: CanonicalWeights | None) -> None:
+    """Raises EdgemedError for a task or a strategy that is not known, and for a task with images
+    that a text model is asked.
+    """
+    for task in spec.tasks:
+        if questions(task).has_vision and weights and not weights.vision:
             raise EdgemedError(
-                f"task {spec} shows images, and {recipe.model} reads text only",
-                "Leave the task out, or give a model that sees",
+                f"task {task} shows images, and {model} reads text only",
+                "Leave the task out, or give a vision model",
             )
-    for text in recipe.eval.strategies if recipe.eval else ():
-        parse(text)
+    for strategy in spec.strategies:
+        parse(strategy)
 
 
 def run_steps(recipe: Recipe, cache: Path) -> Line:
@@ -162,7 +184,7 @@ def run_steps(recipe: Recipe, cache: Path) -> Line:
     for stage in recipe.steps:
         line.last = run_step(stage, line.last, cache)
         line.points[stage.plugin] = line.last
-        line.manifests.append(store.read_manifest(line.last.path))
+        line.manifests.append(Manifest.from_json(store.read_manifest(line.last.path)))
         if "quantization_config" not in line.last.config:
             line.source = line.last
     return line
@@ -221,13 +243,18 @@ def short(stage: Stage, inputs: Mapping[str, str]) -> str:
 def run_target(
     stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path
 ) -> Engine:
+    """Compile one engine in the store, with a link to it under work/engines."""
     checkpoint = line.points[stage.start] if stage.start else line.last
-    carried = reference.trim(recipe.verify.carried) if reference else None
+    carried = None
+    adapted: dict[str, Reference] = {}
+    if reference and recipe.verify:
+        carried = reference.trim(recipe.verify.carried)
+        adapted = adapted_references(line.source, stage, recipe.verify, cache)
     inputs = checkpoint.hashes() | plugins.load("targets", stage.plugin).inputs(stage.params)
-    adapted = adapted_references(line.source, stage, recipe.verify, cache) if reference else {}
-    inputs |= {"reference": carried.digest() if carried else "none", "name": stage.name} | {
-        f"reference/{name}": found.digest() for name, found in adapted.items()
-    }
+    inputs["reference"] = carried.digest() if carried else "none"
+    inputs["name"] = stage.name
+    for name, answers in adapted.items():
+        inputs[f"reference/{name}"] = answers.digest()
     final = cache / f"{stage.name}-{short(stage, inputs)}"
     say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
     engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name, adapted)
@@ -242,28 +269,28 @@ def run_target(
 
 def verify_engine(
     engine: Engine, reference: Reference, recipe: Recipe, cache: Path
-) -> dict[str, Any]:
-    limits = Limits(recipe.verify.max_kl, recipe.verify.min_top1)
+) -> VerifyResult:
+    """Parity of an engine with its reference, from the store where it was computed before."""
+    limits = Limits()
+    if recipe.verify:
+        limits = Limits(recipe.verify.max_kl, recipe.verify.min_top1)
     inputs = {
         "engine": engine.key,
         "reference": reference.digest(),
         "ran_on": engine.emulation or engine.target,
     }
-    result = cached(
+    content = cached(
         cache,
         "verify",
         {"limits": asdict(limits)},
         inputs,
         lambda: with_adapters(engine, verify(engine, reference, limits), limits),
     )
-    say(
-        f"verify: {engine.name} "
-        + (
-            "[green]passed[/green]"
-            if result["passed"]
-            else f"[red]failed[/red]: {'; '.join(result['problems'])}"
-        )
-    )
+    result = VerifyResult.from_json(content, f"the verification of {engine.name}")
+    verdict = "[green]passed[/green]"
+    if not result.passed:
+        verdict = f"[red]failed[/red]: {'; '.join(result.problems)}"
+    say(f"verify: {engine.name} {verdict}")
     return result
 
 
@@ -278,66 +305,55 @@ def cached(
     return json.loads((final / "result.json").read_text(encoding="utf-8"))
 
 
-def bench_engine(engine: Engine, recipe: Recipe) -> list[dict[str, Any]]:
+def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
     """Bench in a process of its own, so that peak memory is the engine's and not this build's."""
-    spec = recipe.bench
+    spec = recipe.bench or BenchSpec()
     say(f"bench: {engine.name}")
-    command = [
-        sys.executable,
-        "-m",
-        "edgemed",
-        "bench",
-        str(engine.path),
-        "--json",
-        "--runs",
-        str(spec.runs),
-        "--generate",
-        str(spec.generate),
-    ]
-    command += [part for length in spec.prompt for part in ("--prompt", str(length))]
-    command += [
-        "--image",
-        str(spec.image or 0),
-        *(["--threads", str(spec.threads)] if spec.threads else []),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    command = [sys.executable, "-m", "edgemed", "bench", str(engine.path), "--json"]
+    command += ["--runs", str(spec.runs)]
+    command += ["--generate", str(spec.generate)]
+    for length in spec.prompt:
+        command += ["--prompt", str(length)]
+    command += ["--image", str(spec.image or 0)]
+    if spec.threads:
+        command += ["--threads", str(spec.threads)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise EdgemedError(
-            f"bench of {engine.name} failed: {said[-1]}",
+            f"bench of {engine.name} failed: {lines[-1]}",
             f"Run it alone: edgemed bench {engine.path}",
         )
-    return json.loads(done.stdout)
+    return [BenchRecord.from_json(content) for content in json.loads(process.stdout)]
 
 
 def run_evals(
-    source: Checkpoint, engines: list[Engine], recipe: Recipe, cache: Path
-) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """Every task in every strategy on the source and on every engine, paired item by item."""
-    source_results: list[dict[str, Any]] = []
-    results: list[list[dict[str, Any]]] = [[] for _ in engines]
-    if not recipe.eval or source.random_weights:
-        return source_results, results
+    source: Checkpoint, runs: Sequence[EngineRun], recipe: Recipe, cache: Path
+) -> list[EvalResult]:
+    """Every task in every strategy on the source, whose results are returned, and on every engine,
+    paired item by item.
+    """
+    source_results: list[EvalResult] = []
     spec = recipe.eval
+    if not spec or source.random_weights:
+        return source_results
     for task in spec.tasks:
         asked = questions(task, spec.limit)
         say(
-            f"eval: {task} on the source and {len(engines)} engines, {len(asked.examples)} items,"
+            f"eval: {task} on the source and {len(runs)} engines, {len(asked.examples)} items,"
             f" {', '.join(spec.strategies)}"
         )
-        for base in evals_of(None, source, asked, spec, cache):
-            source_results.append(base)
-        for engine, found in zip(engines, results, strict=True):
-            if engine.emulation:
+        bases = evals_of(None, source, asked, spec, cache)
+        source_results += [EvalResult.from_json(base) for base in bases]
+        for run in runs:
+            if run.engine.emulation:
                 continue
-            manifest = store.read_manifest(engine.path)
-            for base, result in zip(
-                source_results[-len(spec.strategies) :],
-                evals_of(engine, source, asked, spec, cache),
-                strict=True,
-            ):
-                found.append(pair(result, base, manifest, spec.margin, spec.alpha))
-    return source_results, results
+            manifest = store.read_manifest(run.engine.path)
+            results = evals_of(run.engine, source, asked, spec, cache)
+            for base, result in zip(bases, results, strict=True):
+                paired = pair(result, base, manifest, spec.margin, spec.alpha)
+                run.evaluations.append(EvalResult.from_json(paired))
+    return source_results
 
 
 def evals_of(
@@ -346,49 +362,44 @@ def evals_of(
     """One result per strategy, of an engine or (None) of the source; what was computed before is
     taken from the cache.
     """
-    found = []
+    results = []
     settings = spec.settings()
-    opened = None
+    key = engine.key if engine else source_key(source.hashes())
+    name = engine.name if engine else SOURCE
+    opened: OpenedModel | None = None
 
     def compute(text: str) -> dict[str, Any]:
         nonlocal opened  # opened at the first strategy that is not in the cache, and used for all
-        opened = opened or (
-            open_source(source, asked.has_vision)
-            if engine is None
-            else start_engine(engine, asked.has_vision)
-        )
+        if opened is None and engine is None:
+            opened = open_source(source, asked.has_vision)
+        elif opened is None and engine is not None:
+            opened = start_engine(engine, asked.has_vision)
+        if opened is None:
+            raise EdgemedError(f"{name} could not be opened", "Export it again")
         return evaluate_opened(opened, asked, name, key, text, settings)
 
-    key, name = (
-        (source_key(source.hashes()), SOURCE) if engine is None else (engine.key, engine.name)
-    )
     try:
         for text in spec.strategies:
             params = {"strategy": text, "settings": asdict(settings)}
-            found.append(
-                cached(
-                    cache, "eval", params, {"model": key, "task": asked.key}, partial(compute, text)
-                )
-            )
+            inputs = {"model": key, "task": asked.key}
+            results.append(cached(cache, "eval", params, inputs, partial(compute, text)))
     finally:
         if opened:
             opened.close()
-    return found
+    return results
 
 
-def run_gate(
-    engines: list[Engine], evals: list[list[dict[str, Any]]], recipe: Recipe
-) -> dict[str, Any] | None:
-    """The verdict over all engines, or None where the recipe names no margin."""
+def run_gate(runs: Sequence[EngineRun], recipe: Recipe) -> GateVerdict | None:
+    """The verdict over all engines, None where the recipe names no margin or nothing was paired."""
     if not recipe.eval or recipe.eval.margin is None:
         return None
-    gate = judge(
-        {engine.name: found for engine, found in zip(engines, evals, strict=True)},
-        recipe.eval.margin,
-        recipe.eval.alpha,
-    )
+    results = {run.engine.name: [result.to_json() for result in run.evaluations] for run in runs}
+    content = judge(results, recipe.eval.margin, recipe.eval.alpha)
+    if content is None:
+        return None
+    gate = GateVerdict.from_json(content)
     colours = {"pass": "green", "undecided": "yellow", "fail": "red"}
-    for engine in engines:
-        if part := part_of(gate, engine.name):
-            say(f"gate: {engine.name} [{colours[part['verdict']]}]{part['verdict']}[/]")
+    for run in runs:
+        if share := gate_of(gate, run.engine.name):
+            say(f"gate: {run.engine.name} [{colours[share.verdict]}]{share.verdict}[/]")
     return gate

@@ -8,10 +8,11 @@ that an engine can be followed from one to the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from edgemed.documents.evaluation import Bin, EvalResult, Paired
 from edgemed.formatting import percent, points, seconds, size
 from edgemed.reporting import svg
 from edgemed.reporting.svg import Scale, circle, cross, line, polygon, polyline, rect, text
@@ -23,22 +24,26 @@ RIGHT = 312  # of a chart with a row per engine: labels end at LEFT, figures beg
 ROW = 20
 HEADING = 26
 TOP = 26
-LETTERS = 18
+NAMES = LEFT - 10  # where names of engines end; they begin at the chart's left border
 SHAPES = ("circle", "square", "diamond", "triangle", "hexagon")
 VERDICTS = {"pass": "not worse", "fail": "worse", "undecided": "undecided"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a chart; a heading where `result` is None. result: as in docs/report.md. verdict:
-    the gate's, None where it judged nothing.
+    """One line of a chart; a heading where `result` is None. verdict: the gate's, None where it
+    judged nothing.
     """
 
     label: str
-    result: Json | None = None
+    result: EvalResult | None = None
     source: bool = False
     failed: bool = False
     verdict: str | None = None
+
+    @property
+    def paired(self) -> Paired | None:
+        return self.result.paired if self.result else None
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Range:
 
     label: str
     median: float | None = None
-    spread: Mapping[str, Any] | None = None
+    spread: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,9 @@ def accuracy(rows: Sequence[Row], majority: float | None, title: str) -> str:
     """Accuracies with their Wilson intervals, and the accuracy of always giving the most frequent
     answer.
     """
-    results = [row.result for row in rows if row.result]
-    bounds = [bound for r in results for bound in r["interval"]] + (
-        [majority] if majority is not None else []
-    )
+    bounds = [bound for row in rows if row.result for bound in row.result.interval]
+    if majority is not None:
+        bounds.append(majority)
     low = max(0.0, min(bounds) - 0.02)
     high = min(1.0, max(bounds) + 0.02)
     scale = Scale(
@@ -92,25 +96,24 @@ def accuracy(rows: Sequence[Row], majority: float | None, title: str) -> str:
         )
     base = None
     for i, (row, y) in enumerate(placed):
-        if row.result is None:
+        result = row.result
+        if result is None:
             continue
-        r = row.result
-        x = scale(row.result["accuracy"])
+        x = scale(result.accuracy)
         base = (x, y) if row.source else base
         following = placed[i + 1][0] if i + 1 < len(placed) else None
         if base and (following is None or following.result is None or following.source):
             parts.append(line(base[0], base[1], base[0], y + 6, "guide"))
             base = None
-        parts += [
-            line(scale(r["interval"][0]), y, scale(r["interval"][1]), y, "whisker"),
-            dot(x, y, row),
-        ]
-        parts.append(text(WIDTH, y + 4, f"{100 * r['accuracy']:.1f} %", "figure", "end"))
+        low_end, high_end = result.interval
+        parts.append(line(scale(low_end), y, scale(high_end), y, "whisker"))
+        parts.append(dot(x, y, row))
+        parts.append(text(WIDTH, y + 4, f"{100 * result.accuracy:.1f} %", "figure", "end"))
     return svg.figure(
         WIDTH,
         bottom + 20,
         title,
-        said((row.label, percent(row.result["accuracy"])) for row in rows if row.result),
+        described((row.label, percent(row.result.accuracy)) for row in rows if row.result),
         [*names(placed), *parts],
     )
 
@@ -119,12 +122,13 @@ def differences(rows: Sequence[Row], margin: float | None, title: str) -> str:
     """Accuracy less the source's with its paired interval; left of the margin lies what counts as
     worse.
     """
-    found = [row for row in rows if row.result and row.result.get("paired")]
+    compared = [(row, row.paired) for row in rows if row.paired]
     # A broken engine lies far off; it ends at the border with an arrow rather than pressing all
     # others together.
-    bounds = [
-        b for row in found if not row.failed for b in row.result["paired"]["difference"]["interval"]
-    ]
+    bounds: list[float] = []
+    for row, paired in compared:
+        if not row.failed:
+            bounds += paired.difference.interval
     low = min([0.0, -1.5 * (margin or 0.0), *bounds]) - 0.005
     high = max([0.005, *bounds]) + 0.005
     scale = Scale(
@@ -152,31 +156,30 @@ def differences(rows: Sequence[Row], margin: float | None, title: str) -> str:
                 circle(scale(0), y, 4, "dot hollow"),
                 text(WIDTH, y + 4, "reference", "figure soft", "end"),
             ]
-        elif row.result and row.result.get("paired"):
-            parts += difference(scale, row, y)
-    said_ = said(
+        elif row.paired:
+            parts += difference(scale, row, row.paired, y)
+    description = described(
         (
             row.label,
-            (
-                f"{points(row.result['paired']['difference']['value'])},"
-                f" {VERDICTS.get(row.verdict, 'not judged')}"
-            ),
+            f"{points(paired.difference.value)}, {VERDICTS.get(row.verdict or '', 'not judged')}",
         )
-        for row in found
+        for row, paired in compared
     )
-    return svg.figure(WIDTH, bottom + 20, title, said_, [*names(placed), *parts])
+    return svg.figure(WIDTH, bottom + 20, title, description, [*names(placed), *parts])
 
 
-def difference(scale: Scale, row: Row, y: float) -> list[str]:
-    paired = row.result["paired"]
-    value = paired["difference"]["value"]
-    low, high = paired["difference"]["interval"]
-    parts = [line(scale(low), y, scale(high), y, "whisker"), dot(scale(value), y, row)]
-    if not scale.holds(value):
-        parts[-1] = text(LEFT + 2, y + 4, "◂", "figure bad")
-    limit = paired.get("noninferiority")
-    if limit and scale.holds(limit["lower"]):
-        parts.append(line(scale(limit["lower"]), y - 4, scale(limit["lower"]), y + 4, "whisker"))
+def difference(scale: Scale, row: Row, paired: Paired, y: float) -> list[str]:
+    """One engine's difference with its interval and the limit that is held against the margin."""
+    value = paired.difference.value
+    low, high = paired.difference.interval
+    parts = [line(scale(low), y, scale(high), y, "whisker")]
+    if scale.holds(value):
+        parts.append(dot(scale(value), y, row))
+    else:
+        parts.append(text(LEFT + 2, y + 4, "◂", "figure bad"))
+    limit = paired.noninferiority
+    if limit and scale.holds(limit.lower):
+        parts.append(line(scale(limit.lower), y - 4, scale(limit.lower), y + 4, "whisker"))
     word = VERDICTS[row.verdict] if row.verdict else points(value)
     return [*parts, text(WIDTH, y + 4, word, f"figure {row.verdict or 'soft'}", "end")]
 
@@ -185,68 +188,56 @@ def flips(rows: Sequence[Row], title: str) -> str:
     """Answers that changed against the source: lost to the left, gained to the right, and those
     wrong before and after.
     """
-    shown = [row for row in rows if row.result and row.result.get("paired")]
+    compared = [(row, row.paired) for row in rows if row.paired]
     # A broken engine must not flatten the bars of all others: its own end at the border, and its
     # numbers are written out.
-    longest = max(
-        [
-            1,
-            *(
-                row.result["paired"][key]
-                for row in shown
-                if not row.failed
-                for key in ("only_source", "only_engine", "changed_both_wrong")
-            ),
-        ]
-    )
+    longest = 1
+    for row, paired in compared:
+        if not row.failed:
+            longest = max(longest, *changes(paired))
     unit = 42 / longest
     middle = LEFT + 74
     third = LEFT + 162
     placed, bottom = place(rows)
-    heads = [
+    parts = [line(x, TOP - 6, x, bottom, "axis") for x in (middle, third)]
+    parts += [
         text(middle - 5, 14, "right→wrong", "figure bad", "end"),
         text(middle + 5, 14, "wrong→right", "figure good"),
         text(third, 14, "still wrong", "figure soft"),
     ]
-    parts = [line(x, TOP - 6, x, bottom, "axis") for x in (middle, third)] + heads
     for row, y in placed:
         if row.source:
             parts.append(text(middle + 5, y + 4, "reference", "figure soft"))
-        if row not in shown:
+        if not row.paired:
             continue
-        lost, gained, other = (
-            row.result["paired"][key]
-            for key in ("only_source", "only_engine", "changed_both_wrong")
-        )
-        for start, way, number_, kind in (
-            (middle, -1, lost, "bar lost"),
-            (middle, 1, gained, "bar gained"),
-            (third, 1, other, "bar other"),
-        ):
-            length = min(unit * number_, 46)
-            label = f"{number_}…" if unit * number_ > 46 else str(number_)
-            parts.append(rect(start - length if way < 0 else start, y - 5, length, 10, kind))
-            parts.append(
-                text(
-                    start + way * (length + 4),
-                    y + 4,
-                    label,
-                    "figure",
-                    "end" if way < 0 else "start",
-                )
-            )
-    lines = (
-        (
-            row.label,
-            "{only_source} lost, {only_engine} gained,"
-            " {changed_both_wrong} wrong both times".format(**row.result["paired"]),
-        )
-        for row in shown
+        lost, gained, other = changes(row.paired)
+        parts += bar(middle, -1, lost, unit, y, "bar lost")
+        parts += bar(middle, 1, gained, unit, y, "bar gained")
+        parts += bar(third, 1, other, unit, y, "bar other")
+    description = described(
+        (row.label, "{} lost, {} gained, {} wrong both times".format(*changes(paired)))
+        for row, paired in compared
     )
-    return svg.figure(WIDTH, bottom + 20, title, said(lines), [*names(placed), *parts])
+    return svg.figure(WIDTH, bottom + 20, title, description, [*names(placed), *parts])
 
 
-def reliability(before: Sequence[Json] | None, after: Sequence[Json], title: str) -> str:
+def changes(paired: Paired) -> tuple[int, int, int]:
+    """Items lost, items gained, and items answered otherwise but wrong both times."""
+    return paired.only_source, paired.only_engine, paired.changed_both_wrong
+
+
+def bar(start: float, way: int, count: int, unit: float, y: float, kind: str) -> list[str]:
+    """A bar of `count` items with its number. way: -1 to the left of start, 1 to the right."""
+    length = min(unit * count, 46)
+    label = f"{count}…" if unit * count > 46 else str(count)
+    anchor = "end" if way < 0 else "start"
+    return [
+        rect(start - length if way < 0 else start, y - 5, length, 10, kind),
+        text(start + way * (length + 4), y + 4, label, "figure", anchor),
+    ]
+
+
+def reliability(before: Sequence[Bin] | None, after: Sequence[Bin], title: str) -> str:
     """Share of right answers at each stated confidence; on the diagonal confidence is honest.
     before: the source's bins, after: the engine's.
     """
@@ -273,15 +264,13 @@ def reliability(before: Sequence[Json] | None, after: Sequence[Json], title: str
         ]
     parts.append(text(x(0.5), height - 5, "stated confidence, %", "figure soft", "middle"))
     for bins, kind in ((before or (), "hollow"), (after, "")):
-        total = sum(b["n"] for b in bins)
-        parts.append(
-            polyline(((x(b["confidence"]), y(b["accuracy"])) for b in bins), f"path {kind}")
-        )
+        total = sum(b.n for b in bins)
+        parts.append(polyline(((x(b.confidence), y(b.accuracy)) for b in bins), f"path {kind}"))
         parts += [
             circle(
-                x(b["confidence"]),
-                y(b["accuracy"]),
-                max(2.0, 9 * math.sqrt(b["n"] / total) if total else 2.0) / 1.4,
+                x(b.confidence),
+                y(b.accuracy),
+                max(2.0, 9 * math.sqrt(b.n / total) if total else 2.0) / 1.4,
                 f"dot {kind}",
             )
             for b in bins
@@ -290,10 +279,10 @@ def reliability(before: Sequence[Json] | None, after: Sequence[Json], title: str
         width,
         height,
         title,
-        said(
+        described(
             (
-                f"confidence {percent(b['confidence'])}",
-                f"{percent(b['accuracy'])} right of {b['n']}",
+                f"confidence {percent(b.confidence)}",
+                f"{percent(b.accuracy)} right of {b.n}",
             )
             for b in after
         ),
@@ -357,7 +346,9 @@ def spans(rows: Sequence[Range], title: str, scale_of: float = 1.0) -> str:
         WIDTH,
         placed[1] + 20,
         title,
-        said((row.label, seconds(row.median * scale_of)) for row in known),
+        described(
+            (row.label, seconds(row.median * scale_of)) for row in known if row.median is not None
+        ),
         [*names(placed[0]), *parts],
     )
 
@@ -378,7 +369,7 @@ def memory(
         RIGHT,
         log=True,
     )
-    placed, bottom = place([Row(name, {}) for name, *_ in rows])
+    placed, bottom = place([Range(name, held) for name, held, _ in rows])
     unit, unit_name = (1e9, "GB") if high >= 2e9 else (1e6, "MB")
     parts = grid(
         scale,
@@ -403,7 +394,7 @@ def memory(
         WIDTH,
         bottom + 20,
         title,
-        said((name, f"files {size(held)}, peak {size(peak)}") for name, held, peak in rows),
+        described((name, f"files {size(held)}, peak {size(peak)}") for name, held, peak in rows),
         [*names(placed), *parts],
     )
 
@@ -439,7 +430,13 @@ def pareto(found: Sequence[Point], axis: str, title: str) -> str:
     ]
     parts += [
         line(x(v), 8, x(v), height - 44, "grid")
-        + text(x(v), height - 28, f"{v:.6g}", "figure soft", "middle")
+        + text(
+            svg.inside(x(v), f"{v:.6g}", "middle", width),
+            height - 28,
+            f"{v:.6g}",
+            "figure soft",
+            "middle",
+        )
         for v in (svg.log_ticks if log else svg.ticks)(low, high, 5)
     ]
     parts += [text((left + width) / 2, height - 8, axis, "figure soft", "middle")]
@@ -468,7 +465,7 @@ def pareto(found: Sequence[Point], axis: str, title: str) -> str:
         width,
         height,
         title,
-        said((p.title, "on the front" if p.front else "behind it") for p in found),
+        described((p.title, "on the front" if p.front else "behind it") for p in found),
         parts,
     )
 
@@ -517,9 +514,9 @@ def names(placed: Sequence[tuple[Any, float]]) -> list[str]:
     for row, y in placed:
         heading = row.result is None if isinstance(row, Row) else row.median is None
         parts.append(
-            text(0, y + 4, row.label, "heading")
+            text(0, y + 4, svg.fit(row.label, WIDTH, bold=True), "heading")
             if heading
-            else text(LEFT - 10, y + 4, svg.shorten(row.label, LETTERS), "name", "end")
+            else text(NAMES, y + 4, svg.fit(row.label, NAMES), "name", "end")
         )
     return parts
 
@@ -537,7 +534,9 @@ def grid(
 def marked(x: float, bottom: float, label: str, kind: str) -> list[str]:
     """A dashed line with its meaning above it, written to the side that has room."""
     anchor = "end" if x > (LEFT + RIGHT) / 2 else "start"
-    return [line(x, TOP - 8, x, bottom, kind), text(x, 12, label, "figure marked", anchor)]
+    label = svg.fit(label, WIDTH)
+    at = svg.inside(x, label, anchor, WIDTH)
+    return [line(x, TOP - 8, x, bottom, kind), text(at, 12, label, "figure marked", anchor)]
 
 
 def dot(x: float, y: float, row: Row) -> str:
@@ -548,5 +547,5 @@ def dot(x: float, y: float, row: Row) -> str:
     )
 
 
-def said(pairs: Iterator[tuple[str, str]]) -> str:
+def described(pairs: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{name}: {value}" for name, value in pairs)

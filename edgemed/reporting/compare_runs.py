@@ -15,6 +15,9 @@ from typing import Any
 from edgemed.artifacts import lineage, store
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.artifacts.records import read_records
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.manifest import Manifest
+from edgemed.documents.run import SCHEMA, EngineEntry, RunDocument, Source
 from edgemed.engines.engine import ENGINE
 from edgemed.errors import EdgemedError
 from edgemed.reporting import report
@@ -50,10 +53,10 @@ def labels(directories: Sequence[Path]) -> list[str]:
     # As it was named, not where a link leads: runs/x/engines/onnx-int4 is a link into the store.
     parts = [Path(os.path.abspath(directory)).parts for directory in directories]
     for depth in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(p[-depth:]).lstrip("/") for p in parts]
-        if len(set(found)) == len(found):
+        names = ["/".join(p[-depth:]).lstrip("/") for p in parts]
+        if len(set(names)) == len(names):
             break
-    return found
+    return names
 
 
 def read_document(directory: Path) -> Json:
@@ -74,106 +77,124 @@ def engine_document(directory: Path) -> dict[str, Any]:
     """A run document of one engine, from its manifest, engine.json and records. Raises EdgemedError
     where it is no engine.
     """
-    manifest = store.read_manifest(directory)
-    if manifest["kind"] != "engine" or not (directory / ENGINE).is_file():
-        raise EdgemedError(f"{directory} is a {manifest['kind']}, not a run or an engine", FIX)
-    facts = read_json_object(directory / ENGINE, AGAIN)
-    records = read_records(directory)
-    own = [record for record in records if record["engine_key"] == manifest["key"]]
-    machines = list(dict.fromkeys(machine_name(record["machine"]) for record in own)) or [None]
-    evals = manifest.get("evals") or []
-    engines = []
-    for machine in machines:
-        # Speeds of two machines are two rows; what the engine answers is the same on both and
-        # stands in the first.
-        first = machine == machines[0]
-        engines.append(
-            {
-                "name": facts["name"] if len(machines) == 1 else f"{facts['name']} on {machine}",
-                "target": facts["target"],
-                "precision": facts["precision"],
-                "path": str(directory),
-                "bytes": store.size_of(manifest),
-                "manifest": manifest,
-                "verify": manifest.get("verify"),
-                "records": latest(
-                    [record for record in own if machine_name(record["machine"]) == machine]
-                ),
-                "evals": evals if first else [],
-                "gate": manifest.get("gate") if first else None,
-                "stages": (manifest.get("verify") or {}).get("stages", []),
-            }
+    manifest = Manifest.from_json(store.read_manifest(directory), f"{directory}/{store.MANIFEST}")
+    if manifest.kind != "engine" or not (directory / ENGINE).is_file():
+        raise EdgemedError(f"{directory} is a {manifest.kind}, not a run or an engine", FIX)
+    engine = read_json_object(directory / ENGINE, AGAIN)
+    contents = read_records(directory)
+    records = [
+        BenchRecord.from_json(content, f"a record of {directory}")
+        for content in contents
+        if content["engine_key"] == manifest.key
+    ]
+    entries = engine_entries(directory, manifest, engine, records)
+    results = manifest.evals or ()
+    document = RunDocument(
+        schema=SCHEMA,
+        title=engine["name"],
+        created=manifest.created,
+        recipe={},
+        device=None,
+        machine=records[-1].machine if records else None,
+        source=origin(manifest, engine),
+        steps=earlier_steps(manifest),
+        engines=tuple(entries),
+        source_evals=(),
+        strategies=tuple(dict.fromkeys(result.strategy for result in results)),
+        gate=None,
+        not_measured=tuple(missing(engine["name"], entries[0], len(contents) - len(records))),
+    )
+    return document.to_json()
+
+
+def engine_entries(
+    directory: Path, manifest: Manifest, engine: Json, records: Sequence[BenchRecord]
+) -> list[EngineEntry]:
+    """One entry per machine the engine was measured on. Speeds of two machines are two rows; what
+    the engine answers is the same on both and stands in the first.
+
+    engine: what engine.json says.
+    """
+    by_machine: dict[str, list[BenchRecord]] = {}
+    for record in records:
+        by_machine.setdefault(machine_name(record.machine), []).append(record)
+    groups = list(by_machine.items()) or [("", [])]
+    verified = manifest.verify
+    entries = []
+    for number, (machine, measured) in enumerate(groups):
+        entries.append(
+            EngineEntry(
+                name=engine["name"] if len(groups) == 1 else f"{engine['name']} on {machine}",
+                target=engine["target"],
+                precision=engine["precision"],
+                path=str(directory),
+                bytes=sum(file.bytes for file in manifest.files.values() if not file.attached),
+                manifest=manifest,
+                verify=verified,
+                records=tuple(latest(measured)),
+                evals=(manifest.evals or ()) if number == 0 else (),
+                gate=manifest.gate if number == 0 else None,
+                stages=(verified.stages or ()) if verified else (),
+            )
         )
-    return {
-        "schema": report.SCHEMA,
-        "title": facts["name"],
-        "created": manifest["created"],
-        "recipe": {},
-        "device": None,
-        "machine": own[-1]["machine"] if own else None,
-        "source": origin(manifest, facts),
-        "steps": [m for _, m in lineage.ancestors(manifest)][:0:-1],
-        "engines": engines,
-        "source_evals": [],
-        "strategies": list(dict.fromkeys(result["strategy"] for result in evals)),
-        "gate": None,
-        "not_measured": missing(facts["name"], engines, len(records) - len(own)),
-    }
+    return entries
 
 
-def origin(manifest: Json, facts: Json) -> dict[str, Any]:
+def earlier_steps(manifest: Manifest) -> tuple[Manifest, ...]:
+    """The manifests of the steps an engine was made by, in order."""
+    chain = [Manifest.from_json(made) for _, made in lineage.ancestors(manifest.to_json())]
+    return tuple(reversed(chain[1:]))
+
+
+def origin(manifest: Manifest, engine: Json) -> Source:
     """What is known of the checkpoint everything began with: its files, and its name where the
     engine carries it.
     """
-    *_, (_, oldest) = lineage.ancestors(manifest)
-    return {
-        "path": (manifest.get("source") or {}).get("name"),
-        "family": facts["family"],
-        "parameters": None,
-        "files": lineage.read(oldest),
-        "random_weights": facts["random_weights"],
-    }
+    *_, (_, oldest) = lineage.ancestors(manifest.to_json())
+    return Source(
+        path=(manifest.source or {}).get("name"),
+        family=engine["family"],
+        parameters=None,
+        files=lineage.read(oldest),
+        random_weights=engine["random_weights"],
+    )
 
 
-def latest(records: Sequence[Json]) -> list[Json]:
+def latest(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     """The newest record of each number, of the last thread count used; records are only ever
     appended.
     """
-    threads = records[-1]["how"].get("threads") if records else None
-    kept = {}
+    threads = records[-1].how.get("threads") if records else None
+    newest = {}
     for record in records:
-        if record["how"].get("threads") == threads:
-            kept[record["name"], record["how"].get("prompt"), record["how"].get("generate")] = (
-                record
-            )
-    return list(kept.values())
+        if record.how.get("threads") == threads:
+            condition = (record.how.get("prompt"), record.how.get("generate"))
+            newest[record.name, *condition] = record
+    return list(newest.values())
 
 
-def missing(name: str, engines: Sequence[Json], foreign: int) -> list[str]:
-    """What a reader of a lone engine's page might take for granted."""
-    first = engines[0]
-    found = (
-        []
-        if first["verify"]
-        else [
+def missing(name: str, first: EngineEntry, foreign: int) -> list[str]:
+    """What a reader of a lone engine's page might take for granted. foreign: how many records
+    belong to another engine.
+    """
+    sentences = []
+    if not first.verify:
+        sentences.append(
             f"{name}: whether it answers as its source does is not recorded in the engine directory"
             " (edgemed verify checks it)."
-        ]
-    )
-    found += (
-        []
-        if first["records"]
-        else [f"{name}: speed and memory were not measured (no records.jsonl of this engine)."]
-    )
-    found += (
-        [] if first["evals"] else [f"{name}: accuracy is not recorded in the engine directory."]
-    )
+        )
+    if not first.records:
+        sentences.append(
+            f"{name}: speed and memory were not measured (no records.jsonl of this engine)."
+        )
+    if not first.evals:
+        sentences.append(f"{name}: accuracy is not recorded in the engine directory.")
     if foreign:
-        found += [
+        sentences.append(
             f"{name}: {foreign} records in its records.jsonl belong to another engine and are left"
             " out."
-        ]
-    return found
+        )
+    return sentences
 
 
 def write_comparison(runs: Sequence[Run], out: Path) -> Path:
@@ -195,6 +216,6 @@ def write_comparison(runs: Sequence[Run], out: Path) -> Path:
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """All documents of a comparison as one JSON value."""
     return {
-        "schema": report.SCHEMA,
+        "schema": SCHEMA,
         "comparison": [{"label": run.label, "document": run.document} for run in runs],
     }

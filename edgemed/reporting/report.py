@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import formatting
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.machine import TargetDevice
+from edgemed.documents.run import SCHEMA
 from edgemed.errors import EdgemedError
 from edgemed.reporting import accuracy_section, charts
 from edgemed.reporting.charts import Range
 from edgemed.reporting.view_model import Run, value, view
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCHEMA = 2
 NEEDED = (
     "title",
     "created",
@@ -36,7 +38,7 @@ NEEDED = (
     "gate",
     "not_measured",
 )
-SHOWN = (
+FILTERS = (
     "size",
     "seconds",
     "number",
@@ -90,31 +92,34 @@ def page(runs: Sequence[Run], title: str = "", template: str = "report.html.j2")
     """
     for run in runs:
         check(run.document, run.label)
-    shown = view(runs)
-    tasks = accuracy_section.tasks(runs, shown["engines"])
-    context = shown | {
-        "title": title or runs[0].document["title"],
+    content = view(runs)
+    tasks = accuracy_section.tasks(runs, content["engines"])
+    context = {
+        **content,
+        "title": title or runs[0].data.title,
         "tasks": tasks,
         "costs": accuracy_section.costs(tasks),
-        **speed_charts(shown),
+        "speed": [speed_charts(group) for group in content["machines"]],
     }
-    return environment().get_template(template).render(context)
+    return templates().get_template(template).render(context)
 
 
 @functools.cache
-def environment() -> Any:
+def templates() -> Any:
     import jinja2
 
     # Markdown is escaped by its own filter; HTML escaping there would show as entities.
-    made = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=lambda name: not (name or "").endswith(".md.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {name: getattr(formatting, name) for name in SHOWN} | {"cell": cell}
-    return made
+    for name in FILTERS:
+        environment.filters[name] = getattr(formatting, name)
+    environment.filters["cell"] = cell
+    return environment
 
 
 def check(document: Json, label: str = "") -> None:
@@ -133,18 +138,15 @@ def check(document: Json, label: str = "") -> None:
         raise EdgemedError(f"{name} lacks {', '.join(missing)}", "Run the recipe again")
 
 
-def speed_charts(shown: Json) -> dict[str, Any]:
-    """Charts of speed and memory, one set per machine."""
+def speed_charts(group: Json) -> dict[str, Any]:
+    """Charts of speed and memory of the engines measured on one machine."""
+    engines = group["engines"]
+    machine = group["name"]
     return {
-        "speed": [
-            {
-                **group,
-                "steps": steps(group["engines"], group["name"]),
-                "first": first_tokens(group["engines"], group["name"]),
-                "memory": memory(group["engines"], group["name"]),
-            }
-            for group in shown["machines"]
-        ]
+        **group,
+        "steps": steps(engines, machine),
+        "first": first_tokens(engines, machine),
+        "memory": memory(engines, machine),
     }
 
 
@@ -158,17 +160,18 @@ def memory(engines: Sequence[Json], machine: str) -> str:
 
 
 def limit_name(engine: Json) -> str:
-    device = engine["run"].document["device"]
-    return device["name"] if device else engine["machine"]
+    device: TargetDevice | None = engine["run"].data.device
+    name: str = device.name if device else engine["machine"]
+    return name
+
+
+def distribution(label: str, record: BenchRecord) -> Range:
+    return Range(label, record.value, record.spread.to_json())
 
 
 def steps(engines: Sequence[Json], machine: str) -> str | None:
     rows = [
-        Range(
-            e["label"],
-            e["values"]["step_milliseconds"]["value"],
-            e["values"]["step_milliseconds"]["spread"],
-        )
+        distribution(e["label"], e["values"]["step_milliseconds"])
         for e in engines
         if "step_milliseconds" in e["values"]
     ]
@@ -177,14 +180,13 @@ def steps(engines: Sequence[Json], machine: str) -> str | None:
 
 def first_tokens(engines: Sequence[Json], machine: str) -> str | None:
     rows: list[Range] = []
-    for prompt in sorted({p["prompt"] for e in engines for p in e["prompts"]}):
-        rows.append(Range(f"prompt of {prompt} tokens"))
-        rows += [
-            Range(e["label"], p["first_token_seconds"]["value"], p["first_token_seconds"]["spread"])
-            for e in engines
-            for p in e["prompts"]
-            if p["prompt"] == prompt
-        ]
+    lengths = {row["prompt"] for engine in engines for row in engine["prompts"]}
+    for length in sorted(lengths):
+        rows.append(Range(f"prompt of {length} tokens"))
+        for engine in engines:
+            for row in engine["prompts"]:
+                if row["prompt"] == length:
+                    rows.append(distribution(engine["label"], row["first_token_seconds"]))
     return charts.spans(rows, f"Time to the first token on {machine}") if rows else None
 
 

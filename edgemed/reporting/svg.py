@@ -12,6 +12,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+# Size of a chart's letters in CSS pixels, as in _style.css.
+LETTER = 11.5
+# Advance widths in units of the letter size, of DejaVu Sans: the widest sans-serif that a page
+# without fonts of its own is commonly drawn in. Characters that are not listed count as WIDE.
+WIDE = 1.0
+ADVANCES = {
+    "ijl": 0.28,
+    "I .,'": 0.33,
+    "fJ()[]-:;/|": 0.4,
+    'rt"': 0.42,
+    'sz_"': 0.53,
+    "acekvxyLFT◂▸": 0.62,
+    "bdghnopquSYPER0123456789AVBXZCK$": 0.7,
+    "DHNOQGUw": 0.82,
+    "+−→=<>~": 0.84,
+    "M%": 0.96,
+}
+ADVANCE = {letter: width for letters, width in ADVANCES.items() for letter in letters}
+BOLD = 1.25
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -141,6 +161,31 @@ def shorten(label: str, most: int) -> str:
         return label
     head = (most - 1) // 3
     return f"{label[:head]}…{label[-(most - 1 - head) :]}"
+
+
+def width_of(label: str, bold: bool = False) -> float:
+    """Pixels that a label of a chart takes at most, whatever sans-serif is installed."""
+    width = LETTER * sum(ADVANCE.get(letter, WIDE) for letter in label)
+    return BOLD * width if bold else width
+
+
+def fit(label: str, room: float, bold: bool = False) -> str:
+    """The label, shortened in its middle until it takes no more than `room` pixels."""
+    for most in range(len(label), 3, -1):
+        shortened = shorten(label, most)
+        if width_of(shortened, bold) <= room:
+            return shortened
+    return shorten(label, 3)
+
+
+def inside(x: float, label: str, anchor: str, width: float) -> float:
+    """Where to put a label so that it lies within a drawing: x, or as near to it as there is room.
+
+    anchor: 'start', 'middle' or 'end' of the label lies at x.
+    """
+    before = {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * width_of(label)
+    after = width_of(label) - before
+    return max(min(x, width - after), before)
 
 
 def _kind(kind: str) -> str:

@@ -1,5 +1,5 @@
-"""What a report shows, worked out from run documents as plain mappings: pure functions, nothing is
-measured or loaded here.
+"""What a report shows, worked out from run documents: pure functions, nothing is measured or loaded
+here.
 
 One run and a comparison of several take the same way, so that they cannot tell different stories;
 the templates only lay out what is decided here: which numbers may be shown, which may stand side by
@@ -8,16 +8,22 @@ side, and which is best.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgemed.artifacts import lineage
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.machine import Machine
+from edgemed.documents.run import EngineEntry, RunDocument
+from edgemed.documents.verify import VerifyResult
 from edgemed.formatting import number, points, pretty, size
 from edgemed.reporting import verdicts
 
 Json = Mapping[str, Any]
+LONG = 160  # letters of a note that is unfolded instead of standing in a table
 # Shown in columns of their own; a record of any other name goes into the table of further
 # measurements.
 NAMED = {
@@ -46,26 +52,29 @@ IMAGE = {
 
 @dataclass(frozen=True)
 class Run:
-    """One document on a page. label: its name there, empty where it is the only one."""
+    """One document on a page. document: as it was read, and as it is written again; label: its name
+    there, empty where it is the only one.
+    """
 
     document: Json
     label: str = ""
 
+    @functools.cached_property
+    def data(self) -> RunDocument:
+        """The document as typed values. Raises EdgemedError where it lacks a part."""
+        where = f"the run document of {self.label}" if self.label else "the run document"
+        return RunDocument.from_json(self.document, where)
+
 
 def view(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything the templates show, but for the accuracy tables and the charts."""
-    known = {result["model_key"] for run in runs for result in run.document["source_evals"]}
-    engines = [
-        engine_view(engine, run, known) for run in runs for engine in run.document["engines"]
-    ]
-    several = sorted(
-        {engine["source_key"] for engine in engines}, key=[e["source_key"] for e in engines].index
-    )
-    for i, engine in enumerate(engines):
-        engine["number"] = i + 1
-        engine["source"] = (
-            chr(ord("A") + several.index(engine["source_key"])) if len(several) > 1 else ""
-        )
+    evaluated = {result.model_key for run in runs for result in run.data.source_evals}
+    engines = [engine_view(engine, run, evaluated) for run in runs for engine in run.data.engines]
+    source_keys = list(dict.fromkeys(engine["source_key"] for engine in engines))
+    for number_, engine in enumerate(engines, 1):
+        engine["number"] = number_
+        if len(source_keys) > 1:
+            engine["source"] = letter(source_keys.index(engine["source_key"]))
     machines = list(dict.fromkeys(engine["machine"] for engine in engines if engine["machine"]))
     groups = [
         {"name": name, "engines": [e for e in engines if e["machine"] == name]} for name in machines
@@ -74,7 +83,7 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
         scale_bars(group["engines"])
     mark_best(engines)
     rows = [
-        {"engine": engine, "answers": verdicts.answers(engine, engine["run"].document)}
+        {"engine": engine, "answers": verdicts.answers(engine, engine["run"].data)}
         for engine in engines
     ]
     return {
@@ -85,138 +94,176 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
         "first_machine": machines[0] if machines else None,
         "sources": [
             {
-                "letter": chr(ord("A") + i),
+                "letter": letter(i),
                 "key": key,
                 "engines": [e["label"] for e in engines if e["source_key"] == key],
             }
-            for i, key in enumerate(several)
+            for i, key in enumerate(source_keys)
         ],
         "summary": rows,
         "conclusion": verdicts.conclusion(rows),
-        "headline": headline(engines, len(machines) == 1, len(several) == 1),
-        "random_weights": any(run.document["source"]["random_weights"] for run in runs),
+        "headline": headline(engines, len(machines) == 1, len(source_keys) == 1),
+        "random_weights": any(run.data.source.random_weights for run in runs),
         "not_measured": [
-            (run.label, sentence) for run in runs for sentence in run.document["not_measured"]
+            (run.label, sentence) for run in runs for sentence in run.data.not_measured
         ],
         "image_columns": IMAGE,
-        "targets": list(dict.fromkeys(target_name(run.document) for run in runs)),
+        "targets": list(dict.fromkeys(target_name(run.data) for run in runs)),
     }
+
+
+def letter(number_: int) -> str:
+    """A, B, C ... of a source, where there are several."""
+    return chr(ord("A") + number_)
 
 
 def run_view(run: Run) -> dict[str, Any]:
     """One document: what went in, what was done, on what, with which versions."""
-    d = run.document
+    document = run.data
+    recipe = None
+    if document.recipe:
+        recipe = json.dumps(document.recipe, indent=1, ensure_ascii=False)
     return {
         "label": run.label,
-        "d": d,
+        "d": document,
         "steps": [
-            {**m, "facts": facts(m["notes"]), "settings": facts(m["params"])} for m in d["steps"]
+            {
+                "stage": manifest.stage,
+                "wall_seconds": manifest.wall_seconds,
+                "peak_memory_bytes": manifest.peak_memory_bytes,
+                "notes": named_values(manifest.notes),
+                "settings": named_values(manifest.params),
+            }
+            for manifest in document.steps
         ],
-        "tree": lineage.tree(d),
-        "recipe": json.dumps(d["recipe"], indent=1, ensure_ascii=False) if d["recipe"] else None,
-        "versions": versions(d),
+        "tree": lineage.tree(run.document),
+        "recipe": recipe,
+        "versions": versions(document),
         "engines": [
             {
-                "name": e["name"],
-                "target": e["target"],
-                "precision": e["precision"],
-                "manifest": e["manifest"],
-                "facts": facts(e["manifest"]["notes"]),
+                "name": engine.name,
+                "target": engine.target,
+                "precision": engine.precision,
+                "manifest": engine.manifest,
+                "notes": named_values(engine.manifest.notes),
             }
-            for e in d["engines"]
+            for engine in document.engines
         ],
     }
 
 
-def target_name(document: Json) -> str:
-    device = document["device"]
-    return device["title"] if device and device["recognise"] else "the machine it ran on"
+def target_name(document: RunDocument) -> str:
+    device = document.device
+    return device.title if device and device.recognise else "the machine it ran on"
 
 
-def engine_view(engine: Json, run: Run, known: set[str]) -> dict[str, Any]:
+def engine_view(engine: EngineEntry, run: Run, evaluated: set[str]) -> dict[str, Any]:
     """One engine: the verdict on its parity, and its numbers by name where they may be shown."""
     verdict = verdict_of(engine)
-    records = [] if verdict == "failed" else engine["records"]
+    records = () if verdict == "failed" else engine.records
+    # Numbers that depend on the length of the prompt stand in a table of their own.
     values = {
-        record["name"]: record
+        record.name: record
         for record in records
-        if record["how"].get("prompt") is None or "generate" in record["how"]
+        if record.how.get("prompt") is None or "generate" in record.how
     }
-    prompts = sorted({r["how"]["prompt"] for r in records if r["name"] == "first_token_seconds"})
-    by_prompt = [
-        {
-            "prompt": p,
-            **{
-                r["name"]: r
-                for r in records
-                if r["how"].get("prompt") == p and "generate" not in r["how"]
-            },
-        }
-        for p in prompts
-    ]
-    verify = engine["verify"]
-    ceiling = values.get("ceiling_tokens_per_second")
+    prompts = prompt_rows(records)
+    verify = engine.verify
+    machine = records[-1].machine if records else None
+    device = run.data.device
     return {
-        **engine,
+        "name": engine.name,
+        "target": engine.target,
+        "precision": engine.precision,
+        "bytes": engine.bytes,
+        "manifest": engine.manifest,
+        "verify": verify,
+        "evals": engine.evals,
+        "gate": engine.gate,
+        "stages": engine.stages,
         "run": run,
-        "label": f"{run.label}: {engine['name']}" if run.label else engine["name"],
+        "source": "",
+        "label": f"{run.label}: {engine.name}" if run.label else engine.name,
         "verdict": verdict,
         "values": values,
-        "prompts": by_prompt,
-        "last": by_prompt[-1] if by_prompt else None,
+        "prompts": prompts,
+        "last": prompts[-1] if prompts else None,
         "why_no_speed": None if records else silence(engine, verdict),
-        "greedy": verify["greedy_same"] / verify["greedy_tokens"]
-        if verify and verify.get("greedy_tokens")
-        else None,
-        "machine": machine_name(records[-1]["machine"]) if records else None,
-        "source_key": lineage.source_of(engine["manifest"], known),
+        "greedy": greedy_share(verify),
+        "machine": machine_name(machine) if machine else None,
+        "source_key": lineage.source_of(engine.manifest.to_json(), evaluated),
         # Several strategies on one task: the first, which is the one the gate judges, stands for
         # it.
-        "results": {result["task_key"]: result for result in reversed(engine["evals"])},
+        "results": {result.task_key: result for result in reversed(engine.evals)},
         "best": set(),
         "bars": {},
-        "further": [record for record in records if record["name"] not in (*NAMED, *IMAGE)],
+        "further": [record for record in records if record.name not in (*NAMED, *IMAGE)],
         "image": {name: values[name] for name in IMAGE if name in values},
-        # Weights that fit the cache are not read from memory for every token, so the memory's
-        # ceiling does not bound them.
-        "cached": ceiling is not None
-        and ceiling["how"]["bytes_per_token"] < ceiling["machine"].get("cache_bytes", 0),
-        "room": verdicts.usable_bytes(run.document["device"], records[-1]["machine"])
-        if records and verdicts.shares_memory(run.document["device"])
+        "cached": fits_the_cache(values.get("ceiling_tokens_per_second")),
+        "room": verdicts.usable_bytes(device, machine)
+        if machine and verdicts.shares_memory(device)
         else None,
     }
 
 
-def silence(engine: Json, verdict: str) -> str:
+def prompt_rows(records: Sequence[BenchRecord]) -> list[dict[str, Any]]:
+    """One row per prompt length: the length, and its records by name."""
+    rows: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.name == "first_token_seconds":
+            rows[record.how["prompt"]] = {"prompt": record.how["prompt"]}
+    for record in records:
+        row = rows.get(record.how.get("prompt", -1))
+        if row is not None and "generate" not in record.how:
+            row[record.name] = record
+    return [rows[length] for length in sorted(rows)]
+
+
+def greedy_share(verify: VerifyResult | None) -> float | None:
+    """Share of greedy tokens that are the source's, None for heads that do not generate."""
+    if verify is None or not verify.greedy_tokens or verify.greedy_same is None:
+        return None
+    return verify.greedy_same / verify.greedy_tokens
+
+
+def fits_the_cache(ceiling: BenchRecord | None) -> bool:
+    """Weights that fit the cache are not read from memory for every token, so the memory's ceiling
+    does not bound them.
+    """
+    if ceiling is None:
+        return False
+    weight_bytes: int = ceiling.how["bytes_per_token"]
+    return weight_bytes < ceiling.machine.cache_bytes
+
+
+def silence(engine: EngineEntry, verdict: str) -> str:
     """Why an engine shows no speed."""
     if verdict == "failed":
         return "not benchmarked: parity failed"
-    unbuilt = engine["manifest"]["notes"].get("unbuilt")
-    return (
-        f"unbuilt, not benchmarked; parity is that of {unbuilt}" if unbuilt else "not benchmarked"
-    )
+    unbuilt = engine.manifest.notes.get("unbuilt")
+    if unbuilt:
+        return f"unbuilt, not benchmarked; parity is that of {unbuilt}"
+    return "not benchmarked"
 
 
-def machine_name(machine: Json) -> str:
+def machine_name(machine: Machine) -> str:
     """Speeds stand side by side only where this agrees: a Jetson's power mode alone makes a factor
     of 1.6.
     """
-    return (
-        f"{machine['label']} ({machine['power_mode']})"
-        if machine["power_mode"]
-        else machine["label"]
-    )
+    if machine.power_mode:
+        return f"{machine.label} ({machine.power_mode})"
+    return machine.label
 
 
-def verdict_of(engine: Json) -> str:
-    if engine["verify"] is None:
+def verdict_of(engine: EngineEntry) -> str:
+    if engine.verify is None:
         return "not verified"
-    return "passed" if engine["verify"]["passed"] else "failed"
+    return "passed" if engine.verify.passed else "failed"
 
 
 def value(engine: Json, name: str) -> float | None:
-    record = engine["values"].get(name)
-    return record["value"] if record else None
+    record: BenchRecord | None = engine["values"].get(name)
+    return record.value if record else None
 
 
 def mark_best(engines: Sequence[dict[str, Any]]) -> None:
@@ -229,17 +276,18 @@ def mark_best(engines: Sequence[dict[str, Any]]) -> None:
         ("peak_memory_bytes", min),
         ("decode_tokens_per_second", max),
     ):
-        rivals: dict[tuple[str, str | None], list[tuple[dict[str, Any], float]]] = {}
+        groups: dict[tuple[str, str | None], list[tuple[dict[str, Any], float]]] = {}
         for engine in sound:
             figure = engine["bytes"] if name == "bytes" else value(engine, name)
+            machine = None if name == "bytes" else engine["machine"]
             if figure is not None:
-                rivals.setdefault(
-                    (engine["source_key"], None if name == "bytes" else engine["machine"]), []
-                ).append((engine, figure))
-        for found in rivals.values():
-            known = {figure for _, figure in found}
-            for engine, figure in found:
-                if len(known) > 1 and figure == choose(known):
+                groups.setdefault((engine["source_key"], machine), []).append((engine, figure))
+        for rivals in groups.values():
+            figures = {figure for _, figure in rivals}
+            if len(figures) == 1:
+                continue
+            for engine, figure in rivals:
+                if figure == choose(figures):
                     engine["best"].add(name)
 
 
@@ -253,84 +301,89 @@ def scale_bars(engines: Sequence[dict[str, Any]]) -> None:
         }
 
 
-def headline(engines: Sequence[Json], one_machine: bool, one_source: bool) -> list[dict[str, Any]]:
-    """The few facts a reader wants first: label, figure, note, and whether it is bad news."""
-    checked = [e for e in engines if e["verify"] is not None]
-    sound = [e for e in engines if e["verdict"] != "failed"]
-    failed = [e["label"] for e in checked if e["verdict"] == "failed"]
-    note = (
-        f"failed: {', '.join(failed)}"
-        if failed
-        else "engines passed"
-        if checked
-        else "no engine was compared with its source"
-    )
-    found = [
-        (
-            "Parity with the source",
-            f"{len(checked) - len(failed)} of {len(checked)}" if checked else "none verified",
-            note,
-            bool(failed),
-        )
+@dataclass(frozen=True)
+class Headline:
+    """One of the few figures a reader wants first. bad: whether it is bad news."""
+
+    label: str
+    figure: str
+    note: str
+    bad: bool = False
+
+
+def headline(engines: Sequence[Json], one_machine: bool, one_source: bool) -> list[Headline]:
+    """The few figures a reader wants first."""
+    sound = [engine for engine in engines if engine["verdict"] != "failed"]
+    figures = [parity_headline(engines)]
+    speeds = [
+        (engine["values"]["decode_tokens_per_second"].value, engine["label"])
+        for engine in sound
+        if "decode_tokens_per_second" in engine["values"]
     ]
-    fast = [e for e in sound if "decode_tokens_per_second" in e["values"]]
-    if fast and one_machine and one_source:
-        first = max(fast, key=lambda e: value(e, "decode_tokens_per_second"))
-        found.append(
-            (
-                "Fastest engine",
-                f"{number(value(first, 'decode_tokens_per_second'))}\u00a0tok/s",
-                first["label"],
-                False,
-            )
-        )
+    if speeds and one_machine and one_source:
+        speed, label = max(speeds, key=lambda row: row[0])
+        figures.append(Headline("Fastest engine", f"{number(speed)}\u00a0tok/s", label))
     if sound and one_source:
-        small = min(sound, key=lambda e: e["bytes"])
-        found.append(("Smallest engine", size(small["bytes"]), small["label"], False))
+        small = min(sound, key=lambda engine: engine["bytes"])
+        figures.append(Headline("Smallest engine", size(small["bytes"]), small["label"]))
+    loss = loss_headline(sound)
+    if loss:
+        figures.append(loss)
+    return figures
+
+
+def parity_headline(engines: Sequence[Json]) -> Headline:
+    checked = [engine for engine in engines if engine["verify"] is not None]
+    failed = [engine["label"] for engine in checked if engine["verdict"] == "failed"]
+    label = "Parity with the source"
+    if not checked:
+        return Headline(label, "none verified", "no engine was compared with its source")
+    note = f"failed: {', '.join(failed)}" if failed else "engines passed"
+    return Headline(label, f"{len(checked) - len(failed)} of {len(checked)}", note, bool(failed))
+
+
+def loss_headline(engines: Sequence[Json]) -> Headline | None:
+    """The largest loss of accuracy of an engine, None where nothing was paired."""
     paired = [
-        (r["paired"]["difference"]["value"], e["label"], r)
-        for e in sound
-        for r in e["evals"]
-        if r["paired"]
+        (result.paired.difference.value, engine["label"], result)
+        for engine in engines
+        for result in engine["evals"]
+        if result.paired
     ]
-    if paired:
-        worst, name, result = min(paired, key=lambda row: row[0])
-        note = (
-            f"{name} on {result['task']}, {result['strategy']}, {result['n']} items"
-            if worst < 0
-            else f"{len(paired)} comparisons with the source"
-        )
-        found.append(
-            ("Largest loss of accuracy", points(worst) if worst < 0 else "none", note, False)
-        )
-    return [dict(zip(("label", "figure", "note", "bad"), fact, strict=True)) for fact in found]
+    if not paired:
+        return None
+    worst, name, result = min(paired, key=lambda row: row[0])
+    if worst >= 0:
+        note = f"{len(paired)} comparisons with the source"
+        return Headline("Largest loss of accuracy", "none", note)
+    note = f"{name} on {result.task}, {result.strategy}, {result.n} items"
+    return Headline("Largest loss of accuracy", points(worst), note)
 
 
-def facts(notes: Json) -> dict[str, list[tuple[str, str]]]:
+def named_values(notes: Json) -> dict[str, list[tuple[str, str]]]:
     """Notes of a manifest as (name, text): 'short' ones for a table, 'long' ones (a value per
     layer, say) to be unfolded.
     """
-    found: dict[str, list[tuple[str, str]]] = {"short": [], "long": []}
+    texts: dict[str, list[tuple[str, str]]] = {"short": [], "long": []}
     for name, item in notes.items():
         label = name.replace("_", " ")
-        if isinstance(item, (dict, list)) and len(json.dumps(item)) > 160:
-            found["long"].append((label, json.dumps(item, indent=1, ensure_ascii=False)))
+        if isinstance(item, (dict, list)) and len(json.dumps(item)) > LONG:
+            texts["long"].append((label, json.dumps(item, indent=1, ensure_ascii=False)))
         else:
-            found["short"].append((label, pretty(item)))
-    return found
+            texts["short"].append((label, pretty(item)))
+    return texts
 
 
-def versions(document: Json) -> list[tuple[str, str]]:
+def versions(document: RunDocument) -> list[tuple[str, str]]:
     """Every package version any part was made or measured with; more than one of a package is a
     thing to see.
     """
-    found: dict[str, dict[str, None]] = {}
-    manifests = [
-        *document["steps"],
-        *(e["manifest"] for e in document["engines"]),
-        *(r for e in document["engines"] for r in e["records"]),
-    ]
-    for manifest in manifests:
-        for package, version in manifest["versions"].items():
-            found.setdefault(package, {})[version] = None
-    return [(package, ", ".join(seen)) for package, seen in found.items()]
+    sources = [manifest.versions for manifest in document.steps]
+    sources += [engine.manifest.versions for engine in document.engines]
+    for engine in document.engines:
+        sources += [record.versions for record in engine.records]
+    by_package: dict[str, dict[str, None]] = {}
+    for source in sources:
+        for package, version in source.items():
+            by_package.setdefault(package, {})[version] = None
+    return [(package, ", ".join(known)) for package, known in by_package.items()]

@@ -1,7 +1,7 @@
 """What does this image show: a kind of blood cell, a shape of red cell, or a region of the body?
 The quickstart's vision-language task.
 
-It exists because a tiny model can really learn it, so that accuracy comparisons of engines that see
+It exists because a tiny model can really learn it, so that accuracy comparisons of vision models
 compare something real. All images are of the parts that bench/tiny/cells.py holds out.
 """
 

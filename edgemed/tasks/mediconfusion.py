@@ -13,14 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import (
-    Example,
-    Task,
-    bracketed_choice,
-    image_names,
-    multiple_choice,
-    text,
-)
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, image_names, multiple_choice, text
 
 
 def example(row: Mapping[str, Any]) -> Example:
@@ -29,8 +23,9 @@ def example(row: Mapping[str, Any]) -> Example:
     """
     if "/" in text(row, "pair"):
         raise ValueError("'pair' holds a slash")
-    found = multiple_choice({**row, "id": f"{row['pair']}/{text(row, 'image')}"}, "category")
-    return replace(found, images=image_names(row))
+    identity = f"{row['pair']}/{text(row, 'image')}"
+    question = multiple_choice({**row, "id": identity}, "category")
+    return replace(question, images=image_names(row))
 
 
 def scores(pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -52,18 +47,16 @@ def scores(pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> dict[str, dict
     }
 
 
-TASK = Task(
+TASK = lettered_task(
     name="mediconfusion",
+    template="{question}\n{options}",
     source="MediConfusion (Sepehri et al. 2024), github.com/AIF4S/MediConfusion",
     licence="MIT (questions; the images are ROCO's)",
     split="all 176 pairs. The shipped sample is synthetic",
     metric="accuracy of single questions; set accuracy and confusion in scores",
     prompt="{question}\nA) {option}\nB) {option}",
     wording="edgemed's own, in the form of the model's family",
-    sample="mediconfusion.jsonl",
     example=example,
-    render=bracketed_choice,
-    lettered=True,
     images="mediconfusion.zip",
     place=(
         "Download MediConfusion with its images, write two rows for each pair of its dataset.json,"

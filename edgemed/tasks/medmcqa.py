@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.evaluation.task import Example, Prompt, Task, lettered, letters, multiple_choice
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, multiple_choice
 
 
 def example(row: Mapping[str, Any]) -> Example:
@@ -19,27 +20,16 @@ def example(row: Mapping[str, Any]) -> Example:
     return multiple_choice(row, "subject")
 
 
-def render(example: Example) -> Prompt:
-    return Prompt(
-        f"Question: {example.question}\nChoices:\n{lettered(example.options)}\nAnswer:",
-        letters(example.options),
-    )
-
-
-TASK = Task(
+TASK = lettered_task(
     name="medmcqa",
+    template="Question: {question}\nChoices:\n{options}\nAnswer:",
     source="MedMCQA (Pal et al. 2022), github.com/medmcqa/medmcqa",
     licence="MIT",
     split=(
         "dev (official 4,183, the split that is published with answers; the shipped sample takes"
         " the same number from each of 20 subjects)"
     ),
-    metric="accuracy",
-    prompt="Question: {question}\nChoices:\nA. {option}\nB. {option}\n...\nAnswer:",
     wording="lm-evaluation-harness medmcqa",
-    sample="medmcqa.jsonl",
     example=example,
-    render=render,
-    lettered=True,
     shots="medmcqa.shots.jsonl",
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.evaluation.task import Example, Prompt, Task, lettered, letters, multiple_choice
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, multiple_choice
 
 
 def example(row: Mapping[str, Any]) -> Example:
@@ -17,24 +18,13 @@ def example(row: Mapping[str, Any]) -> Example:
     return multiple_choice(row)
 
 
-def render(example: Example) -> Prompt:
-    return Prompt(
-        f"Question: {example.question}\n{lettered(example.options)}\nAnswer:",
-        letters(example.options),
-    )
-
-
-TASK = Task(
+TASK = lettered_task(
     name="medqa",
+    template="Question: {question}\n{options}\nAnswer:",
     source="MedQA-USMLE, four options (Jin et al. 2020), github.com/jind11/MedQA",
     licence="MIT",
     split="test (official 1,273; the shipped sample is part of it)",
-    metric="accuracy",
-    prompt="Question: {question}\nA. {option}\nB. {option}\n...\nAnswer:",
     wording="lm-evaluation-harness medqa_4options",
-    sample="medqa.jsonl",
     example=example,
-    render=render,
-    lettered=True,
     shots="medqa.shots.jsonl",
 )

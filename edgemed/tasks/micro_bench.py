@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import Example, Task, bracketed_choice, image_names, multiple_choice
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, image_names, multiple_choice
 
 
 def example(row: Mapping[str, Any]) -> Example:
@@ -20,18 +21,14 @@ def example(row: Mapping[str, Any]) -> Example:
     return replace(multiple_choice(row, "kind", "modality"), images=image_names(row))
 
 
-TASK = Task(
+TASK = lettered_task(
     name="micro_bench",
+    template="{question}\n{options}",
     source="Micro-Bench (Lozano et al., NeurIPS 2024), github.com/yeung-lab/u-Bench",
     licence="a licence for every image set, see the source",
     split="the published perception questions. The shipped sample is synthetic",
-    metric="accuracy",
-    prompt="{question}\nA) {option}\nB) {option}\n...",
     wording="edgemed's own, in the form of the model's family",
-    sample="micro_bench.jsonl",
     example=example,
-    render=bracketed_choice,
-    lettered=True,
     images="micro_bench.zip",
     place=(
         "Download Micro-Bench, write one row for each question of an image, and put the images"

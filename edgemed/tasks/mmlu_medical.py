@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import Example, Prompt, Task, lettered, letters, multiple_choice
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, multiple_choice
 
 SUBJECTS = (
     "anatomy",
@@ -31,34 +32,28 @@ def example(row: Mapping[str, Any]) -> Example:
     subject = row.get("subject") or str(row["id"]).rpartition("/")[2].rpartition("-")[0]
     if subject not in SUBJECTS:
         raise ValueError(f"the subject '{subject}' is none of {', '.join(SUBJECTS)}")
-    return replace(multiple_choice(row), groups={"subject": subject.replace("_", " ")})
-
-
-def render(example: Example) -> Prompt:
-    return Prompt(
-        f"{example.question.strip()}\n{lettered(example.options)}\nAnswer:",
-        letters(example.options),
+    example = multiple_choice(row)
+    return replace(
+        example,
+        question=example.question.strip(),
+        groups={"subject": subject.replace("_", " ")},
     )
 
 
-TASK = Task(
+TASK = lettered_task(
     name="mmlu_medical",
+    template="{question}\n{options}\nAnswer:",
     source="MMLU, six medical subjects (Hendrycks et al. 2021), github.com/hendrycks/test",
     licence="MIT",
     split=(
         "test (official 1,089 of these subjects; the shipped sample takes the same number from"
         " each)"
     ),
-    metric="accuracy",
-    prompt="{question}\nA. {option}\nB. {option}\n...\nAnswer:",
     wording=(
         "lm-evaluation-harness mmlu_anatomy, mmlu_clinical_knowledge, mmlu_college_biology,"
         " mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine"
     ),
-    sample="mmlu_medical.jsonl",
     example=example,
-    render=render,
-    lettered=True,
     shots="mmlu_medical.shots.jsonl",
     description="The following are multiple choice questions (with answers) about {subject}.\n\n",
 )

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import LETTERS, Example, Task, bracketed_choice, multiple_choice, text
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import LETTERS, Example, multiple_choice, text
 
 MODALITIES = {"mr": "MRI", "ct": "CT", "x-ray": "X-ray"}
 
@@ -20,9 +21,9 @@ def modality(row: Mapping[str, Any]) -> str:
     """The three of MedVLM-R1 under one spelling each ('MR (Mag-netic Resonance Imaging)' is MRI),
     others as they are.
     """
-    # one published file has the second name
-    said = text(row, "modality_type" if "modality_type" in row else "modality")
-    return MODALITIES.get(said.split("(")[0].strip().lower(), said)
+    # One published file has the second name.
+    name = text(row, "modality_type" if "modality_type" in row else "modality")
+    return MODALITIES.get(name.split("(")[0].strip().lower(), name)
 
 
 def radiology(row: Mapping[str, Any]) -> bool:
@@ -37,7 +38,7 @@ def example(row: Mapping[str, Any]) -> Example:
     answer = [letter for letter, option in options.items() if option == row["gt_answer"]]
     if not answer:
         raise ValueError(f"the answer {row['gt_answer']!r} is none of the {len(options)} options")
-    found = multiple_choice(
+    question = multiple_choice(
         {
             "id": row["question_id"],
             "question": row["question"],
@@ -45,28 +46,24 @@ def example(row: Mapping[str, Any]) -> Example:
             "answer": answer[0],
         }
     )
-    return replace(found, groups={"modality": modality(row)}, images=(text(row, "image_path"),))
+    return replace(question, groups={"modality": modality(row)}, images=(text(row, "image_path"),))
 
 
 def everything(row: Mapping[str, Any]) -> bool:
     return True
 
 
-TASK = Task(
+TASK = lettered_task(
     name="omnimedvqa",
+    template="{question}\n{options}",
     source="OmniMedVQA (Hu et al., CVPR 2024), github.com/OpenGVLab/Multi-Modality-Arena",
     licence="a licence for every image set, see the source",
     split=(
         "all published questions about MRI, CT and X-ray; part all: every modality. The shipped"
         " sample is synthetic"
     ),
-    metric="accuracy",
-    prompt="{question}\nA) {option}\nB) {option}\n...",
     wording="edgemed's own, in the form of the model's family",
-    sample="omnimedvqa.jsonl",
     example=example,
-    render=bracketed_choice,
-    lettered=True,
     images="omnimedvqa.zip",
     place=(
         "Download OmniMedVQA and put its folder Images beside the QA_information file"

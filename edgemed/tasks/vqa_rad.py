@@ -28,10 +28,8 @@ def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"qid", "image", "question", "answer", "answer_type": "CLOSED" | "OPEN", "organ",
     "split", "image_disjoint_split"}; the published file has "image_name" and "image_organ".
     """
-    image, organ = (
-        text(row, name if name in row else f"image_{old}")
-        for name, old in (("image", "name"), ("organ", "organ"))
-    )
+    image = text(row, "image" if "image" in row else "image_name")
+    organ = text(row, "organ" if "organ" in row else "image_organ")
     return closed_or_open(
         str(row["qid"]),
         text(row, "question"),

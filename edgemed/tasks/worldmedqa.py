@@ -2,7 +2,7 @@
 its own language and in English.
 
 lm-evaluation-harness has no such task; the prompt is worded like its medqa_4options, in English
-around questions of every language. The questions come with an image that a text model does not see,
+around questions of every language. The questions come with an image that a text model is not shown,
 so the accuracy is a lower bound, good for comparing an engine with its source.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import Example, Prompt, Task, lettered, letters, multiple_choice
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, multiple_choice
 
 COUNTRIES = ("brazil", "israel", "japan", "spain")
 
@@ -22,24 +23,16 @@ def example(row: Mapping[str, Any]) -> Example:
 
     Without "country" it is read from an id such as brazil-17; it may be left out.
     """
-    found = multiple_choice(row, "country", "language")
-    country = found.id.split("-")[0]
-    return (
-        replace(found, groups={"country": country, **found.groups})
-        if country in COUNTRIES
-        else found
-    )
+    question = multiple_choice(row, "country", "language")
+    country = question.id.split("-")[0]
+    if country not in COUNTRIES:
+        return question
+    return replace(question, groups={"country": country, **question.groups})
 
 
-def render(example: Example) -> Prompt:
-    return Prompt(
-        f"Question: {example.question}\n{lettered(example.options)}\nAnswer:",
-        letters(example.options),
-    )
-
-
-TASK = Task(
+TASK = lettered_task(
     name="worldmedqa",
+    template="Question: {question}\n{options}\nAnswer:",
     source=(
         "WorldMedQA-V (Matos et al. 2024), github.com/WorldMedQA/V; text only, the images are not"
         " used"
@@ -50,12 +43,8 @@ TASK = Task(
         " of it)"
     ),
     metric="accuracy (a lower bound: the images are missing)",
-    prompt="Question: {question}\nA. {option}\nB. {option}\n...\nAnswer:",
     wording="edgemed's own, like lm-evaluation-harness medqa_4options",
-    sample="worldmedqa.jsonl",
     example=example,
-    render=render,
     languages=("pt", "he", "ja", "es", "en"),
-    lettered=True,
     shots="worldmedqa.shots.jsonl",
 )

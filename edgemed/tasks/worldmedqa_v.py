@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemed.evaluation.task import Example, Task, bracketed_choice, image_names, multiple_choice
+from edgemed.evaluation.lettered import lettered_task
+from edgemed.evaluation.task import Example, image_names, multiple_choice
 
 
 def example(row: Mapping[str, Any]) -> Example:
@@ -21,22 +22,18 @@ def example(row: Mapping[str, Any]) -> Example:
     return replace(multiple_choice(row, "country", "language"), images=image_names(row))
 
 
-TASK = Task(
+TASK = lettered_task(
     name="worldmedqa_v",
+    template="{question}\n{options}",
     source="WorldMedQA-V (Matos et al. 2024), github.com/WorldMedQA/V",
     licence="MIT",
     split=(
         "the whole published set, 568 questions in two languages each. The shipped sample is"
         " synthetic"
     ),
-    metric="accuracy",
-    prompt="{question}\nA) {option}\nB) {option}\n...",
     wording="edgemed's own, in the form of the model's family",
-    sample="worldmedqa_v.jsonl",
     example=example,
-    render=bracketed_choice,
     languages=("pt", "he", "ja", "es", "en"),
-    lettered=True,
     images="worldmedqa_v.zip",
     place=(
         "Download WorldMedQA-V, write its questions as rows with an image's name each, and put the"

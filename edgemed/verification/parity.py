@@ -17,9 +17,9 @@ from edgemed.console import track
 from edgemed.engines.engine import Engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
-from edgemed.inference.decoding import Sampling, generate
+from edgemed.inference.decoding import Sampling, generate, kl_divergence
 from edgemed.inference.session import Session
-from edgemed.verification.vision_parity import DecoderLimits, divergence, stages
+from edgemed.verification.vision_parity import DecoderLimits, stages
 from edgemed.verification.vision_parity import problems as stage_problems
 
 
@@ -130,7 +130,7 @@ def compare(session: Session, reference: Reference) -> dict[str, Any]:
     ):
         session.rewind(0)
         scores = session.prefill([int(t) for t in window], every=session.head == "lm")
-        kl.append(divergence(expected, scores))
+        kl.append(kl_divergence(expected, scores))
         same.append(expected.argmax(-1) == scores.argmax(-1))
         error = max(error, float(np.abs(expected - scores).max()))
     divergences = np.concatenate(kl)

@@ -18,7 +18,7 @@ from edgemed import plugins
 from edgemed.console import track
 from edgemed.engines.image_reference import ImageReference
 from edgemed.errors import EdgemedError
-from edgemed.inference.decoding import Sampling, generate, log_softmax
+from edgemed.inference.decoding import Sampling, generate, kl_divergence
 from edgemed.inference.session import ImageEmbeddings, Session, VisionEncoder, vision_of_session
 from edgemed.vision.preprocessing import Patches, patches
 
@@ -190,7 +190,7 @@ def decoder_stage(
         )
         scores = forced(session, prompt, embeddings, best[:-1])
         scored = scores[: len(expected)]
-        kl.append(divergence(expected, scored))
+        kl.append(kl_divergence(expected, scored))
         same.append(best == scores.argmax(-1))
         error = max(error, float(np.abs(expected - scored).max()))
     where = (
@@ -245,7 +245,7 @@ def end_to_end_stage(
     for n, expected in enumerate(reference.logits):
         prompt, embeddings = encoder.see(reference.tokens(n), [reference.image(n)])
         answer_tokens = reference.greedy[n, : len(expected) - 1]
-        kl.append(divergence(expected, forced(session, prompt, embeddings, answer_tokens)))
+        kl.append(kl_divergence(expected, forced(session, prompt, embeddings, answer_tokens)))
     where = (
         f"at {counted(len(np.concatenate(kl)), 'answer position')} about"
         f" {counted(len(kl), 'image')}"
@@ -267,13 +267,6 @@ def forced(
     for token in answer:
         scores.append(session.step(int(token)).copy())
     return np.array(scores)
-
-
-def divergence(expected: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """KL(source || engine) per position, nats."""
-    p = log_softmax(expected)
-    q = log_softmax(scores)
-    return (np.exp(p) * (p - q)).sum(-1)
 
 
 def counted(n: int, what: str) -> str:

@@ -24,7 +24,7 @@ PLUGINS = ("families", "steps", "targets", "tasks")
 LAYERS = """
 errors
 params plugins units
-formatting console
+formatting console documents
 inference hardware
 artifacts
 models

@@ -4,14 +4,20 @@ results for programs.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import ROOT, cli, refused
+
+from edgemed import plugins
 
 VERBS = {
     "doctor",
@@ -26,6 +32,7 @@ VERBS = {
     "verify",
     "bench",
     "eval",
+    "lm-eval",
     "report",
     "generate",
     "chat",
@@ -40,15 +47,114 @@ VERBS = {
 }
 
 
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.process
 def test_reference_page_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
-    make_cli = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_cli)
+    make_cli = script("make_cli")
     assert set(make_cli.verbs()) == VERBS
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == make_cli.page(), (
         "run: make docs"
     )
+
+
+def test_parameter_page_is_current() -> None:
+    page = script("make_parameters").page()
+    assert (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8") == page, "run: make docs"
+    for kind in ("steps", "targets"):
+        for name in plugins.names(kind):
+            assert f"### {name}\n" in page
+            for field in dataclasses.fields(plugins.load(kind, name).Params):
+                assert f"| `{field.name}` |" in page
+
+
+def test_help_of_a_verb_lists_its_parameters() -> None:
+    for verb in ("quantize", "merge", "distill"):
+        text = cli(verb, "--help").stdout
+        assert "Parameters for --set:" in text
+        for field in dataclasses.fields(plugins.load("steps", verb).Params):
+            option = f"--{field.name.replace('_', '-')}"
+            assert option in text or f"\n  {field.name} " in text, (verb, field.name)
+    text = cli("export", "--help").stdout
+    for name in plugins.names("targets"):
+        table = text.partition(f"Parameters for --set with --target {name}:")[2]
+        for field in dataclasses.fields(plugins.load("targets", name).Params):
+            assert f"\n  {field.name} " in table, (name, field.name)
+
+
+def test_help_needs_no_build_package() -> None:
+    """Where torch is absent a verb's help says what is missing, and shows the rest."""
+    code = (
+        "from edgemed.cli import parameters\n"
+        "from edgemed.errors import missing\n"
+        "def absent(self):\n    raise missing('torch', 'build')\n"
+        "parameters.Source.parameters = absent\n"
+        "from edgemed.cli.main import main\nmain(['quantize', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--max-memory" in done.stdout
+    assert "edgemed[build]" in " ".join(done.stdout.split())
+
+
+def completed(words: str) -> set[str]:
+    """What the shell is offered for the last of these words."""
+    environment = {
+        "_EDGEMED_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    return set(alone(environment=environment).stdout.split())
+
+
+def alone(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "edgemed", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.process
+def test_version_and_completion() -> None:
+    assert cli("--version").stdout == f"edgemed {metadata.version('edgemed')}\n"
+    environment = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = alone("--show-completion", "bash", environment=environment)
+    assert script.returncode == 0, script.stderr
+    assert "_EDGEMED_COMPLETE=complete_bash" in script.stdout
+    assert completed("edgemed quan") == {"quantize"}
+    assert completed("edgemed export m --target ") == set(plugins.names("targets"))
+    assert completed("edgemed eval e --task medm") == {"medmcqa"}
+    assert completed("edgemed run quickstart-v") == {"quickstart-vlm"}
+    assert completed("edgemed quantize m --max") == {"--max-memory"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "e", "--prompt", "x", "--max-tokens", 0),
+        ("generate", "e", "--prompt", "x", "--temperature", -1),
+        ("generate", "e", "--prompt", "x", "--top-p", 0),
+        ("generate", "e", "--prompt", "x", "--top-p", 1.5),
+        ("generate", "e", "--prompt", "x", "--threads", 0),
+        ("chat", "e", "--max-tokens", 0),
+        ("bench", "e", "--runs", 0),
+        ("bench", "e", "--prompt", 0),
+        ("bench", "e", "--generate", 0),
+        ("eval", "e", "--task", "section", "--limit", 0),
+        ("verify", "e", "--min-top1", 2),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
+def test_numbers_out_of_range_are_refused_at_once(arguments: tuple[object, ...]) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert f"Invalid value for '{arguments[-2]}'" in done.stderr
 
 
 def test_list_and_recipes_as_json() -> None:
@@ -168,7 +274,7 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
     )
     assert records[0]["state"]["wait"]["OMP_WAIT_POLICY"] == "passive"
     assert {r["how"]["threads"] for r in records} == {1}
-    refused(cli("bench", engine, "--wait", "actve"), "Did you mean 'active'")
+    refused(cli("bench", engine, "--wait", "actve", process=True), "Did you mean 'active'")
     refused(cli("bench", engine, "--sweep", "thread"), "Did you mean 'threads'")
     refused(cli("bench", engine, "--sweep", "threads", "--threads", 2), "--threads")
 

@@ -21,8 +21,8 @@ from edgemed.artifacts import store
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, paired_statistics
 from edgemed.evaluation.evaluate import evaluate, pair, source_key, title
-from edgemed.evaluation.option_scoring import Reader, behind, shared
-from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.option_scoring import PrefixReader, behind, shared
+from edgemed.evaluation.prompting import PromptPlan, PromptSettings
 from edgemed.evaluation.task import Questions, questions
 from edgemed.inference.session import ImageEmbeddings
 
@@ -401,7 +401,7 @@ def opened(model: Path | Any, asked: Questions) -> Any:
 def result(
     model: Path | Any,
     asked: Questions,
-    settings: Settings = Settings(),
+    settings: PromptSettings = PromptSettings(),
     strategy: str = "zero-shot",
     key: str = "k",
 ) -> dict[str, Any]:
@@ -417,7 +417,11 @@ def result(
 def test_engine_answers_as_its_source(vision_model: Path, engine: Any, folder: Path) -> None:
     rows = [{**ROW, "id": str(n), "image": f"{'ab'[n % 2]}.png", "answer": n % 2} for n in range(4)]
     asked = questions(f"micro_bench:{write(folder, *rows)}")
-    for settings in (Settings(), Settings("normalised"), Settings("generated", rationale=4)):
+    for settings in (
+        PromptSettings(),
+        PromptSettings("normalised"),
+        PromptSettings("generated", rationale=4),
+    ):
         ours = result(engine, asked, settings)
         theirs = result(vision_model, asked, settings)
         assert [i["answer"] for i in ours["items"]] == [i["answer"] for i in theirs["items"]]
@@ -506,7 +510,7 @@ def test_how_a_written_answer_is_read(
         asked,
         "m",
         "k",
-        settings=Settings("generated", rationale=1),
+        PromptPlan(settings=PromptSettings("generated", rationale=1)),
     )
     assert found["items"][0]["answer"] == answer
     assert found["unparsed"] == (answer < 0)
@@ -531,20 +535,20 @@ def test_a_reader_never_takes_one_image_for_another(vision_model: Path, folder: 
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     model = opened(vision_model, asked)
 
-    def scores(reader: Reader, seed: int, question: str) -> np.ndarray:
+    def scores(reader: PrefixReader, seed: int, question: str) -> np.ndarray:
         tokens = model.tokenizer.encode(
             model.session.vision.family.chat(question, 1), add_special_tokens=False
         ).ids
         return reader.read(*model.session.vision.see(tokens, [noise(seed)])).copy()
 
-    kept = Reader(model.session)
+    kept = PrefixReader(model.session)
     found = [
         scores(kept, seed, question)
         for seed, question in ((0, "What?"), (1, "What?"), (1, "Where?"), (0, "Where?"))
     ]
     read = kept.tokens_read
     alone = [
-        scores(Reader(model.session), seed, question)
+        scores(PrefixReader(model.session), seed, question)
         for seed, question in ((0, "What?"), (1, "What?"), (1, "Where?"), (0, "Where?"))
     ]
     for one, other in zip(found, alone, strict=True):
@@ -593,7 +597,7 @@ def test_an_image_is_never_cut(vision_model: Path, folder: Path, tmp_path: Path)
             " into 1024"
         ),
     ):
-        result(vision_model, asked, Settings("generated", rationale=1000))
+        result(vision_model, asked, PromptSettings("generated", rationale=1000))
 
 
 def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
@@ -608,7 +612,7 @@ def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
         asked,
         "m",
         "k",
-        settings=Settings("generated"),
+        PromptPlan(settings=PromptSettings("generated")),
     )
     assert found["items"][0]["answer"] == 1
     assert len(evaluate(model.session, model.tokenizer, asked, "m", "k")["items"][0]["scores"]) == 2
@@ -635,7 +639,11 @@ def test_evaluated_together_paired_and_judged(
     found = evaluate_tasks(
         engine.path,
         EvalSpec(
-            (f"micro_bench:{write(folder, ROW)}", "worldmedqa_v/he", "vqa_rad/image_disjoint"),
+            tasks=(
+                f"micro_bench:{write(folder, ROW)}",
+                "worldmedqa_v/he",
+                "vqa_rad/image_disjoint",
+            ),
             limit=1,
             margin=0.5,
         ),

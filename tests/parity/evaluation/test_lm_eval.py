@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CONTEXT, EOS, ROOT
+from conftest import CONTEXT, EOS, ROOT, refused
 
 from edgemed.artifacts import store
 from edgemed.errors import EdgemedError
@@ -60,51 +60,75 @@ def test_package_announces_the_model() -> None:
         "edgemed": "edgemed.evaluation.lm_eval_model:EngineLM"
     }
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert {"edgemed_lm_eval.pth", "edgemed_lm_eval_hook.py"} <= set(included.values())
     assert all((ROOT / file).exists() for file in included)
-    assert (ROOT / "startup" / "edgemed_lm_eval.pth").read_text() == "import edgemed_lm_eval_hook\n"
+    assert not [file for file in included.values() if file.endswith(".pth")], (
+        "nothing of edgemed runs when Python starts"
+    )
 
 
-def test_hook_registers_once_and_loads_nothing(tmp_path: Path) -> None:
-    package = tmp_path / "lm_eval"
-    for file, code in (
-        ("__init__.py", ""),
-        ("api/__init__.py", ""),
-        ("models/__init__.py", "BUILTIN = 1"),
-        (
-            "api/registry.py",
-            (
-                "class Registry(dict):\n    def register(self, name, target):\n        assert name"
-                " not in self\n        self[name] = target\nmodel_registry = Registry()"
-            ),
-        ),
+STAND_IN = {
+    "__init__.py": "",
+    "api/__init__.py": "",
+    "api/registry.py": """
+class Registry(dict):
+    def register(self, name, target):
+        assert name not in self
+        self[name] = target
+
+
+model_registry = Registry()
+""",
+    "__main__.py": """
+import json
+import sys
+
+from lm_eval.api.registry import model_registry
+
+
+def cli_evaluate():
+    adapter = "edgemed.evaluation.lm_eval_model" in sys.modules
+    print(json.dumps([sys.argv[1:], dict(model_registry), adapter]))
+""",
+}
+
+
+def harness(*arguments: str, paths: str) -> subprocess.CompletedProcess[str]:
+    """`edgemed lm-eval` in a process of its own, with these folders to import from."""
+    return subprocess.run(
+        [sys.executable, "-m", "edgemed", "lm-eval", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+
+
+@pytest.mark.process
+def test_the_verb_registers_once_and_hands_every_argument_over(tmp_path: Path) -> None:
+    for file, code in STAND_IN.items():
+        (tmp_path / "lm_eval" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lm_eval" / file).write_text(code)
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
+    registry = {"edgemed": "edgemed.evaluation.lm_eval_model:EngineLM"}
+    for arguments in (
+        ["--model", "edgemed", "--model_args", "engine=a b,threads=1", "--tasks", "x,y", "--json"],
+        ["run", "--help"],
+        ["-h"],
+        ["--model=edgemed", "-t", "x", "--limit", "-1", "--set", "k=v"],
+        [],
     ):
-        (package / file).parent.mkdir(parents=True, exist_ok=True)
-        (package / file).write_text(code + "\n")
-    code = (
-        "import sys; before = set(sys.modules); hooks = len(sys.meta_path)\nimport"
-        " edgemed_lm_eval_hook\nassert set(sys.modules) - before =="
-        " {'edgemed_lm_eval_hook'}\nimport lm_eval.api.registry as r; assert not"
-        " r.model_registry\nimport lm_eval.models; assert"
-        " lm_eval.models.BUILTIN\nprint(dict(r.model_registry), len(sys.meta_path) == hooks,"
-        " 'edgemed' in sys.modules)"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT / "startup"))),
-    }
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout == "{'edgemed': 'edgemed.evaluation.lm_eval_model:EngineLM'} True False\n", (
-        done.stderr
-    )
+        done = harness(*arguments, paths=paths)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == [arguments, registry, False]
+    own = harness("--help", paths=paths)
+    assert own.returncode == 0
+    assert "edgemed lm-eval -h" in own.stdout
 
 
 @pytest.mark.skipif(HERE, reason="lm_eval is installed here")
 def test_without_lm_eval_the_extra_is_named() -> None:
     with pytest.raises(EdgemedError, match=r"edgemed\[lm-eval\]"):
         importlib.import_module("edgemed.evaluation.lm_eval_model")
+    refused(harness("--tasks", "x", paths=str(ROOT)), "edgemed[lm-eval]")
 
 
 # --- the adapter against the plain way
@@ -377,7 +401,7 @@ def test_every_prompt_is_worded_as_lm_evals_own(
 def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
     from edgemed.engines.engine import open_engine
     from edgemed.evaluation.answerer import Answerer
-    from edgemed.evaluation.prompting import Settings, parse
+    from edgemed.evaluation.prompting import PromptPlan
     from edgemed.evaluation.task import questions
 
     asked = questions("headqa/en", 6)
@@ -394,14 +418,11 @@ def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
         ' "Question: {{q}}\\nAnswer:"\ndoc_to_choice: "{{options}}"\ndoc_to_target:'
         ' "{{gold}}"\nmetric_list: [{metric: acc}]\n'
     )
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'startup')!r}); import edgemed_lm_eval_hook;"
-        " from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    )
     command = [
         sys.executable,
-        "-c",
-        code,
+        "-m",
+        "edgemed",
+        "lm-eval",
         "--model",
         "edgemed",
         "--model_args",
@@ -437,10 +458,10 @@ def test_the_command_scores_an_engine(engine: Path, tmp_path: Path) -> None:
         row["doc"]["q"]: [float(answer[0][0]) for answer in row["resps"]]
         for row in map(json.loads, samples.read_text(encoding="utf-8").splitlines())
     }
-    answerer = Answerer(opened.open(1), opened.tokenizer(), asked, Settings())
+    answerer = Answerer(opened.open(1), opened.tokenizer(), asked, PromptPlan())
     compared = 0
     for example in asked.examples:
-        answer = answerer.answer(example, parse("zero-shot"))
+        answer = answerer.answer(example)
         if not answer.cut:
             compared += 1
             assert np.abs(np.array(answer.scores) - found[example.question]).max() < 1e-5

@@ -21,7 +21,7 @@ pytest.importorskip("peft")
 from edgemed.data.image_text_windows import IGNORED
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.opened_model import evaluate_opened, open_source
-from edgemed.evaluation.prompting import Settings
+from edgemed.evaluation.prompting import PromptSettings
 from edgemed.evaluation.task import questions
 from edgemed.evaluation.test_time_training import Adapt, Learner, Library, compare
 from edgemed.models.checkpoint import open_checkpoint
@@ -140,7 +140,7 @@ def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, as
         "source",
         found["plain"]["model_key"],
         "zero-shot",
-        Settings(),
+        PromptSettings(),
     )
     np.testing.assert_allclose(
         [i["scores"] for i in usual["items"]],

@@ -901,7 +901,7 @@ def test_a_question_about_an_image_is_answered_as_its_source_does(
 ) -> None:
     from edgemed.api import stream
     from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
-    from edgemed.evaluation.prompting import Settings
+    from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
 
     for seed in (1, 2):
@@ -932,7 +932,7 @@ def test_a_question_about_an_image_is_answered_as_its_source_does(
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cells = questions(f"cells:{tmp_path / 'rows.jsonl'}")
-    for settings in (Settings(), Settings("generated", rationale=2)):
+    for settings in (PromptSettings(), PromptSettings("generated", rationale=2)):
         ours, theirs = (
             evaluate_opened(m, cells, "m", "k", "zero-shot", settings)["items"]
             for m in (start_engine(engine, True, 1), open_source(weights.checkpoint, True))

@@ -13,8 +13,8 @@ import pytest
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.answerer import Answerer
 from edgemed.evaluation.few_shot import Neighbours
-from edgemed.evaluation.option_scoring import Reader, chosen, fitted, option_tokens
-from edgemed.evaluation.prompting import CONCLUDE, THINK, Settings, combine, parse
+from edgemed.evaluation.option_scoring import PrefixReader, chosen, fitted, option_tokens
+from edgemed.evaluation.prompting import CONCLUDE, THINK, PromptPlan, PromptSettings, combine, parse
 from edgemed.evaluation.task import Example, Prompt, Questions, Task
 from edgemed.inference.decoding import Sampling, log_softmax
 from edgemed.inference.session import check_room
@@ -112,7 +112,7 @@ def test_options_share_their_context_and_score_as_if_alone() -> None:
     session = Memory()
     context = list(range(50))
     options = [[7], [7, 8, 9], [3, 4]]
-    reader = Reader(session)
+    reader = PrefixReader(session)
     found = reader.options(context, options)
     assert found == pytest.approx([alone(context, option) for option in options])
     assert session.computed == reader.tokens_read == 50 + 2 + 1
@@ -122,7 +122,7 @@ def test_options_share_their_context_and_score_as_if_alone() -> None:
 
 def test_a_shared_beginning_is_read_once_and_a_short_one_again() -> None:
     session = Memory()
-    reader = Reader(session)
+    reader = PrefixReader(session)
     first = [*range(100), 5]
     second = [*range(100), 6, 7]
     assert np.array_equal(reader.read(first), Memory().prefill(first)[-1])
@@ -137,7 +137,7 @@ def test_a_shared_beginning_is_read_once_and_a_short_one_again() -> None:
 
 def test_reading_goes_on_after_what_was_written() -> None:
     session = Memory()
-    reader = Reader(session)
+    reader = PrefixReader(session)
     context = list(range(40))
     written = reader.write(context, Sampling(max_tokens=6), frozenset())
     assert len(written) == reader.tokens_generated == 6
@@ -150,7 +150,7 @@ def test_reading_goes_on_after_what_was_written() -> None:
 
 def test_a_failed_read_leaves_nothing_to_reuse() -> None:
     session = Memory(context=60)
-    reader = Reader(session)
+    reader = PrefixReader(session)
     reader.read(list(range(50)))
     with pytest.raises(EdgemedError, match="longer than the context"):
         reader.read(list(range(70)))
@@ -246,13 +246,12 @@ def test_nearest_examples_come_from_tf_idf() -> None:
     assert len(from_texts.order("ש")) == 4
 
 
-def answers(strategy: str, settings: Settings = Settings(), **kwargs):
+def answers(strategy: str, settings: PromptSettings = PromptSettings(), **kwargs):
     session = Memory(2000)
-    answerer = Answerer(session, Characters(), asked(shots=SHOTS, **kwargs), settings)
-    answerer.check(parse(strategy))
-    return [
-        answerer.answer(example, parse(strategy)) for example in answerer.questions.examples
-    ], answerer
+    plan = PromptPlan(parse(strategy), settings)
+    answerer = Answerer(session, Characters(), asked(shots=SHOTS, **kwargs), plan)
+    answerer.check()
+    return [answerer.answer(example) for example in answerer.questions.examples], answerer
 
 
 def test_zero_shot_equals_scoring_each_option_alone() -> None:
@@ -262,7 +261,7 @@ def test_zero_shot_equals_scoring_each_option_alone() -> None:
     assert found[1].scores == pytest.approx(
         [alone(context, [ord(c) for c in option]) for option in prompt.options]
     )
-    normalised, _ = answers("zero-shot", Settings("normalised"), lettered=False)
+    normalised, _ = answers("zero-shot", PromptSettings("normalised"), lettered=False)
     plain, _ = answers("zero-shot", lettered=False)
     assert normalised[0].scores == pytest.approx(
         [s / len(o) for s, o in zip(plain[0].scores, ("red", "green", "blue"), strict=True)]
@@ -282,7 +281,7 @@ def test_examples_stand_before_the_question_and_their_answers_are_shown() -> Non
 
 
 def test_reasoning_is_generated_and_the_answer_comes_after_it() -> None:
-    found, answerer = answers("cot", Settings(rationale=9), n=1)
+    found, answerer = answers("cot", PromptSettings(rationale=9), n=1)
     context = [ord(c) for c in letters(answerer.questions.examples[0]).context + THINK]
     fresh = Memory(2000)
     written = []
@@ -296,10 +295,11 @@ def test_reasoning_is_generated_and_the_answer_comes_after_it() -> None:
 
 
 def test_votes_are_over_shuffled_options_and_seeded() -> None:
-    runs = [answers("vote-5", Settings(seed=seed))[0] for seed in (0, 0, 1)]
+    runs = [answers("vote-5", PromptSettings(seed=seed))[0] for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     sampled = [
-        answers("self-consistency-3", Settings(rationale=4, seed=seed))[0] for seed in (0, 0, 1)
+        answers("self-consistency-3", PromptSettings(rationale=4, seed=seed))[0]
+        for seed in (0, 0, 1)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -312,13 +312,13 @@ def test_ensemble_is_the_majority_of_its_members() -> None:
 
 
 def test_generated_answers_may_name_no_option() -> None:
-    found, _ = answers("zero-shot", Settings("generated"))
+    found, _ = answers("zero-shot", PromptSettings("generated"))
     assert all(answer.scores == () and -1 <= answer.option < 3 for answer in found)
 
 
 def test_long_contexts_lose_their_beginning_and_say_so() -> None:
-    answerer = Answerer(Memory(40), Characters(), asked(), Settings())
-    answer = answerer.answer(answerer.questions.examples[0], parse("zero-shot"))
+    answerer = Answerer(Memory(40), Characters(), asked(), PromptPlan())
+    answer = answerer.answer(answerer.questions.examples[0])
     text = letters(answerer.questions.examples[0]).context[-39:]
     assert answer.cut
     assert answer.scores[0] == pytest.approx(alone([ord(c) for c in text], [ord(" "), ord("A")]))
@@ -327,13 +327,12 @@ def test_long_contexts_lose_their_beginning_and_say_so() -> None:
 def test_what_cannot_be_followed_is_said() -> None:
     session = Memory()
     with pytest.raises(EdgemedError, match="no solved examples"):
-        Answerer(session, Characters(), asked(), Settings()).check(parse("random-2"))
+        Answerer(session, Characters(), asked(), PromptPlan(parse("random-2"))).check()
     with pytest.raises(EdgemedError, match="does not list its options"):
-        Answerer(session, Characters(), asked(lettered=False), Settings()).check(
-            parse("zero-shot+vote-3")
-        )
+        plan = PromptPlan(parse("zero-shot+vote-3"))
+        Answerer(session, Characters(), asked(lettered=False), plan).check()
     with pytest.raises(EdgemedError, match="needs 9 solved examples, task toy has 4"):
         answers("random-9")
     session.head = "classes"
     with pytest.raises(EdgemedError, match="'classes' head"):
-        Answerer(session, Characters(), asked(), Settings()).check(parse("cot"))
+        Answerer(session, Characters(), asked(), PromptPlan(parse("cot"))).check()

@@ -16,7 +16,7 @@ from conftest import ROOT
 from edgemed import plugins
 from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
-from edgemed.evaluation.task import Questions, describe, questions
+from edgemed.evaluation.task import Prompt, Questions, describe, questions
 
 ROW = {
     "id": "1",
@@ -205,7 +205,7 @@ def test_key_names_everything_a_model_is_shown(
     for changes in (
         {"description": "Answer. "},
         {"shots": ""},
-        {"render": lambda example: type(module.render(example))("other", (" x",))},
+        {"render": lambda example: Prompt("other", (" x",))},
     ):
         other = type(module.TASK)(**{**module.TASK.__dict__, **changes})
         monkeypatch.setattr(module, "TASK", other)

@@ -16,9 +16,11 @@ from conftest import ROOT
 
 from edgemed.benchmarking import machine_state, thread_sweep
 from edgemed.benchmarking.spec import BenchSpec
+from edgemed.documents.bench import MachineState
 from edgemed.errors import EdgemedError
 from edgemed.hardware import device, doctor, jetson, nvml, power_sensors, thermal
 from edgemed.hardware.sysfs import number
+from edgemed.pipeline.engine_run import EngineRun
 from edgemed.pipeline.recipe import Recipe
 from edgemed.pipeline.report_document import not_measured
 
@@ -761,29 +763,30 @@ def test_a_point_that_fails_is_named(tmp_path):
 
 def test_a_report_says_why_there_is_no_energy_and_what_held_the_clocks_down():
     def benched(reason, throttling):
-        return [{"state": {"energy_reason": reason, "throttling": throttling}}]
+        state = MachineState(energy_reason=reason, throttling=tuple(throttling))
+        return [types.SimpleNamespace(state=state)]
 
     recipe = Recipe("model", (), (), bench=BenchSpec())
     engines = [
         types.SimpleNamespace(name=name, random_weights=False, emulation="")
         for name in ("a", "b", "c")
     ]
-    said = not_measured(
-        recipe,
-        engines,
-        [None] * 3,
-        [benched("no permission", []), benched("no permission", ["GPU slowed"]), []],
-    )
+    measured = [benched("no permission", []), benched("no permission", ["GPU slowed"]), []]
+    runs = [
+        EngineRun(engine, records=records)
+        for engine, records in zip(engines, measured, strict=True)
+    ]
+    said = not_measured(recipe, runs)
     assert [line for line in said if "Energy" in line] == [
         "Energy was not measured: no permission."
     ]
     assert "b: not measured at full clocks: GPU slowed." in said
     assert not [
         line
-        for line in not_measured(recipe, engines[:1], [None], [benched(None, [])])
+        for line in not_measured(recipe, [EngineRun(engines[0], records=benched(None, []))])
         if "Energy" in line
     ]
-    assert "Energy was not measured." in not_measured(recipe, engines[:1], [None], [[]])
+    assert "Energy was not measured." in not_measured(recipe, [EngineRun(engines[0])])
 
 
 def test_power_mode_of_a_jetson_without_nvpmodel(monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgemed.errors import EdgemedError
-from edgemed.inference.decoding import Sampling, generate, pick
+from edgemed.inference.decoding import Sampling, generate, kl_divergence, pick
 from edgemed.inference.session import check_room
 
 
@@ -101,3 +101,13 @@ def test_same_seed_same_text() -> None:
         for s in (4, 4, 5)
     ]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_kl_divergence_is_that_of_the_distributions() -> None:
+    source = np.log(np.array([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5]]))
+    engine = np.log(np.array([[0.25, 0.5, 0.25], [0.2, 0.3, 0.5]]))
+    expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
+    # Logits are known up to a constant.
+    divergence = kl_divergence((source + 7).astype(np.float32), engine - 3)
+    assert divergence == pytest.approx([expected, 0], abs=1e-6)
+    assert divergence.dtype == np.float64

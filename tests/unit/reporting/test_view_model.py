@@ -11,6 +11,8 @@ import pytest
 from report_documents import MACHINE, ORIN, TASKS, document, records, result
 
 from edgemed.artifacts import lineage
+from edgemed.documents.bench import Spread
+from edgemed.documents.evaluation import EvalResult
 from edgemed.evaluation import paired_statistics
 from edgemed.reporting import accuracy_section, charts, svg, verdicts
 from edgemed.reporting.charts import Point, Range, Row
@@ -108,7 +110,8 @@ def test_fast_enough_on_any_machine_where_no_device_was_asked_for(run):
     ],
 )
 def test_met(spread, limit, below, kind):
-    assert verdicts.met({"min": spread[0], "max": spread[1]}, limit, below) == kind
+    measured = Spread(min=spread[0], median=spread[0], max=spread[1])
+    assert verdicts.met(measured, limit, below) == kind
 
 
 def test_not_worse_is_the_gates_verdict(run):
@@ -227,8 +230,8 @@ def test_the_gates_verdict_reaches_its_row(run):
     [comparison] = [
         c for c in run["gate"]["comparisons"] if (c["engine"], c["task"]) == ("gguf-q2_k", "medqa")
     ]
-    assert rows["gguf-q2_k"]["judged"] == comparison
-    assert rows["gguf-q2_k"]["base"]["model"] == "source (float32)"
+    assert rows["gguf-q2_k"]["judged"].to_json() == comparison
+    assert rows["gguf-q2_k"]["base"].model == "source (float32)"
 
 
 def test_a_task_in_one_language_meets_its_comparison(run):
@@ -236,7 +239,7 @@ def test_a_task_in_one_language_meets_its_comparison(run):
     engine["evals"][0]["language"] = "es"
     engine["gate"]["comparisons"][0]["task"] = "medqa/es"
     [row, *_] = accuracy_section.engine_rows(view([Run(run)])["engines"][0])
-    assert row["judged"]["task"] == "medqa/es"
+    assert row["judged"].task == "medqa/es"
 
 
 def test_worst_subgroup_is_named(run):
@@ -356,9 +359,10 @@ def sample(label, share=0.9, source=False, failed=False, verdict=None):
         for i, item in enumerate(items)
     ]
     found = result(("t", 100, 2, 0.5, ()), "zero-shot", other, label, "ab" * 32, 1.0)
+    paired = None if source else paired_statistics.paired(items, other, 0.02, 0.05)
     return Row(
         label,
-        {**found, "paired": None if source else paired_statistics.paired(items, other, 0.02, 0.05)},
+        EvalResult.from_json({**found, "paired": paired}),
         source,
         failed,
         verdict,
@@ -380,10 +384,8 @@ def test_charts_are_well_formed_and_stay_inside():
         charts.differences(rows, 0.02, "t"),
         charts.differences(rows, None, "t"),
         charts.flips(rows, "t"),
-        charts.reliability(None, rows[2].result["calibration"]["bins"], "t"),
-        charts.reliability(
-            rows[2].result["calibration"]["bins"], rows[3].result["calibration"]["bins"], "t"
-        ),
+        charts.reliability(None, rows[2].result.calibration.bins, "t"),
+        charts.reliability(rows[2].result.calibration.bins, rows[3].result.calibration.bins, "t"),
         charts.spans(
             [
                 Range(
@@ -451,11 +453,11 @@ def test_a_mark_stands_where_its_number_is():
     drawing = parse(charts.accuracy([row], 0.5, "t"))
     [dot] = [node for node in drawing.iter() if node.get("class") == "dot"]
     whisker = next(node for node in drawing.iter() if node.get("class") == "whisker")
-    low, high = row.result["interval"]
+    low, high = row.result.interval
     share = (float(dot.get("cx")) - float(whisker.get("x1"))) / (
         float(whisker.get("x2")) - float(whisker.get("x1"))
     )
-    assert share == pytest.approx((row.result["accuracy"] - low) / (high - low), abs=0.01)
+    assert share == pytest.approx((row.result.accuracy - low) / (high - low), abs=0.01)
 
 
 def test_flips_have_lengths_in_proportion():
@@ -484,3 +486,16 @@ def test_a_cards_own_memory_is_not_the_processs(run):
     [peak] = [r for r in run["engines"][0]["records"] if r["name"] == "peak_memory_bytes"]
     run["engines"][0]["records"].append({**peak, "name": "peak_gpu_memory_bytes", "value": 8.3e9})
     assert answers(run)["fits"].kind == "no"
+
+
+def test_labels_keep_to_their_room_whatever_the_font():
+    # Widths of DejaVu Sans at 11.5 pixels, measured: no common sans-serif is wider.
+    measured = {"gguf-…somebody-did": 122.4, "most frequent answer 25.0 %": 170.5}
+    for label, width in measured.items():
+        assert svg.width_of(label) >= width
+    for label in ("W" * 60, "onnx-int4-with-a-name-nobody-would-choose", "多" * 40, "short"):
+        assert svg.width_of(svg.fit(label, charts.NAMES)) <= charts.NAMES
+    assert svg.fit("onnx-int4", charts.NAMES) == "onnx-int4"
+    assert svg.inside(5.0, "a label of some length", "end", 372) > 100
+    assert svg.inside(370.0, "a label of some length", "start", 372) < 300
+    assert svg.inside(186.0, "12", "middle", 372) == 186.0

@@ -26,7 +26,7 @@ from edgemed.artifacts import records, store
 from edgemed.engines.engine import Engine, export, finish, open_engine
 from edgemed.engines.reference import make_reference
 from edgemed.errors import EdgemedError
-from edgemed.evaluation.option_scoring import Reader
+from edgemed.evaluation.option_scoring import PrefixReader
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
@@ -199,7 +199,7 @@ def test_build_verb_verifies_and_measures(
     assert not store.check_manifest(engine.path)
     session = open_engine(engine.path).open()
     assert len(list(generate(session, IDS[:10], Sampling(max_tokens=5)))) == 5
-    assert np.isfinite(Reader(session).options(IDS[:20], [[1, 2], [3]])).all()
+    assert np.isfinite(PrefixReader(session).options(IDS[:20], [[1, 2], [3]])).all()
     session.close()
 
 

@@ -1,0 +1,61 @@
+"""One measured number, with its spread, its condition and the machine it was measured on. The keys
+are those of a line of records.jsonl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from edgemed.documents.document import LEFT_OUT, Document
+from edgemed.documents.machine import Count, Machine
+from edgemed.params import Doc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread(Document):
+    """How the values lie. Percentiles p1 to p99 besides where n >= 20."""
+
+    min: float
+    median: float
+    max: float
+    values: Annotated[tuple[float, ...] | None, LEFT_OUT, Doc("where they were kept")] = None
+
+    @property
+    def percentiles(self) -> Mapping[str, float]:
+        """'p50' -> value, in the unit of the record."""
+        return self.extra
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineState(Document):
+    """Temperature, clocks and throttling around a measurement, and which sensors counted energy."""
+
+    throttled: Annotated[bool | None, LEFT_OUT, Doc("null: the machine does not tell")] = None
+    throttling: Annotated[tuple[str, ...], Doc("what held the clocks down, in words")]
+    energy: Annotated[str | None, LEFT_OUT, Doc("the sensors")] = None
+    energy_reason: Annotated[str | None, Doc("why energy was not measured")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRecord(Document):
+    """One measured number."""
+
+    name: str
+    value: Annotated[float, Doc("median")]
+    unit: str
+    n: Annotated[Count, Doc("values it is the median of")]
+    spread: Spread
+    how: Annotated[
+        Mapping[str, Any], Doc("condition: threads, runs, prompt, generate, bytes_per_token, ...")
+    ]
+    engine: Annotated[str | None, LEFT_OUT] = None
+    engine_key: str
+    precision: Annotated[str | None, LEFT_OUT] = None
+    target: Annotated[str | None, LEFT_OUT] = None
+    random_weights: bool
+    machine: Machine
+    state: Annotated[MachineState | None, LEFT_OUT] = None
+    versions: Mapping[str, str]
+    when: str
