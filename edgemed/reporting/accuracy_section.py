@@ -23,8 +23,8 @@ Json = Mapping[str, Any]
 
 def title_of(result: EvalResult) -> str:
     """A task by name, and its language or part where only one was asked for."""
-    asked = result.language or result.part
-    return f"{result.task}/{asked}" if asked else result.task
+    subset = result.language or result.part
+    return f"{result.task}/{subset}" if subset else result.task
 
 
 def tasks(runs: Sequence[Run], engines: Sequence[Json]) -> list[dict[str, Any]]:

@@ -399,15 +399,15 @@ def memory(
     )
 
 
-def pareto(found: Sequence[CostPoint], axis: str, title: str) -> str:
+def pareto(marks: Sequence[CostPoint], axis: str, title: str) -> str:
     """Accuracy against cost per question; the number in a mark is the engine, its shape the
     strategy, filled marks lie on the front.
     """
     width = WIDTH
     height = 286
     left = 44
-    costs = [p.cost for p in found]
-    bounds = [b for p in found for b in ((*p.interval,) if p.front else (p.accuracy,))]
+    costs = [p.cost for p in marks]
+    bounds = [b for p in marks for b in ((*p.interval,) if p.front else (p.accuracy,))]
     log = max(costs) > 4 * min(costs) > 0
     low, high = (min(costs) / 1.35, max(costs) * 1.35) if log else (0.0, max(costs) * 1.1)
     x = Scale(
@@ -441,17 +441,17 @@ def pareto(found: Sequence[CostPoint], axis: str, title: str) -> str:
     ]
     parts += [text((left + width) / 2, height - 8, axis, "figure soft", "middle")]
     stairs: list[tuple[float, float]] = []
-    for p in sorted((p for p in found if p.front), key=lambda p: p.cost):
+    for p in sorted((p for p in marks if p.front), key=lambda p: p.cost):
         if stairs:
             stairs += [(x(p.cost), stairs[-1][1])]
         stairs.append((x(p.cost), y(p.accuracy)))
     parts.append(polyline(stairs, "front"))
     parts += [
         line(x(p.cost), y(p.interval[0]), x(p.cost), y(p.interval[1]), "whisker faint")
-        for p in found
+        for p in marks
         if p.front
     ]
-    for p in sorted(found, key=lambda p: p.front):
+    for p in sorted(marks, key=lambda p: p.front):
         kind = "front" if p.front else "behind"
         parts += [
             shape(
@@ -465,7 +465,7 @@ def pareto(found: Sequence[CostPoint], axis: str, title: str) -> str:
         width,
         height,
         title,
-        described((p.title, "on the front" if p.front else "behind it") for p in found),
+        described((p.title, "on the front" if p.front else "behind it") for p in marks),
         parts,
     )
 

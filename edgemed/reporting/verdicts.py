@@ -82,17 +82,17 @@ def shares_memory(device: TargetDevice | None) -> bool:
 
 def usable_bytes(device: TargetDevice | None, machine: Machine) -> int | None:
     """Bytes left for an engine on the device, or on `machine` where no device, or only 'whatever
-    this runs on', was asked for.
+    this runs on', was device_asked_for for.
     """
     machine_gb = machine.memory_bytes / GIB
     if device is None:
         return usable(Device("", "", True, {}, memory_gb=machine_gb))
-    known = {field.name for field in fields(Device)}
-    published = {key: value for key, value in device.to_json().items() if key in known}
-    asked = Device(**published)
-    if asked.memory_gb is None and not asked.recognise:
-        asked = replace(asked, memory_gb=machine_gb)
-    return usable(asked)
+    names = {field.name for field in fields(Device)}
+    published = {key: value for key, value in device.to_json().items() if key in names}
+    device_asked_for = Device(**published)
+    if device_asked_for.memory_gb is None and not device_asked_for.recognise:
+        device_asked_for = replace(device_asked_for, memory_gb=machine_gb)
+    return usable(device_asked_for)
 
 
 def on_device(device: TargetDevice | None, machine: Machine) -> bool:
