@@ -1,5 +1,7 @@
 """Accuracy of one model on one task with one strategy, and what changed between an engine and its
 float32 source on the same items.
+
+An item is one question; its identity and its gold answer decide what may be paired.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The verdict over several comparisons of engines with their source: is any of them worse?"""
+"""The verdict over several comparisons of engines with their source: is any of them worse?
+
+The keys are those of the gate in report.json and in an engine's manifest.
+"""
 
 from __future__ import annotations
 

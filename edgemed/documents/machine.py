@@ -1,4 +1,7 @@
-"""The machine something was measured on, and the device a run was made for."""
+"""The machine something was measured on, and the device a run was made for.
+
+A speed without them says nothing, so every record carries the first.
+"""
 
 from __future__ import annotations
 

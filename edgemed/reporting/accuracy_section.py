@@ -15,7 +15,7 @@ from edgemed.documents.evaluation import Calibration, EvalResult, Subgroup
 from edgemed.documents.gate import EngineGate
 from edgemed.formatting import fixed, number, percent, seconds
 from edgemed.reporting import charts
-from edgemed.reporting.charts import Point, Row
+from edgemed.reporting.charts import ChartRow, CostPoint
 from edgemed.reporting.view_model import Run
 
 Json = Mapping[str, Any]
@@ -23,8 +23,8 @@ Json = Mapping[str, Any]
 
 def title_of(result: EvalResult) -> str:
     """A task by name, and its language or part where only one was asked for."""
-    asked = result.language or result.part
-    return f"{result.task}/{asked}" if asked else result.task
+    subset = result.language or result.part
+    return f"{result.task}/{subset}" if subset else result.task
 
 
 def tasks(runs: Sequence[Run], engines: Sequence[Json]) -> list[dict[str, Any]]:
@@ -167,15 +167,15 @@ def margin_of(rows: Sequence[Json]) -> float | None:
     return margins.pop() if len(margins) == 1 else None
 
 
-def chart_rows(blocks: Sequence[Json]) -> list[Row]:
+def chart_rows(blocks: Sequence[Json]) -> list[ChartRow]:
     """The rows of the charts, under a heading per strategy where there are several."""
     lines = []
     for block in blocks:
         if len(blocks) > 1:
-            lines.append(Row(block["strategy"]))
+            lines.append(ChartRow(block["strategy"]))
         for row in block["rows"]:
             lines.append(
-                Row(
+                ChartRow(
                     row["label"],
                     row["r"],
                     row["source"],
@@ -319,7 +319,7 @@ def cost_panel(
         cost_text = seconds(cost) if axis.startswith("seconds") else f"{number(cost)}\u00a0J"
         accuracy = percent(result.accuracy)
         chart_points.append(
-            Point(
+            CostPoint(
                 row["engine"]["number"],
                 strategies.index(result.strategy),
                 cost,

@@ -30,7 +30,7 @@ VERDICTS = {"pass": "not worse", "fail": "worse", "undecided": "undecided"}
 
 
 @dataclass(frozen=True)
-class Row:
+class ChartRow:
     """One line of a chart; a heading where `result` is None. verdict: the gate's, None where it
     judged nothing.
     """
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Range:
+class Distribution:
     """One distribution: its median, and whatever of the quantiles (keys as in a record's spread) is
     known. label None: a heading.
     """
@@ -58,7 +58,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Point:
+class CostPoint:
     """One engine with one strategy: cost per question, accuracy in 0..1 with its interval, and
     whether nothing cheaper is as accurate.
     """
@@ -72,7 +72,7 @@ class Point:
     title: str
 
 
-def accuracy(rows: Sequence[Row], majority: float | None, title: str) -> str:
+def accuracy(rows: Sequence[ChartRow], majority: float | None, title: str) -> str:
     """Accuracies with their Wilson intervals, and the accuracy of always giving the most frequent
     answer.
     """
@@ -118,7 +118,7 @@ def accuracy(rows: Sequence[Row], majority: float | None, title: str) -> str:
     )
 
 
-def differences(rows: Sequence[Row], margin: float | None, title: str) -> str:
+def differences(rows: Sequence[ChartRow], margin: float | None, title: str) -> str:
     """Accuracy less the source's with its paired interval; left of the margin lies what counts as
     worse.
     """
@@ -168,7 +168,7 @@ def differences(rows: Sequence[Row], margin: float | None, title: str) -> str:
     return svg.figure(WIDTH, bottom + 20, title, description, [*names(placed), *parts])
 
 
-def difference(scale: Scale, row: Row, paired: Paired, y: float) -> list[str]:
+def difference(scale: Scale, row: ChartRow, paired: Paired, y: float) -> list[str]:
     """One engine's difference with its interval and the limit that is held against the margin."""
     value = paired.difference.value
     low, high = paired.difference.interval
@@ -184,7 +184,7 @@ def difference(scale: Scale, row: Row, paired: Paired, y: float) -> list[str]:
     return [*parts, text(WIDTH, y + 4, word, f"figure {row.verdict or 'soft'}", "end")]
 
 
-def flips(rows: Sequence[Row], title: str) -> str:
+def flips(rows: Sequence[ChartRow], title: str) -> str:
     """Answers that changed against the source: lost to the left, gained to the right, and those
     wrong before and after.
     """
@@ -290,7 +290,7 @@ def reliability(before: Sequence[Bin] | None, after: Sequence[Bin], title: str) 
     )
 
 
-def spans(rows: Sequence[Range], title: str, scale_of: float = 1.0) -> str:
+def spans(rows: Sequence[Distribution], title: str, scale_of: float = 1.0) -> str:
     """Times per engine: line from the shortest to the 99th percentile (of few rounds: to the
     longest), band over the middle half, dot at the median.
 
@@ -369,7 +369,7 @@ def memory(
         RIGHT,
         log=True,
     )
-    placed, bottom = place([Range(name, held) for name, held, _ in rows])
+    placed, bottom = place([Distribution(name, held) for name, held, _ in rows])
     unit, unit_name = (1e9, "GB") if high >= 2e9 else (1e6, "MB")
     parts = grid(
         scale,
@@ -399,15 +399,15 @@ def memory(
     )
 
 
-def pareto(found: Sequence[Point], axis: str, title: str) -> str:
+def pareto(marks: Sequence[CostPoint], axis: str, title: str) -> str:
     """Accuracy against cost per question; the number in a mark is the engine, its shape the
     strategy, filled marks lie on the front.
     """
     width = WIDTH
     height = 286
     left = 44
-    costs = [p.cost for p in found]
-    bounds = [b for p in found for b in ((*p.interval,) if p.front else (p.accuracy,))]
+    costs = [p.cost for p in marks]
+    bounds = [b for p in marks for b in ((*p.interval,) if p.front else (p.accuracy,))]
     log = max(costs) > 4 * min(costs) > 0
     low, high = (min(costs) / 1.35, max(costs) * 1.35) if log else (0.0, max(costs) * 1.1)
     x = Scale(
@@ -441,17 +441,17 @@ def pareto(found: Sequence[Point], axis: str, title: str) -> str:
     ]
     parts += [text((left + width) / 2, height - 8, axis, "figure soft", "middle")]
     stairs: list[tuple[float, float]] = []
-    for p in sorted((p for p in found if p.front), key=lambda p: p.cost):
+    for p in sorted((p for p in marks if p.front), key=lambda p: p.cost):
         if stairs:
             stairs += [(x(p.cost), stairs[-1][1])]
         stairs.append((x(p.cost), y(p.accuracy)))
     parts.append(polyline(stairs, "front"))
     parts += [
         line(x(p.cost), y(p.interval[0]), x(p.cost), y(p.interval[1]), "whisker faint")
-        for p in found
+        for p in marks
         if p.front
     ]
-    for p in sorted(found, key=lambda p: p.front):
+    for p in sorted(marks, key=lambda p: p.front):
         kind = "front" if p.front else "behind"
         parts += [
             shape(
@@ -465,7 +465,7 @@ def pareto(found: Sequence[Point], axis: str, title: str) -> str:
         width,
         height,
         title,
-        described((p.title, "on the front" if p.front else "behind it") for p in found),
+        described((p.title, "on the front" if p.front else "behind it") for p in marks),
         parts,
     )
 
@@ -503,7 +503,7 @@ def place(rows: Sequence[Any], top: float = TOP) -> tuple[list[tuple[Any, float]
     placed = []
     y = top
     for row in rows:
-        heading = row.result is None if isinstance(row, Row) else row.median is None
+        heading = row.result is None if isinstance(row, ChartRow) else row.median is None
         placed.append((row, y + (HEADING + 6 if heading else ROW) / 2))
         y += HEADING if heading else ROW
     return placed, y
@@ -512,7 +512,7 @@ def place(rows: Sequence[Any], top: float = TOP) -> tuple[list[tuple[Any, float]
 def names(placed: Sequence[tuple[Any, float]]) -> list[str]:
     parts = []
     for row, y in placed:
-        heading = row.result is None if isinstance(row, Row) else row.median is None
+        heading = row.result is None if isinstance(row, ChartRow) else row.median is None
         parts.append(
             text(0, y + 4, svg.fit(row.label, WIDTH, bold=True), "heading")
             if heading
@@ -539,7 +539,7 @@ def marked(x: float, bottom: float, label: str, kind: str) -> list[str]:
     return [line(x, TOP - 8, x, bottom, kind), text(at, 12, label, "figure marked", anchor)]
 
 
-def dot(x: float, y: float, row: Row) -> str:
+def dot(x: float, y: float, row: ChartRow) -> str:
     return (
         cross(x, y, 3.5, "cross")
         if row.failed

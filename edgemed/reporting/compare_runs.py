@@ -209,8 +209,8 @@ def write_comparison(runs: Sequence[Run], out: Path) -> Path:
             f"the directory of {out} does not exist", "Make it first, or choose another --out"
         )
     store.write_json(out.with_suffix(".json"), comparison(runs))
-    report.put(out.with_suffix(".md"), report.page(runs, title, "report.md.j2"))
-    return report.put(out, report.page(runs, title))
+    report.write_whole(out.with_suffix(".md"), report.page(runs, title, "report.md.j2"))
+    return report.write_whole(out, report.page(runs, title))
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:

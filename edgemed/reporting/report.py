@@ -20,7 +20,7 @@ from edgemed.documents.machine import TargetDevice
 from edgemed.documents.run import SCHEMA
 from edgemed.errors import EdgemedError
 from edgemed.reporting import accuracy_section, charts
-from edgemed.reporting.charts import Range
+from edgemed.reporting.charts import Distribution
 from edgemed.reporting.view_model import Run, value, view
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -75,11 +75,11 @@ def write(document: Json, folder: Path) -> Path:
     """report.html and report.md into `folder`, each whole or not at all; returns the page's
     path.
     """
-    put(folder / "report.md", markdown(document))
-    return put(folder / "report.html", render(document))
+    write_whole(folder / "report.md", markdown(document))
+    return write_whole(folder / "report.html", render(document))
 
 
-def put(file: Path, content: str) -> Path:
+def write_whole(file: Path, content: str) -> Path:
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, file)
@@ -165,8 +165,8 @@ def limit_name(engine: Json) -> str:
     return name
 
 
-def distribution(label: str, record: BenchRecord) -> Range:
-    return Range(label, record.value, record.spread.to_json())
+def distribution(label: str, record: BenchRecord) -> Distribution:
+    return Distribution(label, record.value, record.spread.to_json())
 
 
 def steps(engines: Sequence[Json], machine: str) -> str | None:
@@ -179,10 +179,10 @@ def steps(engines: Sequence[Json], machine: str) -> str | None:
 
 
 def first_tokens(engines: Sequence[Json], machine: str) -> str | None:
-    rows: list[Range] = []
+    rows: list[Distribution] = []
     lengths = {row["prompt"] for engine in engines for row in engine["prompts"]}
     for length in sorted(lengths):
-        rows.append(Range(f"prompt of {length} tokens"))
+        rows.append(Distribution(f"prompt of {length} tokens"))
         for engine in engines:
             for row in engine["prompts"]:
                 if row["prompt"] == length:

@@ -84,15 +84,15 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [
+        round_values = [
             float(f"{f}e{e}")
             for e in exponents
             for f in factors
             if low <= float(f"{f}e{e}") <= high
         ]
-        if len(found) <= most:
-            return found
-    return found[:: math.ceil(len(found) / most)]
+        if len(round_values) <= most:
+            return round_values
+    return round_values[:: math.ceil(len(round_values) / most)]
 
 
 def n(value: float) -> str:

@@ -26,7 +26,7 @@ WORDS = {"pass": "yes", "fail": "no", "undecided": "undecided"}
 
 
 @dataclass(frozen=True)
-class Answer:
+class DeploymentAnswer:
     """kind: 'yes', 'no', 'undecided' or 'none' (nothing measured, or nothing asked). word: what the
     page says; why: a few words of evidence.
     """
@@ -36,7 +36,7 @@ class Answer:
     why: str
 
 
-def answers(engine: Json, document: RunDocument) -> dict[str, Answer]:
+def answers(engine: Json, document: RunDocument) -> dict[str, DeploymentAnswer]:
     """The three answers for an engine as view_model.engine_view gives it."""
     return {
         "fits": fits(engine, document.device),
@@ -45,7 +45,7 @@ def answers(engine: Json, document: RunDocument) -> dict[str, Answer]:
     }
 
 
-def fits(engine: Json, device: TargetDevice | None) -> Answer:
+def fits(engine: Json, device: TargetDevice | None) -> DeploymentAnswer:
     """Whether the measured peak memory leaves the device its reserve; without a device, the machine
     it ran on.
     """
@@ -70,7 +70,7 @@ def fits(engine: Json, device: TargetDevice | None) -> Answer:
     prompt = f" with prompts up to {longest} tokens" if longest else ""
     why = f"peak {size(peak.value)} of {size(room)} usable{prompt}{where}"
     kind = "yes" if peak.value <= room else "no"
-    return Answer(kind, kind, why)
+    return DeploymentAnswer(kind, kind, why)
 
 
 def shares_memory(device: TargetDevice | None) -> bool:
@@ -82,17 +82,17 @@ def shares_memory(device: TargetDevice | None) -> bool:
 
 def usable_bytes(device: TargetDevice | None, machine: Machine) -> int | None:
     """Bytes left for an engine on the device, or on `machine` where no device, or only 'whatever
-    this runs on', was asked for.
+    this runs on', was device_asked_for for.
     """
     machine_gb = machine.memory_bytes / GIB
     if device is None:
         return usable(Device("", "", True, {}, memory_gb=machine_gb))
-    known = {field.name for field in fields(Device)}
-    published = {key: value for key, value in device.to_json().items() if key in known}
-    asked = Device(**published)
-    if asked.memory_gb is None and not asked.recognise:
-        asked = replace(asked, memory_gb=machine_gb)
-    return usable(asked)
+    names = {field.name for field in fields(Device)}
+    published = {key: value for key, value in device.to_json().items() if key in names}
+    device_asked_for = Device(**published)
+    if device_asked_for.memory_gb is None and not device_asked_for.recognise:
+        device_asked_for = replace(device_asked_for, memory_gb=machine_gb)
+    return usable(device_asked_for)
 
 
 def on_device(device: TargetDevice | None, machine: Machine) -> bool:
@@ -103,7 +103,7 @@ def on_device(device: TargetDevice | None, machine: Machine) -> bool:
 
 
 @dataclass(frozen=True)
-class Target:
+class SpeedTarget:
     """One limit of a recipe's bench. record: what was measured, None where it was not; below:
     whether less is better.
     """
@@ -118,7 +118,7 @@ class Target:
         return f"at least {number(self.limit)}\u00a0tok/s"
 
 
-def fast(engine: Json, document: RunDocument) -> Answer:
+def fast(engine: Json, document: RunDocument) -> DeploymentAnswer:
     """Against the recipe's targets: yes where every round met them, no where none did, undecided
     where the rounds disagree.
     """
@@ -137,7 +137,7 @@ def fast(engine: Json, document: RunDocument) -> Answer:
     measured = ", ".join(evidence)
     targets = targets_of(document.recipe.get("bench") or {}, first, decode)
     if not targets:
-        return Answer("none", "no target given", measured)
+        return DeploymentAnswer("none", "no target given", measured)
     if not on_device(document.device, record.machine):
         return none(f"only on {record.machine.label}: {measured}")
     kinds = set()
@@ -147,16 +147,18 @@ def fast(engine: Json, document: RunDocument) -> Answer:
         kinds.add(met(target.record.spread, target.limit, target.below))
     kind = next(kind for kind in ("no", "undecided", "yes") if kind in kinds)
     why = f"{measured}; asked: {', '.join(map(str, targets))}"
-    return Answer(kind, kind, f"{why} (rounds disagree)" if kind == "undecided" else why)
+    return DeploymentAnswer(kind, kind, f"{why} (rounds disagree)" if kind == "undecided" else why)
 
 
-def targets_of(bench: Json, first: BenchRecord | None, decode: BenchRecord | None) -> list[Target]:
+def targets_of(
+    bench: Json, first: BenchRecord | None, decode: BenchRecord | None
+) -> list[SpeedTarget]:
     """The limits that a recipe's bench sets."""
     targets = []
     if bench.get("max_first_token") is not None:
-        targets.append(Target(first, float(bench["max_first_token"]), True))
+        targets.append(SpeedTarget(first, float(bench["max_first_token"]), True))
     if bench.get("min_tokens_per_second") is not None:
-        targets.append(Target(decode, float(bench["min_tokens_per_second"]), False))
+        targets.append(SpeedTarget(decode, float(bench["min_tokens_per_second"]), False))
     return targets
 
 
@@ -172,7 +174,7 @@ def met(spread: Spread, limit: float, below: bool) -> str:
     return "no" if best > bound else "undecided"
 
 
-def not_worse(engine: Json, document: RunDocument) -> Answer:
+def not_worse(engine: Json, document: RunDocument) -> DeploymentAnswer:
     """The gate's verdict, with the comparison that decided it."""
     gate: EngineGate | None = engine["gate"]
     if gate is None:
@@ -182,9 +184,9 @@ def not_worse(engine: Json, document: RunDocument) -> Answer:
     name = f"{worst.task} {points(worst.difference)} ({point_interval(worst.interval)})"
     word = WORDS[gate.verdict]
     if gate.verdict == "undecided":
-        return Answer(word, word, f"{name}; {what_would_decide(worst)}")
+        return DeploymentAnswer(word, word, f"{name}; {what_would_decide(worst)}")
     where = "lowest on " if len(gate.comparisons) > 1 else ""
-    return Answer(word, word, f"{where}{name}; margin {points(-gate.margin)}")
+    return DeploymentAnswer(word, word, f"{where}{name}; margin {points(-gate.margin)}")
 
 
 def what_would_decide(comparison: ComparisonRow) -> str:
@@ -207,8 +209,8 @@ def why_not_judged(engine: Json, document: RunDocument) -> str:
     return "no margin given"
 
 
-def none(why: str) -> Answer:
-    return Answer("none", "not measured", why)
+def none(why: str) -> DeploymentAnswer:
+    return DeploymentAnswer("none", "not measured", why)
 
 
 def conclusion(rows: Sequence[Json]) -> str:

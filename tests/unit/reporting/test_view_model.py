@@ -15,7 +15,7 @@ from edgemed.documents.bench import Spread
 from edgemed.documents.evaluation import EvalResult
 from edgemed.evaluation import paired_statistics
 from edgemed.reporting import accuracy_section, charts, svg, verdicts
-from edgemed.reporting.charts import Point, Range, Row
+from edgemed.reporting.charts import ChartRow, CostPoint, Distribution
 from edgemed.reporting.svg import Scale, log_ticks, ticks
 from edgemed.reporting.view_model import Run, view
 
@@ -360,7 +360,7 @@ def sample(label, share=0.9, source=False, failed=False, verdict=None):
     ]
     found = result(("t", 100, 2, 0.5, ()), "zero-shot", other, label, "ab" * 32, 1.0)
     paired = None if source else paired_statistics.paired(items, other, 0.02, 0.05)
-    return Row(
+    return ChartRow(
         label,
         EvalResult.from_json({**found, "paired": paired}),
         source,
@@ -371,11 +371,11 @@ def sample(label, share=0.9, source=False, failed=False, verdict=None):
 
 def test_charts_are_well_formed_and_stay_inside():
     rows = [
-        Row("zero <shot> & more"),
+        ChartRow("zero <shot> & more"),
         sample("source", 1, True),
         sample("a", 0.97, verdict="pass"),
         sample("b" * 40, 0.6, failed=True, verdict="fail"),
-        Row("cot"),
+        ChartRow("cot"),
         sample("c", 0.9),
     ]
     found = [
@@ -388,7 +388,7 @@ def test_charts_are_well_formed_and_stay_inside():
         charts.reliability(rows[2].result.calibration.bins, rows[3].result.calibration.bins, "t"),
         charts.spans(
             [
-                Range(
+                Distribution(
                     "a",
                     1.0,
                     {
@@ -408,9 +408,9 @@ def test_charts_are_well_formed_and_stay_inside():
         ),
         charts.spans(
             [
-                Range("prompt"),
-                Range("a", 0.01, {"min": 0.01, "median": 0.01, "max": 0.01}),
-                Range("b", 1.0, {"min": 0.5, "median": 1, "max": 2.0}),
+                Distribution("prompt"),
+                Distribution("a", 0.01, {"min": 0.01, "median": 0.01, "max": 0.01}),
+                Distribution("b", 1.0, {"min": 0.5, "median": 1, "max": 2.0}),
             ],
             "t",
         ),
@@ -418,13 +418,15 @@ def test_charts_are_well_formed_and_stay_inside():
         charts.memory([("a", 5, None)], {}, "t"),
         charts.pareto(
             [
-                Point(1, i, 10.0**i, 0.5 + i / 20, (0.4, 0.9), i % 2 == 0, f"<{i}>")
+                CostPoint(1, i, 10.0**i, 0.5 + i / 20, (0.4, 0.9), i % 2 == 0, f"<{i}>")
                 for i in range(6)
             ],
             "seconds per question",
             "t",
         ),
-        charts.pareto([Point(1, 0, 2.0, 0.5, (0.4, 0.6), True, "x")], "joules per question", "t"),
+        charts.pareto(
+            [CostPoint(1, 0, 2.0, 0.5, (0.4, 0.6), True, "x")], "joules per question", "t"
+        ),
         charts.key("triangle"),
     ]
     for drawing in found:
