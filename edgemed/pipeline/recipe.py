@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from edgemed import params as strict
 from edgemed import plugins
@@ -20,7 +20,10 @@ from edgemed.hardware.device import read_device
 from edgemed.params import Doc
 from edgemed.verification.spec import VerifySpec
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 PATH_KEYS = ("adapter", "calibration", "imatrix", "teacher")
 SECTIONS = ("model", "device", "title", "steps", "engines", "verify", "bench", "eval")
 
