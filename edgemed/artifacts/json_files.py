@@ -20,16 +20,23 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path, fix: str) -> Any:
+    """The JSON value in a file. fix: what to do where it cannot be read.
+
+    Raises EdgemedError where the file cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise EdgemedError(f"{path} cannot be read: {error}", fix) from None
+
+
 def read_json_object(path: Path, fix: str) -> dict[str, Any]:
     """The JSON object in a file. fix: what to do where it cannot be read.
 
-    Raises EdgemedError where the file cannot be read, is no JSON or holds something else than an
-    object.
+    Raises EdgemedError as `read_json` does, and where the file holds something else than an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise EdgemedError(f"{path} cannot be read: {error}", fix) from None
+    value = read_json(path, fix)
     if not isinstance(value, dict):
         raise EdgemedError(f"{path} is not a JSON object", fix)
     return value

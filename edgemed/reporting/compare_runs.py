@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts import lineage, store
-from edgemed.artifacts.json_files import read_json_object
+from edgemed.artifacts.json_files import read_json, read_json_object
 from edgemed.artifacts.records import read_records
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.manifest import Manifest
@@ -65,7 +65,7 @@ def read_document(directory: Path) -> Json:
         raise EdgemedError(f"{directory} is not a directory", FIX)
     file = directory / "report.json"
     if file.is_file():
-        document = read_json_object(file, AGAIN)
+        document = read_json(file, AGAIN)
         report.check(document, str(directory))
         return document
     if (directory / store.MANIFEST).is_file():
