@@ -1,4 +1,4 @@
-"""Fits the constants of edgemed/roofline.py to measured rows, once to all and once without each
+"""Fits the constants of edgemed/planning/roofline.py to measured rows, once to all and once without each
 device and each model.
 
 Least squares on the logarithm of predicted / measured, with a soft loss so that one odd row does

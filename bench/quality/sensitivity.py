@@ -1,4 +1,4 @@
-"""How well the expected KL divergence of one rounded matrix (edgemed/sensitivity.py) agrees with
+"""How well the expected KL divergence of one rounded matrix (edgemed/quantization/sensitivity.py) agrees with
 the measured one, on the quickstart model.
 
 Every layer matrix is rounded alone, at several widths, and the model's answers are compared with
