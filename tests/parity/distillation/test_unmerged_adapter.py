@@ -42,7 +42,7 @@ CASES = {
     "grouped": ("llama", {"num_key_value_heads": 1}, "rtn"),
     "rescaled": ("gpt2", {}, "awq"),
 }
-FP32_TOLERANCE = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
+FLOAT32_PARAMS = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
 CARRIED = {"onnx": {"accuracy_level": 1}, "llamacpp": {"from_checkpoint": True}}
 
 
@@ -117,7 +117,7 @@ def pefts(folder: Path, work: Path) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("target", FP32_TOLERANCE)
+@pytest.mark.parametrize("target", FLOAT32_PARAMS)
 def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
     case: Path, target: str, tmp_path: Path
 ) -> None:
@@ -129,7 +129,7 @@ def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
         np.abs(logits(answering(trained), torch.tensor([IDS]))[0].numpy() - right).max()
         < 1e-4 * np.abs(right).max()
     )
-    engine = export(trained, target, module.Params(**FP32_TOLERANCE[target]), tmp_path / "engine")
+    engine = export(trained, target, module.Params(**FLOAT32_PARAMS[target]), tmp_path / "engine")
     assert list(engine.adapters) == ["qad"]
     assert engine.default == "qad"
     session = engine.open(1)

@@ -38,7 +38,7 @@ TARGETS = {
     "qwen2": ["q_proj", "k_proj", "v_proj", "up_proj"],
 }
 IDS = tokens(60)
-FP32_TOLERANCE = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
+FLOAT32_PARAMS = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
 QUICKSTART = ROOT / "recipes" / "quickstart"
 
 
@@ -86,18 +86,18 @@ def case(request, tmp_path_factory):
     return model, {name: str(folder / name) for name in configs}, scores
 
 
-@pytest.mark.parametrize("target", FP32_TOLERANCE)
+@pytest.mark.parametrize("target", FLOAT32_PARAMS)
 def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path):
     model, adapters, scores = case
     module = plugins.load("targets", target)
     checkpoint = open_checkpoint(model)
     plain = export(
-        checkpoint, target, module.Params(**FP32_TOLERANCE[target]), tmp_path / "plain"
+        checkpoint, target, module.Params(**FLOAT32_PARAMS[target]), tmp_path / "plain"
     ).open(1)
     engine = export(
         checkpoint,
         target,
-        module.Params(**FP32_TOLERANCE[target], adapters=adapters),
+        module.Params(**FLOAT32_PARAMS[target], adapters=adapters),
         tmp_path / "engine",
     )
     assert tuple(engine.adapters) == ("first", "second")
@@ -123,7 +123,7 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
         merged = export(
             open_checkpoint(merged_folder),
             target,
-            module.Params(**FP32_TOLERANCE[target]),
+            module.Params(**FLOAT32_PARAMS[target]),
             tmp_path / f"engine-{name}",
         ).open(1)
         assert np.abs(merged.prefill(IDS, every=True) - found).max() < bound * np.abs(right).max()
@@ -139,13 +139,13 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
         opened.close()
 
 
-@pytest.mark.parametrize("target", FP32_TOLERANCE)
+@pytest.mark.parametrize("target", FLOAT32_PARAMS)
 def test_a_switch_forgets_the_cache_and_staying_keeps_it(case, target, tmp_path):
     model, adapters, scores = case
     engine = export(
         open_checkpoint(model),
         target,
-        plugins.load("targets", target).Params(**FP32_TOLERANCE[target], adapters=adapters),
+        plugins.load("targets", target).Params(**FLOAT32_PARAMS[target], adapters=adapters),
         tmp_path / "engine",
     )
     session = engine.open(1, "first")
@@ -333,7 +333,7 @@ def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
     from edgemed.data.text_sets import texts
     from edgemed.models.tokenizer import encode
 
-    for target, params in FP32_TOLERANCE.items():
+    for target, params in FLOAT32_PARAMS.items():
         module = plugins.load("targets", target)
         session = export(
             checkpoint,
