@@ -35,7 +35,7 @@ class Precision:
     scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8);
     small_tables: embedding in float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so
     that both engines carry the same integers); stream: format of the residual stream and the norms,
-    '' for that of the activations; integers: activations are rounded to 8 bits as well.
+    '' for that of the activations; integers: activations are quantized to 8 bits as well.
     """
 
     floats: str = "float32"

@@ -1,14 +1,18 @@
 """What the scripts of bench/ take from edgemed exists: names, arguments, commands and options.
 
 Most of these scripts need a large model, another library or hours, so no test runs them. A rename
-in edgemed would break them unseen. The check reads the source only and imports no script.
+in edgemed would break them unseen. The checks read the source only and import no script. Attributes
+of objects are left to the type checker, in one slow test.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,3 +290,32 @@ def test_check_sees_what_is_gone(source: str, problem: str) -> None:
 def test_check_passes_what_is_there() -> None:
     source = "from records import save\nfrom edgemed.artifacts import store\nstore.versions()\n"
     assert problems(source, BENCH) == []
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("folders", [("", "quality"), ("tiny",), ("tasks", "tiny", "")], ids=str)
+def test_attributes_of_objects_exist(folders: tuple[str, ...], tmp_path: Path) -> None:
+    """Of all that mypy says of the scripts of the first folder, only names that do not exist and
+    arguments that do not fit; most scripts have no types to be right about.
+    """
+    pytest.importorskip("mypy")
+    search = [ROOT, *(BENCH / folder for folder in folders)]
+    options = ["--explicit-package-bases", "--follow-imports=silent", "--no-error-summary"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            *options,
+            f"--cache-dir={tmp_path}",
+            *(BENCH / folders[0]).glob("*.py"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": os.pathsep.join(map(str, search))},
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    kinds = ("[attr-defined]", "[call-arg]", "[name-defined]")
+    assert [line for line in done.stdout.splitlines() if line.endswith(kinds)] == []
