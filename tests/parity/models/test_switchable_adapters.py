@@ -57,6 +57,15 @@ def save(model, out, config, seed=0):
     return scores
 
 
+def gpt2_lora():
+    return peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=TARGETS["gpt2"],
+        fan_in_fan_out=True,
+    )
+
+
 @pytest.fixture(scope="module", params=TARGETS)
 def case(request, tmp_path_factory):
     """(model, {adapter: directory}, {adapter: peft's scores}) of one family: two adapters of
@@ -226,16 +235,7 @@ def test_factors_follow_what_a_quantize_step_folds(tmp_path):
     q rows, and so must an adapter's.
     """
     model = write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=True)
-    save(
-        model,
-        tmp_path / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, tmp_path / "adapter", gpt2_lora())
     (tmp_path / "packed").mkdir()
     quantize.run(open_checkpoint(model), tmp_path / "packed", quantize.Params("rtn", 8, 32))
     packed = open_checkpoint(tmp_path / "packed")
@@ -260,16 +260,7 @@ def test_factors_follow_what_a_quantize_step_folds(tmp_path):
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
     model = write_model(tmp_path / "model")
-    save(
-        model,
-        tmp_path / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, tmp_path / "adapter", gpt2_lora())
     (tmp_path / "packed").mkdir()
     shape = {"bits": 8, "group": -1} if method == "smoothquant" else {"group": 32}
     quantize.run(
@@ -295,16 +286,7 @@ def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
 def test_a_base_that_an_older_step_quantized_is_refused(tmp_path, method):
     """Its config.json does not say what was folded; its manifest does."""
     model = write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=method == "rtn")
-    save(
-        model,
-        tmp_path / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, tmp_path / "adapter", gpt2_lora())
     params = quantize.Params(
         method,
         8,
@@ -365,16 +347,7 @@ def tiny(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("cli")
     model = write_model(folder / "model")
-    save(
-        model,
-        folder / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, folder / "adapter", gpt2_lora())
     done = cli(
         "export",
         model,
