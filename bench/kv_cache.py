@@ -1,5 +1,5 @@
-"""What an 8-bit KV cache changes: KL against the float source on held-out text, cache bytes, and
-decoding steps at a full context, engines in turns.
+"""What an 8-bit KV cache changes: KL against the float source on the validation split, cache bytes,
+and decoding steps at a full context, engines in turns.
 
 Every pair of engines differs in the cache alone, so their difference is its effect. Windows are
 those of bench/quality/compare.py.

@@ -31,8 +31,8 @@ CONTEXT = 2048
 # Groups of rows that are in memory together: all of them at once would not fit into 24 GB.
 GROUPS = "onnx-int4,q4_k_m,stock-q4_k_m/q8_0,stock-q8_0/onnx-int4,transformers"
 WARM_UP = (112, 4)  # image side, new tokens of the round that is not counted
-# row -> (engine it runs, its eyes); a stock row runs llama-cpp-python's bindings on the files of
-# that engine
+# row -> (engine it runs, its vision encoder); a stock row runs llama-cpp-python's bindings on the
+# files of that engine
 ROWS = {
     "onnx-int4": ("onnx-int4", "onnx"),
     "q4_k_m": ("q4_k_m", "onnx"),

@@ -89,7 +89,8 @@ def llama(kind: str) -> tuple[str, str, list[str]]:
 
 
 # Scales (and norms) of a quantized checkpoint, or a LoRA beside it, trained on the calibration
-# text: 40,960 tokens, the rate the best of 3e-4, 1e-3 and 3e-3 at 2 bits on text held back from it.
+# text: 40,960 tokens, the rate the best of 3e-4, 1e-3 and 3e-3 at 2 bits on the validation part of
+# it.
 REFIT = [
     "--teacher",
     "{model}",
@@ -362,9 +363,12 @@ def size_of(path: Path) -> dict[str, Any]:
     }
 
 
-def told(path: Path) -> dict[str, Any]:
-    """What a peer's script says of its result."""
-    return json.loads((path / "peer.json").read_text()) if (path / "peer.json").is_file() else {}
+def peer_facts(path: Path) -> dict[str, Any]:
+    """What a peer's script wrote about its result; {} for edgemed's own."""
+    file = path / "peer.json"
+    if not file.is_file():
+        return {}
+    return json.loads(file.read_text())
 
 
 def weights_of(path: Path, source: Path) -> Any:
@@ -408,7 +412,7 @@ def weights_of(path: Path, source: Path) -> Any:
 
 
 def held_out(model: Path) -> dict[str, np.ndarray]:
-    """card -> windows int64 [n, WINDOW] of its held-out texts, at most MOST."""
+    """card -> windows int64 [n, WINDOW] of its validation split, at most MOST."""
     from edgemed.data.text_sets import texts
     from edgemed.models.tokenizer import encode, open_tokenizer
 
@@ -559,7 +563,7 @@ def main() -> None:
             )
         rows[name] = {
             **found,
-            **told(Path(found["path"])),
+            **peer_facts(Path(found["path"])),
             **size_of(Path(found["path"])),
             **json.loads(file.read_text()),
         }
