@@ -14,6 +14,8 @@ from edgemed.artifacts import store
 from edgemed.artifacts.records import append_records
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.data.text_sets import IMAGES
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.build import BuildResult
 from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
 from edgemed.engines.reference import Reference
@@ -115,14 +117,9 @@ def reference_answers(
 
 
 @extras_named()
-def build(
-    engine: str | Path, workspace_mb: int | None = None, measure: bool = True
-) -> dict[str, Any]:
-    """Finish an engine on its device: compile, then verify and (measure) bench it. Returns plan
-    (its manifest), verify and records.
-
-    verify is None where the engine carries no reference answers; nothing is measured where it
-    failed. Raises EdgemedError as engine.finish.
+def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = True) -> BuildResult:
+    """Finish an engine on its device: compile, then verify and (measure) bench it. Nothing is
+    measured where it failed verification. Raises EdgemedError as engine.finish.
     """
     from edgemed.benchmarking.bench import bench
     from edgemed.engines.reference import FILE as REFERENCE
@@ -133,12 +130,12 @@ def build(
     result = None
     if (opened.path / REFERENCE).is_file():
         result = verify(opened, opened.reference(), Limits())
-    records: list[dict[str, Any]] = []
-    if measure and (result is None or result["passed"]):
+    records: list[BenchRecord] = []
+    if measure and (result is None or result.passed):
         process_memory.reset_peak_memory()
         records = bench(opened, usual_bench(opened))
         append_records(opened.path, records)
-    return {"plan": plan, "verify": result, "records": records}
+    return BuildResult(plan=plan, verify=result, records=tuple(records))
 
 
 def usual_bench(engine: Engine) -> BenchSpec:

@@ -8,9 +8,10 @@ exist for, and grow with every measurement.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,9 @@ from edgemed.cli.options import (
 from edgemed.cli.provenance import signed as check_signature
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+
+if TYPE_CHECKING:
+    from edgemed.documents.verify import Stage, VerifyResult
 
 
 def verify(
@@ -93,28 +97,31 @@ def verify(
     result = verify_engine(opened, opened.reference(adapter), limits, threads, adapter)
     result = result if adapter else with_adapters(opened, result, limits, threads)
     if json_:
-        show(result | signed, True)
+        show(result.to_json() | signed, True)
     else:
-        show(
-            {key: value for key, value in result.items() if key not in ("stages", "adapters")}
-            | signed,
-            False,
-        )
-        show([stage_row(row) for row in result.get("stages", [])], False)
-        for unmerged in result.get("adapters", {}).values():
-            show({key: value for key, value in unmerged.items() if key != "stages"}, False)
-            show([stage_row(row) for row in unmerged.get("stages", [])], False)
-    sys.exit(0 if result["passed"] else 1)
+        show_parity(result, signed)
+        for unmerged in (result.adapters or {}).values():
+            show_parity(unmerged, {})
+    sys.exit(0 if result.passed else 1)
 
 
-def stage_row(row: dict[str, Any]) -> dict[str, Any]:
+def show_parity(result: VerifyResult, signed: Mapping[str, Any]) -> None:
+    """One engine, or one with an adapter, as a person reads it: a table of the whole and one of the
+    stages. signed: what the signature says.
+    """
+    summary = replace(result, stages=None, adapters=None)
+    show(summary.to_json() | dict(signed), False)
+    show([stage_row(row) for row in result.stages or ()], False)
+
+
+def stage_row(row: Stage) -> dict[str, Any]:
     """One stage as a person reads it."""
     return {
-        "stage": row["stage"],
-        "parity": "passed" if row["passed"] else "failed",
-        "error": f"{row['error']:.2e}",
-        "limit": f"{row['limit']:.2g}",
-        "how": row["how"],
+        "stage": row.stage,
+        "parity": "passed" if row.passed else "failed",
+        "error": f"{row.error:.2e}",
+        "limit": f"{row.limit:.2g}",
+        "how": row.how,
     }
 
 
@@ -204,34 +211,33 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
     records = bench_engine(opened, plan)
     append_records(engine, records)
     if as_json:
-        show(records, True)
+        show([record.to_json() for record in records], True)
         return
     if opened.random_weights:
         typer.echo("random weights: these numbers say something about latency and memory only")
     show(
         [
             {
-                "what": r["name"],
-                "value": f"{r['value']:.4g}",
-                "unit": r["unit"],
-                "n": r["n"],
-                "prompt": prompt_of(r["how"]),
+                "what": record.name,
+                "value": f"{record.value:.4g}",
+                "unit": record.unit,
+                "n": record.n,
+                "prompt": prompt_of(record.how),
             }
-            for r in records
+            for record in records
         ],
         False,
     )
-    for line in sentences(records[0]["state"]):
+    state = records[0].state
+    for line in sentences(state) if state else ():
         typer.echo(line)
 
 
-def prompt_of(how: dict[str, Any]) -> Any:
+def prompt_of(how: Mapping[str, Any]) -> Any:
     """What was asked, for a table: tokens of the prompt, or the image and its tokens."""
-    return (
-        f"{how['tokens']} with an image of {how['image']} x {how['image']}"
-        if "image" in how
-        else how.get("prompt", "")
-    )
+    if "image" in how:
+        return f"{how['tokens']} with an image of {how['image']} x {how['image']}"
+    return how.get("prompt", "")
 
 
 def eval_(

@@ -284,7 +284,7 @@ def verify_engine(
         "verify",
         {"limits": asdict(limits)},
         inputs,
-        lambda: with_adapters(engine, verify(engine, reference, limits), limits),
+        lambda: with_adapters(engine, verify(engine, reference, limits), limits).to_json(),
     )
     result = VerifyResult.from_json(content, f"the verification of {engine.name}")
     verdict = "[green]passed[/green]"
