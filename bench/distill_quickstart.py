@@ -95,7 +95,7 @@ def accuracy(model):
             questions("section"),
             "student",
             "",
-        )["accuracy"]
+        ).accuracy
     finally:
         opened.close()
 
