@@ -306,7 +306,7 @@ def export(
         source=source,
         **values,
     )
-    notes = store.read_manifest(engine.path)["notes"]
+    notes = store.open_manifest(engine.path).notes
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its
     # name says.
     tensors_by_change: dict[str, list[str]] = {}

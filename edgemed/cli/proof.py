@@ -86,7 +86,7 @@ def verify(
         show(
             {
                 "artifact": str(directory),
-                "files": len(store.read_manifest(directory)["files"]),
+                "files": len(store.open_manifest(directory).files),
                 **signed,
                 "intact": not problems,
                 "problems": problems,
