@@ -67,7 +67,7 @@ def main() -> None:
         divergence = None
         if (engine.path / FILE).is_file():
             divergence = {
-                level: compare(session, Reference.load(engine.path))
+                level: dataclasses.asdict(compare(session, Reference.load(engine.path)))
                 for level, session in sessions.items()
             }
     save(

@@ -22,7 +22,8 @@ from typing import Any
 from records import save
 
 from edgemed.artifacts import store
-from edgemed.evaluation.evaluate import SOURCE
+from edgemed.documents.evaluation import EvalResult
+from edgemed.evaluation.evaluate import SOURCE, items_in
 from edgemed.evaluation.opened_model import evaluate_opened, open_source
 from edgemed.evaluation.paired_statistics import paired
 from edgemed.evaluation.prompting import PromptSettings
@@ -64,7 +65,7 @@ def training_rows(data: Path, work: Path, count: int) -> str:
     return str(folder / "rows.jsonl")
 
 
-def answered(path: Path) -> dict[str, Any]:
+def answered(path: Path) -> EvalResult:
     opened = open_source(open_checkpoint(path), True)
     found = evaluate_opened(opened, questions("cells"), SOURCE, "", "zero-shot", PromptSettings())
     opened.close()
@@ -87,7 +88,7 @@ def main() -> None:
     run_step(
         Stage("merge", merge.Params(experts="dense")), open_checkpoint(MODEL), args.work, dense
     )
-    results: dict[str, Any] = {}
+    results: dict[str, EvalResult] = {}
     facts: dict[str, Any] = {}
     for name in [args.only] if args.only else ARMS:
         params = distill.Params(
@@ -120,13 +121,13 @@ def main() -> None:
             },
         }
         results[name] = answered(out)
-        print(name, results[name]["accuracy"], facts[name], flush=True)
+        print(name, results[name].accuracy, facts[name], flush=True)
     results |= {"dense": answered(dense), "experts": answered(MODEL)}
     rows_found = {
         name: {
-            "accuracy": found["accuracy"],
-            "interval": found["interval"],
-            "paired": paired(results["experts"]["items"], found["items"], None, 0.05),
+            "accuracy": found.accuracy,
+            "interval": found.interval,
+            "paired": paired(items_in(results["experts"]), items_in(found), None, 0.05).to_json(),
         }
         for name, found in results.items()
     }

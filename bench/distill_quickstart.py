@@ -99,7 +99,7 @@ def accuracy(model):
             questions("section"),
             "student",
             "",
-        )["accuracy"]
+        ).accuracy
     finally:
         opened.close()
 

@@ -21,7 +21,7 @@ from records import paired_ratio, save, spread
 
 from edgemed import plugins
 from edgemed.engines.engine import export, open_engine
-from edgemed.evaluation.evaluate import SOURCE
+from edgemed.evaluation.evaluate import SOURCE, items_in
 from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
 from edgemed.evaluation.paired_statistics import paired
 from edgemed.evaluation.spec import EvalSpec
@@ -150,9 +150,9 @@ def main() -> None:
             "engine_mb": megabytes(folder),
             "bytes_per_token": engine.bytes_per_token,
             "errors": errors,
-            "accuracy": found["accuracy"],
-            "interval": found["interval"],
-            "paired": paired(base["items"], found["items"], None, 0.05),
+            "accuracy": found.accuracy,
+            "interval": found.interval,
+            "paired": paired(items_in(base), items_in(found), None, 0.05).to_json(),
         }
         kept.write_text(json.dumps(row))
         print(name, row, flush=True)

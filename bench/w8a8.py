@@ -78,6 +78,7 @@ def main() -> None:
     from edgemed import params as strict
     from edgemed.engines.engine import export
     from edgemed.evaluation import paired_statistics
+    from edgemed.evaluation.evaluate import items_in
     from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
     from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
@@ -153,12 +154,12 @@ def main() -> None:
             for card, rows_of_card in windows.items()
         }
         result = evaluate_opened(opened, section, name, name, "zero-shot", PromptSettings())
-        paired = paired_statistics.paired(base["items"], result["items"], 0.03, 0.05)
+        paired = paired_statistics.paired(items_in(base), items_in(result), 0.03, 0.05)
         rows[name] = {
             "kl": kl,
-            "section": result["accuracy"],
-            "lost": paired["only_source"],
-            "gained": paired["only_engine"],
+            "section": result.accuracy,
+            "lost": paired.only_source,
+            "gained": paired.only_engine,
         }
         print(name, rows[name], file=sys.stderr, flush=True)
     times = timed(sessions, (128, 448), checkpoint.config["vocab_size"])
@@ -185,7 +186,7 @@ def main() -> None:
             f" {ms['448']:.1f} | {ms['step']:.2f} |"
         )
     print(
-        f"\nKL in 10^-3 nats per token; source {base['accuracy']:.3f}. Width 2560, two layers:\n\n|"
+        f"\nKL in 10^-3 nats per token; source {base.accuracy:.3f}. Width 2560, two layers:\n\n|"
         " | prefill 128 / 512 ms | step ms | prefill 512, times int8 g128's |\n|---|---|---|---|"
     )
     for name, found in wide_times.items():
@@ -200,7 +201,7 @@ def main() -> None:
             {
                 "model": "quickstart, adapter merged",
                 "threads": args.threads,
-                "source_section": base["accuracy"],
+                "source_section": base.accuracy,
                 "rows": rows,
                 "seconds": times,
                 "seconds_at_width_2560": wide_times,

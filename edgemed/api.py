@@ -14,6 +14,10 @@ from edgemed.artifacts import store
 from edgemed.artifacts.records import append_records
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.data.text_sets import IMAGES
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.build import BuildResult
+from edgemed.documents.eval_document import EvalDocument
+from edgemed.documents.evaluation import EvalResult
 from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
 from edgemed.engines.reference import Reference
@@ -115,14 +119,9 @@ def reference_answers(
 
 
 @extras_named()
-def build(
-    engine: str | Path, workspace_mb: int | None = None, measure: bool = True
-) -> dict[str, Any]:
-    """Finish an engine on its device: compile, then verify and (measure) bench it. Returns plan
-    (its manifest), verify and records.
-
-    verify is None where the engine carries no reference answers; nothing is measured where it
-    failed. Raises EdgemedError as engine.finish.
+def build(engine: str | Path, workspace_mb: int | None = None, measure: bool = True) -> BuildResult:
+    """Finish an engine on its device: compile, then verify and (measure) bench it. Nothing is
+    measured where it failed verification. Raises EdgemedError as engine.finish.
     """
     from edgemed.benchmarking.bench import bench
     from edgemed.engines.reference import FILE as REFERENCE
@@ -133,12 +132,12 @@ def build(
     result = None
     if (opened.path / REFERENCE).is_file():
         result = verify(opened, opened.reference(), Limits())
-    records: list[dict[str, Any]] = []
-    if measure and (result is None or result["passed"]):
+    records: list[BenchRecord] = []
+    if measure and (result is None or result.passed):
         process_memory.reset_peak_memory()
         records = bench(opened, usual_bench(opened))
         append_records(opened.path, records)
-    return {"plan": plan, "verify": result, "records": records}
+    return BuildResult(plan=plan, verify=result, records=tuple(records))
 
 
 def usual_bench(engine: Engine) -> BenchSpec:
@@ -164,14 +163,13 @@ def evaluate_tasks(
     against: str | Path | None = None,
     threads: int | None = None,
     adapter: str | None = None,
-) -> dict[str, Any]:
+) -> EvalDocument:
     """Evaluate an engine on tasks, and pair it item by item with its float32 source.
 
     source: the checkpoint, evaluated too (needs torch); against: a file of results of the source,
     written by --out where it was evaluated. adapter: one of the engine's, with which the source is
-    then evaluated as well (from the PEFT directory it was exported from). Returns {'source':
-    results, 'engine': paired results, 'gate': verdict or None}. Raises EdgemedError where results
-    do not belong together.
+    then evaluated as well (from the PEFT directory it was exported from). Raises EdgemedError where
+    results do not belong together.
     """
     if source and against:
         raise EdgemedError(
@@ -221,7 +219,7 @@ def evaluate_tasks(
     gate = None
     if spec.margin is not None:
         gate = judge({name: results}, spec.margin, spec.alpha)
-    return {"source": bases, "engine": results, "gate": gate}
+    return EvalDocument(source=tuple(bases), engine=tuple(results), gate=gate)
 
 
 def _exported(
@@ -241,44 +239,39 @@ def _exported(
     return adapter, path
 
 
-def read_results(path: str | Path) -> list[dict[str, Any]]:
+def read_results(path: str | Path) -> list[EvalResult]:
     """The source's results in a file written by `edgemed eval --out`. Raises EdgemedError where it
     is none.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [
-            result
-            for result in document["source"]
-            if result["items"] is not None and result["model_key"]
-        ]
+        results = [EvalResult.from_json(content) for content in document["source"]]
+        return [result for result in results if result.items is not None and result.model_key]
     except OSError as error:
         raise EdgemedError(
             f"{path} cannot be read: {error.strerror}", "Give a file written by edgemed eval --out"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, EdgemedError):
         raise EdgemedError(
             f"{path} holds no results of a source",
             "Give a file written by edgemed eval ENGINE --source MODEL --out FILE",
         ) from None
 
 
-def same_question(
-    earlier: Sequence[dict[str, Any]], result: dict[str, Any], where: str
-) -> dict[str, Any]:
+def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str) -> EvalResult:
     """The earlier result on the same task and strategy; whether it is truly comparable is for
     pair() to check.
     """
-    asked = (result["task"], result["strategy"])
-    alike = [each for each in earlier if (each["task"], each["strategy"]) == asked]
+    asked = (result.task, result.strategy)
+    alike = [each for each in earlier if (each.task, each.strategy) == asked]
     if not alike:
-        names = ", ".join(f"{each['task']} {each['strategy']}" for each in earlier)
+        names = ", ".join(f"{each.task} {each.strategy}" for each in earlier)
         raise EdgemedError(
-            f"{where} has no result on {result['task']} with {result['strategy']}",
+            f"{where} has no result on {result.task} with {result.strategy}",
             f"It has: {names or 'none'}",
         )
     for each in alike:
-        if each["task_key"] == result["task_key"]:
+        if each.task_key == result.task_key:
             return each
     return alike[0]
 

@@ -14,6 +14,7 @@ import random
 from dataclasses import asdict
 
 from edgemed.artifacts import hashing
+from edgemed.documents.evaluation import Item, Paired
 from edgemed.evaluation import confidence, paired_statistics
 from edgemed.hardware.device import read_device
 
@@ -287,6 +288,10 @@ def redrawn(items: list[dict], share: float, options: int, seed: str) -> list[di
     return found
 
 
+def typed(items: list[dict]) -> list[Item]:
+    return [Item.from_json(item) for item in items]
+
+
 def result(
     task: tuple,
     strategy: str,
@@ -326,7 +331,7 @@ def result(
         "tokens_generated": 0,
         "joules": joules * cost * n if joules else None,
         "joules_per_question": joules * cost if joules else None,
-        "calibration": confidence.summary(items),
+        "calibration": confidence.summary(typed(items)).to_json(),
         "items": items,
         "paired": None,
     }
@@ -338,15 +343,20 @@ def compared(task: tuple, strategy: str, share: float, seed: str) -> tuple[list[
     before = drawn(task, strategy)
     after = redrawn(before, share, task[2], seed)
     return after, {
-        **paired_statistics.paired(before, after, MARGIN, ALPHA),
+        **paired_statistics.paired(typed(before), typed(after), MARGIN, ALPHA).to_json(),
         "source_model": "source (float32)",
     }
 
 
 def gate(found: list[tuple[str, dict]]) -> dict:
     return paired_statistics.gate(
-        [((engine, r["task"], r["strategy"]), r["paired"]) for engine, r in found], MARGIN, ALPHA
-    )
+        [
+            ((engine, r["task"], r["strategy"]), Paired.from_json(r["paired"]))
+            for engine, r in found
+        ],
+        MARGIN,
+        ALPHA,
+    ).to_json()
 
 
 def own_gate(whole: dict, name: str) -> dict:

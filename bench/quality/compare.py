@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 from records import save
+
+if TYPE_CHECKING:
+    from edgemed.documents.evaluation import EvalResult
 
 CARD = "pubmedqa-abstracts"
 SAMPLES = 96
@@ -451,10 +454,11 @@ def evaluated(
     model: Path,
     windows: dict[str, np.ndarray],
     sources: dict[str, list[np.ndarray]],
-    base: dict[str, Any] | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    base: EvalResult | None,
+) -> tuple[dict[str, Any], EvalResult]:
     """({'kl', 'kl_windows', 'section', ...}, the section task's result)."""
     from edgemed.evaluation import paired_statistics
+    from edgemed.evaluation.evaluate import items_in
     from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened
     from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
@@ -478,9 +482,9 @@ def evaluated(
         "zero-shot",
         PromptSettings(),
     )
-    facts["section"] = result["accuracy"]
+    facts["section"] = result.accuracy
     if base:
-        paired = paired_statistics.paired(base["items"], result["items"], 0.03, 0.05)
+        paired = paired_statistics.paired(items_in(base), items_in(result), 0.03, 0.05).to_json()
         facts["paired"] = {
             key: paired[key]
             for key in (
@@ -590,7 +594,7 @@ def main() -> None:
                 "samples": SAMPLES,
                 "length": LENGTH,
                 "held_out_windows": {c: len(w) for c, w in windows.items()},
-                "source_section": base["accuracy"],
+                "source_section": base.accuracy,
                 "rows": kept,
                 "kl_difference_with_95_percent_interval": against,
             },

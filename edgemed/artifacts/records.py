@@ -6,20 +6,25 @@ They are appended after an artifact is finished, so no manifest lists them.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.document import plain
 from edgemed.errors import EdgemedError
 
 RECORDS = "records.jsonl"
 
 
-def append_records(directory: Path, records: list[dict[str, Any]]) -> None:
-    """Add measured numbers beside an engine. One record is one number: name, value, unit, n,
-    spread, how, versions.
-    """
+def append_records(
+    directory: Path, records: Sequence[BenchRecord] | Sequence[Mapping[str, Any]]
+) -> None:
+    """Add measured numbers beside an engine, or the JSON objects of some."""
     with open(Path(directory) / RECORDS, "a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        handle.writelines(
+            json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records
+        )
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:

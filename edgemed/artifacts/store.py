@@ -24,8 +24,9 @@ from typing import Any
 
 from edgemed.artifacts.hashing import canonical, digest, file_sha256
 from edgemed.artifacts.json_files import write_json
-from edgemed.artifacts.manifest import BUILT, MANIFEST, SCHEMA, Manifest, read_manifest, size_of
+from edgemed.artifacts.manifest import MANIFEST, SCHEMA, open_manifest, read_manifest, size_of
 from edgemed.artifacts.records import RECORDS
+from edgemed.documents.manifest import BUILT, ArtifactManifest, Kind, ManifestFile
 from edgemed.errors import EdgemedError
 from edgemed.hardware import packages
 from edgemed.hardware.process_memory import peak_memory, reset_peak_memory
@@ -37,11 +38,11 @@ __all__ = [
     "ON_DEVICE",
     "SIGNATURE",
     "Build",
-    "Manifest",
     "attach",
     "building",
     "check_manifest",
     "files_of",
+    "open_manifest",
     "read_manifest",
     "size_of",
     "versions",
@@ -99,7 +100,7 @@ class Build:
 @contextlib.contextmanager
 def building(
     final: Path,
-    kind: str,
+    kind: Kind,
     stage: str,
     params: Mapping[str, Any],
     inputs: Mapping[str, Any],
@@ -108,8 +109,8 @@ def building(
     """Make `final` appear complete or not at all. Yields None where an identical artifact is
     already there.
 
-    kind, stage, params, inputs, parent: see Manifest. Raises EdgemedError where `final` holds
-    something else, or the disk is full.
+    kind, stage, params, inputs, parent: see ArtifactManifest. Raises EdgemedError where `final`
+    holds something else, `parent` is no manifest, or the disk is full.
     """
     final = Path(final)
     made_from = {
@@ -120,6 +121,9 @@ def building(
         "schema": SCHEMA,
     }
     key = digest(made_from)
+    ancestor = None
+    if parent is not None:
+        ancestor = ArtifactManifest.from_json(parent, "the manifest of what it is made from")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -138,7 +142,7 @@ def building(
         reset_peak_memory()
         try:
             yield work
-            manifest = Manifest(
+            manifest = ArtifactManifest(
                 schema=SCHEMA,
                 key=key,
                 kind=kind,
@@ -151,7 +155,7 @@ def building(
                 wall_seconds=round(time.perf_counter() - started, 3),
                 peak_memory_bytes=peak_memory(),
                 created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                parent=parent,
+                parent=ancestor,
             )
             write_json(part / MANIFEST, manifest.to_json())
             os.replace(part, final)
@@ -171,7 +175,7 @@ def attach(directory: Path, files: Mapping[str, bytes], sections: Mapping[str, A
     directory cannot be written.
     """
     with _changing(directory) as (final, part):
-        manifest = Manifest.read(final)
+        manifest = open_manifest(final)
         if manifest.pending is not None:
             manifest = replace(manifest, files=_expected(manifest, files_of(final)))
         built = {name for name in sections if name in BUILT}
@@ -182,21 +186,22 @@ def attach(directory: Path, files: Mapping[str, bytes], sections: Mapping[str, A
             _switch(final, part, manifest, files, sections)
 
 
-def _is_built(manifest: Manifest, name: str) -> bool:
+def _is_built(manifest: ArtifactManifest, name: str) -> bool:
     # whether a file belongs to the artifact itself, or is a document that may be replaced
     entry = manifest.files.get(name)
-    return name in BESIDE or (entry is not None and not entry.get("attached"))
+    return name in BESIDE or (entry is not None and not entry.attached)
 
 
 def _is_attached(
-    final: Path, manifest: Manifest, files: Mapping[str, bytes], sections: Mapping[str, Any]
+    final: Path, manifest: ArtifactManifest, files: Mapping[str, bytes], sections: Mapping[str, Any]
 ) -> bool:
     # whether every document and section is there already, as it is to become
     if manifest.pending is not None:
         return False
     for name, content in files.items():
         sha256 = hashlib.sha256(content).hexdigest()
-        if manifest.files.get(name, {}).get("sha256") != sha256:
+        entry = manifest.files.get(name)
+        if entry is None or entry.sha256 != sha256:
             return False
         if not (final / name).is_file() or file_sha256(final / name) != sha256:
             return False
@@ -245,7 +250,7 @@ def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
 def _switch(
     final: Path,
     part: Path,
-    manifest: Manifest,
+    manifest: ArtifactManifest,
     files: Mapping[str, bytes],
     sections: Mapping[str, Any],
 ) -> None:
@@ -253,24 +258,19 @@ def _switch(
     # be the old or the new one, and says which at the end. Everything is written beside the
     # artifact before, and after a kill at any moment the artifact is complete.
     unchanged = {name: entry for name, entry in manifest.files.items() if name not in files}
-    new: dict[str, Mapping[str, Any]] = {}
-    pending: dict[str, list[Mapping[str, Any]]] = {}
+    new: dict[str, ManifestFile] = {}
+    pending: dict[str, list[ManifestFile]] = {}
     for name, content in files.items():
-        new[name] = {
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "bytes": len(content),
-            "attached": True,
-        }
+        new[name] = ManifestFile(
+            sha256=hashlib.sha256(content).hexdigest(),
+            bytes=len(content),
+            attached=True,
+        )
         pending[name] = [new[name]]
         if name in manifest.files:
             pending[name].insert(0, manifest.files[name])
-    during = replace(manifest, files=unchanged, pending=pending)
-    after = replace(
-        manifest,
-        files=unchanged | new,
-        pending=None,
-        sections={**manifest.sections, **sections},
-    )
+    during = manifest.attached(unchanged, {}, pending)
+    after = manifest.attached(unchanged | new, sections)
     for number, content in enumerate(files.values()):
         (part / f"{number}").write_bytes(content)
     write_json(part / "during.json", during.to_json())
@@ -282,15 +282,15 @@ def _switch(
 
 
 def _expected(
-    manifest: Manifest, present: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Mapping[str, Any]]:
+    manifest: ArtifactManifest, present: Mapping[str, ManifestFile]
+) -> dict[str, ManifestFile]:
     # The files a manifest names. Where an attach was cut short, a document is right as it was
     # before or as it was to become. present: `files_of` the artifact.
     expected = dict(manifest.files)
     for name, entries in (manifest.pending or {}).items():
         if name in present:
-            sha256 = present[name]["sha256"]
-            same = [entry for entry in entries if entry["sha256"] == sha256]
+            sha256 = present[name].sha256
+            same = [entry for entry in entries if entry.sha256 == sha256]
             expected[name] = (same or entries)[0]
         elif len(entries) > 1:
             # It was there before and is missing now.
@@ -330,7 +330,7 @@ def _is_complete(final: Path, key: str) -> bool:
         raise EdgemedError(
             f"{final} exists and was not made by edgemed", "Choose another directory or remove it"
         )
-    if Manifest.read(final).key != key:
+    if open_manifest(final).key != key:
         raise EdgemedError(
             f"{final} holds an artifact made from other inputs or parameters",
             "Choose another directory or remove it",
@@ -349,22 +349,22 @@ def check_manifest(directory: Path) -> list[str]:
     made.
     """
     present = files_of(Path(directory))
-    expected = _expected(Manifest.read(directory), present)
+    expected = _expected(open_manifest(directory), present)
     problems = [f"{name} is missing" for name in expected if name not in present]
     problems += [f"{name} was added" for name in present if name not in expected]
     for name, entry in expected.items():
-        if name in present and present[name]["sha256"] != entry["sha256"]:
+        if name in present and present[name].sha256 != entry.sha256:
             problems.append(f"{name} was altered")
     return problems
 
 
-def files_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """name -> {sha256, bytes} of every file that belongs to an artifact (those BESIDE it and what a
-    device added excluded).
+def files_of(directory: Path) -> dict[str, ManifestFile]:
+    """name -> sha256 and bytes of every file that belongs to an artifact (those BESIDE it and what
+    a device added excluded).
     """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in BESIDE and not name.startswith(f"{ON_DEVICE}/"):
-            files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            files[name] = ManifestFile(sha256=file_sha256(path), bytes=path.stat().st_size)
     return files

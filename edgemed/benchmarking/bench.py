@@ -16,6 +16,8 @@ import numpy as np
 from edgemed.artifacts import store
 from edgemed.benchmarking.machine_state import Conditions
 from edgemed.benchmarking.spec import BenchSpec
+from edgemed.documents.bench import BenchRecord, MachineState, Spread
+from edgemed.documents.machine import Machine
 from edgemed.engines.engine import Engine, require_built
 from edgemed.errors import EdgemedError, need
 from edgemed.hardware import process_memory
@@ -27,9 +29,9 @@ from edgemed.vision.preprocessing import fitted_size, vision_of
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
-def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
+def bench(engine: Engine, plan: BenchSpec) -> list[BenchRecord]:
     """Measure load, first token, prefill, step latency, decoding, memory, energy and the bandwidth
-    ceiling, and of engines that see questions about an image; one record per number.
+    ceiling, and of vision models questions about an image; one record per number.
 
     Every record carries `state`: temperature, clocks and throttling around the measurement, and why
     energy was not measured where it was not.
@@ -132,7 +134,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[dict[str, Any]]:
     if speed is not None:
         measured.append(("ceiling_share", "1", [float(speed) / ceiling], {}))
     common = {"threads": threads, "runs": plan.runs}
-    state = conditions.state()
+    state = MachineState.from_json(conditions.state())
     return [
         record(engine, name, unit, values, {**how, **common}, state)
         for name, unit, values, how in measured
@@ -247,31 +249,33 @@ def record(
     unit: str,
     values: list[float],
     how: dict[str, Any],
-    state: dict[str, Any],
-) -> dict[str, Any]:
+    state: MachineState,
+) -> BenchRecord:
     """One number: the median of `values`, with its spread and everything needed to read it."""
     array = np.array(values, float)
-    spread = {
-        "min": float(array.min()),
-        "median": float(np.median(array)),
-        "max": float(array.max()),
-    }
+    percentiles: dict[str, float] = {}
     if len(values) >= 20:
-        spread |= {f"p{p}": float(np.percentile(array, p)) for p in PERCENTILES}
-    return {
-        "name": name,
-        "value": spread["median"],
-        "unit": unit,
-        "n": len(values),
-        "spread": spread,
-        "how": how,
-        "engine": engine.name,
-        "engine_key": engine.key,
-        "precision": engine.precision,
-        "target": engine.target,
-        "random_weights": engine.random_weights,
-        "machine": machine(),
-        "state": state,
-        "versions": store.versions(),
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+        percentiles = {f"p{p}": float(np.percentile(array, p)) for p in PERCENTILES}
+    spread = Spread(
+        min=float(array.min()),
+        median=float(np.median(array)),
+        max=float(array.max()),
+        extra=percentiles,
+    )
+    return BenchRecord(
+        name=name,
+        value=spread.median,
+        unit=unit,
+        n=len(values),
+        spread=spread,
+        how=how,
+        engine=engine.name,
+        engine_key=engine.key,
+        precision=engine.precision,
+        target=engine.target,
+        random_weights=engine.random_weights,
+        machine=Machine.from_json(machine()),
+        state=state,
+        versions=store.versions(),
+        when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from edgemed.documents.bench import MachineState
 from edgemed.errors import EdgemedError
 from edgemed.hardware import nvml, thermal
 from edgemed.hardware.power_sensors import Meter
@@ -187,15 +188,15 @@ def waiting() -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
 
 
-def sentences(state: dict[str, Any]) -> list[str]:
+def sentences(state: MachineState) -> list[str]:
     """What a reader of the speeds has to know about the machine while they were measured, from a
     record's state.
     """
-    lines = [f"energy was not measured: {state['energy_reason']}"] if state["energy_reason"] else []
-    if state["throttling"]:
-        lines += [f"throttled: {'; '.join(state['throttling'])}"]
-    return lines + (
-        ["temperature and clocks: this machine does not tell them"]
-        if state["throttled"] is None
-        else []
-    )
+    lines = []
+    if state.energy_reason:
+        lines.append(f"energy was not measured: {state.energy_reason}")
+    if state.throttling:
+        lines.append(f"throttled: {'; '.join(state.throttling)}")
+    if state.throttled is None:
+        lines.append("temperature and clocks: this machine does not tell them")
+    return lines

@@ -78,8 +78,8 @@ def points(logical: int, physical: int, groups: Sequence[Sequence[int]]) -> list
         physical,
         logical,
     }
-    found = [Point(n) for n in sorted(counts)]
-    return found + [
+    everywhere = [Point(n) for n in sorted(counts)]
+    return everywhere + [
         Point(n, tuple(group))
         for group in groups
         if len(groups) > 1
@@ -121,11 +121,11 @@ def sweep(what: str, path: Path, plan: BenchSpec, wait: str = "auto") -> list[di
         for point, values in speeds.items()
     ]
     for name in ("decode", "prefill"):
-        known = [row for row in rows if f"{name}_tokens_per_second" in row]
+        measured = [row for row in rows if f"{name}_tokens_per_second" in row]
         for row in rows:
             row.setdefault("best", "")
-        if known:
-            winner = max(known, key=lambda row: row[f"{name}_tokens_per_second"])
+        if measured:
+            winner = max(measured, key=lambda row: row[f"{name}_tokens_per_second"])
             winner["best"] = f"{winner['best']} and {name}" if winner["best"] else name
     return rows
 
@@ -143,14 +143,14 @@ def spread(values: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """A row as a person reads it: median (lowest to highest)."""
-    found = {"threads": row["threads"], "cores": row["cores"]}
+    cells = {"threads": row["threads"], "cores": row["cores"]}
     for name in ("decode", "prefill"):
         key = f"{name}_tokens_per_second"
         if key in row:
-            found[f"{name} tok/s"] = (
+            cells[f"{name} tok/s"] = (
                 f"{row[key]:.4g} ({row[f'{key}_min']:.4g} to {row[f'{key}_max']:.4g})"
             )
-    return found | {"best": row["best"]}
+    return cells | {"best": row["best"]}
 
 
 def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) -> dict[str, float]:
@@ -162,20 +162,20 @@ def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) ->
         "prompt": max(plan.prompt),
         "generate": plan.generate,
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "from edgemed.benchmarking.thread_sweep import child; child()"],
         input=json.dumps(order),
         capture_output=True,
         text=True,
         env=variables,
     )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    if process.returncode:
+        message = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise EdgemedError(
-            f"{point.threads} threads on cores {point.label} failed: {said[-1]}",
+            f"{point.threads} threads on cores {point.label} failed: {message[-1]}",
             f"Run it alone: edgemed bench {path} --threads {point.threads}",
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def child() -> None:
@@ -188,7 +188,7 @@ def child() -> None:
     engine = open_engine(order["engine"])
     session = engine.open(order["threads"])
     tokens = np.random.default_rng(0).integers(0, engine.vocab, order["prompt"]).tolist()
-    found = {"prefill_tokens_per_second": order["prompt"] / prefills(session, tokens, 1)[0]}
+    speeds = {"prefill_tokens_per_second": order["prompt"] / prefills(session, tokens, 1)[0]}
     if engine.head == "lm":
         measured = {
             name: values
@@ -196,9 +196,9 @@ def child() -> None:
                 session, tokens, BenchSpec((order["prompt"],), order["generate"], 1)
             )
         }
-        found = {"decode_tokens_per_second": measured["decode_tokens_per_second"][0]} | found
+        speeds = {"decode_tokens_per_second": measured["decode_tokens_per_second"][0]} | speeds
     session.close()
-    print(json.dumps(found))
+    print(json.dumps(speeds))
 
 
 def bench_afresh(engine: Path, plan: BenchSpec, wait: str, as_json: bool) -> NoReturn:

@@ -306,7 +306,7 @@ def export(
         source=source,
         **values,
     )
-    notes = store.read_manifest(engine.path)["notes"]
+    notes = store.open_manifest(engine.path).notes
     # A tensor that could not have the type asked for is said aloud: the engine is larger than its
     # name says.
     tensors_by_change: dict[str, list[str]] = {}
@@ -355,33 +355,33 @@ def build(
     from edgemed.api import build as build_engine
 
     result = build_engine(engine, workspace_mb, measure)
-    verified = result["verify"]
+    verified = result.verify
     if json_:
-        show(result, True)
+        show(result.to_json(), True)
     else:
-        plan = result["plan"]
+        plan = result.plan
         show(
             {
                 **plan["params"],
                 **plan["notes"],
-                "verified": None if verified is None else verified["passed"],
+                "verified": None if verified is None else verified.passed,
             },
             False,
         )
         show(
             [
                 {
-                    "what": r["name"],
-                    "value": f"{r['value']:.4g}",
-                    "unit": r["unit"],
-                    "n": r["n"],
-                    "prompt": r["how"].get("prompt", ""),
+                    "what": entry.name,
+                    "value": f"{entry.value:.4g}",
+                    "unit": entry.unit,
+                    "n": entry.n,
+                    "prompt": entry.how.get("prompt", ""),
                 }
-                for r in result["records"]
+                for entry in result.records
             ],
             False,
         )
-    sys.exit(0 if verified is None or verified["passed"] else 1)
+    sys.exit(0 if verified is None or verified.passed else 1)
 
 
 app.command(cls=ParameterCommand)(proof.verify)

@@ -8,7 +8,7 @@ same command line.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from edgemed.console import show
 from edgemed.errors import EdgemedError
 
 if TYPE_CHECKING:
+    from edgemed.documents.plan import Plan
     from edgemed.planning.planner import Wishes
 
 
@@ -147,15 +148,13 @@ def plan(
     )
     result = plan_for(model, device, wishes, power)
     if json_:
-        show(result, True)
+        show(result.to_json(), True)
         return
     for line in lines(result):
         typer.echo(line)
 
 
-def plan_for(
-    model: str, device: str | None, wishes: Wishes, power: str | None = None
-) -> dict[str, Any]:
+def plan_for(model: str, device: str | None, wishes: Wishes, power: str | None = None) -> Plan:
     """`plan` for a model or for a recipe's model and, where none is given, its device. Raises
     EdgemedError as plan does, and where no device is said.
     """

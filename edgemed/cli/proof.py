@@ -8,9 +8,10 @@ exist for, and grow with every measurement.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,11 @@ from edgemed.cli.options import (
 from edgemed.cli.provenance import signed as check_signature
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+
+if TYPE_CHECKING:
+    from edgemed.documents.evaluation import EvalResult
+    from edgemed.documents.gate import ComparisonRow, GateVerdict
+    from edgemed.documents.verify import Stage, VerifyResult
 
 
 def verify(
@@ -80,7 +86,7 @@ def verify(
         show(
             {
                 "artifact": str(directory),
-                "files": len(store.read_manifest(directory)["files"]),
+                "files": len(store.open_manifest(directory).files),
                 **signed,
                 "intact": not problems,
                 "problems": problems,
@@ -93,28 +99,31 @@ def verify(
     result = verify_engine(opened, opened.reference(adapter), limits, threads, adapter)
     result = result if adapter else with_adapters(opened, result, limits, threads)
     if json_:
-        show(result | signed, True)
+        show(result.to_json() | signed, True)
     else:
-        show(
-            {key: value for key, value in result.items() if key not in ("stages", "adapters")}
-            | signed,
-            False,
-        )
-        show([stage_row(row) for row in result.get("stages", [])], False)
-        for unmerged in result.get("adapters", {}).values():
-            show({key: value for key, value in unmerged.items() if key != "stages"}, False)
-            show([stage_row(row) for row in unmerged.get("stages", [])], False)
-    sys.exit(0 if result["passed"] else 1)
+        show_parity(result, signed)
+        for unmerged in (result.adapters or {}).values():
+            show_parity(unmerged, {})
+    sys.exit(0 if result.passed else 1)
 
 
-def stage_row(row: dict[str, Any]) -> dict[str, Any]:
+def show_parity(result: VerifyResult, signed: Mapping[str, Any]) -> None:
+    """One engine, or one with an adapter, as a person reads it: a table of the whole and one of the
+    stages. signed: what the signature says.
+    """
+    summary = replace(result, stages=None, adapters=None)
+    show(summary.to_json() | dict(signed), False)
+    show([stage_row(row) for row in result.stages or ()], False)
+
+
+def stage_row(row: Stage) -> dict[str, Any]:
     """One stage as a person reads it."""
     return {
-        "stage": row["stage"],
-        "parity": "passed" if row["passed"] else "failed",
-        "error": f"{row['error']:.2e}",
-        "limit": f"{row['limit']:.2g}",
-        "how": row["how"],
+        "stage": row.stage,
+        "parity": "passed" if row.passed else "failed",
+        "error": f"{row.error:.2e}",
+        "limit": f"{row.limit:.2g}",
+        "how": row.how,
     }
 
 
@@ -204,34 +213,33 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
     records = bench_engine(opened, plan)
     append_records(engine, records)
     if as_json:
-        show(records, True)
+        show([record.to_json() for record in records], True)
         return
     if opened.random_weights:
         typer.echo("random weights: these numbers say something about latency and memory only")
     show(
         [
             {
-                "what": r["name"],
-                "value": f"{r['value']:.4g}",
-                "unit": r["unit"],
-                "n": r["n"],
-                "prompt": prompt_of(r["how"]),
+                "what": record.name,
+                "value": f"{record.value:.4g}",
+                "unit": record.unit,
+                "n": record.n,
+                "prompt": prompt_of(record.how),
             }
-            for r in records
+            for record in records
         ],
         False,
     )
-    for line in sentences(records[0]["state"]):
+    state = records[0].state
+    for line in sentences(state) if state else ():
         typer.echo(line)
 
 
-def prompt_of(how: dict[str, Any]) -> Any:
+def prompt_of(how: Mapping[str, Any]) -> Any:
     """What was asked, for a table: tokens of the prompt, or the image and its tokens."""
-    return (
-        f"{how['tokens']} with an image of {how['image']} x {how['image']}"
-        if "image" in how
-        else how.get("prompt", "")
-    )
+    if "image" in how:
+        return f"{how['tokens']} with an image of {how['image']} x {how['image']}"
+    return how.get("prompt", "")
 
 
 def eval_(
@@ -323,35 +331,36 @@ def eval_(
         from edgemed.evaluation.evaluate import part_of
         from edgemed.provenance.record import record as write_record
 
-        gate = part_of(document["gate"], open_engine(engine).name)
-        write_record(engine, document["engine"], gate)
+        gate = part_of(document.gate, open_engine(engine).name)
+        results = [result.to_json() for result in document.engine]
+        write_record(engine, results, gate.to_json() if gate else None)
     if out:
         from edgemed.artifacts.store import write_json
 
-        write_json(out, document)
+        write_json(out, document.to_json())
     if json_:
-        show(document, True)
+        show(document.to_json(), True)
     else:
-        show_results((*document["source"], *document["engine"]))
-        if document["gate"]:
-            show([verdict_row(row) for row in document["gate"]["comparisons"]], False)
-    exit_with_verdict(document["gate"], accept_undecided)
+        show_results((*document.source, *document.engine))
+        if document.gate:
+            show([verdict_row(row) for row in document.gate.comparisons], False)
+    exit_with_verdict(document.gate, accept_undecided)
 
 
-def show_results(results: Iterable[dict[str, Any]]) -> None:
+def show_results(results: Iterable[EvalResult]) -> None:
     """The results as a table, and a second one of the metrics that a task has besides accuracy."""
     rows = []
     metrics = []
     for result in results:
         rows.append(result_row(result))
-        for name, score in result["scores"].items():
+        for name, score in (result.scores or {}).items():
             metrics.append(
                 {
-                    "task": result["task"],
-                    "model": result["model"],
+                    "task": result.task,
+                    "model": result.model,
                     "metric": name,
-                    "value": score["value"],
-                    "n": score["n"],
+                    "value": score.value,
+                    "n": score.n,
                 }
             )
     show(rows, False)
@@ -395,68 +404,65 @@ def ttt(
         params.build(Adapt, settings(sets, text=text, k=k, rate=rate), "ttt"),
     )
     if out:
-        store.write_json(out, comparison)
+        store.write_json(out, comparison.to_json())
     if json_:
-        show(comparison, True)
+        show(comparison.to_json(), True)
         return
-    paired = comparison["paired"]
+    paired = comparison.paired
     rows = [
-        result_row(comparison["plain"]),
-        result_row(comparison["trained"] | {"paired": paired}),
+        result_row(comparison.plain),
+        result_row(replace(comparison.trained, paired=paired)),
     ]
     show(rows, False)
-    difference = paired["difference"]["value"]
-    low, high = paired["difference"]["interval"]
+    difference = paired.difference.value
+    low, high = paired.difference.interval
     typer.echo(
         f"difference {difference:+.4f} (95 % {low:+.4f} to {high:+.4f}, McNemar p"
-        f" {paired['mcnemar_p']:.3g}), {comparison['times']:.1f} times the seconds of a plain"
+        f" {paired.mcnemar_p:.3g}), {comparison.times:.1f} times the seconds of a plain"
         " answer"
     )
 
 
-def result_row(result: dict[str, Any]) -> dict[str, Any]:
+def result_row(result: EvalResult) -> dict[str, Any]:
     """One result as a person reads it."""
-    low, high = result["interval"]
-    row = {
-        "task": result["task"] + " (synthetic)" * result["synthetic"],
-        "model": result["model"],
-        "strategy": result["strategy"],
-        "n": result["n"],
-        "accuracy": f"{result['accuracy']:.4f}",
-    }
-    row |= {
-        "95 %": f"{low:.3f}-{high:.3f}",
-        "majority": round(result["majority"], 4),
-        "cut": result["truncated"],
-        "s/question": result["seconds_per_question"],
-    }
-    paired = result["paired"]
-    return row | {
-        "lost": paired["only_source"] if paired else None,
-        "gained": paired["only_engine"] if paired else None,
-    }
-
-
-def verdict_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One comparison of the gate as a person reads it."""
-    low, high = row["interval"]
-    need = {"more items": row["items_needed"]} if row["verdict"] == "undecided" else {}
+    low, high = result.interval
+    paired = result.paired
     return {
-        "engine": row["engine"],
-        "task": row["task"],
-        "verdict": row["verdict"],
-        "difference": f"{row['difference']:+.4f}",
-        "95 %": f"{low:+.3f} to {high:+.3f}",
-        "p": row["p_holm"],
-        **need,
+        "task": result.task + " (synthetic)" * result.synthetic,
+        "model": result.model,
+        "strategy": result.strategy,
+        "n": result.n,
+        "accuracy": f"{result.accuracy:.4f}",
+        "95 %": f"{low:.3f}-{high:.3f}",
+        "majority": None if result.majority is None else round(result.majority, 4),
+        "cut": result.truncated,
+        "s/question": result.seconds_per_question,
+        "lost": paired.only_source if paired else None,
+        "gained": paired.only_engine if paired else None,
     }
 
 
-def exit_with_verdict(gate: dict[str, Any] | None, accept_undecided: bool) -> None:
+def verdict_row(row: ComparisonRow) -> dict[str, Any]:
+    """One comparison of the gate as a person reads it."""
+    low, high = row.interval
+    cells: dict[str, Any] = {
+        "engine": row.engine,
+        "task": row.task,
+        "verdict": row.verdict,
+        "difference": f"{row.difference:+.4f}",
+        "95 %": f"{low:+.3f} to {high:+.3f}",
+        "p": row.p_holm,
+    }
+    if row.verdict == "undecided":
+        cells["more items"] = row.items_needed
+    return cells
+
+
+def exit_with_verdict(gate: GateVerdict | None, accept_undecided: bool) -> None:
     """End with the gate's exit code: 1 failed, 3 undecided."""
-    if not gate or gate["verdict"] == "pass":
+    if not gate or gate.verdict == "pass":
         return
-    if gate["verdict"] == "fail":
+    if gate.verdict == "fail":
         sys.exit(1)
     if not accept_undecided:
         typer.echo(

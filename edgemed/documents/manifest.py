@@ -1,19 +1,25 @@
 """The manifest of an artifact: from what it was made, how, and which files it holds. Sections that
 are known only later (what was measured, whose licence it is) are attached to an engine's.
+
+Its JSON is part of the product: keys and their order stay as they are, because signatures and
+reports rest on the file's bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from edgemed.documents.document import LEFT_OUT, Document
+from edgemed.documents.document import LEFT_OUT, Document, fields_of, plain
 from edgemed.documents.evaluation import EvalResult, Sha256
 from edgemed.documents.gate import EngineGate
 from edgemed.documents.machine import Count
 from edgemed.documents.verify import VerifyResult
 from edgemed.params import Doc
+
+PENDING = "pending"
+Kind = Literal["checkpoint", "engine", "plan", "reference", "result"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +32,12 @@ class ManifestFile(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Document):
-    """The manifest of an artifact, as in its directory."""
+class ArtifactManifest(Document):
+    """What the store writes and checks. Sections attached afterwards are kept as they were read."""
 
     schema: Count
     key: Sha256
-    kind: Literal["checkpoint", "engine", "plan", "reference", "result"]
+    kind: Kind
     stage: Annotated[str, Doc("the step or target")]
     params: Mapping[str, Any]
     inputs: Annotated[
@@ -44,6 +50,51 @@ class Manifest(Document):
     wall_seconds: float
     peak_memory_bytes: Count
     created: str
+    parent: ArtifactManifest | None
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """What was attached afterwards ('evals', 'gate' and so on), by name."""
+        return {name: value for name, value in self.extra.items() if name != PENDING}
+
+    @property
+    def pending(self) -> dict[str, list[ManifestFile]] | None:
+        """Documents whose replacement was cut short: name -> the entries that are right, old and
+        new. None where no replacement is under way.
+        """
+        if self.extra.get(PENDING) is None:
+            return None
+        return {
+            name: [ManifestFile.from_json(entry, f"pending.{name}") for entry in entries]
+            for name, entries in self.extra[PENDING].items()
+        }
+
+    def attached(
+        self,
+        files: Mapping[str, ManifestFile],
+        sections: Mapping[str, Any],
+        pending: Mapping[str, list[ManifestFile]] | None = None,
+    ) -> ArtifactManifest:
+        """The same with other files, with sections added or replaced, and with this `pending`."""
+        extra = {**self.sections, **sections}
+        if pending is not None:
+            extra[PENDING] = plain(pending)
+        return replace(
+            self,
+            files=files,
+            extra=extra,
+            keys=tuple(name for name in self.keys if name != PENDING),
+        )
+
+
+# What is written when an artifact is made. Sections attached afterwards have other names.
+BUILT = (*fields_of(ArtifactManifest), PENDING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(ArtifactManifest):
+    """The manifest of an artifact, as in its directory."""
+
     parent: Manifest | None
     source: Annotated[
         Mapping[str, Any] | None, LEFT_OUT, Doc("name and licence of the first checkpoint")

@@ -81,7 +81,7 @@ class Engine:
     @property
     def key(self) -> str:
         """The content key of the artifact; records of another key do not belong to this engine."""
-        return store.read_manifest(self.path)["key"]
+        return store.open_manifest(self.path).key
 
     def tokenizer(self) -> Any:
         return open_tokenizer(self.path, self.vocab)
@@ -249,17 +249,16 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
             f"engine directory {path} does not exist",
             "Make one with: edgemed export MODEL --target onnx --out DIR",
         )
-    manifest = store.read_manifest(path)
-    if manifest["kind"] != "engine" or not (path / ENGINE).is_file():
+    manifest = store.open_manifest(path)
+    if manifest.kind != "engine" or not (path / ENGINE).is_file():
         raise EdgemedError(
-            f"{path} is a {manifest['kind']}, not an engine",
+            f"{path} is a {manifest.kind}, not an engine",
             "Make an engine with: edgemed export MODEL --target onnx --out DIR",
         )
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     wrong = [
         name
-        for name, size in sizes.items()
-        if not (path / name).is_file() or (path / name).stat().st_size != size
+        for name, entry in manifest.files.items()
+        if not (path / name).is_file() or (path / name).stat().st_size != entry.bytes
     ]
     wrong = [f"{name} is missing or has another size" for name in wrong] or (
         [*store.check_manifest(path), *_plan_problems(path)] if check else []
@@ -307,7 +306,7 @@ def finish(engine: Engine, workspace_mb: int | None = None) -> dict[str, Any]:
     facts = module.identity(engine) | {
         "workspace_mb": workspace_mb or engine.params["workspace_mb"]
     }
-    if (out / store.MANIFEST).is_file() and store.read_manifest(out)["params"] != facts:
+    if (out / store.MANIFEST).is_file() and store.open_manifest(out).params != facts:
         shutil.rmtree(out)
     with store.building(out, "plan", engine.target, facts, {"engine": engine.key}) as work:
         if work is not None:

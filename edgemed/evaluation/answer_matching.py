@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from edgemed.documents.evaluation import Item, Score
 from edgemed.evaluation.task import Example, Prompt
 
 NUMBERS = {
@@ -31,7 +31,7 @@ NUMBERS = {
 }
 BRIEFLY = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's wording
 YES_NO = ("yes", "no")
-Pairs = Sequence[tuple[Example, Mapping[str, Any]]]
+Pairs = Sequence[tuple[Example, Item]]
 
 
 def closed_or_open(
@@ -123,12 +123,12 @@ def _counted_words(text: str) -> Counter[str]:
     return Counter(NUMBERS.get(word, word) for word in normalised(text).split())
 
 
-def answer_words(example: Example, item: Mapping[str, Any]) -> str:
+def answer_words(example: Example, item: Item) -> str:
     """The answer as words: what was written, else the option chosen, '' where there was none."""
-    if item.get("text") is not None:
-        return item["text"]
-    if example.options and item["answer"] >= 0:
-        return example.options[item["answer"]]
+    if item.text is not None:
+        return item.text
+    if example.options and item.answer >= 0:
+        return example.options[item.answer]
     return ""
 
 
@@ -136,7 +136,7 @@ def right_answer(example: Example) -> str:
     return example.options[example.gold] if example.options else example.reference
 
 
-def closed_and_open(pairs: Pairs) -> dict[str, dict[str, Any]]:
+def closed_and_open(pairs: Pairs) -> dict[str, Score]:
     """Task.scores of a set with closed and open questions (groups 'kind'): closed accuracy, open
     exact match and recall, and both legacy scores.
     """
@@ -145,14 +145,14 @@ def closed_and_open(pairs: Pairs) -> dict[str, dict[str, Any]]:
     closed_words = [(answer_words(*pair), right_answer(pair[0])) for pair in closed]
     open_words = [(answer_words(*pair), right_answer(pair[0])) for pair in opened]
     return {
-        "closed_accuracy": mean([item["answer"] == example.gold for example, item in closed]),
-        "open_exact": mean([item["answer"] == example.gold for example, item in opened]),
+        "closed_accuracy": mean([item.answer == example.gold for example, item in closed]),
+        "open_exact": mean([item.answer == example.gold for example, item in opened]),
         "open_recall": mean([recall(answer, right) for answer, right in open_words]),
         "legacy_closed": mean([legacy_closed(answer, right) for answer, right in closed_words]),
         "legacy_open": mean([legacy_open(answer, right) for answer, right in open_words]),
     }
 
 
-def mean(values: Sequence[float]) -> dict[str, Any]:
-    """{'value': mean or None where there is nothing, 'n'}."""
-    return {"value": sum(values) / len(values) if values else None, "n": len(values)}
+def mean(values: Sequence[float]) -> Score:
+    """The mean of what was counted, None where there is nothing."""
+    return Score(value=sum(values) / len(values) if values else None, n=len(values))

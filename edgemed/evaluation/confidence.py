@@ -8,45 +8,43 @@ hide the error at the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from edgemed.documents.evaluation import Bin, Calibration, Coverage, Item
 from edgemed.errors import EdgemedError
 
 
-def summary(items: Sequence[Mapping[str, Any]], target: float = 0.95) -> dict[str, Any]:
-    """The "calibration" of a result. items: dicts with id, gold, answer (-1: none could be read,
-    counts as wrong) and scores (log, one per option).
+def summary(items: Sequence[Item], target: float = 0.95) -> Calibration:
+    """The calibration of a result. An answer that could not be read (-1) counts as wrong.
 
-    Returns {n, left_out, ece, brier, bins, coverage}; items without scores are left out and
-    counted, and where none has scores ece and brier are None. Raises EdgemedError for scores that
-    are not numbers.
+    Items without scores are left out and counted, and where none has scores ece and brier are None.
+    Raises EdgemedError for scores that are not numbers.
     """
-    scored = [item for item in items if len(item["scores"])]
+    scored = [item for item in items if len(item.scores)]
     shares = [probabilities(item) for item in scored]
     confidence = np.array([p.max() for p in shares])
-    right = np.array([item["answer"] == item["gold"] for item in scored], dtype=bool)
+    right = np.array([item.answer == item.gold for item in scored], dtype=bool)
     bins = reliability(confidence, right)
-    return {
-        "n": len(scored),
-        "left_out": len(items) - len(scored),
-        "ece": calibration_error(bins),
-        "brier": brier(shares, [item["gold"] for item in scored]),
-        "bins": bins,
-        "coverage": coverage(confidence, right, len(items), target),
-    }
+    return Calibration(
+        n=len(scored),
+        left_out=len(items) - len(scored),
+        ece=calibration_error(bins),
+        brier=brier(shares, [item.gold for item in scored]),
+        bins=tuple(bins),
+        coverage=coverage(confidence, right, len(items), target),
+    )
 
 
-def probabilities(item: Mapping[str, Any]) -> np.ndarray:
+def probabilities(item: Item) -> np.ndarray:
     """Softmax over the option scores, float64 [options]. A score of -inf (no vote at all) is
     probability 0.
     """
-    scores = np.asarray(item["scores"], float)
+    scores = np.asarray(item.scores, float)
     if not np.isfinite(scores.max()):
         raise EdgemedError(
-            f"item {item['id']}: the scores {item['scores']} are not log scores",
+            f"item {item.id}: the scores {list(item.scores)} are not log scores",
             "Evaluate again, and verify the engine first",
         )
     shifted = np.exp(scores - scores.max())
@@ -55,9 +53,9 @@ def probabilities(item: Mapping[str, Any]) -> np.ndarray:
 
 def reliability(
     confidence: np.ndarray, right: np.ndarray, most: int = 10, least: int = 20
-) -> list[dict[str, Any]]:
-    """Bins of equally many answers, lowest confidence first: [{confidence, accuracy, n}].
-    confidence: float [n]; right: bool [n].
+) -> list[Bin]:
+    """Bins of equally many answers, lowest confidence first. confidence: float [n]; right: bool
+    [n].
 
     At most `most` bins, each of about `least` answers or more; answers of one confidence are never
     split, so bins can be fewer and unequal.
@@ -73,20 +71,20 @@ def reliability(
     )
     pieces = zip(np.split(confidence, cuts), np.split(right, cuts), strict=True)
     return [
-        {"confidence": float(c.mean()), "accuracy": float(r.mean()), "n": len(c)}
+        Bin(confidence=float(c.mean()), accuracy=float(r.mean()), n=len(c))
         for c, r in pieces
         if len(c)
     ]
 
 
-def calibration_error(bins: Sequence[Mapping[str, Any]]) -> float | None:
+def calibration_error(bins: Sequence[Bin]) -> float | None:
     """Expected calibration error over adaptive bins: the mean of |accuracy - confidence|, weighted
     by n (Nguyen and O'Connor, EMNLP 2015).
     """
-    total = sum(part["n"] for part in bins)
+    total = sum(part.n for part in bins)
     if not total:
         return None
-    return sum(part["n"] * abs(part["accuracy"] - part["confidence"]) for part in bins) / total
+    return sum(part.n * abs(part.accuracy - part.confidence) for part in bins) / total
 
 
 def brier(shares: Sequence[np.ndarray], golds: Sequence[int]) -> float | None:
@@ -102,9 +100,7 @@ def brier(shares: Sequence[np.ndarray], golds: Sequence[int]) -> float | None:
     return float(np.mean(distances))
 
 
-def coverage(
-    confidence: np.ndarray, right: np.ndarray, questions: int, target: float
-) -> dict[str, float | None]:
+def coverage(confidence: np.ndarray, right: np.ndarray, questions: int, target: float) -> Coverage:
     """The largest share of all `questions` that can be answered above one confidence threshold with
     accuracy >= target among those answered.
 
@@ -121,11 +117,11 @@ def coverage(
         ends = np.flatnonzero(np.append(sure[1:] != sure[:-1], True))
     good = [end for end in ends if hits[end] >= target * (end + 1) - 1e-9]
     if not good:
-        return {"target": target, "coverage": 0.0, "threshold": None, "accuracy": None}
+        return Coverage(target=target, coverage=0.0, threshold=None, accuracy=None)
     last = int(good[-1])
-    return {
-        "target": target,
-        "coverage": (last + 1) / questions,
-        "threshold": float(sure[last]),
-        "accuracy": float(hits[last] / (last + 1)),
-    }
+    return Coverage(
+        target=target,
+        coverage=(last + 1) / questions,
+        threshold=float(sure[last]),
+        accuracy=float(hits[last] / (last + 1)),
+    )

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edgemed.artifacts import hashing, lineage
 from edgemed.console import track
+from edgemed.documents.evaluation import EvalResult, Item, Score
+from edgemed.documents.gate import EngineGate, GateVerdict
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, confidence, paired_statistics
 from edgemed.evaluation.answerer import Answerer
@@ -41,14 +44,13 @@ def evaluate(
     model_key: str,
     plan: PromptPlan = ZERO_SHOT,
     before: Callable[[Example], None] | None = None,
-) -> dict[str, Any]:
+) -> EvalResult:
     """Answer every question. Contexts that do not fit lose their first tokens, options and prompts
     with images never; how many did is reported.
 
     plan: how the questions are put. before: what is done to the session before each question; its
-    time counts. model_key: the engine's key, or source_key of a checkpoint. Returns the result
-    mapping of docs/report.md. Raises EdgemedError where this engine or task cannot follow the
-    strategy.
+    time counts. model_key: the engine's key, or source_key of a checkpoint. Raises EdgemedError
+    where this engine or task cannot follow the strategy.
     """
     answerer = Answerer(session, tokenizer, questions, plan)
     answerer.check()
@@ -67,61 +69,58 @@ def evaluate(
             items.append(item_of(example, answer))
     seconds = time.perf_counter() - started
     n = len(items)
-    correct = sum(item["answer"] == item["gold"] for item in items)
+    correct = sum(item.answer == item.gold for item in items)
     joules = meter.joules
-    scores = {}
+    scores: dict[str, Score] = {}
     if questions.task.scores:
         scores = questions.task.scores(list(zip(questions.examples, items, strict=True)))
-    return {
-        "task": questions.task.name,
-        "language": questions.language,
-        "part": questions.part,
-        "synthetic": questions.synthetic,
-        "task_sha256": questions.sha256,
-        "task_key": questions.key,
-        "model": model,
-        "model_key": model_key,
-        "strategy": plan.strategy.name,
-        "scoring": scoring_of(questions, session.head, plan.settings),
-        "settings": settings_of(plan, questions.has_vision),
-        "n": n,
-        "correct": correct,
-        "accuracy": correct / n,
-        "interval": list(paired_statistics.wilson(correct, n)),
-        "majority": majority(questions),
-        "truncated": truncated,
-        "unparsed": sum(item["answer"] < 0 for item in items),
-        "seconds": round(seconds, 3),
-        "seconds_per_question": seconds / n,
-        "tokens_read": answerer.reader.tokens_read,
-        "tokens_generated": answerer.reader.tokens_generated,
-        "joules": joules,
-        "joules_per_question": None if joules is None else joules / n,
-        "machine": machine()["label"],
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "calibration": confidence.summary(items),
-        "items": items,
-        "paired": None,
-        "scores": scores,
-    }
+    return EvalResult(
+        task=questions.task.name,
+        language=questions.language,
+        part=questions.part,
+        synthetic=questions.synthetic,
+        task_sha256=questions.sha256,
+        task_key=questions.key,
+        model=model,
+        model_key=model_key,
+        strategy=plan.strategy.name,
+        scoring=scoring_of(questions, session.head, plan.settings),
+        settings=settings_of(plan, questions.has_vision),
+        n=n,
+        correct=correct,
+        accuracy=correct / n,
+        interval=paired_statistics.wilson(correct, n),
+        majority=majority(questions),
+        truncated=truncated,
+        unparsed=sum(item.answer < 0 for item in items),
+        seconds=round(seconds, 3),
+        seconds_per_question=seconds / n,
+        tokens_read=answerer.reader.tokens_read,
+        tokens_generated=answerer.reader.tokens_generated,
+        joules=joules,
+        joules_per_question=None if joules is None else joules / n,
+        machine=machine()["label"],
+        when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        calibration=confidence.summary(items),
+        items=tuple(items),
+        paired=None,
+        scores=scores,
+    )
 
 
-def item_of(example: Example, answer: ModelAnswer) -> dict[str, Any]:
+def item_of(example: Example, answer: ModelAnswer) -> Item:
     """One item of a result. text: what was written; said: the same normalised, of an open question,
     so that two wrong answers can be told apart.
     """
-    item: dict[str, Any] = {
-        "id": example.id,
-        "gold": example.gold,
-        "answer": answer.option,
-        "scores": [round(score, 6) for score in answer.scores],
-        "groups": dict(example.groups),
-    }
-    if answer.text is not None:
-        item["text"] = answer.text
-    if not example.options:
-        item["said"] = answer_matching.normalised(answer.text or "")
-    return item
+    return Item(
+        id=example.id,
+        gold=example.gold,
+        answer=answer.option,
+        scores=tuple(round(score, 6) for score in answer.scores),
+        groups=dict(example.groups),
+        text=answer.text,
+        said=None if example.options else answer_matching.normalised(answer.text or ""),
+    )
 
 
 def scoring_of(questions: Questions, head: str, settings: PromptSettings) -> str:
@@ -173,28 +172,28 @@ def adapter_of(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
 
 
 def pair(
-    engine: Mapping[str, Any],
-    source: Mapping[str, Any],
+    engine: EvalResult,
+    source: EvalResult,
     manifest: Mapping[str, Any],
     margin: float | None,
     alpha: float,
     adapter: str | None = None,
-) -> dict[str, Any]:
+) -> EvalResult:
     """The engine's result with what changed against its source, item by item. manifest: the
     engine's; adapter: the one both were evaluated with.
 
     margin None: the statistics are given, and no verdict. Raises EdgemedError where the two results
     do not belong together.
     """
-    where = f"{engine['task']} on {engine['model']}"
+    where = f"{engine.task} on {engine.model}"
     adapter_files = adapter_of(manifest, adapter) if adapter else {}
     sources = {
         source_key(lineage.read(ancestor) | adapter_files)
         for _, ancestor in lineage.ancestors(manifest)
     }
-    if source["model_key"] not in sources:
+    if source.model_key not in sources:
         raise EdgemedError(
-            f"{where}: the result of '{source['model']}' is not that of a source of this engine",
+            f"{where}: the result of '{source.model}' is not that of a source of this engine",
             "Pair an engine only with the checkpoint it was made from",
         )
     for key, what in (
@@ -203,17 +202,27 @@ def pair(
         ("scoring", "another scoring"),
         ("settings", "other settings"),
     ):
-        if engine[key] != source[key]:
+        if getattr(engine, key) != getattr(source, key):
             raise EdgemedError(
                 f"{where}: the source was evaluated on {what}", "Evaluate both the same way"
             )
-    statistics = paired_statistics.paired(source["items"], engine["items"], margin, alpha)
-    return {**engine, "paired": {**statistics, "source_model": source["model"]}}
+    statistics = paired_statistics.paired(items_in(source), items_in(engine), margin, alpha)
+    return replace(engine, paired=replace(statistics, source_model=source.model))
+
+
+def items_in(result: EvalResult) -> tuple[Item, ...]:
+    """A result's items. Raises EdgemedError where it was kept without them."""
+    if result.items is None:
+        raise EdgemedError(
+            f"the result of {result.model} on {result.task} holds no items",
+            "Evaluate it again with edgemed eval --out",
+        )
+    return result.items
 
 
 def judge(
-    results: Mapping[str, Sequence[Mapping[str, Any]]], margin: float, alpha: float
-) -> dict[str, Any] | None:
+    results: Mapping[str, Sequence[EvalResult]], margin: float, alpha: float
+) -> GateVerdict | None:
     """The gate over engines. results: engine name -> its paired results. Only the first strategy of
     each task is judged: it is the one that ships.
 
@@ -223,31 +232,31 @@ def judge(
     seen = set()
     for engine, rows in results.items():
         for row in rows:
-            if row["paired"] and (engine, row["task_key"]) not in seen:
-                seen.add((engine, row["task_key"]))
-                compared.append(((engine, title(row), row["strategy"]), row["paired"]))
+            if row.paired and (engine, row.task_key) not in seen:
+                seen.add((engine, row.task_key))
+                compared.append(((engine, title(row), row.strategy), row.paired))
     return paired_statistics.gate(compared, margin, alpha) if compared else None
 
 
-def title(result: Mapping[str, Any]) -> str:
+def title(result: EvalResult) -> str:
     """A task by name, and its language or part where only one was asked for."""
-    part = result["language"] or result.get("part")  # results of earlier versions name no part
-    return f"{result['task']}/{part}" if part else result["task"]
+    part = result.language or result.part
+    return f"{result.task}/{part}" if part else result.task
 
 
-def part_of(gate: Mapping[str, Any] | None, engine: str) -> dict[str, Any] | None:
+def part_of(gate: GateVerdict | None, engine: str) -> EngineGate | None:
     """One engine's share of the gate: its comparisons and the worst of their verdicts; the
     correction is that over all engines.
     """
     if gate is None:
         return None
-    comparisons = [row for row in gate["comparisons"] if row["engine"] == engine]
+    comparisons = tuple(row for row in gate.comparisons if row.engine == engine)
     if not comparisons:
         return None
-    verdicts = {row["verdict"] for row in comparisons}
-    verdict = next(v for v in ("fail", "undecided", "pass") if v in verdicts)
-    return {
-        **{key: gate[key] for key in ("margin", "alpha", "correction")},
-        "verdict": verdict,
-        "comparisons": comparisons,
-    }
+    return EngineGate(
+        margin=gate.margin,
+        alpha=gate.alpha,
+        correction=gate.correction,
+        verdict=paired_statistics.worst_verdict(comparisons),
+        comparisons=comparisons,
+    )

@@ -14,9 +14,10 @@ from typing import Any
 
 from edgemed.console import track
 from edgemed.data.text_sets import calibration_sequences, read_card
+from edgemed.documents.evaluation import EvalResult
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.answerer import Answerer
-from edgemed.evaluation.evaluate import SOURCE
+from edgemed.evaluation.evaluate import SOURCE, items_in
 from edgemed.evaluation.opened_model import evaluate_opened, open_source
 from edgemed.evaluation.prompting import PromptPlan, PromptSettings
 from edgemed.evaluation.task import questions
@@ -116,13 +117,13 @@ def spread(
     plain = results[0]
     noisy = results[1:]
     changed = [_share_changed(plain, result) for result in noisy]
-    accuracies = [result["accuracy"] for result in noisy]
+    accuracies = [result.accuracy for result in noisy]
     return {
         "task": task,
-        "n": plain["n"],
+        "n": plain.n,
         "scale": scale,
-        "accuracy": plain["accuracy"],
-        "interval": plain["interval"],
+        "accuracy": plain.accuracy,
+        "interval": list(plain.interval),
         "noisy": accuracies,
         "mean": statistics.mean(accuracies),
         "deviation": statistics.stdev(accuracies) if seeds > 1 else None,
@@ -131,7 +132,7 @@ def spread(
     }
 
 
-def _share_changed(plain: dict[str, Any], noisy: dict[str, Any]) -> float:
+def _share_changed(plain: EvalResult, noisy: EvalResult) -> float:
     """The share of questions that two results answer differently."""
-    pairs = zip(plain["items"], noisy["items"], strict=True)
-    return sum(a["answer"] != b["answer"] for a, b in pairs) / plain["n"]
+    pairs = zip(items_in(plain), items_in(noisy), strict=True)
+    return sum(a.answer != b.answer for a, b in pairs) / plain.n

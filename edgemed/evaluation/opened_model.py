@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from edgemed.documents.evaluation import EvalResult
 from edgemed.engines.engine import Engine
 from edgemed.evaluation.evaluate import evaluate
 from edgemed.evaluation.prompting import PromptPlan, PromptSettings, parse
@@ -87,7 +88,7 @@ def evaluate_opened(
     key: str,
     strategy: str,
     settings: PromptSettings,
-) -> dict[str, Any]:
+) -> EvalResult:
     """evaluate.evaluate of such a model. name, key: as its model and model_key."""
     plan = PromptPlan(parse(strategy), settings, opened.stop)
     return evaluate(

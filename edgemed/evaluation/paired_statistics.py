@@ -9,20 +9,30 @@ is undecided otherwise: too few items never pass. The tests behind pass and fail
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
-from typing import Any
 
+from edgemed.documents.evaluation import (
+    Difference,
+    Item,
+    NonInferiority,
+    Paired,
+    Subgroup,
+    Verdict,
+)
+from edgemed.documents.gate import ComparisonRow, GateVerdict
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.exact_tests import lower_limit, null_variance, p_loss_at_least, score
 
-Items = Sequence[Mapping[str, Any]]
+Items = Sequence[Item]
+# Engine, task and strategy of a comparison.
+ComparisonName = tuple[str, str, str]
 POWER = 0.8
 SMALLEST_GROUP = 10  # below it a subgroup is listed but never named the worst
 
 
-def wilson(k: int, n: int, confidence: float = 0.95) -> list[float]:
-    """Score interval of a proportion k / n: [low, high] (Wilson, JASA 22:209, 1927). Raises
+def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a proportion k / n: (low, high) (Wilson, JASA 22:209, 1927). Raises
     EdgemedError for n = 0.
     """
     if n < 1:
@@ -32,7 +42,7 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> list[float]:
     shrink = 1 + z * z / n
     middle = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [0.0 if k == 0 else middle - half, 1.0 if k == n else middle + half]
+    return 0.0 if k == 0 else middle - half, 1.0 if k == n else middle + half
 
 
 def mcnemar(only_source: int, only_engine: int) -> float:
@@ -48,8 +58,10 @@ def mcnemar(only_source: int, only_engine: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-def tango(only_source: int, only_engine: int, n: int, confidence: float = 0.95) -> list[float]:
-    """Score interval of the paired difference engine - source: [low, high] (Tango, Statist. Med.
+def tango(
+    only_source: int, only_engine: int, n: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Score interval of the paired difference engine - source: (low, high) (Tango, Statist. Med.
     17:891, 1998), by bisection to 1e-9.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -66,13 +78,13 @@ def tango(only_source: int, only_engine: int, n: int, confidence: float = 0.95) 
                 high = middle
         return low
 
-    return [-end(only_source, only_engine), end(only_engine, only_source)]
+    return -end(only_source, only_engine), end(only_engine, only_source)
 
 
 def newcombe(
     both: int, only_source: int, only_engine: int, neither: int, confidence: float = 0.95
-) -> list[float]:
-    """Square-and-add interval of the paired difference engine - source: [low, high] (Newcombe,
+) -> tuple[float, float]:
+    """Square-and-add interval of the paired difference engine - source: (low, high) (Newcombe,
     Statist. Med. 17:2635, 1998, method 10).
     """
     n = both + only_source + only_engine + neither
@@ -91,7 +103,9 @@ def newcombe(
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
 
-    return [p1 - p2 - distance(p1 - low1, high2 - p2), p1 - p2 + distance(high1 - p1, p2 - low2)]
+    low = p1 - p2 - distance(p1 - low1, high2 - p2)
+    high = p1 - p2 + distance(high1 - p1, p2 - low2)
+    return low, high
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -193,9 +207,8 @@ def paired(
     margin: float | None,
     alpha: float,
     confidence: float = 0.95,
-) -> dict[str, Any]:
-    """Engine against source on the same items (dicts with id, gold, answer and optional groups;
-    answer -1 is wrong), as docs/measuring.md describes.
+) -> Paired:
+    """Engine against source on the same items (answer -1 is wrong), as docs/measuring.md describes.
 
     All shares are fractions of 1, differences are engine - source, and the verdict is that of this
     comparison alone: gate() corrects for several. margin None: nobody said how much may be lost, so
@@ -205,12 +218,12 @@ def paired(
     check(margin, alpha)
     same_items(source_items, engine_items)
     right = [
-        (s["answer"] == s["gold"], e["answer"] == e["gold"])
+        (s.answer == s.gold, e.answer == e.gold)
         for s, e in zip(source_items, engine_items, strict=True)
     ]
     # Two wrong answers to an open question have one number; their words tell them apart.
     changed = [
-        (s["answer"], s.get("said")) != (e["answer"], e.get("said"))
+        (s.answer, s.said) != (e.answer, e.said)
         for s, e in zip(source_items, engine_items, strict=True)
     ]
     n = len(right)
@@ -218,58 +231,61 @@ def paired(
     neither = right.count((False, False))
     lost = right.count((True, False))
     gained = right.count((False, True))
-    rows = list(subgroups(source_items, right, confidence))
-    named = [row for row in rows if row["n"] >= SMALLEST_GROUP]
-    return {
-        "n": n,
-        "both": both,
-        "only_source": lost,
-        "only_engine": gained,
-        "neither": neither,
-        "changed": sum(changed),
-        "changed_both_wrong": sum(
+    rows = tuple(subgroups(source_items, right, confidence))
+    large = [row for row in rows if row.n >= SMALLEST_GROUP]
+    test = None
+    verdict: Verdict | None = None
+    needed = None
+    if margin is not None:
+        test = noninferiority(lost, gained, n, margin, alpha)
+        verdict = verdict_of(test.p, test.p_inferior, alpha)
+        if verdict == "undecided":
+            needed = items_needed(lost, gained, n, margin, alpha)
+    return Paired(
+        n=n,
+        both=both,
+        only_source=lost,
+        only_engine=gained,
+        neither=neither,
+        changed=sum(changed),
+        changed_both_wrong=sum(
             c and pair == (False, False) for c, pair in zip(changed, right, strict=True)
         ),
-        "source_correct": both + lost,
-        "engine_correct": both + gained,
-        "difference": {
-            "value": (gained - lost) / n,
-            "interval": tango(lost, gained, n, confidence),
-            "method": f"Tango score, {100 * confidence:g} %",
-        },
-        "newcombe": newcombe(both, lost, gained, neither, confidence),
-        "mcnemar_p": mcnemar(lost, gained),
-        "minimum_detectable": minimum_detectable(lost + gained, n, alpha),
-        **judged(lost, gained, n, margin, alpha),
-        "subgroups": rows,
-        "worst": min(named, key=lambda row: (row["difference"], -row["n"]), default=None),
-    }
-
-
-def judged(lost: int, gained: int, n: int, margin: float | None, alpha: float) -> dict[str, Any]:
-    """The verdict on one comparison with its evidence; all None where there is no margin."""
-    if margin is None:
-        return dict.fromkeys(("noninferiority", "items_needed", "verdict"))
-    p = p_loss_at_least(lost, gained, n, margin)
-    p_inferior = p_loss_at_least(gained, lost, n, -margin)
-    verdict = "pass" if p <= alpha else "fail" if p_inferior <= alpha else "undecided"
-    limits = {
-        "lower": lower_limit(lost, gained, n, alpha, -margin),
-        "upper": -lower_limit(gained, lost, n, alpha, margin),
-    }
-    return {
-        "noninferiority": {
-            "margin": margin,
-            "alpha": alpha,
-            **limits,
-            "p": p,
-            "p_inferior": p_inferior,
-        },
-        "items_needed": (
-            items_needed(lost, gained, n, margin, alpha) if verdict == "undecided" else None
+        source_correct=both + lost,
+        engine_correct=both + gained,
+        difference=Difference(
+            value=(gained - lost) / n,
+            interval=tango(lost, gained, n, confidence),
+            method=f"Tango score, {100 * confidence:g} %",
         ),
-        "verdict": verdict,
-    }
+        newcombe=newcombe(both, lost, gained, neither, confidence),
+        mcnemar_p=mcnemar(lost, gained),
+        minimum_detectable=minimum_detectable(lost + gained, n, alpha),
+        noninferiority=test,
+        items_needed=needed,
+        verdict=verdict,
+        subgroups=rows,
+        worst=min(large, key=lambda row: (row.difference, -row.n), default=None),
+    )
+
+
+def noninferiority(lost: int, gained: int, n: int, margin: float, alpha: float) -> NonInferiority:
+    """The exact tests of a loss of at least, and of at most, the margin, with their limits."""
+    return NonInferiority(
+        margin=margin,
+        alpha=alpha,
+        lower=lower_limit(lost, gained, n, alpha, -margin),
+        upper=-lower_limit(gained, lost, n, alpha, margin),
+        p=p_loss_at_least(lost, gained, n, margin),
+        p_inferior=p_loss_at_least(gained, lost, n, -margin),
+    )
+
+
+def verdict_of(p: float, p_inferior: float, alpha: float) -> Verdict:
+    """'pass' where a loss of the margin is ruled out, 'fail' where it is shown."""
+    if p <= alpha:
+        return "pass"
+    return "fail" if p_inferior <= alpha else "undecided"
 
 
 def same_items(source_items: Items, engine_items: Items) -> None:
@@ -284,54 +300,52 @@ def same_items(source_items: Items, engine_items: Items) -> None:
     if not source_items:
         raise EdgemedError("no items to compare", "Evaluate at least one question")
     for number, (s, e) in enumerate(zip(source_items, engine_items, strict=True), 1):
-        for key in ("id", "gold"):
-            if s[key] != e[key]:
+        for key, expected, value in (("id", s.id, e.id), ("gold", s.gold, e.gold)):
+            if expected != value:
                 raise EdgemedError(
-                    f"item {number}: {key} {s[key]!r} of the source, {e[key]!r} of the engine",
+                    f"item {number}: {key} {expected!r} of the source, {value!r} of the engine",
                     "Evaluate both on the same task file",
                 )
 
 
 def subgroups(
     items: Items, right: Sequence[tuple[bool, bool]], confidence: float
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Subgroup]:
     """One row per value of each group that has several; right: (source, engine) per item. A group
     of one value says nothing new and is left out.
     """
-    for group in dict.fromkeys(name for item in items for name in item.get("groups", {})):
+    for group in dict.fromkeys(name for item in items for name in item.groups):
         members: dict[str, list[tuple[bool, bool]]] = {}
         for item, pair in zip(items, right, strict=True):
-            if group in item.get("groups", {}):
-                members.setdefault(item["groups"][group], []).append(pair)
+            if group in item.groups:
+                members.setdefault(item.groups[group], []).append(pair)
         for value in sorted(members) if len(members) > 1 else []:
             pairs = members[value]
             n = len(pairs)
             lost = pairs.count((True, False))
             gained = pairs.count((False, True))
-            yield {
-                "group": group,
-                "value": value,
-                "n": n,
-                "source": sum(s for s, _ in pairs) / n,
-                "engine": sum(e for _, e in pairs) / n,
-                "difference": (gained - lost) / n,
-                "interval": tango(lost, gained, n, confidence),
-                "only_source": lost,
-                "only_engine": gained,
-            }
+            yield Subgroup(
+                group=group,
+                value=value,
+                n=n,
+                source=sum(s for s, _ in pairs) / n,
+                engine=sum(e for _, e in pairs) / n,
+                difference=(gained - lost) / n,
+                interval=tango(lost, gained, n, confidence),
+                only_source=lost,
+                only_engine=gained,
+            )
 
 
 def gate(
-    comparisons: Sequence[tuple[tuple[str, str, str], Mapping[str, Any]]],
-    margin: float,
-    alpha: float,
-) -> dict[str, Any]:
+    comparisons: Sequence[tuple[ComparisonName, Paired]], margin: float, alpha: float
+) -> GateVerdict:
     """The verdict over several comparisons [((engine, task, strategy), paired)], Holm-corrected:
     the risk that any bad engine passes is at most alpha.
 
     'fail' if one fails, else 'undecided' if one is, else 'pass'. Passing and failing are corrected
     as two families. Raises EdgemedError for no comparison, for margin or alpha out of range, and
-    for comparisons made at another margin or alpha.
+    for comparisons made at another margin or alpha, or at none.
     """
     check(margin, alpha)
     if not comparisons:
@@ -339,58 +353,69 @@ def gate(
             "the gate has nothing to compare",
             "Evaluate at least one task on the source and on an engine",
         )
-    for name, pair in comparisons:
-        test = pair["noninferiority"]
-        if (test["margin"], test["alpha"]) != (margin, alpha):
-            raise EdgemedError(
-                f"{' '.join(name)} was compared at margin {test['margin']}, alpha {test['alpha']};"
-                f" the gate asks for {margin}, {alpha}",
-                "Compare again",
-            )
-    passing = holm([pair["noninferiority"]["p"] for _, pair in comparisons])
-    failing = holm([pair["noninferiority"]["p_inferior"] for _, pair in comparisons])
+    tests = [tested_at(name, pair, margin, alpha) for name, pair in comparisons]
+    passing = holm([test.p for test in tests])
+    failing = holm([test.p_inferior for test in tests])
     rows = []
-    for (engine, task, strategy), pair, p, p_inferior in zip(
-        *zip(*comparisons, strict=True), passing, failing, strict=True
-    ):
-        verdict = "undecided"
+    for number, (name, pair) in enumerate(comparisons):
+        engine, task, strategy = name
+        verdict = verdict_of(passing[number], failing[number], alpha)
         needed = None
-        if p <= alpha:
-            verdict = "pass"
-        elif p_inferior <= alpha:
-            verdict = "fail"
-        else:
+        if verdict == "undecided":
             # At Holm's strictest step, so that so many items are enough whatever the other
             # comparisons say.
             needed = items_needed(
-                pair["only_source"],
-                pair["only_engine"],
-                pair["n"],
+                pair.only_source,
+                pair.only_engine,
+                pair.n,
                 margin,
                 alpha / len(comparisons),
             )
         rows.append(
-            {
-                "engine": engine,
-                "task": task,
-                "strategy": strategy,
-                "n": pair["n"],
-                "verdict": verdict,
-                "difference": pair["difference"]["value"],
-                "interval": pair["difference"]["interval"],
-                "lower": pair["noninferiority"]["lower"],
-                "p": pair["noninferiority"]["p"],
-                "p_holm": p,
-                "p_inferior_holm": p_inferior,
-                "items_needed": needed,
-                "minimum_detectable": pair["minimum_detectable"],
-            }
+            ComparisonRow(
+                engine=engine,
+                task=task,
+                strategy=strategy,
+                n=pair.n,
+                verdict=verdict,
+                difference=pair.difference.value,
+                interval=pair.difference.interval,
+                lower=tests[number].lower,
+                p=tests[number].p,
+                p_holm=passing[number],
+                p_inferior_holm=failing[number],
+                items_needed=needed,
+                minimum_detectable=pair.minimum_detectable,
+            )
         )
-    verdicts = [row["verdict"] for row in rows]
-    return {
-        "verdict": next((v for v in ("fail", "undecided") if v in verdicts), "pass"),
-        "margin": margin,
-        "alpha": alpha,
-        "correction": f"Holm over {len(rows)} comparison{'s' if len(rows) > 1 else ''}",
-        "comparisons": rows,
-    }
+    return GateVerdict(
+        verdict=worst_verdict(rows),
+        margin=margin,
+        alpha=alpha,
+        correction=f"Holm over {len(rows)} comparison{'s' if len(rows) > 1 else ''}",
+        comparisons=tuple(rows),
+    )
+
+
+def tested_at(name: ComparisonName, pair: Paired, margin: float, alpha: float) -> NonInferiority:
+    """A comparison's test of non-inferiority. Raises EdgemedError where it was made at another
+    margin or alpha, or at none.
+    """
+    test = pair.noninferiority
+    if test is None:
+        raise EdgemedError(f"{' '.join(name)} was compared without a margin", "Compare again")
+    if (test.margin, test.alpha) != (margin, alpha):
+        raise EdgemedError(
+            f"{' '.join(name)} was compared at margin {test.margin}, alpha {test.alpha};"
+            f" the gate asks for {margin}, {alpha}",
+            "Compare again",
+        )
+    return test
+
+
+def worst_verdict(rows: Sequence[ComparisonRow]) -> Verdict:
+    """'fail' if one fails, else 'undecided' if one is, else 'pass'."""
+    verdicts = {row.verdict for row in rows}
+    if "fail" in verdicts:
+        return "fail"
+    return "undecided" if "undecided" in verdicts else "pass"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edgemed import plugins
 from edgemed.artifacts.hashing import digest, file_sha256
 from edgemed.data.text_sets import read_rows
+from edgemed.documents.evaluation import Item, Score
 from edgemed.errors import EdgemedError, nearest
 from edgemed.vision.image_io import Album
 
@@ -70,7 +71,7 @@ class Task:
     group's name in braces stands for the example's (see describe). images: a zip file beside the
     rows that holds the images, which may as well lie there as files. place: how to get real data
     that cannot be shipped. parts: name -> which rows belong to it; the first is what is asked where
-    none is named. scores(pairs) -> name -> {'value', 'n'}, share and number of questions of it,
+    none is named. scores(pairs) -> name -> Score, share and number of questions of it,
     from (example, its item in a result): metrics of the task's own beside accuracy.
     """
 
@@ -91,9 +92,7 @@ class Task:
     images: str = ""
     place: str = ""
     parts: Mapping[str, Callable[[Mapping[str, Any]], bool]] = field(default_factory=dict)
-    scores: (
-        Callable[[Sequence[tuple[Example, Mapping[str, Any]]]], dict[str, dict[str, Any]]] | None
-    ) = None
+    scores: Callable[[Sequence[tuple[Example, Item]]], dict[str, Score]] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,19 @@ float checkpoint in transformers, and says what the steps cost and whether they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from edgemed.data.image_text_windows import IGNORED
 from edgemed.data.text_sets import texts
+from edgemed.documents.document import Document
+from edgemed.documents.evaluation import EvalResult, Paired
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluation import paired_statistics
-from edgemed.evaluation.evaluate import SOURCE, evaluate, source_key
+from edgemed.evaluation.evaluate import SOURCE, evaluate, items_in, source_key
 from edgemed.evaluation.few_shot import Neighbours
 from edgemed.evaluation.task import Example, Questions
 from edgemed.inference.session import CarriesVision, ImageEmbeddings, check_room
@@ -43,6 +45,19 @@ class Adapt:
     rank: int = 8
     text: str | None = None
     length: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingComparison(Document):
+    """The same questions answered plainly and after test-time training. times: seconds of a
+    question over those of a plain one.
+    """
+
+    plain: EvalResult
+    trained: EvalResult
+    paired: Paired
+    times: float
+    adapt: Mapping[str, Any]
 
 
 class Learner(CarriesVision):
@@ -211,13 +226,10 @@ def compare(
     adapt: Adapt,
     margin: float | None = None,
     alpha: float = 0.05,
-) -> dict[str, Any]:
-    """The same questions answered plainly and after test-time training: {'plain', 'trained',
-    'paired', 'times', 'adapt'}.
-
-    plain, trained: results as evaluate gives them; paired: paired_statistics.paired of the two;
-    times: seconds of a question over those of a plain one. Raises EdgemedError for parameters out
-    of range, a checkpoint that cannot learn, and a task with images or too few texts.
+) -> TrainingComparison:
+    """The same questions answered plainly and after test-time training. Raises EdgemedError for
+    parameters out of range, a checkpoint that cannot learn, and a task with images or too few
+    texts.
     """
     if min(adapt.k, adapt.steps, adapt.rank) < 1 or adapt.rate <= 0 or adapt.length < 2:
         raise EdgemedError(
@@ -243,12 +255,11 @@ def compare(
 
     plain = evaluate(session, tokenizer, questions, SOURCE, key)
     trained = evaluate(session, tokenizer, questions, SOURCE, key, before=before)
-    trained["strategy"] = f"ttt-{adapt.k}"
     session.close()
-    return {
-        "plain": plain,
-        "trained": trained,
-        "paired": paired_statistics.paired(plain["items"], trained["items"], margin, alpha),
-        "times": trained["seconds_per_question"] / plain["seconds_per_question"],
-        "adapt": asdict(adapt),
-    }
+    return TrainingComparison(
+        plain=plain,
+        trained=replace(trained, strategy=f"ttt-{adapt.k}"),
+        paired=paired_statistics.paired(items_in(plain), items_in(trained), margin, alpha),
+        times=trained.seconds_per_question / plain.seconds_per_question,
+        adapt=asdict(adapt),
+    )

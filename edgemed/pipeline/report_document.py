@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from edgemed.artifacts import store
-from edgemed.documents.gate import EngineGate, GateVerdict
+from edgemed.documents.gate import GateVerdict
 from edgemed.documents.machine import Machine, TargetDevice
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import EngineEntry, Source
@@ -45,14 +45,6 @@ def device_asked_for(recipe: Recipe) -> TargetDevice | None:
     return TargetDevice.from_json(asdict(read_device(recipe.device)))
 
 
-def gate_of(gate: GateVerdict | None, engine: str) -> EngineGate | None:
-    """One engine's share of the gate, None where it was not judged."""
-    if gate is None:
-        return None
-    share = part_of(gate.to_json(), engine)
-    return EngineGate.from_json(share) if share else None
-
-
 def entry(run: EngineRun, gate: GateVerdict | None) -> EngineEntry:
     """What the run document says about one engine."""
     engine = run.engine
@@ -68,7 +60,7 @@ def entry(run: EngineRun, gate: GateVerdict | None) -> EngineEntry:
         verify=run.verified,
         records=tuple(run.records),
         evals=tuple(run.evaluations),
-        gate=gate_of(gate, engine.name),
+        gate=part_of(gate, engine.name),
         stages=stages or (),
     )
 

@@ -34,7 +34,7 @@ from edgemed.documents.verify import VerifyResult
 from edgemed.engines.engine import Engine, export
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, need
-from edgemed.evaluation.evaluate import SOURCE, judge, pair, source_key
+from edgemed.evaluation.evaluate import SOURCE, judge, pair, part_of, source_key
 from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened, open_source, start_engine
 from edgemed.evaluation.prompting import parse
 from edgemed.evaluation.spec import EvalSpec
@@ -50,7 +50,6 @@ from edgemed.pipeline.report_document import (
     describe,
     device_asked_for,
     entry,
-    gate_of,
     not_measured,
 )
 from edgemed.provenance import record
@@ -131,7 +130,7 @@ def document_engine(run: EngineRun, line: Line, recipe: Recipe, gate: GateVerdic
     """Put what was measured into the engine's manifest, and its model card and bill of materials
     beside it.
     """
-    share = gate_of(gate, run.engine.name)
+    share = part_of(gate, run.engine.name)
     verified = run.verified
     record.document(
         run.engine.path,
@@ -284,7 +283,7 @@ def verify_engine(
         "verify",
         {"limits": asdict(limits)},
         inputs,
-        lambda: with_adapters(engine, verify(engine, reference, limits), limits),
+        lambda: with_adapters(engine, verify(engine, reference, limits), limits).to_json(),
     )
     result = VerifyResult.from_json(content, f"the verification of {engine.name}")
     verdict = "[green]passed[/green]"
@@ -344,21 +343,20 @@ def run_evals(
             f" {', '.join(spec.strategies)}"
         )
         bases = evals_of(None, source, asked, spec, cache)
-        source_results += [EvalResult.from_json(base) for base in bases]
+        source_results += bases
         for run in runs:
             if run.engine.emulation:
                 continue
             manifest = store.read_manifest(run.engine.path)
             results = evals_of(run.engine, source, asked, spec, cache)
             for base, result in zip(bases, results, strict=True):
-                paired = pair(result, base, manifest, spec.margin, spec.alpha)
-                run.evaluations.append(EvalResult.from_json(paired))
+                run.evaluations.append(pair(result, base, manifest, spec.margin, spec.alpha))
     return source_results
 
 
 def evals_of(
     engine: Engine | None, source: Checkpoint, asked: Questions, spec: EvalSpec, cache: Path
-) -> list[dict[str, Any]]:
+) -> list[EvalResult]:
     """One result per strategy, of an engine or (None) of the source; what was computed before is
     taken from the cache.
     """
@@ -376,13 +374,14 @@ def evals_of(
             opened = start_engine(engine, asked.has_vision)
         if opened is None:
             raise EdgemedError(f"{name} could not be opened", "Export it again")
-        return evaluate_opened(opened, asked, name, key, text, settings)
+        return evaluate_opened(opened, asked, name, key, text, settings).to_json()
 
     try:
         for text in spec.strategies:
             params = {"strategy": text, "settings": asdict(settings)}
             inputs = {"model": key, "task": asked.key}
-            results.append(cached(cache, "eval", params, inputs, partial(compute, text)))
+            content = cached(cache, "eval", params, inputs, partial(compute, text))
+            results.append(EvalResult.from_json(content, f"the result of {name}"))
     finally:
         if opened:
             opened.close()
@@ -393,13 +392,10 @@ def run_gate(runs: Sequence[EngineRun], recipe: Recipe) -> GateVerdict | None:
     """The verdict over all engines, None where the recipe names no margin or nothing was paired."""
     if not recipe.eval or recipe.eval.margin is None:
         return None
-    results = {run.engine.name: [result.to_json() for result in run.evaluations] for run in runs}
-    content = judge(results, recipe.eval.margin, recipe.eval.alpha)
-    if content is None:
-        return None
-    gate = GateVerdict.from_json(content)
+    results = {run.engine.name: run.evaluations for run in runs}
+    gate = judge(results, recipe.eval.margin, recipe.eval.alpha)
     colours = {"pass": "green", "undecided": "yellow", "fail": "red"}
     for run in runs:
-        if share := gate_of(gate, run.engine.name):
+        if share := part_of(gate, run.engine.name):
             say(f"gate: {run.engine.name} [{colours[share.verdict]}]{share.verdict}[/]")
     return gate

@@ -134,10 +134,10 @@ def quantization(weights: CanonicalWeights) -> dict[str, Any] | None:
     """
     if weights.expanded:
         return dict(zip(("quant_method", "type"), weights.expanded.split(), strict=True))
-    found = weights.quantization
+    stated = weights.quantization
     return (
-        {key: found.get(key) for key in ("quant_method", "bits", "group_size", "sym", "desc_act")}
-        if found
+        {key: stated.get(key) for key in ("quant_method", "bits", "group_size", "sym", "desc_act")}
+        if stated
         else None
     )
 
@@ -157,10 +157,10 @@ def dimensions(weights: CanonicalWeights) -> Dimensions:
             weights.checkpoint, sum_experts=True
         )  # no engine computes sparse differences
     d = weights.unfolded
-    found = sizes(weights)
+    part_sizes = sizes(weights)
     layers = {
         name: weight
-        for name, (kind, weight, _) in found.items()
+        for name, (kind, weight, _) in part_sizes.items()
         if kind in ("matrix", "router", "delta") and name.startswith("layers.")
     }
     matrices = sum(weight for name, weight in layers.items() if ".experts." not in name)
@@ -181,14 +181,14 @@ def dimensions(weights: CanonicalWeights) -> Dimensions:
     )
     tables = sum(
         weight
-        for name, (kind, weight, _) in found.items()
+        for name, (kind, weight, _) in part_sizes.items()
         if kind == "table" and not name.startswith("vision.")
     )
     head = math.prod(weights.parts["lm_head" if d.head == "lm" else "head"].shape)
     v = weights.vision
     around = sum(
         weight
-        for name, (_, weight, _) in found.items()
+        for name, (_, weight, _) in part_sizes.items()
         if name.startswith(("vision.projector.", "vision.patch"))
     )
     vision = (
@@ -220,9 +220,9 @@ def dimensions(weights: CanonicalWeights) -> Dimensions:
 def memory(weight_bytes: int, cache_bytes: int, devices: list[Device]) -> dict[str, Any]:
     """One precision as inspect shows it."""
     total = weight_bytes + cache_bytes
-    found = {"weights_mb": weight_bytes, "kv_cache_mb": cache_bytes, "total_mb": total}
+    bytes_of = {"weights_mb": weight_bytes, "kv_cache_mb": cache_bytes, "total_mb": total}
     too_big = [device.name for device in devices if fits(total, device) is False]
-    return {name: size / MB for name, size in found.items()} | {"too_big_for": too_big}
+    return {name: size / MB for name, size in bytes_of.items()} | {"too_big_for": too_big}
 
 
 def possible(weights: CanonicalWeights, target: str) -> dict[str, Any]:
@@ -244,12 +244,12 @@ def possible(weights: CanonicalWeights, target: str) -> dict[str, Any]:
 
 def notes(d: DecoderConfig, checkpoint: Checkpoint) -> list[str]:
     """What a person should know before building."""
-    found = []
+    sentences = []
     if len(set(d.score_scale)) > 1:
-        found.append(
+        sentences.append(
             "Attention scores are scaled differently in each layer; edgemed carries this into every"
             " engine, other converters may not."
         )
     if checkpoint.random_weights:
-        found.append("Random weights: good for latency and memory only.")
-    return found
+        sentences.append("Random weights: good for latency and memory only.")
+    return sentences

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.console import wide
+from edgemed.documents.plan import LeftOutChoice, Plan, PlanChoice
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware.device import (
     GIB,
@@ -85,13 +86,10 @@ class Request:
     room: int
 
 
-def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None) -> dict[str, Any]:
-    """Predict every choice for `model` on a device: {'model', 'device', 'power_mode', 'choices',
-    'front', 'recommended', 'recipe', 'left_out', 'notes'}.
-
-    choices: one mapping each, sizes in MB of 10^6 bytes, times in seconds. Raises EdgemedError
-    where a name is unknown, the device lacks the precision asked for, the prompt does not fit the
-    model, or nothing fits the device (by how much, and what would help).
+def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None) -> Plan:
+    """Predict every choice for `model` on a device. Raises EdgemedError where a name is unknown,
+    the device lacks the precision asked for, the prompt does not fit the model, or nothing fits the
+    device (by how much, and what would help).
     """
     request = requested(model, device_name, wishes, power)
     device = request.device
@@ -101,7 +99,9 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
     for choice in choices():
         reason = why_not(choice, request)
         if reason:
-            left_out.append({"target": choice.target, "precision": choice.precision, "why": reason})
+            left_out.append(
+                LeftOutChoice(target=choice.target, precision=choice.precision, why=reason)
+            )
             continue
         for kv in choice.kv:
             for context in contexts:
@@ -111,24 +111,24 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
             f"no engine is possible on {device.title}: " + "; ".join(reasons(left_out)),
             "Choose another device or model",
         )
-    fitting = [entry for entry in entries if entry["fits"]]
+    fitting = [entry for entry in entries if entry.fits]
     if not fitting:
         raise too_big(entries, device, request.room)
     front = pareto(fitting)
     chosen = recommended(fitting, wishes)
-    return {
-        "model": model,
-        "device": device.name,
-        "power_mode": request.mode.name,
-        "usable_mb": request.room / MB,
-        "prompt": request.tokens,
-        "choices": ranked(entries),
-        "front": ranked(front),
-        "recommended": chosen,
-        "recipe": recipe_text(chosen, model, device_name, request),
-        "left_out": left_out,
-        "notes": notes(request, chosen),
-    }
+    return Plan(
+        model=model,
+        device=device.name,
+        power_mode=request.mode.name,
+        usable_mb=request.room / MB,
+        prompt=request.tokens,
+        choices=tuple(ranked(entries)),
+        front=tuple(ranked(front)),
+        recommended=chosen,
+        recipe=recipe_text(chosen, model, device_name, request),
+        left_out=tuple(left_out),
+        notes=tuple(notes(request, chosen)),
+    )
 
 
 def requested(model: str, device_name: str, wishes: Wishes, power: str | None) -> Request:
@@ -159,62 +159,58 @@ def requested(model: str, device_name: str, wishes: Wishes, power: str | None) -
     )
 
 
-def lines(planned: dict[str, Any]) -> list[str]:
+def lines(planned: Plan) -> list[str]:
     """A plan for a person, line by line."""
-    best = planned["recommended"]
-    stages = ", ".join(
-        f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best["stages_s"].items()
-    )
+    best = planned.recommended
+    stages = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best.stages_s.items())
     text = [
-        f"{planned['model']} on {planned['device']}, power mode {planned['power_mode']}:"
-        f" {planned['usable_mb'] / 1e3:.2f} GB for an engine, prompt of {planned['prompt']} tokens"
+        f"{planned.model} on {planned.device}, power mode {planned.power_mode}:"
+        f" {planned.usable_mb / 1e3:.2f} GB for an engine, prompt of {planned.prompt} tokens"
     ]
-    text += wide(
-        [row(entry, entry is best, entry in planned["front"]) for entry in planned["choices"]]
-    )
+    text += wide([row(entry, entry is best, entry in planned.front) for entry in planned.choices])
     text.append(
         "*: none is at once smaller while running, sooner with the first token (ttft) and"
         " faster (tok/s). Sizes in MB of 10^6 bytes; J/token at most."
     )
     text.append(
-        f"best: {best['target']} {best['precision']}; activations {best['activations_mb']:.0f} MB,"
-        f" vision tower {best['vision_mb']:.0f} MB; first token after {stages}"
+        f"best: {best.target} {best.precision}; activations {best.activations_mb:.0f} MB,"
+        f" vision tower {best.vision_mb:.0f} MB; first token after {stages}"
     )
-    text += [f"not planned: {reason}" for reason in reasons(planned["left_out"])]
-    return [*text, *planned["notes"], "", planned["recipe"].rstrip()]
+    text += [f"not planned: {reason}" for reason in reasons(planned.left_out)]
+    return [*text, *planned.notes, "", planned.recipe.rstrip()]
 
 
-def reasons(left_out: Sequence[dict[str, Any]]) -> list[str]:
+def reasons(left_out: Sequence[LeftOutChoice]) -> list[str]:
     """Each reason once, behind the engines it holds for."""
     engines: dict[str, list[str]] = {}
     for entry in left_out:
-        engines.setdefault(entry["why"], []).append(f"{entry['target']} {entry['precision']}")
+        engines.setdefault(entry.why, []).append(f"{entry.target} {entry.precision}")
     return [f"{', '.join(names)} ({reason})" for reason, names in engines.items()]
 
 
-def verdict(entry: dict[str, Any]) -> str:
+def verdict(entry: PlanChoice) -> str:
     """Why a choice is none, in a few words; '' for one that is."""
-    if not entry["builds"]:
+    if not entry.builds:
         return "cannot be built there"
-    if not entry["fits"]:
+    if not entry.fits:
         return "does not fit"
-    return f"misses {', '.join(entry['misses'])}" if entry["misses"] else ""
+    return f"misses {', '.join(entry.misses)}" if entry.misses else ""
 
 
-def row(entry: dict[str, Any], best: bool, front: bool) -> dict[str, Any]:
+def row(entry: PlanChoice, best: bool, front: bool) -> dict[str, Any]:
     """One choice as a line of the table."""
     return {
         "": ("best" if best else "") + ("*" if front else ""),
-        "engine": f"{entry['target']} {entry['precision']}",
-        "kv": entry["kv"],
-        "context": entry["context"],
-        "weights": round(entry["weights_mb"]),
-        "cache": round(entry["kv_cache_mb"]),
-        "run": round(entry["run_mb"]),
-        "build": round(entry["build_mb"]),
-        "ttft s": float(f"{entry['ttft_s']:.3g}"),
-        "tok/s": float(f"{entry['tokens_per_s']:.3g}"),
-        "J/token": entry["joules_per_token_at_most"],
+        "engine": f"{entry.target} {entry.precision}",
+        "kv": entry.kv,
+        "context": entry.context,
+        "weights": round(entry.weights_mb),
+        "cache": round(entry.kv_cache_mb),
+        "run": round(entry.run_mb),
+        "build": round(entry.build_mb),
+        "ttft s": float(f"{entry.ttft_s:.3g}"),
+        "tok/s": float(f"{entry.tokens_per_s:.3g}"),
+        "J/token": entry.joules_per_token_at_most,
         "verdict": verdict(entry),
     }
 
@@ -311,7 +307,7 @@ def params_of(choice: Choice, weights: CanonicalWeights) -> Mapping[str, Any]:
     return choice.params
 
 
-def predict(request: Request, choice: Choice, kv: str, context: int) -> dict[str, Any]:
+def predict(request: Request, choice: Choice, kv: str, context: int) -> PlanChoice:
     """One choice with one cache: memory (MB), seconds by stage, tokens/s, joules, whether it fits
     and which wishes it misses.
     """
@@ -343,28 +339,28 @@ def predict(request: Request, choice: Choice, kv: str, context: int) -> dict[str
     )
     ttft = sum(stages.values())
     tps = 1 / step
-    return {
-        "target": choice.target,
-        "precision": choice.precision,
-        "kv": kv,
-        "context": context,
-        "weights_mb": size.total / MB,
-        "kv_cache_mb": cache / MB,
-        "activations_mb": work / MB,
-        "vision_mb": size.tower / MB,
-        "build_mb": build / MB,
-        "run_mb": run / MB,
-        "ttft_s": ttft,
-        "stages_s": stages,
-        "tokens_per_s": tps,
-        "answer_s": ttft + ANSWER * step,
-        "joules_per_token_at_most": request.mode.watts * step if request.mode.watts else None,
-        "bits": size.layer_bits,
-        "usual_cache": kv == next(iter(choice.kv)),
-        "fits": run <= request.room and builds,
-        "builds": builds,
-        "misses": missed_wishes(request, ttft, tps, run),
-    }
+    return PlanChoice(
+        target=choice.target,
+        precision=choice.precision,
+        kv=kv,
+        context=context,
+        weights_mb=size.total / MB,
+        kv_cache_mb=cache / MB,
+        activations_mb=work / MB,
+        vision_mb=size.tower / MB,
+        build_mb=build / MB,
+        run_mb=run / MB,
+        ttft_s=ttft,
+        stages_s=stages,
+        tokens_per_s=tps,
+        answer_s=ttft + ANSWER * step,
+        joules_per_token_at_most=request.mode.watts * step if request.mode.watts else None,
+        bits=size.layer_bits,
+        usual_cache=kv == next(iter(choice.kv)),
+        fits=run <= request.room and builds,
+        builds=builds,
+        misses=tuple(missed_wishes(request, ttft, tps, run)),
+    )
 
 
 def stage_seconds(
@@ -403,72 +399,68 @@ def activations(d: Dimensions, tokens: int, element_bytes: int) -> int:
     return tokens * row_elements * element_bytes + 4 * d.head // d.hidden
 
 
-def pareto(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def pareto(entries: Sequence[PlanChoice]) -> list[PlanChoice]:
     """Those that no other beats in memory, time to first token and speed at once."""
 
-    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def beats(a: PlanChoice, b: PlanChoice) -> bool:
         pairs = [
-            (a["run_mb"], b["run_mb"]),
-            (a["ttft_s"], b["ttft_s"]),
-            (-a["tokens_per_s"], -b["tokens_per_s"]),
+            (a.run_mb, b.run_mb),
+            (a.ttft_s, b.ttft_s),
+            (-a.tokens_per_s, -b.tokens_per_s),
         ]
         return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
     return [entry for entry in entries if not any(beats(other, entry) for other in entries)]
 
 
-def ranked(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def ranked(entries: Sequence[PlanChoice]) -> list[PlanChoice]:
     """What fits first, then by the time until an answer is there."""
-    return sorted(
-        entries, key=lambda entry: (not entry["fits"], entry["answer_s"], entry["run_mb"])
-    )
+    return sorted(entries, key=lambda entry: (not entry.fits, entry.answer_s, entry.run_mb))
 
 
-def recommended(fitting: Sequence[dict[str, Any]], wishes: Wishes) -> dict[str, Any]:
+def recommended(fitting: Sequence[PlanChoice], wishes: Wishes) -> PlanChoice:
     """Of those that meet every wish the one that keeps most bits per weight, then the fastest;
     without wishes, or where none meets them, the fastest.
 
     A cache smaller than the target's usual one only where no other meets as much.
     """
-    least = min(len(entry["misses"]) for entry in fitting)
-    meeting = [entry for entry in fitting if len(entry["misses"]) == least]
-    meeting = [entry for entry in meeting if entry["usual_cache"]] or meeting
+    least = min(len(entry.misses) for entry in fitting)
+    meeting = [entry for entry in fitting if len(entry.misses) == least]
+    meeting = [entry for entry in meeting if entry.usual_cache] or meeting
     keep = not least and bool(wishes.ttft or wishes.tps)
     return min(
         meeting,
-        key=lambda entry: (-entry["bits"] if keep else 0, entry["answer_s"], entry["run_mb"]),
+        key=lambda entry: (-entry.bits if keep else 0, entry.answer_s, entry.run_mb),
     )
 
 
-def too_big(entries: Sequence[dict[str, Any]], device: Device, room: int) -> EdgemedError:
+def too_big(entries: Sequence[PlanChoice], device: Device, room: int) -> EdgemedError:
     """By how much the smallest choice does not fit, and what would help."""
-    least = min(entries, key=lambda entry: entry["run_mb"])
-    engine = (
-        f"{least['target']} {least['precision']}, context {least['context']}, {least['kv']} cache"
-    )
+    least = min(entries, key=lambda entry: entry.run_mb)
+    engine = f"{least.target} {least.precision}, context {least.context}, {least.kv} cache"
     everything = usable(device) or 0
-    if least["run_mb"] * MB <= room:
-        over = least["build_mb"] * MB - everything
+    if least.run_mb * MB <= room:
+        over = least.build_mb * MB - everything
         return EdgemedError(
             f"nothing can be built on {device.title}: the smallest engine ({engine}) needs about"
-            f" {least['build_mb'] / 1e3:.2f} GB while"
-            f" {plugins.load('targets', least['target']).TITLE} compiles it there, {over / 1e9:.2f}"
+            f" {least.build_mb / 1e3:.2f} GB while"
+            f" {plugins.load('targets', least.target).TITLE} compiles it there, {over / 1e9:.2f}"
             " GB too much",
             "What would help: a precision with fewer bits, or another target",
         )
-    needed = least["run_mb"] * MB
+    needed = least.run_mb * MB
     over = needed - room
     remedies = []
     if needed <= everything:
         remedies.append("a larger --memory")
     elif larger := smallest_device(device, needed):
         remedies.append(f"a device that leaves {needed / GIB:.1f} GiB, such as {larger}")
-    if least["kv_cache_mb"] * MB > over:
+    if least.kv_cache_mb * MB > over:
         remedies.append("a shorter --context")
     remedies.append("a smaller model")
     return EdgemedError(
         f"nothing fits {device.title}: the smallest engine ({engine}) needs"
-        f" {least['run_mb'] / 1e3:.2f} GB while running, {room / 1e9:.2f} GB are left for it,"
+        f" {least.run_mb / 1e3:.2f} GB while running, {room / 1e9:.2f} GB are left for it,"
         f" {over / 1e9:.2f} GB too little",
         "What would help: " + " or ".join(remedies),
     )
@@ -487,16 +479,16 @@ def smallest_device(device: Device, needed: float) -> str | None:
     return min(candidates)[1] if candidates else None
 
 
-def notes(request: Request, chosen: dict[str, Any]) -> list[str]:
+def notes(request: Request, chosen: PlanChoice) -> list[str]:
     """What a person must know to read the numbers."""
     device = request.device
     mode = request.mode
-    target = plugins.load("targets", chosen["target"])
+    target = plugins.load("targets", chosen.target)
     text = []
-    if chosen["misses"]:
+    if chosen.misses:
         text.append(
             "Nothing meets every wish: what is shown as the best misses"
-            f" {' and '.join(chosen['misses'])}."
+            f" {' and '.join(chosen.misses)}."
         )
     if mode.gpu_mhz is None and len(device.power_modes) > 1:
         text.append(
@@ -518,7 +510,7 @@ def notes(request: Request, chosen: dict[str, Any]) -> list[str]:
             f"Memory left for an engine is the sheet's less {1.5 if device.shared_memory else 0.5}"
             " GiB, an assumption."
         )
-    if chosen["joules_per_token_at_most"] is not None:
+    if chosen.joules_per_token_at_most is not None:
         text.append(
             f"Energy is the {mode.watts:g} W the mode allows times the time: an upper bound."
         )
@@ -545,13 +537,13 @@ def stated_error(device: Device) -> str:
     )
 
 
-def recipe_text(chosen: dict[str, Any], model: str, device_name: str, request: Request) -> str:
+def recipe_text(chosen: PlanChoice, model: str, device_name: str, request: Request) -> str:
     """The recipe that makes the recommended engine, as YAML text."""
     weights = request.weights
     choice = next(
         choice
         for choice in choices()
-        if (choice.target, choice.precision) == (chosen["target"], chosen["precision"])
+        if (choice.target, choice.precision) == (chosen.target, chosen.precision)
     )
     target = plugins.load("targets", choice.target)
     random = weights.checkpoint.random_weights
@@ -559,15 +551,15 @@ def recipe_text(chosen: dict[str, Any], model: str, device_name: str, request: R
     params: dict[str, Any] = {}
     if not quantize:
         params.update(params_of(choice, weights))
-    _, cache_params = choice.kv[chosen["kv"]]
+    _, cache_params = choice.kv[chosen.kv]
     params.update(cache_params)
     if "context" in {field.name for field in dataclasses.fields(target.Params)}:
-        params["context"] = chosen["context"]
+        params["context"] = chosen.context
     params.update(target.recipe_params(request.device))
     text = [
         (
-            f"# {model} for {device_name}: {chosen['target']} {chosen['precision']}, predicted"
-            f" {chosen['tokens_per_s']:.1f} tokens/s, first token after {chosen['ttft_s']:.2f} s"
+            f"# {model} for {device_name}: {chosen.target} {chosen.precision}, predicted"
+            f" {chosen.tokens_per_s:.1f} tokens/s, first token after {chosen.ttft_s:.2f} s"
         ),
         f"model: {model}",
         f"device: {device_name}",

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from edgemed.documents.evaluation import Item, Score
 from edgemed.evaluation.lettered import lettered_task
 from edgemed.evaluation.task import Example, image_names, multiple_choice, text
 
@@ -28,7 +29,7 @@ def example(row: Mapping[str, Any]) -> Example:
     return replace(question, images=image_names(row))
 
 
-def scores(pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+def scores(pairs: Sequence[tuple[Example, Item]]) -> dict[str, Score]:
     """set_accuracy: share of pairs with both answers right; confusion: share of pairs with two
     answers in which both are the same (Sepehri et al. 2024).
 
@@ -36,14 +37,14 @@ def scores(pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> dict[str, dict
     """
     sets: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for example, item in pairs:
-        sets[example.id.partition("/")[0]].append((item["answer"], item["gold"]))
+        sets[example.id.partition("/")[0]].append((item.answer, item.gold))
     whole = [rows for rows in sets.values() if len(rows) == 2]
     answered = [rows for rows in whole if all(answer >= 0 for answer, _ in rows)]
     both = sum(all(a == g for a, g in rows) for rows in whole)
     same = sum(rows[0][0] == rows[1][0] for rows in answered)
     return {
-        "set_accuracy": {"value": both / len(whole) if whole else None, "n": len(whole)},
-        "confusion": {"value": same / len(answered) if answered else None, "n": len(answered)},
+        "set_accuracy": Score(value=both / len(whole) if whole else None, n=len(whole)),
+        "confusion": Score(value=same / len(answered) if answered else None, n=len(answered)),
     }
 
 

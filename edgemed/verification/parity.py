@@ -7,13 +7,13 @@ runs where the engine was built and on the device. An engine that fails it is no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from edgemed import plugins
 from edgemed.console import track
+from edgemed.documents.verify import Stage, VerifyLimits, VerifyResult
 from edgemed.engines.engine import Engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError
@@ -34,15 +34,40 @@ class Limits:
     min_top1: float = 0.9
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """An engine's scores beside its source's. positions: how many were compared; mean_kl, max_kl:
+    KL(source || engine) in nats; top1: share of positions with the same most likely token.
+    """
+
+    positions: int
+    mean_kl: float
+    max_kl: float
+    top1: float
+    max_logit_error: float
+
+
+@dataclass(frozen=True)
+class GreedyMatch:
+    """How long greedy answers stay the source's, in tokens: asked for over all prompts, the same
+    up to the first that differs, the mean of a prompt, and asked for per prompt.
+    """
+
+    greedy_tokens: int
+    greedy_same: int
+    greedy_match_mean: float
+    greedy_new: int
+
+
 def verify(
     engine: Engine,
     reference: Reference,
     limits: Limits,
     threads: int | None = None,
     adapter: str | None = None,
-) -> dict[str, Any]:
-    """Compare an engine with the reference answers; see the keys of the result for what is measured
-    ('stages' only for vision models).
+) -> VerifyResult:
+    """Compare an engine with the reference answers; see VerifyResult for what is measured (stages
+    only for vision models).
 
     adapter: one of the engine's, whose answers the reference then holds ('base': none). What lies
     in front of a vision model's decoder is then passed over, because no adapter reaches it.
@@ -66,39 +91,40 @@ def verify(
     exact = exact_error(engine)
     session = engine.open(threads, adapter)
     try:
-        measured = compare(session, reference)
-        if engine.head == "lm":
-            measured |= greedy(session, reference)
+        agreement = compare(session, reference)
+        match = greedy(session, reference) if engine.head == "lm" else None
+        rows: list[Stage] | None = None
         if engine.vision and images is not None:
             decoder = DecoderLimits(exact, limits.max_kl, limits.min_top1)
-            measured["stages"] = stages(engine, session, images, decoder, tower=not adapter)
+            rows = stages(engine, session, images, decoder, tower=not adapter)
     finally:
         session.close()
-    problems = judge(engine, measured, limits) + stage_problems(measured.get("stages", []))
-    used = adapter or engine.default
-    return {
-        "engine": engine.name,
-        "engine_key": engine.key,
-        **({"adapter": used} if used else {}),
-        "prompts": len(reference.windows),
-        "reference": reference.digest(),
-        "ran_on": engine.emulation or engine.target,
-        **measured,
-        "limits": {
-            "max_kl": limits.max_kl,
-            "min_top1": limits.min_top1,
-            "max_logit_error": exact,
-        },
-        "passed": not problems,
-        "problems": problems,
-    }
+    problems = judge(engine, agreement, match, limits) + stage_problems(rows or [])
+    result = VerifyResult(
+        engine=engine.name,
+        engine_key=engine.key,
+        adapter=adapter or engine.default or None,
+        prompts=len(reference.windows),
+        reference=reference.digest(),
+        ran_on=engine.emulation or engine.target,
+        **asdict(agreement),
+        stages=None if rows is None else tuple(rows),
+        limits=VerifyLimits(
+            max_kl=limits.max_kl,
+            min_top1=limits.min_top1,
+            max_logit_error=exact,
+        ),
+        passed=not problems,
+        problems=tuple(problems),
+    )
+    return replace(result, **asdict(match)) if match else result
 
 
 def with_adapters(
-    engine: Engine, result: dict[str, Any], limits: Limits, threads: int | None = None
-) -> dict[str, Any]:
-    """A result of verify and, under 'adapters', one for each further adapter against what the
-    source with it answers; failed where one is.
+    engine: Engine, result: VerifyResult, limits: Limits, threads: int | None = None
+) -> VerifyResult:
+    """A result of verify and, in its adapters, one for each further adapter against what the source
+    with it answers; failed where one is.
     """
     results = {
         name: verify(engine, engine.reference(name), limits, threads, name)
@@ -108,17 +134,17 @@ def with_adapters(
     if not results:
         return result
     problems = [
-        f"{name}: {problem}" for name, adapted in results.items() for problem in adapted["problems"]
+        f"{name}: {problem}" for name, adapted in results.items() for problem in adapted.problems
     ]
-    return {
-        **result,
-        "adapters": results,
-        "problems": [*result["problems"], *problems],
-        "passed": not problems and result["passed"],
-    }
+    return replace(
+        result,
+        adapters=results,
+        problems=(*result.problems, *problems),
+        passed=not problems and result.passed,
+    )
 
 
-def compare(session: Session, reference: Reference) -> dict[str, Any]:
+def compare(session: Session, reference: Reference) -> Agreement:
     """KL(source || engine) per position in nats, top-1 agreement and logit error over the scored
     windows.
     """
@@ -139,16 +165,16 @@ def compare(session: Session, reference: Reference) -> dict[str, Any]:
         raise EdgemedError(
             "the engine gives NaN or infinite scores", "Do not deploy it; export it again"
         )
-    return {
-        "positions": int(divergences.size),
-        "mean_kl": float(divergences.mean()),
-        "max_kl": float(divergences.max()),
-        "top1": float(agreements.mean()),
-        "max_logit_error": error,
-    }
+    return Agreement(
+        positions=int(divergences.size),
+        mean_kl=float(divergences.mean()),
+        max_kl=float(divergences.max()),
+        top1=float(agreements.mean()),
+        max_logit_error=error,
+    )
 
 
-def greedy(session: Session, reference: Reference) -> dict[str, Any]:
+def greedy(session: Session, reference: Reference) -> GreedyMatch:
     """How long the engine's greedy answers stay the source's, over all prompts."""
     matches = []
     new = reference.greedy.shape[1]
@@ -163,12 +189,12 @@ def greedy(session: Session, reference: Reference) -> dict[str, Any]:
         )
         different = np.flatnonzero(np.array(answer) != expected)
         matches.append(int(different[0]) if different.size else new)
-    return {
-        "greedy_tokens": new * len(matches),
-        "greedy_same": sum(matches),
-        "greedy_match_mean": float(np.mean(matches)),
-        "greedy_new": new,
-    }
+    return GreedyMatch(
+        greedy_tokens=new * len(matches),
+        greedy_same=sum(matches),
+        greedy_match_mean=float(np.mean(matches)),
+        greedy_new=new,
+    )
 
 
 def exact_error(engine: Engine) -> float | None:
@@ -178,20 +204,23 @@ def exact_error(engine: Engine) -> float | None:
     return plugins.load("targets", engine.target).FP32_TOLERANCE.get(engine.precision)
 
 
-def judge(engine: Engine, measured: dict[str, Any], limits: Limits) -> list[str]:
+def judge(
+    engine: Engine, agreement: Agreement, match: GreedyMatch | None, limits: Limits
+) -> list[str]:
     """One sentence per limit broken."""
     problems = []
-    if measured["mean_kl"] > limits.max_kl:
-        problems.append(f"mean KL {measured['mean_kl']:.4f} is above {limits.max_kl}")
-    if measured["top1"] < limits.min_top1:
-        problems.append(f"top-1 agreement {measured['top1']:.4f} is below {limits.min_top1}")
+    if agreement.mean_kl > limits.max_kl:
+        problems.append(f"mean KL {agreement.mean_kl:.4f} is above {limits.max_kl}")
+    if agreement.top1 < limits.min_top1:
+        problems.append(f"top-1 agreement {agreement.top1:.4f} is below {limits.min_top1}")
     allowed = exact_error(engine)
-    if allowed is not None:
-        if measured["max_logit_error"] > allowed:
-            problems.append(f"logit error {measured['max_logit_error']:.2e} is above {allowed}")
-        if measured.get("greedy_same", 0) != measured.get("greedy_tokens", 0):
-            problems.append(
-                f"{measured['greedy_tokens'] - measured['greedy_same']} of"
-                f" {measured['greedy_tokens']} greedy tokens differ from float32"
-            )
+    if allowed is None:
+        return problems
+    if agreement.max_logit_error > allowed:
+        problems.append(f"logit error {agreement.max_logit_error:.2e} is above {allowed}")
+    if match and match.greedy_same != match.greedy_tokens:
+        problems.append(
+            f"{match.greedy_tokens - match.greedy_same} of {match.greedy_tokens} greedy tokens"
+            " differ from float32"
+        )
     return problems

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from edgemed import plugins
 from edgemed.console import track
+from edgemed.documents.verify import Stage
 from edgemed.engines.image_reference import ImageReference
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate, kl_divergence
@@ -59,9 +60,8 @@ def stages(
     reference: ImageReference,
     limits: DecoderLimits,
     tower: bool = True,
-) -> list[dict[str, Any]]:
-    """One mapping per stage: 'stage', 'error', 'limit' (None: no limit), 'passed' and 'how' in
-    words; none where the reference holds no images.
+) -> list[Stage]:
+    """One row per stage; none where the reference holds no images.
 
     tower: also the stages in front of the decoder. Raises EdgemedError where an image and its
     answer do not fit the context, the engine resizes images otherwise than its reference, or a
@@ -72,7 +72,7 @@ def stages(
     encoder = vision_of_session(session)
     precision, tolerance = plugins.load("targets", engine.target).vision_tolerance(engine)
     check_fit(engine, encoder, reference)
-    rows = []
+    rows: list[Stage] = []
     if tower:
         rows += encoder_stages(encoder, reference, precision, tolerance)
     rows.append(decoder_stage(session, encoder, reference, limits))
@@ -108,7 +108,7 @@ def check_fit(engine: Engine, encoder: VisionEncoder, reference: ImageReference)
 
 def encoder_stages(
     encoder: VisionEncoder, reference: ImageReference, precision: str, tolerance: float
-) -> list[dict[str, Any]]:
+) -> list[Stage]:
     """The stages in front of the decoder: three, or one where the encoder computes all at once."""
     images = counted(len(reference.pixels), "image")
     if not isinstance(encoder, StagedVisionEncoder):
@@ -176,7 +176,7 @@ def relative(output: np.ndarray, expected: np.ndarray) -> float:
 
 def decoder_stage(
     session: Session, encoder: VisionEncoder, reference: ImageReference, limits: DecoderLimits
-) -> dict[str, Any]:
+) -> Stage:
     """The decoder, given the source's own image features and answers."""
     kl = []
     same = []
@@ -216,7 +216,7 @@ def end_to_end_stage(
     reference: ImageReference,
     same_answers: bool,
     max_kl: float,
-) -> dict[str, Any]:
+) -> Stage:
     """Everything together: from the image to greedy answers, and for engines that may differ a
     little to the scores of the source's answers.
 
@@ -273,9 +273,7 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' if n != 1 else ''}"
 
 
-def stage(
-    name: str, errors: Sequence[float], limit: float, how: str, sound: bool = True
-) -> dict[str, Any]:
+def stage(name: str, errors: Sequence[float], limit: float, how: str, sound: bool = True) -> Stage:
     """One row. errors: the largest counts, and none may be NaN; sound: whether what else was
     measured is within its limit.
     """
@@ -285,19 +283,19 @@ def stage(
             "Do not deploy it; export it again, with tower=fp32 where it is a narrower one",
         )
     error = max(errors)
-    return {
-        "stage": name,
-        "error": float(error),
-        "limit": limit,
-        "passed": bool(sound and error <= limit),
-        "how": how,
-    }
+    return Stage(
+        stage=name,
+        error=float(error),
+        limit=limit,
+        passed=bool(sound and error <= limit),
+        how=how,
+    )
 
 
-def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
+def problems(rows: Sequence[Stage]) -> list[str]:
     """One sentence per stage that failed."""
     return [
-        f"stage {row['stage']}: error {row['error']:.2e}, limit {row['limit']:.2g} ({row['how']})"
+        f"stage {row.stage}: error {row.error:.2e}, limit {row.limit:.2g} ({row.how})"
         for row in rows
-        if not row["passed"]
+        if not row.passed
     ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -372,19 +372,19 @@ def test_evaluate_counts_and_cuts_long_contexts_from_the_left() -> None:
     good = asked(["short", "x" * 50 + "end"])
     session = Oracle(True)
     result = evaluate(session, Letters(), good, "m", "engine")
-    assert (result["accuracy"], result["n"], result["truncated"], result["majority"]) == (
+    assert (result.accuracy, result.n, result.truncated, result.majority) == (
         1.0,
         2,
         1,
         1.0,
     )
     assert "".join(map(chr, session.seen[:40])).endswith("xend")
-    assert result["tokens_read"] == 5 + 40
-    assert result["interval"][1] == pytest.approx(1)
-    assert result["seconds_per_question"] > 0
+    assert result.tokens_read == 5 + 40
+    assert result.interval[1] == pytest.approx(1)
+    assert result.seconds_per_question > 0
     wrong = evaluate(Oracle(False), Letters(), good, "m", "engine")
-    assert wrong["accuracy"] == 0.0
-    assert [item["answer"] for item in wrong["items"]] == [0, 0]
+    assert wrong.accuracy == 0.0
+    assert [item.answer for item in wrong.items] == [0, 0]
     assert majority(good) == 1.0
 
 
@@ -396,15 +396,15 @@ def test_an_engine_is_paired_with_a_checkpoint_it_was_made_from() -> None:
         )
         found = pair(
             evaluate(Oracle(False), Letters(), good, "m", "engine"), right, MADE_FROM, None, 0.05
-        )["paired"]
+        ).paired
         assert (
-            found["only_source"],
-            found["only_engine"],
-            found["changed"],
-            found["verdict"],
-            found["source_model"],
+            found.only_source,
+            found.only_engine,
+            found.changed,
+            found.verdict,
+            found.source_model,
         ) == (3, 0, 3, None, "source")
-    stranger = {**right, "model_key": "another engine"}
+    stranger = replace(right, model_key="another engine")
     with pytest.raises(EdgemedError, match="not that of a source of this engine"):
         pair(right, stranger, MADE_FROM, 0.02, 0.05)
 
@@ -416,7 +416,7 @@ def test_results_on_other_items_are_never_paired() -> None:
     with pytest.raises(EdgemedError, match="another version, part or file of the task"):
         pair(one, two, MADE_FROM, 0.02, 0.05)
     with pytest.raises(EdgemedError, match="other settings"):
-        pair(one, {**one, "settings": {"seed": 3}}, MADE_FROM, 0.02, 0.05)
+        pair(one, replace(one, settings={"seed": 3}), MADE_FROM, 0.02, 0.05)
 
 
 def test_the_gate_judges_the_first_strategy_and_every_engine() -> None:
@@ -427,14 +427,14 @@ def test_the_gate_judges_the_first_strategy_and_every_engine() -> None:
         pair(evaluate(Oracle(right), Letters(), good, name, "e"), base, MADE_FROM, 0.05, 0.05)
         for right, name in ((True, "same"), (False, "lost"))
     )
-    gate = judge({"same": [same, {**lost, "strategy": "cot"}], "lost": [lost]}, 0.05, 0.05)
-    assert gate["verdict"] == "fail"
-    assert [row["verdict"] for row in gate["comparisons"]] == [
+    gate = judge({"same": [same, replace(lost, strategy="cot")], "lost": [lost]}, 0.05, 0.05)
+    assert gate.verdict == "fail"
+    assert [row.verdict for row in gate.comparisons] == [
         "pass",
         "fail",
     ]
-    assert part_of(gate, "same")["verdict"] == "pass"
-    assert part_of(gate, "lost")["verdict"] == "fail"
+    assert part_of(gate, "same").verdict == "pass"
+    assert part_of(gate, "lost").verdict == "fail"
     assert part_of(gate, "none") is None
     assert judge({"same": [base]}, 0.05, 0.05) is None
 

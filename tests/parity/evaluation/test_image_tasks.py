@@ -5,6 +5,7 @@ sees, evaluated as source and as engine.
 from __future__ import annotations
 
 import json
+import types
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ Image = pytest.importorskip("PIL.Image")
 
 from edgemed import plugins
 from edgemed.artifacts import store
+from edgemed.documents.document import plain
+from edgemed.documents.evaluation import EvalResult, Item
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, paired_statistics
 from edgemed.evaluation.evaluate import evaluate, pair, source_key, title
@@ -231,7 +234,10 @@ def test_parts(folder: Path) -> None:
     }
     with pytest.raises(EdgemedError, match="has no rows in 'official'"):
         questions(f"vqa_rad:{write(folder, only_train)}")
-    assert title({"task": "vqa_rad", "language": None, "part": "official"}) == "vqa_rad/official"
+    assert (
+        title(types.SimpleNamespace(task="vqa_rad", language=None, part="official"))
+        == "vqa_rad/official"
+    )
 
 
 # --- scores of written answers
@@ -255,6 +261,18 @@ def test_legacy_scores_flatter_as_published() -> None:
     assert answer_matching.legacy_open("", "x") == 0.0
 
 
+def item(answer: int = 0, gold: int = 0, text: str | None = None, said: str | None = None) -> Item:
+    return Item(
+        id="q",
+        gold=gold,
+        answer=answer,
+        scores=(),
+        groups={},
+        text=text,
+        said=said,
+    )
+
+
 def test_scores_of_closed_and_open_questions(folder: Path) -> None:
     rows = [
         {"id": str(n), "image": "a.png", "question": "q", "answer": answer}
@@ -262,13 +280,13 @@ def test_scores_of_closed_and_open_questions(folder: Path) -> None:
     ]
     asked = questions(f"pathvqa:{write(folder, *rows)}")
     items = [
-        {"answer": 0, "gold": 1, "text": "yes, abnormal"},
-        {"answer": 0, "gold": 0},
-        {"answer": 0, "gold": 0, "text": "Left lung."},
-        {"answer": 1, "gold": 0, "text": "the lung"},
+        item(gold=1, text="yes, abnormal"),
+        item(),
+        item(text="Left lung."),
+        item(answer=1, text="the lung"),
     ]
     found = asked.task.scores(list(zip(asked.examples, items, strict=True)))
-    assert found == {
+    assert plain(found) == {
         "closed_accuracy": {"value": 0.5, "n": 2},
         "open_exact": {"value": 0.5, "n": 2},
         "open_recall": {"value": 0.75, "n": 2},
@@ -276,7 +294,7 @@ def test_scores_of_closed_and_open_questions(folder: Path) -> None:
         "legacy_open": {"value": 0.75, "n": 2},
     }, "'no' is in 'abnormal'"
     alone = asked.task.scores([(asked.examples[0], items[0])])
-    assert alone["open_exact"] == {"value": None, "n": 0}
+    assert plain(alone["open_exact"]) == {"value": None, "n": 0}
 
 
 def test_set_accuracy_and_confusion_by_hand() -> None:
@@ -285,15 +303,15 @@ def test_set_accuracy_and_confusion_by_hand() -> None:
     # each are A and B.
     answers = [0, 1, 0, 0, 1, 0, 0, -1]
     pairs = [
-        (example, {"answer": answer, "gold": example.gold})
+        (example, item(answer, example.gold))
         for example, answer in zip(asked.examples, answers, strict=True)
     ]
     assert [example.gold for example in asked.examples] == [0, 1] * 4
-    assert asked.task.scores(pairs) == {
+    assert plain(asked.task.scores(pairs)) == {
         "set_accuracy": {"value": 0.25, "n": 4},
         "confusion": {"value": 1 / 3, "n": 3},
     }
-    assert asked.task.scores(pairs[:3])["set_accuracy"] == {"value": 1.0, "n": 1}
+    assert plain(asked.task.scores(pairs[:3])["set_accuracy"]) == {"value": 1.0, "n": 1}
 
 
 def test_a_report_shows_a_sets_own_metrics() -> None:
@@ -325,11 +343,12 @@ def test_a_report_shows_a_sets_own_metrics() -> None:
 
 def test_two_wrong_wordings_are_a_changed_answer() -> None:
     items = [
-        {"id": "1", "gold": 0, "answer": 1, "said": "left"},
-        {"id": "2", "gold": 0, "answer": 0, "said": "lung"},
+        item(answer=1, said="left"),
+        item(said="lung"),
     ]
-    found = paired_statistics.paired(items, [{**items[0], "said": "right"}, items[1]], None, 0.05)
-    assert (found["changed"], found["changed_both_wrong"], found["only_source"]) == (1, 1, 0)
+    changed = [replace(items[0], said="right"), items[1]]
+    found = paired_statistics.paired(items, changed, None, 0.05)
+    assert (found.changed, found.changed_both_wrong, found.only_source) == (1, 1, 0)
 
 
 # --- what a reader may keep
@@ -404,7 +423,7 @@ def result(
     settings: PromptSettings = PromptSettings(),
     strategy: str = "zero-shot",
     key: str = "k",
-) -> dict[str, Any]:
+) -> EvalResult:
     from edgemed.evaluation.opened_model import evaluate_opened
 
     model = opened(model, asked)
@@ -424,16 +443,15 @@ def test_engine_answers_as_its_source(vision_model: Path, engine: Any, folder: P
     ):
         ours = result(engine, asked, settings)
         theirs = result(vision_model, asked, settings)
-        assert [i["answer"] for i in ours["items"]] == [i["answer"] for i in theirs["items"]]
-        for one, other in zip(ours["items"], theirs["items"], strict=True):
-            assert np.allclose(one["scores"], other["scores"], atol=2e-3)
-    assert ours["unparsed"] == 4, "random weights write no answer tags"
-    assert ours["accuracy"] == 0.0, "random weights write no answer tags"
-    assert ours["settings"] == {"rationale_tokens": 4}, "random weights write no answer tags"
+        assert [i.answer for i in ours.items] == [i.answer for i in theirs.items]
+        for one, other in zip(ours.items, theirs.items, strict=True):
+            assert np.allclose(one.scores, other.scores, atol=2e-3)
+    assert ours.unparsed == 4, "random weights write no answer tags"
+    assert ours.accuracy == 0.0, "random weights write no answer tags"
+    assert ours.settings == {"rationale_tokens": 4}, "random weights write no answer tags"
     likelihood = result(vision_model, asked)
     same, other = (
-        np.array([i["scores"] for i in likelihood["items"] if int(i["id"]) % 2 == n])
-        for n in (0, 1)
+        np.array([i.scores for i in likelihood.items if int(i.id) % 2 == n]) for n in (0, 1)
     )
     assert np.allclose(same[0], same[1], atol=1e-4), (
         "the image decides, and the same image says the same"
@@ -441,7 +459,7 @@ def test_engine_answers_as_its_source(vision_model: Path, engine: Any, folder: P
     assert not np.allclose(same[0], other[0], atol=1e-2), (
         "the image decides, and the same image says the same"
     )
-    assert len(result(vision_model, asked, strategy="vote-3")["items"][0]["scores"]) == 2
+    assert len(result(vision_model, asked, strategy="vote-3").items[0].scores) == 2
 
 
 def test_open_questions_are_paired_like_others(vision_model: Path, engine: Any) -> None:
@@ -450,17 +468,17 @@ def test_open_questions_are_paired_like_others(vision_model: Path, engine: Any) 
 
     source = result(vision_model, asked, key=source_key(open_checkpoint(vision_model).hashes()))
     found = pair(result(engine, asked), source, store.read_manifest(engine.path), None, 0.05)
-    assert found["paired"]["n"] == 4
-    assert found["paired"]["changed"] == 0
-    assert found["part"] == "en"
-    assert found["scores"]["open_exact"]["n"] == 2
+    assert found.paired.n == 4
+    assert found.paired.changed == 0
+    assert found.part == "en"
+    assert found.scores["open_exact"].n == 2
     assert (
-        found["scoring"]
+        found.scoring
         == "sum of option token log-likelihoods; open questions: exact match of a greedily"
         " generated answer"
     )
-    assert {"text", "said"} <= set(found["items"][1])
-    assert "text" not in found["items"][0]
+    assert {"text", "said"} <= set(found.items[1].to_json())
+    assert "text" not in found.items[0].to_json()
 
 
 class Says:
@@ -512,8 +530,8 @@ def test_how_a_written_answer_is_read(
         "k",
         PromptPlan(settings=PromptSettings("generated", rationale=1)),
     )
-    assert found["items"][0]["answer"] == answer
-    assert found["unparsed"] == (answer < 0)
+    assert found.items[0].answer == answer
+    assert found.unparsed == (answer < 0)
 
 
 def test_prompt_is_the_familys(vision_model: Path, folder: Path) -> None:
@@ -565,7 +583,7 @@ def test_text_and_images_meet_the_wrong_model(
     asked = questions(f"micro_bench:{write(folder, ROW)}")
     text = questions("pubmedqa", 1)
     text = replace(text, examples=(replace(text.examples[0], question="Is it?"),))
-    assert len(result(vision_model, text)["items"]) == len(result(engine, text)["items"]) == 1, (
+    assert len(result(vision_model, text).items) == len(result(engine, text).items) == 1, (
         "a model that sees reads text as well"
     )
     with pytest.raises(EdgemedError, match="reads text only"):
@@ -614,8 +632,8 @@ def test_without_instructions_of_its_own_a_family_is_asked_for_a_letter(
         "k",
         PromptPlan(settings=PromptSettings("generated")),
     )
-    assert found["items"][0]["answer"] == 1
-    assert len(evaluate(model.session, model.tokenizer, asked, "m", "k")["items"][0]["scores"]) == 2
+    assert found.items[0].answer == 1
+    assert len(evaluate(model.session, model.tokenizer, asked, "m", "k").items[0].scores) == 2
 
 
 def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: Path) -> None:
@@ -650,11 +668,11 @@ def test_evaluated_together_paired_and_judged(
         str(vision_model),
         threads=1,
     )
-    assert [title(r) for r in found["engine"]] == [
+    assert [title(r) for r in found.engine] == [
         "micro_bench",
         "worldmedqa_v/he",
         "vqa_rad/image_disjoint",
     ]
-    assert [r["synthetic"] for r in found["engine"]] == [False, True, False]
-    assert all(r["paired"] and r["paired"]["changed"] == 0 for r in found["engine"])
-    assert len(found["gate"]["comparisons"]) == 3
+    assert [r.synthetic for r in found.engine] == [False, True, False]
+    assert all(r.paired and r.paired.changed == 0 for r in found.engine)
+    assert len(found.gate.comparisons) == 3

@@ -24,6 +24,7 @@ import pytest
 from conftest import CONTEXT, EOS, ROOT, refused
 
 from edgemed.artifacts import store
+from edgemed.documents import document
 from edgemed.errors import EdgemedError
 
 HERE = importlib.util.find_spec("lm_eval") is not None
@@ -351,7 +352,7 @@ def test_refused(engine: Path, tmp_path: Path) -> None:
         manifest = store.read_manifest(tmp_path / "head")
         store.write_json(
             tmp_path / "head" / "manifest.json",
-            {**manifest, "files": store.files_of(tmp_path / "head")},
+            document.plain({**manifest, "files": store.files_of(tmp_path / "head")}),
         )
         with pytest.raises(EdgemedError, match=said):
             EngineLM(engine=str(tmp_path / "head"))

@@ -138,22 +138,21 @@ def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, as
         open_source(checkpoint),
         asked,
         "source",
-        found["plain"]["model_key"],
+        found.plain.model_key,
         "zero-shot",
         PromptSettings(),
     )
     np.testing.assert_allclose(
-        [i["scores"] for i in usual["items"]],
-        [i["scores"] for i in found["plain"]["items"]],
+        [i.scores for i in usual.items],
+        [i.scores for i in found.plain.items],
         atol=2e-3,
     )
-    assert found["plain"]["strategy"] == "zero-shot"
-    assert found["trained"]["strategy"] == "ttt-1"
-    assert found["paired"]["n"] == 4
-    assert found["times"] > 0
+    assert found.plain.strategy == "zero-shot"
+    assert found.trained.strategy == "ttt-1"
+    assert found.paired.n == 4
+    assert found.times > 0
     changed = np.abs(
-        np.array([a["scores"] for a in found["trained"]["items"]])
-        - [b["scores"] for b in found["plain"]["items"]]
+        np.array([a.scores for a in found.trained.items]) - [b.scores for b in found.plain.items]
     ).max(1)
     assert (changed > 1e-3).all()
     # Asked alone, or after others, a question gets the same answer: nothing is left of what was
@@ -165,7 +164,7 @@ def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, as
         replace(asked, examples=asked.examples[-1:]),
         Adapt(rate=0.05, rank=4, length=32),
     )
-    assert last["trained"]["items"][0]["scores"] == found["trained"]["items"][-1]["scores"]
+    assert last.trained.items[0].scores == found.trained.items[-1].scores
 
 
 def test_what_is_refused(model: Path, vision_model: Path, asked, tmp_path: Path) -> None:

@@ -934,12 +934,12 @@ def test_a_question_about_an_image_is_answered_as_its_source_does(
     cells = questions(f"cells:{tmp_path / 'rows.jsonl'}")
     for settings in (PromptSettings(), PromptSettings("generated", rationale=2)):
         ours, theirs = (
-            evaluate_opened(m, cells, "m", "k", "zero-shot", settings)["items"]
+            evaluate_opened(m, cells, "m", "k", "zero-shot", settings).items
             for m in (start_engine(engine, True, 1), open_source(weights.checkpoint, True))
         )
-        assert [item["answer"] for item in ours] == [item["answer"] for item in theirs]
+        assert [item.answer for item in ours] == [item.answer for item in theirs]
         assert all(
-            np.allclose(one["scores"], other["scores"], atol=2e-2)
+            np.allclose(one.scores, other.scores, atol=2e-2)
             for one, other in zip(ours, theirs, strict=True)
         )
 

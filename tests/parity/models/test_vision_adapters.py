@@ -199,17 +199,15 @@ def test_each_adapter_is_shown_the_images(
 ) -> None:
     engine = made(seeing[family], tmp_path / "engine", target, **params)
     result = with_adapters(engine, verify(engine, engine.reference(), Limits(), 1), Limits(), 1)
-    assert result["passed"], result["problems"]
-    own = {row["stage"]: row for row in result["adapters"]["notes"]["stages"]}
+    assert result.passed, result.problems
+    own = {row.stage: row for row in result.adapters["notes"].stages}
     assert list(own) == ["decoder", "end to end"]
-    assert {row["stage"] for row in result["stages"]} >= {"projector", *own}
-    assert (
-        own["decoder"]["limit"] == plugins.load("targets", target).FP32_TOLERANCE[engine.precision]
-    )
-    assert 0 < own["decoder"]["error"] < own["decoder"]["limit"]
+    assert {row.stage for row in result.stages} >= {"projector", *own}
+    assert own["decoder"].limit == plugins.load("targets", target).FP32_TOLERANCE[engine.precision]
+    assert 0 < own["decoder"].error < own["decoder"].limit
     if params.get("vision") != "mtmd":
-        assert own["end to end"]["error"] == 0
-        assert "48 of 48 greedy tokens" in own["end to end"]["how"]
+        assert own["end to end"].error == 0
+        assert "48 of 48 greedy tokens" in own["end to end"].how
 
 
 @pytest.mark.parametrize("target", ["onnx", "llamacpp"])
@@ -226,18 +224,18 @@ def test_an_adapter_that_answers_wrongly_about_images_fails(
     right = engine.reference("notes")
     forgotten = replace(right, images=base.images)
     result = verify(engine, forgotten, Limits(), 1, "notes")
-    assert not result["passed"]
-    assert [row["stage"] for row in result["stages"] if not row["passed"]] == [
+    assert not result.passed
+    assert [row.stage for row in result.stages if not row.passed] == [
         "decoder",
         "end to end",
     ]
-    assert all(problem.startswith("stage ") for problem in result["problems"]), (
+    assert all(problem.startswith("stage ") for problem in result.problems), (
         "on text it is right: only the images show it"
     )
     forgotten.save(engine.path / "adapters" / "notes")
     whole = with_adapters(engine, verify(engine, base, Limits(), 1), Limits(), 1)
-    assert not whole["passed"]
-    assert all(problem.startswith("notes: stage ") for problem in whole["problems"])
+    assert not whole.passed
+    assert all(problem.startswith("notes: stage ") for problem in whole.problems)
     with pytest.raises(EdgemedError, match="say nothing about images"):
         verify(engine, replace(right, images=None), Limits(), 1, "notes")
 

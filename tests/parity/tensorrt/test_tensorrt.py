@@ -550,8 +550,8 @@ def test_verify_names_the_stand_in(model: Path, tmp_path: Path) -> None:
 
     engine = api.export(str(model), "tensorrt", tmp_path / "engine", precision="fp16")
     result = verify(engine, engine.reference(), Limits())
-    assert result["passed"]
-    assert result["ran_on"] == "ONNX Runtime on the same graph, not TensorRT"
+    assert result.passed
+    assert result.ran_on == "ONNX Runtime on the same graph, not TensorRT"
 
 
 def test_a_recipe_with_an_unbuilt_engine(model: Path, tmp_path: Path) -> None:

@@ -669,13 +669,13 @@ def test_build_verb_finishes_and_verifies_what_it_sees(
     )
     engine = export(weights.checkpoint, "tensorrt", params, tmp_path / "engine", reference)
     found = api.build(engine.path, measure=False)
-    assert found["verify"]["passed"]
-    assert found["verify"]["ran_on"] == "tensorrt"
-    assert len(found["plan"]["files"]) == 3
-    stages = {stage["stage"]: stage for stage in found["verify"]["stages"]}
+    assert found.verify.passed
+    assert found.verify.ran_on == "tensorrt"
+    assert len(found.plan["files"]) == 3
+    stages = {stage.stage: stage for stage in found.verify.stages}
     assert {"pixels", "tower", "projector"} < set(stages)
-    assert all(stage["passed"] for stage in stages.values())
-    assert 0 < stages["tower"]["error"] < 1e-4
+    assert all(stage.passed for stage in stages.values())
+    assert 0 < stages["tower"].error < 1e-4
 
 
 @pytest.mark.parametrize("at", ["tower", "projector"])

@@ -18,6 +18,7 @@ pytest.importorskip("PIL.Image")
 
 from edgemed import plugins
 from edgemed.data.text_sets import image_questions
+from edgemed.documents.verify import Stage, VerifyResult
 from edgemed.engines.engine import Engine, export
 from edgemed.engines.image_reference import SCORED
 from edgemed.engines.reference import FILE, Reference
@@ -73,9 +74,9 @@ def engine(
     )
 
 
-def by_stage(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    assert [row["stage"] for row in result["stages"]] == STAGES
-    return {row["stage"]: row for row in result["stages"]}
+def by_stage(result: VerifyResult) -> dict[str, Stage]:
+    assert [row.stage for row in result.stages] == STAGES
+    return {row.stage: row for row in result.stages}
 
 
 # --- the source against transformers, and exact engines against both
@@ -136,16 +137,16 @@ def test_exact_engines_answer_every_token(
         made(vision_model, reference, tmp_path / "engine", target, **params), reference, Limits(), 1
     )
     found = by_stage(result)
-    assert result["passed"]
-    assert all(row["passed"] for row in result["stages"])
-    assert found["end to end"]["error"] == 0
-    assert found["end to end"]["limit"] == 0
-    assert "480 of 480" in found["end to end"]["how"]
-    assert found["pixels"]["error"] == 0
-    assert 0 < found["tower"]["error"] < 1e-5
-    assert 0 < found["projector"]["error"] < 1e-5
-    assert found["decoder"]["limit"] == {"onnx": 1e-3, "llamacpp": 5e-3}[target]
-    assert 0 < found["decoder"]["error"] < found["decoder"]["limit"] / 4
+    assert result.passed
+    assert all(row.passed for row in result.stages)
+    assert found["end to end"].error == 0
+    assert found["end to end"].limit == 0
+    assert "480 of 480" in found["end to end"].how
+    assert found["pixels"].error == 0
+    assert 0 < found["tower"].error < 1e-5
+    assert 0 < found["projector"].error < 1e-5
+    assert found["decoder"].limit == {"onnx": 1e-3, "llamacpp": 5e-3}[target]
+    assert 0 < found["decoder"].error < found["decoder"].limit / 4
 
 
 @pytest.mark.parametrize(
@@ -161,14 +162,14 @@ def test_narrow_towers_have_limits_of_their_own(
         1,
     )
     found = by_stage(result)
-    assert result["passed"], result["problems"]
+    assert result.passed, result.problems
     for name in ("tower", "projector"):
-        assert least < found[name]["error"] < most
-        assert found[name]["limit"] == vision_encoder.TOLERANCES[tower]
-        assert f"the {tower} {name}" in found[name]["how"]
-    assert found["decoder"]["limit"] == 1e-3, "the decoder is as exact as ever"
-    assert 0 < found["end to end"]["error"] < 0.05 == found["end to end"]["limit"]
-    assert "of 480 greedy tokens" in found["end to end"]["how"]
+        assert least < found[name].error < most
+        assert found[name].limit == vision_encoder.TOLERANCES[tower]
+        assert f"the {tower} {name}" in found[name].how
+    assert found["decoder"].limit == 1e-3, "the decoder is as exact as ever"
+    assert 0 < found["end to end"].error < 0.05 == found["end to end"].limit
+    assert "of 480 greedy tokens" in found["end to end"].how
 
 
 def test_a_bfloat16_tower(vision_model: Path, reference: Reference, tmp_path: Path) -> None:
@@ -188,9 +189,9 @@ def test_a_bfloat16_tower(vision_model: Path, reference: Reference, tmp_path: Pa
         )
     )
     for name in ("tower", "projector"):
-        assert 1e-4 < found[name]["error"] < 2e-2
-        assert found[name]["limit"] == vision_encoder.TOLERANCES["bf16"]
-        assert found[name]["passed"]
+        assert 1e-4 < found[name].error < 2e-2
+        assert found[name].limit == vision_encoder.TOLERANCES["bf16"]
+        assert found[name].passed
 
 
 @pytest.mark.parametrize(("mmproj", "most"), [("f32", 2e-3), ("f16", 3e-3), ("q8_0", 3e-2)])
@@ -211,13 +212,13 @@ def test_libmtmds_tower_and_projector_are_one_stage(
         Limits(),
         1,
     )
-    found = {row["stage"]: row for row in result["stages"]}
-    assert list(found) == ["projector", "decoder", "end to end"], result["problems"]
-    assert result["passed"], result["problems"]
-    assert 1e-5 < found["projector"]["error"] < most
-    assert found["projector"]["limit"] == mtmd_vision.TOLERANCES[mmproj]
-    assert f"{mmproj} tower and projector in one" in found["projector"]["how"]
-    assert ("share of greedy tokens" in found["end to end"]["how"]) == (mmproj == "f32"), (
+    found = {row.stage: row for row in result.stages}
+    assert list(found) == ["projector", "decoder", "end to end"], result.problems
+    assert result.passed, result.problems
+    assert 1e-5 < found["projector"].error < most
+    assert found["projector"].limit == mtmd_vision.TOLERANCES[mmproj]
+    assert f"{mmproj} tower and projector in one" in found["projector"].how
+    assert ("share of greedy tokens" in found["end to end"].how) == (mmproj == "f32"), (
         "only float32 must answer every token"
     )
 
@@ -227,21 +228,21 @@ def test_quantized_decoder_is_held_to_divergence(
 ) -> None:
     quantized = made(vision_model, reference, tmp_path / "engine", precision="int8", group=32)
     found = by_stage(verify(quantized, reference, Limits(), 1))
-    assert found["tower"]["limit"] == 1e-4
-    assert 0 < found["decoder"]["error"] < found["decoder"]["limit"] == 0.05
-    assert "top-1 agreement" in found["decoder"]["how"]
-    assert "at 80 answer positions" in found["decoder"]["how"]
-    assert "at all 480 tokens" in found["decoder"]["how"]
+    assert found["tower"].limit == 1e-4
+    assert 0 < found["decoder"].error < found["decoder"].limit == 0.05
+    assert "top-1 agreement" in found["decoder"].how
+    assert "at 80 answer positions" in found["decoder"].how
+    assert "at all 480 tokens" in found["decoder"].how
     carried = by_stage(verify(quantized, quantized.reference(), Limits(), 1))
-    assert "at 16 answer positions" in carried["decoder"]["how"], (
+    assert "at 16 answer positions" in carried["decoder"].how, (
         "two of sixteen would already be too many to differ"
     )
-    assert "at all 96 tokens" in carried["decoder"]["how"], (
+    assert "at all 96 tokens" in carried["decoder"].how, (
         "two of sixteen would already be too many to differ"
     )
     strict = verify(quantized, reference, Limits(0.05, 1.0), 1)
-    assert not by_stage(strict)["decoder"]["passed"]
-    assert any("stage decoder" in problem for problem in strict["problems"])
+    assert not by_stage(strict)["decoder"].passed
+    assert any("stage decoder" in problem for problem in strict.problems)
 
 
 # --- each stage fails where its own part is wrong, and no other does
@@ -255,7 +256,7 @@ def wrong(reference: Reference, **changes: Any) -> Reference:
 def test_a_wrong_part_is_named(engine: Engine, reference: Reference, name: str) -> None:
     arrays = tuple(array * np.float32(1.001) for array in getattr(reference.images, name))
     found = by_stage(verify(engine, wrong(reference, **{name: arrays}), Limits(), 1))
-    failed = {stage for stage in STAGES if not found[stage]["passed"]}
+    failed = {stage for stage in STAGES if not found[stage].passed}
     first, behind = {
         "pixels": ("pixels", {"tower"}),
         "tower": ("tower", {"projector"}),
@@ -310,8 +311,8 @@ def test_a_fault_of_the_engine_shows_in_its_own_stage(
             OnnxVisionEncoder, method, lambda self, given: change(right(self, given))
         )
     result = verify(engine, reference.trim(2), Limits(), 1)
-    assert not result["passed"]
-    assert [row["stage"] for row in result["stages"] if not row["passed"]] == [stage, "end to end"]
+    assert not result.passed
+    assert [row.stage for row in result.stages if not row.passed] == [stage, "end to end"]
 
 
 def test_relative_error_by_hand() -> None:
@@ -331,13 +332,13 @@ def test_wrong_answers_and_scores(
     greedy = reference.images.greedy.copy()
     greedy[3, 40] = (greedy[3, 40] + 1) % 250
     result = verify(engine, wrong(reference, greedy=greedy), Limits(), 1)
-    assert not result["passed"]
-    assert [row["stage"] for row in result["stages"] if not row["passed"]] == ["end to end"]
-    assert "472 of 480" in result["problems"][0]
+    assert not result.passed
+    assert [row.stage for row in result.stages if not row.passed] == ["end to end"]
+    assert "472 of 480" in result.problems[0]
     result = verify(
         engine, wrong(reference, logits=reference.images.logits + np.float32(0.01)), Limits(), 1
     )
-    assert [row["stage"] for row in result["stages"] if not row["passed"]] == ["decoder"]
+    assert [row.stage for row in result.stages if not row.passed] == ["decoder"]
     monkeypatch.setattr(
         OnnxVisionEncoder,
         "run_tower",
@@ -351,10 +352,10 @@ def test_another_image_is_another_answer(engine: Engine, reference: Reference) -
     """Were the images not looked at, turning them over would change nothing."""
     turned = tuple(picture[::-1, ::-1].copy() for picture in reference.images.pictures)
     found = by_stage(verify(engine, wrong(reference, pictures=turned), Limits(), 1))
-    assert not found["pixels"]["passed"]
-    assert not found["end to end"]["passed"]
-    assert found["tower"]["passed"]
-    assert found["decoder"]["passed"]
+    assert not found["pixels"].passed
+    assert not found["end to end"].passed
+    assert found["tower"].passed
+    assert found["decoder"].passed
 
 
 # --- what travels
@@ -386,9 +387,9 @@ def test_reference_with_images_survives_storage(reference: Reference, tmp_path: 
 def test_the_carried_reference_is_checked_without_torch(engine: Engine) -> None:
     carried = engine.reference()
     result = verify(engine, carried, Limits(), 1)
-    assert result["passed"]
-    assert "of 2 images" in by_stage(result)["tower"]["how"]
-    assert "480 of 480" in by_stage(result)["end to end"]["how"]
+    assert result.passed
+    assert "of 2 images" in by_stage(result)["tower"].how
+    assert "480 of 480" in by_stage(result)["end to end"].how
     assert (engine.path / FILE).stat().st_size < 2e6
 
 
@@ -401,7 +402,7 @@ def test_no_images_asked_for(vision_model: Path, reference: Reference, tmp_path:
         ),
     )
     engine = made(vision_model, none, tmp_path / "engine", precision="fp32")
-    assert verify(engine, engine.reference(), Limits(), 1)["stages"] == []
+    assert verify(engine, engine.reference(), Limits(), 1).stages == ()
 
 
 def test_the_engines_own_size_of_images(
@@ -425,7 +426,7 @@ def test_the_engines_own_size_of_images(
         small,
         Limits(),
         1,
-    )["passed"]
+    ).passed
 
 
 # --- through the command line, a run and its report, and the bench
@@ -527,20 +528,20 @@ def test_bench_of_an_image(engine: Engine) -> None:
     from edgemed.benchmarking.bench import bench
     from edgemed.benchmarking.spec import BenchSpec
 
-    found = {r["name"]: r for r in bench(engine, BenchSpec((16,), 4, 3, 1, image=112))}
+    found = {r.name: r for r in bench(engine, BenchSpec((16,), 4, 3, 1, image=112))}
     parts = [
         found[f"image_{name}_seconds"] for name in ("preprocess", "tower", "projector", "prefill")
     ]
     first = found["image_first_token_seconds"]
     second = found["image_second_question_seconds"]
-    assert first["how"] == {"image": 112, "features": 16, "tokens": 32, "threads": 1, "runs": 3}
-    assert first["n"] == 3
+    assert first.how == {"image": 112, "features": 16, "tokens": 32, "threads": 1, "runs": 3}
+    assert first.n == 3
     # Each is a median of its own, so sums agree only roughly.
-    assert first["spread"]["max"] >= max(part["value"] for part in parts)
-    assert second["spread"]["min"] < first["spread"]["max"]
+    assert first.spread.max >= max(part.value for part in parts)
+    assert second.spread.min < first.spread.max
     assert not [
         name
-        for name in {r["name"] for r in bench(engine, BenchSpec((16,), 4, 1, 1, image=0))}
+        for name in {r.name for r in bench(engine, BenchSpec((16,), 4, 1, 1, image=0))}
         if name.startswith("image_")
     ]
     with pytest.raises(

@@ -11,7 +11,7 @@ import pytest
 
 from edgemed.artifacts import store
 from edgemed.artifacts.json_files import read_json_object
-from edgemed.artifacts.manifest import Manifest
+from edgemed.artifacts.manifest import open_manifest
 from edgemed.errors import EdgemedError
 
 
@@ -28,7 +28,7 @@ def artifact(tmp_path: Path) -> Path:
 def test_json_is_what_was_read(tmp_path: Path) -> None:
     final = artifact(tmp_path)
     text = (final / store.MANIFEST).read_text(encoding="utf-8")
-    manifest = Manifest.read(final)
+    manifest = open_manifest(final)
     assert json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n" == text
     assert list(json.loads(text)) == [
         *("schema", "key", "kind", "stage", "params", "inputs", "files", "notes", "versions"),
@@ -37,10 +37,10 @@ def test_json_is_what_was_read(tmp_path: Path) -> None:
 
 
 def test_fields(tmp_path: Path) -> None:
-    manifest = Manifest.read(artifact(tmp_path))
+    manifest = open_manifest(artifact(tmp_path))
     assert (manifest.kind, manifest.stage, manifest.parent) == ("result", "test", None)
     assert manifest.params == {"lengths": [1, 2]}
-    assert manifest.files["README.md"]["attached"]
+    assert manifest.files["README.md"].attached
     assert manifest.sections == {"gate": {"verdict": "pass"}}
     assert manifest.pending is None
 
@@ -51,8 +51,8 @@ def test_a_missing_section_is_named(tmp_path: Path, name: str) -> None:
     document = store.read_manifest(final)
     del document[name]
     store.write_json(final / store.MANIFEST, document)
-    with pytest.raises(EdgemedError, match=f"manifest.json lacks '{name}'"):
-        Manifest.read(final)
+    with pytest.raises(EdgemedError, match=f"manifest.json lacks {name}"):
+        open_manifest(final)
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,12 @@ def test_a_plan_rests_on_the_measured_machine(quick):
     found = planner.plan(
         "random:biomedlm", str(quick[0]), planner.Wishes(context=1024, precision="int4")
     )
-    assert found["device"] == "here"
-    assert found["recommended"]["target"] == "onnx"
-    assert not any("data sheet" in note for note in found["notes"])
+    assert found.device == "here"
+    assert found.recommended.target == "onnx"
+    assert not any("data sheet" in note for note in found.notes)
     device = read_device(str(quick[0]))
-    bound = device.achievable_gb_s * 1e9 / (found["recommended"]["weights_mb"] * 0.85e6)
-    assert found["recommended"]["tokens_per_s"] < bound
+    bound = device.achievable_gb_s * 1e9 / (found.recommended.weights_mb * 0.85e6)
+    assert found.recommended.tokens_per_s < bound
 
 
 def test_out_is_checked_before_anything_is_measured(tmp_path, monkeypatch):

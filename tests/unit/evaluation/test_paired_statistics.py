@@ -8,11 +8,13 @@ at hand, the software that reproduces it is named.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache, lru_cache
 
 import numpy as np
 import pytest
 
+from edgemed.documents.evaluation import Difference, Item, NonInferiority, Paired
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import exact_tests, paired_statistics
 
@@ -33,7 +35,11 @@ def probability(
     return scipy_stats.multinomial.pmf(counts, n, [p_lost, p_gained, 1 - p_lost - p_gained])
 
 
-def answers(lost: int, gained: int, n: int, both: int = 0) -> tuple[list[dict], list[dict]]:
+def item(row: dict) -> Item:
+    return Item.from_json({"scores": [], "groups": {}, **row})
+
+
+def answers(lost: int, gained: int, n: int, both: int = 0) -> tuple[list[Item], list[Item]]:
     """Items with these counts: first the lost, then the gained, then both right, then both
     wrong.
     """
@@ -44,7 +50,7 @@ def answers(lost: int, gained: int, n: int, both: int = 0) -> tuple[list[dict], 
         + [(0, 0)] * (n - lost - gained - both)
     )
     return tuple(
-        [{"id": str(i), "gold": 1, "answer": kind[side]} for i, kind in enumerate(kinds)]
+        [item({"id": str(i), "gold": 1, "answer": kind[side]}) for i, kind in enumerate(kinds)]
         for side in (0, 1)
     )
 
@@ -306,19 +312,28 @@ def test_gate_of_four_bad_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = 1500
 
     @cache
-    def pair(lost: int, gained: int) -> dict:
-        ps = {
-            "p": exact_tests.p_loss_at_least(lost, gained, n, margin),
-            "p_inferior": exact_tests.p_loss_at_least(gained, lost, n, -margin),
-        }
-        return {
-            "n": n,
-            "only_source": lost,
-            "only_engine": gained,
-            "difference": {"value": (gained - lost) / n, "interval": [0, 0]},
-            "noninferiority": {"margin": margin, "alpha": alpha, "lower": 0, **ps},
-            "minimum_detectable": 0,
-        }
+    def pair(lost: int, gained: int) -> Paired:
+        test = NonInferiority(
+            margin=margin,
+            alpha=alpha,
+            lower=0,
+            upper=0,
+            p=exact_tests.p_loss_at_least(lost, gained, n, margin),
+            p_inferior=exact_tests.p_loss_at_least(gained, lost, n, -margin),
+        )
+        return Paired(
+            n=n,
+            only_source=lost,
+            only_engine=gained,
+            changed_both_wrong=0,
+            difference=Difference(value=(gained - lost) / n, interval=(0, 0), method=""),
+            mcnemar_p=1,
+            minimum_detectable=0,
+            noninferiority=test,
+            items_needed=None,
+            subgroups=(),
+            worst=None,
+        )
 
     random = np.random.default_rng(7)
     rates = {"pass": 0, "fail": 0}
@@ -329,10 +344,10 @@ def test_gate_of_four_bad_engines(monkeypatch: pytest.MonkeyPatch) -> None:
         luck = scipy_stats.norm.cdf((shared + own) / np.sqrt(2))
         counts = [(int((u < 0.09).sum()), int((u > 0.96).sum())) for u in luck]
         verdicts = {
-            row["verdict"]
+            row.verdict
             for row in paired_statistics.gate(
                 [(("e", "t", "s"), pair(*c)) for c in counts], margin, alpha
-            )["comparisons"]
+            ).comparisons
         }
         for verdict in rates:
             rates[verdict] += verdict in verdicts
@@ -374,7 +389,9 @@ def test_lower_limit_covers() -> None:
     [(0, 0, 149), (0, 0, 148), (2, 1, 200), (10, 3, 200), (30, 5, 200), (0, 6, 60), (9, 9, 40)],
 )
 def test_limits_agree_with_the_tests(lost: int, gained: int, n: int) -> None:
-    made = paired_statistics.paired(*answers(lost, gained, n), 0.02, 0.05)["noninferiority"]
+    made = paired_statistics.paired(*answers(lost, gained, n), 0.02, 0.05).to_json()[
+        "noninferiority"
+    ]
     assert (made["lower"] >= -0.02) == (made["p"] <= 0.05)
     assert (made["upper"] <= -0.02) == (made["p_inferior"] <= 0.05)
     assert made["lower"] < (gained - lost) / n < made["upper"]
@@ -445,18 +462,18 @@ def test_paired_counts_by_hand() -> None:
     subjects = ["a", "a", "a", "b", "b", "b", "b", "b"]
     made = [
         [
-            {
-                "id": f"q{i}",
-                "gold": g,
-                "answer": a,
-                "scores": [],
-                "groups": {"subject": s, "language": "en"},
-            }
+            Item(
+                id=f"q{i}",
+                gold=g,
+                answer=a,
+                scores=(),
+                groups={"subject": s, "language": "en"},
+            )
             for i, (g, a, s) in enumerate(zip(golds, side, subjects, strict=True))
         ]
         for side in (source, engine)
     ]
-    found = paired_statistics.paired(*made, 0.1, 0.05)
+    found = paired_statistics.paired(*made, 0.1, 0.05).to_json()
     expected = {
         "n": 8,
         "both": 2,
@@ -473,10 +490,10 @@ def test_paired_counts_by_hand() -> None:
     assert {key: found[key] for key in expected} == expected
     assert found["difference"] == {
         "value": -0.125,
-        "interval": paired_statistics.tango(2, 1, 8),
+        "interval": list(paired_statistics.tango(2, 1, 8)),
         "method": "Tango score, 95 %",
     }
-    assert found["newcombe"] == paired_statistics.newcombe(2, 2, 1, 3)
+    assert found["newcombe"] == list(paired_statistics.newcombe(2, 2, 1, 3))
     assert [
         (
             row["value"],
@@ -507,13 +524,12 @@ def test_paired_counts_by_hand() -> None:
 def test_worst_subgroup_needs_ten_items_and_ties_go_to_the_larger() -> None:
     source, engine = answers(0, 0, 60, both=60)
     for items in (source, engine):
-        for i, item in enumerate(items):
-            item["groups"] = {
-                "subject": "tiny" if i < 5 else "small" if i < 15 else "large" if i < 35 else "fine"
-            }
+        for i, each in enumerate(items):
+            subject = "tiny" if i < 5 else "small" if i < 15 else "large" if i < 35 else "fine"
+            items[i] = replace(each, groups={"subject": subject})
     for i in (0, 1, 2, 5, 15, 16):
-        engine[i]["answer"] = 0
-    found = paired_statistics.paired(source, engine, 0.02, 0.05)
+        engine[i] = replace(engine[i], answer=0)
+    found = paired_statistics.paired(source, engine, 0.02, 0.05).to_json()
     assert found["worst"]["value"] == "large"
     assert found["worst"]["difference"] == -0.1
     assert min(row["difference"] for row in found["subgroups"]) == -0.6
@@ -531,7 +547,7 @@ def test_worst_subgroup_needs_ten_items_and_ties_go_to_the_larger() -> None:
     ],
 )
 def test_degenerate_tables(lost: int, gained: int, n: int, verdict: str) -> None:
-    found = paired_statistics.paired(*answers(lost, gained, n), 0.02, 0.05)
+    found = paired_statistics.paired(*answers(lost, gained, n), 0.02, 0.05).to_json()
     assert found["verdict"] == verdict
     assert (found["items_needed"] is None) == (verdict != "undecided")
     numbers = [
@@ -570,10 +586,13 @@ def test_paired_refuses() -> None:
         paired_statistics.paired(source, engine[:3], 0.02, 0.05)
     with pytest.raises(EdgemedError, match="item 3: id '2' of the source, 'x' of the engine"):
         paired_statistics.paired(
-            source, [*engine[:2], {**engine[2], "id": "x"}, {**engine[3], "gold": 7}], 0.02, 0.05
+            source,
+            [*engine[:2], replace(engine[2], id="x"), replace(engine[3], gold=7)],
+            0.02,
+            0.05,
         )
     with pytest.raises(EdgemedError, match="item 4: gold 1 of the source, 7 of the engine"):
-        paired_statistics.paired(source, [*engine[:3], {**engine[3], "gold": 7}], 0.02, 0.05)
+        paired_statistics.paired(source, [*engine[:3], replace(engine[3], gold=7)], 0.02, 0.05)
 
 
 def test_gate() -> None:
@@ -586,12 +605,12 @@ def test_gate() -> None:
             "few": (1, 1, 20),
         }.items()
     }
-    assert [pair["verdict"] for pair in pairs.values()] == ["pass", "pass", "fail", "undecided"]
+    assert [pair.verdict for pair in pairs.values()] == ["pass", "pass", "fail", "undecided"]
 
     def judge(*names: str) -> dict:
         return paired_statistics.gate(
             [((name, "medqa", "zero-shot"), pairs[name]) for name in names], 0.02, 0.05
-        )
+        ).to_json()
 
     assert judge("same")["verdict"] == judge("close")["verdict"] == "pass"
     assert judge("same")["correction"] == "Holm over 1 comparison"
@@ -603,7 +622,7 @@ def test_gate() -> None:
     assert found["correction"] == "Holm over 3 comparisons"
     assert [row["verdict"] for row in found["comparisons"]] == ["pass", "fail", "undecided"]
     assert [row["items_needed"] is None for row in found["comparisons"]] == [True, True, False]
-    assert found["comparisons"][2]["items_needed"] > pairs["few"]["items_needed"]
+    assert found["comparisons"][2]["items_needed"] > pairs["few"].items_needed
     row = found["comparisons"][0]
     assert (row["engine"], row["task"], row["strategy"], row["n"], row["p_holm"]) == (
         "same",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -46,29 +47,22 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("device", [name for name in plugins.names("devices") if name != "cpu"])
 def test_every_device_can_be_planned(device):
     found = planner.plan(MODEL, device, Wishes())
-    assert found["choices"]
-    assert found["front"]
-    assert found["recommended"] in found["choices"]
-    assert found["recommended"] in found["choices"]
-    assert json.loads(json.dumps(found)) == found
-    for entry in found["choices"]:
-        parts = (
-            entry["weights_mb"]
-            + entry["kv_cache_mb"]
-            + entry["activations_mb"]
-            + entry["vision_mb"]
-        )
-        assert parts <= entry["run_mb"] * (1 + 1e-9)
-        assert entry["fits"] is (
-            entry["builds"] and entry["run_mb"] * 1e6 <= usable(read_device(device))
-        )
-        assert entry["ttft_s"] == pytest.approx(sum(entry["stages_s"].values()))
-        assert entry["tokens_per_s"] > 0
+    assert found.choices
+    assert found.front
+    assert found.recommended in found.choices
+    assert found.recommended in found.choices
+    assert json.loads(json.dumps(found.to_json())) == found.to_json()
+    for entry in found.choices:
+        parts = entry.weights_mb + entry.kv_cache_mb + entry.activations_mb + entry.vision_mb
+        assert parts <= entry.run_mb * (1 + 1e-9)
+        assert entry.fits is (entry.builds and entry.run_mb * 1e6 <= usable(read_device(device)))
+        assert entry.ttft_s == pytest.approx(sum(entry.stages_s.values()))
+        assert entry.tokens_per_s > 0
     # Whatever is not planned says why.
-    planned = {(entry["target"], entry["precision"]) for entry in found["choices"]}
-    assert planned | {
-        (entry["target"], entry["precision"]) for entry in found["left_out"] if entry["why"]
-    } == {(c.target, c.precision) for c in choices()}
+    planned = {(entry.target, entry.precision) for entry in found.choices}
+    assert planned | {(entry.target, entry.precision) for entry in found.left_out if entry.why} == {
+        (c.target, c.precision) for c in choices()
+    }
 
 
 @pytest.mark.parametrize("device", [BOARD, "n100-mini-pc-16gb", "rtx-4060-8gb"])
@@ -80,52 +74,52 @@ def test_the_recipe_is_one_that_runs(device, wishes, small, tmp_path):
         if model != MODEL:
             wishes = replace(wishes, context=128 if wishes.context else None, prompt=32)
         found = planner.plan(model, device, wishes)
-        recipe = parse(yaml.safe_load(found["recipe"]), "recipe.yaml", tmp_path)
+        recipe = parse(yaml.safe_load(found.recipe), "recipe.yaml", tmp_path)
         [engine] = recipe.engines
-        assert engine.plugin == found["recommended"]["target"]
+        assert engine.plugin == found.recommended.target
         assert recipe.device == device
         assert recipe.model == model
-        assert recipe.bench.prompt == (found["prompt"],)
+        assert recipe.bench.prompt == (found.prompt,)
         assert (recipe.verify is None) is (model == MODEL or small.random_weights)
 
 
 def test_front_is_what_nothing_beats():
     entries = [
-        {"run_mb": m, "ttft_s": t, "tokens_per_s": s}
+        SimpleNamespace(run_mb=m, ttft_s=t, tokens_per_s=s)
         for m, t, s in ((1, 9, 9), (2, 5, 9), (2, 6, 9), (3, 5, 8), (1, 9, 9), (4, 9, 20))
     ]
-    assert [e["run_mb"] for e in planner.pareto(entries)] == [1, 2, 1, 4]
+    assert [e.run_mb for e in planner.pareto(entries)] == [1, 2, 1, 4]
 
 
 def test_a_wish_met_by_more_bits_is_met_by_more_bits():
-    fast = planner.plan(MODEL, BOARD, Wishes(tps=25))["recommended"]
-    slow = planner.plan(MODEL, BOARD, Wishes(tps=5))["recommended"]
-    assert fast["bits"] < slow["bits"]
-    assert not fast["misses"]
-    assert not slow["misses"]
-    assert slow["tokens_per_s"] >= 5
+    fast = planner.plan(MODEL, BOARD, Wishes(tps=25)).recommended
+    slow = planner.plan(MODEL, BOARD, Wishes(tps=5)).recommended
+    assert fast.bits < slow.bits
+    assert not fast.misses
+    assert not slow.misses
+    assert slow.tokens_per_s >= 5
     impossible = planner.plan(MODEL, BOARD, Wishes(tps=500))
-    assert impossible["recommended"]["misses"] == ["tps"]
-    assert "misses tps" in impossible["notes"][0]
+    assert impossible.recommended.misses == ("tps",)
+    assert "misses tps" in impossible.notes[0]
 
 
 def test_more_context_memory_and_watts_do_what_they_must(small):
     def only(**given):
         wishes = Wishes(**{"precision": "q4_k_m", "context": 1024, **given})
-        return planner.plan(MODEL, BOARD, wishes, power)["recommended"]
+        return planner.plan(MODEL, BOARD, wishes, power).recommended
 
     power = None
     short = only(context=768)
     full = only()
-    assert short["kv_cache_mb"] * 4 == pytest.approx(full["kv_cache_mb"] * 3)
-    assert short["run_mb"] < full["run_mb"]
-    assert full["kv_cache_mb"] == pytest.approx(2 * 32 * 2560 * 1024 * 2 / 1e6)
+    assert short.kv_cache_mb * 4 == pytest.approx(full.kv_cache_mb * 3)
+    assert short.run_mb < full.run_mb
+    assert full.kv_cache_mb == pytest.approx(2 * 32 * 2560 * 1024 * 2 / 1e6)
     longer = only(prompt=800)
-    assert longer["ttft_s"] > full["ttft_s"]
-    assert longer["tokens_per_s"] < full["tokens_per_s"]
+    assert longer.ttft_s > full.ttft_s
+    assert longer.tokens_per_s < full.tokens_per_s
     power = "15W"
-    assert only()["tokens_per_s"] < 0.7 * full["tokens_per_s"]
-    assert only()["joules_per_token_at_most"] == pytest.approx(15 / only()["tokens_per_s"])
+    assert only().tokens_per_s < 0.7 * full.tokens_per_s
+    assert only().joules_per_token_at_most == pytest.approx(15 / only().tokens_per_s)
 
 
 def test_sizes_are_those_of_inspect(small):
@@ -233,19 +227,18 @@ def test_a_device_file_too_short_to_plan_says_what_is_missing(tmp_path):
         " 20\nsource: {memory: here}\n"
     )
     found = planner.plan(MODEL, str(file), Wishes())
-    assert found["device"] == "board"
-    assert f"device: {file}" in found["recipe"]
+    assert found.device == "board"
+    assert f"device: {file}" in found.recipe
 
 
 def test_a_recipe_brings_model_and_device(tmp_path, small):
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {small.path}\ndevice: {BOARD}\nengines: [onnx]\n")
     found = planning.plan_for(str(file), None, Wishes())
-    assert found["model"] == str(small.path)
-    assert found["device"] == BOARD
+    assert found.model == str(small.path)
+    assert found.device == BOARD
     assert (
-        planning.plan_for(str(file), "raspberry-pi-5-8gb", Wishes())["device"]
-        == "raspberry-pi-5-8gb"
+        planning.plan_for(str(file), "raspberry-pi-5-8gb", Wishes()).device == "raspberry-pi-5-8gb"
     )
     with pytest.raises(EdgemedError, match="no device is said.*jetson-thor"):
         planning.plan_for(str(small.path), None, Wishes())
@@ -330,23 +323,23 @@ def test_plan_needs_no_torch_and_prints_both_ways(small):
 def test_clocks_that_are_not_known_are_said():
     assert any(
         "clocks of the mode 10W are not known" in note
-        for note in planner.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W")["notes"]
+        for note in planner.plan(MODEL, "jetson-xavier-nx-8gb", Wishes(), "10W").notes
     )
     assert power_mode_of(read_device(BOARD), None).watts is None
-    assert planner.plan(MODEL, BOARD, Wishes())["recommended"]["joules_per_token_at_most"] is None
+    assert planner.plan(MODEL, BOARD, Wishes()).recommended.joules_per_token_at_most is None
 
 
 @pytest.mark.skipif("tensorrt" not in plugins.names("targets"), reason="no tensorrt target here")
 def test_an_engine_the_device_cannot_compile_is_not_recommended():
     found = planner.plan(MODEL, BOARD, Wishes(precision="int4"))
-    assert found["recommended"]["target"] == "tensorrt"
-    assert found["recommended"]["builds"]
-    assert "profile: jetpack6" in found["recipe"]
+    assert found.recommended.target == "tensorrt"
+    assert found.recommended.builds
+    assert "profile: jetpack6" in found.recipe
     with pytest.raises(
         EdgemedError, match="nothing can be built on .*Orin Nano 8GB.*TensorRT compiles it there"
     ):
         planner.plan(MODEL, BOARD, Wishes(precision="fp16"))
-    assert planner.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16"))["recommended"]["builds"]
+    assert planner.plan(MODEL, "rtx-4060-8gb", Wishes(precision="fp16")).recommended.builds
 
 
 def seeing():
@@ -367,22 +360,22 @@ def test_images_cost_tower_tokens_and_time():
                 precision="int4",
                 context=2048,
             ),
-        )["recommended"]
+        ).recommended
         for n in range(3)
     )
-    assert blind["vision_mb"] == one["vision_mb"] > 1000
-    assert blind["stages_s"].keys() == {"prefill"}
-    assert two["stages_s"]["vision"] == pytest.approx(2 * one["stages_s"]["vision"])
-    assert two["stages_s"]["prefill"] > one["stages_s"]["prefill"] > blind["stages_s"]["prefill"]
+    assert blind.vision_mb == one.vision_mb > 1000
+    assert blind.stages_s.keys() == {"prefill"}
+    assert two.stages_s["vision"] == pytest.approx(2 * one.stages_s["vision"])
+    assert two.stages_s["prefill"] > one.stages_s["prefill"] > blind.stages_s["prefill"]
     found, onboard = (
         planner.plan(seeing(), BOARD, Wishes(images=1, prompt=64, precision=precision))
         for precision in ("q4_k_m", "int4")
     )
-    assert "vision" not in found["recommended"]["stages_s"]
-    assert any("vision tower is missing from every first token" in note for note in found["notes"])
-    assert onboard["recommended"]["target"] == "tensorrt"
-    assert onboard["recommended"]["stages_s"]["vision"] > 0
-    assert not any("is missing" in note for note in onboard["notes"])
+    assert "vision" not in found.recommended.stages_s
+    assert any("vision tower is missing from every first token" in note for note in found.notes)
+    assert onboard.recommended.target == "tensorrt"
+    assert onboard.recommended.stages_s["vision"] > 0
+    assert not any("is missing" in note for note in onboard.notes)
 
 
 def test_a_vision_tower_is_counted_once():

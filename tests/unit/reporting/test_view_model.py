@@ -8,7 +8,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from report_documents import MACHINE, ORIN, TASKS, document, records, result
+from report_documents import MACHINE, ORIN, TASKS, document, records, result, typed
 
 from edgemed.artifacts import lineage
 from edgemed.documents.bench import Spread
@@ -359,7 +359,10 @@ def sample(label, share=0.9, source=False, failed=False, verdict=None):
         for i, item in enumerate(items)
     ]
     found = result(("t", 100, 2, 0.5, ()), "zero-shot", other, label, "ab" * 32, 1.0)
-    paired = None if source else paired_statistics.paired(items, other, 0.02, 0.05)
+    paired = None
+    if not source:
+        statistics = paired_statistics.paired(typed(items), typed(other), 0.02, 0.05)
+        paired = statistics.to_json()
     return ChartRow(
         label,
         EvalResult.from_json({**found, "paired": paired}),

@@ -191,9 +191,9 @@ def test_build_verb_verifies_and_measures(
     monkeypatch.setattr("edgemed.benchmarking.bench.read_bandwidth", lambda threads: 10.0)
     engine = engine_of(made, "fp16", tmp_path)
     found = api.build(engine.path)
-    assert found["verify"]["passed"]
-    assert found["verify"]["ran_on"] == "tensorrt"
-    names = {record["name"] for record in found["records"]}
+    assert found.verify.passed
+    assert found.verify.ran_on == "tensorrt"
+    names = {record.name for record in found.records}
     assert {"decode_tokens_per_second", "first_token_seconds"} <= names
     assert records.read_records(engine.path)[0]["target"] == "tensorrt"
     assert not store.check_manifest(engine.path)
