@@ -257,13 +257,12 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
         )
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     wrong = [
-        name
+        f"{name} is missing or has another size"
         for name, size in sizes.items()
         if not (path / name).is_file() or (path / name).stat().st_size != size
     ]
-    wrong = [f"{name} is missing or has another size" for name in wrong] or (
-        [*store.check_manifest(path), *_plan_problems(path)] if check else []
-    )
+    if check and not wrong:
+        wrong = [*store.check_manifest(path), *_plan_problems(path)]
     if wrong:
         raise EdgemedError(
             f"{path} was altered after it was made: {'; '.join(wrong)}",
@@ -274,7 +273,9 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
 
 def _plan_problems(path: Path) -> list[str]:
     plan = path / store.ON_DEVICE / PLAN
-    return store.check_manifest(plan) if (plan / store.MANIFEST).is_file() else []
+    if not (plan / store.MANIFEST).is_file():
+        return []
+    return store.check_manifest(plan)
 
 
 def require_built(engine: Engine, verb: str) -> None:

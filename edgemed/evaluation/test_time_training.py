@@ -29,7 +29,7 @@ from edgemed.models.weights import CanonicalWeights
 
 
 @dataclass(frozen=True)
-class Adapt:
+class AdaptationSettings:
     """k: nearest texts, one optimizer step on each, the nearest last, repeated `steps` times. rate:
     AdamW's, its moments new for every question; rank: the LoRA's (alpha 2 rank, all linear layers).
     text: a text set or .jsonl file, all of whose tokens are learned; None: the task's solved
@@ -45,7 +45,7 @@ class Adapt:
     length: int = 256
 
 
-class Learner(CarriesVision):
+class AdaptingSession(CarriesVision):
     """A float checkpoint in transformers as a Session (session.py), with a LoRA that learns and is
     put back. It reads text only.
     """
@@ -164,37 +164,37 @@ class Learner(CarriesVision):
         del self.model
 
 
-class Library:
+class TrainingTexts:
     """The texts a model may learn from, as training sequences, found by their likeness to a
     question.
     """
 
-    def __init__(self, questions: Questions, adapt: Adapt, tokenizer: Any):
+    def __init__(self, questions: Questions, settings: AdaptationSettings, tokenizer: Any):
         """Raises EdgemedError where there are fewer than k texts."""
         self.questions = questions
-        self.adapt = adapt
+        self.settings = settings
         self.tokenizer = tokenizer
         self.texts: list[str] = []
-        if adapt.text:
-            self.texts = texts(adapt.text)
+        if settings.text:
+            self.texts = texts(settings.text)
         else:
             self.texts = [shot.question for shot in questions.shots]
-        if len(self.texts) < adapt.k:
-            source = adapt.text or f"task {questions.task.name} with its solved examples"
+        if len(self.texts) < settings.k:
+            source = settings.text or f"task {questions.task.name} with its solved examples"
             raise EdgemedError(
-                f"test-time training on {adapt.k} texts: {source} has {len(self.texts)}",
+                f"test-time training on {settings.k} texts: {source} has {len(self.texts)}",
                 "Give text: a card or .jsonl file, or a smaller k",
             )
         self.neighbours = Neighbours(self.texts)
 
     def nearest(self, question: str) -> list[tuple[list[int], list[int]]]:
         """Sequences (tokens, labels) of the k most alike, the most alike last."""
-        nearest = self.neighbours.order(question)[: self.adapt.k]
+        nearest = self.neighbours.order(question)[: self.settings.k]
         return [self._sequence(int(index)) for index in nearest[::-1]]
 
     def _sequence(self, index: int) -> tuple[list[int], list[int]]:
-        if self.adapt.text:
-            tokens = encode(self.tokenizer, self.texts[index])[: self.adapt.length]
+        if self.settings.text:
+            tokens = encode(self.tokenizer, self.texts[index])[: self.settings.length]
             return tokens, tokens
         # Of a solved example the answer alone is learned.
         shot = self.questions.shots[index]
@@ -202,13 +202,13 @@ class Library:
         context = encode(self.tokenizer, prompt.context)
         whole = encode(self.tokenizer, prompt.context + prompt.options[shot.gold])
         labels = [IGNORED] * len(context) + whole[len(context) :]
-        return whole[-self.adapt.length :], labels[-self.adapt.length :]
+        return whole[-self.settings.length :], labels[-self.settings.length :]
 
 
 def compare(
     checkpoint: Checkpoint,
     questions: Questions,
-    adapt: Adapt,
+    settings: AdaptationSettings,
     margin: float | None = None,
     alpha: float = 0.05,
 ) -> dict[str, Any]:
@@ -219,7 +219,11 @@ def compare(
     times: seconds of a question over those of a plain one. Raises EdgemedError for parameters out
     of range, a checkpoint that cannot learn, and a task with images or too few texts.
     """
-    if min(adapt.k, adapt.steps, adapt.rank) < 1 or adapt.rate <= 0 or adapt.length < 2:
+    if (
+        min(settings.k, settings.steps, settings.rank) < 1
+        or settings.rate <= 0
+        or settings.length < 2
+    ):
         raise EdgemedError(
             "test-time training: k, steps and rank must be at least 1, rate above 0 and length at"
             " least 2",
@@ -233,22 +237,22 @@ def compare(
         )
     weights = CanonicalWeights(checkpoint)
     tokenizer = open_tokenizer(checkpoint.path, weights.decoder.vocab)
-    library = Library(questions, adapt, tokenizer)
-    session = Learner(weights, adapt.rank)
+    training_texts = TrainingTexts(questions, settings, tokenizer)
+    session = AdaptingSession(weights, settings.rank)
     key = source_key(checkpoint.hashes())
 
-    def before(example: Example) -> None:
+    def adapt_to(example: Example) -> None:
         session.restore()
-        session.learn(library.nearest(example.question), adapt.steps, adapt.rate)
+        session.learn(training_texts.nearest(example.question), settings.steps, settings.rate)
 
     plain = evaluate(session, tokenizer, questions, SOURCE, key)
-    trained = evaluate(session, tokenizer, questions, SOURCE, key, before=before)
-    trained["strategy"] = f"ttt-{adapt.k}"
+    trained = evaluate(session, tokenizer, questions, SOURCE, key, before=adapt_to)
+    trained["strategy"] = f"ttt-{settings.k}"
     session.close()
     return {
         "plain": plain,
         "trained": trained,
         "paired": paired_statistics.paired(plain["items"], trained["items"], margin, alpha),
         "times": trained["seconds_per_question"] / plain["seconds_per_question"],
-        "adapt": asdict(adapt),
+        "adapt": asdict(settings),
     }

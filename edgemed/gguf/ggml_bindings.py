@@ -174,7 +174,9 @@ class GgmlWeights:
             )
             self.tensors[name.decode()] = tensor
         self.second = self.ggml.init(InitParams(16 << 20, None, True))
-        self.repacked = self._repacked() if repack else []
+        self.repacked: list[int] = []
+        if repack:
+            self.repacked = self._repacked()
 
     def _repacked(self) -> list[int]:
         """Put matrices into the CPU's own order and let `tensors` name the copies; returns the

@@ -40,9 +40,9 @@ def examine() -> list[Finding]:
     """Look at CPU, memory, disk, GPUs, Python, packages, and run every target's self-check. Takes
     seconds; fails for nothing missing.
     """
-    found = [*hardware(), *jetpack(), Finding("python", "ok", platform.python_version())]
-    found += [package(name, extra) for name, extra in packages.every_package().items()]
-    return found + [self_check(name) for name in plugins.names("targets")]
+    findings = [*hardware(), *jetpack(), Finding("python", "ok", platform.python_version())]
+    findings += [package(name, extra) for name, extra in packages.every_package().items()]
+    return findings + [self_check(name) for name in plugins.names("targets")]
 
 
 def hardware() -> list[Finding]:
@@ -59,13 +59,12 @@ def hardware() -> list[Finding]:
     )
     governor = f"; governor {facts['governor']}" if facts["governor"] else ""
     mode = f"; power mode {facts['power_mode']}" if facts["power_mode"] else ""
-    known = (
-        [Finding("device", "ok", f"{read_device(facts['device']).title} ({facts['device']})")]
-        if facts["device"]
-        else []
-    )
+    known_device = []
+    if facts["device"]:
+        title = read_device(facts["device"]).title
+        known_device.append(Finding("device", "ok", f"{title} ({facts['device']})"))
     return [
-        *known,
+        *known_device,
         Finding(
             "cpu",
             "ok",
@@ -94,9 +93,9 @@ def jetpack(root: Path = power_sensors.ROOT) -> list[Finding]:
     """On a Jetson: its JetPack, L4T and TensorRT, and what is missing of them; nothing
     elsewhere.
     """
-    if (found := read_jetson(root)) is None:
+    if (board := read_jetson(root)) is None:
         return []
-    detail, fix = describe(found)
+    detail, fix = describe(board)
     return [
         Finding(
             "jetpack",
@@ -192,7 +191,7 @@ def jetson_board(root: Path = power_sensors.ROOT) -> list[Finding]:
     mode = jetson.power_mode(root)
     clocks = jetson.clocks(root)
     fix = "" if mode else "sudo nvpmodel -q says it; speeds differ by a factor of 1.6 between modes"
-    found = [
+    findings = [
         Finding("jetson", "ok", jetson.jetpack(release)),
         Finding(
             "power mode",
@@ -201,19 +200,21 @@ def jetson_board(root: Path = power_sensors.ROOT) -> list[Finding]:
             fix,
         ),
     ]
-    return found + ([Finding("clocks", "ok", clocks)] if clocks else [])
+    if clocks:
+        findings.append(Finding("clocks", "ok", clocks))
+    return findings
 
 
-def sensor_findings(found: list[power_sensors.Sensor]) -> list[Finding]:
+def sensor_findings(sensors: list[power_sensors.Sensor]) -> list[Finding]:
     """What measures power here, and what might and may not."""
-    usable = [f"{s.name} ({s.how})" for s in found if not s.problem]
-    refused = dict.fromkeys((s.problem, s.fix) for s in found if s.problem)
-    if not found:
+    usable = [f"{s.name} ({s.how})" for s in sensors if not s.problem]
+    refused = dict.fromkeys((s.problem, s.fix) for s in sensors if s.problem)
+    if not sensors:
         return [Finding("power sensors", "missing", power_sensors.NONE_FOUND)]
-    return [
-        *([Finding("power sensors", "ok", ", ".join(usable))] if usable else []),
-        *(Finding("power sensors", "missing", *facts) for facts in refused),
-    ]
+    findings = [Finding("power sensors", "missing", *facts) for facts in refused]
+    if usable:
+        findings.insert(0, Finding("power sensors", "ok", ", ".join(usable)))
+    return findings
 
 
 def temperature(state: thermal.State) -> Finding:

@@ -60,8 +60,8 @@ def find(root: Path | str = ROOT) -> list[Sensor]:
     tegrastats are asked only with root '/'.
     """
     root = Path(root)
-    found = [*board(root), *rapl(root)]
-    return [*found, *gpu()] if root == ROOT else found
+    sensors = [*board(root), *rapl(root)]
+    return [*sensors, *gpu()] if root == ROOT else sensors
 
 
 def board(root: Path) -> list[Sensor]:
@@ -69,7 +69,7 @@ def board(root: Path) -> list[Sensor]:
     files are not visible.
     """
     rails = jetson.whole(jetson.rails(root))
-    found = [
+    sensors = [
         Sensor(
             rail.name,
             "board",
@@ -82,7 +82,7 @@ def board(root: Path) -> list[Sensor]:
     ]
     voltages = (root / "sys/bus/i2c/drivers/ina3221").glob("*-*/hwmon/hwmon*/in*_input")
     if blocked := [
-        file for file in voltages if not found and jetson.is_board(root) and forbidden(file)
+        file for file in voltages if not sensors and jetson.is_board(root) and forbidden(file)
     ]:
         return [
             Sensor(
@@ -94,9 +94,9 @@ def board(root: Path) -> list[Sensor]:
                 fix="Run with sudo",
             )
         ]
-    if not found and root == ROOT and shutil.which("tegrastats"):
+    if not sensors and root == ROOT and shutil.which("tegrastats"):
         return [Tegra().sensor]
-    return found
+    return sensors
 
 
 class Tegra:
@@ -131,7 +131,7 @@ def rapl(root: Path) -> list[Sensor]:
     Cores and uncore are parts of their package, psys holds the package too, and intel-rapl-mmio is
     the same counter again: left out.
     """
-    found = []
+    sensors = []
     for zone in in_order(list((root / "sys/class/powercap").glob("intel-rapl:*"))):
         name = text(zone / "name") or ""
         counter = zone / "energy_uj"
@@ -142,7 +142,7 @@ def rapl(root: Path) -> list[Sensor]:
         )
         if forbidden(counter):
             problem = f"no permission: /{counter.relative_to(root)} is readable by root only"
-            found.append(
+            sensors.append(
                 Sensor(
                     label,
                     "cpu",
@@ -154,7 +154,7 @@ def rapl(root: Path) -> list[Sensor]:
             )
         elif number(counter) is not None:
             wrap = (number(zone / "max_energy_range_uj") or 0) / 1e6 or None
-            found.append(
+            sensors.append(
                 Sensor(
                     label,
                     "cpu",
@@ -164,7 +164,7 @@ def rapl(root: Path) -> list[Sensor]:
                     wrap,
                 )
             )
-    return found
+    return sensors
 
 
 def counter_joules(counter: Path) -> float:
@@ -235,7 +235,7 @@ def gpu() -> list[Sensor]:
     ]
 
 
-def choose(found: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor], str]:
+def choose(sensors: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor], str]:
     """(the sensors whose sum is the energy of the work, why there are none). A board sensor holds
     everything, so it is used alone.
 
@@ -243,9 +243,9 @@ def choose(found: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor],
     left out where it is idle.
     """
     wanted = ("cpu", "gpu") if on_gpu else ("cpu",)
-    if any(s.part == "board" for s in found):
+    if any(s.part == "board" for s in sensors):
         wanted = ("board",)
-    concerned = [s for s in found if s.part in wanted]
+    concerned = [s for s in sensors if s.part in wanted]
     usable = [s for s in concerned if not s.problem]
     needed = "gpu" if on_gpu and wanted != ("board",) else wanted[0]
     if any(s.part == needed for s in usable):
@@ -314,11 +314,11 @@ class Meter:
                 value = reading(sensor)
                 now = time.perf_counter()
                 then, before = self._last.get(sensor.name, (now, value))
-                self.parts[sensor.name] += (
-                    (now - then) * (before + value) / 2
-                    if sensor.kind == "power"
-                    else counted(before, value, sensor.wrap)
-                )
+                if sensor.kind == "power":
+                    joules = (now - then) * (before + value) / 2
+                else:
+                    joules = counted(before, value, sensor.wrap)
+                self.parts[sensor.name] += joules
             except (OSError, ValueError) as error:
                 self.reason = f"{sensor.name} failed while it was read: {error}"
                 return

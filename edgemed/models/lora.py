@@ -204,13 +204,15 @@ def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[
 
     Raises EdgemedError where one of these has the own one's name.
     """
-    own = {checkpoint.adapter.name: str(checkpoint.adapter)} if checkpoint.adapter else {}
-    if twice := own.keys() & (adapters or {}).keys():
+    adapter_paths: dict[str, str] = {}
+    if checkpoint.adapter:
+        adapter_paths[checkpoint.adapter.name] = str(checkpoint.adapter)
+    if twice := adapter_paths.keys() & (adapters or {}).keys():
         raise EdgemedError(
             f"adapters: {checkpoint.path} brings an adapter '{twice.pop()}' of its own",
             "Give yours another name; the own one need not be given",
         )
-    return own | dict(adapters or {})
+    return adapter_paths | dict(adapters or {})
 
 
 def read_loras(weights: CanonicalWeights, adapters: Mapping[str, str] | None) -> list[Lora]:
@@ -441,8 +443,8 @@ def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Can
         and "quantization_config" not in source.config
     ):
         adapter = None
-    own = source.adapter
-    adapter = adapter or ((own.name, str(own)) if own else None)
+    trained_with = source.adapter
+    adapter = adapter or ((trained_with.name, str(trained_with)) if trained_with else None)
     return Adapted(source, *adapter) if adapter else CanonicalWeights(source)
 
 

@@ -400,7 +400,7 @@ def model_card(evidence: Evidence) -> dict[str, Any]:
 
 def metrics(evidence: Evidence) -> list[dict[str, Any]]:
     """Parity, accuracy (with intervals and groups) and speed as the schema's performanceMetric."""
-    found = []
+    rows = []
     if verify := evidence.verify:
         where = f"{verify['prompts']} held-out texts, {verify['positions']} positions"
         named = {
@@ -408,17 +408,17 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
             "largest KL divergence of one position, nats": "max_kl",
             "top-1 agreement with the float32 source": "top1",
         }
-        found += [metric(label, verify[key], where) for label, key in named.items()]
-        found += [
+        rows += [metric(label, verify[key], where) for label, key in named.items()]
+        rows += [
             metric(f"error of stage {row['stage']}", row["error"], row["how"])
             for row in verify.get("stages", [])
         ]
     for result in evidence.evals:
         where = f"{facts_of.title(result)}, {result['n']} questions"
-        found.append(metric("accuracy", result["accuracy"], where, result["interval"]))
+        rows.append(metric("accuracy", result["accuracy"], where, result["interval"]))
         if paired := result["paired"]:
             difference = paired["difference"]
-            found.append(
+            rows.append(
                 metric(
                     f"accuracy less that of the float32 source ({difference['method']})",
                     difference["value"],
@@ -430,7 +430,7 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
                 group = (
                     f"{facts_of.title(result)}, {row['group']}={row['value']}, {row['n']} questions"
                 )
-                found += [
+                rows += [
                     metric("accuracy", row["engine"], group),
                     metric(
                         "accuracy less that of the float32 source",
@@ -445,14 +445,14 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
             for key in ("prompt", "generate", "threads", "image", "tokens")
             if record["how"].get(key) is not None
         ]
-        found.append(
+        rows.append(
             metric(
                 f"{record['name']} ({record['unit']})",
                 record["value"],
                 ", ".join([record["machine"]["label"], *how, f"n={record['n']}"]),
             )
         )
-    return found
+    return rows
 
 
 def metric(name: str, value: float, where: str, interval: Any = None) -> dict[str, Any]:

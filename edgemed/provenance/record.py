@@ -121,8 +121,8 @@ def known_source(model: str, path: Path, engine: Path) -> dict[str, Any] | None:
     """describe(), or None where the checkpoint was itself made by edgemed from another, about which
     nothing is known here.
     """
-    made = (path / store.MANIFEST).is_file() and bool(lineage.read(store.read_manifest(path)))
-    return None if made else describe(model, path, engine)
+    derived = (path / store.MANIFEST).is_file() and bool(lineage.read(store.read_manifest(path)))
+    return None if derived else describe(model, path, engine)
 
 
 def directory_of(model: str) -> Path:
@@ -143,21 +143,21 @@ def datasets(
     """Every text and image set an engine was calibrated, compared or evaluated on: {name, use,
     sha256, licence, source, url, split}.
     """
-    found = []
+    sets = []
     for step in chain(manifest):
         # A text set is an input that is one file and was named by a parameter.
-        found += [
+        sets += [
             text_set(step["params"][name], "calibration", sha)
             for name, sha in step["inputs"].items()
             if isinstance(step["params"].get(name), str)
         ]
-    found += [
+    sets += [
         text_set(name, split, read_card(name).digest(split))
         for name, split in ((heldout, "heldout"), (images, "images"))
         if name
     ]
     for name, sha in {(result["task"], result["task_sha256"]): None for result in evals}:
-        found.append(task_set(name, sha))
+        sets.append(task_set(name, sha))
     for name in {
         result["task"]: None
         for result in evals
@@ -166,7 +166,7 @@ def datasets(
         sha = hashing.file_sha256(
             plugins.ROOT / "tasks" / "samples" / plugins.load("tasks", name).TASK.shots
         )
-        found.append(
+        sets.append(
             {
                 **task_set(name, None),
                 "name": f"{name}, solved examples",
@@ -175,7 +175,7 @@ def datasets(
             }
         )
     # One text may serve two steps, quantization and an importance matrix, say.
-    return list({(each["use"], each["name"], each["sha256"]): each for each in found}.values())
+    return list({(each["use"], each["name"], each["sha256"]): each for each in sets}.values())
 
 
 def task_set(name: str, sha256: str | None) -> dict[str, Any]:
@@ -185,22 +185,24 @@ def task_set(name: str, sha256: str | None) -> dict[str, Any]:
     import yaml
 
     file = plugins.ROOT / "tasks" / "samples" / f"{name}.card.yaml"
-    facts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts: dict[str, Any] = {}
+    if file.is_file():
+        facts = yaml.safe_load(file.read_text(encoding="utf-8"))
     whole = facts.get("whole_set", [])
-    published = [
-        facts.get("sha256"),
-        *(part.get("sha256") for part in (whole if isinstance(whole, list) else [whole])),
-    ]
-    known = sha256 is None or sha256 in published
-    source = facts.get("source") if known else f"a file of the user's in the layout of {name}"
+    parts = whole if isinstance(whole, list) else [whole]
+    published = [facts.get("sha256"), *(part.get("sha256") for part in parts)]
+    is_published = sha256 is None or sha256 in published
+    source = (
+        facts.get("source") if is_published else f"a file of the user's in the layout of {name}"
+    )
     return {
         "name": name,
         "use": "evaluation",
         "sha256": sha256,
-        "split": facts.get("split") if known else None,
-        "licence": facts.get("licence") if known else None,
+        "split": facts.get("split") if is_published else None,
+        "licence": facts.get("licence") if is_published else None,
         "source": source,
-        "url": facts.get("url") if known else None,
+        "url": facts.get("url") if is_published else None,
     }
 
 
@@ -208,9 +210,10 @@ def text_set(name: str, split: str, sha256: str) -> dict[str, Any]:
     """A set of the data cards; a user's own file is known by its name and hash only."""
     facts: Mapping[str, Any] = {}
     if name in (*card_names(), IMAGES):
-        facts = read_card(name).metadata
+        metadata = read_card(name).metadata
         # A card that has changed since says nothing about the text that was used.
-        facts = facts if facts["files"][split]["sha256"] == sha256 else {}
+        if metadata["files"][split]["sha256"] == sha256:
+            facts = metadata
     use = {"calibration": "calibration", "heldout": "parity", "images": "parity"}[split]
     return {
         "name": Path(name).name,

@@ -647,7 +647,7 @@ def test_build_verb_finishes_and_verifies_what_it_sees(
     fake_tensorrt.install(monkeypatch)
     weights = CanonicalWeights(open_checkpoint(vision_model[0]))
     params = Params(precision="fp32", tower="fp32", **LIMITS)
-    v = target.vision_seen(weights, params)
+    v = target.limited_vision(weights, params)
 
     def look(image: Any) -> tuple[Any, np.ndarray, np.ndarray]:
         found = patches(image, v)
