@@ -252,11 +252,7 @@ def judged(lost: int, gained: int, n: int, margin: float | None, alpha: float) -
         return dict.fromkeys(("noninferiority", "items_needed", "verdict"))
     p = p_loss_at_least(lost, gained, n, margin)
     p_inferior = p_loss_at_least(gained, lost, n, -margin)
-    verdict = "undecided"
-    if p <= alpha:
-        verdict = "pass"
-    elif p_inferior <= alpha:
-        verdict = "fail"
+    verdict = "pass" if p <= alpha else "fail" if p_inferior <= alpha else "undecided"
     limits = {
         "lower": lower_limit(lost, gained, n, alpha, -margin),
         "upper": -lower_limit(gained, lost, n, alpha, margin),
@@ -307,9 +303,7 @@ def subgroups(
         for item, pair in zip(items, right, strict=True):
             if group in item.get("groups", {}):
                 members.setdefault(item["groups"][group], []).append(pair)
-        if len(members) < 2:
-            continue
-        for value in sorted(members):
+        for value in sorted(members) if len(members) > 1 else []:
             pairs = members[value]
             n = len(pairs)
             lost = pairs.count((True, False))
