@@ -386,10 +386,10 @@ def ttt(
     from edgemed import params
     from edgemed.artifacts import store
     from edgemed.evaluation.task import questions
-    from edgemed.evaluation.test_time_training import AdaptationSettings, compare
+    from edgemed.evaluation.test_time_training import AdaptationSettings, compare_adapted
     from edgemed.models.checkpoint import open_checkpoint
 
-    comparison = compare(
+    comparison = compare_adapted(
         open_checkpoint(model),
         questions(task, limit),
         params.build(AdaptationSettings, settings(sets, text=text, k=k, rate=rate), "ttt"),

@@ -15,7 +15,7 @@ import numpy as np
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.answer_matching import exact
 from edgemed.evaluation.few_shot import Neighbours
-from edgemed.evaluation.option_scoring import PrefixReader, chosen, fitted, option_tokens
+from edgemed.evaluation.option_scoring import PrefixReader, chosen, fit_prompt, option_tokens
 from edgemed.evaluation.prompting import (
     CONCLUDE,
     ONE_LETTER,
@@ -26,7 +26,7 @@ from edgemed.evaluation.prompting import (
     Strategy,
     combine,
 )
-from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, describe
+from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, task_description
 from edgemed.inference.decoding import Sampling
 from edgemed.inference.session import Session, VisionEncoder
 from edgemed.models.architecture import Architecture
@@ -153,7 +153,7 @@ class Answerer:
     def _once(self, example: Example, strategy: Strategy, turn: int) -> ModelAnswer:
         if example.images:
             return self._about_images(example)
-        text = describe(self.task, example)
+        text = task_description(self.task, example)
         for shot in self._shots(example, strategy):
             solved = self.task.render(shot)
             text += f"{solved.context}{solved.options[shot.gold]}\n\n"
@@ -171,7 +171,7 @@ class Answerer:
         # An option's last token is scored and never read, except by a head, which reads whole
         # sequences.
         room = self.session.context + (self.session.head == "lm") - max(map(len, options))
-        context, short = fitted(context, room, example.id)
+        context, short = fit_prompt(context, room, example.id)
         if self.session.head == "choice":
             scores = self.reader.sequences([context + option for option in options])
         else:
@@ -190,7 +190,7 @@ class Answerer:
                 f" {len(example.options)} options",
                 "Evaluate it on the task it was trained for",
             )
-        prompt, cut = fitted(context, self.session.context, example.id)
+        prompt, cut = fit_prompt(context, self.session.context, example.id)
         scores = self.reader.read(prompt).tolist()
         return ModelAnswer(int(np.argmax(scores)), tuple(scores), cut)
 
@@ -201,7 +201,7 @@ class Answerer:
         opening = encode(self.tokenizer, THINK)
         closing = encode(self.tokenizer, CONCLUDE)
         most = self.settings.rationale
-        prompt, cut = fitted(
+        prompt, cut = fit_prompt(
             context, self.session.context - len(opening) - len(closing) - most - longest, example.id
         )
         sampled = strategy.votes > 1
@@ -217,7 +217,7 @@ class Answerer:
         self, example: Example, prompt: Prompt, context: list[int], cut: bool
     ) -> ModelAnswer:
         most = max(8, *(len(encode(self.tokenizer, option)) + 2 for option in prompt.options))
-        start, short = fitted(context, self.session.context - most, example.id)
+        start, short = fit_prompt(context, self.session.context - most, example.id)
         text = self.tokenizer.decode(self.reader.write(start, Sampling(max_tokens=most), self.stop))
         return ModelAnswer(chosen(text, prompt.options, self.task.lettered), (), cut or short)
 

@@ -25,7 +25,7 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.moe.routing import ExpertUsage, Noisy
 
 
-def load(
+def count_expert_usage(
     source: Checkpoint,
     tasks: Sequence[str] = (),
     cards: Sequence[str] = (),

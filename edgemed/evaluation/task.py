@@ -198,7 +198,7 @@ def choice(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     return options.index(row["answer"])
 
 
-def describe(task: Task, example: Example) -> str:
+def task_description(task: Task, example: Example) -> str:
     """What stands before everything else in this example's prompt: 'The following are ... about
     anatomy.'
     """
@@ -268,7 +268,7 @@ def questions(spec: str, limit: int | None = None) -> Questions:
 def _words_shown(task: Task, example: Example) -> list[Any]:
     """Every word of an example that a model is shown or judged by. It is part of the task's key."""
     prompt = task.render(example)
-    words = [describe(task, example), prompt.context, prompt.options, example.gold]
+    words = [task_description(task, example), prompt.context, prompt.options, example.gold]
     if example.reference:
         words.append(example.reference)
     return words

@@ -205,7 +205,7 @@ class TrainingTexts:
         return whole[-self.settings.length :], labels[-self.settings.length :]
 
 
-def compare(
+def compare_adapted(
     checkpoint: Checkpoint,
     questions: Questions,
     settings: AdaptationSettings,

@@ -40,7 +40,7 @@ class LlamaSession(CarriesVision):
     """
 
     def __init__(self, engine: Engine, threads: int | None):
-        self.lib = library()
+        self.lib = llama_library()
         self.head = engine.head
         self.width = engine.width
         self.context = engine.context
@@ -62,7 +62,9 @@ class LlamaSession(CarriesVision):
             )
         self.size = self.matrix.shape[0] if self.matrix is not None else self.width
         # llama.cpp wants to know of all adapters before it plans a context's graph.
-        self.adapters = lora_files.load(self.lib, self.model, engine.path, engine.adapters, ERRORS)
+        self.adapters = lora_files.load_adapters(
+            self.lib, self.model, engine.path, engine.adapters, ERRORS
+        )
         self.adapter: str | None = None
         self.ctx = self.lib.llama_init_from_model(self.model, self._settings(engine, threads))
         if not self.ctx:
@@ -309,7 +311,7 @@ ERRORS: list[str] = []  # llama.cpp's error lines since the last load
 LOG: list[Any] = []  # the log callback: llama.cpp keeps only its address
 
 
-def library() -> Any:
+def llama_library() -> Any:
     """llama_cpp's C interface with its log silenced; error lines are kept for messages."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # libgomp's threads spin at every barrier, which on a busy machine costs two thirds of the

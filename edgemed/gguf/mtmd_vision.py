@@ -18,7 +18,7 @@ import numpy as np
 from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.gguf import mmproj
-from edgemed.gguf.llama_session import ERRORS, FILE, LOG, library
+from edgemed.gguf.llama_session import ERRORS, FILE, LOG, llama_library
 from edgemed.hardware.device import machine
 from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.architecture import Architecture
@@ -57,7 +57,7 @@ class MtmdVisionEncoder:
         self.parts = max(engine.rope_axes, default=0) + 1
         self.context = engine.context
         self.family: Architecture = plugins.load("families", engine.family).FAMILY
-        self.lib = library()
+        self.lib = llama_library()
         self.mtmd = multimodal()
         self.vocabulary = self._vocabulary(engine)
         self.ctx = self._start(engine, threads or machine()["physical_cores"])
@@ -182,7 +182,7 @@ class MtmdVisionEncoder:
 
 def multimodal() -> Any:
     """libmtmd's C interface; its log goes where llama.cpp's goes."""
-    library()
+    llama_library()
     from llama_cpp import mtmd_cpp
 
     for log in (mtmd_cpp.mtmd_log_set, mtmd_cpp.mtmd_helper_log_set):

@@ -262,7 +262,7 @@ def _machine() -> dict[str, Any]:
         "gpus": gpus()[0],
         "os": os_name(),
     }
-    facts["device"] = recognised(facts["memory_bytes"], facts["gpus"], board(), cpu)
+    facts["device"] = recognised(facts["memory_bytes"], facts["gpus"], board_name(), cpu)
     names = (
         [facts["device"]]
         if facts["device"]
@@ -301,7 +301,7 @@ def cpu_flags() -> list[str]:
     return [flag for flag in FLAGS if flag in flags]
 
 
-def board() -> str:
+def board_name() -> str:
     """The board's name from the device tree ('NVIDIA Jetson Orin Nano ...', 'Raspberry Pi 5 ...'),
     empty on a PC.
     """
@@ -316,7 +316,7 @@ def os_name() -> str:
 def power_mode() -> str | None:
     """The Jetson's nvpmodel mode, which alone makes a factor of 1.6 in speed; None elsewhere."""
     line = re.search(r"NV Power Mode:\s*(.+)", _output(["nvpmodel", "-q"])[0])
-    return line[1].strip() if line else jetson.power_mode(Path("/"))
+    return line[1].strip() if line else jetson.nvpmodel_mode(Path("/"))
 
 
 def gpus() -> tuple[list[dict[str, Any]], str | None]:

@@ -20,7 +20,7 @@ from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.hardware import jetson, packages, power_sensors, thermal
 from edgemed.hardware.device import gpus, machine, read_device
-from edgemed.hardware.jetson import describe, read_jetson
+from edgemed.hardware.jetson import jetpack_state, read_jetson
 from edgemed.hardware.sysfs import text
 
 
@@ -40,7 +40,11 @@ def examine() -> list[Finding]:
     """Look at CPU, memory, disk, GPUs, Python, packages, and run every target's self-check. Takes
     seconds; fails for nothing missing.
     """
-    findings = [*hardware(), *jetpack(), Finding("python", "ok", platform.python_version())]
+    findings = [
+        *hardware(),
+        *jetpack_findings(),
+        Finding("python", "ok", platform.python_version()),
+    ]
     findings += [package(name, extra) for name, extra in packages.every_package().items()]
     return findings + [self_check(name) for name in plugins.names("targets")]
 
@@ -84,18 +88,18 @@ def hardware() -> list[Finding]:
         ),
         *jetson_board(),
         *graphics(),
-        *sensor_findings(power_sensors.find()),
-        temperature(thermal.look()),
+        *sensor_findings(power_sensors.find_sensors()),
+        temperature(thermal.read_state()),
     ]
 
 
-def jetpack(root: Path = power_sensors.ROOT) -> list[Finding]:
+def jetpack_findings(root: Path = power_sensors.ROOT) -> list[Finding]:
     """On a Jetson: its JetPack, L4T and TensorRT, and what is missing of them; nothing
     elsewhere.
     """
     if (board := read_jetson(root)) is None:
         return []
-    detail, fix = describe(board)
+    detail, fix = jetpack_state(board)
     return [
         Finding(
             "jetpack",
@@ -120,7 +124,7 @@ def graphics(root: Path = power_sensors.ROOT) -> list[Finding]:
                 "Reinstall the NVIDIA driver, then restart",
             )
         ]
-    if not cards and jetson.gpu_clock(root):
+    if not cards and jetson.gpu_clock_directory(root):
         return [
             Finding("gpu", "ok", "the Jetson's own GPU (this release has no nvidia-smi)"),
             *cuda(),
@@ -188,11 +192,11 @@ def jetson_board(root: Path = power_sensors.ROOT) -> list[Finding]:
     release = jetson.release(root)
     if not release:
         return []
-    mode = jetson.power_mode(root)
-    clocks = jetson.clocks(root)
+    mode = jetson.nvpmodel_mode(root)
+    clocks = jetson.clock_ranges(root)
     fix = "" if mode else "sudo nvpmodel -q says it; speeds differ by a factor of 1.6 between modes"
     findings = [
-        Finding("jetson", "ok", jetson.jetpack(release)),
+        Finding("jetson", "ok", jetson.jetpack_name(release)),
         Finding(
             "power mode",
             "ok" if mode else "missing",

@@ -81,7 +81,7 @@ def release(root: Path) -> str | None:
     return f"{line[1]}.{line[2]}" if line else None
 
 
-def jetpack(l4t: str) -> str:
+def jetpack_name(l4t: str) -> str:
     """'JetPack 6.2.1 (L4T 36.4.4)'; only the generation where this release is not in the table, and
     no guess beyond that.
     """
@@ -92,7 +92,7 @@ def jetpack(l4t: str) -> str:
     return f"JetPack {version} (L4T {l4t})"
 
 
-def power_mode(root: Path) -> str | None:
+def nvpmodel_mode(root: Path) -> str | None:
     """The name of the nvpmodel mode in force, its number where the configuration does not name it,
     None on anything but a Jetson.
     """
@@ -107,7 +107,7 @@ def power_mode(root: Path) -> str | None:
     return names.get(str(int(mode[1])), f"mode {int(mode[1])}")
 
 
-def gpu_clock(root: Path) -> Path | None:
+def gpu_clock_directory(root: Path) -> Path | None:
     """The devfreq directory of the GPU: named by its address and chip up to L4T 36, gpu-gpc-0 on
     Thor.
     """
@@ -121,12 +121,12 @@ def gpu_clock(root: Path) -> Path | None:
     return directories[0] if directories else None
 
 
-def clocks(root: Path) -> str:
+def clock_ranges(root: Path) -> str:
     """One line: the ranges CPU and GPU clocks may move in, and whether jetson_clocks holds them;
     empty where nothing says so.
     """
     cpu = root / "sys/devices/system/cpu/cpu0/cpufreq"
-    gpu = gpu_clock(root)
+    gpu = gpu_clock_directory(root)
     ranges = [("CPU", number(cpu / "scaling_min_freq"), number(cpu / "scaling_max_freq"), 1e3)]
     if gpu:
         ranges += [("GPU", number(gpu / "min_freq"), number(gpu / "max_freq"), 1e6)]
@@ -340,7 +340,7 @@ def installed_jetpack() -> str:
     return re.split(r"[+-]", done.stdout.strip())[0] if done.returncode == 0 else ""
 
 
-def describe(board: Jetson) -> tuple[str, str]:
+def jetpack_state(board: Jetson) -> tuple[str, str]:
     """(what is here, the command that adds what is missing or '')."""
     text = f"JetPack {board.jetpack or 'unknown'}, L4T {board.l4t}"
     if board.jetpack.startswith("5"):

@@ -55,16 +55,16 @@ class Sensor:
     close: Callable[[], None] | None = None
 
 
-def find(root: Path | str = ROOT) -> list[Sensor]:
+def find_sensors(root: Path | str = ROOT) -> list[Sensor]:
     """Every power sensor of this machine, those that may not be read included. The GPU and
     tegrastats are asked only with root '/'.
     """
     root = Path(root)
-    sensors = [*board(root), *rapl(root)]
-    return [*sensors, *gpu()] if root == ROOT else sensors
+    sensors = [*board_sensors(root), *rapl(root)]
+    return [*sensors, *gpu_sensors()] if root == ROOT else sensors
 
 
-def board(root: Path) -> list[Sensor]:
+def board_sensors(root: Path) -> list[Sensor]:
     """The rails of a Jetson that together are its module, each a sensor; tegrastats where their
     files are not visible.
     """
@@ -172,14 +172,14 @@ def counter_joules(counter: Path) -> float:
     return int(counter.read_text()) / 1e6
 
 
-def gpu() -> list[Sensor]:
+def gpu_sensors() -> list[Sensor]:
     """The GPU a CUDA program would take: its energy counter where it has one, else its power.
     Nothing where there is no NVIDIA driver.
     """
     if not shutil.which("nvidia-smi"):
         return []
     try:
-        card = nvml.card()
+        card = nvml.first_card()
         name = f"GPU {card.index} ({card.name})"
         if card.energy() is not None:
             return [
@@ -235,7 +235,7 @@ def gpu() -> list[Sensor]:
     ]
 
 
-def choose(sensors: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor], str]:
+def choose_sensors(sensors: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor], str]:
     """(the sensors whose sum is the energy of the work, why there are none). A board sensor holds
     everything, so it is used alone.
 
@@ -268,7 +268,9 @@ class Meter:
     """
 
     def __init__(self, sensors: Sequence[Sensor] | None = None, on_gpu: bool = False):
-        self.sensors, self.reason = choose(find() if sensors is None else sensors, on_gpu)
+        self.sensors, self.reason = choose_sensors(
+            find_sensors() if sensors is None else sensors, on_gpu
+        )
         self.joules: float | None = None
         self.watts_mean: float | None = None
         self.seconds = 0.0

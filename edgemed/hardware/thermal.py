@@ -53,12 +53,12 @@ class State:
         return not (self.celsius or self.cpu_mhz or self.gpu_mhz or self.events)
 
 
-def look(root: Path = ROOT, card: Card | None = None) -> State:
+def read_state(root: Path = ROOT, card: Card | None = None) -> State:
     """Read temperatures, clocks, throttling counters and flags now; a card adds its own.
     Milliseconds; raises nothing for what is missing.
     """
     celsius = temperatures(root)
-    gpu = jetson.gpu_clock(root)
+    gpu = jetson.gpu_clock_directory(root)
     gpu_mhz = hertz / 1e6 if gpu and (hertz := number(gpu / "cur_freq")) else None
     flags = pi_flags(root)
     if card:
@@ -114,7 +114,7 @@ def temperatures(root: Path) -> dict[str, float]:
     }
 
 
-def limits(root: Path) -> dict[str, float]:
+def trip_points(root: Path) -> dict[str, float]:
     """Zone -> the lowest temperature from which the kernel lowers clocks ('passive' or 'hot' trip
     points; unset ones are outside 40 to 130).
     """
@@ -254,7 +254,7 @@ def median(states: Sequence[State], what: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def told(
+def thermal_record(
     before: State, early: Sequence[State], late: Sequence[State], after: State, root: Path = ROOT
 ) -> dict[str, Any]:
     """The looks as plain values for a record: hottest sensor, clocks, throttling. 'throttled' is
@@ -265,7 +265,7 @@ def told(
         when: max((max(s.celsius.values()) for s in states if s.celsius), default=None)
         for when, states in looks.items()
     }
-    reasons = throttling(before, early, late, after, limits(root))
+    reasons = throttling(before, early, late, after, trip_points(root))
     silent = all(state.empty for states in looks.values() for state in states)
     return {
         "celsius": {when: degrees for when, degrees in hot.items() if degrees is not None},

@@ -198,7 +198,7 @@ def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
     return digests
 
 
-def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[str, str]:
+def carried_adapters(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[str, str]:
     """name -> PEFT directory of every adapter an engine of this checkpoint carries: its own first,
     then those a target's parameters name.
 
@@ -216,10 +216,10 @@ def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[
 
 
 def read_loras(weights: CanonicalWeights, adapters: Mapping[str, str] | None) -> list[Lora]:
-    """Those of `carried`, read. Raises EdgemedError as carried and read_lora."""
+    """Those of `carried_adapters`, read. Raises EdgemedError as carried and read_lora."""
     return [
         read_lora(weights, name, path)
-        for name, path in carried(weights.checkpoint, adapters).items()
+        for name, path in carried_adapters(weights.checkpoint, adapters).items()
     ]
 
 
@@ -404,10 +404,10 @@ def _pairs(
                 f" matrix is {list(wanted)}",
                 hint,
             )
-        yield (part, index), (a, b * scale_of(values, module, a.shape[0]))
+        yield (part, index), (a, b * lora_scale(values, module, a.shape[0]))
 
 
-def scale_of(values: Mapping[str, Any], module: str, rank: int) -> float:
+def lora_scale(values: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023); alpha may
     differ by module, as peft matches its patterns.
     """

@@ -77,7 +77,7 @@ class Evidence:
     @property
     def origin(self) -> dict[str, str]:
         """file -> sha256 of the source checkpoint."""
-        return origin(self.chain)
+        return origin_files(self.chain)
 
     @property
     def speeds(self) -> tuple[Json, ...]:
@@ -149,7 +149,7 @@ def chain(manifest: Json) -> tuple[Json, ...]:
     return tuple(manifests)
 
 
-def origin(chain: tuple[Json, ...]) -> dict[str, str]:
+def origin_files(chain: tuple[Json, ...]) -> dict[str, str]:
     """file -> sha256 of the checkpoint a chain begins with: one that came from elsewhere, or one
     that edgemed made of nothing (random weights).
     """
@@ -171,7 +171,7 @@ def brought(manifest: Json) -> dict[str, dict[str, str]]:
     return files_of_kind
 
 
-def shown(values: Json) -> str:
+def parameter_text(values: Json) -> str:
     """Parameters as 'name value, ...'; of a path only the last part, because the rest is about a
     machine and not about a model.
     """
@@ -184,7 +184,7 @@ def shown(values: Json) -> str:
     return ", ".join(texts)
 
 
-def title(result: Json) -> str:
+def evaluation_title(result: Json) -> str:
     """An evaluation by name: task, its language or part where only one was asked, and the prompt
     strategy.
     """
@@ -193,7 +193,7 @@ def title(result: Json) -> str:
     return f"{task}, {result['strategy']}"
 
 
-def limits(evidence: Evidence) -> list[str]:
+def limitations(evidence: Evidence) -> list[str]:
     """What a user must know before relying on the engine, each as a sentence with its number."""
     sentences = [f"Prompt and answer together may have {evidence.facts['context']} tokens."]
     verify = evidence.verify
@@ -214,7 +214,7 @@ def limits(evidence: Evidence) -> list[str]:
             f" {sum(c == change for c in notes['fallbacks'].values())} ({change})."
         )
     for result in evidence.evals:
-        where = title(result)
+        where = evaluation_title(result)
         if result["interval"][0] <= result["majority"]:
             sentences.append(
                 f"{where}: its accuracy is not clearly above {result['majority']:.3f}, that of"
@@ -268,7 +268,9 @@ def _accuracy_not_measured(evidence: Evidence) -> list[str]:
         )
     if not evidence.evals:
         items.append("Accuracy on any task.")
-    unpaired = sorted({title(result) for result in evidence.evals if not result["paired"]})
+    unpaired = sorted(
+        {evaluation_title(result) for result in evidence.evals if not result["paired"]}
+    )
     if unpaired:
         items.append(f"The accuracy of its source on the same questions: {'; '.join(unpaired)}.")
     if evidence.evals and not evidence.gate:

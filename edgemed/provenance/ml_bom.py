@@ -94,7 +94,7 @@ def engine_component(evidence: Evidence, card: bytes) -> Component:
     hashes["README.md"] = hashlib.sha256(card).hexdigest()
     steps = []
     for number, manifest in enumerate(facts_of.steps(evidence), 1):
-        params = facts_of.shown(manifest["params"])
+        params = facts_of.parameter_text(manifest["params"])
         steps.append(f"{number}. {manifest['stage']} ({params})")
     described = {"key": evidence.key, "created": evidence.manifest["created"]}
     for name in DESCRIBED:
@@ -378,7 +378,7 @@ def model_card(evidence: Evidence) -> dict[str, Any]:
         "users": ["Researchers, and engineers of devices that run language models offline"],
         "useCases": ["Research on small medical language models without a network"],
         "technicalLimitations": [
-            *facts_of.limits(evidence),
+            *facts_of.limitations(evidence),
             *(f"Not measured: {item}" for item in facts_of.not_measured(evidence)),
         ],
         "ethicalConsiderations": [
@@ -414,7 +414,7 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
             for row in verify.get("stages", [])
         ]
     for result in evidence.evals:
-        where = f"{facts_of.title(result)}, {result['n']} questions"
+        where = f"{facts_of.evaluation_title(result)}, {result['n']} questions"
         rows.append(metric("accuracy", result["accuracy"], where, result["interval"]))
         if paired := result["paired"]:
             difference = paired["difference"]
@@ -427,9 +427,8 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
                 )
             )
             for row in paired["subgroups"]:
-                group = (
-                    f"{facts_of.title(result)}, {row['group']}={row['value']}, {row['n']} questions"
-                )
+                title = facts_of.evaluation_title(result)
+                group = f"{title}, {row['group']}={row['value']}, {row['n']} questions"
                 rows += [
                     metric("accuracy", row["engine"], group),
                     metric(

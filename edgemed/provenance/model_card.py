@@ -57,12 +57,12 @@ def render(evidence: Evidence) -> str:
         front=front,
         e=evidence,
         facts=evidence.facts,
-        steps=[step(manifest) for manifest in facts_of.steps(evidence)],
-        origin=origin(evidence),
-        evals=[{**result, "title": facts_of.title(result)} for result in evidence.evals],
+        steps=[step_row(manifest) for manifest in facts_of.steps(evidence)],
+        origin=origin_rows(evidence),
+        evals=[{**result, "title": facts_of.evaluation_title(result)} for result in evidence.evals],
         machines=machines(evidence),
         size_bytes=size_of(evidence.manifest),
-        limits=facts_of.limits(evidence),
+        limits=facts_of.limitations(evidence),
         not_measured=facts_of.not_measured(evidence),
         extra=evidence.facts["target"],
         has_vision=bool(evidence.facts.get("vision")),
@@ -161,7 +161,7 @@ def front_licence(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def step(manifest: Json) -> dict[str, Any]:
+def step_row(manifest: Json) -> dict[str, Any]:
     brought = [
         f"{kind} {file} `{sha[:12]}`"
         for kind, files in facts_of.brought(manifest).items()
@@ -169,7 +169,7 @@ def step(manifest: Json) -> dict[str, Any]:
     ]
     return {
         "name": manifest["stage"],
-        "params": facts_of.shown(manifest["params"]),
+        "params": facts_of.parameter_text(manifest["params"]),
         "brought": ", ".join(brought),
         "key": manifest["key"],
         "seconds": manifest["wall_seconds"],
@@ -178,7 +178,7 @@ def step(manifest: Json) -> dict[str, Any]:
     }
 
 
-def origin(evidence: Evidence) -> list[tuple[str, str]]:
+def origin_rows(evidence: Evidence) -> list[tuple[str, str]]:
     return sorted(evidence.origin.items())
 
 

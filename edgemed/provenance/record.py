@@ -20,7 +20,7 @@ from edgemed.data.text_sets import IMAGES, card_names, read_card
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.provenance import ml_bom, model_card
-from edgemed.provenance.evidence import Evidence, Json, chain, origin, read_evidence
+from edgemed.provenance.evidence import Evidence, Json, chain, origin_files, read_evidence
 
 
 def document(
@@ -44,11 +44,11 @@ def document(
     sections = {
         "source": source,
         "verify": verify,
-        "evals": [summary(result) for result in evals],
+        "evals": [without_items(result) for result in evals],
         "gate": gate,
         "datasets": datasets(manifest, evals, heldout, images),
     }
-    write(directory, sections)
+    write_card_and_bom(directory, sections)
 
 
 def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
@@ -58,10 +58,12 @@ def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
     A signature made before no longer fits. Raises EdgemedError where the engine was altered or
     cannot be written to.
     """
-    store.attach(directory, {}, {"evals": [summary(result) for result in evals], "gate": gate})
+    store.attach(
+        directory, {}, {"evals": [without_items(result) for result in evals], "gate": gate}
+    )
 
 
-def write(directory: Path, sections: Json) -> Evidence:
+def write_card_and_bom(directory: Path, sections: Json) -> Evidence:
     """Write README.md and bom.cdx.json from what the directory holds and `sections`, and attach all
     of it in one stroke.
     """
@@ -80,7 +82,7 @@ def write(directory: Path, sections: Json) -> Evidence:
     return evidence
 
 
-def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
+def describe_source(model: str, path: Path, engine: Path) -> dict[str, Any]:
     """{name, licence, license_name, license_link, adapters} of the checkpoint an engine was made
     from. model: as a person named it; path: where it lies.
 
@@ -90,7 +92,7 @@ def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
     chained = chain(store.read_manifest(engine))
     wrong = [
         name
-        for name, sha in origin(chained).items()
+        for name, sha in origin_files(chained).items()
         if not (path / name).is_file() or hashing.file_sha256(path / name) != sha
     ]
     if wrong:
@@ -122,7 +124,7 @@ def known_source(model: str, path: Path, engine: Path) -> dict[str, Any] | None:
     nothing is known here.
     """
     derived = (path / store.MANIFEST).is_file() and bool(lineage.read(store.read_manifest(path)))
-    return None if derived else describe(model, path, engine)
+    return None if derived else describe_source(model, path, engine)
 
 
 def directory_of(model: str) -> Path:
@@ -132,7 +134,7 @@ def directory_of(model: str) -> Path:
     return open_checkpoint(model).path
 
 
-def summary(result: Json) -> dict[str, Any]:
+def without_items(result: Json) -> dict[str, Any]:
     """An evaluation without its single items, which stay in the run's report.json."""
     return {key: value for key, value in result.items() if key != "items"}
 

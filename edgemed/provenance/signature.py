@@ -110,7 +110,7 @@ def sign(engine: Path, key: Path, password: bytes | None = None) -> dict[str, An
     return statement
 
 
-def check(directory: Path, key: Path) -> dict[str, Any]:
+def check_signature(directory: Path, key: Path) -> dict[str, Any]:
     """{public_key, signed, files, problems}: one sentence per file that was altered, is missing or
     was added since the signature.
 

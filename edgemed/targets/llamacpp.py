@@ -279,8 +279,8 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
 
 
 def _adapters_refused(weights: CanonicalWeights, params: Params) -> str | None:
-    if lora.carried(weights.checkpoint, params.adapters) and (
-        reason := lora_files.refused(weights)
+    if lora.carried_adapters(weights.checkpoint, params.adapters) and (
+        reason := lora_files.adapter_refused(weights)
     ):
         return reason
     lora.read_loras(weights, params.adapters)
@@ -314,7 +314,7 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     if params.vision == "mtmd" or params.mmproj:
-        return mmproj.refused(weights)
+        return mmproj.mmproj_refused(weights)
     return None
 
 
@@ -370,12 +370,12 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     )
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
-    tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
+    tensors, fallbacks = file_tensors(folded, params, columns, chosen.types if chosen else None)
     with _rounded(folded, params, columns, tensors, out) as (rounded, errors):
-        writer.write(
+        writer.write_gguf(
             out / (GRAPH if runs_own_graph else FILE),
             ARCH if runs_own_graph else folded.family.gguf_arch,
-            lambda writer: describe(writer, folded, file_type(params)),
+            lambda writer: write_metadata(writer, folded, file_type(params)),
             rounded,
         )
     if folded.decoder.head != "lm":
@@ -390,7 +390,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     if weights.vision:
         vision_notes = build_vision_files(weights, out, params)
     factors = {
-        one.name: lora_files.write(out, one, folded)
+        one.name: lora_files.write_gguf_adapter(out, one, folded)
         for one in lora.read_loras(folded, params.adapters)
     }
     adapter = weights.checkpoint.adapter
@@ -473,7 +473,7 @@ def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> 
     """
     written = {}
     if params.mmproj or params.vision == "mtmd":
-        written["mtmd"] = mmproj.write(weights, out, params.mmproj or "f16")
+        written["mtmd"] = mmproj.write_mmproj(weights, out, params.mmproj or "f16")
     if params.vision == "onnx":
         written["onnx"] = build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])
     notes = {"tower_bytes": written[params.vision]}
@@ -482,7 +482,7 @@ def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> 
     return notes
 
 
-def plan(
+def file_tensors(
     weights: CanonicalWeights,
     params: Params,
     columns: Mapping[str, np.ndarray],
@@ -573,7 +573,7 @@ def _budgeted(
         ),
         file_type(params),
     )
-    return bit_allocation.choose(
+    return bit_allocation.choose_types(
         weights,
         _calibration(weights, params),
         places,
@@ -651,7 +651,7 @@ def _importance(weights: CanonicalWeights, params: Params) -> dict[str, np.ndarr
     return columns
 
 
-def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
+def write_metadata(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
     """GGUF metadata: the graph's numbers and the tokenizer."""
     checkpoint = weights.checkpoint
     d = (
@@ -868,7 +868,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
         metadata.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
         writer.add_tokenizer_model("no_vocab")
 
-    writer.write(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)
+    writer.write_gguf(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)
     return probe_engine(folder, wanted)
 
 

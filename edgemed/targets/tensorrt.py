@@ -383,9 +383,9 @@ def parsed(file: Path, profile: str) -> dict[str, Any]:
     """The parser check of one graph. Raises EdgemedError where the profile's TensorRT would not
     parse it.
     """
-    from edgemed.tensorrt.parser_check import check, read_table
+    from edgemed.tensorrt.parser_check import check_graph, read_table
 
-    report = check(file, read_table(PROFILES[profile]))
+    report = check_graph(file, read_table(PROFILES[profile]))
     if report["problems"]:
         raise EdgemedError(
             f"TensorRT {report['tensorrt']} would not parse {file.name}:"

@@ -118,7 +118,7 @@ def read_table(version: str) -> Table:
     return params.build(Table, yaml.safe_load(file.read_text(encoding="utf-8")), file.name)
 
 
-def check(file: Path, table: Table) -> dict[str, Any]:
+def check_graph(file: Path, table: Table) -> dict[str, Any]:
     """Read an ONNX file (not its data) and return nodes, operators {op: count}, dynamic axes,
     inferred statements used, and problems, one sentence each.
     """

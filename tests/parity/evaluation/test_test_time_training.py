@@ -27,7 +27,7 @@ from edgemed.evaluation.test_time_training import (
     AdaptationSettings,
     AdaptingSession,
     TrainingTexts,
-    compare,
+    compare_adapted,
 )
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
@@ -140,7 +140,9 @@ def test_what_is_learned_from(model: Path, asked, tmp_path: Path) -> None:
 
 def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, asked) -> None:
     checkpoint = open_checkpoint(model)
-    found = compare(checkpoint, asked, AdaptationSettings(rate=0.05, rank=4, length=32), margin=0.5)
+    found = compare_adapted(
+        checkpoint, asked, AdaptationSettings(rate=0.05, rank=4, length=32), margin=0.5
+    )
     usual = evaluate_opened(
         open_source(checkpoint),
         asked,
@@ -167,7 +169,7 @@ def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, as
     # learned before it.
     from dataclasses import replace
 
-    last = compare(
+    last = compare_adapted(
         checkpoint,
         replace(asked, examples=asked.examples[-1:]),
         AdaptationSettings(rate=0.05, rank=4, length=32),
@@ -189,9 +191,9 @@ def test_what_is_refused(model: Path, vision_model: Path, asked, tmp_path: Path)
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"id": 0, "text": "one"}) + "\n")
     with pytest.raises(EdgemedError, match=r"on 3 texts: .*few.jsonl has 1"):
-        compare(open_checkpoint(model), asked, AdaptationSettings(k=3, text=str(few)))
+        compare_adapted(open_checkpoint(model), asked, AdaptationSettings(k=3, text=str(few)))
     with pytest.raises(EdgemedError, match="takes float text models"):
-        compare(open_checkpoint(vision_model), asked, AdaptationSettings())
+        compare_adapted(open_checkpoint(vision_model), asked, AdaptationSettings())
     with pytest.raises(EdgemedError, match="the loss is nan"):
         wrong = AdaptingSession(CanonicalWeights(open_checkpoint(model)), 4)
         wrong.learn([(IDS, [IGNORED] * 50)], 1, 1e-3)
