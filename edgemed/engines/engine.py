@@ -257,12 +257,13 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
         )
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     wrong = [
-        f"{name} is missing or has another size"
+        name
         for name, size in sizes.items()
         if not (path / name).is_file() or (path / name).stat().st_size != size
     ]
-    if check and not wrong:
-        wrong = [*store.check_manifest(path), *_plan_problems(path)]
+    wrong = [f"{name} is missing or has another size" for name in wrong] or (
+        [*store.check_manifest(path), *_plan_problems(path)] if check else []
+    )
     if wrong:
         raise EdgemedError(
             f"{path} was altered after it was made: {'; '.join(wrong)}",

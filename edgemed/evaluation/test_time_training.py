@@ -208,7 +208,7 @@ class TrainingTexts:
 def compare_adapted(
     checkpoint: Checkpoint,
     questions: Questions,
-    settings: AdaptationSettings,
+    adapt: AdaptationSettings,
     margin: float | None = None,
     alpha: float = 0.05,
 ) -> dict[str, Any]:
@@ -219,11 +219,7 @@ def compare_adapted(
     times: seconds of a question over those of a plain one. Raises EdgemedError for parameters out
     of range, a checkpoint that cannot learn, and a task with images or too few texts.
     """
-    if (
-        min(settings.k, settings.steps, settings.rank) < 1
-        or settings.rate <= 0
-        or settings.length < 2
-    ):
+    if min(adapt.k, adapt.steps, adapt.rank) < 1 or adapt.rate <= 0 or adapt.length < 2:
         raise EdgemedError(
             "test-time training: k, steps and rank must be at least 1, rate above 0 and length at"
             " least 2",
@@ -237,22 +233,22 @@ def compare_adapted(
         )
     weights = CanonicalWeights(checkpoint)
     tokenizer = open_tokenizer(checkpoint.path, weights.decoder.vocab)
-    training_texts = TrainingTexts(questions, settings, tokenizer)
-    session = AdaptingSession(weights, settings.rank)
+    library = TrainingTexts(questions, adapt, tokenizer)
+    session = AdaptingSession(weights, adapt.rank)
     key = source_key(checkpoint.hashes())
 
-    def adapt_to(example: Example) -> None:
+    def before(example: Example) -> None:
         session.restore()
-        session.learn(training_texts.nearest(example.question), settings.steps, settings.rate)
+        session.learn(library.nearest(example.question), adapt.steps, adapt.rate)
 
     plain = evaluate(session, tokenizer, questions, SOURCE, key)
-    trained = evaluate(session, tokenizer, questions, SOURCE, key, before=adapt_to)
-    trained["strategy"] = f"ttt-{settings.k}"
+    trained = evaluate(session, tokenizer, questions, SOURCE, key, before=before)
+    trained["strategy"] = f"ttt-{adapt.k}"
     session.close()
     return {
         "plain": plain,
         "trained": trained,
         "paired": paired_statistics.paired(plain["items"], trained["items"], margin, alpha),
         "times": trained["seconds_per_question"] / plain["seconds_per_question"],
-        "adapt": asdict(settings),
+        "adapt": asdict(adapt),
     }
