@@ -6,17 +6,14 @@ the Session's bookkeeping costs. Run: python bench/decode_peer_llamacpp.py ENGIN
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 
 import numpy as np
-from records import paired_ratio, save, spread
+from decode_turns import START, arguments, in_turns, record
 
 from edgemed.engines.engine import Engine, open_engine
 from edgemed.gguf.llama_session import LlamaSession
-
-START = 32
 
 
 class Bare:
@@ -61,41 +58,15 @@ class Bare:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine")
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     engine = open_engine(args.engine)
     session = engine.open(args.threads)
+    if not isinstance(session, LlamaSession):
+        raise SystemExit(f"{args.engine} is not an engine of llama.cpp")
     bare = Bare(session, engine, args.threads)
-    session.prefill([1] * START)
-    times: dict[str, list[float]] = {"bare": [], "session": []}
-    for round_number in range(args.rounds + 1):
-        first = bare.run(args.new)
-        session.rewind(START)
-        started = time.perf_counter()
-        token = 1
-        for _ in range(args.new):
-            token = int(session.step(token).argmax())
-        if round_number:
-            times["bare"].append(first)
-            times["session"].append(time.perf_counter() - started)
-    save(
-        "decode_peer_llamacpp",
-        {
-            "engine": engine.name,
-            "precision": engine.precision,
-            "random_weights": engine.random_weights,
-            "threads": args.threads,
-            "new": args.new,
-            "unit": "s",
-            "spinning": os.environ.get("GOMP_SPINCOUNT"),
-            "times": {name: spread(values) for name, values in times.items()},
-            "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
-        },
-    )
+    times = in_turns(bare, session, args.new, args.rounds)
+    spinning = os.environ.get("GOMP_SPINCOUNT")
+    record("decode_peer_llamacpp", engine, args, times, spinning=spinning)
 
 
 if __name__ == "__main__":

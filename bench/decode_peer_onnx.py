@@ -7,18 +7,15 @@ bench/decode_peer_onnx.py ENGINE
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import numpy as np
 import onnxruntime as ort
-from records import paired_ratio, save, spread
+from decode_turns import START, arguments, in_turns, record
 
 from edgemed.engines.engine import Engine, open_engine
 from edgemed.onnx.ort_dialect import ROPE
 from edgemed.onnx.ort_session import rope_tables
-
-START = 32
 
 
 class Bare:
@@ -58,7 +55,7 @@ class Bare:
 
     @staticmethod
     def array(engine: Engine, value: ort.NodeArg) -> np.ndarray:
-        """What one input holds; of a model that sees, no image."""
+        """What one input holds; of a vision model, no image."""
         if value.name in ROPE:
             return rope_tables(engine)[ROPE.index(value.name)].astype(np.float32)
         if value.name == "features":
@@ -85,42 +82,12 @@ class Bare:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine")
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     engine = open_engine(args.engine)
     bare = Bare(engine, args.threads)
     session = engine.open(args.threads)
-    session.prefill([1] * START)
-    times: dict[str, list[float]] = {"bare": [], "session": []}
-    for round_number in range(args.rounds + 1):
-        time.sleep(0.3)  # threads of the other runner stop spinning
-        first = bare.run(args.new)
-        time.sleep(0.3)
-        session.rewind(START)
-        started = time.perf_counter()
-        token = 1
-        for _ in range(args.new):
-            token = int(session.step(token).argmax())
-        if round_number:
-            times["bare"].append(first)
-            times["session"].append(time.perf_counter() - started)
-    save(
-        "decode_peer_onnx",
-        {
-            "engine": engine.name,
-            "precision": engine.precision,
-            "random_weights": engine.random_weights,
-            "threads": args.threads,
-            "new": args.new,
-            "unit": "s",
-            "times": {name: spread(values) for name, values in times.items()},
-            "speed_session_over_bare": paired_ratio(times["bare"], times["session"]),
-        },
-    )
+    times = in_turns(bare, session, args.new, args.rounds, pause=0.3)
+    record("decode_peer_onnx", engine, args, times)
 
 
 if __name__ == "__main__":

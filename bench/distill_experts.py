@@ -3,7 +3,7 @@ before and after, and beside it learning from the answers alone.
 
 Teacher and start are the quickstart's mixture and the average of its experts (merge: {experts:
 dense}); both arms begin with the same weights, see the same pictures in the same order and take the
-same steps. ImageEmbeddings and questions are the training part of bench/tiny/cells.py; the task's
+same steps. Pictures and questions are the training part of bench/tiny/cells.py; the task's
 234 pictures are in neither.
 
     python bench/distill_experts.py --data DATA --work DIR [--only distilled]
@@ -40,11 +40,11 @@ MODEL = HERE.parent / "recipes" / "quickstart-moe" / "model"
 ARMS: dict[str, dict[str, Any]] = {"distilled": {}, "answers alone": {"labels": 1.0}}
 
 
-def lesson(data: Path, work: Path, count: int) -> str:
+def training_rows(data: Path, work: Path, count: int) -> str:
     """`count` training pictures with their questions as rows for distill; the answer begins with
     the space that stands behind the prompt.
     """
-    folder = work / "lesson"
+    folder = work / "training"
     generator = random.Random(0)
     folder.mkdir()
     rows = []
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--only", choices=ARMS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = lesson(args.data, args.work, args.pictures)
+    rows = training_rows(args.data, args.work, args.pictures)
     dense = args.work / "dense"
     run_step(
         Stage("merge", merge.Params(experts="dense")), open_checkpoint(MODEL), args.work, dense

@@ -1,28 +1,26 @@
 """A distilled student against the same student trained on the text alone, on the same budget: half
 of the quickstart model's layers, several seeds.
 
-All arms begin with the same weights, see the same windows in the same order and take the same
+All arms begin with the same weights, see the same sequences in the same order and take the same
 number of steps; text alone and distillation each have the learning rate that was best for them on
-held-back training text (seed 0). What is compared was measured on the cards' held-out texts, which
-neither arm nor the teacher saw.
+the validation part of the training text (seed 0). What is compared was measured on the cards'
+validation split, which neither arm nor the teacher saw.
 
     python bench/distill_quickstart.py --work /tmp/distill --model recipes/quickstart/model
 """
 
-import argparse
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from distill_arms import arguments, interval, pruned_student
 from records import save
-from scipy.stats import t as student_t
 
 from edgemed.artifacts import hashing, store
 from edgemed.data.text_sets import texts
-from edgemed.distillation.pruning import choose_shape, prune
 from edgemed.evaluation.evaluate import evaluate
 from edgemed.evaluation.opened_model import open_source
 from edgemed.evaluation.task import questions
@@ -38,8 +36,14 @@ ROOT = Path(__file__).parent.parent
 CARDS = ("medquad-answers", "pubmedqa-abstracts")
 LENGTH = 128
 WINDOWS = 48
-COMMON = {"layers": (3,), "length": LENGTH, "batch": 4, "evaluate_every": 100, "held_out": 0.03}
-ARMS = {
+COMMON: dict[str, Any] = {
+    "layers": (3,),
+    "length": LENGTH,
+    "batch": 4,
+    "evaluate_every": 100,
+    "held_out": 0.03,
+}
+ARMS: dict[str, dict[str, Any]] = {
     "labels alone": {"labels": 1.0},
     "forward KL": {},
     "forward KL, top 64 from disk": {"top_k": 64},
@@ -61,7 +65,7 @@ def join_texts(work):
 
 
 def heldout(model, card):
-    """int64 [WINDOWS, LENGTH] of a card's held-out texts."""
+    """int64 [WINDOWS, LENGTH] of a card's validation split."""
     weights = CanonicalWeights(open_checkpoint(model))
     tokenizer = open_tokenizer(model, weights.decoder.vocab)
     stream = [
@@ -100,13 +104,6 @@ def accuracy(model):
         opened.close()
 
 
-def interval(differences):
-    """[mean, low, high]: 95 % t interval of a paired difference over seeds."""
-    values = np.array(differences)
-    half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
-
-
 def train(model, text, arm, rate, seed, steps, work):
     params = distill.Params(
         calibration=text,
@@ -120,7 +117,7 @@ def train(model, text, arm, rate, seed, steps, work):
 
 
 def chosen_rate(model, text, arm, steps, work):
-    """The rate whose student has the lower cross entropy on the held-back part of the training
+    """The rate whose student has the lower cross entropy on the validation part of the training
     text, with seed 0.
     """
 
@@ -169,26 +166,12 @@ def experiment(model, text, arms, rates, windows, options, task=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ROOT / "recipes" / "quickstart" / "model")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = arguments(__doc__, ROOT / "recipes" / "quickstart" / "model", steps=100)
     started = time.perf_counter()
     windows = {card: heldout(options.model, card) for card in CARDS}
     join_texts(options.work)
     weights = CanonicalWeights(open_checkpoint(options.model))
-    cut_out = prune(
-        weights,
-        choose_shape(weights, COMMON["layers"], None, None, None),
-        options.work / "store" / "cut",
-        [],
-    ).path
+    untrained = pruned_student(weights, COMMON["layers"], options.work)
     facts = {
         "model": hashing.digest(open_checkpoint(options.model).hashes()),
         "steps": options.steps,
@@ -203,7 +186,7 @@ def main():
     facts["student before training"] = {
         f"{name} {card}": value
         for card, part in windows.items()
-        for name, value in measured(cut_out, options.model, part).items()
+        for name, value in measured(untrained, options.model, part).items()
     }
     text = str(options.work / "text.jsonl")
     rates = {

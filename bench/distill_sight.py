@@ -1,28 +1,28 @@
-"""What a student that sees learns from, on the same budget: half of the quickstart vision-language
-model's layers, several seeds.
+"""What a student with a vision encoder learns from, on the same budget: half of the quickstart
+vision-language model's layers, several seeds.
 
 All arms begin with the same weights, see the same rows in the same order and take the same number
-of steps, each with the learning rate that was best for it on held-back training rows (seed 0;
-scores from disk with that of full scores). What is compared was measured on the card's held-out
-rows, at the answers alone: those the card gives, and those the teacher writes itself.
+of steps, each with the learning rate that was best for it on the validation part of the training
+rows (seed 0; scores from disk with that of full scores). What is compared was measured on the
+card's validation split, at the answers alone: those the card gives, and those the teacher writes
+itself.
 
     python bench/distill_sight.py --work /tmp/distill-sight
 """
 
-import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from distill_quickstart import interval
+from distill_arms import arguments, interval, pruned_student
 from records import save
 
 from edgemed.artifacts import hashing, store
 from edgemed.data.image_text_windows import IGNORED, encode_images
 from edgemed.data.text_sets import read_card, read_jsonl
 from edgemed.distillation import image_answers
-from edgemed.distillation.pruning import choose_shape, prune
 from edgemed.distillation.teacher import Teacher
 from edgemed.inference.decoding import Sampling
 from edgemed.models.checkpoint import open_checkpoint
@@ -35,8 +35,8 @@ ROOT = Path(__file__).parent.parent
 CARD = "vqa-rad-questions"
 LENGTH = 96
 ROOM = 10**9
-COMMON = {"layers": (3,), "length": LENGTH, "batch": 8, "held_out": 0.1}
-ARMS = {
+COMMON: dict[str, Any] = {"layers": (3,), "length": LENGTH, "batch": 8, "held_out": 0.1}
+ARMS: dict[str, dict[str, Any]] = {
     "labels alone": {"labels": 1.0},
     "the teacher's answers": {"mode": "sequence"},
     "full scores": {},
@@ -49,17 +49,17 @@ LIKE = {"top 64 from disk": "full scores"}  # whose rate an arm takes
 
 
 def heldout(model, work):
-    """{name: (tokens, labels, sights)} of the card's held-out rows, with the card's answers and
+    """{name: (tokens, labels, images)} of the card's validation split, with the card's answers and
     with the teacher's own.
     """
     weights = CanonicalWeights(open_checkpoint(model))
     rows = read_jsonl(read_card(CARD).file("heldout"))
-    told = image_answers.generate_answers(
+    generated = image_answers.generate_answers(
         weights, CARD, rows, Sampling(1.0, max_tokens=LENGTH), work / "heldout.jsonl"
     )
     return {
         "card": encode_images(weights, CARD, rows, LENGTH, ROOM),
-        "teacher": encode_images(weights, CARD, rows, LENGTH, ROOM, lambda: told),
+        "teacher": encode_images(weights, CARD, rows, LENGTH, ROOM, lambda: generated),
     }
 
 
@@ -101,7 +101,7 @@ def train(model, arm, rate, seed, steps, work):
 
 
 def chosen_rate(model, arm, steps, work):
-    """The rate whose student is best on the held-back part of the training rows, with seed 0:
+    """The rate whose student is best on the validation part of the training rows, with seed 0:
     nearest to its teacher, or (where that only wrote) in cross entropy.
     """
 
@@ -113,25 +113,11 @@ def chosen_rate(model, arm, steps, work):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ROOT / "recipes" / "quickstart-vlm" / "model")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = arguments(__doc__, ROOT / "recipes" / "quickstart-vlm" / "model", steps=30)
     started = time.perf_counter()
     parts = heldout(options.model, options.work)
     weights = CanonicalWeights(open_checkpoint(options.model))
-    cut_out = prune(
-        weights,
-        choose_shape(weights, COMMON["layers"], None, None, None),
-        options.work / "store" / "cut",
-        [],
-    ).path
+    untrained = pruned_student(weights, COMMON["layers"], options.work)
     rates = {
         arm: chosen_rate(options.model, arm, options.steps, options.work)
         for arm in ARMS
@@ -173,7 +159,7 @@ def main():
                 for name, (_, labels, _) in parts.items()
             },
             "teacher": measured(options.model, options.model, parts),
-            "student before training": measured(cut_out, options.model, parts),
+            "student before training": measured(untrained, options.model, parts),
             "rows": rows,
             "difference from labels alone, mean and 95 % interval over seeds": {
                 arm: {name: interval(of[arm][name] - of[BASE][name]) for name in names}

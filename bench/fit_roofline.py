@@ -1,5 +1,5 @@
-"""Fits the constants of edgemed/roofline.py to measured rows, once to all and once without each
-device and each model.
+"""Fits the constants of edgemed/planning/roofline.py to measured rows, once to all and once without
+each device and each model.
 
 Least squares on the logarithm of predicted / measured, with a soft loss so that one odd row does
 not decide; every constant starts at a guess and is held to it as loosely as its spread says, which

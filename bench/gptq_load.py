@@ -13,15 +13,14 @@ own:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import peer_environment
 
 WINDOWS = 4
 WIDTH = 64
@@ -134,26 +133,12 @@ def outside(checkpoint: Path, peer: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument(
-        "--peer",
-        type=Path,
-        default=Path(__file__).parent / "peers/gptq/bin/python",
-        help="python of the peer's environment",
-    )
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = peer_environment.parser(__doc__, "gptq").parse_args()
     if options.inside:
         inside(options.checkpoint, options.inside)
-    elif not options.peer.is_file():
-        sys.exit(
-            f"{options.peer} is not there; make the environment as the head of this script says"
-        )
-    else:
-        outside(options.checkpoint, options.peer)
+        return
+    peer_environment.check(options.peer)
+    outside(options.checkpoint, options.peer)
 
 
 if __name__ == "__main__":

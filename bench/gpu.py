@@ -231,8 +231,8 @@ def measure(
     return found
 
 
-def measure_eyes(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str, Any]:
-    """Seconds of each part of seeing one square image of noise, another one each time, after one
+def measure_vision(engine: Any, plan: dict[str, Any], side: int = 448) -> dict[str, Any]:
+    """Seconds of each part of encoding one square image of noise, another one each time, after one
     warm-up.
     """
     from PIL import Image
@@ -289,7 +289,7 @@ def worker(runtime: str, path: Path, kind: str, plan: dict[str, Any]) -> dict[st
     after = nvml.memory()
     session.close()
     if runtime != "torch" and engine.vision:
-        vision_encoder = {"by_image": measure_eyes(engine, plan)}
+        vision_encoder = {"by_image": measure_vision(engine, plan)}
     return {
         "load_seconds": load,
         "by_prompt": measured,

@@ -235,9 +235,10 @@ def main_thread_waits(event: dict[str, Any]) -> float:
     """Microseconds the main thread stood still inside an operator until the other threads were
     done, as onnxruntime counts them.
     """
-    told = event["args"].get("thread_scheduling_stats")
-    told = json.loads(told) if isinstance(told, str) and told else told or {}
-    return float(told.get("main_thread", {}).get("Wait", 0))
+    stats = event["args"].get("thread_scheduling_stats") or {}
+    if isinstance(stats, str):
+        stats = json.loads(stats)
+    return float(stats.get("main_thread", {}).get("Wait", 0))
 
 
 # --- part 2

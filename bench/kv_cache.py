@@ -1,5 +1,5 @@
-"""What an 8-bit KV cache changes: KL against the float source on held-out text, cache bytes, and
-decoding steps at a full context, engines in turns.
+"""What an 8-bit KV cache changes: KL against the float source on the validation split, cache bytes,
+and decoding steps at a full context, engines in turns.
 
 Every pair of engines differs in the cache alone, so their difference is its effect. Windows are
 those of bench/quality/compare.py.
@@ -21,7 +21,7 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent),
     str(Path(__file__).resolve().parent / "quality"),
 ]
-from compare import CARD, answers, held_out, source_model
+from compare import CARD, divergences, held_out, scores, source_model
 from records import save
 
 ROUNDS = 5
@@ -58,7 +58,7 @@ def main() -> None:
     checkpoint = open_checkpoint(source_model(args.work.resolve()))
     windows = held_out(checkpoint.path)
     source = {
-        card: list(answers(TorchSession(CanonicalWeights(checkpoint), resident=True), rows))
+        card: list(scores(TorchSession(CanonicalWeights(checkpoint), resident=True), rows))
         for card, rows in windows.items()
     }
     rows = {}
@@ -72,15 +72,8 @@ def main() -> None:
         )
         session = sessions[name] = engine.open(1)
         kl = {
-            card: float(
-                np.mean(
-                    [
-                        (np.exp(p) * (p - q)).sum(-1).mean()
-                        for p, q in zip(source[card], answers(session, found), strict=True)
-                    ]
-                )
-            )
-            for card, found in windows.items()
+            card: float(np.mean(list(divergences(source[card], session, rows_of_card))))
+            for card, rows_of_card in windows.items()
         }
         rows[name] = {
             "kl": kl,

@@ -315,7 +315,7 @@ def build(
 
 def main() -> None:
     published = CanonicalWeights(described(args.model))
-    d = published.source
+    d = published.unfolded
     d = replace(
         d,
         layers=args.layers,

@@ -61,11 +61,11 @@ class StockLoop:
         bitmap = mtmd.mtmd_bitmap_init(
             width, height, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         )
-        said = mtmd.mtmd_input_text(text.encode(), len(text.encode()), False, True)
+        prompt = mtmd.mtmd_input_text(text.encode(), len(text.encode()), False, True)
         if mtmd.mtmd_tokenize(
             self.vision_encoder,
             chunks,
-            ctypes.byref(said),
+            ctypes.byref(prompt),
             (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap),
             1,
         ):

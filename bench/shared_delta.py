@@ -50,8 +50,8 @@ ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "rank 64, usage": ({"rank": 64, "weights": "usage", **TEXT}, None),
     **{f"density {d}": ({"density": d, **TEXT}, None) for d in (0.1, 0.25)},
     **{
-        f"dense{said}": ({"experts": "dense", **TEXT}, step)
-        for said, step in (("", None), (", int8", INT8), (", int4", INT4))
+        f"dense{suffix}": ({"experts": "dense", **TEXT}, step)
+        for suffix, step in (("", None), (", int8", INT8), (", int4", INT4))
     },
 }
 DECODED = 32
@@ -62,28 +62,23 @@ def short(name: str) -> str:
     return name.replace(" ", "-").replace(",", "")
 
 
-def made(name: str, work: Path, start: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of one arm, made of `start`, and what merging said of its layers."""
+def make(name: str, work: Path, start: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of one arm, made of `start`, and the error of each merged layer."""
     path = start
-    notes = {}
+    errors: dict[str, Any] = {}
     for step, values in zip(("merge", "quantize"), ARMS[name], strict=True):
-        if values:
-            module = plugins.load("steps", step)
-            params = build(
-                module.Params,
-                ({"experts": "shared_delta"} if step == "merge" else {}) | values,
-                step,
-            )
-            out = work / f"{short(name)}-{step}"
-            out.mkdir()
-            said = module.run(open_checkpoint(path), out, params)
-            notes = (
-                {layer: found.get("error") for layer, found in said["layers"].items()}
-                if step == "merge"
-                else notes
-            )
-            path = out
-    return path, notes
+        if not values:
+            continue
+        if step == "merge":
+            values = {"experts": "shared_delta", **values}
+        module = plugins.load("steps", step)
+        out = work / f"{short(name)}-{step}"
+        out.mkdir()
+        notes = module.run(open_checkpoint(path), out, build(module.Params, values, step))
+        if step == "merge":
+            errors = {layer: facts.get("error") for layer, facts in notes["layers"].items()}
+        path = out
+    return path, errors
 
 
 def megabytes(folder: Path) -> float:
@@ -124,9 +119,9 @@ def main() -> None:
     starts: dict[str, Path] = {}
     if args.also:
         name, path = args.also.split("=")
-        for said, step in (("", None), (", int8", INT8), (", int4", INT4)):
-            ARMS[f"{name}{said}"] = (None, step)
-            starts[f"{name}{said}"] = Path(path)
+        for suffix, step in (("", None), (", int8", INT8), (", int4", INT4)):
+            ARMS[f"{name}{suffix}"] = (None, step)
+            starts[f"{name}{suffix}"] = Path(path)
     if unknown := [name for name in args.only or () if name not in ("source, fp32", *ARMS)]:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(('source, fp32', *ARMS))}")
     args.work.mkdir(parents=True, exist_ok=True)
@@ -144,7 +139,7 @@ def main() -> None:
         if kept.is_file():
             continue
         path, errors = (
-            (MODEL, {}) if name not in ARMS else made(name, args.work, starts.get(name, MODEL))
+            (MODEL, {}) if name not in ARMS else make(name, args.work, starts.get(name, MODEL))
         )
         engine = export(open_checkpoint(path), "onnx", onnx.Params(), folder)
         opened = start_engine(engine, True, 1)

@@ -31,8 +31,8 @@ CONTEXT = 2048
 # Groups of rows that are in memory together: all of them at once would not fit into 24 GB.
 GROUPS = "onnx-int4,q4_k_m,stock-q4_k_m/q8_0,stock-q8_0/onnx-int4,transformers"
 WARM_UP = (112, 4)  # image side, new tokens of the round that is not counted
-# row -> (engine it runs, its eyes); a stock row runs llama-cpp-python's bindings on the files of
-# that engine
+# row -> (engine it runs, its vision encoder); a stock row runs llama-cpp-python's bindings on the
+# files of that engine
 ROWS = {
     "onnx-int4": ("onnx-int4", "onnx"),
     "q4_k_m": ("q4_k_m", "onnx"),
@@ -94,7 +94,7 @@ def prompt(vision: Any, number: int) -> list[int]:
     ]
 
 
-def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
+def engine_worker(pipe: Any, path: str, vision_on: str, threads: int) -> None:
     """Answers (number of the round, image side, new tokens) with the seconds of its parts and the
     tokens, None with peak memory.
     """
@@ -103,10 +103,11 @@ def engine_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     from edgemed.evaluation.option_scoring import PrefixReader
 
     engine = open_engine(path)
-    engine = replace(engine, params={**engine.params, "vision": eyes_on})
+    engine = replace(engine, params={**engine.params, "vision": vision_on})
     started = time.perf_counter()
     session = engine.open(threads)
-    vision_encoder = engine.open_vision(threads)
+    # Any: the encoders of engines have `seconds`, which the protocol leaves out.
+    vision_encoder: Any = engine.open_vision(threads)
     opened = time.perf_counter() - started
     bare = bare_of(engine, session, threads)
     while order := pipe.recv():
@@ -168,7 +169,7 @@ def bare_of(engine: Any, session: Any, threads: int) -> Any:
     return Bare(engine, threads, BEFORE + QUESTION + 256, session.session)
 
 
-def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
+def stock_worker(pipe: Any, path: str, vision_on: str, threads: int) -> None:
     from mtmd_loop import StockLoop
 
     started = time.perf_counter()
@@ -194,7 +195,7 @@ def stock_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
     )
 
 
-def transformers_worker(pipe: Any, path: str, eyes_on: str, threads: int) -> None:
+def transformers_worker(pipe: Any, path: str, vision_on: str, threads: int) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -309,13 +310,13 @@ def measure(rows: list[str], paths: dict[str, Path], args: argparse.Namespace) -
     workers = {}
     children = []
     for row in rows:
-        engine, eyes_on = ROWS[row]
-        function = engine_worker if eyes_on else stock_worker if engine else transformers_worker
-        workers[row], child = context.Pipe()
+        engine, vision_on = ROWS[row]
+        function = engine_worker if vision_on else stock_worker if engine else transformers_worker
+        workers[row], worker_end = context.Pipe()
         children.append(
             context.Process(
                 target=function,
-                args=(child, str(paths[engine]), eyes_on, args.threads),
+                args=(worker_end, str(paths[engine]), vision_on, args.threads),
                 daemon=True,
             )
         )

@@ -23,7 +23,7 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent),
     str(Path(__file__).resolve().parent / "quality"),
 ]
-from compare import CARD, SAMPLES, answers, held_out, source_model
+from compare import CARD, SAMPLES, divergences, held_out, scores, source_model
 from records import paired_ratio, save
 
 ROUNDS = 7
@@ -134,7 +134,7 @@ def main() -> None:
     windows = held_out(checkpoint.path)
     section = questions("section")
     source = {
-        card: list(answers(TorchSession(CanonicalWeights(checkpoint), resident=True), rows))
+        card: list(scores(TorchSession(CanonicalWeights(checkpoint), resident=True), rows))
         for card, rows in windows.items()
     }
     base = evaluate_opened(
@@ -149,15 +149,8 @@ def main() -> None:
         )
         sessions[name] = opened.session
         kl = {
-            card: float(
-                np.mean(
-                    [
-                        (np.exp(p) * (p - q)).sum(-1).mean()
-                        for p, q in zip(source[card], answers(opened.session, found), strict=True)
-                    ]
-                )
-            )
-            for card, found in windows.items()
+            card: float(np.mean(list(divergences(source[card], opened.session, rows_of_card))))
+            for card, rows_of_card in windows.items()
         }
         result = evaluate_opened(opened, section, name, name, "zero-shot", PromptSettings())
         paired = paired_statistics.paired(base["items"], result["items"], 0.03, 0.05)

@@ -2,16 +2,18 @@
 checkpoint, calibration text and evaluation code.
 
 The model is the quickstart's with its adapter merged. Every contender becomes a plain float32
-checkpoint again (its integers expanded), so that the same decoder answers for all: KL divergence
-from the source on held-out text that nobody calibrated on, and the section task, paired item by
-item. Activations stay float32, so this compares weights, not kernels. Peers run in environments of
-their own:
+checkpoint again (its integers expanded), so that the same decoder computes all scores: KL
+divergence from the source on the validation split of texts that nobody calibrated on, and the
+section task, paired item by item. Activations stay float32, so this compares weights, not kernels.
+Peers run in environments of their own:
 
-    python -m venv bench/peers/gptq          # GPTQModel: see bench/gptq_load.py python -m venv
-    bench/peers/autoround bench/peers/autoround/bin/pip install torch==2.13.0 transformers==5.23.0
-    auto-round hqq bench/peers/llama/bin                    # llama-imatrix, llama-quantize: see
-    llama_peer.py; nf4 needs bitsandbytes where this script runs python bench/quality/compare.py
-    --work DIR [--only NAME ...]
+    # GPTQModel: see bench/gptq_load.py
+    python -m venv bench/peers/gptq
+    python -m venv bench/peers/autoround
+    bench/peers/autoround/bin/pip install torch==2.13.0 transformers==5.23.0 auto-round hqq
+    # llama-imatrix and llama-quantize, in bench/peers/llama/bin: see bench/quality/llama_peer.py
+    # nf4 needs bitsandbytes where this script runs
+    python bench/quality/compare.py --work DIR [--only NAME ...]
 
 What was made is kept in DIR and not made again; an absent peer is left out by name.
 """
@@ -24,7 +26,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,8 @@ def llama(kind: str) -> tuple[str, str, list[str]]:
 
 
 # Scales (and norms) of a quantized checkpoint, or a LoRA beside it, trained on the calibration
-# text: 40,960 tokens, the rate the best of 3e-4, 1e-3 and 3e-3 at 2 bits on text held back from it.
+# text: 40,960 tokens, the rate the best of 3e-4, 1e-3 and 3e-3 at 2 bits on the validation part of
+# it.
 REFIT = [
     "--teacher",
     "{model}",
@@ -360,9 +363,12 @@ def size_of(path: Path) -> dict[str, Any]:
     }
 
 
-def told(path: Path) -> dict[str, Any]:
-    """What a peer's script says of its result."""
-    return json.loads((path / "peer.json").read_text()) if (path / "peer.json").is_file() else {}
+def peer_facts(path: Path) -> dict[str, Any]:
+    """What a peer's script wrote about its result; {} for edgemed's own."""
+    file = path / "peer.json"
+    if not file.is_file():
+        return {}
+    return json.loads(file.read_text())
 
 
 def weights_of(path: Path, source: Path) -> Any:
@@ -406,7 +412,7 @@ def weights_of(path: Path, source: Path) -> Any:
 
 
 def held_out(model: Path) -> dict[str, np.ndarray]:
-    """card -> windows int64 [n, WINDOW] of its held-out texts, at most MOST."""
+    """card -> windows int64 [n, WINDOW] of its validation split, at most MOST."""
     from edgemed.data.text_sets import texts
     from edgemed.models.tokenizer import encode, open_tokenizer
 
@@ -422,13 +428,21 @@ def held_out(model: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def answers(session: Any, windows: np.ndarray) -> Iterator[np.ndarray]:
-    """Log-probabilities float32 [WINDOW, vocab] of each window."""
-    from edgemed.inference.decoding import log_softmax
-
+def scores(session: Any, windows: np.ndarray) -> Iterator[np.ndarray]:
+    """Logits float32 [WINDOW, vocab] of each window, in memory of their own."""
     for window in windows:
         session.rewind(0)
-        yield log_softmax(session.prefill([int(t) for t in window], every=True))
+        yield np.array(session.prefill([int(t) for t in window], every=True))
+
+
+def divergences(
+    source: Iterable[np.ndarray], session: Any, windows: np.ndarray
+) -> Iterator[np.float64]:
+    """KL(source || session) of each window, the mean of its tokens in nats. source: logits."""
+    from edgemed.inference.decoding import kl_divergence
+
+    for expected, found in zip(source, scores(session, windows), strict=True):
+        yield kl_divergence(expected, found).mean()
 
 
 def evaluated(
@@ -449,16 +463,11 @@ def evaluated(
 
     weights = weights_of(path, model)
     session = TorchSession(weights, resident=True)
-    facts = {"kl": {}, "kl_windows": {}}
+    facts: dict[str, Any] = {"kl": {}, "kl_windows": {}}
     for card, rows in windows.items():
-        kl = (
-            [
-                float((np.exp(p) * (p - q)).sum(-1).mean())
-                for p, q in zip(sources[card], answers(session, rows), strict=True)
-            ]
-            if base
-            else []
-        )
+        kl = []
+        if base:
+            kl = [float(value) for value in divergences(sources[card], session, rows)]
         facts["kl_windows"][card] = kl
         facts["kl"][card] = float(np.mean(kl)) if kl else 0.0
     result = evaluate_opened(
@@ -544,7 +553,7 @@ def main() -> None:
         name: found for name in args.only or CONTENDERS if (found := make(name, args.work, model))
     }
     session = TorchSession(CanonicalWeights(open_checkpoint(model)), resident=True)
-    sources = {card: list(answers(session, w)) for card, w in windows.items()}
+    sources = {card: list(scores(session, w)) for card, w in windows.items()}
     _, base = evaluated("source", model, model, windows, sources, None)
     for name, found in made.items():
         file = args.work / f"{name}.evaluated.json"
@@ -554,7 +563,7 @@ def main() -> None:
             )
         rows[name] = {
             **found,
-            **told(Path(found["path"])),
+            **peer_facts(Path(found["path"])),
             **size_of(Path(found["path"])),
             **json.loads(file.read_text()),
         }

@@ -1,15 +1,18 @@
-"""llama.cpp's own way to a GGUF file: llama-imatrix on the calibration text, then llama-quantize;
-both from the source that llama-cpp-python ships.
+"""llama.cpp's own way to a GGUF file: llama-imatrix on the calibration text, then llama-quantize.
 
-    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 && tar xf
-    llama_cpp_python-*.tar.gz && cd llama_cpp_python-*/vendor/llama.cpp cmake -B build
-    -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF
-    -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF -DGGML_OPENMP=OFF cmake --build build --target
-    llama-imatrix llama-quantize    # on x86_64 with the flags the Makefile says cp
-    build/bin/llama-imatrix build/bin/llama-quantize bench/peers/llama/bin/
+Both are built from the source that llama-cpp-python ships, on x86_64 with the flags that the
+Makefile says:
+
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    tar xf llama_cpp_python-*.tar.gz
+    cd llama_cpp_python-*/vendor/llama.cpp
+    cmake -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \\
+        -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF -DGGML_OPENMP=OFF
+    cmake --build build --target llama-imatrix llama-quantize
+    cp build/bin/llama-imatrix build/bin/llama-quantize bench/peers/llama/bin/
 
 peer.json beside the file says how far llama-imatrix's values are from edgemed's on the same
-windows.
+calibration sequences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How well the expected KL divergence of one rounded matrix (edgemed/sensitivity.py) agrees with
-the measured one, on the quickstart model.
+"""How well the expected KL divergence of one quantized matrix agrees with the measured one, on the
+quickstart model. The expected one is that of edgemed/quantization/sensitivity.py.
 
-Every layer matrix is rounded alone, at several widths, and the model's answers are compared with
+Every layer matrix is quantized alone, at several widths, and the model's scores are compared with
 its own before: python bench/quality/sensitivity.py
 """
 
@@ -58,20 +58,20 @@ def main() -> None:
         source = answers(hidden[-1], d.layers)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for n, found in sensitivities(weights, windows, Path(folder)):
+        for n, found in sensitivities(weights, windows.tolist(), Path(folder)):
             for name, sensitivity in found.items():
                 for bits in (2, 3, 4):
-                    rounded = Solution(*rtn(sensitivity.weight, bits, GROUP)).dense(bits)
-                    kept = layers[n][name]
-                    layers[n][name] = (rounded, kept[1])
+                    quantized = Solution(*rtn(sensitivity.weight, bits, GROUP)).dense(bits)
+                    float_matrix = layers[n][name]
+                    layers[n][name] = (quantized, float_matrix[1])
                     with torch.inference_mode():
                         other = answers(hidden[n], n)
-                    layers[n][name] = kept
+                    layers[n][name] = float_matrix
                     rows.append(
                         {
                             "matrix": f"layers.{n}.{name}",
                             "bits": bits,
-                            "expected": sensitivity.loss(rounded),
+                            "expected": sensitivity.loss(quantized),
                             "measured": float((source.exp() * (source - other)).sum(-1).mean()),
                         }
                     )

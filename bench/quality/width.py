@@ -101,7 +101,7 @@ def output_errors(
     model: Path, made: dict[str, Path], windows: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """name -> matrix -> |X (W - W')^T|^2 / |X W^T|^2, with X what the float model gives the matrix
-    on held-out windows: the same inputs for everybody.
+    on windows of the validation split: the same inputs for everybody.
     """
     import torch
 
@@ -109,8 +109,8 @@ def output_errors(
     from edgemed.models.torch_decoder import block, embed, linear, load_layer
     from edgemed.models.weights import CanonicalWeights
 
-    # Folded, as edgemed's result is: GPT-2's rounded q rows are then those of the same float matrix
-    # in both.
+    # Folded, as edgemed's result is: GPT-2's quantized q rows are then those of the same float
+    # matrix in both.
     weights = CanonicalWeights(open_checkpoint(model))
     others = {name: CanonicalWeights(open_checkpoint(path)) for name, path in made.items()}
     found = {name: {} for name in made}
@@ -118,7 +118,7 @@ def output_errors(
         x = embed(weights, torch.from_numpy(windows))
         for n in range(weights.decoder.layers):
             layer = load_layer(weights, n)
-            rounded = {name: load_layer(other, n) for name, other in others.items()}
+            quantized = {name: load_layer(other, n) for name, other in others.items()}
             sums: dict[tuple[str, str], list[float]] = {}
 
             def product(
@@ -126,12 +126,12 @@ def output_errors(
                 part: str,
                 x: torch.Tensor,
                 n: int = n,
-                rounded: Any = rounded,
+                quantized: Any = quantized,
                 sums: Any = sums,
             ) -> torch.Tensor:
                 y = linear(layer, part, x)
                 bias = layer[part][1]
-                for name, other in rounded.items():
+                for name, other in quantized.items():
                     z = linear(other, part, x)
                     if part == "qkv":
                         # edgemed's checkpoint has the attention scale of the layer folded into q;
@@ -166,8 +166,8 @@ def main() -> None:
         type=int,
         default=8,
         help=(
-            "held-out windows that quality is measured on; 0: time and memory alone, for the whole"
-            " model (--layers 32)"
+            "windows of the validation split that quality is measured on; 0: time and memory alone,"
+            " for the whole model (--layers 32)"
         ),
     )
     parser.add_argument("--record", action="store_true", help="append to bench/results")
@@ -179,6 +179,15 @@ def main() -> None:
     compare.LENGTH = args.length
     tokens = compare.calibration_tokens(work, model)
     ours = [
+        sys.executable,
+        "-m",
+        "edgemed",
+        "quantize",
+        str(model),
+        "--out",
+        "{out}",
+        "--method",
+        "gptq",
         "--max-memory",
         MEMORY,
         "--calibration",
@@ -189,48 +198,9 @@ def main() -> None:
         f"length={args.length}",
     ]
     commands = {
-        "edgemed": [
-            sys.executable,
-            "-m",
-            "edgemed",
-            "quantize",
-            str(model),
-            "--out",
-            "{out}",
-            "--method",
-            "gptq",
-            *ours,
-        ],
-        "edgemed clip": [
-            sys.executable,
-            "-m",
-            "edgemed",
-            "quantize",
-            str(model),
-            "--out",
-            "{out}",
-            "--method",
-            "gptq",
-            *ours,
-            "--set",
-            "correction=0",
-        ],
-        "edgemed plain": [
-            sys.executable,
-            "-m",
-            "edgemed",
-            "quantize",
-            str(model),
-            "--out",
-            "{out}",
-            "--method",
-            "gptq",
-            *ours,
-            "--set",
-            "clip=false",
-            "--set",
-            "correction=0",
-        ],
+        "edgemed": ours,
+        "edgemed clip": [*ours, "--set", "correction=0"],
+        "edgemed plain": [*ours, "--set", "clip=false", "--set", "correction=0"],
         "GPTQModel": [
             str(ROOT / "bench/peers/gptq/bin/python"),
             str(HERE / "gptqmodel_peer.py"),

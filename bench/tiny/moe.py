@@ -190,9 +190,9 @@ def pooled(model, images, process):
 def row(features, asked, answered, tok):
     """What stands before and after the image, and the labels, which count the answer only."""
     encode = lambda text: tok.encode(text, add_special_tokens=False).ids  # noqa: E731
-    told = encode(f"\n{asked} ASSISTANT:")
-    said = [*encode(f" {answered}"), tok.token_to_id("<|endoftext|>")]
-    return features, encode(f"{SYSTEM} USER: "), told + said, [-100] * len(told) + said
+    question = encode(f"\n{asked} ASSISTANT:")
+    answer = [*encode(f" {answered}"), tok.token_to_id("<|endoftext|>")]
+    return features, encode(f"{SYSTEM} USER: "), question + answer, [-100] * len(question) + answer
 
 
 def loss_of(model, found, images, tok, process, generator):

@@ -1,7 +1,7 @@
-"""Trains the tokenizer and writes the training and held-out tokens.
+"""Trains the tokenizer and writes the tokens of the training and the validation split.
 
-The tokenizer sees the training text only, so that the held-out numbers are of text nothing here has
-seen. PubMedQA is small (500 abstracts) but is the quickstart's domain, so each of its training
+The tokenizer sees the training text only, so that the validation numbers are of text nothing here
+has seen. PubMedQA is small (500 abstracts) but is the quickstart's domain, so each of its training
 abstracts is repeated a few times per MedQuAD epoch.
 """
 

@@ -23,7 +23,9 @@ def image_rows(name: str) -> list[dict[str, Any]] | None:
     three.
     """
     file = read_card(name).file("calibration")
-    rows = read_jsonl(file) if file.suffix == ".jsonl" else []
+    if file.suffix != ".jsonl":
+        return None
+    rows = read_jsonl(file)
     if not rows or not rows[0].keys() & {"image", "images"}:
         return None
     for number, row in enumerate(rows, 1):

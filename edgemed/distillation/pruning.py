@@ -96,7 +96,7 @@ def choose_shape(
     heads: int | None,
     target: int | None,
 ) -> StudentShape:
-    """The shape asked for. layers: one number is a count, several are indices, none keeps all.
+    """The student's shape. layers: one number is a count, several are indices, none keeps all.
     heads: query heads to keep. target: parameters at most.
 
     Raises EdgemedError for sizes the source does not have, or a target nothing fits.

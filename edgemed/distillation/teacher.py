@@ -113,8 +113,8 @@ class Teacher:
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
         """(embeddings [batch, tokens, hidden], rotary angles of each row where there are images)"""
         # An image token may lie outside the vocabulary, so another token is looked up in its place.
-        looked_up = tokens.masked_fill(tokens == images.token, 0) if images else tokens
-        x = self.embedding["embed"][looked_up]
+        ids = tokens.masked_fill(tokens == images.token, 0) if images else tokens
+        x = self.embedding["embed"][ids]
         if self.d.positions == "learned":
             x = x + self.embedding["positions"][: tokens.shape[1]]
         if images is None:
@@ -350,5 +350,5 @@ def _complete_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def content_key(weights: CanonicalWeights, request: Mapping[str, Any]) -> str:
-    """Content key of something a teacher computed: a digest of its files and of what was asked."""
+    """Content key of something a teacher computed: a digest of its files and of the request."""
     return hashing.digest({"teacher": weights.checkpoint.hashes(), **request})[:12]

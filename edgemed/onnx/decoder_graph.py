@@ -20,7 +20,7 @@ from edgemed.console import track
 from edgemed.errors import need
 from edgemed.models.architecture import DecoderConfig
 from edgemed.models.weights import CanonicalWeights, Dense, Packed
-from edgemed.quantization.grids import Ints, block_ints, ggml_q8, labelled, rtn
+from edgemed.quantization.grids import Ints, block_ints, ggml_q8, packings_label, rtn
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Precision:
     scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8);
     small_tables: embedding in float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so
     that both engines carry the same integers); stream: format of the residual stream and the norms,
-    '' for that of the activations; integers: activations are rounded to 8 bits as well.
+    '' for that of the activations; integers: activations are quantized to 8 bits as well.
     """
 
     floats: str = "float32"
@@ -99,7 +99,8 @@ class Dialect(Protocol):
 class SharedBaseDialect(Protocol):
     """A dialect that can leave experts stored as one shared matrix and differences as they are.
 
-    A target whose dialect is none reads such experts as whole matrices (CanonicalWeights, whole).
+    A target whose dialect is none reads such experts as whole matrices (sum_experts of
+    CanonicalWeights).
     """
 
     def shared_base_experts(
@@ -313,9 +314,7 @@ def shape_of(matrix: Dense | Packed) -> tuple[int, ...]:
 
 
 def ints_by_rows(matrix: Dense | Packed) -> Ints:
-    """int8 with one scale per output: a packed matrix's own, or a dense one's quantized to
-    nearest.
-    """
+    """int8 with one scale per output: a packed matrix's own, or a dense one's quantized by RTN."""
     if isinstance(matrix, Packed):
         q = matrix.q
         scales = matrix.scales
@@ -360,7 +359,7 @@ def quantized_linear(
     bias: np.ndarray | None,
 ) -> str:
     """x [.., in] -> x W^T + b [.., out] in integers: those of a packed matrix, or of a dense one
-    quantized to nearest in the graph's bits and group.
+    quantized by RTN in the graph's bits and group.
     """
     if isinstance(matrix, Packed):
         if matrix.g_idx is not None:
@@ -438,7 +437,7 @@ def w8a8_refused(weights: CanonicalWeights) -> str | None:
     if packings != {(8, -1)} or not symmetric:
         return (
             "w8a8 takes symmetric int8 with one scale per output, the checkpoint holds"
-            f" {labelled(packings)}; quantize with method smoothquant, or export the float"
+            f" {packings_label(packings)}; quantize with method smoothquant, or export the float"
             " checkpoint"
         )
     return None

@@ -24,7 +24,7 @@ def started(file: Path, wide: bool, threads: int | None, integers: bool = False)
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # ONNX Runtime fuses DequantizeLinear + MatMul and would round activations to int8, which
+    # ONNX Runtime fuses DequantizeLinear + MatMul and would quantize activations to int8, which
     # TensorRT does not.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if integers:

@@ -310,7 +310,7 @@ class OrtDialect:
         largest: float | None,
     ) -> str:
         """x [1, T, in] times an int8 matrix with one scale per output, x quantized token by token
-        when it is read; what calibration said of x is not needed.
+        when it is read, so no calibrated range of x is needed.
         """
         axis = graph.constant(f"{name}.batch_axis", np.array([0]))
         # Stored with 128 for zero; the operator takes signed bytes.

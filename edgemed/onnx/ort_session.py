@@ -42,8 +42,10 @@ def rope_tables(engine: Engine) -> list[np.ndarray]:
     """cos and sin float64 [context, pairs] of plain positions; [] where the model has no rotary
     ones.
     """
+    if not engine.rope_frequencies:
+        return []
     angles = np.arange(engine.context)[:, None] * np.array(engine.rope_frequencies)
-    return [np.cos(angles), np.sin(angles)] if engine.rope_frequencies else []
+    return [np.cos(angles), np.sin(angles)]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -226,17 +228,17 @@ class OrtSession(CarriesVision):
         )
         self.shape = (new, selected)
 
-    def _place(
+    def _set_rotary_rows(
         self, counted: Positions, start: int, count: int, pictures: ImageEmbeddings | None
     ) -> None:
-        # Where images shift what positions mean, the rows of the rotary tables are those tokens',
-        # not those places'.
+        # Images shift the positions of the tokens after them: the rows of the rotary tables are
+        # then those of the tokens' positions, not of their places.
         placed = counted.add(start, count, pictures.positions if pictures else None)
         angles = placed[self.axes].T * self.frequencies
         self.rope[0][start : start + count] = np.cos(angles)
         self.rope[1][start : start + count] = np.sin(angles)
 
-    def _show(self, tokens: Sequence[int], pictures: ImageEmbeddings) -> None:
+    def _bind_images(self, tokens: Sequence[int], pictures: ImageEmbeddings) -> None:
         self.feature_rows[0] = feature_rows(tokens, pictures, self.has_vision)
         self._bound("features", np.ascontiguousarray(pictures.features, np.float32))
 
@@ -253,9 +255,9 @@ class OrtSession(CarriesVision):
         self.last[0] = end - 1
         self.total[0] = end
         if self.counted:
-            self._place(self.counted, self.position, new, pictures)
+            self._set_rotary_rows(self.counted, self.position, new, pictures)
         if pictures:
-            self._show(tokens, pictures)
+            self._bind_images(tokens, pictures)
         elif self.has_vision:
             self.feature_rows[:] = -1
         self.session.run_with_iobinding(self.binding, self.shrinking if new > 1 else None)
@@ -272,7 +274,7 @@ class OrtSession(CarriesVision):
         self.last[0] = position
         self.total[0] = position + 1
         if self.counted:
-            self._place(self.counted, position, 1, None)
+            self._set_rotary_rows(self.counted, position, 1, None)
         self.session.run_with_iobinding(self.binding)
         self.position = position + 1
         return self.scores[0, 0]

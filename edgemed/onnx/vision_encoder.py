@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # products, activations to 8 bits in groups of 32. Measured with weights as small as trained ones
 # (standard deviation 0.02), 2, 8 and 32 layers: fp16 2e-4, 3e-4, 5e-4 behind the tower and 6e-4
 # behind the projector; int8 6e-4, 8e-3, 2e-2 and 1.5e-2. The limits leave a factor for towers with
-# larger values inside. bf16 has three bits less than fp16; w8a8 rounds activations by rows too
+# larger values inside. bf16 has three bits less than fp16; w8a8 quantizes activations by rows too
 # (measured 2.5e-2).
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "w8a8": 1e-1}
 

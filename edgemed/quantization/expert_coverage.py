@@ -71,7 +71,7 @@ def rows_of(experts: ExpertTokens | None, name: str, sample: int) -> torch.Tenso
 
 
 def too_few_tokens(name: str, rows: int, settings: QuantizeSettings) -> bool:
-    """Whether a matrix is an expert's that too few tokens reached to say anything about it: RTN
-    quantizes it.
+    """Whether a matrix is an expert's that too few tokens reached to say anything about it: it is
+    quantized by RTN.
     """
     return name.startswith("experts.") and rows < settings.expert_tokens

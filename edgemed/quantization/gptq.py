@@ -119,7 +119,7 @@ class Hessian:
 
     def output_error(self, weight: torch.Tensor, quantized: torch.Tensor) -> float:
         """|X (W - W')^T|^2 / |X W^T|^2: the share of a matrix' output over these inputs that
-        quantization changed. Asked before `inverse_factor` or after it.
+        quantization changed. It may be called before or after `inverse_factor`.
         """
         diagonal = self.diagonal
         if diagonal is None:
@@ -129,7 +129,7 @@ class Hessian:
 
     def corrected(self, factor: InverseFactor, share: float) -> torch.Tensor:
         """The weights [out, in] that GPTQ shall quantize instead of `weight` W, so that the error
-        its inputs already carry is made good too. Asked for once.
+        its inputs already carry is made good too. It can be called once only.
 
         Of all V, the one whose outputs X V^T are nearest to those of the exact inputs, E W^T,
         damping holding it to W, is (H + damp)^-1 (X^T E + damp) W^T, transposed (H = X^T X); W goes
@@ -137,7 +137,7 @@ class Hessian:
         al. 2025, arXiv 2504.02692) in closed form, with QEP's share (Arai and Ichikawa 2025, arXiv
         2504.09629).
 
-        Raises ValueError for a Hessian without a weight, or when it is asked for again.
+        Raises ValueError for a Hessian without a weight, or when it is called again.
         """
         cross = self.cross
         weight = self.weight
@@ -240,7 +240,7 @@ def _factor_inverse(work: torch.Tensor) -> bool:
     """
     tiles = _tiles(len(work), FACTOR_TILE)
     for tile in reversed(tiles):
-        # torch factors from the first row down; turned round, that is from the last one up.
+        # torch factors from the first row down; in reversed order that is from the last one up.
         lower, failed = torch.linalg.cholesky_ex(work[tile, tile].flip(0, 1))
         if failed:
             return False

@@ -52,14 +52,14 @@ def scale_of(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 # Smallest share of the plain scale that clipping tries: with fewer bits, more of the tail is worth
 # cutting.
-LEAST = {2: 0.3, 3: 0.45, 4: 0.6, 8: 0.9}
+LEAST_SHARE = {2: 0.3, 3: 0.45, 4: 0.6, 8: 0.9}
 TRIES = 20
 
 
 def clipped_scale(
     weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The scale among TRIES shares of scale_of's (1 down to LEAST) with the smallest sum of
+    """The scale among TRIES shares of scale_of's (1 down to LEAST_SHARE) with the smallest sum of
     importance * (weight - quantized)^2 along the last axis.
 
     importance broadcasts against weight, None: plain squared error. Ties go to the larger scale.
@@ -70,14 +70,14 @@ def clipped_scale(
     full = scale_of(weight, bits)
     best = full.clone()
     least = torch.full_like(full, float("inf"))
-    for share in torch.linspace(1, LEAST[bits], TRIES).tolist():
+    for share in torch.linspace(1, LEAST_SHARE[bits], TRIES).tolist():
         scale = (full * share).to(torch.float16).float().clamp_min_(6.104e-05)
-        error = (
-            ((weight / scale[..., None]).round_().clamp_(-zero, zero - 1) * scale[..., None])
-            .sub_(weight)
-            .square_()
-        )
-        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        # In place where possible: weight is a chunk of a million numbers.
+        quantized = (weight / scale[..., None]).round_().clamp_(-zero, zero - 1)
+        squares = (quantized * scale[..., None]).sub_(weight).square_()
+        if importance is not None:
+            squares.mul_(importance)
+        error = squares.sum(-1)
         better = error < least
         best = torch.where(better, scale, best)
         least = torch.where(better, error, least)
@@ -148,12 +148,12 @@ def _row_chunks(rows: int, columns: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def named(packings: Iterable[tuple[int, int]]) -> str:
+def widths_label(packings: Iterable[tuple[int, int]]) -> str:
     """'4-bit', or '3- and 8-bit' where integers of several widths are mixed."""
     return "- and ".join(str(bits) for bits in sorted({bits for bits, _ in packings})) + "-bit"
 
 
-def labelled(packings: Iterable[tuple[int, int]]) -> str:
+def packings_label(packings: Iterable[tuple[int, int]]) -> str:
     """(bits, group) of every matrix as a person would name it: 'int4 g128', 'int8 per column',
     'int4/8 mixed'.
     """

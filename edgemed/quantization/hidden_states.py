@@ -141,7 +141,7 @@ def _put(handle: IO[bytes], i: int, x: torch.Tensor) -> None:
 def _get(
     handle: BufferedReader | BufferedRandom, i: int, shape: tuple[int, int, int], folder: Path
 ) -> torch.Tensor:
-    """The i-th sample of a file. folder: named where it is cut off."""
+    """The i-th sample of a file. folder: named in the error where the file is too short."""
     x = torch.empty(shape)
     handle.seek(i * x.nbytes)
     if handle.readinto(_bytes_of(x)) != x.nbytes:

@@ -1,10 +1,10 @@
 """How large keys and values get, channel by channel, on calibration text: the fixed scales of an
 int8 KV cache.
 
-ONNX Runtime's attention rounds what it writes into the cache with scales that are constants of the
-graph, so they have to be known when the engine is made. Rotary positions turn a pair of channels
-into each other; the pair's length bounds both at every position, also those beyond the calibration
-samples.
+ONNX Runtime's attention quantizes what it writes into the cache with scales that are constants of
+the graph, so they have to be known when the engine is made. Rotary positions turn a pair of
+channels into each other; the pair's length bounds both at every position, also those beyond the
+calibration samples.
 """
 
 from __future__ import annotations

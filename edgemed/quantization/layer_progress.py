@@ -24,7 +24,7 @@ STATE = "state.json"
 
 
 class Layers:
-    """Finished layers of a step writing to `out`, under `key`; facts: what was said about each.
+    """Finished layers of a step writing to `out`, under `key`; facts: the notes of each.
 
     As a context it throws them away when the step is finished, where it failed before its first
     layer was, or where the disk is full: they hold the room that is missing.

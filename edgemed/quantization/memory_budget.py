@@ -38,7 +38,7 @@ def spilled(weights: CanonicalWeights, calibrated: bool, settings: QuantizeSetti
         return False
     d = weights.decoder
     numbers = max(held(weights, n, settings) for n in range(d.layers))
-    # The table of words is read twice as large for a moment.
+    # The embedding table takes twice its size while it is read.
     numbers = max(numbers, 2 * d.vocab * d.hidden)
     work = psutil.Process().memory_info().rss + LOADED + FLOAT32 * numbers
     if settings.max_memory and work > limit:

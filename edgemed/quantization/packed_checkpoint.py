@@ -137,16 +137,17 @@ def quantized_config(
     # As GPTQModel writes mixed checkpoints: a pattern for the module's whole name, and what differs
     # there.
     dynamic = {}
-    for name, (own_bits, own_group) in packings.items():
-        if (own_bits, own_group) != (bits, group):
-            for key in weights.keys[name]:
-                own = {"bits": own_bits, "group_size": own_group}
-                dynamic[f"+:^{re.escape(key)}$"] = own
+    for name, packing in packings.items():
+        if packing == (bits, group):
+            continue
+        for key in weights.keys[name]:
+            pattern = f"+:^{re.escape(key)}$"
+            dynamic[pattern] = {"bits": packing[0], "group_size": packing[1]}
     if dynamic:
         quantization["dynamic"] = dynamic
     config = dict(weights.family.folded(weights.checkpoint.config))
     config.pop("torch_dtype", None)
-    # For an adapter of the float model, which knows of none of it.
+    # An adapter of the float model has to be folded likewise.
     folded: dict[str, Any] = {}
     if weights.decoder != weights.unfolded:
         folded["q"] = [weights.unfolded.fold_factor(n) for n in range(weights.decoder.layers)]

@@ -1,8 +1,8 @@
-"""What quantizing a matrix costs the whole model: the KL divergence of its answers, to second
-order, for every matrix in one pass down and one back up.
+"""What quantizing a matrix costs the whole model: the KL divergence of its predictions, to
+second order, for every matrix in one pass down and one back up.
 
-Quantizing matrix W to W + D moves its outputs by D x. The answers' KL divergence is then half the
-Fisher information of that move; taken row by row and token by token (as K-FAC does: Martens and
+Quantizing matrix W to W + D moves its outputs by D x. The predictions' KL divergence is then half
+the Fisher information of that move; taken row by row and token by token (as K-FAC does: Martens and
 Grosse 2015, arXiv 1503.05671) it needs two moments, of the inputs and of the gradients at the
 outputs. Measuring the divergence itself would take one pass per matrix and precision: tests hold
 the two against each other.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Sensitivity:
     """Of one matrix. weight float32 [out, in]; moment float32 [in, in], 2 X^T X / n of its inputs;
     gradient float32 [out]: mean square of d log p(token) / d output per token, tokens drawn from
-    the model's own answers.
+    the model's own predictions.
     """
 
     weight: torch.Tensor
@@ -79,9 +79,10 @@ def sensitivities(
 
 
 def _gradient_at_the_top(weights: CanonicalWeights, x: torch.Tensor) -> torch.Tensor:
-    """d log p(drawn answer) / d hidden state, float32 [samples, tokens, hidden]. A head that gives
-    scores, not words, is asked at the last token for its scores' own change (a random mix of them,
-    whose square is in the mean that of all).
+    """d log p(drawn token) / d hidden state, float32 [samples, tokens, hidden].
+
+    A head that gives scores, not words, counts at the last token alone. Its gradient is that of a
+    random mix of the scores, whose mean square is the sum over all scores.
     """
     d = weights.decoder
     final, matrix, bias = output_head(weights)

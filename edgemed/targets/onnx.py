@@ -28,7 +28,7 @@ from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
-from edgemed.quantization.grids import Ints, labelled, named
+from edgemed.quantization.grids import Ints, packings_label, widths_label
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -186,8 +186,8 @@ def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
     stored = weights.packings()
     if bits and params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
         return (
-            f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks"
-            f" for {bits}; use precision auto"
+            f"the checkpoint holds {widths_label(stored)} integers and precision"
+            f" {params.precision} asks for {bits}; use precision auto"
         )
     if params.precision == "w8a8" and (reason := w8a8_refused(weights)):
         return reason
@@ -284,7 +284,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     if precision.integers:
         label = "w8a8"
     elif bits:
-        label = labelled(weights.packings() or {(bits, params.group)})
+        label = packings_label(weights.packings() or {(bits, params.group)})
     else:
         label = {"float32": "fp32", "float16": "fp16"}[floats]
     notes: dict[str, Any] = {

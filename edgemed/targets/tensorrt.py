@@ -22,7 +22,7 @@ from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
-from edgemed.quantization.grids import labelled, named
+from edgemed.quantization.grids import packings_label, widths_label
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -215,8 +215,8 @@ def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
         return w8a8_refused(weights) or (None if weights.activation_ranges else missing)
     if params.precision != "auto" and stored and {b for b, _ in stored} != {bits}:
         return (
-            f"the checkpoint holds {named(stored)} integers and precision {params.precision} asks"
-            f" for {bits}; use precision auto"
+            f"the checkpoint holds {widths_label(stored)} integers and precision"
+            f" {params.precision} asks for {bits}; use precision auto"
         )
     if stored:
         return _packings_refused(weights, stored)
@@ -356,7 +356,7 @@ def _precision(weights: CanonicalWeights, params: Params, chosen: str) -> str:
     elif packings == {(8, -1)}:
         integers = "int8 per output"
     else:
-        integers = labelled(packings)
+        integers = packings_label(packings)
     return integers if chosen == "fp16" else f"{integers} {chosen}"
 
 

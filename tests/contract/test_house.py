@@ -103,6 +103,34 @@ def test_imports_go_down(file: Path) -> None:
         assert LEVEL[other] < LEVEL[own], f"{own} imports {other}, which does not lie below it"
 
 
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def test_no_circles() -> None:
+    """No module imports itself by way of others, inside of a package either."""
+    modules = {module_of(file): file for file in FILES}
+    graph: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        graph[name] = set()
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                graph[name].add(node.module)
+                graph[name].update(f"{node.module}.{alias.name}" for alias in node.names)
+        graph[name] &= set(modules)
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
 def test_top_of_the_package() -> None:
     """Only what every package uses lies outside of a package."""
     assert {f.stem for f in PACKAGE.glob("*.py")} == {

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calibration_texts import section_texts
 from conftest import (
     VOCAB,
     cli,
@@ -31,7 +32,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from edgemed.artifacts import hashing, store
-from edgemed.data.text_sets import texts
 from edgemed.distillation import pruning
 from edgemed.distillation.divergences import (
     divergence,
@@ -80,15 +80,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A few short texts, so that a run takes a second."""
-    file = tmp_path_factory.mktemp("distill") / "text.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps({"id": n, "text": found[:300]}) + "\n"
-            for n, found in enumerate(texts("pubmedqa-sections")[:40])
-        ),
-        encoding="utf-8",
-    )
-    return str(file)
+    return section_texts(tmp_path_factory.mktemp("distill") / "text.jsonl")
 
 
 def small(text: str, **changes: object) -> distill.Params:

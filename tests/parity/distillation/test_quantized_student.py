@@ -7,12 +7,12 @@ packed files: each checks the other.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from calibration_texts import section_texts
 from conftest import VOCAB, cli, distilled_whole_and_killed, refused, tokens, write_model
 
 torch = pytest.importorskip("torch")
@@ -21,7 +21,6 @@ pytest.importorskip("accelerate")
 
 from edgemed import params as strict
 from edgemed.artifacts import hashing, store
-from edgemed.data.text_sets import texts
 from edgemed.distillation import quantized_student, student
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
@@ -45,15 +44,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("refit") / "text.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps({"id": n, "text": found[:300]}) + "\n"
-            for n, found in enumerate(texts("pubmedqa-sections")[:40])
-        ),
-        encoding="utf-8",
-    )
-    return str(file)
+    return section_texts(tmp_path_factory.mktemp("refit") / "text.jsonl")
 
 
 def packed(model: Path, out: Path, bits: int, group: int = 32) -> Path:

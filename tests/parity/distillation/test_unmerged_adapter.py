@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calibration_texts import section_texts
 from conftest import cli, distilled_whole_and_killed, refused, tokens, write_model
 
 torch = pytest.importorskip("torch")
@@ -22,7 +23,6 @@ pytest.importorskip("accelerate")
 
 from edgemed import plugins
 from edgemed.artifacts import hashing, store
-from edgemed.data.text_sets import texts
 from edgemed.distillation import quantized_student, student
 from edgemed.engines.engine import export
 from edgemed.errors import EdgemedError
@@ -42,20 +42,8 @@ CASES = {
     "grouped": ("llama", {"num_key_value_heads": 1}, "rtn"),
     "rescaled": ("gpt2", {}, "awq"),
 }
-FP32_TOLERANCE = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
-CARRIED = {"onnx": {"accuracy_level": 1}, "llamacpp": {"from_checkpoint": True}}
-
-
-def write_text(folder: Path) -> str:
-    file = folder / "text.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps({"id": n, "text": found[:300]}) + "\n"
-            for n, found in enumerate(texts("pubmedqa-sections")[:40])
-        ),
-        encoding="utf-8",
-    )
-    return str(file)
+FLOAT32_PARAMS = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
+PRESERVED = {"onnx": {"accuracy_level": 1}, "llamacpp": {"from_checkpoint": True}}
 
 
 def beside(text: str, **changes: object) -> distill.Params:
@@ -82,7 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     family, config, method = CASES[request.param]
     model = write_model(folder / "model", family=family, **config)
-    text = write_text(folder)
+    text = section_texts(folder / "text.jsonl")
     rounded = quantize.Params(
         method,
         4,
@@ -117,7 +105,7 @@ def pefts(folder: Path, work: Path) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("target", FP32_TOLERANCE)
+@pytest.mark.parametrize("target", FLOAT32_PARAMS)
 def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
     case: Path, target: str, tmp_path: Path
 ) -> None:
@@ -129,7 +117,7 @@ def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
         np.abs(logits(answering(trained), torch.tensor([IDS]))[0].numpy() - right).max()
         < 1e-4 * np.abs(right).max()
     )
-    engine = export(trained, target, module.Params(**FP32_TOLERANCE[target]), tmp_path / "engine")
+    engine = export(trained, target, module.Params(**FLOAT32_PARAMS[target]), tmp_path / "engine")
     assert list(engine.adapters) == ["qad"]
     assert engine.default == "qad"
     session = engine.open(1)
@@ -150,9 +138,9 @@ def test_an_engine_with_the_adapter_is_the_model_that_was_trained(
     assert np.array_equal(named.prefill(IDS, every=True), base)
     named.close()
     # The very integers with the adapter: embedding and output matrix are rounded besides.
-    carried = export(trained, target, module.Params(**CARRIED[target]), tmp_path / "carried").open(
-        1
-    )
+    carried = export(
+        trained, target, module.Params(**PRESERVED[target]), tmp_path / "carried"
+    ).open(1)
     found = carried.prefill(IDS, every=True).copy()
     carried.close()
     assert np.abs(found - right).max() < 0.1 * np.abs(right - rounded).max()
@@ -265,7 +253,7 @@ def test_on_its_own_base_it_can_be_switched(case: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_text(tmp_path_factory.mktemp("text"))
+    return section_texts(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -38,7 +38,7 @@ TARGETS = {
     "qwen2": ["q_proj", "k_proj", "v_proj", "up_proj"],
 }
 IDS = tokens(60)
-FP32_TOLERANCE = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
+FLOAT32_PARAMS = {"onnx": {"precision": "fp32"}, "llamacpp": {"type": "f32"}}
 QUICKSTART = ROOT / "recipes" / "quickstart"
 
 
@@ -55,6 +55,15 @@ def save(model, out, config, seed=0):
         scores = model(input_ids=torch.tensor([IDS])).logits[0].numpy()
     model.save_pretrained(out, save_embedding_layers=False)
     return scores
+
+
+def gpt2_lora():
+    return peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=TARGETS["gpt2"],
+        fan_in_fan_out=True,
+    )
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -86,18 +95,18 @@ def case(request, tmp_path_factory):
     return model, {name: str(folder / name) for name in configs}, scores
 
 
-@pytest.mark.parametrize("target", FP32_TOLERANCE)
+@pytest.mark.parametrize("target", FLOAT32_PARAMS)
 def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path):
     model, adapters, scores = case
     module = plugins.load("targets", target)
     checkpoint = open_checkpoint(model)
     plain = export(
-        checkpoint, target, module.Params(**FP32_TOLERANCE[target]), tmp_path / "plain"
+        checkpoint, target, module.Params(**FLOAT32_PARAMS[target]), tmp_path / "plain"
     ).open(1)
     engine = export(
         checkpoint,
         target,
-        module.Params(**FP32_TOLERANCE[target], adapters=adapters),
+        module.Params(**FLOAT32_PARAMS[target], adapters=adapters),
         tmp_path / "engine",
     )
     assert tuple(engine.adapters) == ("first", "second")
@@ -123,7 +132,7 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
         merged = export(
             open_checkpoint(merged_folder),
             target,
-            module.Params(**FP32_TOLERANCE[target]),
+            module.Params(**FLOAT32_PARAMS[target]),
             tmp_path / f"engine-{name}",
         ).open(1)
         assert np.abs(merged.prefill(IDS, every=True) - found).max() < bound * np.abs(right).max()
@@ -139,13 +148,13 @@ def test_each_adapter_is_pefts_and_the_base_is_untouched(case, target, tmp_path)
         opened.close()
 
 
-@pytest.mark.parametrize("target", FP32_TOLERANCE)
+@pytest.mark.parametrize("target", FLOAT32_PARAMS)
 def test_a_switch_forgets_the_cache_and_staying_keeps_it(case, target, tmp_path):
     model, adapters, scores = case
     engine = export(
         open_checkpoint(model),
         target,
-        plugins.load("targets", target).Params(**FP32_TOLERANCE[target], adapters=adapters),
+        plugins.load("targets", target).Params(**FLOAT32_PARAMS[target], adapters=adapters),
         tmp_path / "engine",
     )
     session = engine.open(1, "first")
@@ -226,16 +235,7 @@ def test_factors_follow_what_a_quantize_step_folds(tmp_path):
     q rows, and so must an adapter's.
     """
     model = write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=True)
-    save(
-        model,
-        tmp_path / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, tmp_path / "adapter", gpt2_lora())
     (tmp_path / "packed").mkdir()
     quantize.run(open_checkpoint(model), tmp_path / "packed", quantize.Params("rtn", 8, 32))
     packed = open_checkpoint(tmp_path / "packed")
@@ -260,16 +260,7 @@ def test_factors_follow_what_a_quantize_step_folds(tmp_path):
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
     model = write_model(tmp_path / "model")
-    save(
-        model,
-        tmp_path / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, tmp_path / "adapter", gpt2_lora())
     (tmp_path / "packed").mkdir()
     shape = {"bits": 8, "group": -1} if method == "smoothquant" else {"group": 32}
     quantize.run(
@@ -295,16 +286,7 @@ def test_a_base_whose_inputs_were_rescaled_is_refused(tmp_path, method):
 def test_a_base_that_an_older_step_quantized_is_refused(tmp_path, method):
     """Its config.json does not say what was folded; its manifest does."""
     model = write_model(tmp_path / "model", scale_attn_by_inverse_layer_idx=method == "rtn")
-    save(
-        model,
-        tmp_path / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, tmp_path / "adapter", gpt2_lora())
     params = quantize.Params(
         method,
         8,
@@ -333,7 +315,7 @@ def test_the_quickstarts_adapter_says_what_the_merged_engine_says(tmp_path):
     from edgemed.data.text_sets import texts
     from edgemed.models.tokenizer import encode
 
-    for target, params in FP32_TOLERANCE.items():
+    for target, params in FLOAT32_PARAMS.items():
         module = plugins.load("targets", target)
         session = export(
             checkpoint,
@@ -365,16 +347,7 @@ def tiny(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("cli")
     model = write_model(folder / "model")
-    save(
-        model,
-        folder / "adapter",
-        peft.LoraConfig(
-            r=4,
-            lora_alpha=12,
-            target_modules=TARGETS["gpt2"],
-            fan_in_fan_out=True,
-        ),
-    )
+    save(model, folder / "adapter", gpt2_lora())
     done = cli(
         "export",
         model,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calibration_texts import dose_texts
 from conftest import ROOT, VOCAB, rewrite, tiny_config, tokens
 from moe_models import MODELS, reference, write
 
@@ -420,20 +421,7 @@ def quantized(path: Path, out: Path, **values: object) -> tuple[dict, CanonicalW
 
 
 def card(folder: Path) -> str:
-    file = folder / "text.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": str(i),
-                    "text": f"Dose {i} of {3 * i} mg is given each morning, and {i * i} at night. ",
-                }
-            )
-            + "\n"
-            for i in range(40)
-        )
-    )
-    return str(file)
+    return dose_texts(folder / "text.jsonl")
 
 
 @pytest.mark.parametrize("name", ["moe-tinymed", "med-moe-phi"])

@@ -4,13 +4,13 @@ that count every expert, memory of a sparse layer.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from calibration_texts import dose_texts
 from conftest import tokens
 from moe_models import write
 
@@ -41,20 +41,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": str(i),
-                    "text": f"Dose {i} of {3 * i} mg is given each morning, and {i * i} at night. ",
-                }
-            )
-            + "\n"
-            for i in range(40)
-        )
-    )
-    return str(file)
+    return dose_texts(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 def quantized(checkpoint: Checkpoint, out: Path, **values: object) -> tuple[dict, CanonicalWeights]:

@@ -20,7 +20,7 @@ from edgemed.models.weights import CanonicalWeights, Packed
 from edgemed.quantization import scale_folding
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
 from edgemed.quantization.gptq import Hessian, Solution, inverse_factor_of, output_error, solve
-from edgemed.quantization.grids import LEAST, TRIES, clipped_scale, rtn, scale_of, widened
+from edgemed.quantization.grids import LEAST_SHARE, TRIES, clipped_scale, rtn, scale_of, widened
 from edgemed.quantization.hidden_states import Activations, Inputs
 from edgemed.quantization.methods import awq
 from edgemed.quantization.sensitivity import sensitivities
@@ -80,7 +80,7 @@ def test_the_clipped_scale_is_the_best_of_those_tried(bits):
         full = float(np.float16(np.abs(weight[row].numpy()).max() * 2 / (2**bits - 1)))
         tried = [
             float(np.float16(np.float32(full) * np.float32(share)))
-            for share in torch.linspace(1, LEAST[bits], TRIES).tolist()
+            for share in torch.linspace(1, LEAST_SHARE[bits], TRIES).tolist()
         ]
         for scale in tried:
             rounded = np.clip(np.round(w / scale), -zero, zero - 1) * scale

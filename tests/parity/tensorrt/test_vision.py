@@ -285,6 +285,7 @@ def clip_weights(layers: int = 3) -> tuple[Any, Any, VisionConfig]:
 
     weights = SimpleNamespace(
         vision=v,
+        require_vision=lambda: v,
         decoder=SimpleNamespace(hidden=64),
         matrix=matrix,
         norm=norm,

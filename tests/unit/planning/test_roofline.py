@@ -2,6 +2,7 @@
 has.
 """
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -184,10 +185,9 @@ def test_stated_error(rows):
         assert rows["within 45 %"] >= 80
 
 
-@pytest.mark.process
-def test_constants_are_those_the_script_fits():
-    pytest.importorskip("scipy")
-    code = "import json, fit_roofline; print(json.dumps(fit_roofline.all_fits()))"
+def from_script(function):
+    """What a function of bench/fit_roofline.py returns, in a process of its own."""
+    code = f"import json, fit_roofline; print(json.dumps(fit_roofline.{function}()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -196,9 +196,13 @@ def test_constants_are_those_the_script_fits():
         cwd=ROOT / "bench",
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
     )
-    import json
+    return json.loads(done.stdout)
 
-    again = json.loads(done.stdout)
+
+@pytest.mark.process
+def test_constants_are_those_the_script_fits():
+    pytest.importorskip("scipy")
+    again = from_script("all_fits")
     stored = fitted()
     assert flat(again) == pytest.approx(flat(stored), rel=0.02)
 
@@ -214,18 +218,8 @@ def flat(values, prefix=""):
 
 
 def test_own_rows_are_those_of_the_records():
-    code = "import json, fit_roofline; print(json.dumps(fit_roofline.own_rows()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT / "bench",
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
-    )
-    import json
-
-    found = [{name: str(value) for name, value in row.items()} for row in json.loads(done.stdout)]
+    rows = from_script("own_rows")
+    found = [{name: str(value) for name, value in row.items()} for row in rows]
     assert found == validation.rows("own_latency"), "run python bench/fit_roofline.py"
 
 
