@@ -29,7 +29,7 @@ from records import save
 from edgemed.engines.engine import Engine, export
 from edgemed.evaluation.answerer import Answerer
 from edgemed.evaluation.prompting import PromptPlan
-from edgemed.evaluation.task import Example, Questions, describe, questions
+from edgemed.evaluation.task import Example, Questions, questions, task_description
 from edgemed.inference.session import Session
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
@@ -201,7 +201,7 @@ def compare(
             their = theirs[ours, example.id]
             prompt = these.task.render(example)
             row["prompts_differ"] += (
-                describe(these.task, example) + prompt.context,
+                task_description(these.task, example) + prompt.context,
                 list(prompt.options),
             ) != (their["prompt"], their["options"])
             best = max(range(len(their["scores"])), key=their["scores"].__getitem__)

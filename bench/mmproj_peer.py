@@ -60,7 +60,7 @@ def main() -> None:
         (source / "preprocessor_config.json").write_text(
             json.dumps({"image_mean": weights.vision.mean, "image_std": weights.vision.std})
         )
-    mmproj.write(weights, args.work, args.type)
+    mmproj.write_mmproj(weights, args.work, args.type)
     subprocess.run(
         [
             sys.executable,

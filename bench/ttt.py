@@ -16,13 +16,13 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent),
     str(Path(__file__).resolve().parent / "quality"),
 ]
-from compare import CARD, source_model
+from compare_adapted import CARD, source_model
 from records import save
 
 
 def main() -> None:
     from edgemed.evaluation.task import questions
-    from edgemed.evaluation.test_time_training import Adapt, compare
+    from edgemed.evaluation.test_time_training import Adapt, compare_adapted
     from edgemed.models.checkpoint import open_checkpoint
 
     arms = {
@@ -44,7 +44,7 @@ def main() -> None:
     asked = questions("section", args.limit)
     rows = {}
     for name in args.only:
-        found = compare(checkpoint, asked, arms[name])
+        found = compare_adapted(checkpoint, asked, arms[name])
         kept = {
             key: found["paired"][key]
             for key in ("n", "only_source", "only_engine", "changed", "difference", "mcnemar_p")

@@ -456,7 +456,7 @@ def install(
     log = []
     trt = module(version, driver, log)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr(cuda_driver, "load", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "load_driver", lambda: driver)
     return types.SimpleNamespace(
         trt=trt,
         driver=driver,

@@ -12,6 +12,8 @@ from typing import Any
 
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.document import plain
+from edgemed.documents.bench import BenchRecord
+from edgemed.documents.document import plain
 from edgemed.errors import EdgemedError
 
 RECORDS = "records.jsonl"

@@ -12,10 +12,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import operator
-import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ from edgemed.onnx.ort_dialect import WIDE_SUMS
 ROWS = 128
 SIZE = 2048
 GROUP = 128
+# Graphs of one operator each, for ONNX Runtime: written by bench/make_probes.py, because a device
+# need not have the onnx package.
+PROBES = Path(__file__).parent / "probes"
+# The operator in the graph of each precision; int4 is of ONNX Runtime itself.
+OPERATORS = {"fp32": "MatMul", "fp16": "MatMul", "int8": "MatMulInteger", "int4": "MatMulNBits"}
 # Seconds spent on each product, on each number of threads, on the call and on the GPU: about two
 # minutes in all, or a few seconds.
 LONG = 6.0
@@ -92,7 +97,7 @@ def measure(quick: bool = False, threads: int | None = None) -> tuple[dict[str, 
         for name, version in store.versions().items()
         if name in ("edgemed", "numpy", "onnxruntime", "torch")
     )
-    said = (
+    source = (
         "measured on the machine itself,"
         f" {time.strftime('%Y-%m-%d', time.gmtime())}{' (quick)' if quick else ''}, load average"
         f" {load:.1f}, {facts['os']}, {versions}"
@@ -102,7 +107,7 @@ def measure(quick: bool = False, threads: int | None = None) -> tuple[dict[str, 
         "bandwidth": ("achievable_gb_s",),
         "compute": ("achieved", "launch_us"),
     }
-    return values | {"source": dict.fromkeys(parts, said)}, skipped
+    return values | {"source": dict.fromkeys(parts, source)}, skipped
 
 
 def measured(out: Path | None, quick: bool) -> dict[str, Any]:
@@ -164,12 +169,54 @@ def best(run: Callable[[], Any], seconds: float) -> float:
     return min(times)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A probe graph, ready to be timed: one call is one product. It keeps the weights, because the
+    session reads them where they lie.
+    """
+
+    session: Any
+    weights: dict[str, Any]
+    x: np.ndarray
+
+    def __call__(self) -> np.ndarray:
+        """The product of `x` with the weights."""
+        return self.session.run(None, {"x": self.x})[0]
+
+
+def open_probe(name: str, x: np.ndarray, weights: dict[str, np.ndarray], threads: int) -> Probe:
+    """The shipped graph `name` on ONNX Runtime's CPU kernels, with these values as its weights.
+
+    The weights are constants of the graph, as an engine's are: a runtime reorders constants once,
+    before the first call. bench/make_probes.py writes the graphs and says their shapes and element
+    types. Raises ONNX Runtime's NotImplemented where it has no such kernel on this CPU.
+    """
+    ort = need("onnxruntime", "onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry(*WIDE_SUMS)  # as the engines have it
+    values = {
+        weight: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        for weight, array in weights.items()
+    }
+    options.add_external_initializers(list(values), list(values.values()))
+    session = ort.InferenceSession(
+        str(PROBES / f"{name}.onnx"),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+    probe = Probe(session, values, x)
+    probe()
+    return probe
+
+
 def _call() -> Callable[[], Any]:
     """The cheapest call a runtime can make: one product of two numbers."""
+    one = np.ones((1, 1), np.float32)
     if importlib.util.find_spec("onnxruntime") is None:
-        x = np.ones((1, 1), np.float32)
-        return lambda: x @ x
-    return _session("MatMul", np.ones((1, 1), np.float32), {"b": np.ones((1, 1), np.float32)}, 1)
+        return lambda: one @ one
+    return open_probe("call", one, {"b": one}, 1)
 
 
 def _products(threads: int, skipped: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -192,117 +239,20 @@ def _products(threads: int, skipped: list[str]) -> Iterator[tuple[str, Callable[
         return
     integers = random.integers(0, 255, (SIZE, SIZE), np.uint8)
     packed = integers[:, : SIZE // 2].reshape(SIZE, SIZE // GROUP, GROUP // 2)
-    choices: dict[str, tuple[str, np.ndarray, dict[str, np.ndarray], dict[str, int]]] = {
-        "fp32": ("MatMul", x, {"b": w}, {}),
-        "fp16": ("MatMul", x.astype(np.float16), {"b": w.astype(np.float16)}, {}),
-        "int8": ("MatMulInteger", integers[:ROWS], {"b": integers.view(np.int8)}, {}),
-        "int4": (
-            "MatMulNBits",
-            x,
-            {"b": packed, "scales": np.ones((SIZE, SIZE // GROUP), np.float32)},
-            {"K": SIZE, "N": SIZE, "bits": 4, "block_size": GROUP, "accuracy_level": 4},
-        ),
+    scales = np.ones((SIZE, SIZE // GROUP), np.float32)
+    operands: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]] = {
+        "fp32": (x, {"b": w}),
+        "fp16": (x.astype(np.float16), {"b": w.astype(np.float16)}),
+        "int8": (integers[:ROWS], {"b": integers.view(np.int8)}),
+        "int4": (x, {"b": packed, "scales": scales}),
     }
-    for name, (op, given, constants, attributes) in choices.items():
+    for name, (rows, weights) in operands.items():
         try:
-            yield name, _session(op, given, constants, threads, attributes)
+            yield name, open_probe(name, rows, weights, threads)
         except need("onnxruntime", "onnx").capi.onnxruntime_pybind11_state.NotImplemented:
-            skipped.append(f"{name} products: ONNX Runtime has no {op} of this type on this CPU")
-
-
-def _session(
-    op: str,
-    x: np.ndarray,
-    constants: dict[str, np.ndarray],
-    threads: int,
-    attributes: dict[str, int] | None = None,
-) -> Callable[[], Any]:
-    ort = need("onnxruntime", "onnx")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.add_session_config_entry(*WIDE_SUMS)  # as the engines have it
-    session = ort.InferenceSession(
-        one_operator(op, x, constants, attributes or {}),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
-    session.run(None, {"x": x})
-    return lambda: session.run(None, {"x": x})
-
-
-# ONNX's numbers of element types (TensorProto.DataType).
-ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "float16": 10}
-
-
-def one_operator(
-    op: str, x: np.ndarray, constants: dict[str, np.ndarray], attributes: dict[str, int]
-) -> bytes:
-    """An ONNX model of one operator: input 'x', the constants, output 'y'. Written by hand, because
-    a device need not have the onnx package.
-
-    Field numbers are those of onnx.proto3: ModelProto 1 ir_version, 7 graph, 8 opset_import;
-    GraphProto 1 node, 2 name, 5 initializer, 11 input, 12 output; NodeProto 1 input, 2 output, 4
-    op_type, 5 attribute, 7 domain; AttributeProto 1 name, 3 i, 20 type (2: an integer).
-    """
-    domain = "com.microsoft" if op == "MatMulNBits" else ""
-    result = "int32" if op == "MatMulInteger" else x.dtype.name
-    node = (
-        b"".join(_field(1, name.encode()) for name in ("x", *constants))
-        + _field(2, b"y")
-        + _field(4, op.encode())
-        + _field(7, domain.encode())
-    )
-    node += b"".join(
-        _field(5, _field(1, name.encode()) + _number(3, value) + _number(20, 2))
-        for name, value in attributes.items()
-    )
-    tensors = b"".join(
-        _field(
-            5,
-            b"".join(_number(1, size) for size in array.shape)
-            + _number(2, ONNX_TYPES[array.dtype.name])
-            + _field(8, name.encode())
-            + _field(9, array.tobytes()),
-        )
-        for name, array in constants.items()
-    )
-    graph = (
-        _field(1, node)
-        + _field(2, b"measure")
-        + tensors
-        + _field(11, _value("x", x.dtype.name))
-        + _field(12, _value("y", result))
-    )
-    opsets = b"".join(
-        _field(8, (_field(1, name) if name else b"") + _number(2, version))
-        for name, version in ((b"", 17), (b"com.microsoft", 1))
-    )
-    return _number(1, 8) + _field(7, graph) + opsets
-
-
-def _value(name: str, dtype: str) -> bytes:
-    # ValueInfoProto: 1 name, 2 type; TypeProto: 1 tensor_type; its 1 elem_type, 2 shape;
-    # TensorShapeProto: 1 dim, here two of any size.
-    return _field(1, name.encode()) + _field(
-        2, _field(1, _number(1, ONNX_TYPES[dtype]) + _field(2, 2 * _field(1, b"")))
-    )
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _number(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes(out) + struct.pack("B", value)
+            skipped.append(
+                f"{name} products: ONNX Runtime has no {OPERATORS[name]} of this type on this CPU"
+            )
 
 
 def gpu_values(seconds: float, skipped: list[str]) -> dict[str, Any]:

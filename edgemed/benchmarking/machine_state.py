@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgemed.documents.bench import MachineState
+from edgemed.documents.bench import MachineState
 from edgemed.errors import EdgemedError
 from edgemed.hardware import nvml, thermal
 from edgemed.hardware.power_sensors import Meter
@@ -35,7 +36,7 @@ class Conditions:
 
     def __init__(self) -> None:
         self.card: nvml.Card | None = None
-        self.before = self.after = thermal.look()
+        self.before = self.after = thermal.read_state()
         self.early: list[thermal.State] = []
         self.late: list[thermal.State] = []
         self.on_gpu = False
@@ -47,7 +48,7 @@ class Conditions:
         if self.on_gpu:
             self.card = gpu()
             self.meter = Meter(on_gpu=True)
-            self.before = thermal.look(card=self.card)
+            self.before = thermal.read_state(card=self.card)
         if not self.before.empty:
             self.hold(prefilling(session, prompt), EARLY, self.early)
 
@@ -71,7 +72,7 @@ class Conditions:
                 rows += self.measure(name, steps, how)
             elif not self.before.empty:
                 self.hold(steps, EARLY, self.late)
-        self.after = thermal.look(card=self.card)
+        self.after = thermal.read_state(card=self.card)
         return rows
 
     def rest(self) -> list[Row]:
@@ -131,7 +132,7 @@ class Conditions:
         while (now := time.perf_counter() - started) < seconds or not tokens:
             tokens += next(steps)
             if now >= look:
-                looks.append(thermal.look(card=self.card))
+                looks.append(thermal.read_state(card=self.card))
                 look = now + LOOK
         return tokens
 
@@ -144,7 +145,7 @@ class Conditions:
             "energy_reason": self.meter.reason or None,
         }
         return {
-            **thermal.told(self.before, self.early, self.late, self.after),
+            **thermal.thermal_record(self.before, self.early, self.late, self.after),
             **energy,
             "wait": waiting(),
         }
@@ -176,7 +177,7 @@ def decoding(session: Session, prompt: Sequence[int], new: int) -> Iterator[int]
 def gpu() -> nvml.Card | None:
     """The GPU the session uses, None where NVML does not answer: the energy reason says so."""
     try:
-        return nvml.card()
+        return nvml.first_card()
     except EdgemedError:
         return None
 

@@ -111,7 +111,7 @@ def check(
     """Which evaluation questions share 13 words in a row with a card, and what in it looks like
     data of patients; exits with 1 where one shares them with its calibration texts.
     """
-    from edgemed.evaluation.contamination import check as check_card
+    from edgemed.evaluation.contamination import check_contamination as check_card
 
     result = check_card(card, task or ())
     overlap = result["overlap"]

@@ -49,7 +49,7 @@ def experts(
     """Tokens per expert of each sparse layer, by task and language, on the float checkpoint; or
     what the authors' noise does to its answers.
     """
-    from edgemed.evaluation.expert_usage import load, spread
+    from edgemed.evaluation.expert_usage import count_expert_usage, spread
     from edgemed.models.checkpoint import open_checkpoint
 
     if noise:
@@ -61,7 +61,9 @@ def experts(
         rows = [spread(open_checkpoint(model), name, noise, scale, limit) for name in task]
         show(rows if json_ else [spread_row(row) for row in rows], json_)
         return
-    rows = load(open_checkpoint(model), task or [], calibration or [], limit, samples, length)
+    rows = count_expert_usage(
+        open_checkpoint(model), task or [], calibration or [], limit, samples, length
+    )
     show(rows if json_ else [load_row(row) for row in rows], json_)
 
 

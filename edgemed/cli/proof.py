@@ -395,13 +395,13 @@ def ttt(
     from edgemed import params
     from edgemed.artifacts import store
     from edgemed.evaluation.task import questions
-    from edgemed.evaluation.test_time_training import Adapt, compare
+    from edgemed.evaluation.test_time_training import AdaptationSettings, compare_adapted
     from edgemed.models.checkpoint import open_checkpoint
 
-    comparison = compare(
+    comparison = compare_adapted(
         open_checkpoint(model),
         questions(task, limit),
-        params.build(Adapt, settings(sets, text=text, k=k, rate=rate), "ttt"),
+        params.build(AdaptationSettings, settings(sets, text=text, k=k, rate=rate), "ttt"),
     )
     if out:
         store.write_json(out, comparison.to_json())

@@ -41,8 +41,8 @@ def card(
     before = store.read_manifest(engine)
     sections = {}
     if source:
-        sections["source"] = record.describe(source, record.directory_of(source), engine)
-    evidence = record.write(engine, sections)
+        sections["source"] = record.describe_source(source, record.directory_of(source), engine)
+    evidence = record.write_card_and_bom(engine, sections)
     result = {
         "card": str(engine / "README.md"),
         "bill of materials": str(engine / "bom.cdx.json"),
@@ -96,11 +96,11 @@ def signed(directory: Path, key: Path | None, as_json: bool) -> dict[str, str]:
     """Who signed a directory and when; {} where no key is given. Names what was changed since and
     ends with exit code 1, before anything is loaded from it.
     """
-    from edgemed.provenance.signature import check
+    from edgemed.provenance.signature import check_signature
 
     if key is None:
         return {}
-    result = check(directory, key)
+    result = check_signature(directory, key)
     problems = result["problems"]
     signer = {"signed by": result["public_key"], "signed": result["signed"]}
     if problems:

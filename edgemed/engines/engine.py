@@ -24,7 +24,7 @@ from edgemed.errors import EdgemedError, nearest
 from edgemed.inference.session import AdapterSession, Session, VisionEncoder
 from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import Checkpoint
-from edgemed.models.lora import BASE, FOLDER, adapter_config, carried, quantized_base
+from edgemed.models.lora import BASE, FOLDER, adapter_config, carried_adapters, quantized_base
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 
@@ -196,7 +196,7 @@ def export(
                 "rope_frequencies": d.rope_frequencies,
                 "rope_axes": d.rope_axes,
                 "vision": seen,
-                "adapters": list(carried(checkpoint, params.adapters)),
+                "adapters": list(carried_adapters(checkpoint, params.adapters)),
                 "default": checkpoint.adapter.name if checkpoint.adapter else "",
             } | {key: notes[key] for key in ("unbuilt", "centred") if key in notes}
             store.write_json(work.path / ENGINE, facts)
@@ -273,7 +273,9 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
 
 def _plan_problems(path: Path) -> list[str]:
     plan = path / store.ON_DEVICE / PLAN
-    return store.check_manifest(plan) if (plan / store.MANIFEST).is_file() else []
+    if not (plan / store.MANIFEST).is_file():
+        return []
+    return store.check_manifest(plan)
 
 
 def require_built(engine: Engine, verb: str) -> None:

@@ -122,44 +122,46 @@ def grid_of(picture: np.ndarray, v: VisionConfig) -> tuple[int, int]:
 def make_image_reference(
     session: Session,
     look: Look,
-    asked: Sequence[tuple[Sequence[int], np.ndarray]],
+    samples: Sequence[tuple[Sequence[int], np.ndarray]],
     new: int,
     v: VisionConfig,
     parts: int,
 ) -> ImageReference:
-    """Show the source its images. session, look: the float32 source; asked: (prompt with one image
-    token, uint8 picture); new: greedy tokens per answer.
+    """Show the source its images. session, look: the float32 source. samples: (prompt with one
+    image token, uint8 picture). new: greedy tokens per answer.
 
     parts: of a rotary position. Stop tokens are not honoured: every answer has the same number of
     tokens to compare. Raises EdgemedError as placed.
     """
     pil = need("PIL.Image", "vision")
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*STAGED, "logits", "greedy")}
-    for tokens, picture in track(list(asked), "reference answers about images"):
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in (*STAGED, "logits", "greedy")}
+    for tokens, picture in track(list(samples), "reference answers about images"):
         patches, tower, features = look(pil.fromarray(picture))
         prompt, pictures = placed(
             tokens, [(features, grid_of(picture, v))], v, parts, session.context
         )
         session.rewind(0)
         scores = session.prefill(prompt, pictures=pictures)[-1]
-        kept = [scores.copy()]
-        said: list[int] = []
-        while session.head == "lm" and len(said) < new:
-            said.append(int(scores.argmax()))
-            if len(said) < new:
-                scores = session.step(said[-1])
-                if len(kept) < SCORED:
-                    kept += [scores.copy()]
-        for name, array in zip(found, (patches.pixels, tower, features, kept, said), strict=True):
-            found[name].append(np.array(array, np.int32 if name == "greedy" else np.float32))
-    longest = max((len(tokens) for tokens, _ in asked), default=0)
+        logits = [scores.copy()]
+        answer: list[int] = []
+        while session.head == "lm" and len(answer) < new:
+            answer.append(int(scores.argmax()))
+            if len(answer) < new:
+                scores = session.step(answer[-1])
+                if len(logits) < SCORED:
+                    logits += [scores.copy()]
+        for name, array in zip(
+            arrays, (patches.pixels, tower, features, logits, answer), strict=True
+        ):
+            arrays[name].append(np.array(array, np.int32 if name == "greedy" else np.float32))
+    longest = max((len(tokens) for tokens, _ in samples), default=0)
     prompts = np.array(
-        [[*tokens, *[-1] * (longest - len(tokens))] for tokens, _ in asked], np.int32
-    ).reshape(len(asked), longest)
+        [[*tokens, *[-1] * (longest - len(tokens))] for tokens, _ in samples], np.int32
+    ).reshape(len(samples), longest)
     return ImageReference(
-        tuple(np.array(picture, np.uint8) for _, picture in asked),
+        tuple(np.array(picture, np.uint8) for _, picture in samples),
         prompts,
-        np.array(found["greedy"], np.int32).reshape(len(asked), -1 if asked else 0),
-        np.array(found["logits"], np.float32),
-        **{name: tuple(found[name]) for name in STAGED},
+        np.array(arrays["greedy"], np.int32).reshape(len(samples), -1 if samples else 0),
+        np.array(arrays["logits"], np.float32),
+        **{name: tuple(arrays[name]) for name in STAGED},
     )

@@ -55,11 +55,16 @@ class Reference:
         whole = hashlib.sha256()
         for array in (self.windows, np.int64(self.prompt), self.greedy, self.logits):
             whole.update(np.ascontiguousarray(array).tobytes())
-        # Only of models that see: the digest of a text model's answers, and with it the key of its
+        # Only of vision models: the digest of a text model's answers, and with it the key of its
         # engines, stays what it was.
-        for name, array in self.images.arrays().items() if self.images else ():
+        for name, array in self._image_arrays().items():
             whole.update(f"{name}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return whole.hexdigest()
+
+    def _image_arrays(self) -> dict[str, np.ndarray]:
+        if self.images is None:
+            return {}
+        return self.images.arrays()
 
     def save(self, directory: Path) -> None:
         np.savez_compressed(
@@ -69,7 +74,7 @@ class Reference:
             greedy=self.greedy,
             logits=self.logits,
             # numpy's own types take any further keyword for its flag allow_pickle
-            **(self.images.arrays() if self.images else {}),  # type: ignore[arg-type]
+            **self._image_arrays(),  # type: ignore[arg-type]
         )
 
     @staticmethod

@@ -15,7 +15,7 @@ import numpy as np
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.answer_matching import exact
 from edgemed.evaluation.few_shot import Neighbours
-from edgemed.evaluation.option_scoring import PrefixReader, chosen, fitted, option_tokens
+from edgemed.evaluation.option_scoring import PrefixReader, chosen, fit_prompt, option_tokens
 from edgemed.evaluation.prompting import (
     CONCLUDE,
     ONE_LETTER,
@@ -26,7 +26,7 @@ from edgemed.evaluation.prompting import (
     Strategy,
     combine,
 )
-from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, describe
+from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, task_description
 from edgemed.inference.decoding import Sampling
 from edgemed.inference.session import Session, VisionEncoder
 from edgemed.models.architecture import Architecture
@@ -153,7 +153,7 @@ class Answerer:
     def _once(self, example: Example, strategy: Strategy, turn: int) -> ModelAnswer:
         if example.images:
             return self._about_images(example)
-        text = describe(self.task, example)
+        text = task_description(self.task, example)
         for shot in self._shots(example, strategy):
             solved = self.task.render(shot)
             text += f"{solved.context}{solved.options[shot.gold]}\n\n"
@@ -171,11 +171,11 @@ class Answerer:
         # An option's last token is scored and never read, except by a head, which reads whole
         # sequences.
         room = self.session.context + (self.session.head == "lm") - max(map(len, options))
-        kept, short = fitted(context, room, example.id)
+        context, short = fit_prompt(context, room, example.id)
         if self.session.head == "choice":
-            scores = self.reader.sequences([kept + option for option in options])
+            scores = self.reader.sequences([context + option for option in options])
         else:
-            scores = self.reader.options(kept, options)
+            scores = self.reader.options(context, options)
         if self.settings.scoring == "normalised":
             scores = [
                 score / len(option.lstrip())
@@ -190,8 +190,8 @@ class Answerer:
                 f" {len(example.options)} options",
                 "Evaluate it on the task it was trained for",
             )
-        kept, cut = fitted(context, self.session.context, example.id)
-        scores = self.reader.read(kept).tolist()
+        prompt, cut = fit_prompt(context, self.session.context, example.id)
+        scores = self.reader.read(prompt).tolist()
         return ModelAnswer(int(np.argmax(scores)), tuple(scores), cut)
 
     def _rationale(
@@ -201,24 +201,24 @@ class Answerer:
         opening = encode(self.tokenizer, THINK)
         closing = encode(self.tokenizer, CONCLUDE)
         most = self.settings.rationale
-        kept, cut = fitted(
+        prompt, cut = fit_prompt(
             context, self.session.context - len(opening) - len(closing) - most - longest, example.id
         )
         sampled = strategy.votes > 1
         seed = zlib.crc32(f"{self.settings.seed}/{example.id}/{turn}".encode())
         written = self.reader.write(
-            kept + opening,
+            prompt + opening,
             Sampling(self.settings.temperature if sampled else 0.0, seed=seed, max_tokens=most),
             self.stop,
         )
-        return [*kept, *opening, *written, *closing], cut
+        return [*prompt, *opening, *written, *closing], cut
 
     def _generated(
         self, example: Example, prompt: Prompt, context: list[int], cut: bool
     ) -> ModelAnswer:
         most = max(8, *(len(encode(self.tokenizer, option)) + 2 for option in prompt.options))
-        kept, short = fitted(context, self.session.context - most, example.id)
-        text = self.tokenizer.decode(self.reader.write(kept, Sampling(max_tokens=most), self.stop))
+        start, short = fit_prompt(context, self.session.context - most, example.id)
+        text = self.tokenizer.decode(self.reader.write(start, Sampling(max_tokens=most), self.stop))
         return ModelAnswer(chosen(text, prompt.options, self.task.lettered), (), cut or short)
 
     def _about_images(self, example: Example) -> ModelAnswer:

@@ -70,7 +70,7 @@ def every_task() -> list[str]:
     return specs
 
 
-def check(name: str, specs: Iterable[str] = ()) -> dict[str, Any]:
+def check_contamination(name: str, specs: Iterable[str] = ()) -> dict[str, Any]:
     """What a card shares with evaluations (every shipped sample where none is named) and what in it
     looks like data of patients.
     """

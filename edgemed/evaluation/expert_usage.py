@@ -26,7 +26,7 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.moe.routing import ExpertUsage, Noisy
 
 
-def load(
+def count_expert_usage(
     source: Checkpoint,
     tasks: Sequence[str] = (),
     cards: Sequence[str] = (),
@@ -52,16 +52,18 @@ def load(
         )
     every = [questions(task, limit) for task in tasks]
     route = ExpertUsage()
-    opened = open_source(source, any(asked.has_vision for asked in every), route)
+    opened = open_source(source, any(task_questions.has_vision for task_questions in every), route)
     try:
-        for spec, asked in zip(tasks, every, strict=True):
+        for spec, task_questions in zip(tasks, every, strict=True):
             plan = PromptPlan(stop=opened.stop)
-            answerer = Answerer(opened.session, opened.tokenizer, asked, plan)
+            answerer = Answerer(opened.session, opened.tokenizer, task_questions, plan)
             answerer.check()
-            for example in track(asked.examples, f"count the experts of {spec}"):
+            for example in track(task_questions.examples, f"count the experts of {spec}"):
                 route.group = (
                     spec,
-                    example.groups.get("language") or asked.language or asked.task.languages[0],
+                    example.groups.get("language")
+                    or task_questions.language
+                    or task_questions.task.languages[0],
                 )
                 answerer.answer(example)
         for name in cards:

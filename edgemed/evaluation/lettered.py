@@ -30,10 +30,10 @@ def lettered_task(name: str, template: str, **fields: Any) -> Task:
         letters = LETTERS[: len(example.options)]
         return Prompt(context, tuple(f" {letter}" for letter in letters))
 
-    shown = f"A{mark} {{option}}\nB{mark} {{option}}\n..."
+    option_lines = f"A{mark} {{option}}\nB{mark} {{option}}\n..."
     defaults = {
         "metric": "accuracy",
         "sample": f"{name}.jsonl",
-        "prompt": template.replace("{options}", shown),
+        "prompt": template.replace("{options}", option_lines),
     }
     return Task(name=name, render=render, lettered=True, **{**defaults, **fields})

@@ -136,10 +136,10 @@ class EngineLM(TemplateLM):
                 f"a continuation has {len(continuation)} tokens, the context is {self.max_length}",
                 "Choose a task that fits this engine",
             )
-        kept = [*context, *continuation][-(self.max_length + 1) : -len(continuation)]
-        if kept != self.context:
-            self.first = log_softmax(self.reader.read(kept))
-            self.context = kept
+        prefix = [*context, *continuation][-(self.max_length + 1) : -len(continuation)]
+        if prefix != self.context:
+            self.first = log_softmax(self.reader.read(prefix))
+            self.context = prefix
         total = float(self.first[continuation[0]])
         greedy = int(self.first.argmax()) == continuation[0]
         for start in range(1, len(continuation), ROWS):
@@ -149,7 +149,7 @@ class EngineLM(TemplateLM):
             )
             total += float(rows[np.arange(len(part)), part].sum())
             greedy = greedy and rows.argmax(-1).tolist() == part
-        self.session.rewind(len(kept))
+        self.session.rewind(len(prefix))
         return total, greedy
 
     def _loglikelihood_tokens(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgemed.documents.evaluation import EvalResult
 from edgemed.engines.engine import Engine
 from edgemed.evaluation.evaluate import evaluate
-from edgemed.evaluation.prompting import PromptPlan, PromptSettings, parse
+from edgemed.evaluation.prompting import PromptPlan, PromptSettings, parse_strategy
 from edgemed.evaluation.task import Questions
 from edgemed.inference.session import Session, vision_of_session
 from edgemed.models.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ def evaluate_opened(
     settings: PromptSettings,
 ) -> EvalResult:
     """evaluate.evaluate of such a model. name, key: as its model and model_key."""
-    plan = PromptPlan(parse(strategy), settings, opened.stop)
+    plan = PromptPlan(parse_strategy(strategy), settings, opened.stop)
     return evaluate(
         opened.session,
         opened.tokenizer,

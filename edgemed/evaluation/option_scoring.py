@@ -53,7 +53,7 @@ class PrefixReader:
         pictures: features that take the place of image tokens; two images have the same tokens, so
         theirs are compared too.
         """
-        same = shared(self.held, tokens, self.seen, pictures)
+        same = shared_prefix(self.held, tokens, self.seen, pictures)
         if same < SHARED:
             same = 0
         self.session.rewind(same)
@@ -112,7 +112,7 @@ class PrefixReader:
         return written
 
 
-def shared(
+def shared_prefix(
     held: Sequence[int],
     tokens: Sequence[int],
     seen: ImageEmbeddings | None,
@@ -187,7 +187,7 @@ def option_tokens(
     return tokens_of_options
 
 
-def fitted(context: Sequence[int], room: int, where: str) -> tuple[list[int], bool]:
+def fit_prompt(context: Sequence[int], room: int, where: str) -> tuple[list[int], bool]:
     """The last `room` tokens of a context, and whether any were cut. Raises EdgemedError where
     there is room for none.
     """

@@ -96,10 +96,10 @@ class ModelAnswer:
     text: str | None = None
 
 
-def parse(text: str) -> Strategy:
+def parse_strategy(text: str) -> Strategy:
     """A strategy by its text. Raises EdgemedError saying what is known."""
     if "+" in text:
-        members = tuple(parse(part) for part in text.split("+"))
+        members = tuple(parse_strategy(part) for part in text.split("+"))
         if len({m.name for m in members}) < len(members):
             raise EdgemedError(
                 f"strategy '{text}' names one member twice",

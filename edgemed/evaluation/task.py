@@ -197,7 +197,7 @@ def choice(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     return options.index(row["answer"])
 
 
-def describe(task: Task, example: Example) -> str:
+def task_description(task: Task, example: Example) -> str:
     """What stands before everything else in this example's prompt: 'The following are ... about
     anatomy.'
     """
@@ -218,8 +218,8 @@ def questions(spec: str, limit: int | None = None) -> Questions:
     task: Task = plugins.load("tasks", name).TASK
     if slash and asked_for not in (*task.languages, *task.parts):
         what = "part" if task.parts else "language"
-        known = (*task.parts, *task.languages)
-        raise EdgemedError(f"task {name} has no {what} '{asked_for}'", nearest(asked_for, known))
+        choices = (*task.parts, *task.languages)
+        raise EdgemedError(f"task {name} has no {what} '{asked_for}'", nearest(asked_for, choices))
     language = asked_for if asked_for in task.languages else ""
     part = None
     if task.parts:
@@ -235,19 +235,19 @@ def questions(spec: str, limit: int | None = None) -> Questions:
         raise EdgemedError(f"a limit of {limit} questions leaves none", "Give 1 or more")
     album = Album(file.parent, task.images)
     examples = _examples(file, task, language, part, album)[:limit]
-    asked = {_plain(example) for example in examples}
+    wordings = {_plain(example) for example in examples}
     shots: tuple[Example, ...] = ()
     if task.shots:
         solved = _examples(folder / task.shots, task, language, None, album)
-        shots = tuple(shot for shot in solved if _plain(shot) not in asked)
+        shots = tuple(shot for shot in solved if _plain(shot) not in wordings)
     sha256 = file_sha256(file)
-    shown = [_words_shown(task, example) for example in (*examples, *shots)]
+    words = [_words_shown(task, example) for example in (*examples, *shots)]
     key_parts: dict[str, Any] = {
         "file": sha256,
         "task": name,
         "language": language or None,
         "n": len(examples),
-        "shown": shown,
+        "shown": words,
     }
     if any(example.images for example in examples):
         key_parts["images"] = [_image_digests(album, example) for example in examples]
@@ -267,7 +267,7 @@ def questions(spec: str, limit: int | None = None) -> Questions:
 def _words_shown(task: Task, example: Example) -> list[Any]:
     """Every word of an example that a model is shown or judged by. It is part of the task's key."""
     prompt = task.render(example)
-    words = [describe(task, example), prompt.context, prompt.options, example.gold]
+    words = [task_description(task, example), prompt.context, prompt.options, example.gold]
     if example.reference:
         words.append(example.reference)
     return words

@@ -31,7 +31,7 @@ from edgemed.models.weights import CanonicalWeights
 
 
 @dataclass(frozen=True)
-class Adapt:
+class AdaptationSettings:
     """k: nearest texts, one optimizer step on each, the nearest last, repeated `steps` times. rate:
     AdamW's, its moments new for every question; rank: the LoRA's (alpha 2 rank, all linear layers).
     text: a text set or .jsonl file, all of whose tokens are learned; None: the task's solved
@@ -60,7 +60,7 @@ class TrainingComparison(Document):
     adapt: Mapping[str, Any]
 
 
-class Learner(CarriesVision):
+class AdaptingSession(CarriesVision):
     """A float checkpoint in transformers as a Session (session.py), with a LoRA that learns and is
     put back. It reads text only.
     """
@@ -179,37 +179,37 @@ class Learner(CarriesVision):
         del self.model
 
 
-class Library:
+class TrainingTexts:
     """The texts a model may learn from, as training sequences, found by their likeness to a
     question.
     """
 
-    def __init__(self, questions: Questions, adapt: Adapt, tokenizer: Any):
+    def __init__(self, questions: Questions, settings: AdaptationSettings, tokenizer: Any):
         """Raises EdgemedError where there are fewer than k texts."""
         self.questions = questions
-        self.adapt = adapt
+        self.settings = settings
         self.tokenizer = tokenizer
         self.texts: list[str] = []
-        if adapt.text:
-            self.texts = texts(adapt.text)
+        if settings.text:
+            self.texts = texts(settings.text)
         else:
             self.texts = [shot.question for shot in questions.shots]
-        if len(self.texts) < adapt.k:
-            source = adapt.text or f"task {questions.task.name} with its solved examples"
+        if len(self.texts) < settings.k:
+            source = settings.text or f"task {questions.task.name} with its solved examples"
             raise EdgemedError(
-                f"test-time training on {adapt.k} texts: {source} has {len(self.texts)}",
+                f"test-time training on {settings.k} texts: {source} has {len(self.texts)}",
                 "Give text: a card or .jsonl file, or a smaller k",
             )
         self.neighbours = Neighbours(self.texts)
 
     def nearest(self, question: str) -> list[tuple[list[int], list[int]]]:
         """Sequences (tokens, labels) of the k most alike, the most alike last."""
-        nearest = self.neighbours.order(question)[: self.adapt.k]
+        nearest = self.neighbours.order(question)[: self.settings.k]
         return [self._sequence(int(index)) for index in nearest[::-1]]
 
     def _sequence(self, index: int) -> tuple[list[int], list[int]]:
-        if self.adapt.text:
-            tokens = encode(self.tokenizer, self.texts[index])[: self.adapt.length]
+        if self.settings.text:
+            tokens = encode(self.tokenizer, self.texts[index])[: self.settings.length]
             return tokens, tokens
         # Of a solved example the answer alone is learned.
         shot = self.questions.shots[index]
@@ -217,13 +217,13 @@ class Library:
         context = encode(self.tokenizer, prompt.context)
         whole = encode(self.tokenizer, prompt.context + prompt.options[shot.gold])
         labels = [IGNORED] * len(context) + whole[len(context) :]
-        return whole[-self.adapt.length :], labels[-self.adapt.length :]
+        return whole[-self.settings.length :], labels[-self.settings.length :]
 
 
-def compare(
+def compare_adapted(
     checkpoint: Checkpoint,
     questions: Questions,
-    adapt: Adapt,
+    adapt: AdaptationSettings,
     margin: float | None = None,
     alpha: float = 0.05,
 ) -> TrainingComparison:
@@ -245,8 +245,8 @@ def compare(
         )
     weights = CanonicalWeights(checkpoint)
     tokenizer = open_tokenizer(checkpoint.path, weights.decoder.vocab)
-    library = Library(questions, adapt, tokenizer)
-    session = Learner(weights, adapt.rank)
+    library = TrainingTexts(questions, adapt, tokenizer)
+    session = AdaptingSession(weights, adapt.rank)
     key = source_key(checkpoint.hashes())
 
     def before(example: Example) -> None:

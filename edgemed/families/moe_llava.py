@@ -319,10 +319,10 @@ def delta_parts(e: ExpertsConfig, part: ParamSpec, name: str, place: str) -> dic
             f"{name}.b": ParamSpec((f"{at}b",), "delta", (rows, e.rank), bare=True),
         }
     else:
-        kept = e.kept(columns)
+        count = e.kept_columns(columns)
         specs = {
-            f"{name}.values": ParamSpec((f"{at}values",), "delta", (rows, kept), bare=True),
-            f"{name}.columns": ParamSpec((f"{at}columns",), "index", (rows, kept), bare=True),
+            f"{name}.values": ParamSpec((f"{at}values",), "delta", (rows, count), bare=True),
+            f"{name}.columns": ParamSpec((f"{at}columns",), "index", (rows, count), bare=True),
         }
     if part.bias:
         biases = tuple(module.replace("mlp.", place) + ".bias" for module in part.modules)

@@ -45,7 +45,7 @@ class TypeChoice:
     facts: dict[str, Any]
 
 
-def choose(
+def choose_types(
     weights: CanonicalWeights,
     windows: Sequence[Sample],
     sources: Mapping[str, TensorSource],

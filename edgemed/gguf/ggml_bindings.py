@@ -118,7 +118,7 @@ CPU: dict[str, tuple[Any, ...]] = {
 
 
 @functools.cache
-def library() -> Any:
+def ggml_library() -> Any:
     """The declared functions as attributes, without their 'ggml_'. Raises EdgemedError where the
     installed llama.cpp lacks one.
     """
@@ -151,7 +151,7 @@ class GgmlWeights:
 
         Raises EdgemedError where the file is not readable.
         """
-        self.ggml = library()
+        self.ggml = ggml_library()
         context = P()
         self.gguf = self.ggml.gguf_init_from_file(
             str(file).encode(), GgufParams(True, ctypes.pointer(context))
@@ -174,7 +174,9 @@ class GgmlWeights:
             )
             self.tensors[name.decode()] = tensor
         self.second = self.ggml.init(InitParams(16 << 20, None, True))
-        self.repacked = self._repacked() if repack else []
+        self.repacked: list[int] = []
+        if repack:
+            self.repacked = self._repacked()
 
     def _repacked(self) -> list[int]:
         """Put matrices into the CPU's own order and let `tensors` name the copies; returns the
@@ -259,8 +261,8 @@ def weight_orders(g: Any, device: int) -> list[int]:
     return buffer_types
 
 
-def view(tensor: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+def tensor_view(tensor: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """A tensor's memory as a numpy array of this shape (slowest axis first)."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = (ctypes.c_uint8 * size).from_address(library().get_data(tensor))
+    memory = (ctypes.c_uint8 * size).from_address(ggml_library().get_data(tensor))
     return np.frombuffer(memoryview(memory), dtype).reshape(shape)

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.gguf import ggml_bindings
-from edgemed.gguf.ggml_bindings import F16, F32, I32, I64, NEOX, GgmlWeights, view
+from edgemed.gguf.ggml_bindings import F16, F32, I32, I64, NEOX, GgmlWeights, tensor_view
 from edgemed.gguf.llama_session import runs
 from edgemed.hardware.device import machine
 from edgemed.inference.session import (
@@ -76,7 +76,7 @@ class GgmlSession(CarriesVision):
     """
 
     def __init__(self, engine: Engine, threads: int | None):
-        self.ggml = ggml_bindings.library()
+        self.ggml = ggml_bindings.ggml_library()
         self.weights = GgmlWeights(engine.path / FILE, engine.params["repack"])
         self.d = d = read_decoder(self.weights.text(KEY))
         self.head = "lm"
@@ -229,13 +229,13 @@ class _Graph:
         if not g.gallocr_alloc_graph(session.allocator, self.graph):
             raise EdgemedError(f"there is no memory for a graph of {new} tokens", "Free some")
         if shape.features:
-            self.inputs = view(inputs, (new, d.hidden), np.float32)
+            self.inputs = tensor_view(inputs, (new, d.hidden), np.float32)
         else:
-            self.inputs = view(inputs, (new,), np.int32)
-        self.positions = view(self.position_input, (new,), np.int32)
-        self.cache_rows = view(self.cache_row_input, (new,), np.int64)
-        self.mask = view(self.mask_input, (new, shape.rows), np.float16)
-        self.scores = view(scores, (new if shape.every else 1, d.vocab), np.float32)
+            self.inputs = tensor_view(inputs, (new,), np.int32)
+        self.positions = tensor_view(self.position_input, (new,), np.int32)
+        self.cache_rows = tensor_view(self.cache_row_input, (new,), np.int64)
+        self.mask = tensor_view(self.mask_input, (new, shape.rows), np.float16)
+        self.scores = tensor_view(scores, (new if shape.every else 1, d.vocab), np.float32)
 
     def _scores(self, inputs: int) -> int:
         """The whole decoder: token ids or features -> scores."""

@@ -175,17 +175,17 @@ def quantize_matrix(
     encoder: Encoder,
     kind: str,
     weight: torch.Tensor,
-    root: InverseFactor | None,
+    factor: InverseFactor | None,
     importance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, torch.Tensor]:
     """weight float32 [out, in] -> (bytes uint8 [out, bytes per row], the float32 [out, in] they
     stand for).
 
-    root: of the inputs, for GPTQ; None for llama.cpp's own routine. importance: float32 [in] for
+    factor: of the inputs, for GPTQ; None for llama.cpp's own routine. importance: float32 [in] for
     that routine, or None.
     """
-    if root is not None and kind not in FLOATS:
-        return gptq_blocks(encoder, kind, weight, root)
+    if factor is not None and kind not in FLOATS:
+        return gptq_blocks(encoder, kind, weight, factor)
     data = _to_nearest(encoder, kind, weight, importance)
     if kind in FLOATS:
         return data, torch.from_numpy(data).view(FLOAT_DTYPES[kind]).float()
@@ -208,14 +208,14 @@ def _to_nearest(
 
 
 def gptq_blocks(
-    encoder: Encoder, kind: str, weight: torch.Tensor, root: InverseFactor
+    encoder: Encoder, kind: str, weight: torch.Tensor, factor: InverseFactor
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """As `quantize_matrix`, to a type of integers, with the root of the inputs in plain order.
+    """As `quantize_matrix`, to a type of integers, with the factor in plain column order.
 
     A column's error is weighed by 1 / upper[i, i]^2 where llama.cpp takes scales: what later
     columns cannot make good.
     """
-    upper = root.upper
+    upper = factor.upper
     # Columns first, so that those still to come are one contiguous piece.
     work = weight.T.contiguous()
     importance = (upper.diagonal() ** -2).numpy()
@@ -296,16 +296,16 @@ def gptq_tensors(
     targets = {}
     for name, source in layer_matrices(weights, sources).items():
         targets[name] = (source, types[name])
-    with Layers(out, key) as kept:
-        _quantize_layers(weights, windows, targets, importance, kept)
+    with Layers(out, key) as progress:
+        _quantize_layers(weights, windows, targets, importance, progress)
         finished = []
         for tensor in tensors:
             if tensor.name in targets:
-                read = partial(_read, kept, tensor.name, sources[tensor.name])
+                read = partial(_read, progress, tensor.name, sources[tensor.name])
                 tensor = replace(tensor, read=read, encoded=True)
             finished.append(tensor)
         errors = {}
-        for layer_errors in kept.facts:
+        for layer_errors in progress.facts:
             errors.update(layer_errors)
         yield finished, errors
 
@@ -315,18 +315,18 @@ def _quantize_layers(
     windows: Sequence[Sample],
     targets: Mapping[str, tuple[TensorSource, str]],
     importance: Mapping[str, np.ndarray],
-    kept: Layers,
+    progress: Layers,
 ) -> None:
     """Quantize every layer that is not kept yet. targets: tensor -> (its source, its type)."""
     d = weights.decoder
-    start = kept.done
+    start = progress.done
     tokens, _ = windows[0]
     shape = (len(windows), len(tokens), d.hidden)
     settings = QuantizeSettings(samples=shape[0], length=shape[1])
     on_disk = spilled(weights, True, settings)
     angles = _rotary_angles(weights, windows)
-    x = Activations(kept.folder, "hidden", shape, on_disk, angles)
-    exact = Activations(kept.folder, "exact", shape, on_disk, angles)
+    x = Activations(progress.folder, "hidden", shape, on_disk, angles)
+    exact = Activations(progress.folder, "exact", shape, on_disk, angles)
     with torch.inference_mode(), Encoder() as encoder:
         begin(weights, windows, [x, exact], start)
         for n in track(range(start, d.layers), "gptq on llama.cpp's types"):
@@ -334,11 +334,11 @@ def _quantize_layers(
             layer = gptq_layer(weights, n, x, exact, quantizer, settings)
             x.commit()
             exact.commit()
-            _save(kept, n, layer)
+            _save(progress, n, layer)
             del layer  # the next one has its room
 
 
-def _save(kept: Layers, n: int, layer: QuantizedLayer) -> None:
+def _save(progress: Layers, n: int, layer: QuantizedLayer) -> None:
     """Keep the bytes of layer n's tensors and the errors of its matrices."""
     errors = {}
     tensors = {}
@@ -346,7 +346,7 @@ def _save(kept: Layers, n: int, layer: QuantizedLayer) -> None:
         errors[f"layers.{n}.{name}"] = matrix.errors
         for key, data in matrix.solution.items():
             tensors[key] = torch.from_numpy(data)
-    kept.save(tensors, errors)
+    progress.save(tensors, errors)
 
 
 def _rotary_angles(
@@ -371,7 +371,7 @@ def _quantizer(
     """
 
     def quantize(
-        name: str, weight: torch.Tensor, root: InverseFactor | None
+        name: str, weight: torch.Tensor, factor: InverseFactor | None
     ) -> tuple[dict[str, np.ndarray], torch.Tensor]:
         part = f"layers.{n}.{name}"
         solution = {}
@@ -380,7 +380,7 @@ def _quantizer(
             if part not in source.parts:
                 continue
             rows = weight[source.rows].contiguous()
-            data, values = quantize_matrix(encoder, kind, rows, root, importance.get(part))
+            data, values = quantize_matrix(encoder, kind, rows, factor, importance.get(part))
             dense[source.rows] = values
             solution[_key(part, tensor)] = data
         return solution, dense
@@ -392,14 +392,14 @@ def _key(part: str, tensor: str) -> str:
     return f"{part} {tensor}"
 
 
-def _read(kept: Layers, tensor: str, source: TensorSource) -> np.ndarray:
+def _read(progress: Layers, tensor: str, source: TensorSource) -> np.ndarray:
     """The bytes of a tensor as the file holds them, uint8 [rows, bytes per row].
 
     Rows are quantized in the checkpoint's order and put in the file's last.
     """
     keys = [_key(part, tensor) for part in source.parts]
     layer = int(source.part.split(".")[1])
-    tensors = kept.tensors(layer, set(keys))
+    tensors = progress.tensors(layer, set(keys))
     # The kept rows are already those of the tensor, so they start at 0.
     rows_of_part = TensorSource(
         part=source.part,

@@ -40,7 +40,7 @@ class LlamaSession(CarriesVision):
     """
 
     def __init__(self, engine: Engine, threads: int | None):
-        self.lib = library()
+        self.lib = llama_library()
         self.head = engine.head
         self.width = engine.width
         self.context = engine.context
@@ -62,7 +62,9 @@ class LlamaSession(CarriesVision):
             )
         self.size = self.matrix.shape[0] if self.matrix is not None else self.width
         # llama.cpp wants to know of all adapters before it plans a context's graph.
-        self.adapters = lora_files.load(self.lib, self.model, engine.path, engine.adapters, ERRORS)
+        self.adapters = lora_files.load_adapters(
+            self.lib, self.model, engine.path, engine.adapters, ERRORS
+        )
         self.adapter: str | None = None
         self.ctx = self.lib.llama_init_from_model(self.model, self._settings(engine, threads))
         if not self.ctx:
@@ -140,8 +142,8 @@ class LlamaSession(CarriesVision):
                 (start, end, tokens[start] == pictures.token)
                 for start, end in runs(tokens, pictures.token)
             ]
-        kept = []
-        shown = 0
+        scores = []
+        consumed = 0
         begin = self.position
         for start, end, image in spans:
             for first in range(start, end, self.batch_size):
@@ -154,16 +156,16 @@ class LlamaSession(CarriesVision):
                 )
                 if image and pictures:
                     self._decode_features(
-                        pictures.features[shown : shown + count], positions, every, wanted
+                        pictures.features[consumed : consumed + count], positions, every, wanted
                     )
-                    shown += count
+                    consumed += count
                 else:
                     self._decode_tokens(tokens[first : first + count], positions[0], every, wanted)
                 if every:
-                    kept.append(self._outputs(count).copy())
+                    scores.append(self._outputs(count).copy())
         # With embeddings on, llama.cpp gives a row for every token of the batch.
         return (
-            np.concatenate(kept)
+            np.concatenate(scores)
             if every
             else self._outputs(count if self.matrix is not None else 1)[-1:]
         )
@@ -241,8 +243,8 @@ class LlamaSession(CarriesVision):
         self.row = np.ctypeslib.as_array(pointer, (self.size,))
 
     def _outputs(self, rows: int) -> np.ndarray:
-        found = np.ctypeslib.as_array(self.read(self.ctx), (rows, self.size))
-        return found if self.matrix is None else found @ self.matrix + self.bias
+        outputs = np.ctypeslib.as_array(self.read(self.ctx), (rows, self.size))
+        return outputs if self.matrix is None else outputs @ self.matrix + self.bias
 
     def rewind(self, position: int) -> None:
         place = (
@@ -279,7 +281,9 @@ def cache_type(kv: str, exact: bool) -> str:
     """The format of the KV cache that `kv` asks for; 'auto' is f32 in a file of float32 weights,
     else f16.
     """
-    return kv if kv != "auto" else "f32" if exact else "f16"
+    if kv != "auto":
+        return kv
+    return "f32" if exact else "f16"
 
 
 def runs(tokens: Sequence[int], token: int) -> list[tuple[int, int]]:
@@ -307,7 +311,7 @@ ERRORS: list[str] = []  # llama.cpp's error lines since the last load
 LOG: list[Any] = []  # the log callback: llama.cpp keeps only its address
 
 
-def library() -> Any:
+def llama_library() -> Any:
     """llama_cpp's C interface with its log silenced; error lines are kept for messages."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # libgomp's threads spin at every barrier, which on a busy machine costs two thirds of the

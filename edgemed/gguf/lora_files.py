@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILE = "adapter.gguf"
 
 
-def refused(weights: CanonicalWeights) -> str | None:
+def adapter_refused(weights: CanonicalWeights) -> str | None:
     """Why this model's file cannot have adapters beside it, or None."""
     if own_graph(weights.family, weights.unfolded):
         return "edgemed's own ggml graph knows no adapters; merge the adapter first (edgemed merge)"
@@ -38,7 +38,7 @@ def refused(weights: CanonicalWeights) -> str | None:
     return None
 
 
-def write(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
+def write_gguf_adapter(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
     """Write adapters/NAME/adapter.gguf for a base whose file was written from `weights` (folded);
     returns the bytes of its factors, which are float32.
     """
@@ -66,7 +66,7 @@ def write(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
         # llama.cpp's word for that.
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
 
-    writer.write(file, weights.family.gguf_arch, describe, tensors)
+    writer.write_gguf(file, weights.family.gguf_arch, describe, tensors)
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -79,7 +79,7 @@ def _factor(name: str, values: np.ndarray) -> writer.Tensor:
     )
 
 
-def load(
+def load_adapters(
     lib: Any, model: Any, engine: Path, names: tuple[str, ...], errors: list[str]
 ) -> dict[str, Any]:
     """name -> llama.cpp's handle of every adapter of an engine; they are freed with the model.

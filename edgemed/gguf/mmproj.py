@@ -44,7 +44,7 @@ PATCH = ("v.patch_embd.weight", "v.patch_embd.weight.1")
 SIDE = 560
 
 
-def refused(weights: CanonicalWeights) -> str | None:
+def mmproj_refused(weights: CanonicalWeights) -> str | None:
     """Why this model's tower cannot be an mmproj file that llama.cpp computes rightly, or None."""
     v = weights.vision
     if not v:
@@ -80,16 +80,20 @@ def built_in(v: VisionConfig) -> dict[str, bool]:
     }
 
 
-def write(weights: CanonicalWeights, out: Path, wanted: Literal["f32", "f16", "q8_0"]) -> int:
+def write_mmproj(
+    weights: CanonicalWeights, out: Path, wanted: Literal["f32", "f16", "q8_0"]
+) -> int:
     """Write mmproj.gguf into `out`; returns its weight bytes. wanted: type of the matrices; norms
     and biases stay float32.
     """
-    tensors = plan(weights, wanted)
-    writer.write(out / FILE, ARCH, lambda writer: describe(writer, weights, wanted), tensors)
+    tensors = vision_tensors(weights, wanted)
+    writer.write_gguf(
+        out / FILE, ARCH, lambda writer: write_vision_metadata(writer, weights, wanted), tensors
+    )
     return sum(t.nbytes for t in tensors)
 
 
-def plan(weights: CanonicalWeights, wanted: str) -> list[writer.Tensor]:
+def vision_tensors(weights: CanonicalWeights, wanted: str) -> list[writer.Tensor]:
     """Every tensor of the file in order.
 
     The patch convolution is float16 in an f16 file, else float32. A row that Q8_0 does not divide
@@ -158,7 +162,7 @@ def _frame(weights: CanonicalWeights, frame: int) -> np.ndarray:
     return np.ascontiguousarray(by_frame[:, :, frame])
 
 
-def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
+def write_vision_metadata(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
     """GGUF metadata: the tower's numbers."""
     gguf = need("gguf", "build")
     v = weights.require_vision()

@@ -18,11 +18,18 @@ import numpy as np
 from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.gguf import mmproj
-from edgemed.gguf.llama_session import ERRORS, FILE, LOG, library
+from edgemed.gguf.llama_session import ERRORS, FILE, LOG, llama_library
 from edgemed.hardware.device import machine
 from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.architecture import Architecture
-from edgemed.vision.preprocessing import Kept, Seen, check_places, placed, resized, vision_of
+from edgemed.vision.preprocessing import (
+    EncodedImage,
+    FeatureCache,
+    check_places,
+    placed,
+    resized,
+    vision_of,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,12 +57,12 @@ class MtmdVisionEncoder:
         self.parts = max(engine.rope_axes, default=0) + 1
         self.context = engine.context
         self.family: Architecture = plugins.load("families", engine.family).FAMILY
-        self.lib = library()
+        self.lib = llama_library()
         self.mtmd = multimodal()
         self.vocabulary = self._vocabulary(engine)
         self.ctx = self._start(engine, threads or machine()["physical_cores"])
         self.hidden = int(self._said(f"{self._said('general.architecture')}.embedding_length"))
-        self.kept = Kept(self._computed)
+        self.cached = FeatureCache(self._encode)
         self.seconds = dict.fromkeys(("preprocess", "tower", "projector"), 0.0)
 
     def _vocabulary(self, engine: Engine) -> Any:
@@ -99,13 +106,13 @@ class MtmdVisionEncoder:
             )
         return ctx
 
-    def features(self, image: Image.Image) -> Seen:
+    def features(self, image: Image.Image) -> EncodedImage:
         """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for
         the same pixels.
         """
-        return self.kept.features(image)
+        return self.cached.features(image)
 
-    def _computed(self, image: Image.Image) -> Seen:
+    def _encode(self, image: Image.Image) -> EncodedImage:
         marks = [time.perf_counter()]
         image = resized(image, self.v)
         rows, columns = (
@@ -123,7 +130,7 @@ class MtmdVisionEncoder:
             marks.append(time.perf_counter())
             if code := self.mtmd.mtmd_encode_chunk(self.ctx, chunk):
                 raise RuntimeError(f"mtmd_encode_chunk gave {code}: {'; '.join(ERRORS)}")
-            found = np.ctypeslib.as_array(
+            features = np.ctypeslib.as_array(
                 self.mtmd.mtmd_get_output_embd(self.ctx), (count, self.hidden)
             ).copy()
             marks.append(time.perf_counter())
@@ -131,7 +138,7 @@ class MtmdVisionEncoder:
             self.mtmd.mtmd_input_chunks_free(chunks)
         for name, spent in zip(self.seconds, np.diff(marks), strict=False):
             self.seconds[name] += float(spent)
-        return found, (rows, columns)
+        return features, (rows, columns)
 
     def _chunk(self, chunks: Any, image: Image.Image) -> Any:
         """The chunk of `chunks` that holds one image, preprocessed."""
@@ -175,7 +182,7 @@ class MtmdVisionEncoder:
 
 def multimodal() -> Any:
     """libmtmd's C interface; its log goes where llama.cpp's goes."""
-    library()
+    llama_library()
     from llama_cpp import mtmd_cpp
 
     for log in (mtmd_cpp.mtmd_log_set, mtmd_cpp.mtmd_helper_log_set):

@@ -54,7 +54,7 @@ def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
     return int(np.prod(shape, dtype=np.int64)) // block * size
 
 
-def write(
+def write_gguf(
     path: Path,
     arch: str,
     describe: Callable[[Any], None],

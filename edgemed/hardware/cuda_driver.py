@@ -2,8 +2,8 @@
 own library.
 
 libcuda comes with every driver, Jetsons included, so nothing has to match a toolkit or a Python
-wheel, and a device needs no torch. Tests replace `load` by a library on host memory; no call here
-has run on a GPU yet.
+wheel, and a device needs no torch. Tests replace `load_driver` by a library on host memory; no
+call here has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CaptureError(Exception):
     """The work on a stream cannot be captured into a graph; it can still be run."""
 
 
-def load() -> Any:
+def load_driver() -> Any:
     """The driver's library. Raises EdgemedError where there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1")
@@ -71,7 +71,7 @@ class Cuda:
 
     def __init__(self) -> None:
         """Raises EdgemedError where there is no driver or no GPU it can use."""
-        self.lib = load()
+        self.lib = load_driver()
         for name, types in (
             ("cuMemAlloc_v2", (POINTER(c_uint64), c_size_t)),
             ("cuMemFree_v2", (c_uint64,)),

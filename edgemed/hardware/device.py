@@ -145,13 +145,14 @@ def read_device(name: str) -> Device:
     """
     import yaml
 
-    known = plugins.names("devices")
+    device_names = plugins.names("devices")
     file = Path(name)
-    if name in known:
+    if name in device_names:
         file = plugins.ROOT / "devices" / f"{name}.yaml"
     elif file.suffix != ".yaml":
         raise EdgemedError(
-            f"unknown device '{name}'", f"{nearest(name, known)}. A file of your own ends in .yaml"
+            f"unknown device '{name}'",
+            f"{nearest(name, device_names)}. A file of your own ends in .yaml",
         )
     if not file.is_file():
         raise EdgemedError(
@@ -261,7 +262,7 @@ def _machine() -> dict[str, Any]:
         "gpus": gpus()[0],
         "os": os_name(),
     }
-    facts["device"] = recognised(facts["memory_bytes"], facts["gpus"], board(), cpu)
+    facts["device"] = recognised(facts["memory_bytes"], facts["gpus"], board_name(), cpu)
     names = (
         [facts["device"]]
         if facts["device"]
@@ -295,12 +296,12 @@ def cpu_name() -> str:
 
 
 def cpu_flags() -> list[str]:
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    known = set(found[1].split()) if found else set()
-    return [flag for flag in FLAGS if flag in known]
+    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    flags = set(line[1].split()) if line else set()
+    return [flag for flag in FLAGS if flag in flags]
 
 
-def board() -> str:
+def board_name() -> str:
     """The board's name from the device tree ('NVIDIA Jetson Orin Nano ...', 'Raspberry Pi 5 ...'),
     empty on a PC.
     """
@@ -308,14 +309,14 @@ def board() -> str:
 
 
 def os_name() -> str:
-    found = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text("/etc/os-release"), re.MULTILINE)
-    return found[1] if found else f"{platform.system()} {platform.release()}"
+    line = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text("/etc/os-release"), re.MULTILINE)
+    return line[1] if line else f"{platform.system()} {platform.release()}"
 
 
 def power_mode() -> str | None:
     """The Jetson's nvpmodel mode, which alone makes a factor of 1.6 in speed; None elsewhere."""
-    found = re.search(r"NV Power Mode:\s*(.+)", _output(["nvpmodel", "-q"])[0])
-    return found[1].strip() if found else jetson.power_mode(Path("/"))
+    line = re.search(r"NV Power Mode:\s*(.+)", _output(["nvpmodel", "-q"])[0])
+    return line[1].strip() if line else jetson.nvpmodel_mode(Path("/"))
 
 
 def gpus() -> tuple[list[dict[str, Any]], str | None]:
@@ -350,11 +351,11 @@ def gpus() -> tuple[list[dict[str, Any]], str | None]:
 
 def gpu_clock() -> float | None:
     """Highest clock of the first GPU's processors in MHz, as nvidia-smi tells it."""
-    found = re.match(
+    megahertz = re.match(
         r"\d+",
         _output(["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"])[0],
     )
-    return float(found[0]) if found else None
+    return float(megahertz[0]) if megahertz else None
 
 
 def recognised(
@@ -374,15 +375,17 @@ def recognised(
             rf"\b{re.escape(device.recognise['cpu'])}\b(?! (?:Pro|Max|Ultra)\b)", cpu
         )
         by_board = "device_tree" in device.recognise and device.recognise["device_tree"] in board
-        found = [memory_bytes] if by_cpu or by_board else []
+        sizes = []
+        if by_cpu or by_board:
+            sizes.append(memory_bytes)
         if "gpu" in device.recognise:
-            found += [
+            sizes += [
                 gpu["memory_bytes"] or 0
                 for gpu in gpus
                 if gpu["name"].endswith(device.recognise["gpu"])
             ]
         if device.memory_gb and any(
-            0.8 * device.memory_gb <= size / GIB <= 1.02 * device.memory_gb for size in found
+            0.8 * device.memory_gb <= size / GIB <= 1.02 * device.memory_gb for size in sizes
         ):
             return name
     return None
@@ -434,8 +437,8 @@ def last_level_cache() -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        if found := re.fullmatch(r"(\d+)([KMG])", _text(str(file)).strip()):
-            sizes.append(int(found[1]) * units[found[2]])
+        if size := re.fullmatch(r"(\d+)([KMG])", _text(str(file)).strip()):
+            sizes.append(int(size[1]) * units[size[2]])
     return max(sizes)
 
 

@@ -20,7 +20,7 @@ from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.hardware import jetson, packages, power_sensors, thermal
 from edgemed.hardware.device import gpus, machine, read_device
-from edgemed.hardware.jetson import describe, read_jetson
+from edgemed.hardware.jetson import jetpack_state, read_jetson
 from edgemed.hardware.sysfs import text
 
 
@@ -40,9 +40,13 @@ def examine() -> list[Finding]:
     """Look at CPU, memory, disk, GPUs, Python, packages, and run every target's self-check. Takes
     seconds; fails for nothing missing.
     """
-    found = [*hardware(), *jetpack(), Finding("python", "ok", platform.python_version())]
-    found += [package(name, extra) for name, extra in packages.every_package().items()]
-    return found + [self_check(name) for name in plugins.names("targets")]
+    findings = [
+        *hardware(),
+        *jetpack_findings(),
+        Finding("python", "ok", platform.python_version()),
+    ]
+    findings += [package(name, extra) for name, extra in packages.every_package().items()]
+    return findings + [self_check(name) for name in plugins.names("targets")]
 
 
 def hardware() -> list[Finding]:
@@ -59,13 +63,12 @@ def hardware() -> list[Finding]:
     )
     governor = f"; governor {facts['governor']}" if facts["governor"] else ""
     mode = f"; power mode {facts['power_mode']}" if facts["power_mode"] else ""
-    known = (
-        [Finding("device", "ok", f"{read_device(facts['device']).title} ({facts['device']})")]
-        if facts["device"]
-        else []
-    )
+    known_device = []
+    if facts["device"]:
+        title = read_device(facts["device"]).title
+        known_device.append(Finding("device", "ok", f"{title} ({facts['device']})"))
     return [
-        *known,
+        *known_device,
         Finding(
             "cpu",
             "ok",
@@ -85,18 +88,18 @@ def hardware() -> list[Finding]:
         ),
         *jetson_board(),
         *graphics(),
-        *sensor_findings(power_sensors.find()),
-        temperature(thermal.look()),
+        *sensor_findings(power_sensors.find_sensors()),
+        temperature(thermal.read_state()),
     ]
 
 
-def jetpack(root: Path = power_sensors.ROOT) -> list[Finding]:
+def jetpack_findings(root: Path = power_sensors.ROOT) -> list[Finding]:
     """On a Jetson: its JetPack, L4T and TensorRT, and what is missing of them; nothing
     elsewhere.
     """
-    if (found := read_jetson(root)) is None:
+    if (board := read_jetson(root)) is None:
         return []
-    detail, fix = describe(found)
+    detail, fix = jetpack_state(board)
     return [
         Finding(
             "jetpack",
@@ -121,7 +124,7 @@ def graphics(root: Path = power_sensors.ROOT) -> list[Finding]:
                 "Reinstall the NVIDIA driver, then restart",
             )
         ]
-    if not cards and jetson.gpu_clock(root):
+    if not cards and jetson.gpu_clock_directory(root):
         return [
             Finding("gpu", "ok", "the Jetson's own GPU (this release has no nvidia-smi)"),
             *cuda(),
@@ -189,11 +192,11 @@ def jetson_board(root: Path = power_sensors.ROOT) -> list[Finding]:
     release = jetson.release(root)
     if not release:
         return []
-    mode = jetson.power_mode(root)
-    clocks = jetson.clocks(root)
+    mode = jetson.nvpmodel_mode(root)
+    clocks = jetson.clock_ranges(root)
     fix = "" if mode else "sudo nvpmodel -q says it; speeds differ by a factor of 1.6 between modes"
-    found = [
-        Finding("jetson", "ok", jetson.jetpack(release)),
+    findings = [
+        Finding("jetson", "ok", jetson.jetpack_name(release)),
         Finding(
             "power mode",
             "ok" if mode else "missing",
@@ -201,19 +204,21 @@ def jetson_board(root: Path = power_sensors.ROOT) -> list[Finding]:
             fix,
         ),
     ]
-    return found + ([Finding("clocks", "ok", clocks)] if clocks else [])
+    if clocks:
+        findings.append(Finding("clocks", "ok", clocks))
+    return findings
 
 
-def sensor_findings(found: list[power_sensors.Sensor]) -> list[Finding]:
+def sensor_findings(sensors: list[power_sensors.Sensor]) -> list[Finding]:
     """What measures power here, and what might and may not."""
-    usable = [f"{s.name} ({s.how})" for s in found if not s.problem]
-    refused = dict.fromkeys((s.problem, s.fix) for s in found if s.problem)
-    if not found:
+    usable = [f"{s.name} ({s.how})" for s in sensors if not s.problem]
+    refused = dict.fromkeys((s.problem, s.fix) for s in sensors if s.problem)
+    if not sensors:
         return [Finding("power sensors", "missing", power_sensors.NONE_FOUND)]
-    return [
-        *([Finding("power sensors", "ok", ", ".join(usable))] if usable else []),
-        *(Finding("power sensors", "missing", *facts) for facts in refused),
-    ]
+    findings = [Finding("power sensors", "missing", *facts) for facts in refused]
+    if usable:
+        findings.insert(0, Finding("power sensors", "ok", ", ".join(usable)))
+    return findings
 
 
 def temperature(state: thermal.State) -> Finding:

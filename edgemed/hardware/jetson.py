@@ -75,24 +75,24 @@ class Rail:
 
 def release(root: Path) -> str | None:
     """The L4T release ('36.4.4') of /etc/nv_tegra_release, None on anything but a Jetson."""
-    found = re.search(
+    line = re.search(
         r"R(\d+) \(release\), REVISION: ([\d.]+)", text(root / "etc/nv_tegra_release") or ""
     )
-    return f"{found[1]}.{found[2]}" if found else None
+    return f"{line[1]}.{line[2]}" if line else None
 
 
-def jetpack(l4t: str) -> str:
+def jetpack_name(l4t: str) -> str:
     """'JetPack 6.2.1 (L4T 36.4.4)'; only the generation where this release is not in the table, and
     no guess beyond that.
     """
     generation = GENERATION.get(l4t.split(".")[0])
-    known = JETPACK.get(l4t) or (
+    version = JETPACK.get(l4t) or (
         f"{generation}, which release is not known" if generation else "not known"
     )
-    return f"JetPack {known} (L4T {l4t})"
+    return f"JetPack {version} (L4T {l4t})"
 
 
-def power_mode(root: Path) -> str | None:
+def nvpmodel_mode(root: Path) -> str | None:
     """The name of the nvpmodel mode in force, its number where the configuration does not name it,
     None on anything but a Jetson.
     """
@@ -107,39 +107,41 @@ def power_mode(root: Path) -> str | None:
     return names.get(str(int(mode[1])), f"mode {int(mode[1])}")
 
 
-def gpu_clock(root: Path) -> Path | None:
+def gpu_clock_directory(root: Path) -> Path | None:
     """The devfreq directory of the GPU: named by its address and chip up to L4T 36, gpu-gpc-0 on
     Thor.
     """
-    found = in_order(
+    directories = in_order(
         [
             p
             for p in (root / "sys/class/devfreq").glob("*")
             if re.search(r"\.(gpu|ga10b|gv11b|gp10b|gm20b)$|^gpu-gpc-0$", p.name)
         ]
     )
-    return found[0] if found else None
+    return directories[0] if directories else None
 
 
-def clocks(root: Path) -> str:
+def clock_ranges(root: Path) -> str:
     """One line: the ranges CPU and GPU clocks may move in, and whether jetson_clocks holds them;
     empty where nothing says so.
     """
     cpu = root / "sys/devices/system/cpu/cpu0/cpufreq"
-    gpu = gpu_clock(root)
+    gpu = gpu_clock_directory(root)
     ranges = [("CPU", number(cpu / "scaling_min_freq"), number(cpu / "scaling_max_freq"), 1e3)]
     if gpu:
         ranges += [("GPU", number(gpu / "min_freq"), number(gpu / "max_freq"), 1e6)]
-    known = [(name, low / unit, high / unit) for name, low, high, unit in ranges if low and high]
-    if not known:
+    megahertz = [
+        (name, low / unit, high / unit) for name, low, high, unit in ranges if low and high
+    ]
+    if not megahertz:
         return ""
-    held = all(low == high for _, low, high in known)
-    said = ", ".join(
+    held = all(low == high for _, low, high in megahertz)
+    listed = ", ".join(
         f"{name} {high:.0f} MHz" if low == high else f"{name} {low:.0f} to {high:.0f} MHz"
-        for name, low, high in known
+        for name, low, high in megahertz
     )
     free = "free to change (sudo jetson_clocks holds them at the top)"
-    return f"{said}: {'held by jetson_clocks' if held else free}"
+    return f"{listed}: {'held by jetson_clocks' if held else free}"
 
 
 def is_board(root: Path) -> bool:
@@ -157,15 +159,17 @@ def rails(root: Path) -> list[Rail]:
 
     Only on a Jetson: the same chips elsewhere measure whatever somebody wired to them.
     """
-    return [*_hwmon(root), *_iio(root), *_ina238(root)] if is_board(root) else []
+    if not is_board(root):
+        return []
+    return [*_hwmon(root), *_iio(root), *_ina238(root)]
 
 
-def whole(found: Sequence[Rail]) -> list[Rail]:
+def whole(rails: Sequence[Rail]) -> list[Rail]:
     """The rails whose sum is what the module draws, without any part counted twice."""
     for name in WHOLE:
-        if alone := [rail for rail in found if rail.name == name]:
+        if alone := [rail for rail in rails if rail.name == name]:
             return alone[:1]
-    return list(found)
+    return list(rails)
 
 
 def _hwmon(root: Path) -> Iterator[Rail]:
@@ -225,15 +229,15 @@ def over_current(root: Path) -> dict[str, int]:
     """Events since the start of the machine, by name; at each the hardware lowers the clocks for a
     moment.
     """
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for chip in in_order(list((root / "sys/class/hwmon").glob("hwmon*"))):
         if text(chip / "name") == "soctherm_oc":
-            found |= {
+            counts |= {
                 f"{what} ({name})": count
                 for name, what in OVER_CURRENT.items()
                 if (count := number(chip / f"{name}_event_cnt")) is not None
             }
-    return found
+    return counts
 
 
 def parse_tegrastats(line: str) -> dict[str, float]:
@@ -268,10 +272,10 @@ class Tegrastats:
         """
         line = self.process.stdout.readline() if self.process.stdout else ""
         rails = parse_tegrastats(line)
-        found = {name: value for name, value in rails.items() if name not in LEFT_OUT}
-        if not found:
+        watts = {name: value for name, value in rails.items() if name not in LEFT_OUT}
+        if not watts:
             raise OSError("tegrastats gave no line with power rails")
-        return next((found[name] for name in WHOLE if name in found), sum(found.values()))
+        return next((watts[name] for name in WHOLE if name in watts), sum(watts.values()))
 
     def close(self) -> None:
         self.process.terminate()
@@ -336,18 +340,18 @@ def installed_jetpack() -> str:
     return re.split(r"[+-]", done.stdout.strip())[0] if done.returncode == 0 else ""
 
 
-def describe(found: Jetson) -> tuple[str, str]:
+def jetpack_state(board: Jetson) -> tuple[str, str]:
     """(what is here, the command that adds what is missing or '')."""
-    text = f"JetPack {found.jetpack or 'unknown'}, L4T {found.l4t}"
-    if found.jetpack.startswith("5"):
+    text = f"JetPack {board.jetpack or 'unknown'}, L4T {board.l4t}"
+    if board.jetpack.startswith("5"):
         return (
             f"{text}: its TensorRT 8 is too old for target tensorrt; use llamacpp or onnx",
             "Flash JetPack 6.2 or later",
         )
-    if not found.profile:
+    if not board.profile:
         return f"{text}: no TensorRT profile is known for it", ""
-    text += f" with TensorRT {found.tensorrt}: export engines with --set profile={found.profile}"
-    if not found.package:
+    text += f" with TensorRT {board.tensorrt}: export engines with --set profile={board.profile}"
+    if not board.package:
         return (
             f"{text}; the package nvidia-jetpack, which brings TensorRT, is not installed",
             "sudo apt install nvidia-jetpack",

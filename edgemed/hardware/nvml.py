@@ -71,7 +71,7 @@ class Card:
             raise OSError(f"NVML: {error} ({function})") from error
 
 
-def card() -> Card:
+def first_card() -> Card:
     """The GPU a CUDA program of this process would take: the first of CUDA_VISIBLE_DEVICES where
     that holds a number or a UUID, else the first.
 

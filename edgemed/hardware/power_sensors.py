@@ -55,21 +55,21 @@ class Sensor:
     close: Callable[[], None] | None = None
 
 
-def find(root: Path | str = ROOT) -> list[Sensor]:
+def find_sensors(root: Path | str = ROOT) -> list[Sensor]:
     """Every power sensor of this machine, those that may not be read included. The GPU and
     tegrastats are asked only with root '/'.
     """
     root = Path(root)
-    found = [*board(root), *rapl(root)]
-    return [*found, *gpu()] if root == ROOT else found
+    sensors = [*board_sensors(root), *rapl(root)]
+    return [*sensors, *gpu_sensors()] if root == ROOT else sensors
 
 
-def board(root: Path) -> list[Sensor]:
+def board_sensors(root: Path) -> list[Sensor]:
     """The rails of a Jetson that together are its module, each a sensor; tegrastats where their
     files are not visible.
     """
     rails = jetson.whole(jetson.rails(root))
-    found = [
+    sensors = [
         Sensor(
             rail.name,
             "board",
@@ -82,7 +82,7 @@ def board(root: Path) -> list[Sensor]:
     ]
     voltages = (root / "sys/bus/i2c/drivers/ina3221").glob("*-*/hwmon/hwmon*/in*_input")
     if blocked := [
-        file for file in voltages if not found and jetson.is_board(root) and forbidden(file)
+        file for file in voltages if not sensors and jetson.is_board(root) and forbidden(file)
     ]:
         return [
             Sensor(
@@ -94,9 +94,9 @@ def board(root: Path) -> list[Sensor]:
                 fix="Run with sudo",
             )
         ]
-    if not found and root == ROOT and shutil.which("tegrastats"):
+    if not sensors and root == ROOT and shutil.which("tegrastats"):
         return [Tegra().sensor]
-    return found
+    return sensors
 
 
 class Tegra:
@@ -131,7 +131,7 @@ def rapl(root: Path) -> list[Sensor]:
     Cores and uncore are parts of their package, psys holds the package too, and intel-rapl-mmio is
     the same counter again: left out.
     """
-    found = []
+    sensors = []
     for zone in in_order(list((root / "sys/class/powercap").glob("intel-rapl:*"))):
         name = text(zone / "name") or ""
         counter = zone / "energy_uj"
@@ -142,7 +142,7 @@ def rapl(root: Path) -> list[Sensor]:
         )
         if forbidden(counter):
             problem = f"no permission: /{counter.relative_to(root)} is readable by root only"
-            found.append(
+            sensors.append(
                 Sensor(
                     label,
                     "cpu",
@@ -154,7 +154,7 @@ def rapl(root: Path) -> list[Sensor]:
             )
         elif number(counter) is not None:
             wrap = (number(zone / "max_energy_range_uj") or 0) / 1e6 or None
-            found.append(
+            sensors.append(
                 Sensor(
                     label,
                     "cpu",
@@ -164,7 +164,7 @@ def rapl(root: Path) -> list[Sensor]:
                     wrap,
                 )
             )
-    return found
+    return sensors
 
 
 def counter_joules(counter: Path) -> float:
@@ -172,14 +172,14 @@ def counter_joules(counter: Path) -> float:
     return int(counter.read_text()) / 1e6
 
 
-def gpu() -> list[Sensor]:
+def gpu_sensors() -> list[Sensor]:
     """The GPU a CUDA program would take: its energy counter where it has one, else its power.
     Nothing where there is no NVIDIA driver.
     """
     if not shutil.which("nvidia-smi"):
         return []
     try:
-        card = nvml.card()
+        card = nvml.first_card()
         name = f"GPU {card.index} ({card.name})"
         if card.energy() is not None:
             return [
@@ -235,7 +235,7 @@ def gpu() -> list[Sensor]:
     ]
 
 
-def choose(found: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor], str]:
+def choose_sensors(sensors: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor], str]:
     """(the sensors whose sum is the energy of the work, why there are none). A board sensor holds
     everything, so it is used alone.
 
@@ -243,9 +243,9 @@ def choose(found: Sequence[Sensor], on_gpu: bool = False) -> tuple[list[Sensor],
     left out where it is idle.
     """
     wanted = ("cpu", "gpu") if on_gpu else ("cpu",)
-    if any(s.part == "board" for s in found):
+    if any(s.part == "board" for s in sensors):
         wanted = ("board",)
-    concerned = [s for s in found if s.part in wanted]
+    concerned = [s for s in sensors if s.part in wanted]
     usable = [s for s in concerned if not s.problem]
     needed = "gpu" if on_gpu and wanted != ("board",) else wanted[0]
     if any(s.part == needed for s in usable):
@@ -268,7 +268,9 @@ class Meter:
     """
 
     def __init__(self, sensors: Sequence[Sensor] | None = None, on_gpu: bool = False):
-        self.sensors, self.reason = choose(find() if sensors is None else sensors, on_gpu)
+        self.sensors, self.reason = choose_sensors(
+            find_sensors() if sensors is None else sensors, on_gpu
+        )
         self.joules: float | None = None
         self.watts_mean: float | None = None
         self.seconds = 0.0
@@ -314,11 +316,11 @@ class Meter:
                 value = reading(sensor)
                 now = time.perf_counter()
                 then, before = self._last.get(sensor.name, (now, value))
-                self.parts[sensor.name] += (
-                    (now - then) * (before + value) / 2
-                    if sensor.kind == "power"
-                    else counted(before, value, sensor.wrap)
-                )
+                if sensor.kind == "power":
+                    joules = (now - then) * (before + value) / 2
+                else:
+                    joules = counted(before, value, sensor.wrap)
+                self.parts[sensor.name] += joules
             except (OSError, ValueError) as error:
                 self.reason = f"{sensor.name} failed while it was read: {error}"
                 return

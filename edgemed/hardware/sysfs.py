@@ -25,14 +25,11 @@ def number(path: Path) -> int | None:
     """The whole number a file starts with (decimal, or hexadecimal with 0x), or None where there is
     none to read.
     """
-    found = re.match(r"0x[0-9a-fA-F]+|-?\d+", text(path) or "")
-    return (
-        int(found[0], 0)
-        if found and found[0].startswith("0x")
-        else int(found[0])
-        if found
-        else None
-    )
+    digits = re.match(r"0x[0-9a-fA-F]+|-?\d+", text(path) or "")
+    if digits is None:
+        return None
+    # A decimal number may begin with zeros, which base 0 refuses.
+    return int(digits[0], 16 if digits[0].startswith("0x") else 10)
 
 
 def forbidden(path: Path) -> bool:

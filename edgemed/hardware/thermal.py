@@ -53,12 +53,12 @@ class State:
         return not (self.celsius or self.cpu_mhz or self.gpu_mhz or self.events)
 
 
-def look(root: Path = ROOT, card: Card | None = None) -> State:
+def read_state(root: Path = ROOT, card: Card | None = None) -> State:
     """Read temperatures, clocks, throttling counters and flags now; a card adds its own.
     Milliseconds; raises nothing for what is missing.
     """
     celsius = temperatures(root)
-    gpu = jetson.gpu_clock(root)
+    gpu = jetson.gpu_clock_directory(root)
     gpu_mhz = hertz / 1e6 if gpu and (hertz := number(gpu / "cur_freq")) else None
     flags = pi_flags(root)
     if card:
@@ -67,7 +67,8 @@ def look(root: Path = ROOT, card: Card | None = None) -> State:
         with contextlib.suppress(OSError):
             degrees = card.celsius()
             gpu_mhz = card.mhz() or gpu_mhz
-            celsius |= {} if degrees is None else {f"gpu {card.index}": float(degrees)}
+            if degrees is not None:
+                celsius[f"gpu {card.index}"] = float(degrees)
             flags += card.held_down()
     return State(
         celsius,
@@ -82,40 +83,42 @@ def zones(root: Path) -> dict[str, Path]:
     """Thermal zones by name; zones of one name are told apart by their number. Some zones of
     Jetsons never give a number: they are left out.
     """
-    found: dict[str, Path] = {}
+    directories: dict[str, Path] = {}
     for zone in in_order(list((root / "sys/class/thermal").glob("thermal_zone*"))):
         if number(zone / "temp") is not None:
             name = text(zone / "type") or zone.name
-            found[
-                name if name not in found else f"{name} {zone.name.removeprefix('thermal_zone')}"
+            directories[
+                name
+                if name not in directories
+                else f"{name} {zone.name.removeprefix('thermal_zone')}"
             ] = zone
-    return found
+    return directories
 
 
 def temperatures(root: Path) -> dict[str, float]:
     """Degrees Celsius of every thermal zone and of the CPU's own sensors; the kernel gives
     millidegrees.
     """
-    found = {name: number(zone / "temp") for name, zone in zones(root).items()}
+    millidegrees = {name: number(zone / "temp") for name, zone in zones(root).items()}
     for chip in in_order(list((root / "sys/class/hwmon").glob("hwmon*"))):
         if (name := text(chip / "name")) in CPU_CHIPS:
             for file in in_order(list(chip.glob("temp*_input"))):
                 label = text(
                     chip / file.name.replace("_input", "_label")
                 ) or file.name.removesuffix("_input")
-                found[f"{name} {label}"] = number(file)
+                millidegrees[f"{name} {label}"] = number(file)
     return {
         name: value / 1e3
-        for name, value in found.items()
+        for name, value in millidegrees.items()
         if value is not None and -40_000 < value < 150_000
     }
 
 
-def limits(root: Path) -> dict[str, float]:
+def trip_points(root: Path) -> dict[str, float]:
     """Zone -> the lowest temperature from which the kernel lowers clocks ('passive' or 'hot' trip
     points; unset ones are outside 40 to 130).
     """
-    found = {}
+    lowest = {}
     for name, zone in zones(root).items():
         kinds = [
             (text(kind), number(zone / kind.name.replace("_type", "_temp")))
@@ -127,8 +130,8 @@ def limits(root: Path) -> dict[str, float]:
             if kind in ("passive", "hot") and degrees is not None and 40_000 < degrees < 130_000
         ]
         if points:
-            found[name] = min(points)
-    return found
+            lowest[name] = min(points)
+    return lowest
 
 
 def cpu_clock(root: Path) -> float | None:
@@ -137,24 +140,24 @@ def cpu_clock(root: Path) -> float | None:
     """
     cores = clocked_cores(root)
     step = -(-len(cores) // CORES_READ) or 1
-    found = [
+    readings = [
         number(root / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq")
         for core in cores[::step]
     ]
-    known = [kilohertz / 1e3 for kilohertz in found if kilohertz]
-    return statistics.median(known) if known else None
+    megahertz = [kilohertz / 1e3 for kilohertz in readings if kilohertz]
+    return statistics.median(megahertz) if megahertz else None
 
 
 def clocked_cores(root: Path) -> list[int]:
     """Cores with a cpufreq directory; on the running machine only those this process may use."""
-    found = [
+    cores = [
         int(re.findall(r"\d+", p.parent.name)[0])
         for p in in_order(list((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq")))
     ]
     allowed = (
-        os.sched_getaffinity(0) if root == ROOT and hasattr(os, "sched_getaffinity") else set(found)
+        os.sched_getaffinity(0) if root == ROOT and hasattr(os, "sched_getaffinity") else set(cores)
     )
-    return [core for core in found if core in allowed]
+    return [core for core in cores if core in allowed]
 
 
 def clusters(root: Path = ROOT) -> list[list[int]]:
@@ -184,7 +187,7 @@ def events(root: Path) -> dict[str, int]:
     """Throttling counted since the machine started: over-current on Jetsons, heat on Intel CPUs
     (the highest count of any core).
     """
-    found = jetson.over_current(root)
+    highest = jetson.over_current(root)
     for kind in ("core", "package"):
         counts = [
             number(p)
@@ -192,9 +195,9 @@ def events(root: Path) -> dict[str, int]:
                 f"cpu[0-9]*/thermal_throttle/{kind}_throttle_count"
             )
         ]
-        if known := [count for count in counts if count is not None]:
-            found[f"CPU {kind} slowed because of heat"] = max(known)
-    return found
+        if readable := [count for count in counts if count is not None]:
+            highest[f"CPU {kind} slowed because of heat"] = max(readable)
+    return highest
 
 
 def pi_flags(root: Path) -> tuple[str, ...]:
@@ -221,35 +224,37 @@ def throttling(
     early, late: looks under load, when it began and when it ended; a clock lower by more than a
     tenth counts. top: limits().
     """
-    found = [
+    reasons = [
         f"{name}: {after.events[name] - count} events"
         for name, count in before.events.items()
         if after.events.get(name, 0) > count
     ]
-    found += sorted({flag for state in (*early, *late) for flag in state.flags})
+    reasons += sorted({flag for state in (*early, *late) for flag in state.flags})
     for name, limit in top.items():
         hottest = max(
             (state.celsius[name] for state in (*early, *late, after) if name in state.celsius),
             default=None,
         )
         if hottest is not None and hottest >= limit:
-            found.append(f"{name} reached {hottest:.0f} °C, clocks are lowered from {limit:.0f} °C")
+            reasons.append(
+                f"{name} reached {hottest:.0f} °C, clocks are lowered from {limit:.0f} °C"
+            )
     for what in ("cpu_mhz", "gpu_mhz"):
         first = median(early, what)
         last = median(late, what)
         if first and last and last < CLOCK_DROP * first:
-            found.append(
+            reasons.append(
                 f"{what[:3].upper()} clock fell from {first:.0f} to {last:.0f} MHz under load"
             )
-    return found
+    return reasons
 
 
 def median(states: Sequence[State], what: str) -> float | None:
-    known = [value for state in states if (value := getattr(state, what))]
-    return statistics.median(known) if known else None
+    values = [value for state in states if (value := getattr(state, what))]
+    return statistics.median(values) if values else None
 
 
-def told(
+def thermal_record(
     before: State, early: Sequence[State], late: Sequence[State], after: State, root: Path = ROOT
 ) -> dict[str, Any]:
     """The looks as plain values for a record: hottest sensor, clocks, throttling. 'throttled' is
@@ -260,7 +265,7 @@ def told(
         when: max((max(s.celsius.values()) for s in states if s.celsius), default=None)
         for when, states in looks.items()
     }
-    reasons = throttling(before, early, late, after, limits(root))
+    reasons = throttling(before, early, late, after, trip_points(root))
     silent = all(state.empty for states in looks.values() for state in states)
     return {
         "celsius": {when: degrees for when, degrees in hot.items() if degrees is not None},

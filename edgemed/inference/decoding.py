@@ -78,9 +78,9 @@ def pick(scores: np.ndarray, sampling: Sampling, random: np.random.Generator) ->
     weights = np.exp(scaled[order] - scaled[order[0]])
     weights /= weights.sum()
     if sampling.top_p < 1:
-        kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-        order = order[:kept]
-        weights = weights[:kept] / weights[:kept].sum()
+        count = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+        order = order[:count]
+        weights = weights[:count] / weights[:count].sum()
     return int(random.choice(order, p=weights))
 
 

@@ -38,12 +38,12 @@ class Positions:
     def __init__(self, parts: int, context: int):
         self.held = np.zeros((parts, context), np.int64)
 
-    def add(self, start: int, count: int, given: np.ndarray | None = None) -> np.ndarray:
-        """Positions [parts, count] of `count` tokens appended at sequence index `start`; given:
+    def add(self, start: int, count: int, positions: np.ndarray | None = None) -> np.ndarray:
+        """Positions [parts, count] of `count` tokens appended at sequence index `start`; positions:
         counted from 0.
         """
         after = int(self.held[:, :start].max()) + 1 if start else 0
-        new = np.arange(count)[None] if given is None else given
+        new = np.arange(count)[None] if positions is None else positions
         self.held[:, start : start + count] = after + new
         return self.held[:, start : start + count]
 

@@ -46,7 +46,7 @@ class ExpertsConfig:
         """Whether the experts are stored as one shared matrix and differences."""
         return bool(self.rank or self.density)
 
-    def kept(self, columns: int) -> int:
+    def kept_columns(self, columns: int) -> int:
         """Weights of each row of `columns` that a sparse difference holds."""
         return max(1, round(self.density * columns))
 

@@ -21,7 +21,7 @@ NAME = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(.+)")
 BASE = ("base_model", "base_model_name_or_path")
 
 
-def check(
+def check_expert_origins(
     checkpoint: Checkpoint, parts: Mapping[str, ParamSpec], keys: Mapping[str, tuple[str, ...]]
 ) -> None:
     """Raise EdgemedError naming layer and expert for the first expert that differs from most of its

@@ -89,7 +89,9 @@ def head_of(shapes: Mapping[str, tuple[int, ...]], module: str = "score") -> dic
     for a language model.
     """
     shape = shapes.get(f"{module}.weight")
-    return {"head": "classes", "head_size": shape[0]} if shape else {}
+    if not shape:
+        return {}
+    return {"head": "classes", "head_size": shape[0]}
 
 
 def require(config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:

@@ -198,26 +198,28 @@ def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
     return digests
 
 
-def carried(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[str, str]:
+def carried_adapters(checkpoint: Checkpoint, adapters: Mapping[str, str] | None) -> dict[str, str]:
     """name -> PEFT directory of every adapter an engine of this checkpoint carries: its own first,
     then those a target's parameters name.
 
     Raises EdgemedError where one of these has the own one's name.
     """
-    own = {checkpoint.adapter.name: str(checkpoint.adapter)} if checkpoint.adapter else {}
-    if twice := own.keys() & (adapters or {}).keys():
+    adapter_paths: dict[str, str] = {}
+    if checkpoint.adapter:
+        adapter_paths[checkpoint.adapter.name] = str(checkpoint.adapter)
+    if twice := adapter_paths.keys() & (adapters or {}).keys():
         raise EdgemedError(
             f"adapters: {checkpoint.path} brings an adapter '{twice.pop()}' of its own",
             "Give yours another name; the own one need not be given",
         )
-    return own | dict(adapters or {})
+    return adapter_paths | dict(adapters or {})
 
 
 def read_loras(weights: CanonicalWeights, adapters: Mapping[str, str] | None) -> list[Lora]:
-    """Those of `carried`, read. Raises EdgemedError as carried and read_lora."""
+    """Those of `carried_adapters`, read. Raises EdgemedError as carried and read_lora."""
     return [
         read_lora(weights, name, path)
-        for name, path in carried(weights.checkpoint, adapters).items()
+        for name, path in carried_adapters(weights.checkpoint, adapters).items()
     ]
 
 
@@ -402,10 +404,10 @@ def _pairs(
                 f" matrix is {list(wanted)}",
                 hint,
             )
-        yield (part, index), (a, b * scale_of(values, module, a.shape[0]))
+        yield (part, index), (a, b * lora_scale(values, module, a.shape[0]))
 
 
-def scale_of(values: Mapping[str, Any], module: str, rank: int) -> float:
+def lora_scale(values: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023); alpha may
     differ by module, as peft matches its patterns.
     """
@@ -441,8 +443,8 @@ def answering(source: Checkpoint, adapter: tuple[str, str] | None = None) -> Can
         and "quantization_config" not in source.config
     ):
         adapter = None
-    own = source.adapter
-    adapter = adapter or ((own.name, str(own)) if own else None)
+    trained_with = source.adapter
+    adapter = adapter or ((trained_with.name, str(trained_with)) if trained_with else None)
     return Adapted(source, *adapter) if adapter else CanonicalWeights(source)
 
 

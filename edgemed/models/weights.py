@@ -110,7 +110,7 @@ class CanonicalWeights:
         self.parts: dict[str, ParamSpec] = every_part(self.family, self.unfolded, self.vision)
         self._read_quantization()
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
-        expert_origin.check(checkpoint, self.parts, self.keys)
+        expert_origin.check_expert_origins(checkpoint, self.parts, self.keys)
         self._check_shapes()
         # as they are in the checkpoint, also where experts are read as sums
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}

@@ -107,7 +107,9 @@ def dense(checkpoint: Checkpoint, out: Path, settings: ExpertMergeSettings) -> d
         if hidden is not None:
             observed = observe(weights, n, hidden)
             hidden = observed.hidden
-        shares = shares_of(d, observed, settings.weights) if d.sparse(n) else []
+        shares: list[float] = []
+        if d.sparse(n):
+            shares = shares_of(d, observed, settings.weights)
         gate = 1.0 if observed is None else observed.gate
         written = _write_layer(weights, writer, n, target, shares, gate)
         if d.sparse(n):
@@ -159,10 +161,10 @@ def observe(weights: CanonicalWeights, n: int, hidden: list[torch.Tensor]) -> Ob
     for row in hidden:
         middle = row + linear(layer, "o", input_of(d, n, layer, "o", row))
         read = input_of(d, n, layer, "router", row if d.parallel else middle)
-        given = mlp(d, layer, n, read)
-        after.append(middle + given)
+        output = mlp(d, layer, n, read)
+        after.append(middle + output)
         if d.sparse(n):
-            samples.append((read, given))
+            samples.append((read, output))
             gate, experts = routed(d, layer, read.reshape(-1, d.hidden))
             chosen.append(experts.flatten())
             gates.append(gate.sum(-1))
@@ -324,8 +326,8 @@ def error_of(d: DecoderConfig, layer: Layer, n: int, samples: MlpSamples) -> flo
     """|new(x) - old(x)| / |old(x)| of a layer's MLP. layer: the new one; samples: what the old one
     read and gave.
     """
-    wrong = sum(float((mlp(d, layer, n, read) - given).square().sum()) for read, given in samples)
-    size = sum(float(given.square().sum()) for _, given in samples)
+    wrong = sum(float((mlp(d, layer, n, read) - output).square().sum()) for read, output in samples)
+    size = sum(float(output.square().sum()) for _, output in samples)
     return (wrong / max(size, 1e-30)) ** 0.5
 
 

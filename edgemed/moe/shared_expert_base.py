@@ -178,9 +178,11 @@ def _moments(weights: CanonicalWeights, n: int, samples: MlpSamples) -> dict[str
         flat = read.reshape(-1, d.hidden)
         _, chosen = routed(d, layer, flat)
         for j in range(d.mixture.count):
-            own = flat[(chosen == j).any(-1)]
-            moments[f"experts.{j}.up"].add(own)
-            moments[f"experts.{j}.down"].add(activate(d, linear(layer, f"experts.{j}.up", own)))
+            routed_rows = flat[(chosen == j).any(-1)]
+            moments[f"experts.{j}.up"].add(routed_rows)
+            moments[f"experts.{j}.down"].add(
+                activate(d, linear(layer, f"experts.{j}.up", routed_rows))
+            )
     return moments
 
 
@@ -216,7 +218,7 @@ def _expert_tensors(
             if experts.rank:
                 difference = low_rank(rest, moment, experts.rank)
             else:
-                difference = sparse(rest, moment, experts.kept(rest.shape[1]))
+                difference = sparse(rest, moment, experts.kept_columns(rest.shape[1]))
             for form, value in difference.items():
                 if form != "columns":
                     value = narrowed(f"{stem}.{name}.{form}", value, stored)
@@ -241,12 +243,12 @@ def low_rank(rest: torch.Tensor, moment: torch.Tensor, rank: int) -> dict[str, t
     return {"a": (basis / scale).T @ rest, "b": basis * scale}
 
 
-def sparse(rest: torch.Tensor, moment: torch.Tensor, kept: int) -> dict[str, torch.Tensor]:
+def sparse(rest: torch.Tensor, moment: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
     """values [out, kept] at columns int32 [out, kept], ascending: of each row those of the largest
     |rest| sqrt(moment's diagonal).
     """
     measure = rest.abs() * moment.diagonal().clamp_min(1e-12).sqrt()
-    columns = measure.topk(kept, -1).indices.sort(-1).values
+    columns = measure.topk(count, -1).indices.sort(-1).values
     return {"values": rest.gather(1, columns), "columns": columns.to(torch.int32)}
 
 

@@ -20,9 +20,9 @@ from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.architecture import Architecture
 from edgemed.onnx.ort_cpu_types import started
 from edgemed.vision.preprocessing import (
-    Kept,
+    EncodedImage,
+    FeatureCache,
     Patches,
-    Seen,
     axial_angles,
     check_places,
     patches,
@@ -97,7 +97,7 @@ class OnnxVisionEncoder:
         self.graphs = open_graphs(engine, threads)
         self.context = engine.context
         self.family: Architecture = plugins.load("families", engine.family).FAMILY
-        self.kept = Kept(self._computed)
+        self.cached = FeatureCache(self._encode)
         self.seconds = {"preprocess": 0.0, "tower": 0.0, "projector": 0.0}
 
     def run_tower(self, image_patches: Patches) -> np.ndarray:
@@ -113,13 +113,13 @@ class OnnxVisionEncoder:
         """features float32 [features, hidden] of one image."""
         return self.graphs.run("projector", {"tower": tower})
 
-    def features(self, image: Image.Image) -> Seen:
+    def features(self, image: Image.Image) -> EncodedImage:
         """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for
         the same pixels.
         """
-        return self.kept.features(image)
+        return self.cached.features(image)
 
-    def _computed(self, image: Image.Image) -> Seen:
+    def _encode(self, image: Image.Image) -> EncodedImage:
         marks = [time.perf_counter()]
         image_patches = patches(image, self.v)
         marks.append(time.perf_counter())

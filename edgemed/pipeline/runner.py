@@ -36,7 +36,7 @@ from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluation.evaluate import SOURCE, judge, pair, part_of, source_key
 from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened, open_source, start_engine
-from edgemed.evaluation.prompting import parse
+from edgemed.evaluation.prompting import parse_strategy
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import Questions, questions
 from edgemed.hardware.device import machine
@@ -174,7 +174,7 @@ def check_tasks(spec: EvalSpec, model: str, weights: CanonicalWeights | None) ->
                 "Leave the task out, or give a vision model",
             )
     for strategy in spec.strategies:
-        parse(strategy)
+        parse_strategy(strategy)
 
 
 def run_steps(recipe: Recipe, cache: Path) -> Line:

@@ -77,7 +77,7 @@ class Evidence:
     @property
     def origin(self) -> dict[str, str]:
         """file -> sha256 of the source checkpoint."""
-        return origin(self.chain)
+        return origin_files(self.chain)
 
     @property
     def speeds(self) -> tuple[Json, ...]:
@@ -143,13 +143,13 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
 
 def chain(manifest: Json) -> tuple[Json, ...]:
     """Manifests of all that came before an artifact and its own, the oldest first."""
-    found = [manifest]
-    while found[0].get("parent"):
-        found.insert(0, found[0]["parent"])
-    return tuple(found)
+    manifests = [manifest]
+    while manifests[0].get("parent"):
+        manifests.insert(0, manifests[0]["parent"])
+    return tuple(manifests)
 
 
-def origin(chain: tuple[Json, ...]) -> dict[str, str]:
+def origin_files(chain: tuple[Json, ...]) -> dict[str, str]:
     """file -> sha256 of the checkpoint a chain begins with: one that came from elsewhere, or one
     that edgemed made of nothing (random weights).
     """
@@ -163,15 +163,15 @@ def steps(evidence: Evidence) -> list[Json]:
 
 def brought(manifest: Json) -> dict[str, dict[str, str]]:
     """What a step took besides its checkpoint, such as an adapter: kind -> {file: sha256}."""
-    found: dict[str, dict[str, str]] = {}
+    files_of_kind: dict[str, dict[str, str]] = {}
     for name, sha in manifest["inputs"].items():
         kind, _, file = name.partition("/")
         if file and kind != "checkpoint":
-            found.setdefault(kind, {})[file] = sha
-    return found
+            files_of_kind.setdefault(kind, {})[file] = sha
+    return files_of_kind
 
 
-def shown(values: Json) -> str:
+def parameter_text(values: Json) -> str:
     """Parameters as 'name value, ...'; of a path only the last part, because the rest is about a
     machine and not about a model.
     """
@@ -184,7 +184,7 @@ def shown(values: Json) -> str:
     return ", ".join(texts)
 
 
-def title(result: Json) -> str:
+def evaluation_title(result: Json) -> str:
     """An evaluation by name: task, its language or part where only one was asked, and the prompt
     strategy.
     """
@@ -193,47 +193,49 @@ def title(result: Json) -> str:
     return f"{task}, {result['strategy']}"
 
 
-def limits(evidence: Evidence) -> list[str]:
+def limitations(evidence: Evidence) -> list[str]:
     """What a user must know before relying on the engine, each as a sentence with its number."""
-    found = [f"Prompt and answer together may have {evidence.facts['context']} tokens."]
+    sentences = [f"Prompt and answer together may have {evidence.facts['context']} tokens."]
     verify = evidence.verify
     gate = evidence.gate
     notes = evidence.manifest["notes"]
     if verify and not verify["passed"]:
-        found.append(f"It failed verification against its source: {'; '.join(verify['problems'])}.")
+        sentences.append(
+            f"It failed verification against its source: {'; '.join(verify['problems'])}."
+        )
     if gate and gate["verdict"] != "pass":
-        found.append(
+        sentences.append(
             f"The accuracy gate says '{gate['verdict']}' at a margin of {gate['margin']}: that it"
             " is not worse than its source is not shown."
         )
     for change in sorted(set(notes.get("fallbacks", {}).values())):
-        found.append(
+        sentences.append(
             "Tensors that could not have the type asked for:"
             f" {sum(c == change for c in notes['fallbacks'].values())} ({change})."
         )
     for result in evidence.evals:
-        where = title(result)
+        where = evaluation_title(result)
         if result["interval"][0] <= result["majority"]:
-            found.append(
+            sentences.append(
                 f"{where}: its accuracy is not clearly above {result['majority']:.3f}, that of"
                 " always giving the most frequent answer."
             )
         if result.get("synthetic"):
-            found.append(
+            sentences.append(
                 f"{where}: measured on the shipped synthetic stand-in, which says nothing about"
                 " accuracy."
             )
         if result["truncated"]:
-            found.append(
+            sentences.append(
                 f"{where}: {result['truncated']} of {result['n']} prompts did not fit and lost"
                 " their first tokens."
             )
         if result["unparsed"]:
-            found.append(
+            sentences.append(
                 f"{where}: {result['unparsed']} of {result['n']} answers named no option and count"
                 " as wrong."
             )
-    return found
+    return sentences
 
 
 def not_measured(evidence: Evidence) -> list[str]:
@@ -266,7 +268,9 @@ def _accuracy_not_measured(evidence: Evidence) -> list[str]:
         )
     if not evidence.evals:
         items.append("Accuracy on any task.")
-    unpaired = sorted({title(result) for result in evidence.evals if not result["paired"]})
+    unpaired = sorted(
+        {evaluation_title(result) for result in evidence.evals if not result["paired"]}
+    )
     if unpaired:
         items.append(f"The accuracy of its source on the same questions: {'; '.join(unpaired)}.")
     if evidence.evals and not evidence.gate:

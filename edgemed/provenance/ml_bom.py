@@ -94,7 +94,7 @@ def engine_component(evidence: Evidence, card: bytes) -> Component:
     hashes["README.md"] = hashlib.sha256(card).hexdigest()
     steps = []
     for number, manifest in enumerate(facts_of.steps(evidence), 1):
-        params = facts_of.shown(manifest["params"])
+        params = facts_of.parameter_text(manifest["params"])
         steps.append(f"{number}. {manifest['stage']} ({params})")
     described = {"key": evidence.key, "created": evidence.manifest["created"]}
     for name in DESCRIBED:
@@ -378,7 +378,7 @@ def model_card(evidence: Evidence) -> dict[str, Any]:
         "users": ["Researchers, and engineers of devices that run language models offline"],
         "useCases": ["Research on small medical language models without a network"],
         "technicalLimitations": [
-            *facts_of.limits(evidence),
+            *facts_of.limitations(evidence),
             *(f"Not measured: {item}" for item in facts_of.not_measured(evidence)),
         ],
         "ethicalConsiderations": [
@@ -400,7 +400,7 @@ def model_card(evidence: Evidence) -> dict[str, Any]:
 
 def metrics(evidence: Evidence) -> list[dict[str, Any]]:
     """Parity, accuracy (with intervals and groups) and speed as the schema's performanceMetric."""
-    found = []
+    rows = []
     if verify := evidence.verify:
         where = f"{verify['prompts']} held-out texts, {verify['positions']} positions"
         named = {
@@ -408,17 +408,17 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
             "largest KL divergence of one position, nats": "max_kl",
             "top-1 agreement with the float32 source": "top1",
         }
-        found += [metric(label, verify[key], where) for label, key in named.items()]
-        found += [
+        rows += [metric(label, verify[key], where) for label, key in named.items()]
+        rows += [
             metric(f"error of stage {row['stage']}", row["error"], row["how"])
             for row in verify.get("stages", [])
         ]
     for result in evidence.evals:
-        where = f"{facts_of.title(result)}, {result['n']} questions"
-        found.append(metric("accuracy", result["accuracy"], where, result["interval"]))
+        where = f"{facts_of.evaluation_title(result)}, {result['n']} questions"
+        rows.append(metric("accuracy", result["accuracy"], where, result["interval"]))
         if paired := result["paired"]:
             difference = paired["difference"]
-            found.append(
+            rows.append(
                 metric(
                     f"accuracy less that of the float32 source ({difference['method']})",
                     difference["value"],
@@ -427,10 +427,9 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
                 )
             )
             for row in paired["subgroups"]:
-                group = (
-                    f"{facts_of.title(result)}, {row['group']}={row['value']}, {row['n']} questions"
-                )
-                found += [
+                title = facts_of.evaluation_title(result)
+                group = f"{title}, {row['group']}={row['value']}, {row['n']} questions"
+                rows += [
                     metric("accuracy", row["engine"], group),
                     metric(
                         "accuracy less that of the float32 source",
@@ -445,14 +444,14 @@ def metrics(evidence: Evidence) -> list[dict[str, Any]]:
             for key in ("prompt", "generate", "threads", "image", "tokens")
             if record["how"].get(key) is not None
         ]
-        found.append(
+        rows.append(
             metric(
                 f"{record['name']} ({record['unit']})",
                 record["value"],
                 ", ".join([record["machine"]["label"], *how, f"n={record['n']}"]),
             )
         )
-    return found
+    return rows
 
 
 def metric(name: str, value: float, where: str, interval: Any = None) -> dict[str, Any]:

@@ -57,12 +57,12 @@ def render(evidence: Evidence) -> str:
         front=front,
         e=evidence,
         facts=evidence.facts,
-        steps=[step(manifest) for manifest in facts_of.steps(evidence)],
-        origin=origin(evidence),
-        evals=[{**result, "title": facts_of.title(result)} for result in evidence.evals],
+        steps=[step_row(manifest) for manifest in facts_of.steps(evidence)],
+        origin=origin_rows(evidence),
+        evals=[{**result, "title": facts_of.evaluation_title(result)} for result in evidence.evals],
         machines=machines(evidence),
         size_bytes=size_of(evidence.manifest),
-        limits=facts_of.limits(evidence),
+        limits=facts_of.limitations(evidence),
         not_measured=facts_of.not_measured(evidence),
         extra=evidence.facts["target"],
         has_vision=bool(evidence.facts.get("vision")),
@@ -75,12 +75,9 @@ def front_matter(evidence: Evidence) -> dict[str, Any]:
     """
     facts = evidence.facts
     source = evidence.source
-    tags = [
-        "edgemed",
-        "medical",
-        facts["target"],
-        *(["random-weights"] if facts["random_weights"] else []),
-    ]
+    tags = ["edgemed", "medical", facts["target"]]
+    if facts["random_weights"]:
+        tags.append("random-weights")
     front: dict[str, Any] = {"license": source["licence"] or "unknown"}
     front |= {key: source[key] for key in ("license_name", "license_link") if source[key]}
     if source["name"] and not facts["random_weights"]:
@@ -143,7 +140,7 @@ def front_licence(directory: Path) -> dict[str, Any]:
     """
     import yaml
 
-    found: dict[str, Any] = dict.fromkeys(("licence", "license_name", "license_link"))
+    fields: dict[str, Any] = dict.fromkeys(("licence", "license_name", "license_link"))
     file = Path(directory) / FILE
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     matched = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", text, re.DOTALL)
@@ -152,19 +149,19 @@ def front_licence(directory: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         # A README is written by hand; that it cannot be read is no reason to stop a build, and an
         # unknown licence is said to be one.
-        return found
+        return fields
     if isinstance(front, dict) and front.get("license"):
         licence = front["license"]
-        found["licence"] = (
+        fields["licence"] = (
             " AND ".join(map(str, licence)) if isinstance(licence, list) else str(licence)
         )
-        found |= {
+        fields |= {
             key: str(front[key]) for key in ("license_name", "license_link") if front.get(key)
         }
-    return found
+    return fields
 
 
-def step(manifest: Json) -> dict[str, Any]:
+def step_row(manifest: Json) -> dict[str, Any]:
     brought = [
         f"{kind} {file} `{sha[:12]}`"
         for kind, files in facts_of.brought(manifest).items()
@@ -172,7 +169,7 @@ def step(manifest: Json) -> dict[str, Any]:
     ]
     return {
         "name": manifest["stage"],
-        "params": facts_of.shown(manifest["params"]),
+        "params": facts_of.parameter_text(manifest["params"]),
         "brought": ", ".join(brought),
         "key": manifest["key"],
         "seconds": manifest["wall_seconds"],
@@ -181,7 +178,7 @@ def step(manifest: Json) -> dict[str, Any]:
     }
 
 
-def origin(evidence: Evidence) -> list[tuple[str, str]]:
+def origin_rows(evidence: Evidence) -> list[tuple[str, str]]:
     return sorted(evidence.origin.items())
 
 
@@ -189,9 +186,9 @@ def machines(evidence: Evidence) -> list[dict[str, Any]]:
     """Per machine the newest record of each number, in the order of LABELS; none where verification
     failed.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_label: dict[str, dict[str, Any]] = {}
     for record in sorted(evidence.speeds, key=order):
-        machine = found.setdefault(
+        machine = by_label.setdefault(
             record["machine"]["label"], {"machine": record["machine"], "records": []}
         )
         how = [
@@ -206,7 +203,7 @@ def machines(evidence: Evidence) -> list[dict[str, Any]]:
                 "conditions": ", ".join(how),
             }
         )
-    return list(found.values())
+    return list(by_label.values())
 
 
 def order(record: Json) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from edgemed.data.text_sets import IMAGES, card_names, read_card
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.provenance import ml_bom, model_card
-from edgemed.provenance.evidence import Evidence, Json, chain, origin, read_evidence
+from edgemed.provenance.evidence import Evidence, Json, chain, origin_files, read_evidence
 
 
 def document(
@@ -44,11 +44,11 @@ def document(
     sections = {
         "source": source,
         "verify": verify,
-        "evals": [summary(result) for result in evals],
+        "evals": [without_items(result) for result in evals],
         "gate": gate,
         "datasets": datasets(manifest, evals, heldout, images),
     }
-    write(directory, sections)
+    write_card_and_bom(directory, sections)
 
 
 def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
@@ -58,10 +58,12 @@ def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
     A signature made before no longer fits. Raises EdgemedError where the engine was altered or
     cannot be written to.
     """
-    store.attach(directory, {}, {"evals": [summary(result) for result in evals], "gate": gate})
+    store.attach(
+        directory, {}, {"evals": [without_items(result) for result in evals], "gate": gate}
+    )
 
 
-def write(directory: Path, sections: Json) -> Evidence:
+def write_card_and_bom(directory: Path, sections: Json) -> Evidence:
     """Write README.md and bom.cdx.json from what the directory holds and `sections`, and attach all
     of it in one stroke.
     """
@@ -80,7 +82,7 @@ def write(directory: Path, sections: Json) -> Evidence:
     return evidence
 
 
-def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
+def describe_source(model: str, path: Path, engine: Path) -> dict[str, Any]:
     """{name, licence, license_name, license_link, adapters} of the checkpoint an engine was made
     from. model: as a person named it; path: where it lies.
 
@@ -90,7 +92,7 @@ def describe(model: str, path: Path, engine: Path) -> dict[str, Any]:
     chained = chain(store.read_manifest(engine))
     wrong = [
         name
-        for name, sha in origin(chained).items()
+        for name, sha in origin_files(chained).items()
         if not (path / name).is_file() or hashing.file_sha256(path / name) != sha
     ]
     if wrong:
@@ -121,8 +123,8 @@ def known_source(model: str, path: Path, engine: Path) -> dict[str, Any] | None:
     """describe(), or None where the checkpoint was itself made by edgemed from another, about which
     nothing is known here.
     """
-    made = (path / store.MANIFEST).is_file() and bool(lineage.read(store.read_manifest(path)))
-    return None if made else describe(model, path, engine)
+    derived = (path / store.MANIFEST).is_file() and bool(lineage.read(store.read_manifest(path)))
+    return None if derived else describe_source(model, path, engine)
 
 
 def directory_of(model: str) -> Path:
@@ -132,7 +134,7 @@ def directory_of(model: str) -> Path:
     return open_checkpoint(model).path
 
 
-def summary(result: Json) -> dict[str, Any]:
+def without_items(result: Json) -> dict[str, Any]:
     """An evaluation without its single items, which stay in the run's report.json."""
     return {key: value for key, value in result.items() if key != "items"}
 
@@ -143,21 +145,21 @@ def datasets(
     """Every text and image set an engine was calibrated, compared or evaluated on: {name, use,
     sha256, licence, source, url, split}.
     """
-    found = []
+    sets = []
     for step in chain(manifest):
         # A text set is an input that is one file and was named by a parameter.
-        found += [
+        sets += [
             text_set(step["params"][name], "calibration", sha)
             for name, sha in step["inputs"].items()
             if isinstance(step["params"].get(name), str)
         ]
-    found += [
+    sets += [
         text_set(name, split, read_card(name).digest(split))
         for name, split in ((heldout, "heldout"), (images, "images"))
         if name
     ]
     for name, sha in {(result["task"], result["task_sha256"]): None for result in evals}:
-        found.append(task_set(name, sha))
+        sets.append(task_set(name, sha))
     for name in {
         result["task"]: None
         for result in evals
@@ -166,7 +168,7 @@ def datasets(
         sha = hashing.file_sha256(
             plugins.ROOT / "tasks" / "samples" / plugins.load("tasks", name).TASK.shots
         )
-        found.append(
+        sets.append(
             {
                 **task_set(name, None),
                 "name": f"{name}, solved examples",
@@ -175,7 +177,7 @@ def datasets(
             }
         )
     # One text may serve two steps, quantization and an importance matrix, say.
-    return list({(each["use"], each["name"], each["sha256"]): each for each in found}.values())
+    return list({(each["use"], each["name"], each["sha256"]): each for each in sets}.values())
 
 
 def task_set(name: str, sha256: str | None) -> dict[str, Any]:
@@ -185,22 +187,24 @@ def task_set(name: str, sha256: str | None) -> dict[str, Any]:
     import yaml
 
     file = plugins.ROOT / "tasks" / "samples" / f"{name}.card.yaml"
-    facts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts: dict[str, Any] = {}
+    if file.is_file():
+        facts = yaml.safe_load(file.read_text(encoding="utf-8"))
     whole = facts.get("whole_set", [])
-    published = [
-        facts.get("sha256"),
-        *(part.get("sha256") for part in (whole if isinstance(whole, list) else [whole])),
-    ]
-    known = sha256 is None or sha256 in published
-    source = facts.get("source") if known else f"a file of the user's in the layout of {name}"
+    parts = whole if isinstance(whole, list) else [whole]
+    published = [facts.get("sha256"), *(part.get("sha256") for part in parts)]
+    is_published = sha256 is None or sha256 in published
+    source = (
+        facts.get("source") if is_published else f"a file of the user's in the layout of {name}"
+    )
     return {
         "name": name,
         "use": "evaluation",
         "sha256": sha256,
-        "split": facts.get("split") if known else None,
-        "licence": facts.get("licence") if known else None,
+        "split": facts.get("split") if is_published else None,
+        "licence": facts.get("licence") if is_published else None,
         "source": source,
-        "url": facts.get("url") if known else None,
+        "url": facts.get("url") if is_published else None,
     }
 
 
@@ -208,9 +212,10 @@ def text_set(name: str, split: str, sha256: str) -> dict[str, Any]:
     """A set of the data cards; a user's own file is known by its name and hash only."""
     facts: Mapping[str, Any] = {}
     if name in (*card_names(), IMAGES):
-        facts = read_card(name).metadata
+        metadata = read_card(name).metadata
         # A card that has changed since says nothing about the text that was used.
-        facts = facts if facts["files"][split]["sha256"] == sha256 else {}
+        if metadata["files"][split]["sha256"] == sha256:
+            facts = metadata
     use = {"calibration": "calibration", "heldout": "parity", "images": "parity"}[split]
     return {
         "name": Path(name).name,

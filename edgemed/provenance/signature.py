@@ -110,7 +110,7 @@ def sign(engine: Path, key: Path, password: bytes | None = None) -> dict[str, An
     return statement
 
 
-def check(directory: Path, key: Path) -> dict[str, Any]:
+def check_signature(directory: Path, key: Path) -> dict[str, Any]:
     """{public_key, signed, files, problems}: one sentence per file that was altered, is missing or
     was added since the signature.
 
@@ -155,17 +155,17 @@ def hashes(directory: Path) -> dict[str, str | None]:
     """file -> sha256 of everything in a directory but its signature; None for what is not a file,
     such as a link to nowhere.
     """
-    found: dict[str, str | None] = {}
+    digests: dict[str, str | None] = {}
     try:
         for path in sorted(directory.rglob("*")):
             name = path.relative_to(directory).as_posix()
             if name != store.SIGNATURE and (path.is_symlink() or not path.is_dir()):
-                found[name] = hashing.file_sha256(path) if path.is_file() else None
+                digests[name] = hashing.file_sha256(path) if path.is_file() else None
     except OSError as error:
         raise EdgemedError(
             f"{error.filename} cannot be read: {error.strerror}", "Check its permissions"
         ) from None
-    return found
+    return digests
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:

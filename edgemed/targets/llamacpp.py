@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -279,8 +279,8 @@ def supports(weights: CanonicalWeights, params: Params) -> str | None:
 
 
 def _adapters_refused(weights: CanonicalWeights, params: Params) -> str | None:
-    if lora.carried(weights.checkpoint, params.adapters) and (
-        reason := lora_files.refused(weights)
+    if lora.carried_adapters(weights.checkpoint, params.adapters) and (
+        reason := lora_files.adapter_refused(weights)
     ):
         return reason
     lora.read_loras(weights, params.adapters)
@@ -303,10 +303,10 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if rescaled(d) is not None and not weights.family.gguf_interleaved:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
-    own = own_graph(weights.family, d)
-    if own and (reason := refuses(d)):
+    runs_own_graph = own_graph(weights.family, d)
+    if runs_own_graph and (reason := refuses(d)):
         return reason
-    if own and params.kv != "auto":
+    if runs_own_graph and params.kv != "auto":
         return (
             "the cache of edgemed's ggml graph is f32 for an f32 file and f16 otherwise; leave"
             " kv out"
@@ -314,7 +314,7 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     if params.vision == "mtmd" or params.mmproj:
-        return mmproj.refused(weights)
+        return mmproj.mmproj_refused(weights)
     return None
 
 
@@ -363,19 +363,19 @@ def _calibration_refused(weights: CanonicalWeights, params: Params) -> str | Non
 def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
     """Write model.gguf (and head.npz); returns the facts for engine.json and the manifest."""
     weights = type(weights)(weights.checkpoint, sum_experts=True)
-    own = own_graph(weights.family, weights.unfolded)
-    centred = weights.family.gguf_centred and not own
+    runs_own_graph = own_graph(weights.family, weights.unfolded)
+    centred = weights.family.gguf_centred and not runs_own_graph
     folded = (Centred if centred else type(weights))(
         weights.checkpoint, fold=True, sum_experts=True
     )
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
-    tensors, fallbacks = plan(folded, params, columns, chosen.types if chosen else None)
+    tensors, fallbacks = file_tensors(folded, params, columns, chosen.types if chosen else None)
     with _rounded(folded, params, columns, tensors, out) as (rounded, errors):
-        writer.write(
-            out / (GRAPH if own else FILE),
-            ARCH if own else folded.family.gguf_arch,
-            lambda writer: describe(writer, folded, file_type(params)),
+        writer.write_gguf(
+            out / (GRAPH if runs_own_graph else FILE),
+            ARCH if runs_own_graph else folded.family.gguf_arch,
+            lambda writer: write_metadata(writer, folded, file_type(params)),
             rounded,
         )
     if folded.decoder.head != "lm":
@@ -386,50 +386,20 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
             weight=np.asarray(head.dense(), np.float32),
             bias=np.asarray(bias, np.float32),
         )
-    seen = build_vision_files(weights, out, params) if weights.vision else {}
+    vision_notes: dict[str, Any] = {}
+    if weights.vision:
+        vision_notes = build_vision_files(weights, out, params)
     factors = {
-        one.name: lora_files.write(out, one, folded)
+        one.name: lora_files.write_gguf_adapter(out, one, folded)
         for one in lora.read_loras(folded, params.adapters)
     }
     adapter = weights.checkpoint.adapter
     adapter_bytes = factors[adapter.name] if adapter else 0
-    embedding_ids = {"position_embd.weight"} | (
-        {"token_embd.weight"} if any(t.name == "output.weight" for t in tensors) else set()
-    )
-    share = (
-        weights.unfolded.experts.active / weights.unfolded.experts.count
-        if weights.unfolded.experts
-        else 1
-    )
-    carried = (
-        "/".join(
-            sorted({preserved_integers.preserved_type(bits) for bits, _ in weights.packings()})
-        )
-        if params.from_checkpoint
-        else None
-    )
     context = params.context or weights.decoder.context
     kv = cache_type(params.kv, file_type(params) == "f32")
-    notes = {
-        "precision": (
-            f"{carried} carried"
-            if carried
-            else (
-                f"GGUF {chosen.facts['bits_per_weight']:.2f} bpw"
-                if chosen
-                else file_type(params).upper()
-            )
-        ),
-        "bytes_per_token": (
-            round(
-                sum(
-                    t.nbytes * (share if "_exps." in t.name else 1)
-                    for t in tensors
-                    if t.name not in embedding_ids
-                )
-            )
-            + adapter_bytes
-        ),
+    notes: dict[str, Any] = {
+        "precision": _precision(weights, params, chosen),
+        "bytes_per_token": round(_bytes_per_token(weights, tensors)) + adapter_bytes,
         "context": context,
         "kv_cache": {
             "type": kv,
@@ -437,22 +407,15 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         },
         "types": dict(Counter(t.type for t in tensors)),
         "fallbacks": fallbacks,
-        **seen,
-        "integers": (
-            "gptq checkpoint"
-            if carried
-            else (
-                "llama.cpp"
-                if not weights.quantization
-                else "llama.cpp, from the gptq checkpoint's rounded weights"
-            )
-        ),
+        **vision_notes,
+        "integers": _integers(weights, params),
     }
     if chosen:
-        notes |= {"allocation": chosen.facts}
+        notes["allocation"] = chosen.facts
     if errors:
-        notes |= {"integers": "gptq, on llama.cpp's types", "errors": errors}
-    if own:
+        notes["integers"] = "gptq, on llama.cpp's types"
+        notes["errors"] = errors
+    if runs_own_graph:
         notes["construction"] = (
             "llama.cpp has no graph of this model: edgemed's own runs on its tensor library, and"
             " llama.cpp's programs cannot open the file"
@@ -463,9 +426,45 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
             "the mean is taken out of everything added to the residual stream, so that RMS norms"
             " do; dense layers are equal experts behind a router of zeros"
         )
-    return notes | (
-        {"imatrix": {"source": params.imatrix, "matrices": len(columns)}} if columns else {}
-    )
+    if columns:
+        notes["imatrix"] = {"source": params.imatrix, "matrices": len(columns)}
+    return notes
+
+
+def _precision(weights: CanonicalWeights, params: Params, chosen: TypeChoice | None) -> str:
+    """The precision of an engine as reports name it."""
+    if params.from_checkpoint:
+        types = {preserved_integers.preserved_type(bits) for bits, _ in weights.packings()}
+        return f"{'/'.join(sorted(types))} carried"
+    if chosen:
+        return f"GGUF {chosen.facts['bits_per_weight']:.2f} bpw"
+    return file_type(params).upper()
+
+
+def _integers(weights: CanonicalWeights, params: Params) -> str:
+    """Who chose the integers of an engine that GPTQ on llama.cpp's types did not make."""
+    if params.from_checkpoint:
+        return "gptq checkpoint"
+    if weights.quantization:
+        return "llama.cpp, from the gptq checkpoint's rounded weights"
+    return "llama.cpp"
+
+
+def _bytes_per_token(weights: CanonicalWeights, tensors: Sequence[writer.Tensor]) -> float:
+    """Weight bytes that one token reads: without embedding rows, and of the experts those it
+    chooses.
+    """
+    embeddings = {"position_embd.weight"}
+    if any(tensor.name == "output.weight" for tensor in tensors):
+        embeddings.add("token_embd.weight")
+    share = 1.0
+    if experts := weights.unfolded.experts:
+        share = experts.active / experts.count
+    total = 0.0
+    for tensor in tensors:
+        if tensor.name not in embeddings:
+            total += tensor.nbytes * (share if "_exps." in tensor.name else 1)
+    return total
 
 
 def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
@@ -474,7 +473,7 @@ def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> 
     """
     written = {}
     if params.mmproj or params.vision == "mtmd":
-        written["mtmd"] = mmproj.write(weights, out, params.mmproj or "f16")
+        written["mtmd"] = mmproj.write_mmproj(weights, out, params.mmproj or "f16")
     if params.vision == "onnx":
         written["onnx"] = build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])
     notes = {"tower_bytes": written[params.vision]}
@@ -483,7 +482,7 @@ def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> 
     return notes
 
 
-def plan(
+def file_tensors(
     weights: CanonicalWeights,
     params: Params,
     columns: Mapping[str, np.ndarray],
@@ -552,18 +551,9 @@ def plan(
         for t, place in places.items()
     ]
     factors = rescaled(d)
-    return (
-        [
-            writer.Tensor(
-                ROPE,
-                factors.shape,
-                "F32",
-                lambda: factors,
-            )
-        ]
-        if factors is not None
-        else []
-    ) + tensors, fallbacks
+    if factors is not None:
+        tensors.insert(0, writer.Tensor(ROPE, factors.shape, "F32", factors.copy))
+    return tensors, fallbacks
 
 
 def _budgeted(
@@ -583,7 +573,7 @@ def _budgeted(
         ),
         file_type(params),
     )
-    return bit_allocation.choose(
+    return bit_allocation.choose_types(
         weights,
         _calibration(weights, params),
         places,
@@ -661,7 +651,7 @@ def _importance(weights: CanonicalWeights, params: Params) -> dict[str, np.ndarr
     return columns
 
 
-def describe(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
+def write_metadata(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
     """GGUF metadata: the graph's numbers and the tokenizer."""
     checkpoint = weights.checkpoint
     d = (
@@ -878,7 +868,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
         metadata.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
         writer.add_tokenizer_model("no_vocab")
 
-    writer.write(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)
+    writer.write_gguf(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)
     return probe_engine(folder, wanted)
 
 

@@ -259,9 +259,10 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         weights = type(weights)(weights.checkpoint, weights.fold, sum_experts=True)
     bits = bits_of(weights, params)
     floats = "float16" if params.precision == "fp16" or params.provider == "cuda" else "float32"
-    seen = {}
+    vision_notes = {}
     if weights.vision:
-        seen = {"tower_bytes": build_vision(weights, out, OrtDialect(), **TOWERS[params.tower])}
+        dialect = OrtDialect()
+        vision_notes["tower_bytes"] = build_vision(weights, out, dialect, **TOWERS[params.tower])
     precision = Precision(
         floats,
         bits,
@@ -278,30 +279,30 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         weights, out, precision, dialect, frozenset(part for one in loras for part in one.factors)
     )
     factors = {one.name: lora_files.write(out, one, floats) for one in loras}
-    own = factors[weights.checkpoint.adapter.name] if weights.checkpoint.adapter else 0
-    origin = "gptq checkpoint" if weights.quantization else "rounded to nearest"
-    label = (
-        packings_label(weights.packings() or {(bits, params.group)})
-        if bits
-        else {"float32": "fp32", "float16": "fp16"}[floats]
-    )
-    label = "w8a8" if precision.integers else label
-    return {
+    adapter = weights.checkpoint.adapter
+    adapter_bytes = factors[adapter.name] if adapter else 0
+    if precision.integers:
+        label = "w8a8"
+    elif bits:
+        label = packings_label(weights.packings() or {(bits, params.group)})
+    else:
+        label = {"float32": "fp32", "float16": "fp16"}[floats]
+    notes: dict[str, Any] = {
         "precision": label,
         "context": context,
-        "bytes_per_token": graph.layer_bytes + own,
+        "bytes_per_token": graph.layer_bytes + adapter_bytes,
         "attention": "GroupQueryAttention, shared buffer",
         "kv_cache": {
             "type": cached,
             "bytes": weights.decoder.cache_elements(context) * np.dtype(cached).itemsize,
         },
-        **seen,
-        **(
-            {"integers": origin, "output_matrix": "int8 of 32 (Q8_0 grid)", "embedding": "float16"}
-            if bits
-            else {}
-        ),
+        **vision_notes,
     }
+    if bits:
+        notes["integers"] = "gptq checkpoint" if weights.quantization else "rounded to nearest"
+        notes["output_matrix"] = "int8 of 32 (Q8_0 grid)"
+        notes["embedding"] = "float16"
+    return notes
 
 
 def _kv_scales(weights: CanonicalWeights, params: Params) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -196,7 +196,7 @@ def _sizes_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if params.prefill < 1 or params.workspace_mb < 1:
         return "prefill and workspace_mb must be above 0"
     if weights.vision:
-        return images_refused(vision_seen(weights, params), params.context or d.context)
+        return images_refused(limited_vision(weights, params), params.context or d.context)
     return None
 
 
@@ -250,7 +250,7 @@ def _packings_refused(weights: CanonicalWeights, stored: list[tuple[int, int]]) 
     return None
 
 
-def vision_seen(weights: CanonicalWeights, params: Params) -> VisionConfig:
+def limited_vision(weights: CanonicalWeights, params: Params) -> VisionConfig:
     """The model's vision with the limits of images these parameters set."""
     v = weights.vision
     if v is None:
@@ -287,16 +287,18 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     Raises EdgemedError where the profile's TensorRT would not parse a graph.
     """
     from edgemed.onnx.decoder_graph import Precision, build_decoder
-    from edgemed.tensorrt.build import SEEING, score_bytes
+    from edgemed.tensorrt.build import VISION_GRAPHS, score_bytes
     from edgemed.tensorrt.dialect import PlainDialect, rows_offered
     from edgemed.tensorrt.parser_check import estimate
 
     weights = type(weights)(weights.checkpoint, weights.fold, sum_experts=True)
     d = weights.decoder
     bits = bits_of(weights, params)
-    chosen = (
-        params.activations if bits else "fp16" if params.precision == "auto" else params.precision
-    )
+    chosen = params.precision
+    if bits:
+        chosen = params.activations
+    elif params.precision == "auto":
+        chosen = "fp16"
     # Sums and norms stay float32: TensorRT 11 computes a norm in the format of its input.
     precision = Precision(
         FLOATS[chosen],
@@ -307,30 +309,19 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     )
     graph = build_decoder(weights, out, precision, PlainDialect(bits, params.experts == "chosen"))
     context = params.context or d.context
-    names = ("model", *(SEEING if weights.vision else ()))
-    seen = {}
+    names = ["model"]
+    vision_notes = {}
     scores = 0
     if weights.vision:
-        seen = {"tower_bytes": build_vision_files(weights, out, params)}
-        scores = score_bytes(vision_seen(weights, params), context)
+        names.extend(VISION_GRAPHS)
+        vision_notes["tower_bytes"] = build_vision_files(weights, out, params)
+        scores = score_bytes(limited_vision(weights, params), context)
     reports = {name: parsed(out / f"{name}.onnx", params.profile) for name in names}
     cache = 2 * d.layers * rows_offered(context) * d.kv_size * (4 if chosen == "fp32" else 2)
     (out / "build.sh").write_text(SCRIPT, encoding="utf-8")
-    packings = weights.packings() or {(bits or 0, -1 if bits == 8 else params.group)}
     same = "ONNX Runtime on the same graph, not TensorRT"
-    return {
-        "precision": (
-            (
-                "w8a8"
-                if precision.integers
-                else "int8 per output"
-                if packings == {(8, -1)}
-                else packings_label(packings)
-            )
-            + (f" {chosen}" if chosen != "fp16" else "")
-            if bits
-            else chosen
-        ),
+    notes: dict[str, Any] = {
+        "precision": _precision(weights, params, chosen),
         "bytes_per_token": graph.layer_bytes,
         "context": context,
         "unbuilt": (
@@ -339,20 +330,34 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
             else same
         ),
         "parser": reports["model"],
-        "expected_bytes": estimate(out, names, context, cache, params.workspace_mb * 10**6, scores),
-        "attention": "plain operators, cache read in place, new rows written behind it",
-        **seen,
-        **({"vision_parser": {name: reports[name] for name in SEEING}} if weights.vision else {}),
-        **(
-            {
-                "integers": "gptq checkpoint" if weights.quantization else "rounded to nearest",
-                "output_matrix": chosen,
-                "embedding": chosen,
-            }
-            if bits
-            else {}
+        "expected_bytes": estimate(
+            out, tuple(names), context, cache, params.workspace_mb * 10**6, scores
         ),
+        "attention": "plain operators, cache read in place, new rows written behind it",
+        **vision_notes,
     }
+    if weights.vision:
+        notes["vision_parser"] = {name: reports[name] for name in VISION_GRAPHS}
+    if bits:
+        notes["integers"] = "gptq checkpoint" if weights.quantization else "rounded to nearest"
+        notes["output_matrix"] = chosen
+        notes["embedding"] = chosen
+    return notes
+
+
+def _precision(weights: CanonicalWeights, params: Params, chosen: str) -> str:
+    """The precision of an engine as reports name it. chosen: the format of its floats."""
+    bits = bits_of(weights, params)
+    if not bits:
+        return chosen
+    packings = weights.packings() or {(bits, -1 if bits == 8 else params.group)}
+    if params.precision == "w8a8":
+        integers = "w8a8"
+    elif packings == {(8, -1)}:
+        integers = "int8 per output"
+    else:
+        integers = packings_label(packings)
+    return integers if chosen == "fp16" else f"{integers} {chosen}"
 
 
 def build_vision_files(weights: CanonicalWeights, out: Path, params: Params) -> int:
@@ -378,9 +383,9 @@ def parsed(file: Path, profile: str) -> dict[str, Any]:
     """The parser check of one graph. Raises EdgemedError where the profile's TensorRT would not
     parse it.
     """
-    from edgemed.tensorrt.parser_check import check, read_table
+    from edgemed.tensorrt.parser_check import check_graph, read_table
 
-    report = check(file, read_table(PROFILES[profile]))
+    report = check_graph(file, read_table(PROFILES[profile]))
     if report["problems"]:
         raise EdgemedError(
             f"TensorRT {report['tensorrt']} would not parse {file.name}:"

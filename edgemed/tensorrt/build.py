@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
     from edgemed.models.architecture import VisionConfig
 
-SEEING = ("tower", "projector")
+VISION_GRAPHS = ("tower", "projector")
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EVERY = 64  # tokens whose scores come back at once; [EVERY, vocabulary] float32 is what this costs
 USUAL = 448**2  # pixels of the image a tower's plan is tuned for, within the engine's own limits
@@ -129,7 +129,7 @@ def compile_plan(
 
 def graphs(engine: Engine) -> tuple[str, ...]:
     """Names of the engine's graphs: NAME.onnx as it travels, NAME.plan as it is built."""
-    return ("model", *SEEING) if engine.vision else ("model",)
+    return ("model", *VISION_GRAPHS) if engine.vision else ("model",)
 
 
 def precision_of(engine: Engine, name: str) -> str:

@@ -118,7 +118,7 @@ def read_table(version: str) -> Table:
     return params.build(Table, yaml.safe_load(file.read_text(encoding="utf-8")), file.name)
 
 
-def check(file: Path, table: Table) -> dict[str, Any]:
+def check_graph(file: Path, table: Table) -> dict[str, Any]:
     """Read an ONNX file (not its data) and return nodes, operators {op: count}, dynamic axes,
     inferred statements used, and problems, one sentence each.
     """
@@ -128,7 +128,9 @@ def check(file: Path, table: Table) -> dict[str, Any]:
     )
     graph = _Graph(onnx, model.graph)
     problems = []
-    inferred = [table.inferred] if table.inferred else []
+    inferred = []
+    if table.inferred:
+        inferred.append(table.inferred)
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     first, last = table.opset["documented"]
     if not first <= opset <= last:
@@ -241,8 +243,12 @@ def _node(node: Any, graph: _Graph, table: Table, opset: int) -> Iterator[str]:
 
 
 def _types(node: Any, graph: _Graph, rule: Rule) -> Iterator[str]:
-    typed = [node.input[TYPED_INPUT.get(node.op_type, 0)]] if node.input else []
-    for name in (*typed, *(node.output if node.op_type == "Cast" else ())):
+    typed = []
+    if node.input:
+        typed.append(node.input[TYPED_INPUT.get(node.op_type, 0)])
+    if node.op_type == "Cast":
+        typed.extend(node.output)
+    for name in typed:
         kind = graph.types.get(name)
         if kind is None or name not in graph.ranks:
             yield f"the type or rank of '{name}' cannot be inferred"
@@ -259,17 +265,17 @@ def _types(node: Any, graph: _Graph, rule: Rule) -> Iterator[str]:
 
 
 def _inputs(node: Any, graph: _Graph, rule: Rule) -> Iterator[str]:
-    given = {index: name for index, name in enumerate(node.input) if name}
+    names = {index: name for index, name in enumerate(node.input) if name}
     for index in rule.constant:
-        if index in given and given[index] not in graph.constants:
-            yield f"{node.op_type}'s input '{given[index]}' must be known when the engine is built"
+        if index in names and names[index] not in graph.constants:
+            yield f"{node.op_type}'s input '{names[index]}' must be known when the engine is built"
     for index in rule.zero:
-        if index in given and ((value := graph.value(given[index])) is None or value.any()):
-            yield f"{node.op_type}'s zero point '{given[index]}' must be 0"
+        if index in names and ((value := graph.value(names[index])) is None or value.any()):
+            yield f"{node.op_type}'s zero point '{names[index]}' must be 0"
     for index, bound in rule.below.items():
-        value = graph.value(given[index]) if index in given else None
+        value = graph.value(names[index]) if index in names else None
         if value is None or not (value < bound).all():
-            yield f"{node.op_type}'s input '{given.get(index, index)}' must be below {bound}" + (
+            yield f"{node.op_type}'s input '{names.get(index, index)}' must be below {bound}" + (
                 "" if value is None else f", it is {value.max()}"
             )
 

@@ -269,19 +269,20 @@ def check_plan(engine: Engine) -> None:
     """Raise EdgemedError where the plans were made by another TensorRT or for another GPU than this
     machine's.
     """
-    made = store.read_manifest(folder_of(engine))["params"]
+    built = store.read_manifest(folder_of(engine))["params"]
     here = identity(engine.params["runtime"], None)
     again = f"Build it again here: edgemed build {engine.path}"
-    if made["tensorrt"] != here["tensorrt"]:
+    if built["tensorrt"] != here["tensorrt"]:
         raise EdgemedError(
-            f"{engine.path} was built by TensorRT {made['tensorrt']}, and {here['tensorrt']} is"
+            f"{engine.path} was built by TensorRT {built['tensorrt']}, and {here['tensorrt']} is"
             " installed",
             again,
         )
-    if (made["gpu"], made["compute_capability"]) != (here["gpu"], here["compute_capability"]):
+    if (built["gpu"], built["compute_capability"]) != (here["gpu"], here["compute_capability"]):
         raise EdgemedError(
-            f"{engine.path} was built for {made['gpu']} (compute capability"
-            f" {made['compute_capability']}), this is {here['gpu']} ({here['compute_capability']})",
+            f"{engine.path} was built for {built['gpu']} (compute capability"
+            f" {built['compute_capability']}), this is {here['gpu']}"
+            f" ({here['compute_capability']})",
             again,
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.hardware.cuda_driver import Cuda
-from edgemed.tensorrt.build import SEEING, profiles, shape_of, tensorrt
+from edgemed.tensorrt.build import VISION_GRAPHS, profiles, shape_of, tensorrt
 from edgemed.tensorrt.session import check_plan, load_plan, need_memory
 from edgemed.vision.preprocessing import vision_of
 
@@ -38,10 +38,10 @@ class TensorRTVisionGraphs:
                 "Ask it without an image, or export a vision model",
             )
         self.v = vision_of(engine.vision)
-        self.most = profiles(engine, SEEING[0])[0][2]
+        self.most = profiles(engine, VISION_GRAPHS[0])[0][2]
         check_plan(engine)
         self.cuda = Cuda()
-        self.loaded = {name: self._load(engine, name) for name in SEEING}
+        self.loaded = {name: self._load(engine, name) for name in VISION_GRAPHS}
 
     def _load(self, engine: Engine, name: str) -> tuple[Any, dict[str, int], str, int]:
         """(execution context, address of every tensor, name of the output, its row in elements)."""
@@ -93,10 +93,12 @@ class TensorRTVisionGraphs:
             self.cuda.to_device(addresses[n], array)
         if not context.execute_async_v3(self.cuda.stream.value):
             raise RuntimeError("TensorRT failed to run; its messages stand above")
-        found = np.empty((patches // per if name == SEEING[1] else patches, width), np.float32)
-        self.cuda.to_host(found, addresses[output])
+        rows = np.empty(
+            (patches // per if name == VISION_GRAPHS[1] else patches, width), np.float32
+        )
+        self.cuda.to_host(rows, addresses[output])
         self.cuda.wait()
-        return found
+        return rows
 
     def close(self) -> None:
         del self.loaded

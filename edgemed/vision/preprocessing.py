@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from edgemed.models.architecture import VisionConfig
 
-KEPT = 32  # images whose features are kept: a few megabytes
+CACHED_IMAGES = 32  # images whose features are kept: a few megabytes
 NARROWEST = 200  # Qwen2-VL refuses images longer than this many times their width
 SQUARE = 400_000_000  # pixels of the largest square an image is padded to: 1.2 GB for a moment
 
@@ -210,54 +210,58 @@ def token_positions(
 
 
 # features float32 [n, hidden] of one image, and how many (rows, columns) they are
-Seen = tuple[np.ndarray, tuple[int, int]]
+EncodedImage = tuple[np.ndarray, tuple[int, int]]
 
 
-class Kept:
-    """Features of the last few images, found again by their pixels, so that a second question about
-    an image costs no second look.
+class FeatureCache:
+    """Features of the last few images by a digest of their pixels. A second question about an image
+    does not encode it again.
     """
 
-    def __init__(self, compute: Callable[[Image.Image], Seen]):
-        self.compute = compute
-        self.found: OrderedDict[str, Seen] = OrderedDict()
+    def __init__(self, encode_image: Callable[[Image.Image], EncodedImage]):
+        self.encode_image = encode_image
+        self.entries: OrderedDict[str, EncodedImage] = OrderedDict()
 
-    def features(self, image: Image.Image) -> Seen:
-        """Those of one RGB image, computed where they are not kept."""
+    def features(self, image: Image.Image) -> EncodedImage:
+        """Those of one RGB image, computed where the cache has none."""
         key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        if key not in self.found:
-            self.found[key] = self.compute(image)
-            if len(self.found) > KEPT:
-                self.found.popitem(last=False)
-        self.found.move_to_end(key)
-        return self.found[key]
+        if key not in self.entries:
+            self.entries[key] = self.encode_image(image)
+            if len(self.entries) > CACHED_IMAGES:
+                self.entries.popitem(last=False)
+        self.entries.move_to_end(key)
+        return self.entries[key]
 
 
 def placed(
-    tokens: Sequence[int], seen: Sequence[Seen], v: VisionConfig, parts: int, context: int
+    tokens: Sequence[int],
+    encoded: Sequence[EncodedImage],
+    v: VisionConfig,
+    parts: int,
+    context: int,
 ) -> tuple[list[int], ImageEmbeddings | None]:
     """(tokens with every image token repeated for its image's features, the features themselves).
 
-    tokens: a prompt with one image token for each image, in order; seen: what the images became.
+    tokens: a prompt with one image token for each image, in order; encoded: what the images became.
     Raises EdgemedError where prompt and images are longer than the context: an image is never cut.
     """
-    if not seen:
+    if not encoded:
         return list(tokens), None
-    counts = iter([len(features) for features, _ in seen])
+    counts = iter([len(features) for features, _ in encoded])
     placed_tokens: list[int] = []
     for token in tokens:
         count = next(counts) if token == v.token else 1
         placed_tokens += [token] * count
     if len(placed_tokens) > context:
-        most = max(len(features) for features, _ in seen)
+        most = max(len(features) for features, _ in encoded)
         raise EdgemedError(
             f"prompt and images are {len(placed_tokens)} tokens long, {context} fit (the largest"
             f" image alone is {most})",
             "Ask with fewer or smaller images, or export with a longer context",
         )
-    grids = [grid for _, grid in seen]
+    grids = [grid for _, grid in encoded]
     positions = token_positions(placed_tokens, v.token, grids, parts)
-    features = np.concatenate([features for features, _ in seen])
+    features = np.concatenate([features for features, _ in encoded])
     return placed_tokens, ImageEmbeddings(features, positions, v.token)
 
 

@@ -17,9 +17,9 @@ from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.architecture import VisionConfig
 from edgemed.models.weights import CanonicalWeights
 from edgemed.vision.preprocessing import (
-    Kept,
+    EncodedImage,
+    FeatureCache,
     Patches,
-    Seen,
     axial_angles,
     check_places,
     patches,
@@ -128,15 +128,15 @@ class TorchVisionEncoder:
         self.family = weights.family
         self.parts = max(weights.decoder.rope_axes, default=0) + 1
         self.context = weights.decoder.context
-        self.kept = Kept(self._computed)
+        self.cached = FeatureCache(self._encode)
 
-    def features(self, image: Image.Image) -> Seen:
+    def features(self, image: Image.Image) -> EncodedImage:
         """(features [n, hidden], (rows, columns) of features) of one RGB image; computed once for
         the same pixels.
         """
-        return self.kept.features(image)
+        return self.cached.features(image)
 
-    def _computed(self, image: Image.Image) -> Seen:
+    def _encode(self, image: Image.Image) -> EncodedImage:
         image_patches = patches(image, self.v)
         embedded = features(self.weights, image_patches)["features"].numpy()
         grid = (image_patches.rows // self.v.merge, image_patches.columns // self.v.merge)
@@ -152,4 +152,4 @@ class TorchVisionEncoder:
         )
 
     def close(self) -> None:
-        self.kept.found.clear()
+        self.cached.entries.clear()

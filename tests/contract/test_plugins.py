@@ -27,7 +27,7 @@ from edgemed import plugins
 from edgemed.data.text_sets import card_names, read_card, texts
 from edgemed.engines.engine import Engine, export
 from edgemed.errors import EdgemedError
-from edgemed.evaluation.task import Task, describe, questions
+from edgemed.evaluation.task import Task, questions, task_description
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.models.architecture import Architecture, DecoderConfig, all_families
 from edgemed.models.checkpoint import open_checkpoint
@@ -443,7 +443,7 @@ def test_task(name: str) -> None:
     assert len({example.gold for example in asked.examples}) > 1
     for example in (*asked.examples, *asked.shots):
         prompt = task.render(example)
-        before = describe(task, example)
+        before = task_description(task, example)
         assert len(prompt.options) == len(example.options)
         assert all(option.startswith(" ") and option.strip() for option in prompt.options)
         assert not prompt.context.endswith((" ", "\n"))

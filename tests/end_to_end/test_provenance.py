@@ -28,7 +28,7 @@ from edgemed.artifacts.records import append_records
 from edgemed.errors import EdgemedError
 from edgemed.provenance import ml_bom, model_card, signature
 from edgemed.provenance import record as provenance
-from edgemed.provenance.evidence import limits, not_measured, read_evidence
+from edgemed.provenance.evidence import limitations, not_measured, read_evidence
 
 pytest.importorskip("cyclonedx")
 pytest.importorskip("cryptography")
@@ -270,7 +270,7 @@ def documented(engine: Path, **changes: object) -> Path:
             record(engine, "peak_memory_bytes", 151_400_000.0, "B"),
         ],
     )
-    source = provenance.describe(str(made / "BioTiny"), made / "BioTiny", engine)
+    source = provenance.describe_source(str(made / "BioTiny"), made / "BioTiny", engine)
     provenance.document(
         engine,
         source,
@@ -466,7 +466,9 @@ def variant(engine: Path, name: str) -> Path:
     provenance.document(
         engine,
         **{
-            "source": provenance.describe("BioTiny", engine.parent.parent / "BioTiny", engine),
+            "source": provenance.describe_source(
+                "BioTiny", engine.parent.parent / "BioTiny", engine
+            ),
             "verify": VERIFY,
             "evals": [evaluated()],
             "gate": GATE,
@@ -584,7 +586,7 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
     documented(engine)
     before = {name: (engine / name).read_bytes() for name in (model_card.FILE, ml_bom.FILE)}
     manifest = store.read_manifest(engine)
-    provenance.write(engine, {})
+    provenance.write_card_and_bom(engine, {})
     assert before == {name: (engine / name).read_bytes() for name in before}
     assert manifest == store.read_manifest(engine)
     append_records(
@@ -601,7 +603,7 @@ def test_documents_are_the_same_from_the_same_evidence(engine: Path) -> None:
             )
         ],
     )
-    provenance.write(engine, {})
+    provenance.write_card_and_bom(engine, {})
     old = json.loads(before[ml_bom.FILE])
     new = bill(engine)
     assert new["serialNumber"] == old["serialNumber"]
@@ -690,7 +692,7 @@ def test_random_weights_are_said_first_and_have_no_results(tmp_path: Path) -> No
         store.write_json(work.path / "engine.json", {**ENGINE, "random_weights": True})
     provenance.document(
         tmp_path / "engine",
-        provenance.describe("random:big", tmp_path / "random", tmp_path / "engine"),
+        provenance.describe_source("random:big", tmp_path / "random", tmp_path / "engine"),
     )
     text = (tmp_path / "engine" / model_card.FILE).read_text()
     assert "RANDOM WEIGHTS" in text.split("## ")[0]
@@ -708,7 +710,7 @@ def test_no_ceiling_for_weights_that_fit_the_cache(engine: Path) -> None:
     ceiling = record(engine, "ceiling_tokens_per_second", 5000.0, "tok/s")
     for cache, shown in ((999, True), (1001, False)):
         append_records(engine, [{**ceiling, "machine": {**MACHINE, "cache_bytes": cache}}])
-        provenance.write(engine, {})
+        provenance.write_card_and_bom(engine, {})
         assert ("at most by that bandwidth" in (engine / model_card.FILE).read_text()) is shown
         assert ("ceiling_tokens" in (engine / ml_bom.FILE).read_text()) is shown
 
@@ -759,10 +761,10 @@ def test_only_the_model_an_engine_was_made_from_lends_its_name(
 ) -> None:
     other = tmp_path / "Other"
     shutil.copytree(engine.parent.parent / "BioTiny", other)
-    assert provenance.describe(str(other), other, engine)["name"] == "Other"
+    assert provenance.describe_source(str(other), other, engine)["name"] == "Other"
     (other / "config.json").write_text("another model")
     with pytest.raises(EdgemedError, match="was not made from .*config.json differs"):
-        provenance.describe(str(other), other, engine)
+        provenance.describe_source(str(other), other, engine)
 
 
 def test_datasets_are_known_by_their_hash(engine: Path) -> None:
@@ -809,8 +811,8 @@ def test_limits_and_gaps(engine: Path) -> None:
     evidence = read_evidence(
         engine, {"evals": [evaluated(interval=[0.5, 0.6], unparsed=2, paired=None)], "verify": None}
     )
-    assert any("not clearly above 0.550" in limit for limit in limits(evidence))
-    assert any("2 of 200 answers named no option" in limit for limit in limits(evidence))
+    assert any("not clearly above 0.550" in limit for limit in limitations(evidence))
+    assert any("2 of 200 answers named no option" in limit for limit in limitations(evidence))
     gaps = " ".join(not_measured(evidence))
     assert "no verification is recorded" in gaps
     assert "accuracy of its source" in gaps
@@ -822,14 +824,14 @@ def test_limits_and_gaps(engine: Path) -> None:
 def test_nothing_is_written_about_an_altered_engine(engine: Path) -> None:
     documented(engine)
     (engine / model_card.FILE).write_text("edited by hand")
-    provenance.write(engine, {})
+    provenance.write_card_and_bom(engine, {})
     assert "Not a medical device" in (engine / model_card.FILE).read_text()
     assert not store.check_manifest(engine)
     (engine / "model.onnx").write_bytes(b"other")
     with pytest.raises(EdgemedError, match="model.onnx was altered"):
-        provenance.write(engine, {})
+        provenance.write_card_and_bom(engine, {})
     with pytest.raises(EdgemedError, match="is a checkpoint, not an engine"):
-        provenance.write(engine.parent.parent / "merge", {})
+        provenance.write_card_and_bom(engine.parent.parent / "merge", {})
 
 
 def test_card_from_the_command_line(engine: Path) -> None:
@@ -881,7 +883,7 @@ def test_card_says_when_it_outdates_a_signature(signed: Path, keys: Path) -> Non
 
 
 def problems(engine: Path, keys: Path) -> list[str]:
-    return signature.check(engine, keys / "public.pem")["problems"]
+    return signature.check_signature(engine, keys / "public.pem")["problems"]
 
 
 def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
@@ -1094,14 +1096,14 @@ def test_wrong_keys(signed: Path, keys: Path, tmp_path: Path) -> None:
         ("absent", "cannot be read"),
     ):
         with pytest.raises(EdgemedError, match=said):
-            signature.check(signed, wrong[name])
+            signature.check_signature(signed, wrong[name])
     with pytest.raises(EdgemedError, match="cannot be read as a private key"):
         signature.sign(signed, wrong["locked"], b"wrong")
     with pytest.raises(EdgemedError, match="cannot be read as a private key"):
         signature.sign(signed, keys / "private.pem", b"a password it does not have")
     assert problems(signed, keys) == [], "nothing refused has touched the signature"
     signature.sign(signed, wrong["locked"], b"secret")
-    assert signature.check(signed, tmp_path / "locked" / "public.pem")["problems"] == []
+    assert signature.check_signature(signed, tmp_path / "locked" / "public.pem")["problems"] == []
     shutil.copy(keys / "private.pem", signed / "private.pem")
     with pytest.raises(EdgemedError, match="lies inside the engine"):
         signature.sign(signed, signed / "private.pem")
@@ -1207,7 +1209,7 @@ def test_checking_needs_no_torch(signed: Path, keys: Path) -> None:
     )
     code = (
         f"import sys\nfor name in {absent}:\n    sys.modules[name] = None\nfrom pathlib import"
-        " Path\nfrom edgemed.provenance.signature import check\nprint(check(Path(sys.argv[1]),"
+        " Path\nfrom edgemed.provenance.signature import check_signature\nprint(check_signature(Path(sys.argv[1]),"
         " Path(sys.argv[2])))"
     )
     done = subprocess.run(

@@ -24,7 +24,7 @@ from edgemed.documents.evaluation import EvalResult, Item
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, paired_statistics
 from edgemed.evaluation.evaluate import evaluate, pair, source_key, title
-from edgemed.evaluation.option_scoring import PrefixReader, behind, shared
+from edgemed.evaluation.option_scoring import PrefixReader, behind, shared_prefix
 from edgemed.evaluation.prompting import PromptPlan, PromptSettings
 from edgemed.evaluation.task import Questions, questions
 from edgemed.inference.session import ImageEmbeddings
@@ -365,16 +365,16 @@ def pictures(*values: float, start: int = 3) -> ImageEmbeddings:
 def test_what_two_prompts_share() -> None:
     text = [1, 2, 3]
     one = [1, 2, 3, IMAGE, IMAGE, 4]
-    assert shared(text, [1, 2, 3, 5], None, None) == 3
-    assert shared(text, text, None, None) == 2
-    assert shared(one, [*one, 5], pictures(1.0), pictures(1.0)) == 6
-    assert shared(one, [*one, 5], pictures(1.0), pictures(2.0)) == 3, (
+    assert shared_prefix(text, [1, 2, 3, 5], None, None) == 3
+    assert shared_prefix(text, text, None, None) == 2
+    assert shared_prefix(one, [*one, 5], pictures(1.0), pictures(1.0)) == 6
+    assert shared_prefix(one, [*one, 5], pictures(1.0), pictures(2.0)) == 3, (
         "the same tokens, another image"
     )
     two = [*one, IMAGE, IMAGE, 4]
-    assert shared(two, [*two, 5], pictures(1.0, 2.0), pictures(1.0, 3.0)) == 6
+    assert shared_prefix(two, [*two, 5], pictures(1.0, 2.0), pictures(1.0, 3.0)) == 6
     assert (
-        shared(
+        shared_prefix(
             one,
             [1, 2, 3, IMAGE, IMAGE, IMAGE, IMAGE, 4],
             pictures(1.0),
@@ -382,7 +382,7 @@ def test_what_two_prompts_share() -> None:
         )
         == 3
     ), "a larger image is read as a whole"
-    assert shared(one, [1, 2, 3, IMAGE, 9], pictures(1.0), None) == 3
+    assert shared_prefix(one, [1, 2, 3, IMAGE, 9], pictures(1.0), None) == 3
     rest = behind([*two, 5], pictures(1.0, 3.0), 6)
     assert rest.features[:, 0].tolist() == [3.0, 3.0]
     assert rest.positions[0, 0] == 0

@@ -372,7 +372,7 @@ def test_every_prompt_is_worded_as_lm_evals_own(
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    from edgemed.evaluation.task import describe, questions
+    from edgemed.evaluation.task import questions, task_description
 
     parity = importlib.import_module("lm_eval_parity")
     asked = {ours: questions(ours) for ours, _, _ in parity.TASKS}
@@ -390,7 +390,7 @@ def test_every_prompt_is_worded_as_lm_evals_own(
             prompt = these.task.render(example)
             requests, target = theirs[ours, example.id]
             assert requests == [
-                (describe(these.task, example) + prompt.context, option)
+                (task_description(these.task, example) + prompt.context, option)
                 for option in prompt.options
             ], (ours, example.id)
             assert target in (example.gold, example.options[example.gold])

@@ -23,7 +23,12 @@ from edgemed.errors import EdgemedError
 from edgemed.evaluation.opened_model import evaluate_opened, open_source
 from edgemed.evaluation.prompting import PromptSettings
 from edgemed.evaluation.task import questions
-from edgemed.evaluation.test_time_training import Adapt, Learner, Library, compare
+from edgemed.evaluation.test_time_training import (
+    AdaptationSettings,
+    AdaptingSession,
+    TrainingTexts,
+    compare_adapted,
+)
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession
@@ -33,8 +38,8 @@ IDS = tokens(50)
 
 
 @pytest.fixture
-def learner(model: Path) -> Learner:
-    return Learner(CanonicalWeights(open_checkpoint(model)), 4)
+def learner(model: Path) -> AdaptingSession:
+    return AdaptingSession(CanonicalWeights(open_checkpoint(model)), 4)
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def asked(tmp_path: Path):
     return questions(f"section:{file}")
 
 
-def test_plain_answers_are_the_decoders(model: Path, learner: Learner) -> None:
+def test_plain_answers_are_the_decoders(model: Path, learner: AdaptingSession) -> None:
     session = TorchSession(CanonicalWeights(open_checkpoint(model)))
     right = session.prefill(IDS, every=True).copy()
     assert np.abs(learner.prefill(IDS[:30], every=True) - right[:30]).max() < 1e-3
@@ -61,7 +66,7 @@ def test_plain_answers_are_the_decoders(model: Path, learner: Learner) -> None:
     assert learner.position == 50
 
 
-def test_putting_back_is_exact(learner: Learner) -> None:
+def test_putting_back_is_exact(learner: AdaptingSession) -> None:
     before = learner.prefill(IDS, every=True).copy()
     weights = {name: value.clone() for name, value in learner.model.state_dict().items()}
     for rate in (1e-3, 0.5):
@@ -77,7 +82,7 @@ def test_putting_back_is_exact(learner: Learner) -> None:
         learner.rewind(0)
 
 
-def test_one_step_is_adamws(learner: Learner) -> None:
+def test_one_step_is_adamws(learner: AdaptingSession) -> None:
     """The first AdamW step is rate * g / (|g| + eps); of a fresh LoRA only B has a gradient. Labels
     count where they are given.
     """
@@ -114,13 +119,15 @@ def test_what_is_learned_from(model: Path, asked, tmp_path: Path) -> None:
             )
         )
     )
-    [far, near] = Library(asked, Adapt(k=2, text=str(file), length=12), tokenizer).nearest(
-        "aspirin was given to 4 patients"
-    )
+    [far, near] = TrainingTexts(
+        asked, AdaptationSettings(k=2, text=str(file), length=12), tokenizer
+    ).nearest("aspirin was given to 4 patients")
     assert tokenizer.decode(near[0]) == "Aspirin was "
     assert near[0] == near[1]
     assert far[0] != near[0]
-    [(ids, labels)] = Library(asked, Adapt(length=64), tokenizer).nearest(asked.shots[5].question)
+    [(ids, labels)] = TrainingTexts(asked, AdaptationSettings(length=64), tokenizer).nearest(
+        asked.shots[5].question
+    )
     assert asked.shots[5].question[-20:] in tokenizer.decode(ids)
     assert (
         tokenizer.decode([t for t in labels if t != IGNORED])
@@ -133,7 +140,9 @@ def test_what_is_learned_from(model: Path, asked, tmp_path: Path) -> None:
 
 def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, asked) -> None:
     checkpoint = open_checkpoint(model)
-    found = compare(checkpoint, asked, Adapt(rate=0.05, rank=4, length=32), margin=0.5)
+    found = compare_adapted(
+        checkpoint, asked, AdaptationSettings(rate=0.05, rank=4, length=32), margin=0.5
+    )
     usual = evaluate_opened(
         open_source(checkpoint),
         asked,
@@ -159,10 +168,10 @@ def test_the_comparison_is_paired_and_every_question_starts_anew(model: Path, as
     # learned before it.
     from dataclasses import replace
 
-    last = compare(
+    last = compare_adapted(
         checkpoint,
         replace(asked, examples=asked.examples[-1:]),
-        Adapt(rate=0.05, rank=4, length=32),
+        AdaptationSettings(rate=0.05, rank=4, length=32),
     )
     assert last.trained.items[0].scores == found.trained.items[-1].scores
 
@@ -181,11 +190,11 @@ def test_what_is_refused(model: Path, vision_model: Path, asked, tmp_path: Path)
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"id": 0, "text": "one"}) + "\n")
     with pytest.raises(EdgemedError, match=r"on 3 texts: .*few.jsonl has 1"):
-        compare(open_checkpoint(model), asked, Adapt(k=3, text=str(few)))
+        compare_adapted(open_checkpoint(model), asked, AdaptationSettings(k=3, text=str(few)))
     with pytest.raises(EdgemedError, match="takes float text models"):
-        compare(open_checkpoint(vision_model), asked, Adapt())
+        compare_adapted(open_checkpoint(vision_model), asked, AdaptationSettings())
     with pytest.raises(EdgemedError, match="the loss is nan"):
-        wrong = Learner(CanonicalWeights(open_checkpoint(model)), 4)
+        wrong = AdaptingSession(CanonicalWeights(open_checkpoint(model)), 4)
         wrong.learn([(IDS, [IGNORED] * 50)], 1, 1e-3)
 
 

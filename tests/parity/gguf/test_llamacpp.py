@@ -257,7 +257,7 @@ def dry_run(source: Engine, kind: str, columns: dict[str, np.ndarray] | None) ->
 
 
 def quantize_params(kind: str, columns: dict[str, np.ndarray] | None) -> ctypes.Structure:
-    lib = llama_session.library()
+    lib = llama_session.llama_library()
     params = lib.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[kind][0]
     params.nthread = 2
@@ -521,10 +521,10 @@ def test_one_quantization_two_engines(model: Checkpoint, tmp_path: Path) -> None
     ]
     twin = replace(carried, path=tmp_path / "twin")
     twin.path.mkdir()
-    writer.write(
+    writer.write_gguf(
         twin.path / "model.gguf",
         "gpt2",
-        lambda writer: llamacpp.describe(writer, CanonicalWeights(packed), "f32"),
+        lambda writer: llamacpp.write_metadata(writer, CanonicalWeights(packed), "f32"),
         floats,
     )
     scores = []

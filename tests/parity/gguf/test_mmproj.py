@@ -160,7 +160,7 @@ def test_the_file_is_what_llamacpps_converter_writes(
     source: Checkpoint, tmp_path: Path, kind: str
 ) -> None:
     weights = CanonicalWeights(source)
-    mmproj.write(weights, tmp_path, kind)
+    mmproj.write_mmproj(weights, tmp_path, kind)
     reader = gguf.GGUFReader(tmp_path / "mmproj.gguf")
     v = weights.vision
     said = {
@@ -251,8 +251,8 @@ def test_towers_that_llamacpp_would_compute_wrongly(
     )
     import re
 
-    assert mmproj.refused(weights) is None
-    assert re.search(said, mmproj.refused(odd))
+    assert mmproj.mmproj_refused(weights) is None
+    assert re.search(said, mmproj.mmproj_refused(odd))
 
 
 def test_bad_input_is_one_line(source: Checkpoint, model: Path, tmp_path: Path) -> None:

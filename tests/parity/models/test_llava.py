@@ -588,12 +588,12 @@ def test_a_sentencepiece_tokenizer_in_gguf_is_the_checkpoints(
     model: tuple[Path, Any], tmp_path: Path, prepend: bool
 ) -> None:
     lib = pytest.importorskip("llama_cpp").llama_cpp
-    from edgemed.gguf.llama_session import library
+    from edgemed.gguf.llama_session import llama_library
 
     path = renamed(model[0], tmp_path / "model", ROOTS, authors_config(vocab_size=VOCAB))
     tokenizer = sentencepiece(path, prepend)
     engine = engine_of(path, "llamacpp", tmp_path / "engine", type="f32")
-    library()
+    llama_library()
     params = lib.llama_model_default_params()
     params.vocab_only = True
     loaded = lib.llama_model_load_from_file(str(engine.path / "model.gguf").encode(), params)

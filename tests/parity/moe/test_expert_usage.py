@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from edgemed.data.text_sets import calibration_sequences
 from edgemed.errors import EdgemedError
-from edgemed.evaluation.expert_usage import load, spread
+from edgemed.evaluation.expert_usage import count_expert_usage, spread
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.torch_decoder import TorchSession, load_layer, routed
@@ -74,7 +74,9 @@ def test_a_text_sets_tokens_are_counted_as_numpy_counts_them(
     model = write(tmp_path / "model", name)
     windows = calibration_sequences("medquad-answers", open_tokenizer(model, 288), 3, 40)
     right = choices(model, "StableLm", windows, active)
-    rows = load(open_checkpoint(model), cards=["medquad-answers"], samples=3, length=40)
+    rows = count_expert_usage(
+        open_checkpoint(model), cards=["medquad-answers"], samples=3, length=40
+    )
     assert [(row["of"], row["language"], row["layer"]) for row in rows] == [
         ("medquad-answers", "en", 0),
         ("medquad-answers", "en", 2),
@@ -109,7 +111,7 @@ def test_a_tasks_tokens_are_counted_by_language(model: Path, tmp_path: Path) -> 
         for code, word in (("es", "Cuanto al dia"), ("en", "How much a day"))
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = load(open_checkpoint(model), [f"headqa:{file}"])
+    found = count_expert_usage(open_checkpoint(model), [f"headqa:{file}"])
     tokenizer = open_tokenizer(model, 288)
     assert [(row["language"], row["layer"]) for row in found] == [
         ("es", 0),
@@ -223,10 +225,16 @@ def test_what_is_refused(model: Path, medmoe: Path, tmp_path: Path) -> None:
     dense = write(tmp_path / "dense", "moe-tinymed", model_type="llava_stablelm")
     task = own_questions(tmp_path)
     for call, words in (
-        (lambda: load(open_checkpoint(dense), ["medqa"]), "has no mixtures of experts"),
-        (lambda: load(open_checkpoint(model)), "neither a task nor a text set"),
-        (lambda: load(open_checkpoint(model), ["medqaa"]), "Did you mean 'medqa'"),
-        (lambda: load(open_checkpoint(model), cards=["nothing"]), "unknown text set 'nothing'"),
+        (
+            lambda: count_expert_usage(open_checkpoint(dense), ["medqa"]),
+            "has no mixtures of experts",
+        ),
+        (lambda: count_expert_usage(open_checkpoint(model)), "neither a task nor a text set"),
+        (lambda: count_expert_usage(open_checkpoint(model), ["medqaa"]), "Did you mean 'medqa'"),
+        (
+            lambda: count_expert_usage(open_checkpoint(model), cards=["nothing"]),
+            "unknown text set 'nothing'",
+        ),
         (lambda: spread(open_checkpoint(medmoe), task, 2), "this model has one that chooses 1"),
         (lambda: spread(open_checkpoint(dense), task, 2), "this model has no experts"),
         (lambda: spread(open_checkpoint(model), task, 0), "0 seeds"),

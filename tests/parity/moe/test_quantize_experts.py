@@ -310,7 +310,7 @@ def test_a_gguf_budget_counts_experts_as_the_one_tensor_they_are(tmp_path: Path)
 
     weights = Centred(open_checkpoint(write(tmp_path / "model", "moe-tinymed")), fold=True)
     places = layout(weights.family, weights.decoder, weights.parts)
-    chosen = bit_allocation.choose(
+    chosen = bit_allocation.choose_types(
         weights,
         torch.tensor([IDS]),
         places,

@@ -31,7 +31,7 @@ from edgemed.quantization.grids import rtn
 from edgemed.steps import quantize
 from edgemed.targets.tensorrt import PROFILES, Params
 from edgemed.tensorrt.dialect import NOWHERE, PlainDialect, rows_offered
-from edgemed.tensorrt.parser_check import check, read_table, versions
+from edgemed.tensorrt.parser_check import check_graph, read_table, versions
 
 IDS = tokens(CONTEXT, seed=4)
 
@@ -473,7 +473,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_table_finds(tmp_path: Path, case: str) -> None:
     nodes, inputs, outputs, tensors, opset, said = CASES[case]
-    problems = check(
+    problems = check_graph(
         graph_of(tmp_path, nodes, inputs, outputs, tensors, opset), read_table("10.3")
     )["problems"]
     assert any(said in problem for problem in problems), problems
@@ -483,7 +483,7 @@ def test_contrib_operators_are_found(model: Path, tmp_path: Path) -> None:
     from edgemed.targets.onnx import Params as Onnx
 
     engine = export(open_checkpoint(model), "onnx", Onnx("fp16"), tmp_path / "engine")
-    problems = check(engine.path / "model.onnx", read_table("11"))["problems"]
+    problems = check_graph(engine.path / "model.onnx", read_table("11"))["problems"]
     assert any(
         "operator GroupQueryAttention belongs to com.microsoft" in problem for problem in problems
     )

@@ -36,7 +36,7 @@ from edgemed.targets import tensorrt as target
 from edgemed.targets.tensorrt import PROFILES, Params
 from edgemed.tensorrt.build import patch_range
 from edgemed.tensorrt.dialect import PlainDialect
-from edgemed.tensorrt.parser_check import check, read_table
+from edgemed.tensorrt.parser_check import check_graph, read_table
 from edgemed.vision import torch_encoder
 from edgemed.vision.preprocessing import fitted_size, most_features, patches, vision_of
 
@@ -326,7 +326,7 @@ def test_a_clip_tower_equals_transformers(
         ).run(None, feeds)[0]
         assert ours.shape == right[name].shape
         assert error(ours, right[name]) < bound
-        assert not check(tmp_path / f"{name}.onnx", read_table(PROFILES[profile]))["problems"]
+        assert not check_graph(tmp_path / f"{name}.onnx", read_table(PROFILES[profile]))["problems"]
         feeds = {"tower": ours}
     assert patch_range(v, 2048) == (16, 16, 16)
 
@@ -648,7 +648,7 @@ def test_build_verb_finishes_and_verifies_what_it_sees(
     fake_tensorrt.install(monkeypatch)
     weights = CanonicalWeights(open_checkpoint(vision_model[0]))
     params = Params(precision="fp32", tower="fp32", **LIMITS)
-    v = target.vision_seen(weights, params)
+    v = target.limited_vision(weights, params)
 
     def look(image: Any) -> tuple[Any, np.ndarray, np.ndarray]:
         found = patches(image, v)

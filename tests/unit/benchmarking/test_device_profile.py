@@ -2,6 +2,7 @@
 measure it says.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -104,28 +105,57 @@ def test_without_onnxruntime_float32_is_measured_by_numpy(monkeypatch):
     assert device_profile.best(device_profile._call(), 0.01) < 0.01
 
 
-@pytest.mark.parametrize(
-    ("op", "x", "constants"),
-    [
-        (
-            "MatMul",
-            np.ones((3, 4), np.float32),
-            {"b": np.arange(8, dtype=np.float32).reshape(4, 2)},
-        ),
-        (
-            "MatMulInteger",
-            np.ones((3, 4), np.uint8),
-            {"b": np.arange(8, dtype=np.int8).reshape(4, 2)},
-        ),
-    ],
-)
-def test_hand_written_models_are_what_onnxruntime_computes(op, x, constants):
-    ort = pytest.importorskip("onnxruntime")
-    model = device_profile.one_operator(op, x, constants, {})
-    found = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-    assert np.array_equal(found, x @ constants["b"].astype(found.dtype))
+def test_the_shipped_probes_are_what_the_script_writes(monkeypatch):
     onnx = pytest.importorskip("onnx")
-    onnx.checker.check_model(onnx.load_from_string(model))
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    make_probes = importlib.import_module("make_probes")
+    shipped = {file.stem: file for file in device_profile.PROBES.iterdir()}
+    assert set(shipped) == set(make_probes.GRAPHS)
+    for name, file in shipped.items():
+        assert file.stat().st_size < 2048
+        model = onnx.load_from_string(file.read_bytes())
+        assert model == make_probes.graph(make_probes.GRAPHS[name])
+        if name in device_profile.OPERATORS:
+            assert model.graph.node[0].op_type == device_profile.OPERATORS[name]
+
+
+def probe_operands(name):
+    """(x of three rows, weights, the product in float64) of one precision; scales that are powers
+    of two."""
+    random = np.random.default_rng(1)
+    size = device_profile.SIZE
+    group = device_profile.GROUP
+    if name == "call":
+        x = np.full((1, 1), 3, np.float32)
+        return x, {"b": x}, x @ x
+    if name in ("fp32", "fp16"):
+        dtype = np.float32 if name == "fp32" else np.float16
+        x = random.random((3, size)).astype(dtype)
+        w = random.random((size, size)).astype(dtype)
+        return x, {"b": w}, x.astype(float) @ w.astype(float)
+    if name == "int8":
+        x = random.integers(0, 255, (3, size), np.uint8)
+        w = random.integers(-128, 127, (size, size), np.int8)
+        return x, {"b": w}, x.astype(float) @ w.astype(float)
+    # Two values a byte, the lower half first; the zero point is 8.
+    x = random.integers(-127, 128, (3, size)).astype(np.float32)
+    packed = random.integers(0, 255, (size, size // group, group // 2), np.uint8)
+    values = np.stack([packed & 15, packed >> 4], -1).reshape(size, size // group, group)
+    scales = np.exp2(random.integers(-3, 3, (size, size // group))).astype(np.float32)
+    w = ((values.astype(float) - 8) * scales[..., None]).reshape(size, size)
+    return x, {"b": packed, "scales": scales}, x.astype(float) @ w.T
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("call", 0), ("fp32", 1e-6), ("fp16", 1e-3), ("int8", 0), ("int4", 0.01)],
+)
+def test_probes_are_what_onnxruntime_computes(name, share):
+    pytest.importorskip("onnxruntime")
+    x, weights, product = probe_operands(name)
+    result = device_profile.open_probe(name, x, weights, 1)()
+    assert result.dtype == (np.int32 if name == "int8" else x.dtype)
+    assert np.abs(result - product).max() <= share * np.abs(product).max()
 
 
 def test_best_is_the_shortest_of_enough_rounds(monkeypatch):

@@ -14,7 +14,7 @@ from edgemed.cli.main import app
 from edgemed.data.calibration_cards import Source, make_card, traces_of, words
 from edgemed.data.text_sets import calibration_sequences, card_names, read_card, texts
 from edgemed.errors import EdgemedError
-from edgemed.evaluation.contamination import GRAM, check, every_task, grams, overlap
+from edgemed.evaluation.contamination import GRAM, check_contamination, every_task, grams, overlap
 from edgemed.evaluation.task import questions
 from edgemed.models.tokenizer import open_tokenizer
 
@@ -241,4 +241,4 @@ def test_on_the_command_line(tmp_path, monkeypatch):
     write(tmp_path / "leak.jsonl", [{"text": row}])
     leaking = CliRunner().invoke(app, ["calibrate", "check", "leak.jsonl", "--task", "pubmedqa"])
     assert leaking.exit_code == 1
-    assert check("leak.jsonl", ["pubmedqa"])["overlap"][0]["overlapping"] == 1
+    assert check_contamination("leak.jsonl", ["pubmedqa"])["overlap"][0]["overlapping"] == 1

@@ -13,8 +13,15 @@ import pytest
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.answerer import Answerer
 from edgemed.evaluation.few_shot import Neighbours
-from edgemed.evaluation.option_scoring import PrefixReader, chosen, fitted, option_tokens
-from edgemed.evaluation.prompting import CONCLUDE, THINK, PromptPlan, PromptSettings, combine, parse
+from edgemed.evaluation.option_scoring import PrefixReader, chosen, fit_prompt, option_tokens
+from edgemed.evaluation.prompting import (
+    CONCLUDE,
+    THINK,
+    PromptPlan,
+    PromptSettings,
+    combine,
+    parse_strategy,
+)
 from edgemed.evaluation.task import Example, Prompt, Questions, Task
 from edgemed.inference.decoding import Sampling, log_softmax
 from edgemed.inference.session import check_room
@@ -160,10 +167,10 @@ def test_a_failed_read_leaves_nothing_to_reuse() -> None:
 def test_options_that_tokenize_to_nothing_and_contexts_without_room() -> None:
     with pytest.raises(EdgemedError, match="question q1: option '' tokenizes to nothing"):
         option_tokens(Characters(), Prompt("ab", (" x", "")), [97, 98], "q1")
-    assert fitted([1, 2, 3], 2, "q") == ([2, 3], True)
-    assert fitted([1, 2], 2, "q") == ([1, 2], False)
+    assert fit_prompt([1, 2, 3], 2, "q") == ([2, 3], True)
+    assert fit_prompt([1, 2], 2, "q") == ([1, 2], False)
     with pytest.raises(EdgemedError, match="options alone fill"):
-        fitted([1], 0, "q")
+        fit_prompt([1], 0, "q")
 
 
 @pytest.mark.parametrize(
@@ -199,14 +206,16 @@ def test_which_option_a_text_names(text: str, lettered: bool, expected: int) -> 
     ],
 )
 def test_strategies_by_name(text: str) -> None:
-    assert parse(text).name == text
+    assert parse_strategy(text).name == text
 
 
 def test_self_consistency_is_cot_with_votes() -> None:
-    assert replace(parse("self-consistency-5"), name="") == replace(parse("cot/vote-5"), name="")
-    assert parse("zero-shot").plain
-    assert not parse("cot").plain
-    assert not parse("zero-shot+cot").plain
+    assert replace(parse_strategy("self-consistency-5"), name="") == replace(
+        parse_strategy("cot/vote-5"), name=""
+    )
+    assert parse_strategy("zero-shot").plain
+    assert not parse_strategy("cot").plain
+    assert not parse_strategy("zero-shot+cot").plain
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,7 @@ def test_self_consistency_is_cot_with_votes() -> None:
 )
 def test_unknown_strategies(text: str) -> None:
     with pytest.raises(EdgemedError, match="strategy"):
-        parse(text)
+        parse_strategy(text)
 
 
 def test_majority_votes_win_and_probability_breaks_ties() -> None:
@@ -248,7 +257,7 @@ def test_nearest_examples_come_from_tf_idf() -> None:
 
 def answers(strategy: str, settings: PromptSettings = PromptSettings(), **kwargs):
     session = Memory(2000)
-    plan = PromptPlan(parse(strategy), settings)
+    plan = PromptPlan(parse_strategy(strategy), settings)
     answerer = Answerer(session, Characters(), asked(shots=SHOTS, **kwargs), plan)
     answerer.check()
     return [answerer.answer(example) for example in answerer.questions.examples], answerer
@@ -327,12 +336,12 @@ def test_long_contexts_lose_their_beginning_and_say_so() -> None:
 def test_what_cannot_be_followed_is_said() -> None:
     session = Memory()
     with pytest.raises(EdgemedError, match="no solved examples"):
-        Answerer(session, Characters(), asked(), PromptPlan(parse("random-2"))).check()
+        Answerer(session, Characters(), asked(), PromptPlan(parse_strategy("random-2"))).check()
     with pytest.raises(EdgemedError, match="does not list its options"):
-        plan = PromptPlan(parse("zero-shot+vote-3"))
+        plan = PromptPlan(parse_strategy("zero-shot+vote-3"))
         Answerer(session, Characters(), asked(lettered=False), plan).check()
     with pytest.raises(EdgemedError, match="needs 9 solved examples, task toy has 4"):
         answers("random-9")
     session.head = "classes"
     with pytest.raises(EdgemedError, match="'classes' head"):
-        Answerer(session, Characters(), asked(), PromptPlan(parse("cot"))).check()
+        Answerer(session, Characters(), asked(), PromptPlan(parse_strategy("cot"))).check()

@@ -16,7 +16,7 @@ from conftest import ROOT
 from edgemed import plugins
 from edgemed.data.text_sets import read_jsonl
 from edgemed.errors import EdgemedError
-from edgemed.evaluation.task import Prompt, Questions, describe, questions
+from edgemed.evaluation.task import Prompt, Questions, questions, task_description
 
 ROW = {
     "id": "1",
@@ -46,7 +46,7 @@ def refused(spec: str, said: str, limit: int | None = None) -> None:
 
 def prompt(asked: Questions, index: int = 0) -> str:
     example = asked.examples[index]
-    return describe(asked.task, example) + asked.task.render(example).context
+    return task_description(asked.task, example) + asked.task.render(example).context
 
 
 # --- what is accepted

@@ -57,21 +57,23 @@ def test_releases(
 
 def test_doctor_says_what_is_missing(monkeypatch, tmp_path) -> None:
     machine(monkeypatch, tmp_path, R36, None)
-    (finding,) = doctor.jetpack(tmp_path)
+    (finding,) = doctor.jetpack_findings(tmp_path)
     assert finding.state == "missing"
     assert "profile=jetpack6" in finding.detail
     assert finding.fix == "sudo apt install nvidia-jetpack"
     machine(monkeypatch, tmp_path, R36, "6.2+b77")
-    assert "--system-site-packages" in doctor.jetpack(tmp_path)[0].fix
+    assert "--system-site-packages" in doctor.jetpack_findings(tmp_path)[0].fix
     monkeypatch.setattr(jetson.util, "find_spec", lambda name: object())
-    assert doctor.jetpack(tmp_path)[0].state == "ok"
-    assert "JetPack 6.2, L4T 36.4.3 with TensorRT 10.3" in doctor.jetpack(tmp_path)[0].detail
+    assert doctor.jetpack_findings(tmp_path)[0].state == "ok"
+    assert (
+        "JetPack 6.2, L4T 36.4.3 with TensorRT 10.3" in doctor.jetpack_findings(tmp_path)[0].detail
+    )
     machine(monkeypatch, tmp_path, R36.replace("R36", "R35"), "5.1.2-b104")
-    assert "too old" in doctor.jetpack(tmp_path)[0].detail
+    assert "too old" in doctor.jetpack_findings(tmp_path)[0].detail
 
 
 def test_elsewhere(tmp_path) -> None:
     assert jetson.read_jetson(tmp_path) is None
-    assert doctor.jetpack(tmp_path) == []
+    assert doctor.jetpack_findings(tmp_path) == []
     # Without the package the real command says so, and that is no error.
     assert isinstance(jetson.installed_jetpack(), str)

@@ -68,7 +68,7 @@ def set_to(root: Path, path: str, value: object) -> None:
     ],
 )
 def test_jetson_power_counts_every_part_once(machine, name, rails, watts):
-    found = power_sensors.find(machine(name))
+    found = power_sensors.find_sensors(machine(name))
     assert [(s.name, s.part, s.kind, s.problem) for s in found] == [
         (rail, "board", "power", "") for rail in rails
     ]
@@ -79,14 +79,14 @@ def test_the_old_driver_without_power_files_multiplies(machine):
     root = machine("jetson-nano")
     for file in (root / "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0").glob("in_power*"):
         file.unlink()
-    assert [s.read() for s in power_sensors.find(root)] == [pytest.approx(5.0 * 0.350)]
+    assert [s.read() for s in power_sensors.find_sensors(root)] == [pytest.approx(5.0 * 0.350)]
 
 
 def test_the_same_chip_on_another_board_is_not_taken_for_its_module(machine):
     root = machine("jetson-agx-thor")
     (root / "etc/nv_tegra_release").unlink()
     set_to(root, "proc/device-tree/compatible", "some,carrier")
-    assert power_sensors.find(root) == []
+    assert power_sensors.find_sensors(root) == []
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,11 @@ def test_tegrastats_that_ends_is_an_error():
 
 
 def test_rapl_counts_packages_and_their_memory_once(machine):
-    one = power_sensors.find(machine("intel-i5-13500"))
+    one = power_sensors.find_sensors(machine("intel-i5-13500"))
     assert [(s.name, s.kind, s.read(), s.wrap) for s in one] == [
         ("package-0", "energy", pytest.approx(65997.277274), pytest.approx(262143.328850))
     ]
-    two = power_sensors.find(machine("intel-xeon-2s"))
+    two = power_sensors.find_sensors(machine("intel-xeon-2s"))
     assert {s.name: s.read() for s in two} == {
         "package-0": 100.0,
         "dram of package 0": 50.0,
@@ -156,7 +156,7 @@ def test_rapl_counts_packages_and_their_memory_once(machine):
 def test_a_counter_that_wraps_while_measured(machine):
     root = machine("amd-ryzen")
     counter = "sys/class/powercap/intel-rapl:0/energy_uj"
-    with power_sensors.Meter(power_sensors.find(root)) as meter:
+    with power_sensors.Meter(power_sensors.find_sensors(root)) as meter:
         set_to(root, counter, 65_500_000_000)
         time.sleep(0.25)
         set_to(root, counter, 1_000_000)
@@ -216,7 +216,7 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
         return read(self)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with power_sensors.Meter(power_sensors.find(root)) as meter:
+    with power_sensors.Meter(power_sensors.find_sensors(root)) as meter:
         pass
     assert meter.joules is None
     assert meter.reason.startswith(
@@ -224,7 +224,7 @@ def test_no_permission_is_a_reason_with_the_fix(machine, monkeypatch):
     )
     assert "sudo chmod a+r" in meter.reason
     assert "CVE-2020-8694" in meter.reason
-    [finding] = doctor.sensor_findings(power_sensors.find(root))
+    [finding] = doctor.sensor_findings(power_sensors.find_sensors(root))
     assert finding.state == "missing"
     assert "no permission" in finding.detail
     assert "chmod" in finding.fix
@@ -245,14 +245,14 @@ def test_a_jetson_that_hides_its_rails_is_a_reason(machine, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", refuse(texts))
     monkeypatch.setattr(Path, "read_bytes", refuse(raw))
-    chosen, reason = power_sensors.choose(power_sensors.find(root))
+    chosen, reason = power_sensors.choose_sensors(power_sensors.find_sensors(root))
     assert chosen == []
     assert reason.startswith("no permission: /sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in")
     assert reason.endswith("Run with sudo")
 
 
 def test_no_sensor_is_a_reason(tmp_path):
-    with power_sensors.Meter(power_sensors.find(tmp_path)) as meter:
+    with power_sensors.Meter(power_sensors.find_sensors(tmp_path)) as meter:
         pass
     assert meter.joules is None
     assert meter.reason == power_sensors.NONE_FOUND
@@ -267,17 +267,17 @@ def test_which_sensors_are_the_energy_of_the_work():
     cpu = fixed("package-0", "cpu", 1)
     gpu = fixed("GPU 0", "gpu", 1)
     board = fixed("VDD_IN", "board", 1)
-    assert power_sensors.choose([cpu, gpu]) == ([cpu], "")
-    assert power_sensors.choose([cpu, gpu], on_gpu=True) == ([cpu, gpu], "")
-    assert power_sensors.choose([cpu, gpu, board], on_gpu=True) == ([board], "")
-    assert power_sensors.choose([gpu], on_gpu=True) == ([gpu], "")
+    assert power_sensors.choose_sensors([cpu, gpu]) == ([cpu], "")
+    assert power_sensors.choose_sensors([cpu, gpu], on_gpu=True) == ([cpu, gpu], "")
+    assert power_sensors.choose_sensors([cpu, gpu, board], on_gpu=True) == ([board], "")
+    assert power_sensors.choose_sensors([gpu], on_gpu=True) == ([gpu], "")
     # A number that leaves out where the work is done would mislead.
     refused = fixed("GPU", "gpu", 1, problem="no permission: NVML", fix="Run nvidia-smi")
-    assert power_sensors.choose([cpu, refused], on_gpu=True) == (
+    assert power_sensors.choose_sensors([cpu, refused], on_gpu=True) == (
         [],
         "no permission: NVML. Run nvidia-smi",
     )
-    assert power_sensors.choose([gpu])[1] == power_sensors.NONE_FOUND
+    assert power_sensors.choose_sensors([gpu])[1] == power_sensors.NONE_FOUND
 
 
 class FakeNvml(types.ModuleType):
@@ -338,14 +338,14 @@ def test_nvml_counter_power_and_clocks(monkeypatch):
         nvmlDeviceGetClockInfo=1980,
         nvmlDeviceGetCurrentClocksThrottleReasons=0x1 | 0x4 | 0x40,
     )
-    [sensor] = power_sensors.gpu()
+    [sensor] = power_sensors.gpu_sensors()
     assert (sensor.kind, sensor.part, sensor.name, sensor.read()) == (
         "energy",
         "gpu",
         "GPU 0 (NVIDIA H100)",
         123.456,
     )
-    state = thermal.look(Path("/nowhere"), nvml.card())
+    state = thermal.read_state(Path("/nowhere"), nvml.first_card())
     assert state.celsius == {"gpu 0": 41.0}
     assert state.gpu_mhz == 1980
     assert state.flags == (
@@ -353,7 +353,7 @@ def test_nvml_counter_power_and_clocks(monkeypatch):
         "GPU slowed by its hardware because of heat",
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234,0")
-    nvml.card()
+    nvml.first_card()
     assert ("nvmlDeviceGetHandleByUUID", ("GPU-1234",)) in fake.asked
 
 
@@ -363,19 +363,19 @@ def test_nvml_without_a_counter_samples_power(monkeypatch):
         nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported,
         nvmlDeviceGetPowerUsage=70250,
     )
-    [sensor] = power_sensors.gpu()
+    [sensor] = power_sensors.gpu_sensors()
     assert (sensor.kind, sensor.settle, sensor.read()) == ("power", 1.0, 70.25)
 
 
 def test_nvml_that_fails_is_a_reason(monkeypatch):
     with_nvml(monkeypatch, nvmlInit=FakeNvml.NVMLError)
-    assert "NVML does not answer: Not Supported" in power_sensors.gpu()[0].problem
+    assert "NVML does not answer: Not Supported" in power_sensors.gpu_sensors()[0].problem
     with_nvml(
         monkeypatch,
         nvmlDeviceGetTotalEnergyConsumption=FakeNvml.NVMLError_NotSupported,
         nvmlDeviceGetPowerUsage=FakeNvml.NVMLError,
     )
-    [sensor] = power_sensors.gpu()
+    [sensor] = power_sensors.gpu_sensors()
     assert "nvmlDeviceGetPowerUsage" in sensor.problem
     assert sensor.fix
     monkeypatch.setattr(
@@ -385,16 +385,16 @@ def test_nvml_that_fails_is_a_reason(monkeypatch):
             EdgemedError("package missing", "pip install 'edgemed[nvml]'")
         ),
     )
-    assert power_sensors.choose(power_sensors.gpu(), on_gpu=True) == (
+    assert power_sensors.choose_sensors(power_sensors.gpu_sensors(), on_gpu=True) == (
         [],
         "package missing. pip install 'edgemed[nvml]'",
     )
     monkeypatch.setattr(power_sensors.shutil, "which", lambda name: None)
-    assert power_sensors.gpu() == []
+    assert power_sensors.gpu_sensors() == []
 
 
 def test_state_of_a_jetson(machine):
-    state = thermal.look(machine("jetson-orin-nano-super"))
+    state = thermal.read_state(machine("jetson-orin-nano-super"))
     # cv0-thermal cannot be read while its part of the chip sleeps: it is left out, not taken for 0.
     assert state.celsius == {"cpu-thermal": 50.5, "gpu-thermal": 49.812, "tj-thermal": 50.5}
     assert (state.cpu_mhz, state.gpu_mhz, state.flags) == (1728.0, 1020.0, ())
@@ -403,7 +403,7 @@ def test_state_of_a_jetson(machine):
         "average over-current (oc2)": 0,
         "instantaneous over-current (oc3)": 27390,
     }
-    assert thermal.limits(machine("jetson-agx-orin")) == {"CPU-therm": 99.0}
+    assert thermal.trip_points(machine("jetson-agx-orin")) == {"CPU-therm": 99.0}
 
 
 @pytest.mark.parametrize(
@@ -418,14 +418,14 @@ def test_state_of_a_jetson(machine):
     ],
 )
 def test_clocks_and_temperatures_elsewhere(machine, name, gpu, celsius):
-    state = thermal.look(machine(name))
+    state = thermal.read_state(machine(name))
     assert state.gpu_mhz == (None if gpu is None else pytest.approx(gpu))
     assert celsius in state.celsius if celsius else not state.celsius
 
 
 def test_trip_points_nobody_set_are_no_limit(machine):
-    assert thermal.limits(machine("intel-i5-13500")) == {}
-    assert thermal.limits(machine("rk3588")) == {"package-thermal": 75.0}
+    assert thermal.trip_points(machine("intel-i5-13500")) == {}
+    assert thermal.trip_points(machine("rk3588")) == {"package-thermal": 75.0}
 
 
 def test_unlike_cores_are_told_apart_and_favoured_ones_are_not(machine, tmp_path):
@@ -437,14 +437,14 @@ def test_unlike_cores_are_told_apart_and_favoured_ones_are_not(machine, tmp_path
 
 def test_throttling_is_seen_by_events_heat_flags_and_clocks(machine):
     root = machine("jetson-orin-nano-super")
-    before = thermal.look(root)
-    assert thermal.told(before, [before], [before], before, root)["throttled"] is False
+    before = thermal.read_state(root)
+    assert thermal.thermal_record(before, [before], [before], before, root)["throttled"] is False
     set_to(root, "sys/class/hwmon/hwmon3/oc3_event_cnt", 27402)
     set_to(root, "sys/class/thermal/thermal_zone0/temp", 99500)
     for core in range(6):
         set_to(root, f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", 1113600)
-    after = thermal.look(root)
-    told = thermal.told(before, [before], [after], after, root)
+    after = thermal.read_state(root)
+    told = thermal.thermal_record(before, [before], [after], after, root)
     assert told["throttled"] is True
     assert told["hottest"] == "cpu-thermal"
     assert told["celsius"] == {"before": 50.5, "early": 50.5, "late": 99.5, "after": 99.5}
@@ -458,21 +458,21 @@ def test_throttling_is_seen_by_events_heat_flags_and_clocks(machine):
 
 def test_throttling_elsewhere(machine, tmp_path):
     pi = machine("raspberry-pi-5")
-    assert thermal.look(pi).flags == (
+    assert thermal.read_state(pi).flags == (
         "Raspberry Pi firmware: under-voltage",
         "Raspberry Pi firmware: throttled",
     )
     set_to(pi, "sys/devices/platform/soc/soc:firmware/get_throttled", "50000")
-    assert thermal.look(pi).flags == (), "bits of the past say nothing about now"
+    assert thermal.read_state(pi).flags == (), "bits of the past say nothing about now"
     intel = machine("intel-i5-13500")
-    before = thermal.look(intel)
+    before = thermal.read_state(intel)
     set_to(intel, "sys/devices/system/cpu/cpu1/thermal_throttle/package_throttle_count", 45)
-    assert thermal.told(before, [], [], thermal.look(intel), intel)["throttling"] == [
-        "CPU package slowed because of heat: 3 events"
-    ]
-    nothing = thermal.look(tmp_path)
+    assert thermal.thermal_record(before, [], [], thermal.read_state(intel), intel)[
+        "throttling"
+    ] == ["CPU package slowed because of heat: 3 events"]
+    nothing = thermal.read_state(tmp_path)
     assert nothing.empty, "a machine that tells nothing is not known to run freely"
-    assert thermal.told(nothing, [], [], nothing, tmp_path)["throttled"] is None, (
+    assert thermal.thermal_record(nothing, [], [], nothing, tmp_path)["throttled"] is None, (
         "a machine that tells nothing is not known to run freely"
     )
 
@@ -509,18 +509,18 @@ def test_doctor_knows_a_jetson(machine, name, said, mode, clocks):
     assert (power.state, power.detail) == (
         ("ok", mode) if mode else ("missing", "nvpmodel's mode cannot be read")
     )
-    assert jetson.power_mode(root) == mode
+    assert jetson.nvpmodel_mode(root) == mode
 
 
 def test_releases_that_are_not_in_the_table_are_not_guessed():
-    assert jetson.jetpack("36.9.1") == "JetPack 6, which release is not known (L4T 36.9.1)"
-    assert jetson.jetpack("41.0.0") == "JetPack not known (L4T 41.0.0)"
+    assert jetson.jetpack_name("36.9.1") == "JetPack 6, which release is not known (L4T 36.9.1)"
+    assert jetson.jetpack_name("41.0.0") == "JetPack not known (L4T 41.0.0)"
 
 
 def test_a_mode_without_a_name_is_its_number(machine):
     root = machine("jetson-orin-nano-super")
     set_to(root, "var/lib/nvpmodel/status", "pmode:0009")
-    assert jetson.power_mode(root) == "mode 9"
+    assert jetson.nvpmodel_mode(root) == "mode 9"
 
 
 def test_doctor_elsewhere_says_nothing_about_jetsons(machine):
@@ -598,7 +598,7 @@ def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
     root = machine("jetson-orin-nano-super")
     monkeypatch.setattr(
         power_sensors,
-        "find",
+        "find_sensors",
         lambda: [
             power_sensors.Sensor(
                 "VDD_IN", "board", "power", "INA power monitor", lambda: 10.0, settle=0.1
@@ -606,7 +606,7 @@ def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
         ],
     )
     monkeypatch.setattr(
-        machine_state.thermal, "look", lambda card=None, look=thermal.look: look(root)
+        machine_state.thermal, "read_state", lambda card=None, look=thermal.read_state: look(root)
     )
     session = Busy()
     watch = machine_state.Conditions()
@@ -646,9 +646,11 @@ def test_conditions_measure_energy_per_token(machine, monkeypatch, quick):
 
 
 def test_conditions_cost_nothing_where_nothing_is_told(tmp_path, monkeypatch, quick):
-    monkeypatch.setattr(power_sensors, "find", list)
+    monkeypatch.setattr(power_sensors, "find_sensors", list)
     monkeypatch.setattr(
-        machine_state.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
+        machine_state.thermal,
+        "read_state",
+        lambda card=None, look=thermal.read_state: look(tmp_path),
     )
     session = Busy()
     watch = machine_state.Conditions()
@@ -668,11 +670,13 @@ def test_a_sensor_failing_in_the_middle_leaves_the_bench_standing(tmp_path, monk
 
     monkeypatch.setattr(
         power_sensors,
-        "find",
+        "find_sensors",
         lambda: [power_sensors.Sensor("VDD_IN", "board", "power", "INA power monitor", broken)],
     )
     monkeypatch.setattr(
-        machine_state.thermal, "look", lambda card=None, look=thermal.look: look(tmp_path)
+        machine_state.thermal,
+        "read_state",
+        lambda card=None, look=thermal.read_state: look(tmp_path),
     )
     watch = machine_state.Conditions()
     assert watch.end(Busy(), [1], [1], 4) == []
@@ -681,8 +685,8 @@ def test_a_sensor_failing_in_the_middle_leaves_the_bench_standing(tmp_path, monk
 
 
 def test_every_reader_works_on_this_machine():
-    assert isinstance(thermal.look(), thermal.State)
-    assert all(isinstance(s, power_sensors.Sensor) for s in power_sensors.find())
+    assert isinstance(thermal.read_state(), thermal.State)
+    assert all(isinstance(s, power_sensors.Sensor) for s in power_sensors.find_sensors())
     found = number(Path("/proc/self/stat"))
     assert found
     assert found > 0
@@ -791,7 +795,7 @@ def test_a_report_says_why_there_is_no_energy_and_what_held_the_clocks_down():
 
 def test_power_mode_of_a_jetson_without_nvpmodel(monkeypatch):
     monkeypatch.setattr(device, "_output", lambda command: ("", None))
-    monkeypatch.setattr(jetson, "power_mode", lambda root: "25W")
+    monkeypatch.setattr(jetson, "nvpmodel_mode", lambda root: "25W")
     assert device.power_mode() == "25W"
     monkeypatch.setattr(device, "_output", lambda command: ("NV Power Mode: MAXN_SUPER\n2\n", None))
     assert device.power_mode() == "MAXN_SUPER"
@@ -825,4 +829,4 @@ def test_the_real_package_has_what_is_asked_of_it():
     }
     if not device.shutil.which("nvidia-smi"):
         with pytest.raises(EdgemedError, match="NVML does not answer"):
-            nvml.card()
+            nvml.first_card()

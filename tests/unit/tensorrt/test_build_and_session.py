@@ -422,10 +422,10 @@ def test_a_signed_engine_is_signed_again_after_building(
     public = tmp_path / "keys" / signature.PUBLIC
     signature.sign(engine.path, private)
     finish(engine)
-    problems = signature.check(engine.path, public)["problems"]
+    problems = signature.check_signature(engine.path, public)["problems"]
     assert any(
         "on-device/plan/model.plan was added after signing: sign again if you built it" in problem
         for problem in problems
     )
     signature.sign(engine.path, private)
-    assert not signature.check(engine.path, public)["problems"]
+    assert not signature.check_signature(engine.path, public)["problems"]
