@@ -18,8 +18,6 @@ from edgemed.documents.bench import BenchRecord
 from edgemed.documents.build import BuildResult
 from edgemed.documents.eval_document import EvalDocument
 from edgemed.documents.evaluation import EvalResult
-from edgemed.documents.bench import BenchRecord
-from edgemed.documents.build import BuildResult
 from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
 from edgemed.engines.reference import Reference

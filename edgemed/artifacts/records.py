@@ -12,8 +12,6 @@ from typing import Any
 
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.document import plain
-from edgemed.documents.bench import BenchRecord
-from edgemed.documents.document import plain
 from edgemed.errors import EdgemedError
 
 RECORDS = "records.jsonl"

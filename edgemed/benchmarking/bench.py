@@ -18,8 +18,6 @@ from edgemed.benchmarking.machine_state import Conditions
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.documents.bench import BenchRecord, MachineState, Spread
 from edgemed.documents.machine import Machine
-from edgemed.documents.bench import BenchRecord, MachineState, Spread
-from edgemed.documents.machine import Machine
 from edgemed.engines.engine import Engine, require_built
 from edgemed.errors import EdgemedError, need
 from edgemed.hardware import process_memory

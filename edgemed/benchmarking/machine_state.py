@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgemed.documents.bench import MachineState
-from edgemed.documents.bench import MachineState
 from edgemed.errors import EdgemedError
 from edgemed.hardware import nvml, thermal
 from edgemed.hardware.power_sensors import Meter

@@ -1,5 +1,6 @@
-"""What `edgemed build` did on a device: the plan it compiled, whether it answers as its source does,
-and how fast it is. The keys are those of `edgemed build --json`.
+"""What `edgemed build` did on a device: the plan it compiled, its parity and its speed.
+
+The keys are those of `edgemed build --json`.
 """
 
 from __future__ import annotations
