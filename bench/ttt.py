@@ -22,15 +22,15 @@ from records import save
 
 def main() -> None:
     from edgemed.evaluation.task import questions
-    from edgemed.evaluation.test_time_training import Adapt, compare_adapted
+    from edgemed.evaluation.test_time_training import AdaptationSettings, compare_adapted
     from edgemed.models.checkpoint import open_checkpoint
 
     arms = {
-        "solved example, rate 1e-4": Adapt(rate=1e-4),
-        "solved example, rate 1e-3": Adapt(),
-        "solved example, rate 1e-2": Adapt(rate=1e-2),
-        "3 solved examples, rate 1e-3": Adapt(k=3),
-        f"{CARD}, rate 1e-3": Adapt(text=CARD),
+        "solved example, rate 1e-4": AdaptationSettings(rate=1e-4),
+        "solved example, rate 1e-3": AdaptationSettings(),
+        "solved example, rate 1e-2": AdaptationSettings(rate=1e-2),
+        "3 solved examples, rate 1e-3": AdaptationSettings(k=3),
+        f"{CARD}, rate 1e-3": AdaptationSettings(text=CARD),
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
