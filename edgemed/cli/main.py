@@ -93,6 +93,7 @@ def run(
     json_: Json = False,
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
+    from edgemed.documents.gate import GateVerdict
     from edgemed.pipeline.recipe import read_recipe
     from edgemed.pipeline.runner import run as run_recipe
 
@@ -107,7 +108,8 @@ def run(
     verified = [engine["verify"] for engine in document["engines"] if engine["verify"]]
     if not all(result["passed"] for result in verified):
         sys.exit(1)
-    proof.exit_with_verdict(document["gate"], accept_undecided)
+    gate = GateVerdict.from_json(document["gate"], "the gate") if document["gate"] else None
+    proof.exit_with_verdict(gate, accept_undecided)
 
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:

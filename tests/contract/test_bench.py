@@ -295,7 +295,7 @@ def test_check_passes_what_is_there() -> None:
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("folders", [("", "quality"), ("tiny",), ("tasks", "tiny", "")], ids=str)
-def test_attributes_of_objects_exist(folders: tuple[str, ...], tmp_path: Path) -> None:
+def test_attributes_of_objects_exist(folders: tuple[str, ...], shared: Path) -> None:
     """Of all that mypy says of the scripts of the first folder, only names that do not exist and
     arguments that do not fit; most scripts have no types to be right about.
     """
@@ -308,7 +308,7 @@ def test_attributes_of_objects_exist(folders: tuple[str, ...], tmp_path: Path) -
             "-m",
             "mypy",
             *options,
-            f"--cache-dir={tmp_path}",
+            f"--cache-dir={shared / 'mypy'}",
             *(BENCH / folders[0]).glob("*.py"),
         ],
         capture_output=True,
