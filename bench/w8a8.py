@@ -141,7 +141,7 @@ def main() -> None:
     base = evaluate_opened(
         open_source(checkpoint), section, "source", "source", "zero-shot", PromptSettings()
     )
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     sessions = {}
     for name, (smooth, values) in ENGINES.items():
         opened = start_engine(
