@@ -2,6 +2,7 @@
 #   make quickstart   set up, take the small trained model through every stage, say where the report is
 #   make test         set up, make the torch-free device environment too, run all tests on WORKERS processes (each takes up to 2 GB)
 #   make test-fast    the tests that answer in three minutes, for the developer's loop
+#   make coverage     the same, and how many lines of edgemed they run
 #   make lint         format, lint and types, as CI checks them; make format writes what can be written
 #   make docs         write the generated pages; make site builds docs/ into site/ and checks its links
 # Finished set-up steps are remembered by stamp files, so a second make does nothing. PYTHON=python3.12 chooses another Python.
@@ -17,7 +18,7 @@ SOURCES := pyproject.toml $(shell find edgemed calibration recipes -type f -not 
 # What takes longer than a developer waits for.
 FAST := not slow and not kill and not disk_full and not browser and not process and not gpu
 
-.PHONY: setup quickstart test test-fast lint format docs site check clean
+.PHONY: setup quickstart test test-fast coverage lint format docs site check clean
 
 setup: .venv/.ready
 
@@ -70,6 +71,13 @@ test: setup .venv-device/.ready
 
 test-fast: setup
 	@.venv/bin/python -m pytest -p no:cacheprovider --numprocesses $(WORKERS) -m "$(FAST)" $(ARGS)
+
+# Tracing costs two thirds more time, so the fast tests alone are counted.
+coverage: setup
+	@rm -rf build/coverage
+	@mkdir -p build/coverage
+	@.venv/bin/python -m pytest -p no:cacheprovider --numprocesses $(WORKERS) -q -m "$(FAST)" --cov --cov-report= --durations=0 --durations-min=1000
+	@echo "Lines of edgemed that the fast tests run: $$(.venv/bin/coverage report --format=total) %"
 
 lint: setup
 	.venv/bin/ruff format --check .
