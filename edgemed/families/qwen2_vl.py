@@ -32,13 +32,13 @@ from edgemed.models.family_helpers import (
     head_size,
     rotary,
     usual_decoder,
+    usual_parts,
 )
 from edgemed.models.preprocessor_keys import pixel_statistics, preprocessor_keys
 from edgemed.models.rope import (
     ROPE_DEFAULTS,
     plain_frequencies,
     read_rope,
-    rope_section,
     unscaled_rope,
 )
 
@@ -89,7 +89,7 @@ KEYS = ConfigKeys(
 # transformers' Qwen2VLVisionConfig
 VISION_KEYS = text_keys(
     {
-        **ROPE_DEFAULTS,
+        "rope_parameters": None,
         "depth": 32,
         "embed_dim": 1280,
         "num_heads": 16,
@@ -102,6 +102,11 @@ VISION_KEYS = text_keys(
     },
     fixed={"in_channels": (3,), "in_chans": (3,)},
     harmless={"spatial_patch_size": "transformers reads patch_size"},
+)
+# Rows and columns turn alike, which transformers calls axial.
+VISION_ROPE_KEYS = ConfigKeys(
+    {"rope_theta": 10000.0},
+    fixed={"rope_type": ("axial", "default"), "type": ("axial", "default")},
 )
 PREPROCESSOR_KEYS = preprocessor_keys(
     {
@@ -214,10 +219,7 @@ def vision(
     head_dim = head_size(tower, width, heads)
     if head_dim % 4:
         raise tower.malformed("num_heads", f"a number of heads of 4 n elements; width {width}")
-    kind, rope = rope_section(tower)
-    if kind != "default":
-        raise rope.unsupported("rope_type", kind, ("default",))
-    theta = (rope if rope.states("rope_theta") else tower).number("rope_theta", 1.0)
+    rope = ConfigReader(tower.section("rope_parameters"), VISION_ROPE_KEYS)
     merge = tower.size("spatial_merge_size", 16)
     patch = tower.size("patch_size", 1024)
     temporal = tower.size("temporal_patch_size", 16)
@@ -241,7 +243,7 @@ def vision(
         temporal=temporal,
         merge=merge,
         pixels=pixels(images),
-        frequencies=plain_frequencies(head_dim // 2, theta),
+        frequencies=plain_frequencies(head_dim // 2, rope.number("rope_theta", 1.0)),
         projector_hidden=width * merge**2,
         projector_norm=True,
         token=whole.size("image_token_id", least=0),

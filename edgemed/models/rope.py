@@ -155,7 +155,7 @@ def read_rope(
     plain = plain_frequencies(width, theta)
     if kind == "llama3":
         original = _original_context(config, scaling, context)
-        return Rope(theta, _llama3(scaling, plain, original), 1.0, context), scaling
+        return Rope(theta, _between(scaling, plain, original), 1.0, context), scaling
     if kind == "yarn":
         original = _original_context(config, scaling, context)
         return _yarn(scaling, theta, width, original, context), scaling
@@ -214,7 +214,7 @@ def _even(config: ConfigReader, width: int, head_dim: int) -> int:
     return width
 
 
-def _llama3(scaling: ConfigReader, plain: tuple[float, ...], original: int) -> tuple[float, ...]:
+def _between(scaling: ConfigReader, plain: tuple[float, ...], original: int) -> tuple[float, ...]:
     """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between mixed."""
     factor = _factor(scaling)
     low = _factor(scaling, "low_freq_factor")
