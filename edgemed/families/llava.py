@@ -22,7 +22,7 @@ from edgemed.models.architecture import (
 )
 from edgemed.models.clip_vision import KEYS as CLIP_KEYS
 from edgemed.models.clip_vision import LARGE_336, MARKER, clip_parts, clip_vision, tower_numbers
-from edgemed.models.config_keys import CODE, ELSEWHERE, FIXED, HARMLESS, TRAINED
+from edgemed.models.config_keys import CODE, TRAINED, text_keys
 from edgemed.models.config_reader import (
     ConfigKeys,
     ConfigReader,
@@ -113,9 +113,8 @@ STATED = (
 )
 ANYRES = "read for image_aspect_ratio anyres only, which is refused"
 # transformers' LlavaConfig; `conversation` is edgemed's own, see `conversation`.
-KEYS = ConfigKeys(
-    defaults={
-        "model_type": "llava",
+KEYS = text_keys(
+    {
         "text_config": None,
         "vision_config": None,
         "image_token_index": 32000,
@@ -123,23 +122,19 @@ KEYS = ConfigKeys(
         "tie_word_embeddings": False,
         "eos_token_id": None,
         "conversation": None,
-        "_name_or_path": "",
     },
     fixed={
-        **FIXED,
         "projector_hidden_act": ("gelu",),
         "vision_feature_select_strategy": ("default",),
         "multimodal_projector_bias": (True,),
     },
     harmless={
-        **HARMLESS,
         "image_seq_length": "follows from the tower",
         "ignore_index": TRAINED,
         "vocab_size": "the text model's counts",
         "_vocab_size": "the text model's counts",
         "image_grid_pinpoints": ANYRES,
     },
-    elsewhere=ELSEWHERE,
     aliases={"image_token_id": "image_token_index"},
 )
 # What the authors' training code adds to the text model's config.

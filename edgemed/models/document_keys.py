@@ -18,6 +18,7 @@ from edgemed.models.config_reader import ACCEPTED, DOWNLOAD, ConfigKeys, ConfigR
 TOKENIZER = "models/tokenizer.py"
 MERGE = "models/lora.py, or peft at a merge"
 PACKING = "models/weights.py"
+METHODS = ("gptq", "bitsandbytes")  # of quantization; any other one is refused as a whole
 OUTSIDE = "special tokens and templates are read, this is not needed for ids"
 
 # transformers' GenerationConfig
@@ -135,10 +136,8 @@ PROCESSOR_CONFIG = ConfigKeys(
 QUANTIZATION = ConfigKeys(
     defaults={},
     fixed={
-        "quant_method": ("gptq", "bitsandbytes"),
         "checkpoint_format": ("gptq", "gptq_v2"),
         "is_marlin_format": (False,),
-        "lm_head": (False,),
         # The weights would lie in another basis.
         "rotation": (None,),
         "pack_dtype": ("int32",),
@@ -157,6 +156,7 @@ QUANTIZATION = ConfigKeys(
             ),
             TRAINED,
         ),
+        "lm_head": "the tensors tell",
         "desc_act": "g_idx says in which group a column is",
         "format": "checkpoint_format says it",
         "method": "quant_method says it",
@@ -176,7 +176,7 @@ QUANTIZATION = ConfigKeys(
     },
     elsewhere=dict.fromkeys(
         (
-            *("bits", "group_size", "dynamic", "activation_ranges"),
+            *("quant_method", "bits", "group_size", "dynamic", "activation_ranges"),
             *("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"),
             "bnb_4bit_quant_type",
         ),
@@ -235,7 +235,9 @@ def check_documents(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("quantization_config"):
         whole = ConfigKeys({"quantization_config": None})
         section = {key: config[key] for key in ("quantization_config", ACCEPTED) if key in config}
-        ConfigReader(ConfigReader(section, whole).section("quantization_config"), QUANTIZATION)
+        quantization = ConfigReader(section, whole).section("quantization_config")
+        if quantization.get("quant_method") in METHODS:
+            ConfigReader(quantization, QUANTIZATION)
 
 
 def check_adapter(values: Mapping[str, Any], place: str) -> None:
