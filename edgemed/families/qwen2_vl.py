@@ -101,7 +101,10 @@ VISION_KEYS = text_keys(
         "temporal_patch_size": 2,
     },
     fixed={"in_channels": (3,), "in_chans": (3,)},
-    harmless={"spatial_patch_size": "transformers reads patch_size"},
+    harmless={
+        "spatial_patch_size": "transformers reads patch_size",
+        "tie_word_embeddings": "no words are embedded here",
+    },
 )
 # Rows and columns turn alike, which transformers calls axial.
 VISION_ROPE_KEYS = ConfigKeys(
@@ -156,17 +159,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         raise text.unsupported("head_dim", text.raw("head_dim"), (head_dim,))
     context = text.size("max_position_embeddings")
     rope, section = read_rope(text, head_dim, context, extra={"mrope_section": [16, 24, 24]})
-    sections = section.raw("mrope_section")
-    axes: list[int] = []
-    if isinstance(sections, list) and len(sections) == 3:
-        for axis, pairs in enumerate(sections):
-            if isinstance(pairs, int) and 0 < pairs <= head_dim:
-                axes += [axis] * pairs
-    if 2 * len(axes) != head_dim:
-        raise EdgemedError(
-            f"{section.place}mrope_section {short(sections)} does not divide a head of {head_dim}",
-            "The config is damaged",
-        )
+    axes = axes_of(section, head_dim)
     d = usual_decoder(
         ConfigReader(without_rope(text), TEXT_KEYS),
         shapes={},
@@ -175,7 +168,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         activation=text.choice("hidden_act", SILU),
         gated=True,
         tied=whole.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
-        rope_axes=tuple(axes),
+        rope_axes=axes,
         **rotary(text, rope, head_dim, text.size("num_hidden_layers", LAYERS)),
     )
     check_full_attention(text, d.layers, d.context)
@@ -187,6 +180,26 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     )
     stop_tokens = top.tokens("eos_token_id")
     return replace(d, eos=next(iter(stop_tokens), None), stop_tokens=stop_tokens)
+
+
+def axes_of(rope: ConfigReader, head_dim: int) -> tuple[int, ...]:
+    """DecoderConfig.rope_axes from mrope_section: how many pairs of a head count time, row and
+    column.
+    """
+    sections = rope.raw("mrope_section")
+    axes: list[int] = []
+    for axis, pairs in enumerate(sections if isinstance(sections, list) else []):
+        is_count = isinstance(pairs, int) and not isinstance(pairs, bool)
+        if axis > 2 or not is_count or not 0 <= pairs <= head_dim:
+            axes = []
+            break
+        axes += [axis] * pairs
+    if 2 * len(axes) != head_dim:
+        raise EdgemedError(
+            f"{rope.place}mrope_section {short(sections)} does not divide a head of {head_dim}",
+            "The config is damaged",
+        )
+    return tuple(axes)
 
 
 def without_rope(text: ConfigReader) -> Section:

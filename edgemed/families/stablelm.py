@@ -41,6 +41,7 @@ KEYS = text_keys(
         "use_parallel_residual": (False,),
         "rotary_scaling_factor": (1.0,),
     },
+    harmless={"num_heads": "num_attention_heads is read"},
     aliases={"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
 )
 

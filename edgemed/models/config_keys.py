@@ -124,6 +124,7 @@ HARMLESS = GENERATION_KEYS | {
     "resid_pdrop": DROPOUT,
     "hidden_dropout": DROPOUT,
     "classifier_dropout": DROPOUT,
+    "dropout": DROPOUT,
     "summary_first_dropout": DROPOUT,
     # of training tools and publishers
     "unsloth_fixed": TRAINED,

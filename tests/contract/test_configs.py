@@ -76,6 +76,8 @@ def test_defaults_are_those_of_the_class(family: Architecture, name: str, keys: 
     for key, default in keys.defaults.items():
         if key in fields and default is not REQUIRED:
             assert default == fields[key], key
+    if "rope_theta" in keys.defaults:
+        assert keys.defaults["rope_theta"] == config_class(name).default_theta
     for key, values in keys.fixed.items():
         if key in fields and fields[key] is not None:
             assert fields[key] in values, key
@@ -205,9 +207,9 @@ def constants_in(function: Any, call: str) -> Iterator[str]:
     import textwrap
 
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == call:
-            if isinstance(node.args[0], ast.Constant):
-                yield node.args[0].value
+        is_call = isinstance(node, ast.Call) and ast.unparse(node.func) == call
+        if is_call and isinstance(node.args[0], ast.Constant):
+            yield node.args[0].value
 
 
 @pytest.mark.parametrize("name", ["CLIPImageProcessorPil", "Qwen2VLImageProcessorPil"])
