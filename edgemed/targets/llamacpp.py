@@ -686,7 +686,7 @@ def write_metadata(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
     )
     if d.eos is not None:
         writer.add_eos_token_id(d.eos)
-        text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
+        text = {**checkpoint.config, **(checkpoint.config.get("text_config") or {})}
         writer.add_bos_token_id(text.get("bos_token_id") or d.eos)
     writer.add_add_bos_token(False)
 
