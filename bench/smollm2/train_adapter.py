@@ -1,12 +1,12 @@
-"""Trains the LoRA of recipes/smollm2.yaml: SmolLM2-135M-Instruct answers PubMedQA from an abstract's
-conclusion.
+"""Trains the LoRA of recipes/smollm2.yaml: SmolLM2-135M-Instruct learns to answer PubMedQA from the
+conclusion of an abstract.
 
 It exists because the figures in README must come from a really published model and a task that it
-really learned. The labels are the experts' own; only the official train split is used, and a tenth
+really learned. The labels are the experts' own. Only the official train split is used, and a tenth
 of it chooses the epoch.
 
     edgemed import SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
-    python bench/smollm2/train_adapter.py --model smollm2 --data ../shared/data --out recipes/smollm2/adapter
+    python bench/smollm2/train_adapter.py --model smollm2 --data ../shared/data --out adapter
 """
 
 import argparse
