@@ -1,8 +1,8 @@
 """One table of what quantization costs: edgemed's methods and the field's tools on the same
 checkpoint, calibration text and evaluation code.
 
-The model is the quickstart's with its adapter merged, or --model's. Every contender becomes a plain float32
-checkpoint again (its integers expanded), so that the same decoder computes all scores: KL
+The model is the quickstart's with its adapter merged, or --model's. Every contender becomes a plain
+float32 checkpoint again (its integers expanded), so that the same decoder computes all scores: KL
 divergence from the source on the validation split of texts that nobody calibrated on, and the
 section task, paired item by item. Activations stay float32, so this compares weights, not kernels.
 Peers run in environments of their own:
