@@ -61,7 +61,8 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         norm_eps=text.get("rms_norm_eps", 1e-6),
         activation="silu",
         gated=True,
-        tied=text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)),
+        # Either place may say so (transformers' Qwen2VLConfig).
+        tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         rope_axes=tuple(axes),
     )
 

@@ -21,7 +21,7 @@ from edgemed.artifacts.hashing import file_sha256
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
 from edgemed.models.tensor_entry import Entry, read_entry
-from edgemed.models.weight_files import stored_tensors
+from edgemed.models.weight_files import EXPLICIT, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -221,8 +221,10 @@ class Writer:
         # names of the tensors in each shard
         self.shards: list[list[str]] = []
         self.total = 0
+        # The file it may name is the source's.
+        written = {key: value for key, value in config.items() if key != EXPLICIT}
         (self.path / "config.json").write_text(
-            json.dumps(dict(config), indent=1) + "\n", encoding="utf-8"
+            json.dumps(written, indent=1) + "\n", encoding="utf-8"
         )
         if source is not None:
             for name in COMPANIONS:

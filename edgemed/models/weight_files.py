@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts.json_files import read_json_object
-from edgemed.console import say
+from edgemed.console import say_once
 from edgemed.errors import EdgemedError
 from edgemed.models.safetensors_file import safetensors_entries
 from edgemed.models.tensor_entry import Entry
@@ -105,7 +105,7 @@ def _chosen(path: Path, config: Mapping[str, Any]) -> str:
     if not present:
         raise EdgemedError(f"{path} holds no weights", _foreign(path))
     if SAFETENSORS in present and SAFETENSORS + INDEX in present:
-        say(
+        say_once(
             f"{path}: {SAFETENSORS} is read, as transformers does; {SAFETENSORS}{INDEX} beside it"
             " is of another save and is not"
         )

@@ -25,6 +25,8 @@ from edgemed.models.architecture import (
 )
 from edgemed.models.checkpoint import TOWER, Checkpoint
 from edgemed.models.gptq_packing import unpack
+from edgemed.models.stored_biases import check_biases
+from edgemed.models.tied_embeddings import resolve_tie
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +105,8 @@ class CanonicalWeights:
         config = checkpoint.config
         self.family: Architecture = family_of(config, str(checkpoint.path / "config.json"))
         shapes = self._bare_shapes()
-        self.unfolded: DecoderConfig = self.family.decoder(config, shapes)
+        decoder = self.family.decoder(config, shapes)
+        self.checkpoint, self.unfolded = resolve_tie(checkpoint, self.family, decoder)
         self.vision: VisionConfig | None = None
         if self.family.vision is not None:
             self.vision = self.family.vision(config, _preprocessor(checkpoint), shapes)
@@ -112,6 +115,7 @@ class CanonicalWeights:
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
         expert_origin.check_expert_origins(checkpoint, self.parts, self.keys)
         self._check_shapes()
+        check_biases(self.checkpoint, self.parts, self.keys)
         # as they are in the checkpoint, also where experts are read as sums
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
         experts = self.unfolded.experts
