@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.family_helpers import (
+    RMS_GGUF_KEYS,
+    require,
+    usual_decoder,
+    usual_parts,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
@@ -44,6 +49,7 @@ FAMILY = Architecture(
     gguf_arch="llama",
     gguf_pre="llama-bpe",
     gguf_interleaved=True,
+    gguf_keys=RMS_GGUF_KEYS,
     reference_name="llama-3.1-8b",
     # meta-llama/Llama-3.1-8B config.json
     reference_config={

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.family_helpers import (
+    LAYER_NORM_GGUF_KEYS,
+    require,
+    usual_decoder,
+    usual_parts,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
@@ -40,6 +45,7 @@ FAMILY = Architecture(
     folded=dict,
     gguf_arch="phi2",
     gguf_pre="phi-2",
+    gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="phi-2",
     # microsoft/phi-2 config.json
     reference_config={

@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.family_helpers import (
+    RMS_GGUF_KEYS,
+    require,
+    usual_decoder,
+    usual_parts,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
@@ -41,6 +46,8 @@ FAMILY = Architecture(
     folded=dict,
     gguf_arch="qwen2",
     gguf_pre="qwen2",
+    gguf_keys=RMS_GGUF_KEYS,
+    gguf_any_head="llama",
     reference_name="qwen2-1.5b",
     # Qwen/Qwen2-1.5B config.json
     reference_config={

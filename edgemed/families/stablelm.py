@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.family_helpers import (
+    LAYER_NORM_GGUF_KEYS,
+    require,
+    usual_decoder,
+    usual_parts,
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
@@ -39,6 +44,7 @@ FAMILY = Architecture(
     folded=dict,
     gguf_arch="stablelm",
     gguf_pre="stablelm2",
+    gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="stablelm-2-1.6b",
     # stabilityai/stablelm-2-1_6b config.json
     reference_config={

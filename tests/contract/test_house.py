@@ -175,6 +175,17 @@ FORMAT_NAMES = {
     ("family_helpers.py", "llama3"),
     ("family_helpers.py", "Known: default, linear, llama3"),
     ("calibration_cards.py", "contains_phi"),
+    ("import_tokenizer.py", "gpt2"),
+    ("import_tokenizer.py", "llama"),
+    ("import_tokenizer.py", "Known: gpt2 (byte-level BPE) and llama (SentencePiece BPE)"),
+    ("import_config.py", "llama3"),
+    # llama.cpp's names of splitting rules.
+    ("pre_tokenizers.py", "phi-2"),
+    ("pre_tokenizers.py", "llama-bpe"),
+    ("pre_tokenizers.py", "llama3"),
+    ("pre_tokenizers.py", "llama-v3"),
+    ("pre_tokenizers.py", "qwen2"),
+    ("pre_tokenizers.py", "stablelm2"),
 }
 
 
@@ -304,6 +315,7 @@ BUILD_ONLY = (
     "distillation/",
     "gguf/bit_allocation.py",
     "gguf/gptq.py",
+    "gguf/import_checkpoint.py",
     "models/qlora.py",
     "moe/",
     "quantization/",
