@@ -143,7 +143,6 @@ FAMILY = Architecture(
     ignored=(".attn.bias", ".attn.masked_bias"),
     folded=folded,
     gguf_arch="gpt2",
-    gguf_pre="gpt-2",
     gguf_keys={
         "context_length": "n_positions",
         "embedding_length": "n_embd",

@@ -47,7 +47,6 @@ FAMILY = Architecture(
     ignored=(".rotary_emb.inv_freq",),
     folded=dict,
     gguf_arch="llama",
-    gguf_pre="llama-bpe",
     gguf_interleaved=True,
     gguf_keys=RMS_GGUF_KEYS,
     reference_name="llama-3.1-8b",

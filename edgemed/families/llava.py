@@ -157,8 +157,8 @@ def variant(config: Mapping[str, Any]) -> Architecture:
         FAMILY,
         parts=parts,
         gguf_arch=text.gguf_arch,
-        gguf_pre=text.gguf_pre,
         gguf_interleaved=text.gguf_interleaved,
+        gguf_any_head=text.gguf_any_head,
     )
 
 
@@ -304,7 +304,6 @@ FAMILY = Architecture(
     ignored=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
     folded=dict,
     gguf_arch="qwen2",
-    gguf_pre="qwen2",
     reference_name="huatuogpt-vision-7b",
     reference_config=REFERENCE,
     auto_classes={"lm": "AutoModelForImageTextToText"},

@@ -44,7 +44,6 @@ FAMILY = Architecture(
     ignored=(".rotary_emb.inv_freq",),
     folded=dict,
     gguf_arch="phi2",
-    gguf_pre="phi-2",
     gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="phi-2",
     # microsoft/phi-2 config.json

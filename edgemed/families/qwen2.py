@@ -45,7 +45,6 @@ FAMILY = Architecture(
     ignored=(".rotary_emb.inv_freq",),
     folded=dict,
     gguf_arch="qwen2",
-    gguf_pre="qwen2",
     gguf_keys=RMS_GGUF_KEYS,
     gguf_any_head="llama",
     reference_name="qwen2-1.5b",

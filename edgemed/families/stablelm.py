@@ -43,7 +43,6 @@ FAMILY = Architecture(
     ignored=(".rotary_emb.inv_freq",),
     folded=dict,
     gguf_arch="stablelm",
-    gguf_pre="stablelm2",
     gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="stablelm-2-1.6b",
     # stabilityai/stablelm-2-1_6b config.json

@@ -297,9 +297,8 @@ class Architecture:
     ignored: tuple[str, ...]
     # the config after score_scale has been folded into the q rows
     folded: Callable[[Mapping[str, Any]], dict[str, Any]]
-    # llama.cpp's names for the graph ('': it has none) and for the pre-tokenizer
+    # llama.cpp's name for the graph, '' where it has none
     gguf_arch: str
-    gguf_pre: str
     # the best-known model and its published true dimensions, for --random-weights
     reference_name: str
     reference_config: Mapping[str, Any]
