@@ -16,6 +16,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import writer
+from edgemed.gguf.reader import read_gguf
 from edgemed.gguf.tensor_map import file_layout, graph_of, interleaved, own_graph
 from edgemed.models.lora import FOLDER
 
@@ -90,6 +91,7 @@ def load_adapters(
     for name in names:
         file = engine / FOLDER / name / FILE
         errors.clear()
+        read_gguf(file, texts=False)
         handles[name] = lib.llama_adapter_lora_init(model, str(file).encode())
         if not handles[name]:
             raise EdgemedError(

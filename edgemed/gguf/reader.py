@@ -77,6 +77,18 @@ LEAST_ENTRY = 13
 LEAST_TENSOR = 32
 LARGEST_ALIGNMENT = 1 << 16
 ALIGNMENT_KEY = "general.alignment"
+# Numbers of a graph and what they can be at most.
+COUNTS = {
+    "block_count": 1024,
+    "context_length": 1 << 30,
+    "embedding_length": 1 << 20,
+    "feed_forward_length": 1 << 24,
+    "attention.head_count": 1 << 14,
+    "attention.head_count_kv": 1 << 14,
+    "attention.key_length": 1 << 14,
+    "attention.value_length": 1 << 14,
+    "rope.dimension_count": 1 << 14,
+}
 
 
 @dataclass(frozen=True)
@@ -106,10 +118,12 @@ class GgufFile:
         return str(self.metadata.get("general.architecture", ""))
 
 
-def read_gguf(path: str | Path) -> GgufFile:
+def read_gguf(path: str | Path, texts: bool = True) -> GgufFile:
     """The header of a GGUF file, every number in it checked against the file.
 
-    Raises EdgemedError where it is missing, truncated, of another format, or says what cannot be.
+    texts: read lists of texts; without, they are checked and left empty, which is faster for a
+    large vocabulary. Raises EdgemedError where the file is missing, truncated, of another format,
+    or says what cannot be.
     """
     path = Path(path)
     try:
@@ -117,18 +131,25 @@ def read_gguf(path: str | Path) -> GgufFile:
             if handle.read(4) != MAGIC:
                 raise EdgemedError(f"{path} is not a GGUF file", "Give a file that begins 'GGUF'")
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Header(path, content).read()
+                return _Header(path, content, texts).read()
     except OSError as error:
         raise EdgemedError(
             f"{path} cannot be read: {error.strerror}", "Give a GGUF file that is there"
         ) from None
 
 
+def _is_count(value: Any, most: int) -> bool:
+    """Whether a value is a whole number from 1 to `most`, or a list of such."""
+    values = value if isinstance(value, list) else [value]
+    return all(type(number) is int and 1 <= number <= most for number in values)
+
+
 class _Header:
     """A cursor over a mapped file that never leaves it."""
 
-    def __init__(self, path: Path, content: mmap.mmap):
+    def __init__(self, path: Path, content: mmap.mmap, texts: bool):
         self.path = path
+        self.texts = texts
         self.content = content
         self.size = len(content)
         self.position = len(MAGIC)
@@ -157,7 +178,25 @@ class _Header:
                 self.fail(f"the key '{key}' is there twice")
             metadata[key] = self.value(key, self.scalar("I"))
         tensors = self.tensors(tensor_count, self.alignment(metadata))
-        return GgufFile(self.path, metadata, tensors)
+        file = GgufFile(self.path, metadata, tensors)
+        self.check_numbers(file)
+        return file
+
+    def check_numbers(self, file: GgufFile) -> None:
+        """What llama.cpp divides by or takes as a place in a list without asking."""
+        for key, value in file.metadata.items():
+            name = key.removeprefix(f"{file.arch}.")
+            if name in COUNTS and not _is_count(value, COUNTS[name]):
+                self.fail(f"'{key}' is {value!r:.60}, and 1 to {COUNTS[name]} are possible")
+        kinds = file.metadata.get("tokenizer.ggml.token_type")
+        embedding = file.tensors.get("token_embd.weight")
+        if kinds is None or embedding is None:
+            return
+        tokens = embedding.shape[0]
+        for key, value in file.metadata.items():
+            is_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
+            if is_id and not _is_count(value + 1 if isinstance(value, int) else value, tokens):
+                self.fail(f"'{key}' is {value!r:.60}, and the embedding has {tokens} rows")
 
     def alignment(self, metadata: Mapping[str, Any]) -> int:
         alignment = metadata.get(ALIGNMENT_KEY, 32)
@@ -206,6 +245,9 @@ class _Header:
             if count > (self.size - self.position) // 8:
                 self.fail(f"'{key}' says to hold {count} texts, more than the file")
             name = f"an entry of '{key}'"
+            if not self.texts:
+                self.skip_texts(name, count)
+                return []
             return [self.string(name) for _ in range(count)]
         if kind not in SCALARS:
             self.fail(f"'{key}' is a list of the type {kind}, which does not exist")
@@ -216,6 +258,20 @@ class _Header:
         values = list(struct.unpack_from(f"<{count}{letter}", self.content, self.position))
         self.position += nbytes
         return values
+
+    def skip_texts(self, what: str, count: int) -> None:
+        position = self.position
+        content = self.content
+        length_at = struct.Struct("<Q").unpack_from
+        last = self.size - 8
+        for _ in range(count):
+            if position > last:
+                self.fail("its header ends early")
+            (length,) = length_at(content, position)
+            position += 8 + length
+        if position > self.size:
+            self.fail(f"{what} says to have more bytes than the file")
+        self.position = position
 
     def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
         entries: dict[str, tuple[tuple[int, ...], str, int, int]] = {}

@@ -171,7 +171,8 @@ def test_no_utils() -> None:
 # configs of any architecture.
 FORMAT_NAMES = {
     ("metadata.py", "gpt2"),
-    ("metadata.py", "llama"),
+    ("tokenizer_metadata.py", "gpt2"),
+    ("tokenizer_metadata.py", "llama"),
     ("family_helpers.py", "llama3"),
     ("family_helpers.py", "Known: default, linear, llama3"),
     ("calibration_cards.py", "contains_phi"),
