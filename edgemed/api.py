@@ -40,7 +40,16 @@ from edgemed.verification.spec import VerifySpec
 from edgemed.vision.image_io import open_image
 from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
-__all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
+__all__ = [
+    "build",
+    "chat",
+    "evaluate_tasks",
+    "export",
+    "import_gguf",
+    "inspect",
+    "run",
+    "stream",
+]
 
 # Reference answers of a single export: few and short texts, because a large source is slow on a CPU
 # (a recipe's verify: asks for more); but all images.
@@ -58,6 +67,16 @@ def run(recipe: str | Path, work: str | Path | None = None, sets: Sequence[str] 
     return run_recipe(
         read_recipe(recipe, sets), Path(work) if work else Path("runs") / Path(recipe).stem
     )
+
+
+@extras_named()
+def import_gguf(file: str | Path, out: str | Path) -> Path:
+    """Make a checkpoint directory of a GGUF file, checked against llama.cpp's own reading of the
+    file; returns `out`. Raises EdgemedError where the file is damaged or not understood.
+    """
+    from edgemed.gguf import import_checkpoint
+
+    return import_checkpoint.import_gguf(file, Path(out)).path
 
 
 @extras_named()

@@ -135,6 +135,22 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a whole text model.")],
+    out: Out,
+    json_: Json = False,
+) -> None:
+    """Make a checkpoint of a GGUF file, and check it against llama.cpp's own reading of the
+    file.
+    """
+    from edgemed.api import import_gguf
+    from edgemed.artifacts import store
+
+    manifest = store.read_manifest(import_gguf(file, out))
+    show({"checkpoint": str(out), **manifest["notes"]}, json_)
+
+
 @app.command(cls=ParameterCommand)
 def merge(
     model: Model,
