@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
@@ -22,19 +23,35 @@ EXTRAS = {
 }
 
 
+# Control characters, line and paragraph separators, and halves of characters: a name from a file
+# must not end the line, move the cursor or fail to be printed.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+LONGEST_PART = 1200
+
+
 class EdgemedError(Exception):
     """A problem a person can put right. `fix` is the sentence that says how."""
 
     def __init__(self, problem: str, fix: str = ""):
-        self.problem = problem
-        self.fix = fix
-        super().__init__(f"{problem}. {fix}" if fix else problem)
+        self.problem = one_line(problem)
+        self.fix = one_line(fix)
+        super().__init__(f"{self.problem}. {self.fix}" if fix else self.problem)
+
+
+def one_line(text: str) -> str:
+    """A text that fits into one printable line: control characters are escaped, and the middle of
+    a very long text is left out.
+    """
+    text = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    if len(text) <= LONGEST_PART:
+        return text
+    return f"{text[: LONGEST_PART // 2]} ... {text[-LONGEST_PART // 2 :]}"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """'Did you mean X? Known: a, b, c' for a mistyped name."""
     names = sorted(choices)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:LONGEST_PART], names, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}Known: {', '.join(names) or 'none'}"
 

@@ -105,7 +105,7 @@ TopP = Annotated[float, typer.Option(callback=nucleus, help="1 switches it off."
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
     """Parameters from options (those given) and --set key=value."""
-    from edgemed.params import parse_set
+    from edgemed.documents.yaml_files import parse_set
 
     values = {key: value for key, value in named.items() if value is not None}
     for text in sets or []:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.benchmarking.spec import BenchSpec
+from edgemed.documents.yaml_files import parse_set, read_yaml_mapping
 from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.hardware.device import read_device
@@ -73,7 +74,7 @@ def read_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
     if not isinstance(document, dict):
         raise EdgemedError(f"{file} is not a mapping", "A recipe starts with 'model:'")
     for text in sets:
-        override(document, *strict.parse_set(text))
+        override(document, *parse_set(text))
     return parse(document, str(file.name), file.parent)
 
 

@@ -16,6 +16,7 @@ import pytest
 from edgemed import params
 from edgemed.artifacts import hashing, records, store
 from edgemed.data.text_sets import read_card, texts
+from edgemed.documents import yaml_files
 from edgemed.engines.reference import Reference, windows_of
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.evaluation.evaluate import evaluate, judge, majority, pair, part_of, source_key
@@ -73,19 +74,19 @@ def test_params_convert_and_refuse() -> None:
 
 
 def test_parse_set() -> None:
-    assert params.parse_set("a.b=8") == (["a", "b"], 8)
-    assert params.parse_set("x=true") == (
+    assert yaml_files.parse_set("a.b=8") == (["a", "b"], 8)
+    assert yaml_files.parse_set("x=true") == (
         ["x"],
         True,
     )
-    assert params.parse_set("x=[1, 2]") == (["x"], [1, 2])
-    assert params.parse_set("x=a=b") == (
+    assert yaml_files.parse_set("x=[1, 2]") == (["x"], [1, 2])
+    assert yaml_files.parse_set("x=a=b") == (
         ["x"],
         "a=b",
     )
     for wrong in ("x", "=3", "x=[1"):
         with pytest.raises(EdgemedError, match="--set"):
-            params.parse_set(wrong)
+            yaml_files.parse_set(wrong)
 
 
 # --- store
