@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+# Directories are named by it, so it must not lead out of them.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 CONTAINERS = (tuple, list, dict, Mapping)
 LONGEST_SHOWN = 80  # characters of a value in a message
 LARGEST_NUMBER = 1.7e308  # the largest float; NaN compares as false
@@ -130,8 +132,7 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     """
     if values is not None and not isinstance(values, Mapping):
         raise EdgemedError(
-            f"{where}: {in_short(values)} is not a mapping",
-            f"Write it as  {where.split()[-1]}: {{key: value}}",
+            f"{where}: {in_short(values)} is not a mapping", "Write it as {key: value}"
         )
     values = dict(values or {})
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -162,6 +163,18 @@ def in_short(value: Any, text: Callable[[Any], str] = repr) -> str:
         # a number of more digits than Python writes, or a list within itself
         return f"this {type(value).__name__}"
     return words if len(words) <= LONGEST_SHOWN else f"{words[:LONGEST_SHOWN]} ..."
+
+
+def check_name(name: Any, where: str) -> str:
+    """The name of an engine or adapter. Raises EdgemedError for what is no plain name of a
+    directory.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise EdgemedError(
+            f"{where}: {in_short(name)} is no name",
+            "Take letters, digits and any of . _ + - (not first), 100 characters at most",
+        )
+    return name
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

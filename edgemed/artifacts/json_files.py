@@ -60,9 +60,20 @@ def read_json_object(path: Path, fix: str, largest: int = LARGEST) -> dict[str, 
 def parse_json(content: bytes | str, where: str, fix: str) -> Any:
     """The JSON value in a text. where: names it in messages; fix: what to do where it is no JSON.
 
-    Raises EdgemedError for bytes that are not UTF-8 (a byte-order mark included), what is not JSON
-    or not only JSON, NaN, an infinite or a too long number, a key given twice, half a character
-    (a lone surrogate), and brackets deeper than DEEPEST.
+    Raises EdgemedError for what `decode_json` refuses.
+    """
+    try:
+        return decode_json(content)
+    except ValueError as error:
+        raise EdgemedError(f"{where} cannot be read: {error}", fix) from None
+
+
+def decode_json(content: bytes | str) -> Any:
+    """The JSON value in a text.
+
+    Raises ValueError, with the reason in one line, for bytes that are not UTF-8 or begin with a
+    byte-order mark, what is not JSON or not only JSON, NaN, an infinite or a too long number, a key
+    given twice, half a character (a lone surrogate), and brackets deeper than DEEPEST.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
@@ -74,17 +85,11 @@ def parse_json(content: bytes | str, where: str, fix: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise EdgemedError(
-            f"{where} cannot be read: half a character (surrogate {half!a})", fix
-        ) from None
+        raise ValueError(f"half a character (surrogate {half!a})") from None
     except UnicodeDecodeError as error:
-        raise EdgemedError(
-            f"{where} cannot be read: not UTF-8 ({error.reason} at byte {error.start})", fix
-        ) from None
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except RecursionError:
-        raise EdgemedError(f"{where} cannot be read: brackets deeper than {DEEPEST}", fix) from None
-    except ValueError as error:
-        raise EdgemedError(f"{where} cannot be read: {error}", fix) from None
+        raise ValueError(f"brackets deeper than {DEEPEST}") from None
     return value
 
 

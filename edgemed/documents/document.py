@@ -131,7 +131,7 @@ def read_fields(cls: type[Document]) -> dict[str, Field]:
     for entry in dataclasses.fields(cls):
         if entry.name in OWN:
             continue
-        hint, metadata = bare(hints[entry.name])
+        _, metadata = bare(hints[entry.name])
         entries[entry.name] = Field(
             name=entry.name,
             required=(

@@ -15,6 +15,7 @@ from typing import Any
 
 from edgemed.artifacts import lineage, records, store
 from edgemed.artifacts.json_files import read_json_object
+from edgemed.documents.evaluation import task_title
 from edgemed.engines.engine import ENGINE
 from edgemed.errors import EdgemedError
 
@@ -189,7 +190,7 @@ def evaluation_title(result: Json) -> str:
     strategy.
     """
     part = result["language"] or result.get("part")  # results of earlier versions name no part
-    task = f"{result['task']}/{part}" if part else result["task"]
+    task = task_title(result["task"], part, result.get("file"))
     return f"{task}, {result['strategy']}"
 
 
