@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from edgemed.documents.document import LEFT_OUT, Document, fields_of, plain
+from edgemed.documents.document import (
+    LEFT_OUT,
+    Document,
+    fields_of,
+    plain,
+    read_mapping,
+    reader,
+)
 from edgemed.documents.evaluation import EvalResult, Sha256
 from edgemed.documents.gate import EngineGate
 from edgemed.documents.machine import Count
@@ -60,14 +67,12 @@ class ArtifactManifest(Document):
     @property
     def pending(self) -> dict[str, list[ManifestFile]] | None:
         """Documents whose replacement was cut short: name -> the entries that are right, old and
-        new. None where no replacement is under way.
+        new. None where no replacement is under way. Raises EdgemedError for another form.
         """
         if self.extra.get(PENDING) is None:
             return None
-        return {
-            name: [ManifestFile.from_json(entry, f"pending.{name}") for entry in entries]
-            for name, entries in self.extra[PENDING].items()
-        }
+        entries = read_mapping(reader(tuple[ManifestFile, ...]), self.extra[PENDING], PENDING)
+        return {name: list(files) for name, files in entries.items()}
 
     def attached(
         self,

@@ -104,9 +104,9 @@ class Questions:
 
     language: the one asked for, None for all; part: the same of a task's parts; synthetic: a
     stand-in for data that cannot be shipped; file: the name of a user's own file, None where the
-    rows are the shipped sample or the published set. key: digest of the file and of every word and image a
-    model is shown, solved examples included; results with different keys are never paired. shots:
-    solved examples, none of whose questions is asked.
+    rows are the shipped sample or the published set. key: digest of the file and of every word and
+    image a model is shown, solved examples included; results with different keys are never paired.
+    shots: solved examples, none of whose questions is asked.
     """
 
     task: Task

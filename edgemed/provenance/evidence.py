@@ -16,7 +16,8 @@ from typing import Any
 from edgemed.artifacts import lineage, records, store
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.documents.evaluation import task_title
-from edgemed.engines.engine import ENGINE
+from edgemed.documents.manifest import Manifest
+from edgemed.engines.engine import ENGINE, read_engine
 from edgemed.errors import EdgemedError
 
 Json = Mapping[str, Any]
@@ -102,6 +103,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
     Raises EdgemedError where it is not an engine, or a file it was built with was altered: nothing
     must be written about other bytes.
     """
+    directory = Path(directory)
     manifest = store.read_manifest(directory)
     if manifest["kind"] != "engine":
         raise EdgemedError(
@@ -121,6 +123,8 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
             f"{directory} was altered after it was made: {'; '.join(wrong)}",
             "Copy or export the engine again",
         )
+    Manifest.from_json(manifest, str(directory / store.MANIFEST))  # its sections too
+    read_engine(directory)
     held = {**manifest, **sections}
     newest: dict[tuple[Any, ...], Json] = {}
     for record in records.read_records(directory):
@@ -131,7 +135,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
                 *(record["how"].get(name) for name in ("prompt", "generate", "threads", "image")),
             ] = record
     return Evidence(
-        read_json_object(Path(directory) / ENGINE, "Copy or export the engine again"),
+        read_json_object(directory / ENGINE, "Copy or export the engine again"),
         chain(manifest),
         NOBODY_SAID | (held.get("source") or {}),
         held.get("verify"),
