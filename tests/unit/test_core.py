@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from report_documents import record
 
 from edgemed import params
 from edgemed.artifacts import hashing, records, store
@@ -154,7 +155,7 @@ def test_digest_ignores_order_only() -> None:
 def test_records_are_appended(tmp_path: Path) -> None:
     assert records.read_records(tmp_path) == []
     for value in (1, 2):
-        records.append_records(tmp_path, [{"value": value, "unit": "µs"}])
+        records.append_records(tmp_path, [record("step_milliseconds", [value], "µs", "key")])
     assert [record["value"] for record in records.read_records(tmp_path)] == [1, 2]
 
 
@@ -173,7 +174,7 @@ def test_override() -> None:
     assert document["steps"] == [{"quantize": {"bits": 8}}]
     assert document["engines"][:2] == [{"onnx": {"precision": "fp16"}}] * 2
     assert document["bench"] == {"runs": 2}
-    with pytest.raises(EdgemedError, match="'steps' is a list"):
+    with pytest.raises(EdgemedError, match="'steps' is not a mapping"):
         override(document, ["steps", "0"], 1)
 
 
