@@ -87,6 +87,16 @@ Adapter = Annotated[
         )
     ),
 ]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check/--trust-cache",
+        help=(
+            "Read every byte of the engine; or believe the hash remembered for a file of more than"
+            " 16 MB whose inode, size and times have not changed since it was last read."
+        ),
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: physical cores.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]

@@ -109,11 +109,34 @@ class Engine:
     def reference(self, adapter: str | None = None) -> Reference:
         """The answers of the float32 source, or of the source with an adapter. An engine that one
         is the default of is held against the same with it and without.
+
+        Raises EdgemedError for an unknown adapter, and for answers that are damaged or not of this
+        engine.
         """
         self.check_adapter(adapter)
-        return Reference.load(
-            self.path if adapter in (None, BASE, self.default) else self.path / FOLDER / adapter
-        )
+        folder = self.path
+        if adapter is not None and adapter not in (BASE, self.default):
+            folder = self.path / FOLDER / adapter
+        reference = Reference.load(folder)
+        self._check_reference(reference, folder)
+        return reference
+
+    def _check_reference(self, reference: Reference, folder: Path) -> None:
+        scores = [reference.logits.shape[2]]
+        if reference.images and reference.images.logits.size:
+            scores.append(reference.images.logits.shape[2])
+        problem = ""
+        if any(count != self.width for count in scores):
+            problem = f"{scores} scores, the engine gives {self.width}"
+        elif reference.windows.max() >= self.vocab or reference.greedy.max(initial=0) >= self.vocab:
+            problem = f"a token beyond the vocabulary of {self.vocab}"
+        elif reference.windows.shape[1] > self.context:
+            problem = f"{reference.windows.shape[1]} tokens, the context is {self.context}"
+        if problem:
+            raise EdgemedError(
+                f"the reference answers in {folder} are not of this engine: {problem}",
+                "Copy or export the engine again",
+            )
 
     def open(self, threads: int | None = None, adapter: str | None = None) -> Session:
         """Start the engine. Its session carries the vision encoder of a vision model.
