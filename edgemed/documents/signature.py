@@ -1,4 +1,6 @@
-"""What signature.json says: a statement about every file of an engine, and the signature over it."""
+"""What signature.json says: a statement about every file of an engine, and the signature over
+it.
+"""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ class ImageReference:
         }
 
     def check(self) -> None:
-        """Raise ValueError where the arrays are not as the class says, or do not belong together."""
+        """Raise ValueError where arrays are not as the class says, or do not belong together."""
+        if not len(self.prompts):
+            return
         check_array("image_prompts", self.prompts, "iu", 2)
         check_array("image_greedy", self.greedy, "iu", 2)
         check_array("image_logits", self.logits, "f", 3)
