@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import re
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
@@ -23,9 +22,6 @@ EXTRAS = {
 }
 
 
-# Control characters, line and paragraph separators, and halves of characters: a name from a file
-# must not end the line, move the cursor or fail to be printed.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LONGEST_PART = 1200
 
 
@@ -39,10 +35,14 @@ class EdgemedError(Exception):
 
 
 def one_line(text: str) -> str:
-    """A text that fits into one printable line: control characters are escaped, and the middle of
-    a very long text is left out.
+    """A text that fits into one printable line. What ends a line, moves the cursor, turns the
+    direction of writing or cannot be encoded is escaped, and the middle of a very long text is left
+    out.
     """
-    text = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    if not text.isprintable():
+        text = "".join(
+            sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+        )
     if len(text) <= LONGEST_PART:
         return text
     return f"{text[: LONGEST_PART // 2]} ... {text[-LONGEST_PART // 2 :]}"

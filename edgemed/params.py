@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 # Directories are named by it, so it must not lead out of them.
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+NAME = re.compile(r"\w[\w.+-]{0,99}")
 CONTAINERS = (tuple, list, dict, Mapping)
 LONGEST_SHOWN = 80  # characters of a value in a message
 LARGEST_NUMBER = 1.7e308  # the largest float; NaN compares as false

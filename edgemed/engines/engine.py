@@ -200,8 +200,6 @@ def export(
     }
     parent = checkpoint.path / store.MANIFEST
     parent_manifest = store.read_manifest(checkpoint.path) if parent.is_file() else None
-    for adapter in params.adapters or {}:
-        strict.check_name(adapter, f"target {target}: adapters")
     name = name or Path(out).name
     with store.building(
         Path(out), "engine", target, asdict(params), inputs, parent_manifest

@@ -195,9 +195,7 @@ def _stage(kind: str, entry: str | Mapping[str, Any], where: str, folder: Path) 
             values[key] = _path(values[key], folder)
     if isinstance(values.get("adapters"), Mapping):
         values["adapters"] = {
-            strict.check_name(adapter, f"{place}.adapters"): _path(path, folder)
-            if isinstance(path, str)
-            else path
+            adapter: _path(path, folder) if isinstance(path, str) else path
             for adapter, path in values["adapters"].items()
         }
     params = strict.build(module.Params, values, place)
