@@ -26,6 +26,7 @@ from edgemed.documents.verify import VerifyResult
 from edgemed.params import Doc
 
 PENDING = "pending"
+OptionalText = Annotated[str | None, LEFT_OUT]
 Kind = Literal["checkpoint", "engine", "plan", "reference", "result"]
 
 
@@ -97,17 +98,50 @@ BUILT = (*fields_of(ArtifactManifest), PENDING)
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceAdapter(Document):
+    """An adapter or a teacher that went into an engine, and its licence as stated."""
+
+    name: str
+    kind: OptionalText = None
+    licence: OptionalText = None
+    license_name: OptionalText = None
+    license_link: OptionalText = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel(Document):
+    """The first checkpoint, and its licence as stated."""
+
+    name: OptionalText = None
+    licence: OptionalText = None
+    license_name: OptionalText = None
+    license_link: OptionalText = None
+    adapters: tuple[SourceAdapter, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet(Document):
+    """A set of texts, images or questions that an engine was made or judged with."""
+
+    name: str
+    use: Annotated[str, Doc("calibration, parity, evaluation or prompts")]
+    sha256: Sha256
+    split: str | None
+    licence: str | None
+    source: str | None
+    url: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest(ArtifactManifest):
     """The manifest of an artifact, as in its directory."""
 
     parent: Manifest | None
-    source: Annotated[
-        Mapping[str, Any] | None, LEFT_OUT, Doc("name and licence of the first checkpoint")
-    ] = None
+    source: Annotated[SourceModel | None, LEFT_OUT] = None
     verify: Annotated[VerifyResult | None, LEFT_OUT] = None
     evals: Annotated[tuple[EvalResult, ...] | None, LEFT_OUT, Doc("without their items")] = None
     gate: Annotated[EngineGate | None, LEFT_OUT] = None
     datasets: Annotated[
-        tuple[Mapping[str, Any], ...] | None, LEFT_OUT, Doc("what it was made and judged with")
+        tuple[DataSet, ...] | None, LEFT_OUT, Doc("what it was made and judged with")
     ] = None
     bom_version: Annotated[int | None, LEFT_OUT] = None

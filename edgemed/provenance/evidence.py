@@ -15,6 +15,7 @@ from typing import Any
 
 from edgemed.artifacts import lineage, records, store
 from edgemed.artifacts.json_files import read_json_object
+from edgemed.documents.document import reader
 from edgemed.documents.evaluation import task_title
 from edgemed.documents.manifest import Manifest
 from edgemed.engines.engine import ENGINE, read_engine
@@ -123,7 +124,10 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
             f"{directory} was altered after it was made: {'; '.join(wrong)}",
             "Copy or export the engine again",
         )
-    Manifest.from_json(manifest, str(directory / store.MANIFEST))  # its sections too
+    where = str(directory / store.MANIFEST)
+    Manifest.from_json(manifest, where)  # its sections too
+    fallbacks = manifest["notes"].get("fallbacks", {})
+    reader(Mapping[str, str])(fallbacks, f"{where}.notes.fallbacks")
     read_engine(directory)
     held = {**manifest, **sections}
     newest: dict[tuple[Any, ...], Json] = {}

@@ -154,7 +154,7 @@ def origin(manifest: Manifest, engine: Json) -> Source:
     """
     *_, (_, oldest) = lineage.ancestors(manifest.to_json())
     return Source(
-        path=(manifest.source or {}).get("name"),
+        path=manifest.source.name if manifest.source else None,
         family=engine["family"],
         parameters=None,
         files=lineage.read(oldest),
