@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ LARGEST = 1 << 20  # bytes; PyYAML reads about 0.3 MB a second
 DEEPEST = 40
 MOST_NODES = 200_000  # what aliases stand for counted again at every use
 DIGITS = 60  # of a whole number
+# PyYAML takes seconds for some thousand brackets in a row.
+OPENINGS = re.compile(r"(?:[\[{]\s*){100}")
 STANDARD = "tag:yaml.org,2002:"
 TAGS = {f"{STANDARD}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 MERGE = f"{STANDARD}merge"
@@ -57,6 +60,8 @@ def parse_yaml(text: str, where: str, fix: str = "Correct it") -> Any:
     import yaml
 
     try:
+        if OPENINGS.search(text):
+            raise RecursionError
         loader = _loader()(text)
         node = loader.get_single_node()
         if node is None:
