@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.artifacts.records import append_records
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.data.text_sets import IMAGES
@@ -54,6 +54,8 @@ __all__ = [
 # Reference answers of a single export: few and short texts, because a large source is slow on a CPU
 # (a recipe's verify: asks for more); but all images.
 EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
+
+WITH_SOURCE = "Give a file written by edgemed eval ENGINE --source MODEL --out FILE"
 
 
 @extras_named()
@@ -262,19 +264,15 @@ def read_results(path: str | Path) -> list[EvalResult]:
     """The source's results in a file written by `edgemed eval --out`. Raises EdgemedError where it
     is none.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        results = [EvalResult.from_json(content) for content in document["source"]]
-        return [result for result in results if result.items is not None and result.model_key]
-    except OSError as error:
-        raise EdgemedError(
-            f"{path} cannot be read: {error.strerror}", "Give a file written by edgemed eval --out"
-        ) from None
-    except (ValueError, KeyError, TypeError, EdgemedError):
-        raise EdgemedError(
-            f"{path} holds no results of a source",
-            "Give a file written by edgemed eval ENGINE --source MODEL --out FILE",
-        ) from None
+    document = read_json_object(Path(path), "Give a file written by edgemed eval --out")
+    contents = document.get("source")
+    if not isinstance(contents, list):
+        raise EdgemedError(f"{path} holds no results of a source", WITH_SOURCE)
+    results = [
+        EvalResult.from_json(content, f"{path}: source[{number}]")
+        for number, content in enumerate(contents)
+    ]
+    return [result for result in results if result.items is not None and result.model_key]
 
 
 def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str) -> EvalResult:

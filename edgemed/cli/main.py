@@ -18,6 +18,7 @@ from edgemed.cli import calibration, experts, harness, planning, proof, provenan
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
+    Check,
     EngineDir,
     Json,
     MaxTokens,
@@ -432,12 +433,16 @@ def generate(
     adapter: Adapter = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     threads: Threads = None,
+    check: Check = False,
     json_: Json = False,
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
+    from edgemed.engines.engine import open_engine
     from edgemed.inference.decoding import Sampling
 
+    if check:
+        open_engine(engine, check=True)
     words = stream(
         engine,
         prompt,
@@ -469,11 +474,15 @@ def chat(
     temperature: Temperature = 0.0,
     adapter: Adapter = None,
     threads: Threads = None,
+    check: Check = False,
 ) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
+    from edgemed.engines.engine import open_engine
     from edgemed.inference.decoding import Sampling
 
+    if check:
+        open_engine(engine, check=True)
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
 
 

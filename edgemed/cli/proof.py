@@ -356,7 +356,7 @@ def show_results(results: Iterable[EvalResult]) -> None:
         for name, score in (result.scores or {}).items():
             metrics.append(
                 {
-                    "task": result.task,
+                    "task": result.title,
                     "model": result.model,
                     "metric": name,
                     "value": score.value,
@@ -428,7 +428,7 @@ def result_row(result: EvalResult) -> dict[str, Any]:
     low, high = result.interval
     paired = result.paired
     return {
-        "task": result.task + " (synthetic)" * result.synthetic,
+        "task": result.title + " (synthetic)" * result.synthetic,
         "model": result.model,
         "strategy": result.strategy,
         "n": result.n,

@@ -62,7 +62,7 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.onnx.vision_graph import TOWERS, build_vision
-from edgemed.params import Doc
+from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
@@ -189,10 +189,10 @@ class Params:
             " nearer to the source."
         ),
     ] = "nearest"
-    samples: Annotated[int, Doc("Sequences of the text of `imatrix`.")] = 32
-    length: Annotated[int, Doc("Tokens of each of these sequences.")] = 256
+    samples: Annotated[int, Range(1), Doc("Sequences of the text of `imatrix`.")] = 32
+    length: Annotated[int, Range(1), Doc("Tokens of each of these sequences.")] = 256
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     kv: Annotated[
         Literal["auto", "f32", "f16", "q8_0"],
@@ -231,10 +231,10 @@ class Params:
         ),
     ] = "same"
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
     adapters: Annotated[
         dict[str, str] | None,

@@ -96,7 +96,7 @@ class Params:
         Literal[1, 4], Doc("4 computes with int8 activations, 1 with float32.")
     ] = 4
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     kv: Annotated[
         Literal["auto", "int8"],
@@ -119,10 +119,10 @@ class Params:
         ),
     ] = "fp32"
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
     adapters: Annotated[
         dict[str, str] | None,

@@ -116,7 +116,7 @@ class Params:
         Literal["fp16", "bf16", "fp32"], Doc("Format of the activations beside integers.")
     ] = "fp16"
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     prefill: Annotated[
         int, Range(1), Doc("Tokens per run at most; longer prompts go in parts.")
@@ -142,10 +142,10 @@ class Params:
         dict[str, str] | None, Doc("Not taken: TensorRT engines carry merged weights only.")
     ] = None
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
 
 
