@@ -110,7 +110,8 @@ def _decompressed(
         raise _undecodable(syntax, name)
     facts = _checked_codestream(data, syntax, options, frame, name)
     reasons = []
-    for plugin in decoder.available_plugins:
+    # Pillow last, as in pydicom itself: it reads eight bits of a JPEG only.
+    for plugin in sorted(decoder.available_plugins, key=lambda plugin: plugin == "pillow"):
         try:
             values, properties = decoder.as_array(
                 data, index=frame, raw=True, decoding_plugin=plugin, **options
@@ -119,7 +120,8 @@ def _decompressed(
             # pydicom: "Unable to decode as exceptions were raised by all available plugins"
             reasons.append(str(error).rsplit("\n", 1)[-1].strip())
             continue
-        if facts.adobe is not None and values.ndim == 3 and str(syntax) in JPEG_8_BIT:
+        declared = facts.adobe is not None and values.ndim == 3 and str(syntax) in JPEG_8_BIT
+        if declared and plugin in ("pylibjpeg", "pillow"):
             # The data itself says what its components are. libjpeg's plug-in hands them out as
             # they are, Pillow converts them.
             converted = plugin == "pillow" or facts.adobe == 0
@@ -228,16 +230,14 @@ def codestream(stream: bytes) -> Codestream:
 
 def _undecodable(syntax: Any, name: str, reason: str = "") -> EdgemedError:
     """The error that names a compression and the package that would read it."""
-    if str(syntax) in JPEG:
-        wanted, module = "pylibjpeg pylibjpeg-libjpeg", "libjpeg"
-    elif str(syntax) in JPEG_2000:
-        wanted, module = "pylibjpeg pylibjpeg-openjpeg", "openjpeg"
-    else:
-        wanted, module = "", ""
-    if wanted and importlib.util.find_spec(module) is None:
+    # The plug-ins that pydicom finds, and the extra that brings each.
+    module, extra = ("libjpeg", "dicom") if str(syntax) in JPEG else ("openjpeg", "vision")
+    compressed = str(syntax) in JPEG | JPEG_2000
+    if compressed and importlib.util.find_spec(module) is None:
         return EdgemedError(
-            f"{name} is compressed as '{syntax.name}', which no installed decoder reads",
-            f"pip install {wanted}, or export it uncompressed",
+            f"{name} is compressed as '{syntax.name}', which no installed decoder reads: it needs"
+            f" pylibjpeg-{module}",
+            f"Install it with: pip install 'edgemed[{extra}]', or export it uncompressed",
         )
     if reason:
         cause = " ".join(reason.split())[:200]
