@@ -19,6 +19,7 @@ from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
     EngineDir,
+    Frame,
     Json,
     MaxTokens,
     Model,
@@ -405,6 +406,7 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")
     ] = None,
+    frame: Frame = None,
     template: Annotated[
         str | None,
         typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
@@ -436,6 +438,7 @@ def generate(
         image or (),
         template,
         adapter,
+        frame,
     )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)

@@ -251,16 +251,15 @@ class Album:
     of one zip file beside it.
     """
 
-    def __init__(self, folder: Path, archive: str = ""):
-        """archive: name of the zip file in `folder`, '' for none. Raises EdgemedError where it is
-        damaged.
+    def __init__(self, folder: Path, archive: str = "", frame: int | None = None):
+        """archive: name of the zip file in `folder`, '' for none. frame: the one to take, from 0,
+        of files that have several. Raises EdgemedError where the archive is damaged.
         """
         self.folder = Path(folder)
         self.archive = Path(folder) / archive if archive else None
         self.opened: zipfile.ZipFile | None = None
         self.members: set[str] = set()
-        # the frame to take of files that have several, None where none was chosen
-        self.frame: int | None = None
+        self.frame = frame
         if self.archive and self.archive.is_file():
             try:
                 self.opened = zipfile.ZipFile(self.archive)
