@@ -60,9 +60,7 @@ def shown(data: Any, stored: StoredFrame, name: str) -> tuple[np.ndarray, str]:
     if stored.bits == 8 and stored.values.dtype == np.uint8:
         return np.ascontiguousarray(stored.values), "RGB"
     white = 2**stored.bits - 1
-    levels = _by_rows(
-        stored.values, lambda rows: np.rint(rows.astype(np.float64) * (255 / white))
-    )
+    levels = _by_rows(stored.values, lambda rows: np.rint(rows.astype(np.float64) * (255 / white)))
     return levels, f"RGB of {stored.bits} bits"
 
 
@@ -145,9 +143,7 @@ def supplemented(data: Any, stored: StoredFrame, grey: np.ndarray, name: str) ->
     return np.stack(channels, -1)
 
 
-def _segmented(
-    data: Any, descriptor: str, keyword: str, name: str
-) -> tuple[np.ndarray, int, int]:
+def _segmented(data: Any, descriptor: str, keyword: str, name: str) -> tuple[np.ndarray, int, int]:
     """(entries, stored value of the first, bits) of a palette that is stored as segments
     (PS3.3 C.7.9.2).
     """

@@ -24,7 +24,6 @@ from edgemed.vision.dicom_header import (
     number,
     numbers,
     text,
-    whole_number,
 )
 from edgemed.vision.dicom_pixels import StoredFrame
 
@@ -151,12 +150,12 @@ def _window(source: Any, name: str) -> tuple[Stage | None, str]:
     widths = numbers(source, "WindowWidth", name)
     pairs = list(zip(centres, widths, strict=False))
     function = text(source, "VOILUTFunction") or "LINEAR"
-    if any(centre is not None and width is not None for centre, width in pairs):
-        if function not in FUNCTIONS:
-            raise EdgemedError(
-                f"{name}: VOILUTFunction '{function}' is not known",
-                f"Known: {', '.join(FUNCTIONS)}. {EXPORT_AGAIN}",
-            )
+    whole = any(centre is not None and width is not None for centre, width in pairs)
+    if whole and function not in FUNCTIONS:
+        raise EdgemedError(
+            f"{name}: VOILUTFunction '{function}' is not known",
+            f"Known: {', '.join(FUNCTIONS)}. {EXPORT_AGAIN}",
+        )
     for centre, width in pairs:
         if centre is None or width is None:
             continue

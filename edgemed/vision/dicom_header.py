@@ -114,9 +114,7 @@ def lookup_table(
     """
     first_three = [value or 0 for value in numbers(item, descriptor, name)]
     if len(first_three) != 3 or not 1 <= first_three[2] <= 16:
-        raise EdgemedError(
-            f"{name}: {descriptor} {first_three} describes no table", EXPORT_AGAIN
-        )
+        raise EdgemedError(f"{name}: {descriptor} {first_three} describes no table", EXPORT_AGAIN)
     length = int(first_three[0]) or TABLE_ENTRIES
     bits = int(first_three[2])
     value = item[data_keyword].value if data_keyword in item else b""

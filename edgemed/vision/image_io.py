@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -60,9 +60,7 @@ def open_frames(path: str | Path, frame: int | None, several: bool) -> list[Imag
         return read_frames(handle, str(path), frame, several)
 
 
-def read_frames(
-    handle: BinaryIO, name: str, frame: int | None, several: bool
-) -> list[Image.Image]:
+def read_frames(handle: BinaryIO, name: str, frame: int | None, several: bool) -> list[Image.Image]:
     """As open_frames, from an open file. name: what it is called in errors."""
     if frame is not None:
         return [read_image(handle, name, frame)]
@@ -124,16 +122,24 @@ def read_image(handle: BinaryIO, name: str, frame: int = 0) -> Image.Image:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[BinaryIO]:
-    if not Path(path).is_file():
-        raise EdgemedError(f"image {path} does not exist", GIVE_IMAGE)
-    try:
-        handle = open(path, "rb")
-    except OSError as error:
-        raise EdgemedError(
-            f"image {path} cannot be read: {error.strerror}", "Check its permissions"
-        ) from None
-    with handle:
+    if not _is_file(Path(path)):
+        raise EdgemedError(f"image {str(path)[:300]} does not exist", GIVE_IMAGE)
+    with ExitStack() as stack:
+        try:
+            handle = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise EdgemedError(
+                f"image {path} cannot be read: {error.strerror}", "Check its permissions"
+            ) from None
         yield handle
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file. No name is an error: one of 5,000 characters names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -272,7 +278,7 @@ class Album:
         return (
             not Path(name).is_absolute()
             and ".." not in Path(name).parts
-            and ((self.folder / name).is_file() or name in self.members)
+            and (_is_file(self.folder / name) or name in self.members)
         )
 
     def read(self, name: str) -> bytes:
@@ -282,7 +288,7 @@ class Album:
                 f"image '{name}' is not in {self.folder}", "Put it beside the rows' file"
             )
         try:
-            if (self.folder / name).is_file():
+            if _is_file(self.folder / name):
                 return (self.folder / name).read_bytes()
             # `has` has found it, so it is a member of the archive.
             archive = self.opened
@@ -308,7 +314,7 @@ class Album:
         was chosen: a question has one place for it.
         """
         beside = self.folder / name
-        if self.has(name) and beside.is_file():
+        if self.has(name) and _is_file(beside):
             with _opened(beside) as handle:
                 return self._one(handle, str(beside))
         return self._one(io.BytesIO(self.read(name)), name)

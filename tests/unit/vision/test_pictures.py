@@ -219,14 +219,14 @@ HOSTILE = {
         png(header(2, 2, 8, 3), (b"IDAT", zlib.compress(b"\0\1\2" * 2)), (b"IEND", b"")),
         "",
     ),
-    "a text of a gigabyte": (
+    "a text of fifty megabytes": (
         png(
             header(1, 1),
             (b"zTXt", b"a\0\0" + zlib.compress(b"x" * 50_000_000)),
             (b"IDAT", zlib.compress(b"\0\0")),
             (b"IEND", b""),
         ),
-        "",
+        "is damaged: Decompressed data too large",
     ),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "knows"),
     "EXIF that is none": (
@@ -245,26 +245,18 @@ HOSTILE = {
 def test_hostile_pictures_are_right_or_one_line(tmp_path: Path, name: str) -> None:
     data, message = HOSTILE[name]
     (tmp_path / "a.png").write_bytes(data)
-    try:
-        image = open_image(tmp_path / "a.png")
-    except EdgemedError as error:
-        assert "\n" not in str(error)
-        if message:
-            assert pytest.raises(EdgemedError, match=message)
+    if message:
+        with pytest.raises(EdgemedError, match=message):
+            open_image(tmp_path / "a.png")
     else:
-        assert not message
-        assert image.mode == "RGB"
+        assert open_image(tmp_path / "a.png").mode == "RGB"
 
 
-def test_a_truncated_file_is_one_line_wherever_it_ends(tmp_path: Path) -> None:
-    image = Image.fromarray(LEFT_RED)
-    for kind in ("PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "JPEG2000"):
-        buffer = io.BytesIO()
-        image.save(buffer, kind)
-        data = buffer.getvalue()
-        for share in (0.02, 0.1, 0.3, 0.6, 0.9):
-            (tmp_path / "cut").write_bytes(data[: int(len(data) * share)])
-            try:
-                open_image(tmp_path / "cut")
-            except EdgemedError as error:
-                assert "\n" not in str(error)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "JPEG2000"])
+def test_half_a_file_is_one_line(tmp_path: Path, kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(LEFT_RED).save(buffer, kind)
+    data = buffer.getvalue()
+    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+    with pytest.raises(EdgemedError, match="is damaged"):
+        open_image(tmp_path / "cut")
