@@ -18,6 +18,7 @@ from edgemed.vision.dicom_header import EXPORT_AGAIN, whole_number
 LARGEST = 200_000_000  # pixels of a picture that is opened at all: more than half a gigabyte as RGB
 LARGEST_FRAME = 1_000_000_000  # bytes of one frame's stored values
 
+RUN_LENGTHS = "1.2.840.10008.1.2.5"
 JPEG_FAMILY = "1.2.840.10008.1.2.4."
 JPEG_2000 = {f"{JPEG_FAMILY}{n}" for n in (90, 91, 201, 202, 203)}
 JPEG_8_BIT = {f"{JPEG_FAMILY}{n}" for n in (50, 51)}
@@ -110,8 +111,7 @@ def _decompressed(
         raise _undecodable(syntax, name)
     facts = _checked_codestream(data, syntax, options, frame, name)
     reasons = []
-    # Pillow last, as in pydicom itself: it reads eight bits of a JPEG only.
-    for plugin in sorted(decoder.available_plugins, key=lambda plugin: plugin == "pillow"):
+    for plugin in _plugins(decoder):
         try:
             values, properties = decoder.as_array(
                 data, index=frame, raw=True, decoding_plugin=plugin, **options
@@ -128,6 +128,16 @@ def _decompressed(
             properties["photometric_interpretation"] = "RGB" if converted else "YBR_FULL"
         return values, properties
     raise _undecodable(syntax, name, "; ".join(reasons))
+
+
+def _plugins(decoder: Any) -> list[str]:
+    """The decoders to try, in order. Pillow last, as in pydicom itself: it reads eight bits of a
+    JPEG only.
+    """
+    if str(decoder.UID) == RUN_LENGTHS:
+        # pylibjpeg-rle panics on damaged data, which is no exception that can be caught.
+        return ["pydicom"]
+    return sorted(decoder.available_plugins, key=lambda plugin: plugin == "pillow")
 
 
 def _complete(options: dict[str, Any]) -> None:
