@@ -20,6 +20,7 @@ from edgemed.cli.options import (
     Adapter,
     Check,
     EngineDir,
+    Frame,
     Json,
     MaxTokens,
     Model,
@@ -422,6 +423,7 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")
     ] = None,
+    frame: Frame = None,
     template: Annotated[
         str | None,
         typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
@@ -457,6 +459,7 @@ def generate(
         image or (),
         template,
         adapter,
+        frame,
     )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)

@@ -442,6 +442,7 @@ FAMILY = Architecture(
     vision=vision,
     vision_parts=vision_parts,
     chat=chat,
+    several_images=True,
     reasoning=reasoning,
     answer=answer,
     opening="<answer>",

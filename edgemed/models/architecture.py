@@ -331,6 +331,8 @@ class Architecture:
     # (text, number of images, VisionConfig.conversation) -> the prompt of one user turn in the
     # model's own form, with one image token where each image stands
     chat: Callable[[str, int, str], str] | None = None
+    # whether it was trained on prompts with several images
+    several_images: bool = False
     # a question -> that question with the instructions a reasoning fine-tune was trained with
     reasoning: Callable[[str], str] | None = None
     # a generated text -> the letter its answer names, None where it names none

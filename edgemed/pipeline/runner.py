@@ -341,7 +341,7 @@ def run_evals(
     if not spec or source.random_weights:
         return source_results
     for task in spec.tasks:
-        asked = questions(task, spec.limit)
+        asked = questions(task, spec.limit, spec.frame)
         say(
             f"eval: {task} on the source and {len(runs)} engines, {len(asked.examples)} items,"
             f" {', '.join(spec.strategies)}"

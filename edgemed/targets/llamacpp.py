@@ -91,6 +91,9 @@ BUDGET_CHOICES: tuple[tuple[int, int], ...] = ()
 TABLE_ORDER = 3
 ACTIVATION_BYTES = 4
 BUILDS_ON_DEVICE = False
+# Precisions of a vision tower that are planned -> bytes per weight while it runs: it runs on ONNX
+# Runtime's CPU, which widens float16.
+PLANNED_TOWERS = {"fp32": 4.0, "int8": 1.0}
 # Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not
 # divide get the block-of-32 ones.
 GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
@@ -327,6 +330,11 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
         return (
             "the cache of edgemed's ggml graph is f32 for an f32 file and f16 otherwise; leave"
             " kv out"
+        )
+    if params.kv == "q8_0" and d.head_dim % 32:
+        return (
+            f"a q8_0 cache has blocks of 32, and this model's heads have {d.head_dim} elements;"
+            " leave kv out"
         )
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
@@ -839,6 +847,13 @@ def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int,
 
 def unsuitable(device: Device) -> str | None:
     """Why these engines are not planned on a device, or None."""
+    return None
+
+
+def runs_on_cpu(weights: CanonicalWeights) -> str | None:
+    """Why an engine of this model runs on the CPU of a device with a GPU, or None."""
+    if own_graph(weights.family, weights.unfolded):
+        return "edgemed's own ggml graph of this model runs on the CPU, whose speed is not known"
     return None
 
 
