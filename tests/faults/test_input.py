@@ -450,6 +450,8 @@ RECIPE = (
         ("engines:", "title: [a]\nengines:", ["title", "['a'] is not a text"]),
         ("engines:", "bench: [1]\nengines:", ["bench", "[1] is not a mapping"]),
         ("engines:", "bench: {prompt: [0]}\nengines:", ["bench.prompt", "0 is out of range"]),
+        ("engines:", "bench: {prompt: []}\nengines:", ["bench.prompt", "the list is empty"]),
+        ("engines:", "eval: {tasks: []}\nengines:", ["eval.tasks", "the list is empty"]),
         ("engines:", "device: 5\nengines:", ["device", "5 is not a text"]),
         ("engines:", "eval: !!set {a}\nengines:", ["tag !!set"]),
         ("  - onnx: {}", "  - [", ["not valid YAML"]),
