@@ -20,6 +20,7 @@ from edgemed.cli.options import (
     Adapter,
     Check,
     EngineDir,
+    Frame,
     Json,
     MaxTokens,
     Model,
@@ -134,6 +135,22 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if engine["gate"]:
         row["not worse"] = engine["gate"]["verdict"]
     return row
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a whole text model.")],
+    out: Out,
+    json_: Json = False,
+) -> None:
+    """Make a checkpoint of a GGUF file, and check it against llama.cpp's own reading of the
+    file.
+    """
+    from edgemed.api import import_gguf
+    from edgemed.artifacts import store
+
+    manifest = store.read_manifest(import_gguf(file, out))
+    show({"checkpoint": str(out), **manifest["notes"]}, json_)
 
 
 @app.command(cls=ParameterCommand)
@@ -406,6 +423,7 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")
     ] = None,
+    frame: Frame = None,
     template: Annotated[
         str | None,
         typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
@@ -441,6 +459,7 @@ def generate(
         image or (),
         template,
         adapter,
+        frame,
     )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)

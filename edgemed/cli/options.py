@@ -100,6 +100,10 @@ Check = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: physical cores.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+Frame = Annotated[
+    int | None,
+    typer.Option(min=0, help="Which frame, from 0, of image files that have several."),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")]
 
 

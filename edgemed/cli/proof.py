@@ -19,6 +19,7 @@ from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
     EngineDir,
+    Frame,
     Json,
     Limit,
     Sets,
@@ -279,6 +280,7 @@ def eval_(
     alpha: float = 0.05,
     scoring: str = "sum",
     limit: Limit = None,
+    frame: Frame = None,
     accept_undecided: AcceptUndecided = False,
     record: Annotated[
         bool,
@@ -311,6 +313,7 @@ def eval_(
         tasks=task,
         strategies=strategy,
         limit=limit,
+        frame=frame,
         margin=margin,
         alpha=alpha,
         scoring=scoring,

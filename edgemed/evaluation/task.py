@@ -208,11 +208,12 @@ def task_description(task: Task, example: Example) -> str:
     return task.description.format_map(example.groups)
 
 
-def questions(spec: str, limit: int | None = None) -> Questions:
+def questions(spec: str, limit: int | None = None, frame: int | None = None) -> Questions:
     """The examples of NAME[/LANGUAGE or /PART][:FILE.jsonl]: 'pubmedqa' (the shipped sample),
     'headqa/es', 'worldmedqa/he:mine.jsonl' (a user's own rows).
 
-    limit: only the first rows of that language or part (shipped samples are shuffled). Raises
+    limit: only the first rows of that language or part (shipped samples are shuffled). frame: the
+    one, from 0, that stands for an image file of several; None where such a file is refused. Raises
     EdgemedError for an unknown name, language or part, an empty file, a malformed row, a duplicate
     id, fewer than two options, an empty option, two that cannot be told apart, a gold answer
     outside them, or an image that is not there.
@@ -237,7 +238,7 @@ def questions(spec: str, limit: int | None = None) -> Questions:
         )
     if limit is not None and limit < 1:
         raise EdgemedError(f"a limit of {limit} questions leaves none", "Give 1 or more")
-    album = Album(file.parent, task.images)
+    album = Album(file.parent, task.images, frame)
     examples = _examples(file, task, language, part, album)[:limit]
     wordings = {_plain(example) for example in examples}
     shots: tuple[Example, ...] = ()
@@ -255,6 +256,8 @@ def questions(spec: str, limit: int | None = None) -> Questions:
     }
     if any(example.images for example in examples):
         key_parts["images"] = [_image_digests(album, example) for example in examples]
+        if frame is not None:
+            key_parts["frame"] = frame
     return Questions(
         task=task,
         sha256=sha256,

@@ -208,7 +208,7 @@ def authors(config: Mapping[str, Any]) -> bool:
     return "text_config" not in config
 
 
-def text_model(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def text_model(config: Mapping[str, Any]) -> tuple[str, Section]:
     """(kind of text model, its numbers). Raises EdgemedError for one that is not supported."""
     if authors(config):
         kind = AUTHORS[config["model_type"]]
@@ -273,8 +273,8 @@ def variant(config: Mapping[str, Any]) -> Architecture:
         FAMILY,
         parts=parts,
         gguf_arch=text.gguf_arch,
-        gguf_pre=text.gguf_pre,
         gguf_interleaved=text.gguf_interleaved,
+        gguf_any_head=text.gguf_any_head,
     )
 
 
@@ -415,7 +415,6 @@ FAMILY = Architecture(
     folded=unscaled_rope,
     config_keys={"LlavaConfig": KEYS, "CLIPVisionConfig": CLIP_KEYS},
     gguf_arch="qwen2",
-    gguf_pre="qwen2",
     reference_name="huatuogpt-vision-7b",
     reference_config=REFERENCE,
     auto_classes={"lm": "AutoModelForImageTextToText"},

@@ -41,7 +41,7 @@ from edgemed.evaluation.prompting import parse_strategy
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import Questions, questions
 from edgemed.hardware.device import machine
-from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.engine_run import EngineRun
@@ -79,9 +79,9 @@ def run(recipe: Recipe, work: Path) -> Path:
     Raises EdgemedError for anything a person can put right; a second call goes on from the last
     finished step.
     """
-    check_inputs(recipe)
     work = Path(work)
     cache = work / "store"
+    check_inputs(recipe, cache)
     line = run_steps(recipe, cache)
     references = engine_references(line, recipe, cache)
     runs = [
@@ -144,13 +144,13 @@ def document_engine(run: EngineRun, line: Line, recipe: Recipe, gate: GateVerdic
     )
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe, cache: Path) -> None:
     """Find a missing model, adapter, text set, importance or task file in the first second, not
-    after an hour of work.
+    after an hour of work. A model in a GGUF file is imported into `cache` first.
     """
     weights = None
     if not recipe.model.startswith(RANDOM):
-        weights = CanonicalWeights(open_checkpoint(recipe.model))
+        weights = CanonicalWeights(open_model(recipe.model, cache))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
     for stage in recipe.engines:
@@ -191,15 +191,18 @@ def run_steps(recipe: Recipe, cache: Path) -> Line:
 
 
 def open_model(model: str, cache: Path) -> Checkpoint:
-    """A checkpoint by directory or hub id; 'random:NAME' makes one of true dimensions with random
-    weights under `cache`.
+    """A checkpoint by directory or hub id. 'random:NAME' makes one of true dimensions with random
+    weights under `cache`, and the path of a GGUF file imports it there.
     """
-    name = model.removeprefix(RANDOM)
-    return (
-        make_random(name, cache / f"random-{name}")
-        if model.startswith(RANDOM)
-        else open_checkpoint(model)
-    )
+    if model.startswith(RANDOM):
+        name = model.removeprefix(RANDOM)
+        return make_random(name, cache / f"random-{name}")
+    if is_gguf(model):
+        from edgemed.gguf.import_checkpoint import import_gguf
+
+        digest = hashing.file_sha256(Path(model))
+        return import_gguf(model, cache / f"import-{digest[:12]}")
+    return open_checkpoint(model)
 
 
 def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
@@ -338,7 +341,7 @@ def run_evals(
     if not spec or source.random_weights:
         return source_results
     for task in spec.tasks:
-        asked = questions(task, spec.limit)
+        asked = questions(task, spec.limit, spec.frame)
         say(
             f"eval: {task} on the source and {len(runs)} engines, {len(asked.examples)} items,"
             f" {', '.join(spec.strategies)}"

@@ -641,7 +641,7 @@ def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: P
         f"model: {model}\nengines:\n- onnx: {{precision: fp32}}\neval: {{tasks: [micro_bench]}}\n"
     )
     with pytest.raises(EdgemedError, match="task micro_bench shows images, and .* reads text only"):
-        check_inputs(read_recipe(recipe))
+        check_inputs(read_recipe(recipe), tmp_path)
 
 
 def test_evaluated_together_paired_and_judged(
