@@ -8,14 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from edgemed.params import Doc, Range
+from edgemed.params import Doc, NonEmpty, Range
 
 
 @dataclass(frozen=True)
 class BenchSpec:
     """What is measured, and what counts as fast enough in the report."""
 
-    prompt: Annotated[tuple[Annotated[int, Range(1)], ...], Doc("Prompt lengths, in tokens.")] = (
+    prompt: Annotated[
+        tuple[Annotated[int, Range(1)], ...], NonEmpty(), Doc("Prompt lengths, in tokens.")
+    ] = (
         32,
         128,
     )
