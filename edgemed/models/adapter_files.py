@@ -158,8 +158,9 @@ def adapter_entries(adapter: str) -> dict[str, Entry]:
         return torch_entries(file)
     except EdgemedError as error:
         reason = error.problem
-        if reason.startswith(f"{file} ") and "damaged" not in reason:
-            reason = f"{file} is damaged: it {reason.removeprefix(f'{file} ')}"
+        words = reason.removeprefix(f"{file} ")
+        if words != reason and "damaged" not in words:
+            reason = f"{file} is damaged: it {words}"
         raise EdgemedError(reason, DAMAGED) from None
 
 
