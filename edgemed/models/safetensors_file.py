@@ -143,8 +143,8 @@ def _entry(file: Path, name: str, info: Any, start: int) -> Entry:
         raise ValueError(f"its data_offsets are {one_line(offsets)}")
     if dtype not in DTYPES:
         raise EdgemedError(
-            f"{file}: tensor '{one_line(name)}' has the dtype {one_line(dtype)}, which edgemed does not"
-            " read",
+            f"{file}: tensor '{one_line(name)}' has the dtype {one_line(dtype)}, which edgemed"
+            " does not read",
             "Convert it to F32, F16 or BF16",
         )
     begin, end = offsets

@@ -61,16 +61,16 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
         for tensor, entry in _entries(path / file).items():
             if tensor in tensors and not same_bytes(tensors[tensor], entry):
                 raise EdgemedError(
-                    f"{path}: '{one_line(tensor)}' is in {tensors[tensor].file.name} and in {file}, with"
-                    " different values",
+                    f"{path}: '{one_line(tensor)}' is in {tensors[tensor].file.name} and in {file},"
+                    " with different values",
                     "Download the shards again; one of them is of another model",
                 )
             tensors[tensor] = entry
     absent = next((tensor for tensor in shards if tensor not in tensors), None)
     if absent:
         raise EdgemedError(
-            f"{path / shards[absent]} does not hold tensor '{one_line(absent)}', which {index.name} says it"
-            " does",
+            f"{path / shards[absent]} does not hold tensor '{one_line(absent)}', which"
+            f" {index.name} says it does",
             "Download the shard again",
         )
     return tensors
