@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     # canonical part -> (A [rank, in], B [out, rank]), float32
     Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    Pair = tuple[torch.Tensor, torch.Tensor]
 
 FOLDER = ADAPTERS  # of an engine, as of a checkpoint: one folder in it per adapter
 # what an engine is without its adapters, as the name of one: also where it is otherwise used with
@@ -172,7 +173,7 @@ def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
     folded = _folded(weights.checkpoint, where, values.get(OWN_BASE))
     torch = need("torch", "build")
     factors = {}
-    pairs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    pairs: dict[tuple[str, int], Pair] = {}
     for place, pair in _pairs(weights, where, values, adapter_tensors(path)):
         if place in pairs:
             raise EdgemedError(

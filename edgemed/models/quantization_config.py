@@ -104,7 +104,7 @@ def quantization_method(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
     if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         # As transformers reads the configs of its first versions.
         method = BITSANDBYTES
-    if method not in KEYS:
+    if not isinstance(method, str) or method not in KEYS:
         raise EdgemedError(
             f"{checkpoint.path}: quantized with '{one_line(method)}', which edgemed does not read",
             f"Known: {GPTQ}, {BITSANDBYTES}; or give the float checkpoint",
