@@ -31,7 +31,7 @@ TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 120,
+    "vocab_size": 264,
     "max_position_embeddings": 64,
 }
 VISION = {
@@ -52,10 +52,10 @@ VISION = {
                 "hidden_size": 64,
                 "patch_size": 14,
             },
-            image_token_id=101,
-            video_token_id=102,
-            vision_start_token_id=103,
-            vision_end_token_id=104,
+            image_token_id=259,
+            video_token_id=260,
+            vision_start_token_id=261,
+            vision_end_token_id=262,
         )
     ),
     "llava": lambda: transformers.LlavaForConditionalGeneration(
@@ -71,7 +71,7 @@ VISION = {
                 "patch_size": 14,
                 "projection_dim": 32,
             },
-            image_token_index=101,
+            image_token_index=259,
         )
     ),
 }
@@ -95,7 +95,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("untied")
     models = {}
     for family in FAMILIES:
-        config = tiny_config(family, vocab_size=120, tie_word_embeddings=False)
+        config = tiny_config(family, vocab_size=264, tie_word_embeddings=False)
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**config), dtype=torch.float32
         )
