@@ -116,6 +116,11 @@ class Checkpoint:
         return bool(self.config.get("edgemed_random_weights"))
 
 
+def is_gguf(model: str | Path) -> bool:
+    """Whether a model is named by the path of a GGUF file, which must be imported first."""
+    return str(model).lower().endswith(".gguf") and not Path(model).is_dir()
+
+
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open a directory or, where a hub is reachable, a hub id ('owner/name' or
     'owner/name@revision').
@@ -123,6 +128,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises EdgemedError for a missing or unreadable directory, config.json, shard or damaged file.
     """
     path = Path(model)
+    if is_gguf(path):
+        raise EdgemedError(
+            f"{path} is a GGUF file, not a directory in Hugging Face layout",
+            f"Make a checkpoint of it: edgemed import {path} --out DIR",
+        )
     is_hub_id = str(model).count("/") == 1 and not str(model).startswith((".", "/", "~"))
     if is_hub_id and not path.exists():
         path = _from_hub(str(model))

@@ -23,6 +23,7 @@ from edgemed.models.architecture import (
     family_of,
 )
 from edgemed.models.checkpoint import TOWER, Checkpoint
+from edgemed.models.document_keys import check_documents
 from edgemed.models.gptq_checkpoint import GptqSettings, read_packed, read_settings, stored_shapes
 from edgemed.models.matrices import Dense as Dense
 from edgemed.models.matrices import Packed as Packed
@@ -61,6 +62,7 @@ class CanonicalWeights:
         self.fold = fold
         config = checkpoint.config
         self.family: Architecture = family_of(config, str(checkpoint.path / "config.json"))
+        check_documents(checkpoint.path)
         shapes = self._bare_shapes()
         decoder = self.family.decoder(config, shapes)
         self.checkpoint, self.unfolded = resolve_tie(checkpoint, self.family, decoder)
