@@ -7,6 +7,7 @@ results and --json.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -29,8 +30,15 @@ def track(items: Sequence[T] | Iterable[T], label: str, total: int | None = None
     )
 
 
+def plain_text(value: object) -> str:
+    """A name or path as `say` prints it unchanged: square brackets in it are no markup."""
+    from rich.markup import escape
+
+    return escape(str(value))
+
+
 def say(text: str) -> None:
-    """One line about what is happening, on standard error."""
+    """One line about what is happening, on standard error. Markup of rich is allowed."""
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
@@ -41,9 +49,19 @@ def show(value: object, as_json: bool) -> None:
     people.
     """
     if as_json:
-        print(json.dumps(value, indent=1, ensure_ascii=False))
+        print(json_text(value))
     else:
         table(value)
+
+
+def json_text(value: object) -> str:
+    """JSON that standard output can hold: signs that its encoding lacks are written as escapes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=1)
+    return text
 
 
 def table(value: object) -> None:

@@ -5,6 +5,7 @@ Manifests, engine descriptions, configs and reports all go through these two fun
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,9 +16,26 @@ from edgemed.errors import EdgemedError
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write UTF-8 text as `write_json` does. Where it cannot be written nothing is left behind.
+
+    Raises OSError that names `path` for a full disk, a file size limit and the like.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        # The kernel does not say which file a write was for.
+        error.filename = str(path)
+        error.filename2 = None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, fix: str) -> Any:

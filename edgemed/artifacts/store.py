@@ -162,6 +162,9 @@ def building(
         except OSError as error:
             if error.errno in FULL:
                 raise _disk_full(final) from None
+            # A write that fails does not say where, and the unfinished file is gone.
+            if error.filename is None or str(error.filename).startswith(str(part)):
+                error.filename = str(final)
             raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -244,6 +247,8 @@ def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
                 f"cannot write into {final}: {error.strerror}",
                 "Check its permissions and those of the directory it lies in",
             ) from None
+        if error.filename is None or str(error.filename).startswith(str(part)):
+            error.filename = str(final)
         raise
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from edgemed.artifacts import store
+from edgemed.artifacts.json_files import write_text
 from edgemed.console import say, track
 from edgemed.errors import EdgemedError, need
 from edgemed.hardware.device import GIB, gpu_clock, machine, read_bandwidth
@@ -149,10 +150,7 @@ def write_device(values: dict[str, Any], out: Path) -> None:
         + out.name
         + "\n"
     )
-    out.write_text(
-        text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=200),
-        encoding="utf-8",
-    )
+    write_text(out, text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=200))
 
 
 def best(run: Callable[[], Any], seconds: float) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from edgemed.console import track
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware import thermal
+from edgemed.hardware.child_process import die_with_the_parent, run_child
 from edgemed.hardware.device import machine
 
 # 'auto' leaves the libraries' own choice: llama.cpp's threads spin briefly (llama.library), ONNX
@@ -162,12 +162,10 @@ def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) ->
         "prompt": max(plan.prompt),
         "generate": plan.generate,
     }
-    process = subprocess.run(
+    process = run_child(
         [sys.executable, "-c", "from edgemed.benchmarking.thread_sweep import child; child()"],
-        input=json.dumps(order),
-        capture_output=True,
-        text=True,
-        env=variables,
+        json.dumps(order),
+        variables,
     )
     if process.returncode:
         message = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
@@ -182,6 +180,7 @@ def child() -> None:
     """The fresh process: reads its order from standard input, prints tokens per second as one line
     of JSON.
     """
+    die_with_the_parent()
     order = json.load(sys.stdin)
     if order["cores"]:
         os.sched_setaffinity(0, order["cores"])

@@ -1,7 +1,8 @@
 """The command line: thin verbs over the same functions the Python API offers.
 
 Everything heavy is imported inside the verb that needs it, so that --help answers at once;
-EdgemedError becomes one line and exit code 1, any other exception is a bug and keeps its traceback.
+what a person or the machine can cause becomes one line (see process.py), and any other exception is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,27 +15,25 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, harness, planning, proof, provenance
+from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
     EngineDir,
     Json,
-    MaxTokens,
     Model,
     Out,
     Sets,
     Target,
-    Temperature,
     Threads,
-    TopP,
     Version,
     recipe_names,
     settings,
 )
-from edgemed.cli.parameters import ParameterCommand
+from edgemed.cli.parameters import Verb
 from edgemed.console import show
 from edgemed.errors import EdgemedError, extras_named
+from edgemed.params import Range
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,20 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises SystemExit with the command's exit code.
     """
-    try:
-        with extras_named():
-            app(arguments, prog_name="edgemed")
-    except EdgemedError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except SystemExit as end:
-        # typer turns Ctrl-C into exit code 130 without a word.
-        if end.code == 130:
-            typer.echo(
-                "interrupted; finished steps are kept, run the same command again to go on",
-                err=True,
-            )
-        raise
+    if arguments is None:
+        process.prepare()
+    with process.faults_as_lines(), extras_named():
+        app(arguments, prog_name="edgemed")
 
 
 @app.callback()
@@ -71,13 +60,13 @@ def root(version: Version = False) -> None:
     """
 
 
-app.command()(planning.doctor)
-app.command()(planning.inspect)
-app.command()(planning.plan)
-app.command()(experts.experts)
+app.command(cls=Verb)(planning.doctor)
+app.command(cls=Verb)(planning.inspect)
+app.command(cls=Verb)(planning.plan)
+app.command(cls=Verb)(experts.experts)
 
 
-@app.command()
+@app.command(cls=Verb)
 def run(
     recipe: Annotated[
         str,
@@ -135,7 +124,7 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def merge(
     model: Model,
     out: Out,
@@ -158,7 +147,7 @@ def merge(
     )
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def quantize(
     model: Model,
     out: Out,
@@ -191,7 +180,7 @@ def quantize(
     )
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def distill(
     model: Model,
     out: Out,
@@ -252,7 +241,7 @@ def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool
     show({key: manifest[key] for key in keys}, as_json)
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def export(
     model: Annotated[
         str | None, typer.Argument(help="Model directory, hub id or random:NAME.")
@@ -338,15 +327,15 @@ def adapters_of(pairs: list[str]) -> dict[str, str] | None:
     return adapters or None
 
 
-@app.command()
+@app.command(cls=Verb)
 def build(
     engine: EngineDir,
     workspace_mb: Annotated[
         int | None,
         typer.Option(
-            min=1,
             help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's.",
         ),
+        Range(1, 1_000_000),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")
@@ -386,19 +375,19 @@ def build(
     sys.exit(0 if verified is None or verified.passed else 1)
 
 
-app.command(cls=ParameterCommand)(proof.verify)
-app.command(cls=ParameterCommand)(proof.bench)
-app.command(name="eval", cls=ParameterCommand)(proof.eval_)
+app.command(cls=Verb)(proof.verify)
+app.command(cls=Verb)(proof.bench)
+app.command(name="eval", cls=Verb)(proof.eval_)
 app.command(
     name="lm-eval",
     options_metavar="ARGUMENTS...",
     context_settings=harness.HANDED_OVER,
 )(harness.lm_eval)
-app.command()(proof.ttt)
-app.command()(proof.report)
+app.command(cls=Verb)(proof.ttt)
+app.command(cls=Verb)(proof.report)
 
 
-@app.command()
+@app.command(cls=Verb)
 def generate(
     engine: EngineDir,
     prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
@@ -409,12 +398,12 @@ def generate(
         str | None,
         typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
     ] = None,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
-    top_p: TopP = 1.0,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     adapter: Adapter = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: int = 0,
     threads: Threads = None,
     json_: Json = False,
 ) -> None:
@@ -446,11 +435,11 @@ def generate(
     typer.echo("")
 
 
-@app.command()
+@app.command(cls=Verb)
 def chat(
     engine: EngineDir,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
     adapter: Adapter = None,
     threads: Threads = None,
 ) -> None:
@@ -462,12 +451,12 @@ def chat(
 
 
 app.add_typer(calibration.app, name="calibrate")
-app.command()(provenance.card)
-app.command()(provenance.keygen)
-app.command()(provenance.sign)
+app.command(cls=Verb)(provenance.card)
+app.command(cls=Verb)(provenance.keygen)
+app.command(cls=Verb)(provenance.sign)
 
 
-@app.command(name="list")
+@app.command(name="list", cls=Verb)
 def list_(json_: Json = False) -> None:
     """Everything edgemed knows by name: families, steps, targets, tasks, devices, text sets,
     recipes.
@@ -481,7 +470,7 @@ def list_(json_: Json = False) -> None:
     show(names, json_)
 
 
-@app.command()
+@app.command(cls=Verb)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
     json_: Json = False,

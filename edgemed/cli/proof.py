@@ -30,6 +30,7 @@ from edgemed.cli.options import (
 from edgemed.cli.provenance import signed as check_signature
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+from edgemed.params import Range
 
 if TYPE_CHECKING:
     from edgemed.documents.evaluation import EvalResult
@@ -43,8 +44,8 @@ def verify(
         Path | None,
         typer.Option(help="Only re-check every file of this artifact against its manifest."),
     ] = None,
-    max_kl: Annotated[float, typer.Option(min=0)] = 0.05,
-    min_top1: Annotated[float, typer.Option(min=0, max=1)] = 0.9,
+    max_kl: float = 0.05,
+    min_top1: float = 0.9,
     key: Annotated[
         Path | None,
         typer.Option(
@@ -141,11 +142,11 @@ def bench(
         ),
     ] = "onnx",
     prompt: Annotated[
-        list[int] | None, typer.Option(min=1, help="Prompt length in tokens; may be repeated.")
+        list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")
     ] = None,
-    generate: Annotated[int, typer.Option(min=1)] = 64,
-    runs: Annotated[int, typer.Option(min=1)] = 5,
-    image: Annotated[int, typer.Option(min=0)] = 448,
+    generate: int = 64,
+    runs: int = 5,
+    image: int = 448,
     threads: Threads = None,
     sweep: Annotated[
         str | None,
@@ -379,8 +380,12 @@ def ttt(
             help="Texts to learn from: a card or .jsonl file; default: the task's solved examples."
         ),
     ] = None,
-    k: Annotated[int, typer.Option(help="Nearest texts to learn from, a step on each.")] = 1,
-    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
+    k: Annotated[
+        int, typer.Option(help="Nearest texts to learn from, a step on each."), Range(1, 10_000)
+    ] = 1,
+    rate: Annotated[
+        float, typer.Option(help="AdamW's learning rate."), Range(above=0, high=10)
+    ] = 1e-3,
     limit: Limit = None,
     out: Annotated[
         Path | None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +101,7 @@ def make_card(
             f" {heldout:g}",
             "Give more texts, or another --heldout",
         )
-    out.mkdir(parents=True)
-    files = {
-        split: _write_split(out / f"{split}.jsonl", rows, tokenizer)
-        for split, rows in splits.items()
-    }
-    card = {
+    card: dict[str, Any] = {
         "name": source.name,
         "description": source.description or f"Made by edgemed from {Path(file).name}.",
         "source": source.source,
@@ -120,11 +116,20 @@ def make_card(
             "texts": len(texts),
             "repeated": len(texts) - len(unique),
         },
-        "files": files,
     }
-    (out / "card.yaml").write_text(
-        yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8"
-    )
+    out.mkdir(parents=True)
+    try:
+        card["files"] = {
+            split: _write_split(out / f"{split}.jsonl", rows, tokenizer)
+            for split, rows in splits.items()
+        }
+        (out / "card.yaml").write_text(
+            yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8"
+        )
+    except BaseException:
+        # A card without all of its files would be refused later, far from the reason.
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return card
 
 

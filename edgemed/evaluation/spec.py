@@ -20,7 +20,7 @@ class EvalSpec(PromptSettings):
 
     tasks: Annotated[tuple[str, ...], Doc("Each NAME[/LANGUAGE][:FILE.jsonl].")]
     limit: Annotated[
-        int | None, Doc("Only the first rows, for a quick look. The result says so.")
+        int | None, Range(1), Doc("Only the first rows, for a quick look. The result says so.")
     ] = None
     strategies: Annotated[
         tuple[str, ...], Doc("Prompt strategies. The gate judges the first one.")
