@@ -397,3 +397,8 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise EdgemedError(
+            f"standard input is not UTF-8: byte 0x{error.object[error.start]:02x}",
+            "Give the text in UTF-8",
+        ) from None

@@ -28,14 +28,17 @@ def append_records(
     """
     path = Path(directory) / RECORDS
     lines = "".join(json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records)
-    length = path.stat().st_size if path.exists() else 0
+    length = path.stat().st_size if path.exists() else None
     try:
         with open(path, "ab") as handle:
             handle.write(lines.encode("utf-8"))
     except OSError as error:
         # Half a line would make every later reader stop.
         with contextlib.suppress(OSError):
-            os.truncate(path, length)
+            if length is None:
+                path.unlink()
+            else:
+                os.truncate(path, length)
         error.filename = str(path)
         raise
 

@@ -1,4 +1,4 @@
-"""What the parameters of a verb are for and what they may be, taken from the classes that hold them.
+"""What the parameters of a verb are for and what they may be, from the classes that hold them.
 
 A verb's options and its --set values become fields of a plug-in's `Params` or of a recipe section.
 Range, default and text stand at the field. The help of a verb, the check of its numbers and
@@ -46,7 +46,7 @@ class Source:
 
 
 class OutOfRange(EdgemedError):
-    """A number on the command line that its option cannot have: exit code 2."""
+    """A value on the command line that its option cannot have: exit code 2."""
 
 
 SECTIONS = {
@@ -140,6 +140,19 @@ def allowed(parameter: Parameter) -> str:
     return "; ".join(words)
 
 
+def check_text(option: str, value: object) -> None:
+    """Raises OutOfRange for a text that is no Unicode, which a shell passes on as bytes."""
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise OutOfRange(
+                    f"Invalid value for '{option}': {text!a} is not UTF-8",
+                    "Give it in UTF-8",
+                ) from None
+
+
 def option_help(parameter: Parameter) -> str:
     """The text of an option. typer itself adds its default, and `Verb` its range."""
     if parameter.kind.startswith("value among"):
@@ -154,10 +167,14 @@ class Verb(TyperCommand):
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Raises OutOfRange for a number that its option cannot have."""
+        """Raises OutOfRange for a number or a text that its option cannot have."""
         options: dict[str | None, Any] = {option.name: option for option in self.params}
+        for name, option in options.items():
+            check_text(option.opts[-1], ctx.params.get(name or ""))
         for name, bounds in option_ranges(self.name or "", self.callback).items():
-            value = ctx.params.get(name)
+            if name not in options:
+                continue
+            value = ctx.params[name]
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 check_number(options[name].opts[-1], number, bounds)
         return super().invoke(ctx)

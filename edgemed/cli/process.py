@@ -11,6 +11,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ FIXES = {
 }
 
 
+LIBRARY_WRITE_ERROR = re.compile(
+    r"No space left on device|File too large|Disk quota exceeded|PytorchStreamWriter failed writing"
+    r"|\(os error (?:27|28|122)\)"
+)
+
+
 def prepare() -> None:
     """Set up this process before a verb runs: open standard streams, readable text, and an orderly
     end by a signal.
@@ -67,9 +74,14 @@ def _open_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8")
+    sys.stdout = sys.stdout or _writer(1)
+    sys.stderr = sys.stderr or _writer(2)
+
+
+def _writer(descriptor: int) -> io.TextIOWrapper:
+    raw = io.FileIO(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -104,6 +116,11 @@ def faults_as_lines() -> Iterator[None]:
         _fail(f"a text or file name is no Unicode: {text[:80]}. Give it in UTF-8")
     except SystemExit as end:
         _say_how_it_ended(end.code)
+        raise
+    except Exception as error:
+        # Libraries written in other languages put the operating system's words into their own.
+        if LIBRARY_WRITE_ERROR.search(str(error)):
+            _fail(f"a file cannot be written: {error}. Free space, or choose another directory")
         raise
 
 

@@ -227,9 +227,8 @@ def run_step(
     with store.building(
         final, "checkpoint", stage.plugin, asdict(stage.params), inputs, parent
     ) as work:
-        say(
-            f"{stage.plugin}: {'reused' if work is None else 'running'} [dim]{plain_text(final)}[/dim]"
-        )
+        progress = "reused" if work is None else "running"
+        say(f"{stage.plugin}: {progress} [dim]{plain_text(final)}[/dim]")
         if work is not None:
             work.notes.update(module.run(checkpoint, work.path, stage.params))
     return open_checkpoint(final)
@@ -341,8 +340,8 @@ def run_evals(
     for task in spec.tasks:
         asked = questions(task, spec.limit)
         say(
-            f"eval: {plain_text(task)} on the source and {len(runs)} engines, {len(asked.examples)} items,"
-            f" {', '.join(spec.strategies)}"
+            f"eval: {plain_text(task)} on the source and {len(runs)} engines,"
+            f" {len(asked.examples)} items, {', '.join(spec.strategies)}"
         )
         bases = evals_of(None, source, asked, spec, cache)
         source_results += bases
