@@ -30,6 +30,11 @@ class BenchSpec:
         Range(0, 100_000),
         Doc("Side in pixels of the image that a vision model is asked about. 0: none."),
     ] = 448
+    wait_quiet: Annotated[
+        float | None,
+        Range(0, 86_400),
+        Doc("Seconds to wait at most for a machine that does nothing else. None: measure at once."),
+    ] = None
     max_first_token: Annotated[
         float | None,
         Range(above=0),

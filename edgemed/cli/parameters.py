@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import re
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ SECTIONS = {
     "bench": Source("benchmarking.spec", "BenchSpec", ""),
     "eval": Source("evaluation.spec", "EvalSpec", ""),
 }
+
+# Options whose value may be left out, and their usual values.
+MAY_STAND_ALONE = {"--wait-quiet": "300"}
 
 # Options that may be repeated, and the lists they make.
 OPTIONS = {"task": "tasks", "strategy": "strategies"}
@@ -140,6 +144,19 @@ def allowed(parameter: Parameter) -> str:
     return "; ".join(words)
 
 
+def with_values(args: list[str]) -> list[str]:
+    """The same arguments, with the usual value behind an option that stands alone."""
+    complete: list[str] = []
+    for place, word in enumerate(args):
+        complete.append(word)
+        following = args[place + 1 : place + 2]
+        if word in MAY_STAND_ALONE and not (
+            following and re.match(r"-?[\d.]|nan|-?inf", following[0])
+        ):
+            complete.append(MAY_STAND_ALONE[word])
+    return complete
+
+
 def check_text(option: str, value: object) -> None:
     """Raises OutOfRange for a text that is no Unicode, which a shell passes on as bytes."""
     for text in value if isinstance(value, (list, tuple)) else [value]:
@@ -165,6 +182,10 @@ class Verb(TyperCommand):
     parameter classes: the text of an option is that of the parameter with its name, and a table
     says what --set takes besides.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Give an option whose value may be left out its usual one."""
+        return super().parse_args(ctx, with_values(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Raises OutOfRange for a number or a text that its option cannot have."""

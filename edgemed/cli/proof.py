@@ -160,6 +160,15 @@ def bench(
     wait: Annotated[
         str, typer.Option(help="How idle threads wait: auto, active (spin) or passive (sleep).")
     ] = "auto",
+    wait_quiet: Annotated[
+        float | None,
+        typer.Option(
+            help=(
+                "Wait until the machine does nothing else, so many seconds at most (300 where none"
+                " are given); default: measure at once, and say where it was busy."
+            )
+        ),
+    ] = None,
     work: Annotated[
         Path, typer.Option(help="With --random-weights: where checkpoint and engine are kept.")
     ] = Path("runs/random"),
@@ -187,13 +196,16 @@ def bench(
         runs,
         threads,
         image,
+        wait_quiet,
     )
     if sweep:
-        from edgemed.benchmarking.thread_sweep import shown
+        from edgemed.benchmarking.thread_sweep import shown, why_no_best
         from edgemed.benchmarking.thread_sweep import sweep as sweep_engine
 
         rows = sweep_engine(sweep, engine, plan, wait)
         show(rows if json_ else [shown(row) for row in rows], json_)
+        if not json_ and (reason := why_no_best(rows)):
+            typer.echo(reason)
     elif random_weights or wait != "auto":
         from edgemed.benchmarking.thread_sweep import bench_afresh
 
@@ -218,6 +230,11 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
         return
     if opened.random_weights:
         typer.echo("random weights: these numbers say something about latency and memory only")
+    state = records[0].state
+    lines = sentences(state) if state else []
+    # Before the numbers, which are wrong then.
+    for line in lines[:1] if state and state.busy else ():
+        typer.echo(line)
     show(
         [
             {
@@ -231,8 +248,7 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
         ],
         False,
     )
-    state = records[0].state
-    for line in sentences(state) if state else ():
+    for line in lines[1:] if state and state.busy else lines:
         typer.echo(line)
 
 

@@ -317,6 +317,8 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
     command += ["--image", str(spec.image or 0)]
     if spec.threads:
         command += ["--threads", str(spec.threads)]
+    if spec.wait_quiet is not None:
+        command += ["--wait-quiet", str(spec.wait_quiet)]
     process = run_child(command)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
