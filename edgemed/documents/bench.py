@@ -30,7 +30,7 @@ class Spread(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineState(Document):
-    """Temperature, clocks, throttling and other work around a measurement, and which sensors counted
+    """Temperature, clocks, throttling and other work around a measurement; the sensors that counted
     energy.
     """
 
