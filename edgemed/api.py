@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,20 @@ from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, extras_named, nearest
-from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
-from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
+from edgemed.evaluation.evaluate import (
+    SOURCE,
+    adapter_of,
+    judge,
+    pair,
+    pair_engines,
+    source_key,
+)
+from edgemed.evaluation.opened_model import (
+    OpenedModel,
+    evaluate_opened,
+    open_source,
+    start_engine,
+)
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
 from edgemed.hardware import process_memory
@@ -167,9 +179,10 @@ def evaluate_tasks(
     """Evaluate an engine on tasks, and pair it item by item with its float32 source.
 
     source: the checkpoint, evaluated too (needs torch); against: a file of results of the source,
-    written by --out where it was evaluated. adapter: one of the engine's, with which the source is
-    then evaluated as well (from the PEFT directory it was exported from). Raises EdgemedError where
-    results do not belong together.
+    written by --out where it was evaluated, or the directory of another engine, such as the one in
+    service, which is evaluated too and stands in the source's place. adapter: one of the engine's,
+    with which the source is then evaluated as well (from the PEFT directory it was exported from).
+    Raises EdgemedError where results do not belong together.
     """
     if source and against:
         raise EdgemedError(
@@ -179,7 +192,7 @@ def evaluate_tasks(
     opened = open_engine(engine, check=True)
     settings = spec.settings()
     require_built(opened, "evaluate")
-    earlier = read_results(against) if against else []
+    in_service, earlier = _compared_with(against)
     every = [questions(task, spec.limit) for task in spec.tasks]
     has_vision = any(asked.has_vision for asked in every)
     model = start_engine(opened, has_vision, threads, adapter)
@@ -192,34 +205,85 @@ def evaluate_tasks(
         adapter_files = adapter_of(manifest, adapter)
         name = f"{name}+{adapter}"
         key = source_key({"engine": key} | adapter_files)
-    source_model = None
-    base_key = ""
+    other: ComparedModel | None = None
     if source:
         checkpoint = open_checkpoint(source)
         exported = _exported(opened, adapter, adapter_files)
-        source_model = open_source(checkpoint, has_vision, adapter=exported)
-        base_key = source_key(checkpoint.hashes() | adapter_files)
+        other = ComparedModel(
+            model=open_source(checkpoint, has_vision, adapter=exported),
+            name=SOURCE,
+            key=source_key(checkpoint.hashes() | adapter_files),
+            is_engine=False,
+        )
+    elif in_service:
+        other = _engine_in_service(in_service, opened.name, has_vision, threads)
     bases = []
     results = []
     try:
         for asked in every:
             for text in spec.strategies:
                 base = None
-                if source_model:
-                    base = evaluate_opened(source_model, asked, SOURCE, base_key, text, settings)
+                if other:
+                    base = evaluate_opened(
+                        other.model, asked, other.name, other.key, text, settings
+                    )
                 result = evaluate_opened(model, asked, name, key, text, settings)
-                if against:
+                if earlier:
                     base = same_question(earlier, result, str(against))
                 if base:
                     bases.append(base)
-                    result = pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    result = (
+                        pair_engines(result, base, spec.margin, spec.alpha)
+                        if in_service
+                        else pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    )
                 results.append(result)
     finally:
         model.close()
+        if other and other.is_engine:
+            other.model.close()
     gate = None
     if spec.margin is not None:
         gate = judge({name: results}, spec.margin, spec.alpha)
     return EvalDocument(source=tuple(bases), engine=tuple(results), gate=gate)
+
+
+def _compared_with(against: str | Path | None) -> tuple[Path | None, list[EvalResult]]:
+    """(directory of another engine, earlier results), of which `against` is one."""
+    if against is None:
+        return None, []
+    if Path(against).is_dir():
+        return Path(against), []
+    return None, read_results(against)
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """What an engine is compared with, opened: its source, or another engine. name, key: as model
+    and model_key of its results.
+    """
+
+    model: OpenedModel
+    name: str
+    key: str
+    is_engine: bool
+
+
+def _engine_in_service(
+    directory: Path, candidate: str, has_vision: bool, threads: int | None
+) -> ComparedModel:
+    """Another engine, opened as the one to compare with. candidate: the name of the engine that may
+    take its place.
+    """
+    engine = open_engine(directory, check=True)
+    require_built(engine, "evaluate")
+    name = engine.name if engine.name != candidate else f"{engine.name} (in service)"
+    return ComparedModel(
+        model=start_engine(engine, has_vision, threads),
+        name=name,
+        key=engine.key,
+        is_engine=True,
+    )
 
 
 def _exported(

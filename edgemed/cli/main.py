@@ -93,12 +93,24 @@ def run(
         show(document, True)
     else:
         show([summary(engine) for engine in document["engines"]], False)
+        for line in conclusions(document):
+            typer.echo(line)
         typer.echo(f"report: {report}")
     verified = [engine["verify"] for engine in document["engines"] if engine["verify"]]
     if not all(result["passed"] for result in verified):
         sys.exit(1)
     gate = GateVerdict.from_json(document["gate"], "the gate") if document["gate"] else None
     proof.exit_with_verdict(gate, accept_undecided)
+
+
+def conclusions(document: dict[str, Any]) -> list[str]:
+    """What the report's first screen says: the engine to ship, and what stands against the
+    numbers.
+    """
+    from edgemed.reporting.view_model import Run, view
+
+    page = view([Run(document)])
+    return [*page["warnings"], f"engine to ship: {page['ship'].sentence}"]
 
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand
 
 from edgemed import plugins
-from edgemed.errors import EdgemedError, extras_named
+from edgemed.cli.extras import absent
+from edgemed.errors import EdgemedError, MissingPackages, extras_named
 
 if TYPE_CHECKING:
     from edgemed.params import Parameter, Range
@@ -198,7 +199,12 @@ class Verb(TyperCommand):
             value = ctx.params[name]
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 check_number(options[name].opts[-1], number, bounds)
-        return super().invoke(ctx)
+        try:
+            with extras_named():
+                return super().invoke(ctx)
+        except MissingPackages as error:
+            # Whoever lacks one often lacks several.
+            raise error.joined(absent(self.name or "", ctx.params)) from None
 
     def complete_help(self) -> None:
         """Give every option without a text that of its parameter, and every number its range."""

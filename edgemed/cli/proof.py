@@ -28,7 +28,7 @@ from edgemed.cli.options import (
     task_names,
 )
 from edgemed.cli.provenance import signed as check_signature
-from edgemed.console import show
+from edgemed.console import plain_text, show
 from edgemed.errors import EdgemedError
 from edgemed.params import Range
 
@@ -46,6 +46,16 @@ def verify(
     ] = None,
     max_kl: float = 0.05,
     min_top1: float = 0.9,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help=(
+                "Put the result into the engine's manifest, for its report; default: yes, unless"
+                " the engine is signed."
+            ),
+        ),
+    ] = None,
     key: Annotated[
         Path | None,
         typer.Option(
@@ -95,10 +105,17 @@ def verify(
             json_,
         )
         sys.exit(1 if problems else 0)
+    if record and adapter:
+        raise EdgemedError(
+            "the manifest holds the verification of the engine as it is used",
+            "Leave --record or --adapter out",
+        )
     opened = open_engine(engine, check=True)
     limits = Limits(max_kl, min_top1)
     result = verify_engine(opened, opened.reference(adapter), limits, threads, adapter)
     result = result if adapter else with_adapters(opened, result, limits, threads)
+    if not adapter:
+        keep_verification(engine, result, record)
     if json_:
         show(result.to_json() | signed, True)
     else:
@@ -106,6 +123,23 @@ def verify(
         for unmerged in (result.adapters or {}).values():
             show_parity(unmerged, {})
     sys.exit(0 if result.passed else 1)
+
+
+def keep_verification(engine: Path, result: VerifyResult, record: bool | None) -> None:
+    """Put a result into the engine's manifest. record: None where nobody said; a signed engine and
+    one that cannot be written to then stay as they are.
+    """
+    from edgemed.console import say
+    from edgemed.provenance.record import is_signed, record_verification
+
+    if record is False or (record is None and is_signed(engine)):
+        return
+    try:
+        record_verification(engine, result.to_json())
+    except EdgemedError as error:
+        if record:
+            raise
+        say(plain_text(f"the result is not kept in the engine: {error}"))
 
 
 def show_parity(result: VerifyResult, signed: Mapping[str, Any]) -> None:
@@ -289,7 +323,10 @@ def eval_(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="File of the source's results, written with --out where the source was evaluated."
+            help=(
+                "What the engine is compared with: the directory of another engine, such as the one"
+                " in service, or a file of the source's results, written with --out."
+            )
         ),
     ] = None,
     margin: float | None = None,
@@ -334,12 +371,18 @@ def eval_(
     )
     if margin is not None and not (source or against):
         raise EdgemedError(
-            "a verdict needs the source's answers", "Give --source MODEL or --against FILE"
+            "a verdict needs the source's answers, or those of another engine",
+            "Give --source MODEL, --against FILE or --against ENGINE",
         )
     if record and adapter:
         raise EdgemedError(
             "the manifest holds results of the engine's base only",
             "Give --out FILE instead of --record, or leave --adapter out",
+        )
+    if record and against and against.is_dir():
+        raise EdgemedError(
+            "the manifest holds comparisons with the engine's own source only",
+            "Give --out FILE instead of --record",
         )
     spec = params.build(EvalSpec, values, "eval")
     document = evaluate_tasks(engine, spec, source, against, threads, adapter)
@@ -350,7 +393,8 @@ def eval_(
 
         gate = part_of(document.gate, open_engine(engine).name)
         results = [result.to_json() for result in document.engine]
-        write_record(engine, results, gate.to_json() if gate else None)
+        sources = [result.to_json() for result in document.source]
+        write_record(engine, results, gate.to_json() if gate else None, sources)
     if out:
         from edgemed.artifacts.store import write_json
 
@@ -361,6 +405,8 @@ def eval_(
         show_results((*document.source, *document.engine))
         if document.gate:
             show([verdict_row(row) for row in document.gate.comparisons], False)
+            if against and against.is_dir():
+                typer.echo(replacement(document.gate.verdict, against))
     exit_with_verdict(document.gate, accept_undecided)
 
 
@@ -477,6 +523,15 @@ def verdict_row(row: ComparisonRow) -> dict[str, Any]:
     if row.verdict == "undecided":
         cells["more items"] = row.items_needed
     return cells
+
+
+def replacement(verdict: str, in_service: Path) -> str:
+    """Whether an engine may take the place of another one, in a sentence."""
+    return {
+        "pass": f"ship: not worse than {in_service} within the margin",
+        "fail": f"do not ship: worse than {in_service} by more than the margin",
+        "undecided": f"undecided: too few items to compare with {in_service}",
+    }[verdict]
 
 
 def exit_with_verdict(gate: GateVerdict | None, accept_undecided: bool) -> None:
