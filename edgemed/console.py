@@ -66,6 +66,13 @@ def json_text(value: object) -> str:
     return text
 
 
+def paragraph(text: str) -> None:
+    """A sentence for a person on standard output, folded to the terminal's width."""
+    from rich.console import Console
+
+    Console(highlight=False).print(text, markup=False)
+
+
 def table(value: object) -> None:
     """Print a result for a person on standard output: a list of mappings as a table, a mapping as
     lines, mappings in it as tables.

@@ -20,9 +20,7 @@ DOCUMENTING = ("export", "run", "card")
 
 def absent(verb: str, values: Mapping[str, Any]) -> dict[str, str]:
     """Module -> extra of what a verb with these options needs and this machine lacks."""
-    return {
-        module: extra for module, extra in needed(verb, values) if not is_installed(module)
-    }
+    return {module: extra for module, extra in needed(verb, values) if not is_installed(module)}
 
 
 def needed(verb: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ from edgemed.cli.options import (
     settings,
 )
 from edgemed.cli.parameters import Verb
-from edgemed.console import show
+from edgemed.console import paragraph, show
 from edgemed.errors import EdgemedError, extras_named
 from edgemed.params import Range
 
@@ -94,7 +94,7 @@ def run(
     else:
         show([summary(engine) for engine in document["engines"]], False)
         for line in conclusions(document):
-            typer.echo(line)
+            paragraph(line)
         typer.echo(f"report: {report}")
     verified = [engine["verify"] for engine in document["engines"] if engine["verify"]]
     if not all(result["passed"] for result in verified):

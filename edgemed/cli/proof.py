@@ -28,7 +28,7 @@ from edgemed.cli.options import (
     task_names,
 )
 from edgemed.cli.provenance import signed as check_signature
-from edgemed.console import plain_text, show
+from edgemed.console import paragraph, plain_text, show
 from edgemed.errors import EdgemedError
 from edgemed.params import Range
 
@@ -268,7 +268,7 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
     lines = sentences(state) if state else []
     # Before the numbers, which are wrong then.
     for line in lines[:1] if state and state.busy else ():
-        typer.echo(line)
+        paragraph(line)
     show(
         [
             {
@@ -283,7 +283,7 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
         False,
     )
     for line in lines[1:] if state and state.busy else lines:
-        typer.echo(line)
+        paragraph(line)
 
 
 def prompt_of(how: Mapping[str, Any]) -> Any:

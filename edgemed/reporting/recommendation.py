@@ -163,8 +163,8 @@ def no_signal(result: EvalResult) -> str:
             return ""
         found = percent(correct / result.n)
     return (
-        f"on {result.task} the source itself is no better than always giving the most frequent"
-        f" answer: {found} against {percent(result.majority)}. That an engine is not worse says"
+        f"on {result.task} the source itself is not shown to be better than always giving the most"
+        f" frequent answer: {found} against {percent(result.majority)}. That an engine is not worse says"
         " little there"
     )
 
