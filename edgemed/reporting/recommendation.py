@@ -164,8 +164,8 @@ def no_signal(result: EvalResult) -> str:
         found = percent(correct / result.n)
     return (
         f"on {result.task} the source itself is not shown to be better than always giving the most"
-        f" frequent answer: {found} against {percent(result.majority)}. That an engine is not worse says"
-        " little there"
+        f" frequent answer: {found} against {percent(result.majority)}. That an engine is not worse"
+        " says little there"
     )
 
 
