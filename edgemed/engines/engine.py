@@ -25,6 +25,7 @@ from edgemed.hardware.threads import check_threads
 from edgemed.inference.session import AdapterSession, Session, VisionEncoder
 from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import Checkpoint
+from edgemed.models.document_keys import accepted_keys
 from edgemed.models.lora import BASE, FOLDER, adapter_config, carried_adapters, quantized_base
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.weights import CanonicalWeights
@@ -212,6 +213,8 @@ def export(
                 reference.save(work.path)
             for adapter, answers in (adapted or {}).items():
                 answers.save(work.path / FOLDER / adapter)
+            if accepted := accepted_keys(checkpoint.path, checkpoint.config):
+                notes["accepted_config_keys"] = accepted
             work.notes.update(notes)
     return open_engine(out)
 

@@ -21,6 +21,7 @@ from edgemed.artifacts.hashing import digest, file_sha256
 from edgemed.artifacts.store import MANIFEST, read_manifest
 from edgemed.errors import EdgemedError, need
 from edgemed.models.checkpoint import ADAPTERS, Checkpoint
+from edgemed.models.document_keys import check_adapter
 from edgemed.models.weights import CanonicalWeights, Dense, Packed
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def adapter_config(adapter: str) -> dict[str, Any]:
         values["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise EdgemedError(f"{file} is damaged: {error!r}", "Copy the adapter again") from None
+    check_adapter(values, str(file))
     return values
 
 

@@ -24,6 +24,7 @@ from edgemed.models.architecture import (
     family_of,
 )
 from edgemed.models.checkpoint import TOWER, Checkpoint
+from edgemed.models.document_keys import check_documents
 from edgemed.models.gptq_packing import unpack
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class CanonicalWeights:
         self.fold = fold
         config = checkpoint.config
         self.family: Architecture = family_of(config, str(checkpoint.path / "config.json"))
+        check_documents(checkpoint.path, config)
         shapes = self._bare_shapes()
         self.unfolded: DecoderConfig = self.family.decoder(config, shapes)
         self.vision: VisionConfig | None = None

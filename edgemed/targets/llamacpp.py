@@ -660,7 +660,10 @@ def write_metadata(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
         else weights.decoder
     )
     if own_graph(weights.family, weights.unfolded):
-        writer.add_string(KEY, json.dumps(asdict(d)))
+        numbers = asdict(d)
+        # Where a text ends is the session's matter, not the graph's.
+        del numbers["stop_tokens"]
+        writer.add_string(KEY, json.dumps(numbers))
     metadata.describe_decoder(
         writer,
         d,

@@ -172,8 +172,8 @@ def test_no_utils() -> None:
 FORMAT_NAMES = {
     ("metadata.py", "gpt2"),
     ("metadata.py", "llama"),
-    ("family_helpers.py", "llama3"),
-    ("family_helpers.py", "Known: default, linear, llama3"),
+    ("rope.py", "llama3"),
+    ("config_keys.py", "is_llama_config"),
     ("calibration_cards.py", "contains_phi"),
 }
 
