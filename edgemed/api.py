@@ -461,8 +461,7 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
         raise EdgemedError(
-            f"standard input is not UTF-8: byte 0x{error.object[error.start]:02x}",
-            "Give the text in UTF-8",
+            "what was typed is not UTF-8", "Set the terminal to UTF-8, or convert the input"
         ) from None
