@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from edgemed.documents.build import BuildResult
 from edgemed.documents.eval_document import EvalDocument
 from edgemed.documents.evaluation import EvalResult
 from edgemed.engines import engine as engines
-from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
+from edgemed.engines.engine import Engine, check_supported, require_built
+from edgemed.engines.loaded_engine import open_engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, extras_named, nearest
 from edgemed.evaluation.evaluate import (
@@ -169,7 +170,7 @@ def usual_bench(engine: Engine) -> BenchSpec:
 
 @extras_named()
 def evaluate_tasks(
-    engine: str | Path,
+    engine: str | Path | Engine,
     spec: EvalSpec,
     source: str | None = None,
     against: str | Path | None = None,
@@ -341,7 +342,7 @@ def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str)
 
 
 def stream(
-    engine: str | Path,
+    engine: str | Path | Engine,
     prompt: str,
     sampling: Sampling,
     threads: int | None = None,
@@ -465,3 +466,31 @@ def _ask() -> str:
         raise EdgemedError(
             "what was typed is not UTF-8", "Set the terminal to UTF-8, or convert the input"
         ) from None
+
+
+def answer(
+    engine: str | Path | Engine,
+    messages: Sequence[Mapping[str, str]],
+    sampling: Sampling,
+    threads: int | None = None,
+    adapter: str | None = None,
+) -> Iterator[str]:
+    """The engine's answer to a conversation, [{"role": ..., "content": ...}, ...]; yields pieces of
+    text as they are decoded. Raises EdgemedError for messages without a role or content.
+    """
+    opened = open_engine(engine)
+    require_built(opened, "talk to")
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise EdgemedError(
+            "a conversation is a list of messages with 'role' and 'content'",
+            'For example [{"role": "user", "content": "What is anemia?"}]',
+        )
+    turns = [dict(message) for message in messages]
+    tokenizer = opened.tokenizer()
+    eos = tokenizer.id_to_token(opened.eos) if opened.eos is not None else ""
+    tokens = encode(tokenizer, chat_text(opened.path, turns, eos))
+    session = opened.open(threads, adapter)
+    try:
+        yield from _words(opened, session, tokens, sampling)
+    finally:
+        session.close()

@@ -454,11 +454,21 @@ def chat(
     temperature: float = 0.0,
     adapter: Adapter = None,
     threads: Threads = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Answer each line with one line of JSON, for programs.")
+    ] = False,
 ) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
     from edgemed.inference.decoding import Sampling
 
+    if json_:
+        from edgemed.functions import chat_lines
+
+        for line in chat_lines(engine, sys.stdin, threads, adapter, temperature, max_tokens):
+            typer.echo(line)
+            sys.stdout.flush()
+        return
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
 
 
@@ -491,6 +501,11 @@ def recipes(
     from edgemed import plugins
     from edgemed.pipeline.recipe import find_recipe
 
+    if name and json_:
+        from edgemed.pipeline.recipe import read_recipe
+
+        show(dict(read_recipe(name).document), True)
+        return
     if name:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
