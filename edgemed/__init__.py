@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "import_gguf",
     "inspect",
     "load",
     "open_engine",
@@ -37,6 +38,7 @@ _WHERE = {
     "inspect": "edgemed.api",
     "run": "edgemed.api",
     "export": "edgemed.api",
+    "import_gguf": "edgemed.api",
     "open_engine": "edgemed.engines.engine",
     "load": "edgemed.engines.loaded_engine",
     **dict.fromkeys(

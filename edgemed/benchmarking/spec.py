@@ -41,5 +41,5 @@ class BenchSpec:
         Doc("Most seconds to the first token, at the longest prompt. None: no target."),
     ] = None
     min_tokens_per_second: Annotated[
-        float | None, Range(0), Doc("Least speed of decoding. None: no target.")
+        float | None, Range(above=0), Doc("Least speed of decoding. None: no target.")
     ] = None

@@ -88,18 +88,33 @@ Adapter = Annotated[
         )
     ),
 ]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check/--trust-cache",
+        help=(
+            "Read every byte of the engine; or believe the hash remembered for a file of more than"
+            " 16 MB whose inode, size and times have not changed since it was last read."
+        ),
+    ),
+]
 # Numbers whose range stands at no parameter class. `Verb` checks them, and the help shows them.
 Threads = Annotated[
     int | None,
     typer.Option(help="CPU threads; default: physical cores; at most four for each core."),
     Range(1, 512),
 ]
+Frame = Annotated[
+    int | None,
+    typer.Option(help="Which frame, from 0, of image files that have several."),
+    Range(0, 1_000_000),
+]
 Limit = Annotated[int | None, typer.Option(help="Only the first questions of each task."), Range(1)]
 
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
     """Parameters from options (those given) and --set key=value."""
-    from edgemed.params import parse_set
+    from edgemed.documents.yaml_files import parse_set
 
     values = {key: value for key, value in named.items() if value is not None}
     for text in sets or []:

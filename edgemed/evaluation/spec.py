@@ -22,6 +22,11 @@ class EvalSpec(PromptSettings):
     limit: Annotated[
         int | None, Range(1), Doc("Only the first rows, for a quick look. The result says so.")
     ] = None
+    frame: Annotated[
+        int | None,
+        Range(low=0),
+        Doc("Which frame of image files that have several. None: such a file is refused."),
+    ] = None
     strategies: Annotated[
         tuple[str, ...], Doc("Prompt strategies. The gate judges the first one.")
     ] = ("zero-shot",)

@@ -168,7 +168,14 @@ FAMILY = Architecture(
     folded=folded,
     config_keys={"GPT2Config": KEYS},
     gguf_arch="gpt2",
-    gguf_pre="gpt-2",
+    gguf_keys={
+        "context_length": "n_positions",
+        "embedding_length": "n_embd",
+        "block_count": "n_layer",
+        "feed_forward_length": "n_inner",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
     reference_name="biomedlm",
     # stanford-crfm/BioMedLM config.json
     reference_config={

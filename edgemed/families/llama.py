@@ -13,7 +13,13 @@ from typing import Any
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.config_keys import text_keys
 from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
-from edgemed.models.family_helpers import SILU, check_biases, usual_decoder, usual_parts
+from edgemed.models.family_helpers import (
+    RMS_GGUF_KEYS,
+    SILU,
+    check_biases,
+    usual_decoder,
+    usual_parts,
+)
 from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
 
 # transformers' LlamaConfig
@@ -75,8 +81,8 @@ FAMILY = Architecture(
     folded=unscaled_rope,
     config_keys={"LlamaConfig": KEYS},
     gguf_arch="llama",
-    gguf_pre="llama-bpe",
     gguf_interleaved=True,
+    gguf_keys=RMS_GGUF_KEYS,
     reference_name="llama-3.1-8b",
     # meta-llama/Llama-3.1-8B config.json
     reference_config={

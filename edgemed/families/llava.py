@@ -273,8 +273,8 @@ def variant(config: Mapping[str, Any]) -> Architecture:
         FAMILY,
         parts=parts,
         gguf_arch=text.gguf_arch,
-        gguf_pre=text.gguf_pre,
         gguf_interleaved=text.gguf_interleaved,
+        gguf_any_head=text.gguf_any_head,
     )
 
 
@@ -415,7 +415,6 @@ FAMILY = Architecture(
     folded=unscaled_rope,
     config_keys={"LlavaConfig": KEYS, "CLIPVisionConfig": CLIP_KEYS},
     gguf_arch="qwen2",
-    gguf_pre="qwen2",
     reference_name="huatuogpt-vision-7b",
     reference_config=REFERENCE,
     auto_classes={"lm": "AutoModelForImageTextToText"},

@@ -503,7 +503,6 @@ def variant(config: Mapping[str, Any]) -> Architecture:
         FAMILY,
         parts=parts,
         gguf_arch=arch,
-        gguf_pre=text.gguf_pre if text else "qwen2",
         gguf_centred=arch == "phimoe",
     )
     if config["model_type"] != "llava_stablelm":
@@ -668,7 +667,6 @@ FAMILY = Architecture(
     ignored=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
     folded=unscaled_rope,
     gguf_arch="phimoe",
-    gguf_pre="stablelm2",
     gguf_centred=True,
     reference_name="moe-tinymed",
     reference_config=TINYMED,

@@ -12,7 +12,13 @@ from typing import Any
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.config_keys import text_keys
 from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
-from edgemed.models.family_helpers import GELU, check_biases, usual_decoder, usual_parts
+from edgemed.models.family_helpers import (
+    GELU,
+    LAYER_NORM_GGUF_KEYS,
+    check_biases,
+    usual_decoder,
+    usual_parts,
+)
 from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
 
 # What PhiConfig takes where a config does not say it; not a field of the class.
@@ -72,7 +78,7 @@ FAMILY = Architecture(
     folded=unscaled_rope,
     config_keys={"PhiConfig": KEYS},
     gguf_arch="phi2",
-    gguf_pre="phi-2",
+    gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="phi-2",
     # microsoft/phi-2 config.json
     reference_config={

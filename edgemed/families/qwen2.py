@@ -14,6 +14,7 @@ from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.config_keys import text_keys
 from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
 from edgemed.models.family_helpers import (
+    RMS_GGUF_KEYS,
     SILU,
     check_biases,
     check_full_attention,
@@ -78,7 +79,8 @@ FAMILY = Architecture(
     folded=unscaled_rope,
     config_keys={"Qwen2Config": KEYS},
     gguf_arch="qwen2",
-    gguf_pre="qwen2",
+    gguf_keys=RMS_GGUF_KEYS,
+    gguf_any_head="llama",
     reference_name="qwen2-1.5b",
     # Qwen/Qwen2-1.5B config.json
     reference_config={

@@ -399,7 +399,6 @@ FAMILY = Architecture(
         "Qwen2VLVisionConfig": VISION_KEYS,
     },
     gguf_arch="qwen2vl",
-    gguf_pre="qwen2",
     gguf_projector="qwen2vl_merger",
     reference_name="medvlm-r1",
     # JZPeterPan/MedVLM-R1 config.json (Qwen2-VL-2B-Instruct's)
@@ -443,6 +442,7 @@ FAMILY = Architecture(
     vision=vision,
     vision_parts=vision_parts,
     chat=chat,
+    several_images=True,
     reasoning=reasoning,
     answer=answer,
     opening="<answer>",

@@ -12,7 +12,13 @@ from typing import Any
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
 from edgemed.models.config_keys import text_keys
 from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
-from edgemed.models.family_helpers import SILU, check_biases, usual_decoder, usual_parts
+from edgemed.models.family_helpers import (
+    LAYER_NORM_GGUF_KEYS,
+    SILU,
+    check_biases,
+    usual_decoder,
+    usual_parts,
+)
 from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
 
 # What StableLmConfig takes where a config does not say it; not a field of the class.
@@ -81,7 +87,7 @@ FAMILY = Architecture(
     folded=unscaled_rope,
     config_keys={"StableLmConfig": KEYS},
     gguf_arch="stablelm",
-    gguf_pre="stablelm2",
+    gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="stablelm-2-1.6b",
     # stabilityai/stablelm-2-1_6b config.json
     reference_config={

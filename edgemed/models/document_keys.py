@@ -1,8 +1,9 @@
 """The documents beside config.json, held against lists of known keys: generation_config.json,
-tokenizer_config.json, processor_config.json, quantization_config and adapter_config.json.
+tokenizer_config.json and processor_config.json.
 
-Other modules read these documents. Here only the keys are checked, once, where a checkpoint or an
-adapter is opened. config.json itself is checked by the family that parses it.
+Other modules read these documents. Here only the keys are checked, once, where a checkpoint is
+opened. config.json itself is checked by the family that parses it, its quantization_config in
+quantization_config.py, adapter_config.json in adapter_files.py.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ from typing import Any
 
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.models.config_keys import CODE, CONSTRAINTS, GENERATION_KEYS, SPEED, TRAINED
-from edgemed.models.config_reader import ACCEPTED, DOWNLOAD, ConfigKeys, ConfigReader, accepted_in
+from edgemed.models.config_reader import DOWNLOAD, ConfigKeys, ConfigReader, accepted_in
 
 TOKENIZER = "models/tokenizer.py"
-MERGE = "models/lora.py, or peft at a merge"
-PACKING = "models/weights.py"
-METHODS = ("gptq", "bitsandbytes")  # of quantization; any other one is refused as a whole
 OUTSIDE = "special tokens and templates are read, this is not needed for ids"
 
 # transformers' GenerationConfig
@@ -132,89 +130,6 @@ PROCESSOR_CONFIG = ConfigKeys(
     elsewhere={"image_processor": "the family"},
 )
 
-# transformers' GPTQConfig and BitsAndBytesConfig, GPTQModel's and AutoGPTQ's own keys, edgemed's
-QUANTIZATION = ConfigKeys(
-    defaults={},
-    fixed={
-        "checkpoint_format": ("gptq", "gptq_v2"),
-        "is_marlin_format": (False,),
-        # The weights would lie in another basis.
-        "rotation": (None,),
-        "pack_dtype": ("int32",),
-    },
-    harmless={
-        **dict.fromkeys(
-            (
-                *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups"),
-                *("act_group_aware", "dataset", "tokenizer", "batch_size", "pad_token_id"),
-                *("model_seqlen", "max_input_length", "cache_block_outputs", "mse", "meta"),
-                *("model_name_or_path", "model_file_base_name", "quantizer", "parallel_packing"),
-                *("block_name_to_quantize", "module_name_preceding_first_block"),
-                *("modules_in_block_to_quantize", "offload_to_disk", "offload_to_disk_path"),
-                *("failsafe", "hessian", "gptaq", "calibration_samples", "nsamples", "seqlen"),
-                *("iters", "low_gpu_mem_usage", "amp", "autoround_version", "sym"),
-            ),
-            TRAINED,
-        ),
-        "lm_head": "the tensors tell",
-        "desc_act": "g_idx says in which group a column is",
-        "format": "checkpoint_format says it",
-        "method": "quant_method says it",
-        "v2": "checkpoint_format says it",
-        "use_exllama": SPEED,
-        "disable_exllama": SPEED,
-        "exllama_config": SPEED,
-        "use_cuda_fp16": SPEED,
-        "backend": SPEED,
-        "llm_int8_enable_fp32_cpu_offload": SPEED,
-        "llm_int8_has_fp16_weight": SPEED,
-        "llm_int8_threshold": "which inputs bitsandbytes multiplies in float; weights are read",
-        "llm_int8_skip_modules": "the tensors tell",
-        "bnb_4bit_compute_dtype": SPEED,
-        "bnb_4bit_quant_storage": "the tensors tell",
-        "bnb_4bit_use_double_quant": "the tensors tell",
-    },
-    elsewhere=dict.fromkeys(
-        (
-            *("quant_method", "bits", "group_size", "dynamic", "activation_ranges"),
-            *("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"),
-            "bnb_4bit_quant_type",
-        ),
-        PACKING,
-    ),
-)
-
-# peft's LoraConfig. What a switchable adapter may not have is refused in models/lora.py, and a
-# merge is peft's own.
-ADAPTER = ConfigKeys(
-    defaults={},
-    harmless={
-        "auto_mapping": CODE,
-        "base_model_name_or_path": CODE,
-        "revision": CODE,
-        "inference_mode": TRAINED,
-        "task_type": CODE,
-        "peft_version": CODE,
-        "lora_dropout": TRAINED,
-        "runtime_config": TRAINED,
-        "unsloth_version": CODE,
-        "unsloth_fixed": CODE,
-    },
-    elsewhere=dict.fromkeys(
-        (
-            *("peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "bias"),
-            *("fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save", "rank_pattern"),
-            *("alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights"),
-            *("megatron_config", "megatron_core", "trainable_token_indices", "loftq_config"),
-            *("eva_config", "corda_config", "lora_ga_config", "velora_config"),
-            *("alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config"),
-            *("layer_replication", "lora_bias", "target_parameters", "use_bdlora"),
-            *("arrow_config", "kasa_config", "ensure_weight_tying", "edgemed_base"),
-        ),
-        MERGE,
-    ),
-)
-
 BESIDE = {
     "generation_config.json": GENERATION,
     "tokenizer_config.json": TOKENIZER_CONFIG,
@@ -222,30 +137,14 @@ BESIDE = {
 }
 
 
-def check_documents(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise EdgemedError where a document beside config.json, or its quantization_config, has a key
-    that nobody knows, or a value that is not supported.
-
-    path: of the checkpoint. config: its config.json.
+def check_documents(path: Path) -> None:
+    """Raise EdgemedError where a document beside config.json has a key that nobody knows, or a
+    value that is not supported. path: of the checkpoint.
     """
     for name, keys in BESIDE.items():
         file = path / name
         if file.is_file():
             ConfigReader(read_json_object(file, DOWNLOAD), keys, name)
-    if config.get("quantization_config"):
-        whole = ConfigKeys({"quantization_config": None})
-        section = {key: config[key] for key in ("quantization_config", ACCEPTED) if key in config}
-        quantization = ConfigReader(section, whole).section("quantization_config")
-        if quantization.get("quant_method") in METHODS:
-            ConfigReader(quantization, QUANTIZATION)
-
-
-def check_adapter(values: Mapping[str, Any], place: str) -> None:
-    """Raise EdgemedError where the config of a LoRA has a key that peft does not know. peft drops
-    such keys with a warning. Other kinds of adapter are left to peft. place: the file's name.
-    """
-    if values.get("peft_type") == "LORA":
-        ConfigReader(values, ADAPTER, place)
 
 
 def accepted_keys(path: Path, config: Mapping[str, Any]) -> list[str]:

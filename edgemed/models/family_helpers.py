@@ -27,6 +27,26 @@ GELU = {
     "gelu_python": "gelu",
 }
 
+# Keys of a GGUF file and of a config in transformers' usual layout that say the same.
+USUAL_GGUF_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.freq_base": "rope_theta",
+}
+RMS_GGUF_KEYS = {
+    **USUAL_GGUF_KEYS,
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+}
+LAYER_NORM_GGUF_KEYS = {
+    **USUAL_GGUF_KEYS,
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+}
+
 
 def relocated(
     parts: Mapping[str, ParamSpec], places: Mapping[str, tuple[str, ...]]

@@ -17,7 +17,7 @@ from edgemed import formatting
 from edgemed.artifacts.json_files import write_text
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.machine import TargetDevice
-from edgemed.documents.run import SCHEMA
+from edgemed.documents.run import SCHEMA, RunDocument
 from edgemed.errors import EdgemedError
 from edgemed.reporting import accuracy_section, charts
 from edgemed.reporting.charts import Distribution
@@ -121,7 +121,9 @@ def templates() -> Any:
 
 
 def check(document: Json, label: str = "") -> None:
-    """Raises EdgemedError for a document of another schema, or one that lacks a part."""
+    """Raises EdgemedError for a document of another schema, one that lacks a part, and one with a
+    value of another type.
+    """
     name = f"the run document of {label}" if label else "the run document"
     if not isinstance(document, Mapping) or "schema" not in document:
         raise EdgemedError(
@@ -134,6 +136,7 @@ def check(document: Json, label: str = "") -> None:
         )
     if missing := [key for key in NEEDED if key not in document]:
         raise EdgemedError(f"{name} lacks {', '.join(missing)}", "Run the recipe again")
+    RunDocument.from_json(document, name)
 
 
 def speed_charts(group: Json) -> dict[str, Any]:

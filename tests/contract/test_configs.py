@@ -15,15 +15,12 @@ from typing import Any
 
 import pytest
 
+from edgemed.models.adapter_files import LORA_KEYS, REFUSED
 from edgemed.models.architecture import Architecture, all_families
 from edgemed.models.config_keys import FIXED, HARMLESS
 from edgemed.models.config_reader import ACCEPTED, REQUIRED, ConfigKeys, ConfigReader
-from edgemed.models.document_keys import (
-    ADAPTER,
-    GENERATION,
-    QUANTIZATION,
-    TOKENIZER_CONFIG,
-)
+from edgemed.models.document_keys import GENERATION, TOKENIZER_CONFIG
+from edgemed.models.quantization_config import BITSANDBYTES_KEYS, GPTQ_KEYS
 
 transformers = pytest.importorskip("transformers")
 FAMILIES = all_families()
@@ -175,20 +172,20 @@ def test_what_is_declared_as_understood_is_read(name: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
-        (GENERATION, lambda: set(vars(transformers.GenerationConfig()))),
+        (GENERATION.names(), lambda: set(vars(transformers.GenerationConfig()))),
         (
-            ADAPTER,
+            {*LORA_KEYS, *REFUSED},
             lambda: {
                 field.name for field in dataclasses.fields(pytest.importorskip("peft").LoraConfig)
             },
         ),
-        (QUANTIZATION, lambda: set(transformers.GPTQConfig(bits=4).to_dict())),
+        (set(GPTQ_KEYS), lambda: set(transformers.GPTQConfig(bits=4).to_dict())),
         (
-            QUANTIZATION,
+            set(BITSANDBYTES_KEYS),
             lambda: set(transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()),
         ),
         (
-            TOKENIZER_CONFIG,
+            TOKENIZER_CONFIG.names(),
             lambda: {
                 *transformers.PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
                 *constants_in(transformers.PreTrainedTokenizerBase.__init__, "kwargs.pop"),
@@ -197,8 +194,8 @@ def test_what_is_declared_as_understood_is_read(name: str, monkeypatch: pytest.M
     ],
     ids=["generation", "lora", "gptq", "bitsandbytes", "tokenizer"],
 )
-def test_documents_beside_the_config(keys: ConfigKeys, names: Any) -> None:
-    assert not names() - keys.names()
+def test_documents_beside_the_config(keys: set[str], names: Any) -> None:
+    assert not names() - keys
 
 
 def constants_in(function: Any, call: str) -> Iterator[str]:
@@ -227,7 +224,7 @@ def test_image_processors_as_transformers_saves_them(name: str) -> None:
 
 
 def test_every_harmless_key_has_a_reason() -> None:
-    for keys in [keys for _, _, keys in CLASSES] + [GENERATION, ADAPTER, QUANTIZATION]:
+    for keys in [keys for _, _, keys in CLASSES] + [GENERATION]:
         for listed in (keys.harmless, keys.elsewhere):
             assert all(reason for reason in listed.values())
         # one key, one list

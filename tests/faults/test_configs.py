@@ -196,15 +196,6 @@ def test_documents_beside_the_config(
         assert CanonicalWeights(open_checkpoint(path)).decoder.layers == 2
 
 
-def test_a_key_that_peft_does_not_know() -> None:
-    from edgemed.models.document_keys import check_adapter
-
-    values = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
-    check_adapter(values, "adapter_config.json")
-    with pytest.raises(EdgemedError, match="adapter_config.json: lora_scale 2 is a key"):
-        check_adapter({**values, "lora_scale": 2}, "adapter_config.json")
-
-
 @pytest.mark.parametrize(
     ("stated", "stored", "message"),
     [
