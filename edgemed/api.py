@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,24 @@ from edgemed.documents.build import BuildResult
 from edgemed.documents.eval_document import EvalDocument
 from edgemed.documents.evaluation import EvalResult
 from edgemed.engines import engine as engines
-from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
+from edgemed.engines.engine import Engine, check_supported, require_built
+from edgemed.engines.loaded_engine import open_engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, extras_named, nearest
-from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
-from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
+from edgemed.evaluation.evaluate import (
+    SOURCE,
+    adapter_of,
+    judge,
+    pair,
+    pair_engines,
+    source_key,
+)
+from edgemed.evaluation.opened_model import (
+    OpenedModel,
+    evaluate_opened,
+    open_source,
+    start_engine,
+)
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
 from edgemed.hardware import process_memory
@@ -182,7 +195,7 @@ def usual_bench(engine: Engine) -> BenchSpec:
 
 @extras_named()
 def evaluate_tasks(
-    engine: str | Path,
+    engine: str | Path | Engine,
     spec: EvalSpec,
     source: str | None = None,
     against: str | Path | None = None,
@@ -192,9 +205,10 @@ def evaluate_tasks(
     """Evaluate an engine on tasks, and pair it item by item with its float32 source.
 
     source: the checkpoint, evaluated too (needs torch); against: a file of results of the source,
-    written by --out where it was evaluated. adapter: one of the engine's, with which the source is
-    then evaluated as well (from the PEFT directory it was exported from). Raises EdgemedError where
-    results do not belong together.
+    written by --out where it was evaluated, or the directory of another engine, such as the one in
+    service, which is evaluated too and stands in the source's place. adapter: one of the engine's,
+    with which the source is then evaluated as well (from the PEFT directory it was exported from).
+    Raises EdgemedError where results do not belong together.
     """
     if source and against:
         raise EdgemedError(
@@ -204,7 +218,7 @@ def evaluate_tasks(
     opened = open_engine(engine, check=True)
     settings = spec.settings()
     require_built(opened, "evaluate")
-    earlier = read_results(against) if against else []
+    in_service, earlier = _compared_with(against)
     every = [questions(task, spec.limit, spec.frame) for task in spec.tasks]
     has_vision = any(asked.has_vision for asked in every)
     model = start_engine(opened, has_vision, threads, adapter)
@@ -217,34 +231,85 @@ def evaluate_tasks(
         adapter_files = adapter_of(manifest, adapter)
         name = f"{name}+{adapter}"
         key = source_key({"engine": key} | adapter_files)
-    source_model = None
-    base_key = ""
+    other: ComparedModel | None = None
     if source:
         checkpoint = open_checkpoint(source)
         exported = _exported(opened, adapter, adapter_files)
-        source_model = open_source(checkpoint, has_vision, adapter=exported)
-        base_key = source_key(checkpoint.hashes() | adapter_files)
+        other = ComparedModel(
+            model=open_source(checkpoint, has_vision, adapter=exported),
+            name=SOURCE,
+            key=source_key(checkpoint.hashes() | adapter_files),
+            is_engine=False,
+        )
+    elif in_service:
+        other = _engine_in_service(in_service, opened.name, has_vision, threads)
     bases = []
     results = []
     try:
         for asked in every:
             for text in spec.strategies:
                 base = None
-                if source_model:
-                    base = evaluate_opened(source_model, asked, SOURCE, base_key, text, settings)
+                if other:
+                    base = evaluate_opened(
+                        other.model, asked, other.name, other.key, text, settings
+                    )
                 result = evaluate_opened(model, asked, name, key, text, settings)
-                if against:
+                if earlier:
                     base = same_question(earlier, result, str(against))
                 if base:
                     bases.append(base)
-                    result = pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    result = (
+                        pair_engines(result, base, spec.margin, spec.alpha)
+                        if in_service
+                        else pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    )
                 results.append(result)
     finally:
         model.close()
+        if other and other.is_engine:
+            other.model.close()
     gate = None
     if spec.margin is not None:
         gate = judge({name: results}, spec.margin, spec.alpha)
     return EvalDocument(source=tuple(bases), engine=tuple(results), gate=gate)
+
+
+def _compared_with(against: str | Path | None) -> tuple[Path | None, list[EvalResult]]:
+    """(directory of another engine, earlier results), of which `against` is one."""
+    if against is None:
+        return None, []
+    if Path(against).is_dir():
+        return Path(against), []
+    return None, read_results(against)
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """What an engine is compared with, opened: its source, or another engine. name, key: as model
+    and model_key of its results.
+    """
+
+    model: OpenedModel
+    name: str
+    key: str
+    is_engine: bool
+
+
+def _engine_in_service(
+    directory: Path, candidate: str, has_vision: bool, threads: int | None
+) -> ComparedModel:
+    """Another engine, opened as the one to compare with. candidate: the name of the engine that may
+    take its place.
+    """
+    engine = open_engine(directory, check=True)
+    require_built(engine, "evaluate")
+    name = engine.name if engine.name != candidate else f"{engine.name} (in service)"
+    return ComparedModel(
+        model=start_engine(engine, has_vision, threads),
+        name=name,
+        key=engine.key,
+        is_engine=True,
+    )
 
 
 def _exported(
@@ -298,7 +363,7 @@ def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str)
 
 
 def stream(
-    engine: str | Path,
+    engine: str | Path | Engine,
     prompt: str,
     sampling: Sampling,
     threads: int | None = None,
@@ -437,3 +502,35 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise EdgemedError(
+            "what was typed is not UTF-8", "Set the terminal to UTF-8, or convert the input"
+        ) from None
+
+
+def answer(
+    engine: str | Path | Engine,
+    messages: Sequence[Mapping[str, str]],
+    sampling: Sampling,
+    threads: int | None = None,
+    adapter: str | None = None,
+) -> Iterator[str]:
+    """The engine's answer to a conversation, [{"role": ..., "content": ...}, ...]; yields pieces of
+    text as they are decoded. Raises EdgemedError for messages without a role or content.
+    """
+    opened = open_engine(engine)
+    require_built(opened, "talk to")
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise EdgemedError(
+            "a conversation is a list of messages with 'role' and 'content'",
+            'For example [{"role": "user", "content": "What is anemia?"}]',
+        )
+    turns = [dict(message) for message in messages]
+    tokenizer = opened.tokenizer()
+    eos = tokenizer.id_to_token(opened.eos) if opened.eos is not None else ""
+    tokens = encode(tokenizer, chat_text(opened.path, turns, eos))
+    session = opened.open(threads, adapter)
+    try:
+        yield from _words(opened, session, tokens, sampling)
+    finally:
+        session.close()

@@ -24,6 +24,7 @@ from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
+from edgemed.hardware.threads import check_threads
 from edgemed.inference.session import AdapterSession, Session, VisionEncoder
 from edgemed.models.architecture import VisionConfig
 from edgemed.models.checkpoint import Checkpoint
@@ -147,6 +148,7 @@ class Engine:
         another by use(name), or without by use(None). Raises EdgemedError for an unknown adapter.
         """
         self.check_adapter(adapter)
+        check_threads(threads)
         session: Session = plugins.load("targets", self.target).open(self, threads)
         if self.vision:
             session.carry(partial(self.open_vision, threads))
@@ -161,6 +163,7 @@ class Engine:
 
         Raises EdgemedError where the model reads text only or a file does not load.
         """
+        check_threads(threads)
         return plugins.load("targets", self.target).open_vision(self, threads)
 
     def check_adapter(self, adapter: str | None) -> None:

@@ -197,6 +197,31 @@ def pair(
             f"{where}: the result of '{source.model}' is not that of a source of this engine",
             "Pair an engine only with the checkpoint it was made from",
         )
+    return paired_with(engine, source, margin, alpha)
+
+
+def pair_engines(
+    engine: EvalResult, other: EvalResult, margin: float | None, alpha: float
+) -> EvalResult:
+    """An engine's result with what changed against another engine, item by item: the statistics are
+    those of `pair`, and the other engine stands in the source's place.
+
+    Raises EdgemedError where the two were not asked the same, or are the same engine.
+    """
+    if engine.model_key == other.model_key:
+        raise EdgemedError(
+            f"{engine.model} is compared with itself", "Give the directory of another engine"
+        )
+    return paired_with(engine, other, margin, alpha)
+
+
+def paired_with(
+    engine: EvalResult, source: EvalResult, margin: float | None, alpha: float
+) -> EvalResult:
+    """The engine's result with the paired statistics. Raises EdgemedError where the two results
+    were not made in the same way.
+    """
+    where = f"{engine.task} on {engine.model}"
     for key, what in (
         ("task_key", "another version, part or file of the task"),
         ("strategy", "another strategy"),
