@@ -565,10 +565,12 @@ def recipe_text(chosen: PlanChoice, model: str, device_name: str, request: Reque
         f"device: {device_name}",
     ]
     if quantize:
+        group = target.quantize_group(choice.bits)
+        grouped = "" if group is None else f" group: {group},"
         text.append("steps:")
         text.append(
-            f"  - quantize: {{method: gptq, bits: {choice.bits}, group:"
-            f" {target.quantize_group(choice.bits)}, calibration: pubmedqa-abstracts}}"
+            f"  - quantize: {{method: gptq, bits: {choice.bits},{grouped}"
+            " calibration: pubmedqa-abstracts}"
         )
     inside = ", ".join(f"{key}: {value}" for key, value in params.items())
     text += ["engines:", f"  - {choice.target}: {{{inside}}}"]

@@ -868,9 +868,11 @@ def recipe_params(device: Device) -> dict[str, Any]:
     return {}
 
 
-def quantize_group(bits: int) -> int:
-    """The group of the quantize step that a planned recipe puts before these engines."""
-    return choices.GROUP
+def quantize_group(bits: int) -> int | None:
+    """The group of the quantize step that a planned recipe puts before these engines; None for its
+    default.
+    """
+    return None
 
 
 def self_check() -> str:
