@@ -196,13 +196,17 @@ def widths_label(packings: Iterable[tuple[int, int]]) -> str:
 
 def packings_label(packings: Iterable[tuple[int, int]]) -> str:
     """(bits, group) of every matrix as a person would name it: 'int4 g128', 'int8 per column',
-    'int4/8 mixed'.
+    'int4 g64/128', 'int4/8 mixed'.
     """
     distinct = sorted(set(packings))
     if len(distinct) == 1:
         ((bits, group),) = distinct
         return f"int{bits} {'per column' if group == -1 else f'g{group}'}"
-    return f"int{'/'.join(map(str, sorted({bits for bits, _ in distinct})))} mixed"
+    widths = sorted({bits for bits, _ in distinct})
+    groups = [group for _, group in distinct]
+    if len(widths) == 1 and -1 not in groups:
+        return f"int{widths[0]} g{'/'.join(map(str, groups))}"
+    return f"int{'/'.join(map(str, widths))} mixed"
 
 
 def widened(matrix: Packed, widths: tuple[int, ...]) -> Packed:
