@@ -13,6 +13,7 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError, nearest
+from edgemed.models.config_reader import ConfigKeys
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,10 @@ class DecoderConfig:
     # sequence); the last two are read from the last token
     head: str = "lm"
     head_size: int = 0
-    # id of the token that ends a text
+    # id of the token that ends a text, the first of `stop_tokens`
     eos: int | None = None
+    # every id in config.json that ends a text
+    stop_tokens: tuple[int, ...] = ()
     # where some MLPs are mixtures of experts
     experts: ExpertsConfig | None = None
 
@@ -328,6 +331,8 @@ class Architecture:
     # (text, number of images, VisionConfig.conversation) -> the prompt of one user turn in the
     # model's own form, with one image token where each image stands
     chat: Callable[[str, int, str], str] | None = None
+    # whether it was trained on prompts with several images
+    several_images: bool = False
     # a question -> that question with the instructions a reasoning fine-tune was trained with
     reasoning: Callable[[str], str] | None = None
     # a generated text -> the letter its answer names, None where it names none
@@ -338,6 +343,9 @@ class Architecture:
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     # (config, rank, density) -> the config of the model whose experts share a matrix
     shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
+    # transformers' class of a config -> the keys that are read of it. The contract tests hold both
+    # against each other; classes that transformers lacks are left out.
+    config_keys: Mapping[str, ConfigKeys] = field(default_factory=dict)
     # name -> published true dimensions of the family's other models
     other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -364,7 +372,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Architecture:
 
     Raises EdgemedError listing the known architectures and the nearest.
     """
-    model_type = str(config.get("model_type", ""))
+    model_type = str(config.get("model_type", ""))[:80]
     families = all_families()
     for family in families.values():
         if model_type in family.model_types:

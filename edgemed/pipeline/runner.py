@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import hashing, store
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.console import say
 from edgemed.data.text_sets import IMAGES, image_questions, read_card
@@ -223,7 +224,7 @@ def run_step(
     } | module.inputs(stage.params)
     final = out or cache / f"{stage.plugin}-{short(stage, inputs)}"
     parent = (
-        json.loads((checkpoint.path / store.MANIFEST).read_text())
+        store.read_manifest(checkpoint.path)
         if (checkpoint.path / store.MANIFEST).is_file()
         else None
     )
@@ -304,7 +305,7 @@ def cached(
     with store.building(final, "result", stage, params, inputs) as work:
         if work is not None:
             store.write_json(work.path / "result.json", compute())
-    return json.loads((final / "result.json").read_text(encoding="utf-8"))
+    return read_json_object(final / "result.json", f"Remove {final} and run again")
 
 
 def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
@@ -340,7 +341,7 @@ def run_evals(
     if not spec or source.random_weights:
         return source_results
     for task in spec.tasks:
-        asked = questions(task, spec.limit)
+        asked = questions(task, spec.limit, spec.frame)
         say(
             f"eval: {task} on the source and {len(runs)} engines, {len(asked.examples)} items,"
             f" {', '.join(spec.strategies)}"
@@ -384,7 +385,9 @@ def evals_of(
             params = {"strategy": text, "settings": asdict(settings)}
             inputs = {"model": key, "task": asked.key}
             content = cached(cache, "eval", params, inputs, partial(compute, text))
-            results.append(EvalResult.from_json(content, f"the result of {name}"))
+            result = EvalResult.from_json(content, f"the result of {name}")
+            # The same file may have been called otherwise when the result was computed.
+            results.append(replace(result, file=asked.file))
     finally:
         if opened:
             opened.close()

@@ -62,7 +62,7 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.onnx.vision_graph import TOWERS, build_vision
-from edgemed.params import Doc
+from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
@@ -91,6 +91,9 @@ BUDGET_CHOICES: tuple[tuple[int, int], ...] = ()
 TABLE_ORDER = 3
 ACTIVATION_BYTES = 4
 BUILDS_ON_DEVICE = False
+# Precisions of a vision tower that are planned -> bytes per weight while it runs: it runs on ONNX
+# Runtime's CPU, which widens float16.
+PLANNED_TOWERS = {"fp32": 4.0, "int8": 1.0}
 # Bits per weight, scales included, of the formats llama.cpp's Q4_K_M mixes; rows 256 does not
 # divide get the block-of-32 ones.
 GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_K": 4.5}
@@ -189,10 +192,10 @@ class Params:
             " nearer to the source."
         ),
     ] = "nearest"
-    samples: Annotated[int, Doc("Sequences of the text of `imatrix`.")] = 32
-    length: Annotated[int, Doc("Tokens of each of these sequences.")] = 256
+    samples: Annotated[int, Range(1), Doc("Sequences of the text of `imatrix`.")] = 32
+    length: Annotated[int, Range(1), Doc("Tokens of each of these sequences.")] = 256
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     kv: Annotated[
         Literal["auto", "f32", "f16", "q8_0"],
@@ -231,10 +234,10 @@ class Params:
         ),
     ] = "same"
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
     adapters: Annotated[
         dict[str, str] | None,
@@ -327,6 +330,11 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
         return (
             "the cache of edgemed's ggml graph is f32 for an f32 file and f16 otherwise; leave"
             " kv out"
+        )
+    if params.kv == "q8_0" and d.head_dim % 32:
+        return (
+            f"a q8_0 cache has blocks of 32, and this model's heads have {d.head_dim} elements;"
+            " leave kv out"
         )
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
@@ -709,7 +717,10 @@ def write_metadata(
         else weights.decoder
     )
     if own_graph(weights.family, weights.unfolded):
-        writer.add_string(KEY, json.dumps(asdict(d)))
+        numbers = asdict(d)
+        # Where a text ends is the session's matter, not the graph's.
+        del numbers["stop_tokens"]
+        writer.add_string(KEY, json.dumps(numbers))
     metadata.describe_origin(
         writer,
         model_name(checkpoint),
@@ -839,6 +850,13 @@ def unsuitable(device: Device) -> str | None:
     return None
 
 
+def runs_on_cpu(weights: CanonicalWeights) -> str | None:
+    """Why an engine of this model runs on the CPU of a device with a GPU, or None."""
+    if own_graph(weights.family, weights.unfolded):
+        return "edgemed's own ggml graph of this model runs on the CPU, whose speed is not known"
+    return None
+
+
 def build_bytes(weights: CanonicalWeights, size: Size) -> float:
     """Memory of a build."""
     return choices.streamed_build_bytes(weights)
@@ -868,11 +886,9 @@ def recipe_params(device: Device) -> dict[str, Any]:
     return {}
 
 
-def quantize_group(bits: int) -> int | None:
-    """The group of the quantize step that a planned recipe puts before these engines; None for its
-    default.
-    """
-    return None
+def quantize_group(bits: int) -> int:
+    """The group of the quantize step that a planned recipe puts before these engines."""
+    return choices.GROUP
 
 
 def self_check() -> str:

@@ -171,10 +171,10 @@ def test_no_utils() -> None:
 # configs of any architecture.
 FORMAT_NAMES = {
     ("metadata.py", "gpt2"),
+    ("rope.py", "llama3"),
+    ("config_keys.py", "is_llama_config"),
     ("tokenizer_metadata.py", "gpt2"),
     ("tokenizer_metadata.py", "llama"),
-    ("family_helpers.py", "llama3"),
-    ("family_helpers.py", "Known: default, linear, llama3"),
     ("calibration_cards.py", "contains_phi"),
     ("import_tokenizer.py", "gpt2"),
     ("import_tokenizer.py", "llama"),
