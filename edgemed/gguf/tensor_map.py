@@ -92,13 +92,17 @@ def graph_of(family: Architecture, d: DecoderConfig) -> tuple[str, bool]:
 
 
 def parts_with_biases(weights: CanonicalWeights) -> dict[str, ParamSpec]:
-    """The parts of a checkpoint, with a bias where one is stored, whatever is usual in its
-    family.
+    """The parts of a checkpoint, with a bias where one is stored that is not all zeros (AutoGPTQ
+    writes such), whatever is usual in its family.
     """
+    checkpoint = weights.checkpoint
     parts = {}
     for name, part in weights.parts.items():
-        stored = any(f"{key}.bias" in weights.checkpoint.tensors for key in weights.keys[name])
-        parts[name] = replace(part, bias=part.bias or stored)
+        biases = [f"{key}.bias" for key in weights.keys[name]]
+        stored = part.bias or any(
+            bias in checkpoint.tensors and bool(checkpoint.read(bias).any()) for bias in biases
+        )
+        parts[name] = replace(part, bias=stored)
     return parts
 
 
