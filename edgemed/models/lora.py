@@ -172,7 +172,7 @@ def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
     folded = _folded(weights.checkpoint, where, values.get(OWN_BASE))
     torch = need("torch", "build")
     factors = {}
-    pairs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    pairs: dict[tuple[str, int], Any] = {}
     for place, pair in _pairs(weights, where, values, adapter_tensors(path)):
         if place in pairs:
             raise EdgemedError(
