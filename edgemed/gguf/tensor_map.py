@@ -83,10 +83,11 @@ def graph_of(family: Architecture, d: DecoderConfig) -> tuple[str, bool]:
     """(llama.cpp's name of the graph that computes this decoder, whether it rotates elements 2i and
     2i+1 of a head).
 
-    Some of its graphs take a head to be hidden / heads. A model with other heads is written for a
-    graph that reads their size, where its family names one.
+    Some of its graphs take a head to be hidden / heads, and rotary frequencies to be plain powers.
+    Another model is written for a graph that reads both, where its family names one.
     """
-    if family.gguf_any_head and d.q_size != d.hidden:
+    unusual = d.q_size != d.hidden or rescaled(d) is not None
+    if family.gguf_any_head and unusual:
         return family.gguf_any_head, True
     return family.gguf_arch, family.gguf_interleaved
 
