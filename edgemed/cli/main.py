@@ -183,7 +183,7 @@ def quantize(
     out: Out,
     method: str = "gptq",
     bits: int = 4,
-    group: int = 128,
+    group: int | None = None,
     calibration: str | None = None,
     budget: str | None = None,
     max_memory: str | None = None,
