@@ -407,8 +407,22 @@ def generate(
     ] = None,
     template: Annotated[
         str | None,
-        typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
+        typer.Option(
+            help=(
+                "chat, reasoning, none, or one of the model's named chat templates; default: chat"
+                " with images, none without."
+            )
+        ),
     ] = None,
+    chat_: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn: --template chat.")
+    ] = False,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            help="Put the tokens around the prompt that the model's tokenizer puts around a text."
+        ),
+    ] = True,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
@@ -422,6 +436,8 @@ def generate(
     from edgemed.api import stream
     from edgemed.inference.decoding import Sampling
 
+    if chat_ and template not in (None, "chat"):
+        raise EdgemedError(f"--chat and --template {template} differ", "Give one of them")
     words = stream(
         engine,
         prompt,
@@ -434,8 +450,9 @@ def generate(
         ),
         threads,
         image or (),
-        template,
+        "chat" if chat_ else template,
         adapter,
+        special_tokens,
     )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)

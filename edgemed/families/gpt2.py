@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import size_in
+from edgemed.models.family_helpers import first_token, size_in
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")
@@ -61,7 +61,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         tied=config.get("tie_word_embeddings", True),
         head=head,
         head_size=outputs,
-        eos=config.get("eos_token_id"),
+        eos=first_token(config.get("eos_token_id")),
     )
 
 

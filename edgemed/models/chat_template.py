@@ -37,6 +37,9 @@ TURNS = "Turns must be as the model was trained: usually user and assistant by t
 CPU_SECONDS = 5
 MEGABYTES = 512
 
+# Stands for where a begun answer goes on.
+CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+
 Message = Mapping[str, Any]
 
 
@@ -77,6 +80,29 @@ def chat_text(
     }
     source = pick_template(templates, template, str(path))
     return _RENDERER.render(source, values, str(path))
+
+
+def begun_answer_text(path: Path, messages: Sequence[Message]) -> str:
+    """Messages of which the last is the beginning of the model's own answer, up to where it goes
+    on: transformers' continue_final_message.
+
+    Raises EdgemedError as chat_text, and where the template does not write that message as it is.
+    """
+    beginning = messages[-1]["content"] if messages else None
+    if not isinstance(beginning, str):
+        raise EdgemedError("the last message has no text to go on with", "Give its content")
+    marked = [*messages[:-1], {**messages[-1], "content": beginning + CONTINUED}]
+    text = chat_text(path, marked, answered=True)
+    place = text.rfind(CONTINUED.strip())
+    if place < 0 or beginning.strip() not in text:
+        raise EdgemedError(
+            f"the chat template of {path} does not write the last message as it is",
+            "Leave the begun answer out",
+        )
+    if text[place : place + len(CONTINUED)] == CONTINUED:
+        return text[:place]
+    # The template trims its messages.
+    return text[:place].rstrip()
 
 
 def template_message(message: Message) -> dict[str, Any]:

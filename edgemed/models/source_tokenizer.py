@@ -164,4 +164,3 @@ def _check_vocabulary(path: Path, tokenizer: Any, name: str) -> None:
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0].strip() if lines else type(error).__name__)[:300]
-

@@ -35,7 +35,9 @@ WITHHELD = ("tools", "documents")  # what a template may ask for and edgemed doe
 class Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %} marks what the model wrote. The text stays."""
 
-    tags = {"generation"}
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
