@@ -43,9 +43,9 @@ ROWS = "embedding_rows"
 def open_tokenizer(path: Path, vocab: int) -> Any:
     """A tokenizers.Tokenizer for a model or engine directory.
 
-    vocab: rows of the embedding. A padding token may lie beyond them, because no text becomes it;
-    `encode` refuses a text that does all the same. Raises EdgemedError where there is no tokenizer,
-    or another entry lies beyond the embedding.
+    vocab: rows of the embedding. A special token may lie beyond them, such as one for padding;
+    `encode` refuses a text that has it. Raises EdgemedError where there is no tokenizer, or another
+    entry lies beyond the embedding.
     """
     from tokenizers import Tokenizer
 
@@ -70,18 +70,18 @@ def open_tokenizer(path: Path, vocab: int) -> Any:
 
 
 def _check_rows(path: Path, tokenizer: Any, vocab: int) -> None:
-    """Raise EdgemedError where a token other than a padding token has no row in the embedding."""
+    """Raise EdgemedError where a token that texts are made of has no row in the embedding.
+
+    A special token may have none: fine-tuning scripts add a padding token, and transformers' classes
+    the unknown token they name. No ordinary text becomes it.
+    """
     entries = tokenizer.get_vocab(with_added_tokens=True)
     highest = max(entries.values(), default=-1) + 1
     if highest <= vocab:
         return
     added = tokenizer.get_added_tokens_decoder()
-    padding = special_tokens(path).get("pad_token")
     for token, number in entries.items():
-        if number < vocab:
-            continue
-        is_special = number in added and added[number].special
-        if not (is_special and (token == padding or "pad" in token.lower())):
+        if number >= vocab and not (number in added and added[number].special):
             raise EdgemedError(
                 f"{path}: the tokenizer has {highest} entries, the embedding {vocab}: token"
                 f" {token!r} ({number}) has no row",
