@@ -228,7 +228,7 @@ class TemplateRenderer:
         answer: dict[str, str] = json.loads(line)
         if "error" in answer:
             raise EdgemedError(
-                f"the chat template of {where} does not take this conversation: {answer['error']}",
+                f"the chat template of {where} refuses this conversation: {answer['error']}",
                 TURNS,
             )
         return answer["text"]

@@ -17,7 +17,6 @@ import json
 import resource
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -132,26 +131,28 @@ def render(template: str, values: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
-    """{"text": ...} or {"error": one line} for one request {"template", "values"}."""
+class TemplateFault(Exception):
+    """What is wrong with a template, in one line."""
+
+
+def rendered(template: str, values: dict[str, Any]) -> str:
+    """The text of a template. Raises TemplateFault for whatever is wrong with it."""
     try:
-        return {"text": render(request["template"], request["values"])}
+        return render(template, values)
     except MemoryError:
-        return {"error": "it takes more memory than a template may"}
+        raise TemplateFault("it takes more memory than a template may") from None
     except RecursionError:
-        return {"error": "it is nested too deeply"}
+        raise TemplateFault("it is nested too deeply") from None
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}"}
+        raise TemplateFault(f"line {error.lineno}: {error.message}") from None
     except Exception as error:  # a template can make Python raise anything
         message = " ".join(str(error).split())[:300] or type(error).__name__
-        return {"error": message + _withheld(request["template"])}
+        raise TemplateFault(message + _withheld(template)) from None
 
 
 def _withheld(template: str) -> str:
     """What a template asks for that it was not given, as the end of a message."""
-    names: set[str] = set()
-    with suppress(Exception):
-        names = jinja2.meta.find_undeclared_variables(environment().parse(template))
+    names = jinja2.meta.find_undeclared_variables(environment().parse(template))
     missing = [name for name in WITHHELD if name in names]
     return f" (it asks for {' and '.join(missing)}, which edgemed does not give)" if missing else ""
 
@@ -174,8 +175,13 @@ def main(cpu_seconds: int, megabytes: int) -> None:
     limit(resource.RLIMIT_CORE, 0)
     for line in sys.stdin:
         limit_cpu(cpu_seconds)
+        request = json.loads(line)
+        try:
+            answer = {"text": rendered(request["template"], request["values"])}
+        except TemplateFault as fault:
+            answer = {"error": str(fault)}
         # ASCII, so that no locale stands between the two processes.
-        sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 

@@ -72,8 +72,8 @@ def open_tokenizer(path: Path, vocab: int) -> Any:
 def _check_rows(path: Path, tokenizer: Any, vocab: int) -> None:
     """Raise EdgemedError where a token that texts are made of has no row in the embedding.
 
-    A special token may have none: fine-tuning scripts add a padding token, and transformers' classes
-    the unknown token they name. No ordinary text becomes it.
+    A special token may have none: fine-tuning scripts add a padding token, and transformers'
+    classes the unknown token they name. No ordinary text becomes it.
     """
     entries = tokenizer.get_vocab(with_added_tokens=True)
     highest = max(entries.values(), default=-1) + 1
