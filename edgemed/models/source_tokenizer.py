@@ -86,9 +86,7 @@ def _read(path: Path, state: tuple[tuple[str, int, int], ...]) -> SourceTokenize
     # transformers and the tokenizers binding raise whatever a malformed file leads to; a panic of
     # the binding is no Exception.
     except BaseException as error:
-        raise EdgemedError(
-            f"{path}: transformers does not read its tokenizer: {_first_line(error)}", COPY_AGAIN
-        ) from None
+        raise _unreadable(path, error) from None
     name = type(tokenizer).__name__
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -102,6 +100,23 @@ def _read(path: Path, state: tuple[tuple[str, int, int], ...]) -> SourceTokenize
     backend.no_truncation()
     backend.no_padding()
     return SourceTokenizer(backend.to_str(), dict(tokenizer.special_tokens_map), name)
+
+
+def _unreadable(path: Path, error: BaseException) -> EdgemedError:
+    """Why transformers failed, where it is not tokenizer.json itself. Raises EdgemedError where it
+    is.
+    """
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    if file.is_file():
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as cause:  # the binding raises bare Exception for every malformed file
+            raise EdgemedError(f"{file} cannot be read: {_first_line(cause)}", COPY_AGAIN) from None
+    return EdgemedError(
+        f"{path}: transformers does not read its tokenizer: {_first_line(error)}", COPY_AGAIN
+    )
 
 
 def _check_file(file: Path) -> None:
