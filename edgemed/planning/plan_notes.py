@@ -1,10 +1,4 @@
-<<<<<<< HEAD
 """What stands under a plan: what a person must know to read it, and the recipe of its best one."""
-=======
-"""What stands under a plan: what a person must know to read it, and the recipe of its best
-engine.
-"""
->>>>>>> h-gguf
 
 from __future__ import annotations
 
