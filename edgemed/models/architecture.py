@@ -333,6 +333,9 @@ class Architecture:
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     # (config, rank, density) -> the config of the model whose experts share a matrix
     shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
+    # where transformers has no class: which vectors of the authors' own code the decoder is held
+    # against instead, for people
+    vectors: str = ""
     # name -> published true dimensions of the family's other models
     other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
