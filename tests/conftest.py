@@ -8,10 +8,13 @@ without it.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +83,10 @@ def pytest_configure() -> None:
     # Two cores, and engines bring their own threads: torch must not fight them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What the witness says of a checkpoint is kept for this run of the tests alone.
+    if "EDGEMED_CACHE" not in os.environ:
+        os.environ["EDGEMED_CACHE"] = tempfile.mkdtemp(prefix="edgemed-cache-")
+        atexit.register(shutil.rmtree, os.environ["EDGEMED_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, harness, planning, proof, provenance
+from edgemed.cli import calibration, experts, harness, planning, proof, provenance, reading
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
@@ -74,6 +74,7 @@ def root(version: Version = False) -> None:
 app.command()(planning.doctor)
 app.command()(planning.inspect)
 app.command()(planning.plan)
+app.command()(reading.witness)
 app.command()(experts.experts)
 
 
@@ -94,6 +95,7 @@ def run(
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
     from edgemed.documents.gate import GateVerdict
+    from edgemed.documents.witness import WitnessResult
     from edgemed.pipeline.recipe import read_recipe
     from edgemed.pipeline.runner import run as run_recipe
 
@@ -104,6 +106,9 @@ def run(
         show(document, True)
     else:
         show([summary(engine) for engine in document["engines"]], False)
+        if document.get("witness"):
+            result = WitnessResult.from_json(document["witness"], "the witness")
+            typer.echo(f"witness: {result.line}")
         typer.echo(f"report: {report}")
     verified = [engine["verify"] for engine in document["engines"] if engine["verify"]]
     if not all(result["passed"] for result in verified):
@@ -293,6 +298,7 @@ def export(
     from edgemed.api import export as export_engine
     from edgemed.artifacts import store
     from edgemed.console import say
+    from edgemed.verification.witness.witness import line_of
 
     if (model is None) == (random_weights is None):
         raise EdgemedError(
@@ -322,6 +328,8 @@ def export(
         "precision": engine.precision,
         "random_weights": engine.random_weights,
     }
+    if line := line_of(notes):
+        result["witness"] = line
     if engine.emulation:
         result["unbuilt"] = f"on the device run: edgemed build {engine.path}"
     show(result, json_)

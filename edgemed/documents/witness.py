@@ -64,11 +64,11 @@ class WitnessResult(Document):
 
     @property
     def line(self) -> str:
-        """The result in one line: 'witness: transformers 5.23.0, 214 comparisons, 0 differ'."""
+        """The result in one line: 'transformers 5.23.0, 214 comparisons, 0 differ'."""
         scores = "" if self.layers else "; no scores"
         if self.layers and len(self.layers) < self.depth:
             scores = f"; {len(self.layers)} of {self.depth} layers"
         return (
-            f"witness: {self.library} {self.version}, {self.comparisons} comparisons,"
+            f"{self.library} {self.version}, {self.comparisons} comparisons,"
             f" {self.differ} differ{scores}"
         )

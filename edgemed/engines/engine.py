@@ -19,6 +19,7 @@ from typing import Any, cast
 from edgemed import plugins
 from edgemed.artifacts import store
 from edgemed.console import say
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
 from edgemed.inference.session import AdapterSession, Session, VisionEncoder
@@ -135,9 +136,10 @@ def export(
     reference: Reference | None = None,
     name: str | None = None,
     adapted: Mapping[str, Reference] | None = None,
+    witness: WitnessResult | None = None,
 ) -> Engine:
     """Build one engine directory. params: the target's Params; adapted: adapter -> what the source
-    with it answers.
+    with it answers; witness: what the witness found out about the checkpoint, for the manifest.
 
     Raises EdgemedError where the target cannot carry this model, the tokenizer does not fit, or
     `out` holds something else.
@@ -209,6 +211,8 @@ def export(
                 reference.save(work.path)
             for adapter, answers in (adapted or {}).items():
                 answers.save(work.path / FOLDER / adapter)
+            if witness is not None:
+                notes["witness"] = witness.to_json()
             work.notes.update(notes)
     return open_engine(out)
 

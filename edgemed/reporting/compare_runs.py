@@ -18,6 +18,7 @@ from edgemed.artifacts.records import read_records
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import SCHEMA, EngineEntry, RunDocument, Source
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.engine import ENGINE
 from edgemed.errors import EdgemedError
 from edgemed.reporting import report
@@ -98,6 +99,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
         machine=records[-1].machine if records else None,
         source=origin(manifest, engine),
         steps=earlier_steps(manifest),
+        witness=witness_in(manifest),
         engines=tuple(entries),
         source_evals=(),
         strategies=tuple(dict.fromkeys(result.strategy for result in results)),
@@ -105,6 +107,12 @@ def engine_document(directory: Path) -> dict[str, Any]:
         not_measured=tuple(missing(engine["name"], entries[0], len(contents) - len(records))),
     )
     return document.to_json()
+
+
+def witness_in(manifest: Manifest) -> WitnessResult | None:
+    """What the witness found out about the checkpoint, None where it was not asked."""
+    content = manifest.notes.get("witness")
+    return None if content is None else WitnessResult.from_json(content, "the witness")
 
 
 def engine_entries(

@@ -154,4 +154,3 @@ def refused(what: str, reason: str) -> WitnessRow:
 def not_compared(what: str, reason: str) -> WitnessRow:
     """The row of what could not be compared."""
     return WitnessRow(what=what, comparisons=0, differ=0, note=reason)
-

@@ -92,10 +92,11 @@ def native_pixels(processor: Any, image: Any, vision: VisionConfig) -> np.ndarra
     values = np.asarray(processor(images=image, return_tensors="np")["pixel_values"], np.float32)
     if values.ndim == 2:
         return values
-    pixels = values.reshape(values.shape[-3:])
+    *_, colours, height, width = values.shape
     p = vision.patch
-    rows = pixels.shape[1] // p
-    columns = pixels.shape[2] // p
+    rows = height // p
+    columns = width // p
+    pixels = values.reshape(colours, height, width)
     cut = pixels[:, : rows * p, : columns * p].reshape(3, rows, p, columns, p)
     return cut.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
 

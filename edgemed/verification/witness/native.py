@@ -1,9 +1,10 @@
-"""A checkpoint as transformers reads it: its tokenizer, its stop tokens, its image processor and its
-model, local files only and never a checkpoint's own code.
+"""A checkpoint as transformers reads it: its tokenizer, its stop tokens, its image processor and
+its model, local files only and never a checkpoint's own code.
 
 The model need not fit into memory. It is built whole, but without numbers, and the layers that are
 not computed are passed over before transformers' own loader fills the rest. So no tensor is renamed
-and no layer renumbered: a layer that knows its own number, as GPT-2's scale by layer does, keeps it.
+and no layer renumbered: a layer that knows its own number, as GPT-2's scale by layer does, keeps
+it.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def load_native(path: Path, kind: Any, config: Any, depth: Depth) -> NativeModel
 
     # A class of the same name and module, because the loader looks renamings up by them.
     fields = {"__init__": build, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    reduced = type(kind.__name__, (kind,), fields)
+    reduced: Any = type(kind.__name__, (kind,), fields)
     model, info = reduced.from_pretrained(
         path,
         config=config,
@@ -159,7 +160,7 @@ def _passed_over(layer: Any) -> Any:
     # attributes, because models look at some of them.
     kind = type(layer)
     fields = {"forward": _unchanged, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    subclass = type(kind.__name__, (kind,), fields)
+    subclass: Any = type(kind.__name__, (kind,), fields)
     replacement = subclass.__new__(subclass)
     torch.nn.Module.__init__(replacement)
     for name, value in vars(layer).items():

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +53,8 @@ def recorded(checkpoint: Checkpoint) -> RecordedCheckpoint:
 
 def digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's numbers as float32, whatever the precision they are stored in."""
-    numbers = tensor.detach().float().contiguous().numpy()
-    return hashlib.sha256(memoryview(numbers.reshape(-1)).cast("B")).hexdigest()
+    numbers = tensor.detach().float().contiguous().reshape(-1)
+    return hashlib.sha256(numbers.view(torch.uint8).numpy()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,7 @@ def scores(
         for n in depth.text:
             layer = torch_decoder.load_layer(weights, n)
             states = [
-                (torch_decoder.block(d, layer, n, x, angles=angles), angles)
-                for x, angles in states
+                (torch_decoder.block(d, layer, n, x, angles=angles), angles) for x, angles in states
             ]
             del layer
         final, matrix, bias = torch_decoder.output_head(weights)

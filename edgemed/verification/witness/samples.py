@@ -122,7 +122,11 @@ def token_sequence(vocabulary: int, length: int, unusable: frozenset[int]) -> li
     """Token ids spread over the vocabulary, its last included. unusable: ids that mean something
     else than text, such as the place of an image.
     """
-    ids = [0, vocabulary - 1, *((7 + 1009 * n * n + 31 * n) % vocabulary for n in range(8 * length))]
+    ids = [
+        0,
+        vocabulary - 1,
+        *((7 + 1009 * n * n + 31 * n) % vocabulary for n in range(8 * length)),
+    ]
     usable = [token for token in ids if token not in unusable]
     return usable[:length]
 

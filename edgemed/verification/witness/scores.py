@@ -8,6 +8,7 @@ because it says more than a number that is off.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ LENGTH = 32  # tokens of a sequence
 FARTHEST = 1023
 # Positions whose scores are compared, in parts of a sequence.
 PLACES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+# Layers of a pattern that are all computed.
+LONGEST_PERIOD = 8
+LAYER = re.compile(r"(vision\.(?:spare\.)?)?layers\.(\d+)\.")
 # Parameters that only transformers loads and that are tried out, to see whether they do anything.
 TRIED = 16
 
@@ -56,41 +60,40 @@ def whole_depth(d: DecoderConfig, vision_layers: int) -> Depth:
 
 
 def reduced_depth(d: DecoderConfig, config: Any, vision_layers: int) -> Depth:
-    """As many first layers as the pattern of layers has a period, and the last one; at least two.
+    """As many first layers as the pattern of layers has a period, or the first layer of each kind
+    where it has none; and the last one.
 
     config: transformers' config object, whose kinds of layers count as well as edgemed's.
     """
-    types = getattr(config.get_text_config(), "layer_types", None) or [""] * d.layers
+    types = getattr(config.get_text_config(), "layer_types", None) or ()
+    if len(types) != d.layers:
+        types = ("",) * d.layers
     kinds = [(types[n], d.sparse(n)) for n in range(d.layers)]
-    period = next(
-        p for p in range(1, d.layers + 1) if all(kinds[n] == kinds[n % p] for n in range(d.layers))
-    )
-    text = sorted({*range(period), d.layers - 1})
-    vision = sorted({0, vision_layers - 1}) if vision_layers else []
-    return Depth(tuple(text), tuple(vision))
+    first = {kinds.index(kind) for kind in kinds}
+    for period in range(1, min(LONGEST_PERIOD, d.layers) + 1):
+        if all(kinds[n] == kinds[n % period] for n in range(d.layers)):
+            first |= set(range(period))
+            break
+    vision = {0, vision_layers - 1} if vision_layers else set()
+    return Depth(tuple(sorted({*first, d.layers - 1})), tuple(sorted(vision)))
 
 
 def elements(weights: CanonicalWeights, depth: Depth) -> int:
     """Numbers that both sides hold at this depth: transformers' model, and of edgemed's the tables,
     the output matrix and the largest layer.
     """
-    theirs = 0
     tables = 0
-    layers: dict[str, int] = {}
+    layers: dict[tuple[str, int], int] = {}
     for name, part in weights.parts.items():
         size = math.prod(part.shape)
-        words = name.split(".")
-        if "layers" not in words:
+        layer = LAYER.match(name)
+        if layer is None:
             tables += size
-            theirs += size
             continue
-        number = int(words[words.index("layers") + 1])
-        computed = depth.vision if words[0] == "vision" else depth.text
-        if number in computed and "spare" not in words:
-            layers[".".join(words[: words.index("layers") + 2])] = (
-                layers.get(".".join(words[: words.index("layers") + 2]), 0) + size
-            )
-    return theirs + sum(layers.values()) + tables + max(layers.values(), default=0)
+        number = int(layer[2])
+        if number in (depth.vision if layer[1] else depth.text):
+            layers[layer[1], number] = layers.get((layer[1], number), 0) + size
+    return 2 * tables + sum(layers.values()) + max(layers.values(), default=0)
 
 
 def probes_of(weights: CanonicalWeights, config: Any) -> tuple[Probe, ...]:
@@ -253,9 +256,7 @@ def tensor_row(weights: CanonicalWeights, computed: Computed) -> WitnessRow:
     tally = Tally("weights")
     digests = computed.digests
     read_by_edgemed = set(digests.values())
-    native_digests = {
-        name: reading.digest(value) for name, value in computed.model.parameters()
-    }
+    native_digests = {name: reading.digest(value) for name, value in computed.model.parameters()}
     buffers = computed.model.model.state_dict()
     native_values = set(native_digests.values())
     native_values |= {reading.digest(buffers[n]) for n in buffers if n not in native_digests}
@@ -325,9 +326,7 @@ def outside(weights: CanonicalWeights, computed: Computed, name: str) -> bool:
     return name in modules or name.rsplit(".", 1)[0] in modules
 
 
-def without_effect(
-    computed: Computed, names: Sequence[str], weights: CanonicalWeights
-) -> set[str]:
+def without_effect(computed: Computed, names: Sequence[str], weights: CanonicalWeights) -> set[str]:
     """Which of these parameters change no score: a norm behind the layer that is read, say."""
     parameters = dict(computed.model.model.named_parameters())
     idle = set()

@@ -6,6 +6,7 @@ numbers behind it can see it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def chat_row(tokens: reading.Tokens, theirs: Any) -> WitnessRow:
     for kind, turns in samples.CONVERSATIONS.items():
         messages = [{"role": role, "content": content} for role, content in turns]
         expected = rendered(theirs, messages)
-        ours, refusal = attempted(lambda messages=messages: tokens.chat(messages))
+        ours, refusal = attempted(functools.partial(tokens.chat, messages))
         if expected is None or ours is None:
             compare_refusals(tally, kind, refusal, expected is None)
             continue
@@ -141,8 +142,8 @@ def attempted(render: Callable[[], str]) -> tuple[str | None, str]:
 
 
 def compare_refusals(tally: Tally, kind: str, refusal: str, expected: bool) -> None:
-    """Count one conversation that one of the two refuses. refusal: edgemed's, '' for none; expected:
-    whether transformers refuses it.
+    """Count one conversation that one of the two refuses. refusal: edgemed's, '' for none.
+    expected: whether transformers refuses it.
     """
     if refusal and expected:
         tally.same()

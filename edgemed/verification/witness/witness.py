@@ -58,7 +58,7 @@ def witness(
     if earlier is not None:
         return earlier
     result = compared(checkpoint, memory)
-    say(result.line)
+    say(f"witness: {result.line}")
     with contextlib.suppress(EdgemedError, OSError):
         # A cache that cannot be written costs time, nothing else.
         if final.exists():
@@ -153,9 +153,7 @@ def code_digest() -> str:
     """
     package = Path(__file__).parents[2]
     files = [file for folder in CODE for file in sorted((package / folder).glob("*.py"))]
-    contents = {
-        file.relative_to(package).as_posix(): hashing.file_sha256(file) for file in files
-    }
+    contents = {file.relative_to(package).as_posix(): hashing.file_sha256(file) for file in files}
     return hashing.digest(contents)
 
 
