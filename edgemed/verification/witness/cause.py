@@ -87,7 +87,9 @@ def _native_agrees(
     path = weights.checkpoint.path
     kind = type(computed.model.model).__mro__[1]
     try:
-        config = native.changed_config(path, content)
+        config = native.changed_config(content)
+        if native.native_shapes(kind, config) != computed.model.shapes:
+            return False
         model = native.load_native(path, kind, config, depth)
         theirs = scores.native_scores(model, computed.probes, weights, computed.hidden)
     except native.REFUSALS:

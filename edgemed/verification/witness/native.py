@@ -9,8 +9,9 @@ it.
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,12 @@ class Depth:
 
 @dataclass(frozen=True)
 class NativeModel:
-    """A loaded model. whole: names of its parameters with every layer; missing: those for which it
-    has found no tensor.
+    """A loaded model. shapes: of its parameters, with every layer; missing: those for which it has
+    found no tensor.
     """
 
     model: Any
-    whole: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
     missing: frozenset[str]
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -75,19 +76,16 @@ def native_config(path: Path, config: Mapping[str, Any], family: Architecture) -
     """
     text = family.text_config(config) if family.text_config else None
     if text is not None:
-        return transformers.AutoConfig.for_model(**text)
+        return transformers.AutoConfig.for_model(**copy.deepcopy(dict(text)))
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     return transformers.AutoConfig.from_pretrained(path, **LOCAL)
 
 
-def changed_config(path: Path, content: Mapping[str, Any]) -> Any:
-    """transformers' config object for other content than config.json's; `path` is where it would
-    lie.
-    """
-    config = CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
-    config.name_or_path = str(path)
-    return config
+def changed_config(content: Mapping[str, Any]) -> Any:
+    """transformers' config object for other content than config.json's. Raises one of REFUSALS."""
+    # A copy, because config classes write into the mappings that they are given.
+    return CONFIG_MAPPING[content["model_type"]].from_dict(copy.deepcopy(dict(content)))
 
 
 def native_class(config: Any, family: Architecture, head: str) -> Any:
@@ -118,11 +116,11 @@ def load_native(path: Path, kind: Any, config: Any, depth: Depth) -> NativeModel
 
     Raises one of REFUSALS where transformers does not take them.
     """
-    names: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def build(self: Any, *args: Any, **named: Any) -> None:
         kind.__init__(self, *args, **named)
-        names.update(self.state_dict())
+        shapes.update(shapes_of(self))
         pass_layers_over(self, depth)
 
     # A class of the same name and module, because the loader looks renamings up by them.
@@ -136,7 +134,18 @@ def load_native(path: Path, kind: Any, config: Any, depth: Depth) -> NativeModel
         output_loading_info=True,
         **LOCAL,
     )
-    return NativeModel(model.eval(), frozenset(names), frozenset(info["missing_keys"]))
+    return NativeModel(model.eval(), shapes, frozenset(info["missing_keys"]))
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """name -> shape of every parameter."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def native_shapes(kind: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """The same of a model that is not made. Raises one of REFUSALS for a config that makes none."""
+    with torch.device("meta"):
+        return shapes_of(kind(config))
 
 
 def pass_layers_over(model: Any, depth: Depth) -> None:
@@ -228,8 +237,3 @@ def needs_packages(config: Mapping[str, Any]) -> str:
     """
     quantization = config.get("quantization_config") or {}
     return str(quantization.get("quant_method", "")) if isinstance(quantization, Mapping) else ""
-
-
-def extra_names(names: Collection[str], native: NativeModel) -> list[str]:
-    """Which of `names` are no parameter of the whole model."""
-    return sorted(set(names) - native.whole)

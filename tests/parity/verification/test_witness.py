@@ -512,7 +512,7 @@ def test_an_export_is_refused_and_names_the_cause(
         api.export(str(path), "onnx", out, prompts=None)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        json.dumps({"model": str(path), "targets": [{"onnx": {"precision": "fp32"}}]})
+        json.dumps({"model": str(path), "engines": [{"onnx": {"precision": "fp32"}}]})
     )
     refused(cli("run", recipe, "--work", tmp_path / "work"), "stops at token 12")
     assert not (tmp_path / "work" / "report.json").exists()
