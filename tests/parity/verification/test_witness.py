@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models.architecture import Architecture, DecoderConfig
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.weights import CanonicalWeights, Dense
-from edgemed.verification.witness import comparison, native, reading, scores, witness
+from edgemed.verification.witness import child, comparison, native, reading, scores, witness
 from edgemed.verification.witness.comparison import compare
 
 PLENTY = 1 << 30
@@ -475,17 +476,27 @@ def test_a_cache_that_cannot_be_written(
 
 @pytest.mark.process
 def test_a_large_model_is_read_in_a_process_of_its_own(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = witness.compared(open_checkpoint(model), PLENTY)
     monkeypatch.setattr(witness, "SMALL", 0)
     assert witness.compared(open_checkpoint(model), PLENTY).to_json() == here.to_json()
+
+
+def test_a_refusal_of_that_process_is_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(shutil.copytree(model, tmp_path / "model"))
-    checkpoint = open_checkpoint(path)
     (path / "tokenizer.json").write_text("{")
+    with pytest.raises(SystemExit):
+        child.main([str(path), str(PLENTY)])
+    stderr = capsys.readouterr().err
+    process = subprocess.CompletedProcess([], 1, "", f"a warning\n{stderr}")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **named: process)
+    monkeypatch.setattr(witness, "SMALL", 0)
     with pytest.raises(EdgemedError, match=r"tokenizer\.json") as refusal:
-        witness.compared(checkpoint, PLENTY)
-    assert refusal.value.fix
+        witness.compared(open_checkpoint(path), PLENTY)
+    assert refusal.value.fix == "Copy it again from the base model"
 
 
 # --- nothing is built from what is misread
