@@ -17,11 +17,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["EdgemedError", "export", "inspect", "open_engine", "run"]
+__all__ = ["EdgemedError", "export", "import_gguf", "inspect", "open_engine", "run"]
 _WHERE = {
     "inspect": "edgemed.api",
     "run": "edgemed.api",
     "export": "edgemed.api",
+    "import_gguf": "edgemed.api",
     "open_engine": "edgemed.engines.engine",
     "EdgemedError": "edgemed.errors",
 }

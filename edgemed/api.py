@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.artifacts.records import append_records
 from edgemed.benchmarking.spec import BenchSpec
+from edgemed.console import say
 from edgemed.data.text_sets import IMAGES
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.build import BuildResult
@@ -40,14 +41,29 @@ from edgemed.provenance import record
 from edgemed.verification.spec import VerifySpec
 from edgemed.verification.witness.witness import require_agreement
 from edgemed.verification.witness.witness import witness as witness_of
-from edgemed.vision.image_io import open_image
+from edgemed.vision.image_io import HOW, open_frames
 from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
-__all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream", "witness"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "build",
+    "chat",
+    "evaluate_tasks",
+    "export",
+    "import_gguf",
+    "inspect",
+    "run",
+    "stream",
+    "witness",
+]
 
 # Reference answers of a single export: few and short texts, because a large source is slow on a CPU
 # (a recipe's verify: asks for more); but all images.
 EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
+
+WITH_SOURCE = "Give a file written by edgemed eval ENGINE --source MODEL --out FILE"
 
 
 @extras_named()
@@ -61,6 +77,16 @@ def run(recipe: str | Path, work: str | Path | None = None, sets: Sequence[str] 
     return run_recipe(
         read_recipe(recipe, sets), Path(work) if work else Path("runs") / Path(recipe).stem
     )
+
+
+@extras_named()
+def import_gguf(file: str | Path, out: str | Path) -> Path:
+    """Make a checkpoint directory of a GGUF file, checked against llama.cpp's own reading of the
+    file; returns `out`. Raises EdgemedError where the file is damaged or not understood.
+    """
+    from edgemed.gguf import import_checkpoint
+
+    return import_checkpoint.import_gguf(file, Path(out)).path
 
 
 @extras_named()
@@ -205,7 +231,7 @@ def evaluate_tasks(
     settings = spec.settings()
     require_built(opened, "evaluate")
     earlier = read_results(against) if against else []
-    every = [questions(task, spec.limit) for task in spec.tasks]
+    every = [questions(task, spec.limit, spec.frame) for task in spec.tasks]
     has_vision = any(asked.has_vision for asked in every)
     model = start_engine(opened, has_vision, threads, adapter)
     manifest = store.read_manifest(opened.path)
@@ -268,19 +294,15 @@ def read_results(path: str | Path) -> list[EvalResult]:
     """The source's results in a file written by `edgemed eval --out`. Raises EdgemedError where it
     is none.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        results = [EvalResult.from_json(content) for content in document["source"]]
-        return [result for result in results if result.items is not None and result.model_key]
-    except OSError as error:
-        raise EdgemedError(
-            f"{path} cannot be read: {error.strerror}", "Give a file written by edgemed eval --out"
-        ) from None
-    except (ValueError, KeyError, TypeError, EdgemedError):
-        raise EdgemedError(
-            f"{path} holds no results of a source",
-            "Give a file written by edgemed eval ENGINE --source MODEL --out FILE",
-        ) from None
+    document = read_json_object(Path(path), "Give a file written by edgemed eval --out")
+    contents = document.get("source")
+    if not isinstance(contents, list):
+        raise EdgemedError(f"{path} holds no results of a source", WITH_SOURCE)
+    results = [
+        EvalResult.from_json(content, f"{path}: source[{number}]")
+        for number, content in enumerate(contents)
+    ]
+    return [result for result in results if result.items is not None and result.model_key]
 
 
 def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str) -> EvalResult:
@@ -309,6 +331,7 @@ def stream(
     images: Sequence[str | Path] = (),
     template: str | None = None,
     adapter: str | None = None,
+    frame: int | None = None,
 ) -> Iterator[str]:
     """Continue a text, or answer a question about images; yields pieces of text as they are
     decoded. adapter: one of the engine's, None for its base.
@@ -316,6 +339,9 @@ def stream(
     template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the
     instructions of a reasoning fine-tune) or 'none' (the text as it is); default: 'chat' where
     there are images, else 'none'.
+
+    frame: the one to take, from 0, of image files that have several; None for all of them, which a
+    model that reads one image refuses. How a DICOM file is shown is said on standard error.
     """
     opened = open_engine(engine)
     require_built(opened, "generate from")
@@ -324,11 +350,11 @@ def stream(
             f"{engine} has random weights and no tokenizer",
             "Use edgemed bench; it is good for latency and memory only",
         )
-    pictures = [open_image(image) for image in images]
-    if pictures and not opened.vision:
+    if images and not opened.vision:
         raise EdgemedError(
             f"{engine} reads text only", "Ask it without an image, or export a vision model"
         )
+    pictures = _pictures(opened, images, frame)
     text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
     vision = vision_of(opened.vision) if opened.vision else None
     tokens = prompt_tokens(opened.tokenizer(), text, vision)
@@ -342,6 +368,21 @@ def stream(
         yield from _words(opened, session, tokens, sampling, embeddings)
     finally:
         session.close()
+
+
+@extras_named()
+def _pictures(engine: Engine, images: Sequence[str | Path], frame: int | None) -> list[Image.Image]:
+    """The RGB images of files, those of several frames as `stream` says."""
+    if not images:
+        return []
+    family: Architecture = plugins.load("families", engine.family).FAMILY
+    pictures = []
+    for image in images:
+        for picture in open_frames(image, frame, family.several_images):
+            if HOW in picture.info:
+                say(f"{image}: {picture.info[HOW]}")
+            pictures.append(picture)
+    return pictures
 
 
 @extras_named()

@@ -6,6 +6,7 @@ results and --json.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -34,6 +35,12 @@ def say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """The same, and nothing where this was said before."""
+    say(text)
 
 
 def show(value: object, as_json: bool) -> None:

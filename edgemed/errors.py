@@ -22,19 +22,36 @@ EXTRAS = {
 }
 
 
+LONGEST_PART = 1200
+
+
 class EdgemedError(Exception):
     """A problem a person can put right. `fix` is the sentence that says how."""
 
     def __init__(self, problem: str, fix: str = ""):
-        self.problem = problem
-        self.fix = fix
-        super().__init__(f"{problem}. {fix}" if fix else problem)
+        self.problem = one_line(problem)
+        self.fix = one_line(fix)
+        super().__init__(f"{self.problem}. {self.fix}" if fix else self.problem)
+
+
+def one_line(text: str) -> str:
+    """A text that fits into one printable line. What ends a line, moves the cursor, turns the
+    direction of writing or cannot be encoded is escaped, and the middle of a very long text is left
+    out.
+    """
+    if not text.isprintable():
+        text = "".join(
+            sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+        )
+    if len(text) <= LONGEST_PART:
+        return text
+    return f"{text[: LONGEST_PART // 2]} ... {text[-LONGEST_PART // 2 :]}"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """'Did you mean X? Known: a, b, c' for a mistyped name."""
     names = sorted(choices)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:LONGEST_PART], names, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}Known: {', '.join(names) or 'none'}"
 

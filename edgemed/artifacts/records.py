@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgemed.artifacts.json_files import decode_json
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.document import plain
+from edgemed.documents.limited_files import read_limited
 from edgemed.errors import EdgemedError
 
 RECORDS = "records.jsonl"
+LARGEST = 64 << 20  # bytes; a record has about 1,500
 
 
 def append_records(
@@ -28,18 +31,23 @@ def append_records(
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """All records beside an engine. Raises EdgemedError naming a line that is not one, such as the
-    last before a power cut.
+    """All records beside an engine, as JSON objects. Raises EdgemedError naming a line that is not
+    one, such as the last before a power cut, and a key with a value of another type.
     """
     path = Path(directory) / RECORDS
     if not path.is_file():
         return []
+    content = read_limited(path, "Remove it and measure again", LARGEST)
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
+        if not line and not records:
+            continue  # an empty file
         try:
-            records.append(json.loads(line))
+            record = decode_json(line)
         except ValueError as error:
             raise EdgemedError(
                 f"{path} line {number} is not JSON ({error})", "Remove that line"
             ) from None
+        BenchRecord.from_json(record, f"{path} line {number}")
+        records.append(record)
     return records

@@ -18,7 +18,9 @@ from edgemed.cli import calibration, experts, harness, planning, proof, provenan
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
+    Check,
     EngineDir,
+    Frame,
     Json,
     MaxTokens,
     Model,
@@ -138,6 +140,22 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if engine["gate"]:
         row["not worse"] = engine["gate"]["verdict"]
     return row
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a whole text model.")],
+    out: Out,
+    json_: Json = False,
+) -> None:
+    """Make a checkpoint of a GGUF file, and check it against llama.cpp's own reading of the
+    file.
+    """
+    from edgemed.api import import_gguf
+    from edgemed.artifacts import store
+
+    manifest = store.read_manifest(import_gguf(file, out))
+    show({"checkpoint": str(out), **manifest["notes"]}, json_)
 
 
 @app.command(cls=ParameterCommand)
@@ -413,6 +431,7 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option(help="PNG, JPEG, TIFF or DICOM file; may be repeated.")
     ] = None,
+    frame: Frame = None,
     template: Annotated[
         str | None,
         typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
@@ -424,12 +443,16 @@ def generate(
     adapter: Adapter = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     threads: Threads = None,
+    check: Check = False,
     json_: Json = False,
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
     from edgemed.api import stream
+    from edgemed.engines.engine import open_engine
     from edgemed.inference.decoding import Sampling
 
+    if check:
+        open_engine(engine, check=True)
     words = stream(
         engine,
         prompt,
@@ -444,6 +467,7 @@ def generate(
         image or (),
         template,
         adapter,
+        frame,
     )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
@@ -461,11 +485,15 @@ def chat(
     temperature: Temperature = 0.0,
     adapter: Adapter = None,
     threads: Threads = None,
+    check: Check = False,
 ) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
+    from edgemed.engines.engine import open_engine
     from edgemed.inference.decoding import Sampling
 
+    if check:
+        open_engine(engine, check=True)
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
 
 

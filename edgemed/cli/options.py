@@ -87,9 +87,23 @@ Adapter = Annotated[
         )
     ),
 ]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check/--trust-cache",
+        help=(
+            "Read every byte of the engine; or believe the hash remembered for a file of more than"
+            " 16 MB whose inode, size and times have not changed since it was last read."
+        ),
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: physical cores.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+Frame = Annotated[
+    int | None,
+    typer.Option(min=0, help="Which frame, from 0, of image files that have several."),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")]
 
 
@@ -105,7 +119,7 @@ TopP = Annotated[float, typer.Option(callback=nucleus, help="1 switches it off."
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:
     """Parameters from options (those given) and --set key=value."""
-    from edgemed.params import parse_set
+    from edgemed.documents.yaml_files import parse_set
 
     values = {key: value for key, value in named.items() if value is not None}
     for text in sets or []:

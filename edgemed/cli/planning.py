@@ -77,12 +77,12 @@ def plan(
         str | None, typer.Argument(help="Model directory, hub id, random:NAME, or a recipe.")
     ] = None,
     device: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             autocompletion=device_names,
             help=(
                 "Device name, or a file written by `edgemed doctor --measure`; default: the"
-                " recipe's."
+                " recipe's. May be repeated: one line for each then."
             ),
         ),
     ] = None,
@@ -130,7 +130,8 @@ def plan(
         for name, table in validation().items():
             typer.echo("\n".join([name, *(wide(table) or ["none"]), ""]))
         return
-    from edgemed.planning.planner import Wishes, lines
+    from edgemed.planning.plan_text import lines, unmet
+    from edgemed.planning.planner import Wishes
 
     if model is None:
         raise EdgemedError(
@@ -146,12 +147,52 @@ def plan(
         units.size(memory, "--memory") if memory else None,
         precision,
     )
-    result = plan_for(model, device, wishes, power)
+    if device and len(device) > 1:
+        _plan_devices(model, device, wishes, power, json_)
+        return
+    result = plan_for(model, device[0] if device else None, wishes, power)
     if json_:
         show(result.to_json(), True)
-        return
-    for line in lines(result):
-        typer.echo(line)
+    else:
+        for line in lines(result):
+            typer.echo(line)
+    _exit_where_unmet([unmet(result)])
+
+
+def _plan_devices(
+    model: str, devices: list[str], wishes: Wishes, power: str | None, as_json: bool
+) -> None:
+    """Plan one model for several devices: the best engine of each, or why there is none."""
+    from edgemed.planning.plan_text import compared, unmet
+
+    plans: dict[str, Plan | str] = {}
+    for device in devices:
+        try:
+            plans[device] = plan_for(model, device, wishes, power)
+        except EdgemedError as error:
+            plans[device] = str(error)
+    if as_json:
+        documents = {
+            device: {"error": planned} if isinstance(planned, str) else planned.to_json()
+            for device, planned in plans.items()
+        }
+        show(documents, True)
+    else:
+        for line in compared(plans):
+            typer.echo(line)
+    problems = []
+    for device, planned in plans.items():
+        if isinstance(planned, str):
+            problems.append(f"{device}: {planned}")
+        else:
+            problems.append(unmet(planned))
+    _exit_where_unmet(problems)
+
+
+def _exit_where_unmet(problems: list[str]) -> None:
+    """Raise EdgemedError with the last problem where every device has one; '' is none."""
+    if all(problems):
+        raise EdgemedError(problems[-1], "Ask for less, or choose another device or model")
 
 
 def plan_for(model: str, device: str | None, wishes: Wishes, power: str | None = None) -> Plan:

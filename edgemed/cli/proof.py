@@ -19,6 +19,7 @@ from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
     EngineDir,
+    Frame,
     Json,
     Limit,
     Sets,
@@ -285,6 +286,7 @@ def eval_(
     alpha: float = 0.05,
     scoring: str = "sum",
     limit: Limit = None,
+    frame: Frame = None,
     accept_undecided: AcceptUndecided = False,
     record: Annotated[
         bool,
@@ -317,6 +319,7 @@ def eval_(
         tasks=task,
         strategies=strategy,
         limit=limit,
+        frame=frame,
         margin=margin,
         alpha=alpha,
         scoring=scoring,
@@ -362,7 +365,7 @@ def show_results(results: Iterable[EvalResult]) -> None:
         for name, score in (result.scores or {}).items():
             metrics.append(
                 {
-                    "task": result.task,
+                    "task": result.title,
                     "model": result.model,
                     "metric": name,
                     "value": score.value,
@@ -434,7 +437,7 @@ def result_row(result: EvalResult) -> dict[str, Any]:
     low, high = result.interval
     paired = result.paired
     return {
-        "task": result.task + " (synthetic)" * result.synthetic,
+        "task": result.title + " (synthetic)" * result.synthetic,
         "model": result.model,
         "strategy": result.strategy,
         "n": result.n,

@@ -30,7 +30,9 @@ PERSON = (
 )
 # kind -> pattern of what is taken for a trace of a patient
 TRACES = {
-    "e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.\w[\w.]+"),
+    # Looked for at the beginning of a run only: from each of its characters, a long run without an
+    # @ would take time by its square.
+    "e-mail address": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w[\w.]+"),
     "phone number": re.compile(
         r"(?<![\w.-])(?:\+\d{1,3}["
         r" .-]?)?(?:\(\d{3}\)\s?|\d{3}[.-])\d{3}[.-]\d{4}(?![\w-])|(?<!\w)\+\d{1,3}(?:["

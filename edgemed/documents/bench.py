@@ -6,11 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from edgemed.documents.document import LEFT_OUT, Document
+from edgemed.documents.document import AGAIN, LEFT_OUT, Document
 from edgemed.documents.machine import Count, Machine
-from edgemed.params import Doc
+from edgemed.errors import EdgemedError
+from edgemed.params import Doc, in_short
+
+# Keys of a record's `how` that are numbers.
+CONDITIONS = ("prompt", "generate", "threads", "runs", "image", "tokens", "bytes_per_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +63,17 @@ class BenchRecord(Document):
     state: Annotated[MachineState | None, LEFT_OUT] = None
     versions: Mapping[str, str]
     when: str
+
+    @classmethod
+    def from_json(cls, content: Any, where: str = "the document") -> Self:
+        """See Document. The numbers of the condition that reports sort and divide by are checked
+        too.
+        """
+        record = super().from_json(content, where)
+        for name in CONDITIONS:
+            value = record.how.get(name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, float))
+            ):
+                raise EdgemedError(f"{where}.how.{name} is {in_short(value)}, not a number", AGAIN)
+        return record

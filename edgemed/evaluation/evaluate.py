@@ -78,6 +78,7 @@ def evaluate(
         task=questions.task.name,
         language=questions.language,
         part=questions.part,
+        file=questions.file,
         synthetic=questions.synthetic,
         task_sha256=questions.sha256,
         task_key=questions.key,
@@ -234,14 +235,8 @@ def judge(
         for row in rows:
             if row.paired and (engine, row.task_key) not in seen:
                 seen.add((engine, row.task_key))
-                compared.append(((engine, title(row), row.strategy), row.paired))
+                compared.append(((engine, row.title, row.strategy), row.paired))
     return paired_statistics.gate(compared, margin, alpha) if compared else None
-
-
-def title(result: EvalResult) -> str:
-    """A task by name, and its language or part where only one was asked for."""
-    part = result.language or result.part
-    return f"{result.task}/{part}" if part else result.task
 
 
 def part_of(gate: GateVerdict | None, engine: str) -> EngineGate | None:

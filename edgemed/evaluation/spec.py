@@ -20,7 +20,12 @@ class EvalSpec(PromptSettings):
 
     tasks: Annotated[tuple[str, ...], Doc("Each NAME[/LANGUAGE][:FILE.jsonl].")]
     limit: Annotated[
-        int | None, Doc("Only the first rows, for a quick look. The result says so.")
+        int | None, Range(1), Doc("Only the first rows, for a quick look. The result says so.")
+    ] = None
+    frame: Annotated[
+        int | None,
+        Range(low=0),
+        Doc("Which frame of image files that have several. None: such a file is refused."),
     ] = None
     strategies: Annotated[
         tuple[str, ...], Doc("Prompt strategies. The gate judges the first one.")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import hashing, store
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.console import say
 from edgemed.data.text_sets import IMAGES, image_questions, read_card
@@ -41,7 +42,7 @@ from edgemed.evaluation.prompting import parse_strategy
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import Questions, questions
 from edgemed.hardware.device import machine
-from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from edgemed.models.random_weights import make_random
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.engine_run import EngineRun
@@ -80,9 +81,9 @@ def run(recipe: Recipe, work: Path) -> Path:
     Raises EdgemedError for anything a person can put right; a second call goes on from the last
     finished step.
     """
-    check_inputs(recipe)
     work = Path(work)
     cache = work / "store"
+    check_inputs(recipe, cache)
     read = witness_model(recipe, cache)
     line = run_steps(recipe, cache)
     references = engine_references(line, recipe, cache)
@@ -157,13 +158,13 @@ def document_engine(run: EngineRun, line: Line, recipe: Recipe, gate: GateVerdic
     )
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe, cache: Path) -> None:
     """Find a missing model, adapter, text set, importance or task file in the first second, not
-    after an hour of work.
+    after an hour of work. A model in a GGUF file is imported into `cache` first.
     """
     weights = None
     if not recipe.model.startswith(RANDOM):
-        weights = CanonicalWeights(open_checkpoint(recipe.model))
+        weights = CanonicalWeights(open_model(recipe.model, cache))
     for stage in recipe.steps:
         plugins.load("steps", stage.plugin).inputs(stage.params)
     for stage in recipe.engines:
@@ -204,15 +205,18 @@ def run_steps(recipe: Recipe, cache: Path) -> Line:
 
 
 def open_model(model: str, cache: Path) -> Checkpoint:
-    """A checkpoint by directory or hub id; 'random:NAME' makes one of true dimensions with random
-    weights under `cache`.
+    """A checkpoint by directory or hub id. 'random:NAME' makes one of true dimensions with random
+    weights under `cache`, and the path of a GGUF file imports it there.
     """
-    name = model.removeprefix(RANDOM)
-    return (
-        make_random(name, cache / f"random-{name}")
-        if model.startswith(RANDOM)
-        else open_checkpoint(model)
-    )
+    if model.startswith(RANDOM):
+        name = model.removeprefix(RANDOM)
+        return make_random(name, cache / f"random-{name}")
+    if is_gguf(model):
+        from edgemed.gguf.import_checkpoint import import_gguf
+
+        digest = hashing.file_sha256(Path(model))
+        return import_gguf(model, cache / f"import-{digest[:12]}")
+    return open_checkpoint(model)
 
 
 def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
@@ -234,7 +238,7 @@ def run_step(
     } | module.inputs(stage.params)
     final = out or cache / f"{stage.plugin}-{short(stage, inputs)}"
     parent = (
-        json.loads((checkpoint.path / store.MANIFEST).read_text())
+        store.read_manifest(checkpoint.path)
         if (checkpoint.path / store.MANIFEST).is_file()
         else None
     )
@@ -332,7 +336,7 @@ def cached(
     with store.building(final, "result", stage, params, inputs) as work:
         if work is not None:
             store.write_json(work.path / "result.json", compute())
-    return json.loads((final / "result.json").read_text(encoding="utf-8"))
+    return read_json_object(final / "result.json", f"Remove {final} and run again")
 
 
 def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
@@ -368,7 +372,7 @@ def run_evals(
     if not spec or source.random_weights:
         return source_results
     for task in spec.tasks:
-        asked = questions(task, spec.limit)
+        asked = questions(task, spec.limit, spec.frame)
         say(
             f"eval: {task} on the source and {len(runs)} engines, {len(asked.examples)} items,"
             f" {', '.join(spec.strategies)}"
@@ -412,7 +416,9 @@ def evals_of(
             params = {"strategy": text, "settings": asdict(settings)}
             inputs = {"model": key, "task": asked.key}
             content = cached(cache, "eval", params, inputs, partial(compute, text))
-            results.append(EvalResult.from_json(content, f"the result of {name}"))
+            result = EvalResult.from_json(content, f"the result of {name}")
+            # The same file may have been called otherwise when the result was computed.
+            results.append(replace(result, file=asked.file))
     finally:
         if opened:
             opened.close()

@@ -19,7 +19,7 @@ from edgemed.documents.bench import BenchRecord
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import SCHEMA, EngineEntry, RunDocument, Source
 from edgemed.documents.witness import WitnessResult
-from edgemed.engines.engine import ENGINE
+from edgemed.engines.engine import ENGINE, read_engine
 from edgemed.errors import EdgemedError
 from edgemed.reporting import report
 from edgemed.reporting.view_model import Run, machine_name
@@ -27,6 +27,7 @@ from edgemed.reporting.view_model import Run, machine_name
 Json = Mapping[str, Any]
 FIX = "Give directories made by edgemed run or edgemed export"
 AGAIN = "Run the recipe again"
+LARGEST = 128 << 20  # bytes of report.json, which holds every single answer
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -66,7 +67,7 @@ def read_document(directory: Path) -> Json:
         raise EdgemedError(f"{directory} is not a directory", FIX)
     file = directory / "report.json"
     if file.is_file():
-        document = read_json(file, AGAIN)
+        document = read_json(file, AGAIN, LARGEST)
         report.check(document, str(directory))
         return document
     if (directory / store.MANIFEST).is_file():
@@ -81,6 +82,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
     manifest = Manifest.from_json(store.read_manifest(directory), f"{directory}/{store.MANIFEST}")
     if manifest.kind != "engine" or not (directory / ENGINE).is_file():
         raise EdgemedError(f"{directory} is a {manifest.kind}, not a run or an engine", FIX)
+    read_engine(directory)
     engine = read_json_object(directory / ENGINE, AGAIN)
     contents = read_records(directory)
     records = [
@@ -160,7 +162,7 @@ def origin(manifest: Manifest, engine: Json) -> Source:
     """
     *_, (_, oldest) = lineage.ancestors(manifest.to_json())
     return Source(
-        path=(manifest.source or {}).get("name"),
+        path=manifest.source.name if manifest.source else None,
         family=engine["family"],
         parameters=None,
         files=lineage.read(oldest),

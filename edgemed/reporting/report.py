@@ -17,7 +17,7 @@ from typing import Any
 from edgemed import formatting
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.machine import TargetDevice
-from edgemed.documents.run import SCHEMA
+from edgemed.documents.run import SCHEMA, RunDocument
 from edgemed.errors import EdgemedError
 from edgemed.reporting import accuracy_section, charts
 from edgemed.reporting.charts import Distribution
@@ -123,7 +123,9 @@ def templates() -> Any:
 
 
 def check(document: Json, label: str = "") -> None:
-    """Raises EdgemedError for a document of another schema, or one that lacks a part."""
+    """Raises EdgemedError for a document of another schema, one that lacks a part, and one with a
+    value of another type.
+    """
     name = f"the run document of {label}" if label else "the run document"
     if not isinstance(document, Mapping) or "schema" not in document:
         raise EdgemedError(
@@ -136,6 +138,7 @@ def check(document: Json, label: str = "") -> None:
         )
     if missing := [key for key in NEEDED if key not in document]:
         raise EdgemedError(f"{name} lacks {', '.join(missing)}", "Run the recipe again")
+    RunDocument.from_json(document, name)
 
 
 def speed_charts(group: Json) -> dict[str, Any]:

@@ -356,7 +356,7 @@ def loss_headline(engines: Sequence[Json]) -> Headline | None:
     if worst >= 0:
         note = f"{len(paired)} comparisons with the source"
         return Headline("Largest loss of accuracy", "none", note)
-    note = f"{name} on {result.task}, {result.strategy}, {result.n} items"
+    note = f"{name} on {result.title}, {result.strategy}, {result.n} items"
     return Headline("Largest loss of accuracy", points(worst), note)
 
 

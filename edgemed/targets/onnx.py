@@ -51,6 +51,9 @@ BUDGET_CHOICES = ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128))
 TABLE_ORDER = 2
 ACTIVATION_BYTES = 4
 BUILDS_ON_DEVICE = False
+# Precisions of a vision tower that are planned -> bytes per weight while it runs. ONNX Runtime
+# widens float16 to float32 on a CPU, so that it saves nothing there.
+PLANNED_TOWERS = {"fp32": 4.0, "int8": 1.0}
 KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {
     "fp32": (4.0, {}),
     "int8": (1.0, {"kv": "int8", "calibration": "pubmedqa-abstracts"}),
@@ -96,7 +99,7 @@ class Params:
         Literal[1, 4], Doc("4 computes with int8 activations, 1 with float32.")
     ] = 4
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     kv: Annotated[
         Literal["auto", "int8"],
@@ -119,10 +122,10 @@ class Params:
         ),
     ] = "fp32"
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
     adapters: Annotated[
         dict[str, str] | None,
@@ -356,11 +359,12 @@ def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
         stored = sum(weight + bias for _, weight, bias in parts.values()) + tied
         return Size(4 * stored, 32, 32, tower=tower)
     bits = int(precision.removeprefix("int"))
-    total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
+    group = choices.group_of(weights)
+    total = sum(choices.integer_bits(name, part, bits, group) for name, part in parts.items())
     # A tied output matrix is held once more, at int8 with a float32 scale per 32: 9 bits.
     return Size(
         round(total / 8) + tied * 9 // 8,
-        layer_bits=bits + 32 / choices.GROUP,
+        layer_bits=bits + 32 / group,
         head_bits=9,
         tower=tower,
     )
@@ -384,13 +388,20 @@ def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int,
     for bits in (8, 4):
         total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
         size = round(total / 8) + tied_bytes
-        yield f"int{bits} g{choices.GROUP}", (size, choices.kv_cache(d, 4))
+        yield f"int{bits} g{choices.group_of(weights)}", (size, choices.kv_cache(d, 4))
 
 
 def unsuitable(device: Device) -> str | None:
     """Why these engines are not planned on a device, or None."""
     if device.compute_capability:
         return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
+    return None
+
+
+def runs_on_cpu(weights: CanonicalWeights) -> str | None:
+    """Why an engine of this model runs on the CPU of a device with a GPU, or None: `unsuitable`
+    says it of all of them.
+    """
     return None
 
 

@@ -47,12 +47,14 @@ BUDGET_CHOICES = ((4, 128), (4, 64), (4, 32), (8, -1))
 TABLE_ORDER = 1
 ACTIVATION_BYTES = 2
 BUILDS_ON_DEVICE = True
+# Precisions of a vision tower that are planned -> bytes per weight while it runs.
+PLANNED_TOWERS = {"fp16": 2.0, "int8": 1.0}
 # TensorRT holds the weights three times while it compiles (parser, plan, engine), and may use this
 # much to try kernels: a rule of thumb.
 WORKSPACE = 1e9
 KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {"fp16": (2.0, {})}
-# Bits per weight of the layer matrices, scales included.
-LAYER_BITS = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / choices.GROUP}
+# Bits per weight of the layer matrices, without the scales of int4.
+LAYER_BITS = {"fp16": 16.0, "int8": 8.0, "int4": 4.0}
 CHOICES = (
     Choice(
         "tensorrt",
@@ -116,7 +118,7 @@ class Params:
         Literal["fp16", "bf16", "fp32"], Doc("Format of the activations beside integers.")
     ] = "fp16"
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     prefill: Annotated[
         int, Range(1), Doc("Tokens per run at most; longer prompts go in parts.")
@@ -142,10 +144,10 @@ class Params:
         dict[str, str] | None, Doc("Not taken: TensorRT engines carry merged weights only.")
     ] = None
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
 
 
@@ -455,14 +457,17 @@ def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
     """The size of an engine of this precision.
 
     Embedding and output matrix are float16, and a tied one is held twice. int8 has one float32
-    scale per output (not counted: under 0.1 %), int4 a float16 scale per 128.
+    scale per output (not counted: under 0.1 %), int4 a float16 scale per group.
     """
+    layer_bits = LAYER_BITS[precision]
+    if precision == "int4":
+        layer_bits += 16 / choices.group_of(weights)
     bits = 0.0
     for name, (kind, weight, bias) in sizes(weights).items():
         if name.startswith("vision."):
             continue
         if kind == "matrix" and name.startswith("layers."):
-            per_weight = LAYER_BITS[precision]
+            per_weight = layer_bits
         elif kind in ("norm", "router"):
             per_weight = 32
         else:
@@ -470,7 +475,7 @@ def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
         bits += per_weight * weight + 32 * bias
     return Size(
         round(bits / 8) + 2 * choices.tied_head(weights),
-        layer_bits=LAYER_BITS[precision],
+        layer_bits=layer_bits,
         head_bits=16,
         tower=2 * choices.vision_parameters(weights),
     )
@@ -500,6 +505,11 @@ def profile(device: Device) -> str | None:
     for version in sorted(versions or [(11, 0)]):
         if version >= (10, 3):
             return PROFILE_OF.get(version) or ("trt11" if version >= (11, 0) else None)
+    return None
+
+
+def runs_on_cpu(weights: CanonicalWeights) -> str | None:
+    """Why an engine of this model runs on the CPU of a device with a GPU, or None."""
     return None
 
 

@@ -171,10 +171,22 @@ def test_no_utils() -> None:
 # configs of any architecture.
 FORMAT_NAMES = {
     ("metadata.py", "gpt2"),
-    ("metadata.py", "llama"),
-    ("family_helpers.py", "llama3"),
-    ("family_helpers.py", "Known: default, linear, llama3"),
+    ("rope.py", "llama3"),
+    ("config_keys.py", "is_llama_config"),
+    ("tokenizer_metadata.py", "gpt2"),
+    ("tokenizer_metadata.py", "llama"),
     ("calibration_cards.py", "contains_phi"),
+    ("import_tokenizer.py", "gpt2"),
+    ("import_tokenizer.py", "llama"),
+    ("import_tokenizer.py", "Known: gpt2 (byte-level BPE) and llama (SentencePiece BPE)"),
+    ("import_config.py", "llama3"),
+    # llama.cpp's names of splitting rules.
+    ("pre_tokenizers.py", "phi-2"),
+    ("pre_tokenizers.py", "llama-bpe"),
+    ("pre_tokenizers.py", "llama3"),
+    ("pre_tokenizers.py", "llama-v3"),
+    ("pre_tokenizers.py", "qwen2"),
+    ("pre_tokenizers.py", "stablelm2"),
 }
 
 
@@ -304,6 +316,7 @@ BUILD_ONLY = (
     "distillation/",
     "gguf/bit_allocation.py",
     "gguf/gptq.py",
+    "gguf/import_checkpoint.py",
     "models/qlora.py",
     "moe/",
     "quantization/",

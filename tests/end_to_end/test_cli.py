@@ -25,6 +25,7 @@ VERBS = {
     "plan",
     "witness",
     "run",
+    "import",
     "merge",
     "quantize",
     "distill",
