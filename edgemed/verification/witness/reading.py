@@ -18,7 +18,14 @@ from edgemed.inference.session import ImageEmbeddings, embedding_ids
 from edgemed.models import torch_decoder
 from edgemed.models.architecture import DecoderConfig
 from edgemed.models.checkpoint import Checkpoint
-from edgemed.models.tokenizer import chat_template, chat_text, encode, open_tokenizer
+from edgemed.models.special_tokens import stop_tokens
+from edgemed.models.tokenizer import (
+    chat_text,
+    chat_tokens,
+    encode_text,
+    has_chat_template,
+    open_tokenizer,
+)
 from edgemed.models.weights import CanonicalWeights
 from edgemed.verification.witness.native import Depth
 from edgemed.vision import torch_encoder
@@ -81,11 +88,11 @@ class Tokens:
 
     @property
     def has_template(self) -> bool:
-        return bool(chat_template(self.path))
+        return has_chat_template(self.path)
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text as generate reads a prompt."""
-        return encode(self.tokenizer, text)
+        return encode_text(self.tokenizer, text)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as one prompt."""
@@ -93,16 +100,17 @@ class Tokens:
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation as chat reads it."""
-        return encode(self.tokenizer, self.chat(messages))
+        return chat_tokens(self.path, self.tokenizer, messages, self.eos)
 
     def word(self, token: int) -> str:
         """A token as a person reads it."""
         return repr(self.tokenizer.id_to_token(token) or f"<{token}>")
 
 
-def stop_ids(decoder: DecoderConfig) -> set[int]:
+def stop_ids(weights: CanonicalWeights) -> set[int]:
     """Ids at which edgemed's generate stops."""
-    return set() if decoder.eos is None else {decoder.eos}
+    checkpoint = weights.checkpoint
+    return set(stop_tokens(checkpoint.path, checkpoint.config, weights.decoder.eos))
 
 
 def image_prompt(weights: CanonicalWeights, question: str) -> str:

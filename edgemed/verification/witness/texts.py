@@ -239,7 +239,7 @@ def stop_row(weights: CanonicalWeights, config: Any) -> WitnessRow:
     except native.REFUSALS as error:
         tally.differs(f"{native.LIBRARY} refuses generation_config.json: {first_line(error)}")
         return tally.row()
-    ours = reading.stop_ids(weights.decoder)
+    ours = reading.stop_ids(weights)
     for token in sorted(theirs | ours):
         if token in theirs and token in ours:
             tally.same()

@@ -346,7 +346,7 @@ def test_stop_tokens_that_are_left_out(
 ) -> None:
     path = Path(shutil.copytree(family_model("llama"), tmp_path / "model"))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 12, 40]}))
-    monkeypatch.setattr(reading, "stop_ids", lambda decoder: {256})
+    monkeypatch.setattr(reading, "stop_ids", lambda weights: {256})
     row = rows_of(compare(open_checkpoint(path), 0))["stop tokens"]
     assert (row.comparisons, row.differ) == (3, 2)
     assert row.first == ("generation_config.json: transformers stops at token 12, edgemed does not")
@@ -507,7 +507,7 @@ def test_an_export_is_refused_and_names_the_cause(
 ) -> None:
     path = Path(shutil.copytree(model, tmp_path / "model"))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 12]}))
-    monkeypatch.setattr(reading, "stop_ids", lambda decoder: {256})
+    monkeypatch.setattr(reading, "stop_ids", lambda weights: {256})
     out = tmp_path / "engine"
     done = cli("export", path, "--target", "onnx", "--out", out, "--prompts", "none")
     line = refused(
@@ -561,7 +561,7 @@ def test_a_person_asks(model: Path, verb: str) -> None:
 def test_a_difference_is_an_exit_code(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "stop_ids", lambda decoder: set())
+    monkeypatch.setattr(reading, "stop_ids", lambda weights: set())
     monkeypatch.setenv("EDGEMED_CACHE", str(tmp_path))
     done = cli("witness", model)
     assert done.returncode == 1
