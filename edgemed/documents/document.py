@@ -199,9 +199,11 @@ def read_optional(inner: Reader, value: Any, where: str) -> Any:
     return None if value is None else inner(value, where)
 
 
-def read_scalar(kind: type, limits: tuple[Range | Pattern, ...], value: Any, where: str) -> Any:
+def read_scalar(
+    kind: type, limits: tuple[Range | Pattern, ...], value: Any, where: str
+) -> Any:
     """A text, a number, true or false, within its limits."""
-    kinds = (int, float) if kind is float else (kind,)
+    kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
         raise EdgemedError(f"{where} is {in_short(value)}, not {SCALARS[kind]}", AGAIN)
     for limit in limits:

@@ -344,6 +344,9 @@ class Architecture:
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     # (config, rank, density) -> the config of the model whose experts share a matrix
     shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
+    # where transformers has no class: which vectors of the authors' own code the decoder is held
+    # against instead, for people
+    vectors: str = ""
     # transformers' class of a config -> the keys that are read of it. The contract tests hold both
     # against each other; classes that transformers lacks are left out.
     config_keys: Mapping[str, ConfigKeys] = field(default_factory=dict)
