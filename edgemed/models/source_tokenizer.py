@@ -9,6 +9,7 @@ travels as the engine's tokenizer.json.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+PROBES = ("The patient's  fever\n\n12.5 é 患者 😀", " ", "")
 COPY_AGAIN = "Copy it again from the base model"
 
 
@@ -99,7 +101,32 @@ def _read(path: Path, state: tuple[tuple[str, int, int], ...]) -> SourceTokenize
     # Truncation and padding saved by a training run would silently shorten a prompt.
     backend.no_truncation()
     backend.no_padding()
-    return SourceTokenizer(backend.to_str(), dict(tokenizer.special_tokens_map), name)
+    result = SourceTokenizer(backend.to_str(), dict(tokenizer.special_tokens_map), name)
+    _check_carried(path, tokenizer, result)
+    return result
+
+
+def _check_carried(path: Path, tokenizer: Any, result: SourceTokenizer) -> None:
+    """Raise EdgemedError where the class does more to a text than its tokenizer.json says, such as
+    with split_special_tokens: a device would give other ids.
+    """
+    from tokenizers import Tokenizer
+
+    carried = Tokenizer.from_str(result.document)
+    for text in (*PROBES, "a".join(result.special_tokens.values())):
+        try:
+            same = tokenizer(text)["input_ids"] == carried.encode(text).ids
+        except Exception as error:  # the binding raises bare Exception
+            raise EdgemedError(
+                f"{path}: the tokenizer does not take ordinary text: {_first_line(error)}",
+                COPY_AGAIN,
+            ) from None
+        if not same:
+            raise EdgemedError(
+                f"{path}: transformers' {result.name} does more to a text than a tokenizer.json"
+                " can say",
+                "Give a checkpoint with a plain tokenizer",
+            )
 
 
 def _unreadable(path: Path, error: BaseException) -> EdgemedError:
@@ -114,6 +141,12 @@ def _unreadable(path: Path, error: BaseException) -> EdgemedError:
             Tokenizer.from_file(str(file))
         except Exception as cause:  # the binding raises bare Exception for every malformed file
             raise EdgemedError(f"{file} cannot be read: {_first_line(cause)}", COPY_AGAIN) from None
+    elif list(path.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
+        return EdgemedError(
+            f"{path} has a SentencePiece model and no tokenizer.json, and transformers converts it"
+            " with the package 'sentencepiece', which is not installed",
+            "Install it with: pip install sentencepiece",
+        )
     return EdgemedError(
         f"{path}: transformers does not read its tokenizer: {_first_line(error)}", COPY_AGAIN
     )
