@@ -37,6 +37,8 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+# The largest vocabularies have a few hundred thousand entries.
+LARGEST_ID = 1 << 24
 PROBES = ("The patient's  fever\n\n12.5 é 患者 😀", " ", "")
 COPY_AGAIN = "Copy it again from the base model"
 
@@ -158,8 +160,10 @@ def _check_file(file: Path) -> None:
         document = read_json_object(file, COPY_AGAIN)
         if file.name == "tokenizer_config.json":
             _check_config(file, document)
-        if file.name == "added_tokens.json":
-            _check_added(file, document)
+        if file.name == "tokenizer.json":
+            _check_tokenizer(file, document)
+        if file.name in ("added_tokens.json", "vocab.json"):
+            _check_ids(file, document)
     elif file.suffix == ".txt":
         try:
             file.read_text(encoding="utf-8")
@@ -176,8 +180,8 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     if not isinstance(decoder, dict):
         raise EdgemedError(f"{file}: 'added_tokens_decoder' is no mapping", COPY_AGAIN)
     for number, token in decoder.items():
-        if not str(number).isdecimal():
-            raise EdgemedError(f"{file}: added token id {number!r} is no number", COPY_AGAIN)
+        if not (number.isascii() and number.isdecimal() and int(number) <= LARGEST_ID):
+            raise EdgemedError(f"{file}: added token id {number[:80]!r} is no id", COPY_AGAIN)
         if not isinstance(token, dict):
             raise EdgemedError(f"{file}: added token {number} is no mapping", COPY_AGAIN)
         _check_token(file, f"added token {number}", token)
@@ -189,10 +193,28 @@ def _check_token(file: Path, name: str, token: Any) -> None:
         raise EdgemedError(f"{file}: '{name}' is no token: {str(token)[:80]}", COPY_AGAIN)
 
 
-def _check_added(file: Path, added: Mapping[str, Any]) -> None:
-    for token, number in added.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise EdgemedError(f"{file}: token {token!r} has no id: {str(number)[:80]}", COPY_AGAIN)
+def _check_tokenizer(file: Path, document: Mapping[str, Any]) -> None:
+    """The ids of a tokenizer.json. What else is wrong in it, the tokenizers binding says."""
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        _check_ids(file, vocabulary)
+    added = document.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict):
+            _check_ids(file, {str(token.get("content")): token.get("id")})
+
+
+def _check_ids(file: Path, entries: Mapping[str, Any]) -> None:
+    """Raise EdgemedError where an id is no whole number, or so large that the binding would take
+    gigabytes for it.
+    """
+    for token, number in entries.items():
+        is_id = isinstance(number, int) and not isinstance(number, bool)
+        if not is_id or not 0 <= number <= LARGEST_ID:
+            raise EdgemedError(
+                f"{file}: token {token[:80]!r} has no id: {str(number)[:80]}", COPY_AGAIN
+            )
 
 
 def _check_vocabulary(path: Path, tokenizer: Any, name: str) -> None:
