@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
+from edgemed.artifacts.json_files import read_json_object
 from edgemed.artifacts.records import append_records
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.console import say
@@ -20,11 +20,24 @@ from edgemed.documents.build import BuildResult
 from edgemed.documents.eval_document import EvalDocument
 from edgemed.documents.evaluation import EvalResult
 from edgemed.engines import engine as engines
-from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
+from edgemed.engines.engine import Engine, check_supported, require_built
+from edgemed.engines.loaded_engine import open_engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, extras_named, nearest
-from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
-from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
+from edgemed.evaluation.evaluate import (
+    SOURCE,
+    adapter_of,
+    judge,
+    pair,
+    pair_engines,
+    source_key,
+)
+from edgemed.evaluation.opened_model import (
+    OpenedModel,
+    evaluate_opened,
+    open_source,
+    start_engine,
+)
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
 from edgemed.hardware import process_memory
@@ -39,14 +52,28 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.inspect import inspect
 from edgemed.provenance import record
 from edgemed.verification.spec import VerifySpec
-from edgemed.vision.image_io import open_image
+from edgemed.vision.image_io import HOW, open_frames
 from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
-__all__ = ["build", "chat", "evaluate_tasks", "export", "inspect", "run", "stream"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "build",
+    "chat",
+    "evaluate_tasks",
+    "export",
+    "import_gguf",
+    "inspect",
+    "run",
+    "stream",
+]
 
 # Reference answers of a single export: few and short texts, because a large source is slow on a CPU
 # (a recipe's verify: asks for more); but all images.
 EXPORT_REFERENCE = {"count": 4, "width": 64, "prompt": 32, "new": 16, "carried": 2}
+
+WITH_SOURCE = "Give a file written by edgemed eval ENGINE --source MODEL --out FILE"
 
 
 @extras_named()
@@ -60,6 +87,16 @@ def run(recipe: str | Path, work: str | Path | None = None, sets: Sequence[str] 
     return run_recipe(
         read_recipe(recipe, sets), Path(work) if work else Path("runs") / Path(recipe).stem
     )
+
+
+@extras_named()
+def import_gguf(file: str | Path, out: str | Path) -> Path:
+    """Make a checkpoint directory of a GGUF file, checked against llama.cpp's own reading of the
+    file; returns `out`. Raises EdgemedError where the file is damaged or not understood.
+    """
+    from edgemed.gguf import import_checkpoint
+
+    return import_checkpoint.import_gguf(file, Path(out)).path
 
 
 @extras_named()
@@ -159,7 +196,7 @@ def usual_bench(engine: Engine) -> BenchSpec:
 
 @extras_named()
 def evaluate_tasks(
-    engine: str | Path,
+    engine: str | Path | Engine,
     spec: EvalSpec,
     source: str | None = None,
     against: str | Path | None = None,
@@ -169,9 +206,10 @@ def evaluate_tasks(
     """Evaluate an engine on tasks, and pair it item by item with its float32 source.
 
     source: the checkpoint, evaluated too (needs torch); against: a file of results of the source,
-    written by --out where it was evaluated. adapter: one of the engine's, with which the source is
-    then evaluated as well (from the PEFT directory it was exported from). Raises EdgemedError where
-    results do not belong together.
+    written by --out where it was evaluated, or the directory of another engine, such as the one in
+    service, which is evaluated too and stands in the source's place. adapter: one of the engine's,
+    with which the source is then evaluated as well (from the PEFT directory it was exported from).
+    Raises EdgemedError where results do not belong together.
     """
     if source and against:
         raise EdgemedError(
@@ -181,8 +219,8 @@ def evaluate_tasks(
     opened = open_engine(engine, check=True)
     settings = spec.settings()
     require_built(opened, "evaluate")
-    earlier = read_results(against) if against else []
-    every = [questions(task, spec.limit) for task in spec.tasks]
+    in_service, earlier = _compared_with(against)
+    every = [questions(task, spec.limit, spec.frame) for task in spec.tasks]
     has_vision = any(asked.has_vision for asked in every)
     model = start_engine(opened, has_vision, threads, adapter)
     manifest = store.read_manifest(opened.path)
@@ -194,34 +232,85 @@ def evaluate_tasks(
         adapter_files = adapter_of(manifest, adapter)
         name = f"{name}+{adapter}"
         key = source_key({"engine": key} | adapter_files)
-    source_model = None
-    base_key = ""
+    other: ComparedModel | None = None
     if source:
         checkpoint = open_checkpoint(source)
         exported = _exported(opened, adapter, adapter_files)
-        source_model = open_source(checkpoint, has_vision, adapter=exported)
-        base_key = source_key(checkpoint.hashes() | adapter_files)
+        other = ComparedModel(
+            model=open_source(checkpoint, has_vision, adapter=exported),
+            name=SOURCE,
+            key=source_key(checkpoint.hashes() | adapter_files),
+            is_engine=False,
+        )
+    elif in_service:
+        other = _engine_in_service(in_service, opened.name, has_vision, threads)
     bases = []
     results = []
     try:
         for asked in every:
             for text in spec.strategies:
                 base = None
-                if source_model:
-                    base = evaluate_opened(source_model, asked, SOURCE, base_key, text, settings)
+                if other:
+                    base = evaluate_opened(
+                        other.model, asked, other.name, other.key, text, settings
+                    )
                 result = evaluate_opened(model, asked, name, key, text, settings)
-                if against:
+                if earlier:
                     base = same_question(earlier, result, str(against))
                 if base:
                     bases.append(base)
-                    result = pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    result = (
+                        pair_engines(result, base, spec.margin, spec.alpha)
+                        if in_service
+                        else pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    )
                 results.append(result)
     finally:
         model.close()
+        if other and other.is_engine:
+            other.model.close()
     gate = None
     if spec.margin is not None:
         gate = judge({name: results}, spec.margin, spec.alpha)
     return EvalDocument(source=tuple(bases), engine=tuple(results), gate=gate)
+
+
+def _compared_with(against: str | Path | None) -> tuple[Path | None, list[EvalResult]]:
+    """(directory of another engine, earlier results), of which `against` is one."""
+    if against is None:
+        return None, []
+    if Path(against).is_dir():
+        return Path(against), []
+    return None, read_results(against)
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """What an engine is compared with, opened: its source, or another engine. name, key: as model
+    and model_key of its results.
+    """
+
+    model: OpenedModel
+    name: str
+    key: str
+    is_engine: bool
+
+
+def _engine_in_service(
+    directory: Path, candidate: str, has_vision: bool, threads: int | None
+) -> ComparedModel:
+    """Another engine, opened as the one to compare with. candidate: the name of the engine that may
+    take its place.
+    """
+    engine = open_engine(directory, check=True)
+    require_built(engine, "evaluate")
+    name = engine.name if engine.name != candidate else f"{engine.name} (in service)"
+    return ComparedModel(
+        model=start_engine(engine, has_vision, threads),
+        name=name,
+        key=engine.key,
+        is_engine=True,
+    )
 
 
 def _exported(
@@ -245,19 +334,15 @@ def read_results(path: str | Path) -> list[EvalResult]:
     """The source's results in a file written by `edgemed eval --out`. Raises EdgemedError where it
     is none.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        results = [EvalResult.from_json(content) for content in document["source"]]
-        return [result for result in results if result.items is not None and result.model_key]
-    except OSError as error:
-        raise EdgemedError(
-            f"{path} cannot be read: {error.strerror}", "Give a file written by edgemed eval --out"
-        ) from None
-    except (ValueError, KeyError, TypeError, EdgemedError):
-        raise EdgemedError(
-            f"{path} holds no results of a source",
-            "Give a file written by edgemed eval ENGINE --source MODEL --out FILE",
-        ) from None
+    document = read_json_object(Path(path), "Give a file written by edgemed eval --out")
+    contents = document.get("source")
+    if not isinstance(contents, list):
+        raise EdgemedError(f"{path} holds no results of a source", WITH_SOURCE)
+    results = [
+        EvalResult.from_json(content, f"{path}: source[{number}]")
+        for number, content in enumerate(contents)
+    ]
+    return [result for result in results if result.items is not None and result.model_key]
 
 
 def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str) -> EvalResult:
@@ -278,34 +363,48 @@ def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str)
     return alike[0]
 
 
+@dataclass(frozen=True)
+class PromptForm:
+    """How a person's text and image files become the prompt.
+
+    template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the
+    instructions of a reasoning fine-tune), 'none' (the text as it is) or one of the model's named
+    chat templates; None: 'chat' where there are images, else 'none'. add_special_tokens: False
+    leaves the tokens out that the tokenizer puts around a text. frame: the one to take, from 0, of
+    image files that have several; None for all of them, which a model that reads one image refuses.
+    """
+
+    template: str | None = None
+    add_special_tokens: bool = True
+    frame: int | None = None
+
+
 def stream(
-    engine: str | Path,
+    engine: str | Path | Engine,
     prompt: str,
     sampling: Sampling,
     threads: int | None = None,
     images: Sequence[str | Path] = (),
-    template: str | None = None,
+    form: PromptForm | None = None,
     adapter: str | None = None,
-    add_special_tokens: bool = True,
 ) -> Iterator[str]:
     """Continue a text, or answer a question about images; yields pieces of text as they are
-    decoded. adapter: one of the engine's, None for its base.
+    decoded. adapter: one of the engine's, None for its base. form: None for the defaults.
 
-    template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the
-    instructions of a reasoning fine-tune), 'none' (the text as it is) or one of the model's named
-    chat templates; default: 'chat' where there are images, else 'none'. add_special_tokens: False
-    leaves the tokens out that the tokenizer puts around a text.
+    How a DICOM file is shown is said on standard error. Raises EdgemedError for everything a person
+    can put right.
     """
+    form = form or PromptForm()
     opened = open_engine(engine)
     require_built(opened, "generate from")
     _require_tokenizer(opened)
-    pictures = [open_image(image) for image in images]
-    if pictures and not opened.vision:
+    if images and not opened.vision:
         raise EdgemedError(
             f"{engine} reads text only", "Ask it without an image, or export a vision model"
         )
-    name = template or ("chat" if pictures else "none")
-    tokens = prompt_ids(opened, prompt, len(pictures), name, add_special_tokens)
+    pictures = _pictures(opened, images, form.frame)
+    name = form.template or ("chat" if pictures else "none")
+    tokens = prompt_ids(opened, prompt, len(pictures), name, form.add_special_tokens)
     if not tokens:
         raise EdgemedError(
             "the prompt is empty, and this model's tokenizer puts no token before a text",
@@ -369,6 +468,21 @@ def _eos_token(engine: Engine, tokenizer: Any) -> str:
     """The text of the end token, for engines that do not carry its name."""
     token: str | None = None if engine.eos is None else tokenizer.id_to_token(engine.eos)
     return token or ""
+
+
+@extras_named()
+def _pictures(engine: Engine, images: Sequence[str | Path], frame: int | None) -> list[Image.Image]:
+    """The RGB images of files, those of several frames as `stream` says."""
+    if not images:
+        return []
+    family: Architecture = plugins.load("families", engine.family).FAMILY
+    pictures = []
+    for image in images:
+        for picture in open_frames(image, frame, family.several_images):
+            if HOW in picture.info:
+                say(f"{image}: {picture.info[HOW]}")
+            pictures.append(picture)
+    return pictures
 
 
 @extras_named()
@@ -480,3 +594,30 @@ def _ask() -> str:
         raise EdgemedError(
             "what was typed is not UTF-8", "Set the terminal to UTF-8, or convert the input"
         ) from None
+
+
+def answer(
+    engine: str | Path | Engine,
+    messages: Sequence[Mapping[str, str]],
+    sampling: Sampling,
+    threads: int | None = None,
+    adapter: str | None = None,
+) -> Iterator[str]:
+    """The engine's answer to a conversation, [{"role": ..., "content": ...}, ...]; yields pieces of
+    text as they are decoded. Raises EdgemedError for messages without a role or content.
+    """
+    opened = open_engine(engine)
+    require_built(opened, "talk to")
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise EdgemedError(
+            "a conversation is a list of messages with 'role' and 'content'",
+            'For example [{"role": "user", "content": "What is anemia?"}]',
+        )
+    turns = [dict(message) for message in messages]
+    tokenizer = opened.tokenizer()
+    tokens = chat_tokens(opened.path, tokenizer, turns, _eos_token(opened, tokenizer))
+    session = opened.open(threads, adapter)
+    try:
+        yield from _words(opened, session, tokens, sampling)
+    finally:
+        session.close()

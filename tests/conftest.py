@@ -77,6 +77,8 @@ settings.load_profile("stable")
 
 
 def pytest_configure() -> None:
+    # Hashes of large files are remembered here and not in the home of whoever runs the tests.
+    os.environ.setdefault("EDGEMED_CACHE", str(ROOT / "build" / "cache"))
     # Two cores, and engines bring their own threads: torch must not fight them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"

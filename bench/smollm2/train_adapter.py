@@ -17,14 +17,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ANSWERS = ("yes", "no", "maybe")
 SEED = 20240601
 RANK = 16
-EPOCHS = 4
+EPOCHS = 3
 BATCH = 8
 RATE = 4e-4
+# The lower half of the 30 layers stays as it is: that halves the work of the backward pass.
+LAYERS = list(range(15, 30))
 # Of every ten training questions one chooses the epoch.
 VALIDATION_SHARE = 10
 
@@ -95,14 +98,32 @@ def accuracy(predicted: list[str], questions: list[dict]) -> float:
     return sum(answer == row["answer"] for answer, row in pairs) / len(questions)
 
 
+@torch.no_grad()
+def validation_loss(model, tokenizer, questions: list[dict]) -> float:
+    """Mean over the questions, in nats."""
+    model.eval()
+    losses = []
+    for row in questions:
+        ids, labels = batch(tokenizer, [row])
+        losses.append(answer_loss(model, ids, labels).item())
+    return sum(losses) / len(losses)
+
+
+def store_as_float16(out: Path) -> None:
+    """Halves the file; the products of the factors keep 11 bits, of which int4 keeps 4."""
+    file = out / "adapter_model.safetensors"
+    tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def train(model, tokenizer, questions: list[dict], validation: list[dict], out: Path) -> None:
-    """Saves the adapter of the epoch that answers most of the validation questions."""
+    """Saves the adapter of the epoch with the lowest loss on the validation questions."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     steps = EPOCHS * -(-len(questions) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     order = random.Random(SEED)
-    best = -1.0
+    best = float("inf")
     language_model = model.get_base_model()
     for epoch in range(EPOCHS):
         model.train()
@@ -118,14 +139,15 @@ def train(model, tokenizer, questions: list[dict], validation: list[dict], out: 
             optimizer.zero_grad()
             schedule.step()
             total += loss.item() * len(ids)
+        loss = validation_loss(language_model, tokenizer, validation)
         score = accuracy(predictions(language_model, tokenizer, validation), validation)
         print(
-            f"epoch {epoch + 1}: loss {total / len(questions):.4f}, validation {score:.4f},"
-            f" {time.perf_counter() - began:.0f} s",
+            f"epoch {epoch + 1}: loss {total / len(questions):.4f}, validation loss {loss:.4f},"
+            f" accuracy {score:.4f}, {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        if score > best:
-            best = score
+        if loss < best:
+            best = loss
             model.save_pretrained(out)
 
 
@@ -156,10 +178,12 @@ def main() -> None:
             "up_proj",
             "down_proj",
         ],
+        layers_to_transform=LAYERS,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
     train(adapted, tokenizer, training[cut:], training[:cut], options.out)
+    store_as_float16(options.out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from edgemed import plugins
 from edgemed.cli.options import Json, Model, device_names
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+from edgemed.params import Range
 
 if TYPE_CHECKING:
     from edgemed.documents.plan import Plan
@@ -77,33 +78,34 @@ def plan(
         str | None, typer.Argument(help="Model directory, hub id, random:NAME, or a recipe.")
     ] = None,
     device: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             autocompletion=device_names,
             help=(
                 "Device name, or a file written by `edgemed doctor --measure`; default: the"
-                " recipe's."
+                " recipe's. May be repeated: one line for each then."
             ),
         ),
     ] = None,
     ttft: Annotated[
         str | None, typer.Option(help="Time to the first token at most, such as 1s or 800ms.")
     ] = None,
-    tps: Annotated[float | None, typer.Option(min=0, help="Tokens per second at least.")] = None,
+    tps: Annotated[float | None, typer.Option(help="Tokens per second at least."), Range(0)] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory at most while running, such as 6GB or 6GiB.")
     ] = None,
     prompt: Annotated[
         int | None,
         typer.Option(
-            min=1,
             help="Prompt length in tokens, without images; default: 512, or half the context.",
         ),
+        Range(1, 100_000_000),
     ] = None,
-    images: Annotated[int, typer.Option(min=0, help="Images in the prompt.")] = 0,
+    images: Annotated[int, typer.Option(help="Images in the prompt."), Range(0, 10_000)] = 0,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens the KV cache holds; default: two sizes are planned."),
+        typer.Option(help="Tokens the KV cache holds; default: two sizes are planned."),
+        Range(1, 100_000_000),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Only this precision.")] = None,
     power: Annotated[
@@ -130,7 +132,8 @@ def plan(
         for name, table in validation().items():
             typer.echo("\n".join([name, *(wide(table) or ["none"]), ""]))
         return
-    from edgemed.planning.planner import Wishes, lines
+    from edgemed.planning.plan_text import lines, unmet
+    from edgemed.planning.planner import Wishes
 
     if model is None:
         raise EdgemedError(
@@ -146,12 +149,52 @@ def plan(
         units.size(memory, "--memory") if memory else None,
         precision,
     )
-    result = plan_for(model, device, wishes, power)
+    if device and len(device) > 1:
+        _plan_devices(model, device, wishes, power, json_)
+        return
+    result = plan_for(model, device[0] if device else None, wishes, power)
     if json_:
         show(result.to_json(), True)
-        return
-    for line in lines(result):
-        typer.echo(line)
+    else:
+        for line in lines(result):
+            typer.echo(line)
+    _exit_where_unmet([unmet(result)])
+
+
+def _plan_devices(
+    model: str, devices: list[str], wishes: Wishes, power: str | None, as_json: bool
+) -> None:
+    """Plan one model for several devices: the best engine of each, or why there is none."""
+    from edgemed.planning.plan_text import compared, unmet
+
+    plans: dict[str, Plan | str] = {}
+    for device in devices:
+        try:
+            plans[device] = plan_for(model, device, wishes, power)
+        except EdgemedError as error:
+            plans[device] = str(error)
+    if as_json:
+        documents = {
+            device: {"error": planned} if isinstance(planned, str) else planned.to_json()
+            for device, planned in plans.items()
+        }
+        show(documents, True)
+    else:
+        for line in compared(plans):
+            typer.echo(line)
+    problems = []
+    for device, planned in plans.items():
+        if isinstance(planned, str):
+            problems.append(f"{device}: {planned}")
+        else:
+            problems.append(unmet(planned))
+    _exit_where_unmet(problems)
+
+
+def _exit_where_unmet(problems: list[str]) -> None:
+    """Raise EdgemedError with the last problem where every device has one; '' is none."""
+    if all(problems):
+        raise EdgemedError(problems[-1], "Ask for less, or choose another device or model")
 
 
 def plan_for(model: str, device: str | None, wishes: Wishes, power: str | None = None) -> Plan:

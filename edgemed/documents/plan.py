@@ -20,6 +20,7 @@ class PlanChoice(Document):
     precision: str
     kv: Annotated[str, Doc("precision of the KV cache")]
     context: Annotated[int, Doc("tokens")]
+    tower: Annotated[str, Doc("precision of the vision tower; empty without one")]
     weights_mb: float
     kv_cache_mb: float
     activations_mb: float

@@ -112,7 +112,7 @@ def parse_strategy(text: str) -> Strategy:
     strategy = Strategy(text)
     for part in text.split("/"):
         name, _, number = part.rpartition("-")
-        count = int(number) if re.fullmatch(r"[1-9]\d*", number) else 0
+        count = int(number) if re.fullmatch(r"[1-9]\d{0,3}", number) else 0
         if part == "zero-shot" and text == part:
             continue
         first_votes = count > 1 and strategy.votes == 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgemed.artifacts import hashing, store
-from edgemed.console import say
+from edgemed.console import plain_text, say
 from edgemed.data.text_sets import IMAGES, image_questions, read_card, texts
 from edgemed.engines.engine import check_supported, pixels_of
 from edgemed.engines.image_reference import ImageReference, make_image_reference
@@ -51,8 +51,8 @@ def reference_for(
 
 
 def announce(what: str, adapter: AdapterPath | None, reused: bool, final: Path) -> None:
-    whose = f" with {adapter[0]}" if adapter else ""
-    say(f"{what}{whose}: {'reused' if reused else 'running'} [dim]{final}[/dim]")
+    whose = f" with {plain_text(adapter[0])}" if adapter else ""
+    say(f"{what}{whose}: {'reused' if reused else 'running'} [dim]{plain_text(final)}[/dim]")
 
 
 def adapted_references(

@@ -8,7 +8,7 @@ their form is defined here, and what several targets' sizes have in common.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +18,9 @@ from edgemed.models.parameter_count import SPARE, sizes
 from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.roofline import Storage
 
-# Inputs per scale of the integers that are planned for.
-GROUP = 128
+# Inputs per scale of the integers that are planned for: the first that divides the model's rows.
+GROUPS = (128, 64, 32)
+GROUP = GROUPS[0]
 # What a build holds beside the largest matrix in float32: the resident size of edgemed's own
 # records (export of 2.6 billion weights within 0.77 GB).
 BUILD = 450e6
@@ -89,17 +90,31 @@ def kv_cache(d: DecoderConfig, element_bytes: int) -> int:
     return d.cache_elements(d.context) * element_bytes
 
 
-def integer_bits(name: str, part: tuple[str, int, int], bits: int) -> float:
+def group_of(weights: CanonicalWeights) -> int:
+    """The largest of GROUPS that divides the rows of every layer matrix; the smallest where none
+    does, which a target then refuses.
+    """
+    d = weights.unfolded
+    rows = [d.hidden, d.ffn, d.q_size]
+    if d.experts:
+        rows.append(d.experts.ffn)
+    for group in GROUPS:
+        if not any(row % group for row in rows):
+            return group
+    return GROUPS[-1]
+
+
+def integer_bits(name: str, part: tuple[str, int, int], bits: int, group: int = GROUP) -> float:
     """Bits of one canonical part (kind, weights, biases) in an engine with integer layers.
 
-    Layer matrices have one float32 scale per GROUP inputs, the output matrix is int8 with one per
+    Layer matrices have one float32 scale per `group` inputs, the output matrix is int8 with one per
     32. The few rows of a classification head and a vision tower stay float32, and so do biases.
     """
     kind, weight, bias = part
     if kind != "matrix":
         per_weight = AROUND_INTEGERS[kind]
     elif name.startswith("layers."):
-        per_weight = bits + 32 / GROUP
+        per_weight = bits + 32 / group
     elif name == "lm_head":
         per_weight = 8 + 32 / 32
     else:
@@ -132,3 +147,17 @@ def streamed_build_bytes(weights: CanonicalWeights) -> float:
     """Memory of a build that holds one matrix at a time in float32."""
     largest = max(weight for _, weight, _ in sizes(weights).values())
     return BUILD + 4 * largest
+
+
+def params_of(choice: Choice, weights: CanonicalWeights) -> Mapping[str, Any]:
+    """The target's parameters for this checkpoint: one that holds integers already is carried as it
+    is. Where the usual group does not divide the model's rows, a smaller one is said.
+    """
+    if weights.quantization and choice.bits == weights.quantization["bits"]:
+        return {}
+    group = group_of(weights)
+    target = plugins.load("targets", choice.target)
+    grouped = choice.bits and "group" in {field.name for field in fields(target.Params)}
+    if grouped and group != GROUP and (choice.bits == 4 or target.quantize_group(choice.bits) > 0):
+        return {**choice.params, "group": group}
+    return choice.params

@@ -193,7 +193,9 @@ def _gpu(device: Device, mode: PowerMode, runtime: str, known: Constants) -> Pla
         rates["weight_only"] = min(rates["weight_only"], rates["fp16"])
     # The runtime that most published rows are of has no constant: the others are relative to it.
     relative = getattr(known, runtime, 1.0)
-    cycle = 1e-6 / clock
+    # What a layer costs besides its matrices is the work of small kernels, which the processors
+    # that are on share: twice as many at two thirds of the clock are not slower.
+    cycle = 1e-6 / (clock * mode.gpu_share)
     # Blackwell has kernels that scan in chunks; before it every token of a recurrent layer waits
     # for the last.
     scan = 0.0 if float(device.compute_capability) >= 10 else known.scan_cycles * cycle

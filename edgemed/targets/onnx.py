@@ -28,7 +28,13 @@ from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
-from edgemed.quantization.grids import Ints, packings_label, widths_label
+from edgemed.quantization.grids import (
+    Ints,
+    dense_packings,
+    group_refused,
+    packings_label,
+    widths_label,
+)
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -51,6 +57,9 @@ BUDGET_CHOICES = ((2, 32), (4, 128), (4, 64), (4, 32), (8, 128))
 TABLE_ORDER = 2
 ACTIVATION_BYTES = 4
 BUILDS_ON_DEVICE = False
+# Precisions of a vision tower that are planned -> bytes per weight while it runs. ONNX Runtime
+# widens float16 to float32 on a CPU, so that it saves nothing there.
+PLANNED_TOWERS = {"fp32": 4.0, "int8": 1.0}
 KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {
     "fp32": (4.0, {}),
     "int8": (1.0, {"kv": "int8", "calibration": "pubmedqa-abstracts"}),
@@ -90,13 +99,17 @@ class Params:
         ),
     ] = "auto"
     group: Annotated[
-        Literal[32, 64, 128], Doc("Inputs per scale where edgemed itself quantizes.")
-    ] = 128
+        Literal[32, 64, 128] | None,
+        Doc(
+            "Inputs per scale where edgemed itself quantizes. Where none is given, the largest of"
+            " 128, 64 and 32 that divides a matrix' rows."
+        ),
+    ] = None
     accuracy_level: Annotated[
         Literal[1, 4], Doc("4 computes with int8 activations, 1 with float32.")
     ] = 4
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     kv: Annotated[
         Literal["auto", "int8"],
@@ -119,10 +132,10 @@ class Params:
         ),
     ] = "fp32"
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
     adapters: Annotated[
         dict[str, str] | None,
@@ -241,12 +254,7 @@ def _shapes_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     grouped = bits_of(weights, params) and params.precision != "w8a8" and not weights.packings()
-    if grouped and (d.hidden % params.group or d.ffn % params.group):
-        return (
-            f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
-            " or 64"
-        )
-    return None
+    return group_refused(weights, params.group) if grouped else None
 
 
 def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
@@ -284,7 +292,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     if precision.integers:
         label = "w8a8"
     elif bits:
-        label = packings_label(weights.packings() or {(bits, params.group)})
+        label = packings_label(weights.packings() or dense_packings(weights, bits, params.group))
     else:
         label = {"float32": "fp32", "float16": "fp16"}[floats]
     notes: dict[str, Any] = {
@@ -356,11 +364,12 @@ def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
         stored = sum(weight + bias for _, weight, bias in parts.values()) + tied
         return Size(4 * stored, 32, 32, tower=tower)
     bits = int(precision.removeprefix("int"))
-    total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
+    group = choices.group_of(weights)
+    total = sum(choices.integer_bits(name, part, bits, group) for name, part in parts.items())
     # A tied output matrix is held once more, at int8 with a float32 scale per 32: 9 bits.
     return Size(
         round(total / 8) + tied * 9 // 8,
-        layer_bits=bits + 32 / choices.GROUP,
+        layer_bits=bits + 32 / group,
         head_bits=9,
         tower=tower,
     )
@@ -384,13 +393,20 @@ def inspected_sizes(weights: CanonicalWeights) -> Iterator[tuple[str, tuple[int,
     for bits in (8, 4):
         total = sum(choices.integer_bits(name, part, bits) for name, part in parts.items())
         size = round(total / 8) + tied_bytes
-        yield f"int{bits} g{choices.GROUP}", (size, choices.kv_cache(d, 4))
+        yield f"int{bits} g{choices.group_of(weights)}", (size, choices.kv_cache(d, 4))
 
 
 def unsuitable(device: Device) -> str | None:
     """Why these engines are not planned on a device, or None."""
     if device.compute_capability:
         return "ONNX engines run on the CPU, which is not planned on a device with a GPU"
+    return None
+
+
+def runs_on_cpu(weights: CanonicalWeights) -> str | None:
+    """Why an engine of this model runs on the CPU of a device with a GPU, or None: `unsuitable`
+    says it of all of them.
+    """
     return None
 
 

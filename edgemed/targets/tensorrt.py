@@ -22,7 +22,12 @@ from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
-from edgemed.quantization.grids import packings_label, widths_label
+from edgemed.quantization.grids import (
+    dense_packings,
+    group_refused,
+    packings_label,
+    widths_label,
+)
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -47,12 +52,14 @@ BUDGET_CHOICES = ((4, 128), (4, 64), (4, 32), (8, -1))
 TABLE_ORDER = 1
 ACTIVATION_BYTES = 2
 BUILDS_ON_DEVICE = True
+# Precisions of a vision tower that are planned -> bytes per weight while it runs.
+PLANNED_TOWERS = {"fp16": 2.0, "int8": 1.0}
 # TensorRT holds the weights three times while it compiles (parser, plan, engine), and may use this
 # much to try kernels: a rule of thumb.
 WORKSPACE = 1e9
 KV_FORMATS: dict[str, tuple[float, dict[str, Any]]] = {"fp16": (2.0, {})}
-# Bits per weight of the layer matrices, scales included.
-LAYER_BITS = {"fp16": 16.0, "int8": 8.0, "int4": 4 + 16 / choices.GROUP}
+# Bits per weight of the layer matrices, without the scales of int4.
+LAYER_BITS = {"fp16": 16.0, "int8": 8.0, "int4": 4.0}
 CHOICES = (
     Choice(
         "tensorrt",
@@ -111,12 +118,18 @@ class Params:
             " scales that checkpoint holds."
         ),
     ] = "auto"
-    group: Annotated[Literal[32, 64, 128], Doc("Inputs per scale of int4.")] = 128
+    group: Annotated[
+        Literal[32, 64, 128] | None,
+        Doc(
+            "Inputs per scale of int4. Where none is given, the largest of 128, 64 and 32 that"
+            " divides a matrix' rows."
+        ),
+    ] = None
     activations: Annotated[
         Literal["fp16", "bf16", "fp32"], Doc("Format of the activations beside integers.")
     ] = "fp16"
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     prefill: Annotated[
         int, Range(1), Doc("Tokens per run at most; longer prompts go in parts.")
@@ -142,10 +155,10 @@ class Params:
         dict[str, str] | None, Doc("Not taken: TensorRT engines carry merged weights only.")
     ] = None
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
 
 
@@ -202,7 +215,6 @@ def _sizes_refused(weights: CanonicalWeights, params: Params) -> str | None:
 
 def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
     """Why the integers that a checkpoint holds, or the ones asked for, cannot be had."""
-    d = weights.decoder
     bits = bits_of(weights, params)
     stored = sorted(weights.packings())
     if not bits:
@@ -220,12 +232,7 @@ def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if stored:
         return _packings_refused(weights, stored)
-    if bits == 4 and (d.hidden % params.group or d.ffn % params.group):
-        return (
-            f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
-            " or 64"
-        )
-    return None
+    return group_refused(weights, params.group) if bits == 4 else None
 
 
 def _packings_refused(weights: CanonicalWeights, stored: list[tuple[int, int]]) -> str | None:
@@ -350,7 +357,9 @@ def _precision(weights: CanonicalWeights, params: Params, chosen: str) -> str:
     bits = bits_of(weights, params)
     if not bits:
         return chosen
-    packings = weights.packings() or {(bits, -1 if bits == 8 else params.group)}
+    packings = weights.packings() or dense_packings(
+        weights, bits, -1 if bits == 8 else params.group
+    )
     if params.precision == "w8a8":
         integers = "w8a8"
     elif packings == {(8, -1)}:
@@ -455,14 +464,17 @@ def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
     """The size of an engine of this precision.
 
     Embedding and output matrix are float16, and a tied one is held twice. int8 has one float32
-    scale per output (not counted: under 0.1 %), int4 a float16 scale per 128.
+    scale per output (not counted: under 0.1 %), int4 a float16 scale per group.
     """
+    layer_bits = LAYER_BITS[precision]
+    if precision == "int4":
+        layer_bits += 16 / choices.group_of(weights)
     bits = 0.0
     for name, (kind, weight, bias) in sizes(weights).items():
         if name.startswith("vision."):
             continue
         if kind == "matrix" and name.startswith("layers."):
-            per_weight = LAYER_BITS[precision]
+            per_weight = layer_bits
         elif kind in ("norm", "router"):
             per_weight = 32
         else:
@@ -470,7 +482,7 @@ def engine_bytes(weights: CanonicalWeights, precision: str) -> Size:
         bits += per_weight * weight + 32 * bias
     return Size(
         round(bits / 8) + 2 * choices.tied_head(weights),
-        layer_bits=LAYER_BITS[precision],
+        layer_bits=layer_bits,
         head_bits=16,
         tower=2 * choices.vision_parameters(weights),
     )
@@ -500,6 +512,11 @@ def profile(device: Device) -> str | None:
     for version in sorted(versions or [(11, 0)]):
         if version >= (10, 3):
             return PROFILE_OF.get(version) or ("trt11" if version >= (11, 0) else None)
+    return None
+
+
+def runs_on_cpu(weights: CanonicalWeights) -> str | None:
+    """Why an engine of this model runs on the CPU of a device with a GPU, or None."""
     return None
 
 

@@ -244,6 +244,7 @@ def test_target_module(name: str) -> None:
         ("engine_bytes", ["weights", "precision"]),
         ("inspected_sizes", ["weights"]),
         ("unsuitable", ["device"]),
+        ("runs_on_cpu", ["weights"]),
         ("build_bytes", ["weights", "size"]),
         ("tower_elsewhere", ["device"]),
         ("plan_notes", ["device"]),
@@ -265,6 +266,8 @@ def test_target_has_what_the_page_says(name: str) -> None:
             assert list(inspect.signature(value).parameters) == parameters.split(", "), fact
     assert {choice.target for choice in module.CHOICES} <= {name}
     known = {parameter.name for parameter in strict.described(module.Params)}
+    tower = next(each for each in strict.described(module.Params) if each.name == "tower")
+    assert next(iter(module.PLANNED_TOWERS)) == tower.default
     for choice in module.CHOICES:
         assert set(choice.params) <= known
         assert choice.kv

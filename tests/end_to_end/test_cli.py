@@ -24,6 +24,7 @@ VERBS = {
     "inspect",
     "plan",
     "run",
+    "import",
     "merge",
     "quantize",
     "distill",

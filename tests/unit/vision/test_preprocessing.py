@@ -121,7 +121,8 @@ def test_every_kind_of_file_becomes_rgb(tmp_path: Path) -> None:
         assert open_image(saved(tmp_path, name, colour)).size == (30, 20)
     assert open_image(saved(tmp_path, "cmyk.jpg", colour.convert("CMYK"))).mode == "RGB"
     clear = open_image(saved(tmp_path, "clear.png", Image.new("RGBA", (4, 4), (255, 0, 0, 0))))
-    assert clear.getpixel((0, 0)) == (255, 255, 255)  # transparent shows the white behind it
+    # As transformers' load_image: transparency is dropped.
+    assert clear.getpixel((0, 0)) == (255, 0, 0)
     ramp = Image.fromarray(np.linspace(1000, 3000, 256).astype(np.uint16).reshape(16, 16))
     grey = np.asarray(open_image(saved(tmp_path, "deep.png", ramp)))
     assert (grey.min(), grey.max()) == (0, 255)
