@@ -7,13 +7,13 @@ believed: sizes, order and lengths must fit the file before a tensor is read.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgemed.artifacts.json_files import decode_json
 from edgemed.errors import EdgemedError
 from edgemed.models.tensor_entry import (
     ITEM_BYTES,
@@ -105,10 +105,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
             f"{file} cannot be read: {error.strerror}", "Check its permissions"
         ) from None
     try:
-        header = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _damaged(file, f"its header is no JSON: {reason}") from None
+        header = decode_json(content)
+    except ValueError as error:
+        raise _damaged(file, f"its header is no JSON: {error}") from None
     if not isinstance(header, dict):
         raise _damaged(file, "its header is no JSON object")
     words = header.get(METADATA)
@@ -117,15 +116,6 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     ):
         raise _damaged(file, f"{METADATA} is not a mapping of texts")
     return header, 8 + length, size
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in mapping if names.count(name) > 1)
-        raise ValueError(f"'{one_line(twice)}' stands twice in it")
-    return mapping
 
 
 def _entry(file: Path, name: str, info: Any, start: int) -> Entry:
