@@ -20,7 +20,7 @@ from edgemed.models.tensor_entry import (
     Entry,
     element_count,
     is_size,
-    one_line,
+    shortened,
     read_entry,
 )
 
@@ -60,7 +60,7 @@ def safetensors_entries(file: Path) -> dict[str, Entry]:
         try:
             entries[name] = _entry(file, name, info, start)
         except ValueError as error:
-            raise _damaged(file, f"tensor '{one_line(name)}': {error}") from None
+            raise _damaged(file, f"tensor '{shortened(name)}': {error}") from None
     _check_layout(file, entries, start, size)
     _check_written(file, size)
     return entries
@@ -126,14 +126,14 @@ def _entry(file: Path, name: str, info: Any, start: int) -> Entry:
     shape = info.get("shape")
     offsets = info.get("data_offsets")
     if not isinstance(dtype, str):
-        raise ValueError(f"its dtype is {one_line(dtype)}")
+        raise ValueError(f"its dtype is {shortened(dtype)}")
     if not isinstance(shape, list) or not all(is_size(axis) for axis in shape):
-        raise ValueError(f"its shape is {one_line(shape)}")
+        raise ValueError(f"its shape is {shortened(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
-        raise ValueError(f"its data_offsets are {one_line(offsets)}")
+        raise ValueError(f"its data_offsets are {shortened(offsets)}")
     if dtype not in DTYPES:
         raise EdgemedError(
-            f"{file}: tensor '{one_line(name)}' has the dtype {one_line(dtype)}, which edgemed"
+            f"{file}: tensor '{shortened(name)}' has the dtype {shortened(dtype)}, which edgemed"
             " does not read",
             "Convert it to F32, F16 or BF16",
         )
@@ -141,7 +141,7 @@ def _entry(file: Path, name: str, info: Any, start: int) -> Entry:
     needed = element_count(tuple(shape)) * ITEM_BYTES[DTYPES[dtype]]
     if end - begin != needed:
         raise ValueError(
-            f"{dtype} of shape {one_line(shape)} is {needed} bytes, its data_offsets hold"
+            f"{dtype} of shape {shortened(shape)} is {needed} bytes, its data_offsets hold"
             f" {end - begin}"
         )
     return Entry(
@@ -159,7 +159,7 @@ def _check_layout(file: Path, entries: dict[str, Entry], start: int, size: int) 
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != position:
             kind = "overlaps the one before it" if entry.offset < position else "follows a gap"
-            raise _damaged(file, f"tensor '{one_line(name)}' {kind}")
+            raise _damaged(file, f"tensor '{shortened(name)}' {kind}")
         position += entry.nbytes
     if position > size:
         raise EdgemedError(
