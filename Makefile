@@ -3,6 +3,7 @@
 #   make test         set up, make the torch-free device environment too, run all tests on WORKERS processes (each takes up to 2 GB)
 #   make test-fast    the tests that answer in three minutes, for the developer's loop
 #   make coverage     the same, and how many lines of edgemed they run
+#   make fuzz         every kind of document that comes from outside, changed at random: FUZZ times the cases of CI, other ones each time
 #   make lint         format, lint and types, as CI checks them; make format writes what can be written
 #   make docs         write the generated pages; make site builds docs/ into site/ and checks its links
 # Finished set-up steps are remembered by stamp files, so a second make does nothing. PYTHON=python3.12 chooses another Python.
@@ -18,7 +19,7 @@ SOURCES := pyproject.toml $(shell find edgemed calibration recipes -type f -not 
 # What takes longer than a developer waits for.
 FAST := not slow and not kill and not disk_full and not browser and not process and not gpu
 
-.PHONY: setup quickstart test test-fast coverage lint format docs site check clean
+.PHONY: setup quickstart test test-fast fuzz coverage lint format docs site check clean
 
 setup: .venv/.ready
 
@@ -71,6 +72,11 @@ test: setup .venv-device/.ready
 
 test-fast: setup
 	@.venv/bin/python -m pytest -p no:cacheprovider --numprocesses $(WORKERS) -m "$(FAST)" $(ARGS)
+
+# A failure prints the line that repeats it (@reproduce_failure).
+FUZZ ?= 20
+fuzz: setup
+	@EDGEMED_FUZZ=$(FUZZ) .venv/bin/python -m pytest -p no:cacheprovider --numprocesses $(WORKERS) --timeout 7200 tests/faults/test_fuzz.py $(ARGS)
 
 # Tracing costs two thirds more time, so the fast tests alone are counted.
 coverage: setup

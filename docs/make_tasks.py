@@ -41,7 +41,7 @@ ROWS = """
 - `options` may be a list, and `answer` an index from 0.
 - `language` is needed only where a task knows several and none is asked for.
 - `subject` and `country` become the subgroups of the accuracy table.
-- pubmedqa has `contexts` (a list of paragraphs) and the answers yes, no and maybe. section has `passage`.
+- pubmedqa has `contexts` (a list of paragraphs) and the answers yes, no and maybe. pubmedqa_conclusion has `long_answer` in place of `contexts`. section has `passage`.
 - Files are UTF-8. A byte-order mark is skipped.
 
 Refused, with the row's number:

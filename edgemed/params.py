@@ -9,9 +9,10 @@ and the tables in docs are all made from there.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgemed.errors import EdgemedError, nearest
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+# Directories are named by it, so it must not lead out of them.
+NAME = re.compile(r"\w[\w.+-]{0,99}")
+CONTAINERS = (tuple, list, dict, Mapping)
+LONGEST_SHOWN = 80  # characters of a value in a message
+LARGEST_NUMBER = 1.7e308  # the largest float; NaN compares as false
+UNWRITABLE = re.compile("[\\x00\\ud800-\\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +59,22 @@ class Range:
 
     def __str__(self) -> str:
         if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
+            return f"{self.low:.10g} to {self.high:.10g}"
         parts = [
             (self.low, "at least"),
             (self.above, "above"),
             (self.high, "at most"),
             (self.below, "below"),
         ]
-        return ", ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)
+        return ", ".join(f"{word} {bound:.10g}" for bound, word in parts if bound is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class NonEmpty:
+    """Marks a list that must have an entry."""
+
+    def __str__(self) -> str:
+        return "at least one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +108,9 @@ def described(cls: type) -> list[Parameter]:
                 name=field.name,
                 kind=_in_words(hint),
                 default=None if required else _default_text(value),
-                range=", ".join(str(extra) for extra in extras if isinstance(extra, Range)),
+                range=", ".join(
+                    str(extra) for extra in extras if isinstance(extra, (Range, NonEmpty))
+                ),
                 doc=" ".join(extra.text for extra in extras if isinstance(extra, Doc)),
             )
         )
@@ -123,11 +140,17 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     Raises EdgemedError for an unknown key, a missing key, a value of the wrong type or a number
     outside of its field's range.
     """
+    if values is not None and not isinstance(values, Mapping):
+        raise EdgemedError(
+            f"{where}: {in_short(values)} is not a mapping", "Write it as {key: value}"
+        )
     values = dict(values or {})
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise EdgemedError(f"{where}: unknown key '{key}'", nearest(str(key), fields))
+            raise EdgemedError(
+                f"{where}: unknown key '{in_short(key, str)}'", nearest(in_short(key, str), fields)
+            )
     hints = typing.get_type_hints(cls, include_extras=True)
     ready = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     for name, field in fields.items():
@@ -142,12 +165,36 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     return cls(**ready)
 
 
+def in_short(value: Any, text: Callable[[Any], str] = repr) -> str:
+    """A value as a message names it. text: repr or str."""
+    try:
+        words = text(value)
+    except (ValueError, RecursionError):
+        # a number of more digits than Python writes, or a list within itself
+        return f"this {type(value).__name__}"
+    return words if len(words) <= LONGEST_SHOWN else f"{words[:LONGEST_SHOWN]} ..."
+
+
+def check_name(name: Any, where: str) -> str:
+    """The name of an engine or adapter. Raises EdgemedError for what is no plain name of a
+    directory.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise EdgemedError(
+            f"{where}: {in_short(name)} is no name",
+            "Take letters, digits and any of . _ + - (not first), 100 characters at most",
+        )
+    return name
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     hint, extras = _bare(hint)
     value = _typed(hint, value, where)
     for extra in extras:
         if isinstance(extra, Range) and value is not None and not extra.holds(value):
             raise EdgemedError(f"{where}: {value} is out of range", f"Give a number {extra}")
+        if isinstance(extra, NonEmpty) and not value:
+            raise EdgemedError(f"{where}: the list is empty", "Give at least one")
     return value
 
 
@@ -160,31 +207,52 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
-        if value in args:
+        if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         raise EdgemedError(
-            f"{where}: '{value}' is not a known value", nearest(str(value), map(str, args))
+            f"{where}: '{in_short(value, str)}' is not a known value",
+            nearest(in_short(value, str), map(str, args)),
         )
+    if origin in CONTAINERS:
+        return _container(hint, value, where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, where)
+    if hint is typing.Any or _is_scalar(hint, value):
+        return float(value) if hint is float else value
+    raise EdgemedError(f"{where}: {in_short(value)} is not a {_in_words(hint)}", "")
+
+
+def _container(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise EdgemedError(
+                f"{where}: {in_short(value)} is not a list of {len(args)} values", ""
+            )
         return tuple(_convert(args[0], item, where) for item in items)
     if origin is list and isinstance(value, list):
         return [_convert(args[0], item, where) for item in value]
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(hint, value, where)
-    if origin is dict:
-        if isinstance(value, Mapping):
-            return {
-                _convert(args[0], key, where): _convert(args[1], item, f"{where}.{key}")
-                for key, item in value.items()
-            }
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif hint is typing.Any or (
-        origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    ):
-        return value
-    raise EdgemedError(f"{where}: {value!r} is not a {_in_words(hint)}", "")
+    if origin is not list and isinstance(value, Mapping):
+        return {
+            _convert(args[0], key, where): _convert(args[1], item, f"{where}.{in_short(key, str)}")
+            for key, item in value.items()
+        }
+    raise EdgemedError(f"{where}: {in_short(value)} is not a {_in_words(hint)}", "")
+
+
+def _is_scalar(hint: Any, value: Any) -> bool:
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER
+    if hint is int:
+        return isinstance(value, int) and abs(value) <= LARGEST_NUMBER
+    if hint is str:
+        # No file name and no document can hold the others.
+        return isinstance(value, str) and not UNWRITABLE.search(value)
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def _in_words(hint: Any) -> str:
@@ -202,21 +270,6 @@ def _in_words(hint: Any) -> str:
         return "value among " + ", ".join(map(str, args))
     if typing.get_origin(hint) is tuple:
         return f"list of {_in_words(args[0])}"
-    if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
+    if typing.get_origin(hint) in (dict, Mapping) or dataclasses.is_dataclass(hint):
         return "mapping"
     return names.get(hint) or (_in_words(args[0]) if args else str(hint))
-
-
-def parse_set(text: str) -> tuple[list[str], Any]:
-    """'quantize.bits=8' -> (['quantize', 'bits'], 8); values are read as YAML scalars."""
-    import yaml
-
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise EdgemedError(
-            f"--set {text}: not of the form key.key=value", "For example: --set quantize.bits=8"
-        )
-    try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise EdgemedError(f"--set {text}: the value is not valid YAML ({error})") from None

@@ -28,12 +28,10 @@ META = "meta_moe."
 
 
 def write(path: Path, name: str, seed: int = 0, **changes: object) -> Path:
-    return write_model(
-        path,
-        family=name,
-        seed=seed,
-        **{"num_hidden_layers": LAYERS, "num_key_value_heads": 2, **changes},
-    )
+    numbers: dict[str, object] = {"num_hidden_layers": LAYERS}
+    if name != "moe-llava-qwen":  # Qwen (1) has as many of them as heads
+        numbers["num_key_value_heads"] = 2
+    return write_model(path, family=name, seed=seed, **{**numbers, **changes})
 
 
 def one_mlp(tensors: dict[str, torch.Tensor], at: str, x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """One table of what quantization costs: edgemed's methods and the field's tools on the same
 checkpoint, calibration text and evaluation code.
 
-The model is the quickstart's with its adapter merged. Every contender becomes a plain float32
-checkpoint again (its integers expanded), so that the same decoder computes all scores: KL
+The model is the quickstart's with its adapter merged, or --model's. Every contender becomes a plain
+float32 checkpoint again (its integers expanded), so that the same decoder computes all scores: KL
 divergence from the source on the validation split of texts that nobody calibrated on, and the
 section task, paired item by item. Activations stay float32, so this compares weights, not kernels.
 Peers run in environments of their own:
@@ -48,6 +48,7 @@ WINDOW = 256
 MOST = 48
 # One thread each: on a shared machine two threads wait for each other more than they compute.
 THREADS = "1"
+TASK = "section"
 TEXT = ["--calibration", CARD, "--set", f"samples={SAMPLES}", "--set", f"length={LENGTH}"]
 GGUF = [
     "--prompts",
@@ -128,8 +129,12 @@ CONTENDERS: dict[str, list[str] | tuple[str, str, list[str]]] = {
     "gptq g128, correction": ours("gptq", "group=128", "clip=false"),
     "gptq g128": ours("gptq", "group=128"),
     "gptq g128, act_order": ours("gptq", "group=128", "act_order=true"),
+    "rtn g64": ours("rtn", "group=64"),
     "gptq g64": ours("gptq", "group=64"),
+    "gptq g64, act_order": ours("gptq", "group=64", "act_order=true"),
+    "gptq g64, 256 x 512": ours("gptq", "group=64", "samples=256", "length=512"),
     "gptq g32": ours("gptq", "group=32"),
+    "gptq g32, act_order": ours("gptq", "group=32", "act_order=true"),
     "bnb nf4": ["quantize", "{model}", "--out", "{out}", "--method", "bnb-nf4"],
     "bnb int8": ["quantize", "{model}", "--out", "{out}", "--method", "bnb-int8"],
     "gptq 3 bit g128": ours("gptq", "bits=3", "group=128"),
@@ -414,8 +419,8 @@ def weights_of(path: Path, source: Path) -> Any:
     return weights
 
 
-def held_out(model: Path) -> dict[str, np.ndarray]:
-    """card -> windows int64 [n, WINDOW] of its validation split, at most MOST."""
+def held_out(model: Path, most: int) -> dict[str, np.ndarray]:
+    """card -> windows int64 [n, WINDOW] of its validation split, at most `most`."""
     from edgemed.data.text_sets import texts
     from edgemed.models.tokenizer import encode, open_tokenizer
 
@@ -426,7 +431,7 @@ def held_out(model: Path) -> dict[str, np.ndarray]:
             token for text in texts(card, "heldout") for token in encode(tokenizer, text + "\n")
         ]
         found[card] = np.array(
-            [stream[i * WINDOW : (i + 1) * WINDOW] for i in range(min(MOST, len(stream) // WINDOW))]
+            [stream[i * WINDOW : (i + 1) * WINDOW] for i in range(min(most, len(stream) // WINDOW))]
         )
     return found
 
@@ -455,13 +460,15 @@ def evaluated(
     windows: dict[str, np.ndarray],
     sources: dict[str, list[np.ndarray]],
     base: EvalResult | None,
+    task: str,
 ) -> tuple[dict[str, Any], EvalResult]:
-    """({'kl', 'kl_windows', 'section', ...}, the section task's result)."""
+    """({'kl', 'kl_windows', 'accuracy', ...}, the task's result)."""
     from edgemed.evaluation import paired_statistics
     from edgemed.evaluation.evaluate import items_in
     from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened
     from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
+    from edgemed.models.special_tokens import stop_tokens
     from edgemed.models.tokenizer import open_tokenizer
     from edgemed.models.torch_decoder import TorchSession
 
@@ -475,14 +482,18 @@ def evaluated(
         facts["kl_windows"][card] = kl
         facts["kl"][card] = float(np.mean(kl)) if kl else 0.0
     result = evaluate_opened(
-        OpenedModel(session, open_tokenizer(model, weights.decoder.vocab), weights.decoder.eos),
-        questions("section"),
+        OpenedModel(
+            session,
+            open_tokenizer(model, weights.decoder.vocab),
+            frozenset(stop_tokens(model, weights.checkpoint.config, weights.decoder.eos)),
+        ),
+        questions(task),
         name,
         name,
         "zero-shot",
         PromptSettings(),
     )
-    facts["section"] = result.accuracy
+    facts["accuracy"] = result.accuracy
     if base:
         paired = paired_statistics.paired(items_in(base), items_in(result), 0.03, 0.05).to_json()
         facts["paired"] = {
@@ -519,9 +530,9 @@ def paired_kl(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, float
     )
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]], task: str) -> str:
     head = (
-        "| | layer bpw | MB | KL abstracts | KL sections | KL answers | section | lost / gained |"
+        f"| | layer bpw | MB | KL abstracts | KL sections | KL answers | {task} | lost / gained |"
         " CPU s | peak MB |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [head]
@@ -529,7 +540,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         kl = " | ".join(f"{1000 * row['kl'][card]:.3f}" for card in HELD_OUT)
         lines.append(
             f"| {name} | {row['layer_bpw']:.2f} | {row['bytes'] / 1e6:.2f} | {kl} |"
-            f" {row['section']:.3f} | {row['paired']['only_source']} /"
+            f" {row['accuracy']:.3f} | {row['paired']['only_source']} /"
             f" {row['paired']['only_engine']} | {row['cpu_seconds']:.0f} |"
             f" {row['peak_memory_bytes'] / 1e6:.0f} |"
         )
@@ -542,12 +553,16 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--model", type=Path, help="checkpoint (default: the quickstart's, merged)")
+    parser.add_argument("--title", default="quickstart, adapter merged", help="for the record")
+    parser.add_argument("--task", default=TASK, help="a task of edgemed eval")
+    parser.add_argument("--windows", type=int, default=MOST, help="of each card, at most")
     parser.add_argument("--record", action="store_true", help="append to bench/results")
     args = parser.parse_args()
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
-    model = source_model(args.work)
-    windows = held_out(model)
+    model = args.model.resolve() if args.model else source_model(args.work)
+    windows = held_out(model, args.windows)
     rows = {}
     from edgemed.models.checkpoint import open_checkpoint
     from edgemed.models.torch_decoder import TorchSession
@@ -558,13 +573,14 @@ def main() -> None:
     }
     session = TorchSession(CanonicalWeights(open_checkpoint(model)), resident=True)
     sources = {card: list(scores(session, w)) for card, w in windows.items()}
-    _, base = evaluated("source", model, model, windows, sources, None)
+    _, base = evaluated("source", model, model, windows, sources, None, args.task)
     for name, found in made.items():
         file = args.work / f"{name}.evaluated.json"
         if not file.is_file():
-            file.write_text(
-                json.dumps(evaluated(name, Path(found["path"]), model, windows, sources, base)[0])
+            facts, _ = evaluated(
+                name, Path(found["path"]), model, windows, sources, base, args.task
             )
+            file.write_text(json.dumps(facts))
         rows[name] = {
             **found,
             **peer_facts(Path(found["path"])),
@@ -577,7 +593,7 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-    print(table(rows))
+    print(table(rows, args.task))
     if args.record:
         against = {
             f"{a} - {b}": paired_kl(rows[a], rows[b]) for a, b in PAIRS if a in rows and b in rows
@@ -589,12 +605,13 @@ def main() -> None:
         save(
             "quality",
             {
-                "model": "quickstart, adapter merged",
+                "model": args.title,
+                "task": args.task,
                 "calibration": CARD,
                 "samples": SAMPLES,
                 "length": LENGTH,
                 "held_out_windows": {c: len(w) for c, w in windows.items()},
-                "source_section": base.accuracy,
+                "source_accuracy": base.accuracy,
                 "rows": kept,
                 "kl_difference_with_95_percent_interval": against,
             },

@@ -367,6 +367,33 @@ def pubmedqa(data: Path) -> list[Row]:
     ]
 
 
+def pubmedqa_conclusion(data: Path) -> list[Row]:
+    path = "text_qa/pubmedqa_pqal.jsonl"
+    rows = {"train": [], "test": []}
+    for row in read(data / path):
+        question = {key: row[key] for key in ("id", "question", "long_answer", "answer")}
+        rows[row["split"]].append(question)
+    facts = {
+        "source": (
+            "PubMedQA PQA-L, Jin et al., EMNLP 2019 (github.com/pubmedqa/pubmedqa, commit"
+            " 1cbae8e92f72)"
+        ),
+        "url": "https://github.com/pubmedqa/pubmedqa",
+        "split": "test (the official 500)",
+        "changes": "all 500, shuffled; the fields id, question, long_answer, answer only",
+        "shots_from": "the official train split, 20 seeded random rows",
+    }
+    save(
+        "pubmedqa_conclusion",
+        mixed(rows["test"], "pubmedqa_conclusion"),
+        mixed(rows["train"], "pubmedqa_conclusion shots")[:20],
+        facts,
+        data,
+        [(path, len(rows["test"]))],
+    )
+    return rows["test"]
+
+
 def section() -> None:
     """The train passages that the quickstart's calibration set holds: they are in the project
     already, with their labels.
@@ -406,7 +433,15 @@ def main() -> None:
     arguments = parser.parse_args()
     whole = {
         make.__name__: make(arguments.data)
-        for make in (medqa, medmcqa, mmlu_medical, headqa, worldmedqa, pubmedqa)
+        for make in (
+            medqa,
+            medmcqa,
+            mmlu_medical,
+            headqa,
+            worldmedqa,
+            pubmedqa,
+            pubmedqa_conclusion,
+        )
     }
     section()
     image_samples.cells(arguments.data)

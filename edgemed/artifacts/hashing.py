@@ -24,11 +24,12 @@ def digest(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file; remembered within the process while size and modification time stay the
-    same.
+    """sha256 of a file; remembered within the process while inode, size and times of the last
+    change stay the same.
     """
     status = os.stat(path)
-    return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    changed = (status.st_mtime_ns, status.st_ctime_ns)
+    return _sha256(str(path), status.st_size, changed, status.st_ino)
 
 
 def clear_hash_cache() -> None:
@@ -39,6 +40,6 @@ def clear_hash_cache() -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _sha256(path: str, size: int, modified: int, inode: int) -> str:
+def _sha256(path: str, size: int, changed: tuple[int, int], inode: int) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

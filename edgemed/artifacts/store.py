@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -162,7 +162,7 @@ def building(
         except OSError as error:
             if error.errno in FULL:
                 raise _disk_full(final) from None
-            raise
+            raise _placed(error, final) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -244,7 +244,7 @@ def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
                 f"cannot write into {final}: {error.strerror}",
                 "Check its permissions and those of the directory it lies in",
             ) from None
-        raise
+        raise _placed(error, final) from None
 
 
 def _switch(
@@ -298,6 +298,15 @@ def _expected(
     return expected
 
 
+def _placed(error: OSError, final: Path) -> OSError:
+    # A write that fails does not say where, or names an unfinished file that is gone.
+    written = error.filename2 or error.filename
+    if written is None or error.errno == errno.EFBIG or f".{final.name}.part" in str(written):
+        error.filename = str(final)
+        error.filename2 = None
+    return error
+
+
 def _disk_full(final: Path) -> EdgemedError:
     free = shutil.disk_usage(final.parent).free / 1e9
     return EdgemedError(
@@ -344,13 +353,19 @@ def _is_complete(final: Path, key: str) -> bool:
     return True
 
 
-def check_manifest(directory: Path) -> list[str]:
-    """What differs from the manifest, one sentence each; empty when every byte is as it was
-    made.
+def check_manifest(directory: Path, sha256: Callable[[Path], str] = file_sha256) -> list[str]:
+    """What differs from the manifest, one sentence each; empty when every byte is as it was made.
+
+    sha256: of one file; hash_cache.remembered_sha256 believes what it remembers of large ones.
+    Raises EdgemedError where a file cannot be read.
     """
-    present = files_of(Path(directory))
-    expected = _expected(open_manifest(directory), present)
-    problems = [f"{name} is missing" for name in expected if name not in present]
+    manifest = open_manifest(directory)
+    present = files_of(Path(directory), sha256)
+    expected = _expected(manifest, present)
+    problems = []
+    if manifest.key != key_of(manifest):
+        problems.append(f"{MANIFEST} was altered: its key is not that of its own parameters")
+    problems += [f"{name} is missing" for name in expected if name not in present]
     problems += [f"{name} was added" for name in present if name not in expected]
     for name, entry in expected.items():
         if name in present and present[name].sha256 != entry.sha256:
@@ -358,13 +373,42 @@ def check_manifest(directory: Path) -> list[str]:
     return problems
 
 
-def files_of(directory: Path) -> dict[str, ManifestFile]:
+def key_of(manifest: ArtifactManifest) -> str:
+    """The content key: digest of kind, stage, parameters and inputs."""
+    return digest(
+        {
+            "kind": manifest.kind,
+            "stage": manifest.stage,
+            "params": manifest.params,
+            "inputs": manifest.inputs,
+            "schema": manifest.schema,
+        }
+    )
+
+
+def files_of(
+    directory: Path, sha256: Callable[[Path], str] = file_sha256
+) -> dict[str, ManifestFile]:
     """name -> sha256 and bytes of every file that belongs to an artifact (those BESIDE it and what
-    a device added excluded).
+    a device added excluded). sha256: of one file.
+
+    Raises EdgemedError where a file cannot be read, or is a link that leads out of the directory.
     """
     files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name not in BESIDE and not name.startswith(f"{ON_DEVICE}/"):
-            files[name] = ManifestFile(sha256=file_sha256(path), bytes=path.stat().st_size)
+    root = directory.resolve()
+    try:
+        for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+            name = path.relative_to(directory).as_posix()
+            if name in BESIDE or name.startswith(f"{ON_DEVICE}/"):
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise EdgemedError(
+                    f"{path} is a link that leads out of {directory}",
+                    "Copy the file into its place",
+                )
+            files[name] = ManifestFile(sha256=sha256(path), bytes=path.stat().st_size)
+    except OSError as error:
+        raise EdgemedError(
+            f"{error.filename} cannot be read: {error.strerror}", "Check its permissions"
+        ) from None
     return files

@@ -7,7 +7,6 @@ name exactly what a model was calibrated on. A file that differs from its card i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from edgemed import plugins
 from edgemed.artifacts.hashing import file_sha256
+from edgemed.artifacts.json_files import decode_json, parse_json
+from edgemed.documents.limited_files import read_limited
+from edgemed.documents.text_card import TextCardDocument
+from edgemed.documents.yaml_files import read_yaml_mapping
 from edgemed.errors import EdgemedError, nearest
-from edgemed.models.tokenizer import NAMES, chat_text, encode
+from edgemed.models.tokenizer import NAMES, begin_tokens, chat_text, encode
 from edgemed.vision.image_io import Album
 
 if TYPE_CHECKING:
@@ -27,6 +30,11 @@ IMAGES = "vqa-rad-images"  # the card of images that vision engines are verified
 # at least so many bytes for each token.
 SINGLE_BYTE_VOCAB = 1000
 BYTES_PER_TOKEN = 1.5
+CARD = "card.yaml"
+# What a hostile file may cost at most is about 2 GB of memory.
+LARGEST = 256 << 20  # bytes of a file of rows
+MOST_ROWS = 2_000_000
+LONGEST_TEXT = 1_000_000  # characters; a tokenizer takes 200 times as many bytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,13 @@ class TextCard:
         """sha256 of one split's file. Raises EdgemedError where the file is not the one the card
         describes.
         """
-        actual = file_sha256(self.file(split))
+        file = self.file(split)
+        if not _is_file(file):
+            raise EdgemedError(
+                f"{file} is named in its card and does not exist",
+                "Restore the file or correct the card",
+            )
+        actual = file_sha256(file)
         expected = self.metadata.get("files", {}).get(split, {}).get("sha256")
         if expected and expected != actual:
             raise EdgemedError(
@@ -69,38 +83,47 @@ def read_card(name: str) -> TextCard:
     """A card by name, a directory with a card.yaml, or a .jsonl / .txt file (then every split is
     that file). Raises EdgemedError where there is none.
     """
-    import yaml
-
     path = Path(name)
     if path.suffix in (".jsonl", ".txt"):
-        if not path.is_file():
+        if not _is_file(path):
             raise EdgemedError(
                 f"text file {path} does not exist",
                 'Give a .jsonl file with rows {"id", "text"}, or a card name',
             )
         return TextCard(str(path), {"calibration": path, "heldout": path}, {"source": str(path)})
-    folder = path if (path / "card.yaml").is_file() else plugins.shared("calibration") / name
-    if not (folder / "card.yaml").is_file():
+    folder = path if _is_file(path / CARD) else plugins.shared("calibration") / name
+    if not _is_file(folder / CARD):
         raise EdgemedError(
             f"unknown text set '{name}'", f"{nearest(name, card_names())}; or give a .jsonl file"
         )
-    metadata = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
-    files = {split: folder / entry["file"] for split, entry in metadata["files"].items()}
-    return TextCard(metadata["name"], files, metadata)
+    metadata = read_yaml_mapping(folder / CARD, "Correct the card, or make it again")
+    card = TextCardDocument.from_json(metadata, str(folder / CARD))
+    files = {split: folder / entry.file for split, entry in card.files.items()}
+    return TextCard(card.name, files, metadata)
+
+
+def _is_file(path: Path) -> bool:
+    # A name that is too long for a file system is not there either.
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl file; a byte-order mark is skipped. Raises EdgemedError naming the line that
-    is not a JSON object, or not UTF-8.
+    is not a JSON object, or not UTF-8, and where there are more than MOST_ROWS.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(_lines(Path(path)), 1):
         # Also inside the file, where files were joined that each began with a mark.
         line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
+        if len(rows) == MOST_ROWS:
+            raise EdgemedError(f"{path} has more than {MOST_ROWS} rows", "Give fewer")
         try:
-            row = json.loads(line)
+            row = decode_json(line)
         except ValueError as error:
             raise EdgemedError(
                 f"{path} line {number} is not JSON ({error})", "Every line must be one JSON object"
@@ -114,23 +137,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
+    # Not splitlines(): a text may hold U+2028 or U+0085, which end a line for Python and not for
+    # JSON.
+    return _text_of(path).split("\n")
+
+
+def _text_of(path: Path) -> str:
+    content = read_limited(path, "Check the path and its permissions", LARGEST)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise EdgemedError(
-            f"{path} cannot be read: {error.strerror}", "Check the path and its permissions"
-        ) from None
-    try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise EdgemedError(
             f"{path} line {number} is not UTF-8 ({error.reason} at byte {error.start})",
             "Convert the file to UTF-8",
         ) from None
-    # Not splitlines(): a text may hold U+2028 or U+0085, which end a line for Python and not for
-    # JSON.
-    return text.split("\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -139,13 +160,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if Path(path).suffix != ".json":
         return read_jsonl(path)
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise EdgemedError(
-            f"{path} cannot be read as JSON: {error}",
-            "Give a file in UTF-8 with one list of objects",
-        ) from None
+    rows = parse_json(
+        _text_of(Path(path)).removeprefix("\ufeff"),
+        str(path),
+        "Give a file in UTF-8 with one list of objects",
+    )
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EdgemedError(
             f"{path} is not a list of JSON objects",
@@ -179,11 +198,17 @@ def _texts_with_language(file: Path, model: Path | None) -> list[tuple[str, str]
     texts = _paragraphs(file) if file.suffix == ".txt" else _row_texts(file, model)
     if not texts:
         raise EdgemedError(f"{file} holds no texts", "Give at least one row")
+    for number, (text, _) in enumerate(texts, 1):
+        if len(text) > LONGEST_TEXT:
+            raise EdgemedError(
+                f"{file}: text {number} has {len(text)} characters, more than {LONGEST_TEXT}",
+                "Split it: a line, or a paragraph of a .txt file, is one text",
+            )
     return texts
 
 
 def _paragraphs(file: Path) -> list[tuple[str, str]]:
-    paragraphs = file.read_text(encoding="utf-8").split("\n\n")
+    paragraphs = _text_of(file).removeprefix("\ufeff").replace("\r\n", "\n").split("\n\n")
     return [(paragraph.strip(), "") for paragraph in paragraphs if paragraph.strip()]
 
 
@@ -239,6 +264,7 @@ def calibration_sequences(
     name: str, tokenizer: Any, samples: int, length: int, model: Path | None = None
 ) -> list[list[int]]:
     """`samples` sequences of `length` tokens from the calibration split, texts joined end to end.
+    Each sequence begins with the tokens that begin a text, as every prompt of the engine does.
     model: whose chat template conversations take (texts_of).
 
     Raises EdgemedError where the set is too short, or holds a language the tokenizer spells out
@@ -256,13 +282,15 @@ def calibration_sequences(
         tokens[language] = tokens.get(language, 0) + len(encoded)
     for language in nbytes:
         _check_language(name, tokenizer, language, nbytes[language], tokens[language])
-    if len(stream) < samples * length:
+    begin = begin_tokens(tokenizer)[: length - 1]
+    room = length - len(begin)
+    if len(stream) < samples * room:
         raise EdgemedError(
-            f"calibration set '{name}' has {len(stream)} tokens, {samples} x {length} ="
-            f" {samples * length} are asked for",
-            f"Ask for at most {len(stream) // length} samples, or use a larger set",
+            f"calibration set '{name}' has {len(stream)} tokens, {samples} x {room} ="
+            f" {samples * room} are asked for",
+            f"Ask for at most {len(stream) // room} samples, or use a larger set",
         )
-    return [stream[i * length : (i + 1) * length] for i in range(samples)]
+    return [[*begin, *stream[i * room : (i + 1) * room]] for i in range(samples)]
 
 
 def _check_language(name: str, tokenizer: Any, language: str, nbytes: int, tokens: int) -> None:

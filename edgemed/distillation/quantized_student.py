@@ -28,9 +28,9 @@ from edgemed.models.checkpoint import (
     Writer,
     narrowed,
     open_checkpoint,
-    read_tensors,
 )
 from edgemed.models.lora import CONFIG, FOLDER, OWN_BASE, WEIGHTS, answering, base_of
+from edgemed.models.safetensors_file import read_tensors
 from edgemed.models.weights import CanonicalWeights, Packed
 
 NAME = "qad"  # of the adapter in the checkpoint: quantization-aware distillation

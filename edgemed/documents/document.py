@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -16,8 +17,18 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from edgemed.errors import EdgemedError
+from edgemed.params import Range, in_short
 
 OWN = ("extra", "keys")
+AGAIN = "Make it again"
+# (JSON value, its place in messages) -> typed value
+Reader = Callable[[Any, str], Any]
+SCALARS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 @dataclass(frozen=True)
@@ -38,15 +49,13 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a document. read: turns its JSON value into the typed one, None where the two are
-    the same.
-    """
+    """One key of a document. read: checks its JSON value and turns it into the typed one."""
 
     name: str
     required: bool
     default: Any
     left_out: bool
-    read: Callable[[Any, str], Any] | None
+    read: Reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +71,19 @@ class Document:
     def from_json(cls, content: Any, where: str = "the document") -> Self:
         """A document from a JSON object. where: names its place in messages.
 
-        Numbers and texts are taken as they are, so that they are written again to the last digit;
-        the schema says what they have to be. Raises EdgemedError where `content` is no object, or
-        lacks a key that every version writes.
+        Numbers and texts are checked and taken as they are, so that they are written again to the
+        last digit. Raises EdgemedError where `content` is no object, lacks a key that every version
+        writes, or holds a value of another type, out of its Range or not after its Pattern.
         """
         if not isinstance(content, Mapping):
-            raise EdgemedError(f"{where} is not a JSON object", "Make it again")
+            raise EdgemedError(f"{where} is not a JSON object", AGAIN)
         known = fields_of(cls)
         values: dict[str, Any] = {}
         for name, entry in known.items():
             if name in content:
-                value = content[name]
-                values[name] = entry.read(value, f"{where}.{name}") if entry.read else value
+                values[name] = entry.read(content[name], f"{where}.{name}")
             elif entry.required:
-                raise EdgemedError(f"{where} lacks {name}", "Make it again")
+                raise EdgemedError(f"{where} lacks {name}", AGAIN)
         extra = {name: value for name, value in content.items() if name not in known}
         return cls(**values, extra=extra, keys=tuple(content))
 
@@ -123,7 +131,7 @@ def read_fields(cls: type[Document]) -> dict[str, Field]:
     for entry in dataclasses.fields(cls):
         if entry.name in OWN:
             continue
-        hint, metadata = bare(hints[entry.name])
+        _, metadata = bare(hints[entry.name])
         entries[entry.name] = Field(
             name=entry.name,
             required=(
@@ -132,7 +140,7 @@ def read_fields(cls: type[Document]) -> dict[str, Field]:
             ),
             default=entry.default,
             left_out=LEFT_OUT in metadata,
-            read=reader(hint),
+            read=reader(hints[entry.name]),
         )
     return entries
 
@@ -154,38 +162,75 @@ def optional(hint: Any) -> tuple[Any, bool]:
     return others[0], True
 
 
-def reader(hint: Any) -> Callable[[Any, str], Any] | None:
-    """What turns a JSON value into one of the type `hint`, None where there is nothing to do."""
-    hint, _ = bare(hint)
+def reader(hint: Any) -> Reader:
+    """What checks a JSON value and turns it into one of the type `hint`."""
+    hint, limits = bare(hint)
     hint, nullable = optional(hint)
     if nullable:
-        inner = reader(hint)
-        return None if inner is None else functools.partial(read_optional, inner)
+        hint, inner_limits = bare(hint)
+        return functools.partial(read_optional, value_reader(hint, (*inner_limits, *limits)))
+    return value_reader(hint, limits)
+
+
+def value_reader(hint: Any, metadata: tuple[Any, ...]) -> Reader:
+    """The reader of a type without its Annotated metadata. metadata: Range and Pattern count."""
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
+    if hint is Any:
+        return read_any
     if origin is tuple:
-        return functools.partial(read_list, reader(arguments[0]))
+        length = None if arguments[-1] is Ellipsis else len(arguments)
+        return functools.partial(read_list, reader(arguments[0]), length)
     if origin is Mapping:
-        inner = reader(arguments[1])
-        return None if inner is None else functools.partial(read_mapping, inner)
+        return functools.partial(read_mapping, reader(arguments[1]))
+    if origin is typing.Literal:
+        return functools.partial(read_choice, arguments)
     if isinstance(hint, type) and issubclass(hint, Document):
         return hint.from_json
-    return None
+    limits = tuple(entry for entry in metadata if isinstance(entry, (Range, Pattern)))
+    return functools.partial(read_scalar, hint, limits)
 
 
-def read_optional(inner: Callable[[Any, str], Any], value: Any, where: str) -> Any:
+def read_any(value: Any, where: str) -> Any:
+    return value
+
+
+def read_optional(inner: Reader, value: Any, where: str) -> Any:
     return None if value is None else inner(value, where)
 
 
-def read_list(inner: Callable[[Any, str], Any] | None, value: Any, where: str) -> tuple[Any, ...]:
+def read_scalar(
+    kind: type, limits: tuple[Range | Pattern, ...], value: Any, where: str
+) -> Any:
+    """A text, a number, true or false, within its limits."""
+    kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+        raise EdgemedError(f"{where} is {in_short(value)}, not {SCALARS[kind]}", AGAIN)
+    for limit in limits:
+        if isinstance(limit, Range) and not limit.holds(value):
+            raise EdgemedError(f"{where} is {in_short(value)}, not {limit}", AGAIN)
+        if isinstance(limit, Pattern) and not re.search(limit.regex, value):
+            raise EdgemedError(f"{where} is {in_short(value)}, not a {limit.name}", AGAIN)
+    return value
+
+
+def read_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        names = ", ".join(map(str, choices))
+        raise EdgemedError(f"{where} is {in_short(value)}, not one of {names}", AGAIN)
+    return value
+
+
+def read_list(inner: Reader, length: int | None, value: Any, where: str) -> tuple[Any, ...]:
+    """A list as a tuple. length: how many it must have, None for any number."""
     if not isinstance(value, (list, tuple)):
-        raise EdgemedError(f"{where} is not a list", "Make it again")
-    if inner is None:
-        return tuple(value)
+        raise EdgemedError(f"{where} is not a list", AGAIN)
+    if length is not None and len(value) != length:
+        raise EdgemedError(f"{where} has {len(value)} values, not {length}", AGAIN)
     return tuple(inner(entry, f"{where}[{number}]") for number, entry in enumerate(value))
 
 
-def read_mapping(inner: Callable[[Any, str], Any], value: Any, where: str) -> dict[str, Any]:
+def read_mapping(inner: Reader, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise EdgemedError(f"{where} is not a JSON object", "Make it again")
+        raise EdgemedError(f"{where} is not a JSON object", AGAIN)
     return {name: inner(entry, f"{where}.{name}") for name, entry in value.items()}

@@ -154,6 +154,11 @@ class EvalResult(Document):
     task: str
     language: str | None
     part: Annotated[str | None, Doc("which of a task's parts, e.g. image_disjoint")] = None
+    file: Annotated[
+        str | None,
+        LEFT_OUT,
+        Doc("name of a user's own file, which is neither the shipped sample nor the published set"),
+    ] = None
     synthetic: Annotated[bool, Doc("measured on a stand-in, which says nothing about accuracy")] = (
         False
     )
@@ -185,3 +190,15 @@ class EvalResult(Document):
     items: Annotated[tuple[Item, ...] | None, LEFT_OUT] = None
     paired: Paired | None
     scores: Annotated[Mapping[str, Score] | None, LEFT_OUT, Doc("metrics of the task's own")] = None
+
+    @property
+    def title(self) -> str:
+        """The task by name, its language or part where only one was asked for, and a user's own
+        file: 'worldmedqa/he', 'medqa:ours.jsonl'.
+        """
+        return task_title(self.task, self.language or self.part, self.file)
+
+
+def task_title(task: str, subset: str | None, file: str | None) -> str:
+    """See EvalResult.title. subset: a language or a part."""
+    return f"{task}{f'/{subset}' if subset else ''}{f':{file}' if file else ''}"

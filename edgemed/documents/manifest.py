@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from edgemed.documents.document import LEFT_OUT, Document, fields_of, plain
+from edgemed.documents.document import (
+    LEFT_OUT,
+    Document,
+    fields_of,
+    plain,
+    read_mapping,
+    reader,
+)
 from edgemed.documents.evaluation import EvalResult, Sha256
 from edgemed.documents.gate import EngineGate
 from edgemed.documents.machine import Count
@@ -19,6 +26,7 @@ from edgemed.documents.verify import VerifyResult
 from edgemed.params import Doc
 
 PENDING = "pending"
+OptionalText = Annotated[str | None, LEFT_OUT]
 Kind = Literal["checkpoint", "engine", "plan", "reference", "result"]
 
 
@@ -60,14 +68,12 @@ class ArtifactManifest(Document):
     @property
     def pending(self) -> dict[str, list[ManifestFile]] | None:
         """Documents whose replacement was cut short: name -> the entries that are right, old and
-        new. None where no replacement is under way.
+        new. None where no replacement is under way. Raises EdgemedError for another form.
         """
         if self.extra.get(PENDING) is None:
             return None
-        return {
-            name: [ManifestFile.from_json(entry, f"pending.{name}") for entry in entries]
-            for name, entries in self.extra[PENDING].items()
-        }
+        entries = read_mapping(reader(tuple[ManifestFile, ...]), self.extra[PENDING], PENDING)
+        return {name: list(files) for name, files in entries.items()}
 
     def attached(
         self,
@@ -92,17 +98,55 @@ BUILT = (*fields_of(ArtifactManifest), PENDING)
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceAdapter(Document):
+    """An adapter or a teacher that went into an engine, and its licence as stated."""
+
+    name: str
+    kind: OptionalText = None
+    licence: OptionalText = None
+    license_name: OptionalText = None
+    license_link: OptionalText = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel(Document):
+    """The first checkpoint, and its licence as stated."""
+
+    name: OptionalText = None
+    licence: OptionalText = None
+    license_name: OptionalText = None
+    license_link: OptionalText = None
+    adapters: tuple[SourceAdapter, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet(Document):
+    """A set of texts, images or questions that an engine was made or judged with."""
+
+    name: str
+    use: Annotated[str, Doc("calibration, parity, evaluation or prompts")]
+    sha256: Sha256
+    split: str | None
+    licence: str | None
+    source: str | None
+    url: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest(ArtifactManifest):
     """The manifest of an artifact, as in its directory."""
 
     parent: Manifest | None
-    source: Annotated[
-        Mapping[str, Any] | None, LEFT_OUT, Doc("name and licence of the first checkpoint")
-    ] = None
+    source: Annotated[SourceModel | None, LEFT_OUT] = None
     verify: Annotated[VerifyResult | None, LEFT_OUT] = None
     evals: Annotated[tuple[EvalResult, ...] | None, LEFT_OUT, Doc("without their items")] = None
+    source_evals: Annotated[
+        tuple[EvalResult, ...] | None,
+        LEFT_OUT,
+        Doc("what the evals are paired with, without items"),
+    ] = None
     gate: Annotated[EngineGate | None, LEFT_OUT] = None
     datasets: Annotated[
-        tuple[Mapping[str, Any], ...] | None, LEFT_OUT, Doc("what it was made and judged with")
+        tuple[DataSet, ...] | None, LEFT_OUT, Doc("what it was made and judged with")
     ] = None
     bom_version: Annotated[int | None, LEFT_OUT] = None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemed.console import track
+from edgemed.engines.array_files import check_array
 from edgemed.errors import need
 from edgemed.inference.session import ImageEmbeddings, Session
 from edgemed.vision.preprocessing import Patches, fitted_size, placed
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SCORED = 8  # answer positions whose scores are kept: with a vocabulary of 150,000 each takes 0.6 MB
 STAGED = ("pixels", "tower", "features")
+LARGEST_PICTURE = 300_000_000  # bytes: 100 million pixels
 # one RGB image -> what its tower reads, what it gives, what the projector makes of it
 Look = Callable[["Image.Image"], tuple[Patches, np.ndarray, np.ndarray]]
 
@@ -88,6 +90,27 @@ class ImageReference:
             for name, arrays in lists.items()
             for n, array in enumerate(arrays)
         }
+
+    def check(self) -> None:
+        """Raise ValueError where arrays are not as the class says, or do not belong together."""
+        if not len(self.prompts):
+            return
+        check_array("image_prompts", self.prompts, "iu", 2)
+        check_array("image_greedy", self.greedy, "iu", 2)
+        check_array("image_logits", self.logits, "f", 3)
+        count = len(self.prompts)
+        if len(self.greedy) != count or len(self.logits) > count:
+            raise ValueError(
+                f"{len(self.greedy)} answers and {len(self.logits)} scores of {count} images"
+            )
+        for n, picture in enumerate(self.pictures):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise ValueError(f"image {n} is {picture.dtype} {list(picture.shape)}")
+            if not 1 <= picture.size <= LARGEST_PICTURE:
+                raise ValueError(f"image {n} has {picture.size} bytes")
+        for name in STAGED:
+            for n, array in enumerate(getattr(self, name)):
+                check_array(f"image_{name}_{n}", array, "f", array.ndim)
 
     @staticmethod
     def of(arrays: Mapping[str, np.ndarray]) -> ImageReference | None:

@@ -7,8 +7,6 @@ that a device can verify its engine without torch and without the source.
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from edgemed.console import track
+from edgemed.engines.array_files import check_array, damaged, read_arrays
 from edgemed.engines.image_reference import ImageReference
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import Session
 
 FILE = "reference.npz"
+FIX = "Copy or export the engine again"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Reference:
     @staticmethod
     def load(directory: Path) -> Reference:
         """Raises EdgemedError where the engine carries no reference (made from random weights, or
-        exported without one), or a damaged one.
+        exported without one), a damaged one, or one whose arrays do not belong together.
         """
         path = Path(directory) / FILE
         if not path.is_file():
@@ -88,21 +88,41 @@ class Reference:
                 f"{directory} carries no reference answers",
                 "Export it with --prompts NAME, or verify against a source with --source MODEL",
             )
+        arrays = read_arrays(path, FIX)
         try:
-            with np.load(path) as arrays:
-                return Reference(
-                    arrays["windows"],
-                    int(arrays["prompt"]),
-                    arrays["greedy"],
-                    arrays["logits"],
-                    ImageReference.of(arrays),
-                )
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
-            raise EdgemedError(
-                f"{path} is damaged:"
-                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                "Copy or export the engine again",
-            ) from None
+            reference = Reference(
+                arrays["windows"],
+                int(arrays["prompt"]),
+                arrays["greedy"],
+                arrays["logits"],
+                ImageReference.of(arrays),
+            )
+            reference.check()
+        except KeyError as error:
+            raise EdgemedError(f"{path} is damaged: it has no array {error}", FIX) from None
+        except (TypeError, ValueError) as error:
+            raise damaged(path, error, FIX) from None
+        return reference
+
+    def check(self) -> None:
+        """Raise ValueError where the arrays are not as the class says, or do not belong together.
+        Whether they are those of an engine is for the engine to check.
+        """
+        check_array("windows", self.windows, "iu", 2)
+        check_array("greedy", self.greedy, "iu", 2)
+        check_array("logits", self.logits, "f", 3)
+        count, width = self.windows.shape
+        if not count or not width or self.windows.min() < 0:
+            raise ValueError("windows are empty, or hold a token below 0")
+        if not 1 <= self.prompt <= width:
+            raise ValueError(f"a prompt of {self.prompt} tokens in windows of {width}")
+        if len(self.greedy) not in (0, count) or (self.greedy.size and self.greedy.min() < 0):
+            raise ValueError(f"{len(self.greedy)} greedy answers to {count} windows")
+        scored, positions, scores = self.logits.shape
+        if not 1 <= scored <= count or positions not in (1, width) or not scores:
+            raise ValueError(f"logits {list(self.logits.shape)} of windows {[count, width]}")
+        if self.images:
+            self.images.check()
 
 
 def windows_of(texts: Sequence[Sequence[int]], count: int, width: int, where: str) -> np.ndarray:

@@ -68,6 +68,9 @@ class PromptSettings:
     seed: Annotated[
         int, Range(0), Doc("Of the random examples, the shuffled options and the sampling.")
     ] = 0
+    add_special_tokens: Annotated[
+        bool, Doc("Whether prompts begin with the tokens that the model's tokenizer puts there.")
+    ] = True
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def parse_strategy(text: str) -> Strategy:
     strategy = Strategy(text)
     for part in text.split("/"):
         name, _, number = part.rpartition("-")
-        count = int(number) if re.fullmatch(r"[1-9]\d*", number) else 0
+        count = int(number) if re.fullmatch(r"[1-9]\d{0,3}", number) else 0
         if part == "zero-shot" and text == part:
             continue
         first_votes = count > 1 and strategy.votes == 1

@@ -19,7 +19,9 @@ from edgemed import plugins
 from edgemed.artifacts.hashing import digest, file_sha256
 from edgemed.data.text_sets import read_rows
 from edgemed.documents.evaluation import Item, Score
+from edgemed.documents.yaml_files import read_yaml_mapping
 from edgemed.errors import EdgemedError, nearest
+from edgemed.params import in_short
 from edgemed.vision.image_io import Album
 
 if TYPE_CHECKING:
@@ -101,9 +103,10 @@ class Questions:
     are never paired.
 
     language: the one asked for, None for all; part: the same of a task's parts; synthetic: a
-    stand-in for data that cannot be shipped. key: digest of the file and of every word and image a
-    model is shown, solved examples included; results with different keys are never paired. shots:
-    solved examples, none of whose questions is asked.
+    stand-in for data that cannot be shipped; file: the name of a user's own file, None where the
+    rows are the shipped sample or the published set. key: digest of the file and of every word and
+    image a model is shown, solved examples included; results with different keys are never paired.
+    shots: solved examples, none of whose questions is asked.
     """
 
     task: Task
@@ -115,6 +118,7 @@ class Questions:
     album: Album | None = None
     part: str | None = None
     synthetic: bool = False
+    file: str | None = None
 
     @property
     def has_vision(self) -> bool:
@@ -164,7 +168,7 @@ def multiple_choice(row: Mapping[str, Any], *groups: str) -> Example:
         gold = answer
     else:
         raise ValueError(
-            f"the answer {answer!r} is none of the {len(texts)} options"
+            f"the answer {in_short(answer)} is none of the {len(texts)} options"
             f" {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
         )
     return Example(
@@ -193,7 +197,7 @@ def image_names(row: Mapping[str, Any]) -> tuple[str, ...]:
 def choice(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     """Which of a task's fixed options "answer" names. Raises KeyError or ValueError."""
     if row["answer"] not in options:
-        raise ValueError(f"the answer {row['answer']!r} is none of {', '.join(options)}")
+        raise ValueError(f"the answer {in_short(row['answer'])} is none of {', '.join(options)}")
     return options.index(row["answer"])
 
 
@@ -264,7 +268,25 @@ def questions(spec: str, limit: int | None = None, frame: int | None = None) -> 
         album=album,
         part=part,
         synthetic=bool(task.place) and not colon,
+        file=None if sha256 in published_hashes(name) else file.name,
     )
+
+
+def published_hashes(name: str) -> tuple[str, ...]:
+    """sha256 of the files that may be called by a task's name: its shipped sample and, where the
+    task's card knows it, the whole published set.
+    """
+    folder = plugins.ROOT / "tasks" / "samples"
+    hashes = []
+    for sample in folder.glob(f"{name}.json*"):
+        hashes.append(file_sha256(sample))
+    card = folder / f"{name}.card.yaml"
+    if card.is_file():
+        facts = read_yaml_mapping(card, "Install edgemed again")
+        whole = facts.get("whole_set", [])
+        parts = whole if isinstance(whole, list) else [whole]
+        hashes += [facts["sha256"], *(part["sha256"] for part in parts)]
+    return tuple(hashes)
 
 
 def _words_shown(task: Task, example: Example) -> list[Any]:
@@ -308,7 +330,7 @@ def _examples(
                 elsewhere = True
                 continue
             example = task.example({**row, "language": spoken})
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             reason = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error)
             raise EdgemedError(
                 f"{where}: not a {task.name} row ({reason})",
@@ -318,7 +340,13 @@ def _examples(
             raise EdgemedError(
                 f"{where}: id '{example.id}' occurs twice", "Give every row its own id"
             )
+        _check_id(row, where)
         _check_options(example, task, where)
+        if not example.images and (row.get("image") or row.get("images")):
+            raise EdgemedError(
+                f"{where} names an image, and task {task.name} shows none",
+                "Take a task about images, or leave the image out",
+            )
         for image in example.images:
             if not album.has(image):
                 beside = f", or as a member of {task.images}" if task.images else ""
@@ -342,10 +370,18 @@ def _examples(
     return tuple(examples)
 
 
+def _check_id(row: Mapping[str, Any], where: str) -> None:
+    if isinstance(row.get("id", ""), bool) or not isinstance(row.get("id", ""), (str, int)):
+        raise EdgemedError(
+            f"{where}: id {in_short(row['id'])} is neither a text nor a whole number",
+            "Give every row its own id",
+        )
+
+
 def _check_options(example: Example, task: Task, where: str) -> None:
     options = example.options
     if example.reference and not options:
-        return _check_words(example, where)
+        return
     if len(options) < 2 or not 0 <= example.gold < len(options):
         raise EdgemedError(
             f"{where}: {len(options)} options, gold answer number {example.gold}",
@@ -370,17 +406,6 @@ def _check_options(example: Example, task: Task, where: str) -> None:
         raise EdgemedError(
             f"{where}: two options are the same ('{twice[:60]}')", "Correct the row or leave it out"
         )
-    _check_words(example, where)
-
-
-def _check_words(example: Example, where: str) -> None:
-    try:
-        "".join((example.question, *example.options, example.reference)).encode()
-    except UnicodeEncodeError as error:
-        raise EdgemedError(
-            f"{where}: half a character (surrogate {error.object[error.start]!a})",
-            "Write the row again in valid Unicode",
-        ) from None
 
 
 def _plain(example: Example) -> str:

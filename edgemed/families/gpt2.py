@@ -11,57 +11,81 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.errors import EdgemedError
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import size_in
+from edgemed.models.config_keys import HEAD, SPEED, text_keys
+from edgemed.models.config_reader import HEADS, LAYERS, REQUIRED, ConfigReader
+from edgemed.models.family_helpers import GELU, head_size, stop_tokens_of
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")
+STORED_HEADS = ("classifier.weight", "score.weight", "multiple_choice_head.summary.weight")
+# transformers' GPT2Config
+KEYS = text_keys(
+    {
+        "n_embd": REQUIRED,
+        "n_layer": REQUIRED,
+        "n_head": REQUIRED,
+        "n_inner": None,
+        "vocab_size": REQUIRED,
+        "n_positions": 1024,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+        "eos_token_id": 50256,
+    },
+    harmless={
+        "reorder_and_upcast_attn": SPEED,
+        "n_ctx": "the context is n_positions",
+        **dict.fromkeys(
+            ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+            HEAD,
+        ),
+    },
+    aliases={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     """Numbers from config.json; the head from the stored tensors, since BioMedLM's head classes are
     not transformers' own.
     """
-    hidden = size_in(config, "n_embd")
-    layers = size_in(config, "n_layer")
-    heads = size_in(config, "n_head")
-    if hidden % heads:
-        raise EdgemedError(
-            f"config.json: n_embd {hidden} is not a multiple of n_head {heads}",
-            "The config is damaged",
-        )
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise EdgemedError(
-            f"config.json: activation_function '{activation}' is not supported",
-            f"Known: {', '.join(ACTIVATIONS)}",
-        )
-    head_dim = hidden // heads
-    scale = head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
-    by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
-    stored_head = next((name for name in HEADS if name in shapes), None)
+    reader = ConfigReader(config, KEYS)
+    hidden = reader.size("n_embd", 1 << 20)
+    layers = reader.size("n_layer", LAYERS)
+    heads = reader.size("n_head", HEADS)
+    head_dim = head_size(reader, hidden, heads)
+    scale = head_dim**-0.5 if reader.flag("scale_attn_weights") else 1.0
+    by_layer = reader.flag("scale_attn_by_inverse_layer_idx")
+    stored_head = next((name for name in STORED_HEADS if name in shapes), None)
     head = "lm"
     outputs = 0
     if stored_head is not None:
         outputs = shapes[stored_head][0]
         head = "choice" if outputs == 1 else "classes"
+    vocab = reader.size("vocab_size")
+    stop_tokens = stop_tokens_of(reader, vocab)
     return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,
-        ffn=size_in(config, "n_inner") if config.get("n_inner") else 4 * hidden,
-        vocab=size_in(config, "vocab_size"),
-        context=size_in(config, "n_positions"),
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        ffn=reader.optional_size("n_inner") or 4 * hidden,
+        vocab=vocab,
+        context=reader.size("n_positions"),
+        norm_eps=reader.number("layer_norm_epsilon", most=1.0),
         score_scale=tuple(scale / (n + 1) if by_layer else scale for n in range(layers)),
-        activation=ACTIVATIONS[activation],
-        tied=config.get("tie_word_embeddings", True),
+        activation=reader.choice("activation_function", GELU),
+        tied=reader.flag("tie_word_embeddings"),
         head=head,
         head_size=outputs,
-        eos=config.get("eos_token_id"),
+        eos=stop_tokens[0] if stop_tokens else None,
+        stop_tokens=stop_tokens,
     )
 
 
@@ -142,8 +166,16 @@ FAMILY = Architecture(
     prefixes=("transformer.", ""),
     ignored=(".attn.bias", ".attn.masked_bias"),
     folded=folded,
+    config_keys={"GPT2Config": KEYS},
     gguf_arch="gpt2",
-    gguf_pre="gpt-2",
+    gguf_keys={
+        "context_length": "n_positions",
+        "embedding_length": "n_embd",
+        "block_count": "n_layer",
+        "feed_forward_length": "n_inner",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
     reference_name="biomedlm",
     # stanford-crfm/BioMedLM config.json
     reference_config={

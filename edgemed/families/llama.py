@@ -11,25 +11,63 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.config_keys import text_keys
+from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
+from edgemed.models.family_helpers import (
+    RMS_GGUF_KEYS,
+    SILU,
+    check_biases,
+    usual_decoder,
+    usual_parts,
+)
+from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
+
+# transformers' LlamaConfig
+KEYS = text_keys(
+    {
+        **ROPE_DEFAULTS,
+        "hidden_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "intermediate_size": REQUIRED,
+        "vocab_size": REQUIRED,
+        "max_position_embeddings": REQUIRED,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": 2,
+    },
+    fixed={"partial_rotary_factor": (1.0,)},
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    require(config, {"hidden_act": "silu"})
-    return usual_decoder(
-        config,
+    reader = ConfigReader(config, KEYS)
+    d = usual_decoder(
+        reader,
         shapes,
-        head_dim=config.get("head_dim"),
+        norm_eps=reader.number("rms_norm_eps", most=1.0),
+        head_dim=reader.optional_size("head_dim", HEADS),
         norm="rmsnorm",
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        activation="silu",
+        activation=reader.choice("hidden_act", SILU),
         gated=True,
     )
+    attention = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+    mlp = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+    for key, modules in (("attention_bias", attention), ("mlp_bias", mlp)):
+        has_bias = reader.flag(key)
+        reason = f"config.json: {key} {str(has_bias).lower()}"
+        check_biases(shapes, d.layers, modules, has_bias, reason)
+    return d
 
 
 def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
-    # Biases, where a fine-tune's config asks for some, are found in the tensors and read; the
-    # published models have none.
+    # Biases, where a fine-tune's config asks for some, are read with the matrices; the published
+    # models have none.
     return usual_parts(d, {"norm": False, "qkv": False, "o": False, "mlp": False, "lm_head": False})
 
 
@@ -40,10 +78,11 @@ FAMILY = Architecture(
     parts=parts,
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
-    folded=dict,
+    folded=unscaled_rope,
+    config_keys={"LlamaConfig": KEYS},
     gguf_arch="llama",
-    gguf_pre="llama-bpe",
     gguf_interleaved=True,
+    gguf_keys=RMS_GGUF_KEYS,
     reference_name="llama-3.1-8b",
     # meta-llama/Llama-3.1-8B config.json
     reference_config={

@@ -20,9 +20,19 @@ from edgemed.models.architecture import (
     VisionConfig,
     all_families,
 )
-from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
+from edgemed.models.clip_vision import KEYS as CLIP_KEYS
+from edgemed.models.clip_vision import LARGE_336, MARKER, clip_parts, clip_vision, tower_numbers
+from edgemed.models.config_keys import CODE, TRAINED, text_keys
+from edgemed.models.config_reader import (
+    ConfigKeys,
+    ConfigReader,
+    Section,
+    accepted_in,
+    short,
+)
 from edgemed.models.conversation import CHATML, VICUNA, ConversationForm, user_turn
-from edgemed.models.family_helpers import relocated, require, size_in
+from edgemed.models.family_helpers import relocated
+from edgemed.models.rope import unscaled_rope
 
 TOWER = (
     "vision_tower.vision_model.",
@@ -92,6 +102,94 @@ AUTHORS = {
     "llava_qwen": "qwen2",
     "llava_qwen2": "qwen2",
 }
+# What must stand in a config of the authors' layout, as in that of a text model alone.
+STATED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+ANYRES = "read for image_aspect_ratio anyres only, which is refused"
+# transformers' LlavaConfig; `conversation` is edgemed's own, see `conversation`.
+KEYS = text_keys(
+    {
+        "text_config": None,
+        "vision_config": None,
+        "image_token_index": 32000,
+        "vision_feature_layer": -2,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+        "conversation": None,
+    },
+    fixed={
+        "projector_hidden_act": ("gelu",),
+        "vision_feature_select_strategy": ("default",),
+        "multimodal_projector_bias": (True,),
+    },
+    harmless={
+        "image_seq_length": "follows from the tower",
+        "ignore_index": TRAINED,
+        "vocab_size": "the text model's counts",
+        "_vocab_size": "the text model's counts",
+        "image_grid_pinpoints": ANYRES,
+    },
+    aliases={"image_token_id": "image_token_index"},
+)
+# What the authors' training code adds to the text model's config.
+AUTHORS_KEYS = ConfigKeys(
+    defaults={
+        "model_type": "llava",
+        "_name_or_path": "",
+        "conversation": None,
+        "image_aspect_ratio": None,
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": None,
+    },
+    fixed={
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_vision_select_feature": ("patch",),
+        "mm_use_im_start_end": (False,),
+        "tune_mm_vision_resampler": (False,),
+        "mm_patch_merge_type": ("flat",),
+        "mm_resampler_type": (None,),
+        "s2": (False,),
+    },
+    harmless={
+        "mm_hidden_size": "the tensors tell",
+        "mm_use_im_patch_token": "no prompt has this token",
+        "image_token_index": "an image's place has an id outside the vocabulary",
+        "s2_scales": "read for s2 only, which is refused",
+        "image_grid_pinpoints": ANYRES,
+        "image_crop_resolution": ANYRES,
+        "image_split_resolution": ANYRES,
+        "mm_newline_position": ANYRES,
+        "mm_spatial_pool_mode": "films are not read",
+        "mm_spatial_pool_stride": "films are not read",
+        "mm_spatial_pool_out_channels": "films are not read",
+        "add_faster_video": "films are not read",
+        "add_time_instruction": "films are not read",
+        "faster_token_stride": "films are not read",
+        "force_sample": "films are not read",
+        "tokenizer_model_max_length": TRAINED,
+        "tokenizer_padding_side": TRAINED,
+        "freeze_backbone": TRAINED,
+        "freeze_mm_mlp_adapter": TRAINED,
+        "freeze_mm_vision_resampler": TRAINED,
+        "tune_mm_mlp_adapter": TRAINED,
+        "unfreeze_mm_vision_tower": TRAINED,
+        "pretrain_mm_mlp_adapter": TRAINED,
+        "mm_projector_lr": TRAINED,
+        "mm_vision_tower_lr": TRAINED,
+        "mm_tunable_parts": TRAINED,
+        "use_pos_skipping": TRAINED,
+        "pos_skipping_range": TRAINED,
+        "use_mm_proj": "there is a projector",
+        "delay_load": CODE,
+        "vision_tower_pretrained": CODE,
+    },
+)
 HUATUO = "huatuo"
 # mistral_instruct of microsoft/LLaVA-Med's llava/conversation.py, and
 # FreedomIntelligence/HuatuoGPT-Vision's cli.py
@@ -110,30 +208,48 @@ def authors(config: Mapping[str, Any]) -> bool:
     return "text_config" not in config
 
 
-def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def text_model(config: Mapping[str, Any]) -> tuple[str, Section]:
     """(kind of text model, its numbers). Raises EdgemedError for one that is not supported."""
     if authors(config):
-        return AUTHORS[config["model_type"]], dict(config)
-    text = config["text_config"]
-    kind = text.get("model_type", "llama")
-    if kind not in MODELS:
+        kind = AUTHORS[config["model_type"]]
+        own = AUTHORS_KEYS.names() - {"model_type", "_name_or_path"}
+        defaults = {key: value for key, value in MODELS[kind][1].items() if key not in STATED}
+        beside = {key: value for key, value in config.items() if key not in own}
+        accepted = accepted_in(config, "config.json")
+        return kind, Section({**defaults, **beside}, "config.json: ", accepted)
+    whole = ConfigReader(config, KEYS)
+    section = whole.section("text_config")
+    kind = section.get("model_type", "llama")
+    if not isinstance(kind, str) or kind not in MODELS:
         raise EdgemedError(
-            f"config.json: a text model of type '{kind}' is not supported",
+            f"config.json: a text model of type {short(kind)} is not supported",
             f"Known: {', '.join(MODELS)}",
         )
-    tied = text.get("tie_word_embeddings") or config.get("tie_word_embeddings", False)
-    return kind, {**MODELS[kind][1], **text, "tie_word_embeddings": tied}
+    numbers = {**MODELS[kind][1], **section}
+    if whole.flag("tie_word_embeddings"):
+        numbers["tie_word_embeddings"] = True
+    # What stands at the top comes first, as in transformers' GenerationConfig.from_model_config.
+    if whole.states("eos_token_id"):
+        numbers["eos_token_id"] = whole.raw("eos_token_id")
+    return kind, Section(numbers, section.place, section.accepted)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     kind, text = text_model(config)
-    config_of_text = all_families()[MODELS[kind][0]].decoder(text, {})
-    window = text.get("sliding_window") if kind == "mistral" else None
+    family = all_families()[MODELS[kind][0]]
+    if kind != "mistral":
+        return family.decoder(text, {})
+    rest = {key: value for key, value in text.items() if key != "sliding_window"}
+    d = family.decoder(Section(rest, text.place, text.accepted), {})
+    window = ConfigReader(
+        Section({"sliding_window": text.get("sliding_window")}, text.place, frozenset()),
+        ConfigKeys({"sliding_window": None}),
+    ).optional_size("sliding_window")
     if not window:
-        return config_of_text
+        return d
     # Up to the length of its window, sliding attention is full attention. Beyond it this graph
     # would compute something else than the model.
-    return replace(config_of_text, context=min(config_of_text.context, window))
+    return replace(d, context=min(d.context, window))
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -157,8 +273,8 @@ def variant(config: Mapping[str, Any]) -> Architecture:
         FAMILY,
         parts=parts,
         gguf_arch=text.gguf_arch,
-        gguf_pre=text.gguf_pre,
         gguf_interleaved=text.gguf_interleaved,
+        gguf_any_head=text.gguf_any_head,
     )
 
 
@@ -172,52 +288,46 @@ def vision(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> VisionConfig:
     kind, text = text_model(config)
-    hidden = size_in(text, "hidden_size")
+    d = decoder(config, {})
     form = conversation(config, kind)
     start: tuple[int, ...] = ()
     if form in ("vicuna", "mistral") and isinstance(text.get("bos_token_id"), int):
         start = (text["bos_token_id"],)
     common: dict[str, Any] = {
-        "projector_hidden": hidden,
+        "projector_hidden": d.hidden,
         "marker": MARKER,
         "conversation": form,
         "start": start,
     }
     if authors(config):
-        require(
-            config,
-            {
-                "mm_projector_type": "mlp2x_gelu",
-                "mm_vision_select_feature": "patch",
-                "mm_use_im_start_end": False,
-                "tune_mm_vision_resampler": False,
-            },
+        own = AUTHORS_KEYS.names()
+        whole = ConfigReader(
+            {key: value for key, value in config.items() if key in own}, AUTHORS_KEYS
         )
-        ratio = config.get("image_aspect_ratio") or "square"
+        ratio = whole.text("image_aspect_ratio") or "square"
         if ratio not in ("pad", "square"):
-            raise EdgemedError(
-                f"config.json: image_aspect_ratio '{ratio}' is not supported", "Known: pad, square"
-            )
-        tower = tower_numbers(
-            None, shapes, (*ORIGINAL, *TOWER), config.get("mm_vision_tower") or ""
-        )
+            raise whole.unsupported("image_aspect_ratio", ratio, ("pad", "square"))
+        tower = tower_numbers(None, shapes, (*ORIGINAL, *TOWER), whole.text("mm_vision_tower"))
         # HuatuoGPT-Vision's code pads whatever config.json says.
         return clip_vision(
             tower,
             preprocessor,
-            config.get("mm_vision_select_layer", -2),
+            whole.raw("mm_vision_select_layer"),
             ratio == "pad" or form == HUATUO,
-            token=size_in(config, "vocab_size"),
+            token=d.vocab,
             **common,
         )
-    require(config, {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"})
-    token = config.get("image_token_index", config.get("image_token_id", 32000))
+    whole = ConfigReader(config, KEYS)
+    tower_config: Mapping[str, Any] = whole.section("vision_config")
+    if not whole.states("vision_config"):
+        # What transformers' LlavaConfig asks for where config.json names no encoder.
+        tower_config = LARGE_336
     return clip_vision(
-        tower_numbers(config.get("vision_config") or {}, shapes, TOWER),
+        tower_numbers(tower_config, shapes, TOWER),
         preprocessor,
-        config.get("vision_feature_layer", -2),
+        whole.raw("vision_feature_layer"),
         False,
-        token=token,
+        token=whole.size("image_token_index", least=0),
         **common,
     )
 
@@ -233,9 +343,9 @@ def conversation(config: Mapping[str, Any], kind: str) -> str:
     kind: of text model. Raises EdgemedError for a form that is not known.
     """
     form = config.get("conversation")
-    if form is not None and form not in FORMS:
+    if form is not None and (not isinstance(form, str) or form not in FORMS):
         raise EdgemedError(
-            f"config.json: conversation '{form}' is not known", f"Known: {', '.join(FORMS)}"
+            f"config.json: conversation {short(form)} is not known", f"Known: {', '.join(FORMS)}"
         )
     if form:
         return form
@@ -302,9 +412,9 @@ FAMILY = Architecture(
     parts=parts,
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
-    folded=dict,
+    folded=unscaled_rope,
+    config_keys={"LlavaConfig": KEYS, "CLIPVisionConfig": CLIP_KEYS},
     gguf_arch="qwen2",
-    gguf_pre="qwen2",
     reference_name="huatuogpt-vision-7b",
     reference_config=REFERENCE,
     auto_classes={"lm": "AutoModelForImageTextToText"},

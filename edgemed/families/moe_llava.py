@@ -24,8 +24,21 @@ from edgemed.models.architecture import (
     all_families,
 )
 from edgemed.models.clip_vision import MARKER, clip_parts, clip_vision, tower_numbers
+from edgemed.models.config_keys import SPEED, TRAINED, text_keys
+from edgemed.models.config_reader import (
+    HEADS,
+    LAYERS,
+    REQUIRED,
+    SIZE,
+    ConfigKeys,
+    ConfigReader,
+    Section,
+    accepted_in,
+    short,
+)
 from edgemed.models.conversation import VICUNA, user_turn
-from edgemed.models.family_helpers import first_token, inverse_frequencies, require, size_in
+from edgemed.models.family_helpers import head_size, stop_tokens_of
+from edgemed.models.rope import plain_frequencies, unscaled_rope
 
 # model_type -> family of its text model; '' is Qwen (1), which is described here because nothing
 # else has it
@@ -36,6 +49,7 @@ BASES = {
     "llava_phi": "phi",
     "moe_llava_qwen": "",
 }
+MOST_EXPERTS = 1024
 EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts."
 ROUTER = "mlp.deepspeed_moe.gate.wg"
 META = "mlp.meta_moe."
@@ -52,19 +66,128 @@ PROJECTOR = (
     "|".join(f"{root}mm_projector.image_spatial_proj.2" for root in ROOTS),
 )
 
+# What the authors' training code adds to the text model's config.
+KEYS = ConfigKeys(
+    defaults={
+        "model_type": "moe_llava_stablelm",
+        "moe": None,
+        "vision_config": None,
+        "mm_image_tower": None,
+        "mm_vision_select_layer": -2,
+        "image_aspect_ratio": None,
+    },
+    fixed={
+        "image_projector_type": ("mlp2x_gelu",),
+        "mm_vision_select_feature": ("patch",),
+        "mm_use_im_start_end": (False,),
+        "mm_video_tower": ("",),
+        "s2": (False,),
+    },
+    harmless={
+        "mm_hidden_size": "the tensors tell",
+        "mm_use_im_patch_token": "no prompt has this token",
+        "mm_vision_tower": "mm_image_tower is the encoder's name",
+        "s2_scales": "read for s2 only, which is refused",
+        "image_grid_pinpoints": "read for another image_aspect_ratio only, which is refused",
+        "video_projector_type": "films are not read",
+        "video_global_proj": "films are not read",
+        "video_temproal_proj": "films are not read",
+        "video_spatial_proj": "films are not read",
+        "image_global_proj": "the tensors tell",
+        "image_spatial_proj": "the tensors tell",
+        "tokenizer_model_max_length": TRAINED,
+        "tokenizer_padding_side": TRAINED,
+        "freeze_backbone": TRAINED,
+        "freeze_mm_mlp_adapter": TRAINED,
+        "tune_mm_mlp_adapter": TRAINED,
+        "pretrain_mm_mlp_adapter": TRAINED,
+        "mm_projector_lr": TRAINED,
+        "only_lora_ffn": TRAINED,
+        "lora": TRAINED,
+        "use_mm_proj": "there is a projector",
+    },
+)
+EXPERTS_KEYS = ConfigKeys(
+    defaults={
+        "moe_enable": True,
+        "moe_mode": "sparse",
+        "moe_layers_idx": None,
+        "num_experts": REQUIRED,
+        "top_k_experts": 2,
+        "meta_expert": False,
+        "shared_delta": None,
+    },
+    fixed={"use_residual": (False,)},
+    harmless={
+        "train_modules": TRAINED,
+        "router_aux_loss_coef": TRAINED,
+        "l_aux_type": TRAINED,
+        "l_aux_type_weight": TRAINED,
+        "ep_size": "on how many machines it is computed",
+        "capacity_factor": TRAINED,
+        "eval_capacity_factor": "no token is dropped at the sizes of one device",
+        "min_capacity": "no token is dropped at the sizes of one device",
+    },
+)
+# Qwen (1)'s QWenConfig. Dynamic NTK and the logarithmic scale begin beyond seq_length, where the
+# context ends.
+QWEN_KEYS = text_keys(
+    {
+        "hidden_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "intermediate_size": REQUIRED,
+        "vocab_size": REQUIRED,
+        "seq_length": REQUIRED,
+        "kv_channels": None,
+        "rotary_emb_base": 10000.0,
+        "layer_norm_epsilon": 1e-6,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+    },
+    fixed={"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)},
+    harmless={
+        "use_dynamic_ntk": "begins beyond seq_length",
+        "use_logn_attn": "begins beyond seq_length",
+        "max_position_embeddings": "the context is seq_length",
+        "tokenizer_type": "the tokenizer's own files say it",
+        "attn_dropout_prob": TRAINED,
+        "emb_dropout_prob": TRAINED,
+        **dict.fromkeys(
+            (
+                *("bf16", "fp16", "fp32", "onnx_safe", "softmax_in_fp32"),
+                *("use_cache_quantization", "use_cache_kernel"),
+            ),
+            SPEED,
+        ),
+    },
+)
+
+
+def text_of(config: Mapping[str, Any]) -> Section:
+    """The text model's numbers: what stands beside the keys of the authors' training code."""
+    own = KEYS.names() - {"model_type"}
+    beside = {key: value for key, value in config.items() if key not in own}
+    return Section(beside, "config.json: ", accepted_in(config, "config.json"))
+
+
+def own_of(config: Mapping[str, Any]) -> ConfigReader:
+    """What the authors' training code added."""
+    own = KEYS.names()
+    return ConfigReader({key: value for key, value in config.items() if key in own}, KEYS)
+
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     base = BASES[config["model_type"]]
-    dense = all_families()[base].decoder(config, {}) if base else qwen(config)
-    moe = config.get("moe") or {}
-    if not config["model_type"].startswith("moe_") or moe.get("moe_enable") is False:
+    text = text_of(config)
+    dense = all_families()[base].decoder(text, {}) if base else qwen(text)
+    moe = ConfigReader(own_of(config).section("moe"), EXPERTS_KEYS)
+    if not config["model_type"].startswith("moe_") or not moe.flag("moe_enable"):
         return dense
     return replace(dense, experts=experts(moe, shapes, dense.layers))
 
 
-def experts(
-    moe: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], depth: int
-) -> ExpertsConfig:
+def experts(moe: ConfigReader, shapes: Mapping[str, tuple[int, ...]], depth: int) -> ExpertsConfig:
     """The mixture that config.json's `moe` describes, with what only the tensors tell.
 
     shapes: of the stored tensors. Where there are none ({}), `meta_expert` of the config counts,
@@ -72,23 +195,24 @@ def experts(
     top_k_experts says. DeepSpeed, which computed these models, does not renormalise a single gate.
     Raises EdgemedError where config and tensors describe different experts.
     """
-    require(moe, {"use_residual": False})
     layers = sparse_layers(moe, depth)
-    count = moe.get("num_experts")
-    count = count[0] if isinstance(count, list) and count and set(count) == {count[0]} else count
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    count = moe.raw("num_experts")
+    if isinstance(count, list) and count and all(other == count[0] for other in count):
+        count = count[0]
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_EXPERTS:
         raise EdgemedError(
-            f"config.json: moe.num_experts {moe.get('num_experts')!r} is not one number of experts",
+            f"config.json: moe.num_experts {short(moe.raw('num_experts'))} is not one number of"
+            " experts",
             "Every sparse layer must have as many",
         )
-    active = moe.get("top_k_experts", 2)
+    active = moe.raw("top_k_experts")
     if isinstance(active, bool) or not isinstance(active, int) or not 1 <= active <= count:
         raise EdgemedError(
-            f"config.json: moe.top_k_experts {active!r} of {count} experts",
+            f"config.json: moe.top_k_experts {short(active)} of {count} experts",
             f"Between 1 and {count} can be chosen",
         )
-    shared = _stored(shapes, layers, count) if shapes else bool(moe.get("meta_expert"))
-    rank, density = _shared_delta(moe.get("shared_delta"))
+    shared = _stored(shapes, layers, count) if shapes else moe.flag("meta_expert")
+    rank, density = _shared_delta(moe.raw("shared_delta"))
     return ExpertsConfig(
         count=count,
         active=1 if shared else active,
@@ -113,18 +237,18 @@ def _shared_delta(entry: Any) -> tuple[int, float]:
     if (
         not isinstance(rank, int)
         or not isinstance(density, (int, float))
-        or rank < 0
+        or not 0 <= rank <= SIZE
         or not 0 <= density < 1
         or bool(rank) == bool(density)
     ):
         raise EdgemedError(
-            f"config.json: moe.shared_delta {entry!r} is neither a rank nor a density",
+            f"config.json: moe.shared_delta {short(entry)} is neither a rank nor a density",
             'For example {"rank": 64}, as edgemed merge writes it',
         )
     return rank, float(density)
 
 
-def sparse_layers(moe: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+def sparse_layers(moe: ConfigReader, depth: int) -> tuple[int, ...]:
     """Which layers have experts: moe_layers_idx, or what moe_mode means (MoE-LLaVA's own rule).
     Raises EdgemedError for another mode, or layers that are not there.
     """
@@ -134,19 +258,22 @@ def sparse_layers(moe: Mapping[str, Any], depth: int) -> tuple[int, ...]:
         "first_half": range(depth // 2),
         "second_half": range(depth // 2, depth),
     }
-    layers = moe.get("moe_layers_idx")
-    mode = moe.get("moe_mode", "sparse")
-    if layers is None and mode not in modes:
+    stated = moe.raw("moe_layers_idx")
+    mode = moe.raw("moe_mode")
+    if stated is None and (not isinstance(mode, str) or mode not in modes):
         raise EdgemedError(
-            f"config.json: moe.moe_mode '{mode}' is not supported", f"Known: {', '.join(modes)}"
+            f"config.json: moe.moe_mode {short(mode)} is not supported",
+            f"Known: {', '.join(modes)}",
         )
-    layers = tuple(modes[mode] if layers is None else sorted(layers))
-    if not layers or set(layers) - set(range(depth)):
+    if stated is None:
+        return tuple(modes[mode])
+    layers = stated if isinstance(stated, list) else []
+    if not layers or any(isinstance(n, bool) or n not in range(depth) for n in layers):
         raise EdgemedError(
-            f"config.json: moe.moe_layers_idx {list(layers)} of a model of {depth} layers",
+            f"config.json: moe.moe_layers_idx {short(stated)} of a model of {depth} layers",
             "Config and weights do not belong together",
         )
-    return layers
+    return tuple(sorted(set(layers)))
 
 
 def _stored(shapes: Mapping[str, tuple[int, ...]], layers: tuple[int, ...], count: int) -> bool:
@@ -209,31 +336,36 @@ def qwen(config: Mapping[str, Any]) -> DecoderConfig:
     """Qwen (1)'s text model: Qwen2's with q, k and v in one matrix; intermediate_size counts gate
     and up together.
     """
-    require(config, {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True})
-    hidden = size_in(config, "hidden_size")
-    layers = size_in(config, "num_hidden_layers")
-    heads = size_in(config, "num_attention_heads")
-    head_dim = config.get("kv_channels", hidden // heads)
-    theta = float(config.get("rotary_emb_base", 10000.0))
+    reader = ConfigReader(config, QWEN_KEYS)
+    hidden = reader.size("hidden_size", 1 << 20)
+    layers = reader.size("num_hidden_layers", LAYERS)
+    heads = reader.size("num_attention_heads", HEADS)
+    head_dim = reader.optional_size("kv_channels", HEADS) or head_size(reader, hidden, heads)
+    if head_dim % 2:
+        raise reader.malformed("kv_channels", "an even number")
+    theta = reader.number("rotary_emb_base", above=1.0)
+    vocab = reader.size("vocab_size")
+    stop_tokens = stop_tokens_of(reader, vocab)
     return DecoderConfig(
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,
-        ffn=size_in(config, "intermediate_size") // 2,
-        vocab=size_in(config, "vocab_size"),
-        context=size_in(config, "seq_length"),
-        norm_eps=config.get("layer_norm_epsilon", 1e-6),
+        ffn=reader.size("intermediate_size", least=2) // 2,
+        vocab=vocab,
+        context=reader.size("seq_length"),
+        norm_eps=reader.number("layer_norm_epsilon", most=1.0),
         norm="rmsnorm",
         score_scale=(head_dim**-0.5,) * layers,
         activation="silu",
         gated=True,
-        tied=config.get("tie_word_embeddings", False),
-        eos=first_token(config.get("eos_token_id")),
+        tied=reader.flag("tie_word_embeddings"),
+        eos=stop_tokens[0] if stop_tokens else None,
+        stop_tokens=stop_tokens,
         positions="rope",
         rope_theta=theta,
-        rope_frequencies=inverse_frequencies(head_dim, theta),
+        rope_frequencies=plain_frequencies(head_dim, theta),
     )
 
 
@@ -344,7 +476,7 @@ def without_experts(config: Mapping[str, Any], times: int) -> dict[str, Any]:
     """
     kind = config["model_type"].removeprefix("moe_")
     dense = {key: value for key, value in config.items() if key != "moe"}
-    dense["intermediate_size"] = times * size_in(config, "intermediate_size")
+    dense["intermediate_size"] = times * config["intermediate_size"]
     if kind in BASES:
         dense["model_type"] = kind
     else:
@@ -371,7 +503,6 @@ def variant(config: Mapping[str, Any]) -> Architecture:
         FAMILY,
         parts=parts,
         gguf_arch=arch,
-        gguf_pre=text.gguf_pre if text else "qwen2",
         gguf_centred=arch == "phimoe",
     )
     if config["model_type"] != "llava_stablelm":
@@ -383,7 +514,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """LLaVA-StableLM's text model for transformers, which knows neither the whole nor the names of
     old configs. (Its Phi has a bias that these models lack, and it has no Qwen 1.)
     """
-    d = all_families()["stablelm"].decoder(config, {})
+    d = all_families()["stablelm"].decoder(text_of(config), {})
     return {
         "model_type": "stablelm",
         "hidden_size": d.hidden,
@@ -415,24 +546,21 @@ def vision(
 ) -> VisionConfig:
     # mm_image_tower is often a path on the authors' disk; the tower lies in the checkpoint, so only
     # an error ever speaks of it.
-    require(
-        config,
-        {
-            "image_projector_type": "mlp2x_gelu",
-            "mm_vision_select_feature": "patch",
-            "mm_use_im_start_end": False,
-        },
-    )
+    own = own_of(config)
+    d = decoder(config, {})
     tower = tower_numbers(
-        config.get("vision_config"), shapes, TOWER, config.get("mm_image_tower") or ""
+        own.section("vision_config") if own.states("vision_config") else None,
+        shapes,
+        TOWER,
+        own.text("mm_image_tower"),
     )
     return clip_vision(
         tower,
         preprocessor,
-        config.get("mm_vision_select_layer", -2),
-        config.get("image_aspect_ratio") == "pad",
-        token=size_in(config, "vocab_size"),
-        projector_hidden=size_in(config, "hidden_size"),
+        own.raw("mm_vision_select_layer"),
+        own.text("image_aspect_ratio") == "pad",
+        token=d.vocab,
+        projector_hidden=d.hidden,
         marker=MARKER,
     )
 
@@ -537,9 +665,8 @@ FAMILY = Architecture(
     parts=parts,
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq", ".embeddings.position_ids"),
-    folded=dict,
+    folded=unscaled_rope,
     gguf_arch="phimoe",
-    gguf_pre="stablelm2",
     gguf_centred=True,
     reference_name="moe-tinymed",
     reference_config=TINYMED,
@@ -550,6 +677,7 @@ FAMILY = Architecture(
         "moe-llava-qwen": reference("moe_llava_qwen", QWEN, 24),
     },
     auto_classes={},
+    vectors="its mixtures are held against vectors of the authors' code (tests/data/moe)",
     variant=variant,
     vision=vision,
     vision_parts=vision_parts,

@@ -10,17 +10,55 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.config_keys import text_keys
+from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
+from edgemed.models.family_helpers import (
+    GELU,
+    LAYER_NORM_GGUF_KEYS,
+    check_biases,
+    usual_decoder,
+    usual_parts,
+)
+from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
+
+# What PhiConfig takes where a config does not say it; not a field of the class.
+ROTATED_SHARE = 0.5
+# transformers' PhiConfig
+KEYS = text_keys(
+    {
+        **ROPE_DEFAULTS,
+        "hidden_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "intermediate_size": REQUIRED,
+        "vocab_size": REQUIRED,
+        "max_position_embeddings": REQUIRED,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": None,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    },
+    fixed={"qk_layernorm": (False,)},
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    require(config, {"hidden_act": "gelu_new", "qk_layernorm": False})
-    return usual_decoder(
-        config,
+    reader = ConfigReader(config, KEYS)
+    d = usual_decoder(
+        reader,
         shapes,
-        norm_eps=config.get("layer_norm_eps", 1e-5),
+        norm_eps=reader.number("layer_norm_eps", most=1.0),
+        head_dim=reader.optional_size("head_dim", HEADS),
+        rotated_share=ROTATED_SHARE,
+        activation=reader.choice("hidden_act", GELU),
         parallel=True,
     )
+    modules = (*(f"self_attn.{part}_proj" for part in "qkv"), "self_attn.dense", "mlp.fc1")
+    check_biases(shapes, d.layers, (*modules, "mlp.fc2"), True, "every matrix of Phi has a bias")
+    return d
 
 
 def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
@@ -37,9 +75,10 @@ FAMILY = Architecture(
     parts=parts,
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
-    folded=dict,
+    folded=unscaled_rope,
+    config_keys={"PhiConfig": KEYS},
     gguf_arch="phi2",
-    gguf_pre="phi-2",
+    gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="phi-2",
     # microsoft/phi-2 config.json
     reference_config={

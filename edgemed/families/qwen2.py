@@ -1,8 +1,8 @@
 """Qwen2 (the text model of HuatuoGPT-Vision and of Qwen2-VL): as Llama, with biases on q, k and v
 and, in the small sizes, tied embeddings.
 
-Its sliding window is never switched on in the published models, and a config that switches it on is
-refused.
+Its sliding window is never switched on in the published models. A config that switches one on that
+is shorter than the context is refused.
 """
 
 from __future__ import annotations
@@ -11,20 +11,58 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.config_keys import text_keys
+from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
+from edgemed.models.family_helpers import (
+    RMS_GGUF_KEYS,
+    SILU,
+    check_biases,
+    check_full_attention,
+    usual_decoder,
+    usual_parts,
+)
+from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
+
+# transformers' Qwen2Config
+KEYS = text_keys(
+    {
+        **ROPE_DEFAULTS,
+        "hidden_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "intermediate_size": REQUIRED,
+        "vocab_size": REQUIRED,
+        "max_position_embeddings": REQUIRED,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+        "eos_token_id": None,
+    },
+    fixed={"partial_rotary_factor": (1.0,)},
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    require(config, {"hidden_act": "silu", "use_sliding_window": False})
-    return usual_decoder(
-        config,
+    reader = ConfigReader(config, KEYS)
+    d = usual_decoder(
+        reader,
         shapes,
-        head_dim=config.get("head_dim"),
+        norm_eps=reader.number("rms_norm_eps", most=1.0),
+        head_dim=reader.optional_size("head_dim", HEADS),
         norm="rmsnorm",
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        activation="silu",
+        activation=reader.choice("hidden_act", SILU),
         gated=True,
     )
+    check_full_attention(reader, d.layers, d.context)
+    modules = tuple(f"self_attn.{part}_proj" for part in "qkv")
+    check_biases(shapes, d.layers, modules, True, "q, k and v of Qwen2 have biases")
+    return d
 
 
 def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
@@ -38,9 +76,11 @@ FAMILY = Architecture(
     parts=parts,
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
-    folded=dict,
+    folded=unscaled_rope,
+    config_keys={"Qwen2Config": KEYS},
     gguf_arch="qwen2",
-    gguf_pre="qwen2",
+    gguf_keys=RMS_GGUF_KEYS,
+    gguf_any_head="llama",
     reference_name="qwen2-1.5b",
     # Qwen/Qwen2-1.5B config.json
     reference_config={

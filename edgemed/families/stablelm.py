@@ -10,18 +10,66 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.family_helpers import require, usual_decoder, usual_parts
+from edgemed.models.config_keys import text_keys
+from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
+from edgemed.models.family_helpers import (
+    LAYER_NORM_GGUF_KEYS,
+    SILU,
+    check_biases,
+    usual_decoder,
+    usual_parts,
+)
+from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
+
+# What StableLmConfig takes where a config does not say it; not a field of the class.
+ROTATED_SHARE = 0.25
+# transformers' StableLmConfig; the aliases are those of the authors' own class before it.
+KEYS = text_keys(
+    {
+        **ROPE_DEFAULTS,
+        "hidden_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "intermediate_size": REQUIRED,
+        "vocab_size": REQUIRED,
+        "max_position_embeddings": REQUIRED,
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": None,
+        "use_qkv_bias": False,
+        "tie_word_embeddings": False,
+        "eos_token_id": 0,
+    },
+    fixed={
+        "qk_layernorm": (False,),
+        "use_parallel_residual": (False,),
+        "rotary_scaling_factor": (1.0,),
+    },
+    harmless={"num_heads": "num_attention_heads is read"},
+    aliases={"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
+)
 
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    require(config, {"hidden_act": "silu", "qk_layernorm": False, "use_parallel_residual": False})
-    return usual_decoder(
-        config,
+    reader = ConfigReader(config, KEYS)
+    d = usual_decoder(
+        reader,
         shapes,
-        norm_eps=config.get("layer_norm_eps", config.get("norm_eps", 1e-5)),
-        activation="silu",
+        norm_eps=reader.number("layer_norm_eps", most=1.0),
+        rotated_share=ROTATED_SHARE,
+        activation=reader.choice("hidden_act", SILU),
         gated=True,
     )
+    # transformers' class knows no head size of its own, but rotates by one that a config has.
+    if reader.optional_size("head_dim", HEADS) not in (None, d.head_dim):
+        raise reader.unsupported("head_dim", reader.raw("head_dim"), (d.head_dim,))
+    has_bias = reader.flag("use_qkv_bias")
+    modules = tuple(f"self_attn.{part}_proj" for part in "qkv")
+    reason = f"config.json: use_qkv_bias {str(has_bias).lower()}"
+    check_biases(shapes, d.layers, modules, has_bias, reason)
+    return d
 
 
 def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
@@ -36,9 +84,10 @@ FAMILY = Architecture(
     parts=parts,
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
-    folded=dict,
+    folded=unscaled_rope,
+    config_keys={"StableLmConfig": KEYS},
     gguf_arch="stablelm",
-    gguf_pre="stablelm2",
+    gguf_keys=LAYER_NORM_GGUF_KEYS,
     reference_name="stablelm-2-1.6b",
     # stabilityai/stablelm-2-1_6b config.json
     reference_config={

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.gguf.library import library_folder, library_name
+from edgemed.gguf.reader import read_gguf
 
 P = ctypes.c_void_p
 N = ctypes.c_int
@@ -151,6 +152,7 @@ class GgmlWeights:
 
         Raises EdgemedError where the file is not readable.
         """
+        read_gguf(file, texts=False)
         self.ggml = ggml_library()
         context = P()
         self.gguf = self.ggml.gguf_init_from_file(

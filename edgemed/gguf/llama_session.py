@@ -18,6 +18,7 @@ import numpy as np
 from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import lora_files
+from edgemed.gguf.reader import read_gguf
 from edgemed.hardware.device import machine
 from edgemed.inference.session import (
     CarriesVision,
@@ -41,7 +42,7 @@ class LlamaSession(CarriesVision):
 
     def __init__(self, engine: Engine, threads: int | None):
         self.lib = llama_library()
-        self.head = engine.head
+        self.head: str = engine.head
         self.width = engine.width
         self.context = engine.context
         self.position = 0
@@ -51,6 +52,8 @@ class LlamaSession(CarriesVision):
                 self.matrix = arrays["weight"].T.copy()
                 self.bias = arrays["bias"]
         file = engine.path / FILE
+        # llama.cpp ends the process where a header is damaged.
+        read_gguf(file, texts=False)
         model_params = self.lib.llama_model_default_params()
         model_params.use_extra_bufts = engine.params["repack"]
         ERRORS.clear()

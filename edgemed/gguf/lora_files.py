@@ -16,7 +16,8 @@ import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import writer
-from edgemed.gguf.tensor_map import interleaved, layout, own_graph
+from edgemed.gguf.reader import read_gguf
+from edgemed.gguf.tensor_map import file_layout, graph_of, interleaved, own_graph
 from edgemed.models.lora import FOLDER
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def write_gguf_adapter(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
     """
     gguf = need("gguf", "build")
     tensors = []
-    for tensor, source in layout(weights.family, weights.decoder, weights.parts).items():
+    for tensor, source in file_layout(weights).items():
         if source.part not in lora.factors or not tensor.endswith(".weight"):
             continue
         factor_a, factor_b = lora.factors[source.part]
@@ -66,7 +67,8 @@ def write_gguf_adapter(out: Path, lora: Lora, weights: CanonicalWeights) -> int:
         # llama.cpp's word for that.
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
 
-    writer.write_gguf(file, weights.family.gguf_arch, describe, tensors)
+    graph, _ = graph_of(weights.family, weights.decoder)
+    writer.write_gguf(file, graph, describe, tensors)
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -89,6 +91,7 @@ def load_adapters(
     for name in names:
         file = engine / FOLDER / name / FILE
         errors.clear()
+        read_gguf(file, texts=False)
         handles[name] = lib.llama_adapter_lora_init(model, str(file).encode())
         if not handles[name]:
             raise EdgemedError(

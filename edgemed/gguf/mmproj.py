@@ -18,7 +18,7 @@ from edgemed.errors import need
 from edgemed.gguf import writer
 from edgemed.gguf.quant_types import FILE_TYPES
 from edgemed.gguf.tensor_map import TensorReader, TensorSource
-from edgemed.models.family_helpers import inverse_frequencies
+from edgemed.models.rope import plain_frequencies
 
 if TYPE_CHECKING:
     from edgemed.models.architecture import VisionConfig
@@ -66,7 +66,7 @@ def mmproj_refused(weights: CanonicalWeights) -> str | None:
 
 def built_in(v: VisionConfig) -> dict[str, bool]:
     """What clip_graph_qwen2vl of llama.cpp has built in -> whether it holds of this tower."""
-    plain = inverse_frequencies(v.width // v.heads // 2, 1e4)
+    plain = plain_frequencies(v.width // v.heads // 2, 1e4)
     return {
         "merge 2": v.merge == 2,
         "temporal 2": v.temporal == 2,

@@ -19,6 +19,7 @@ from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.gguf import mmproj
 from edgemed.gguf.llama_session import ERRORS, FILE, LOG, llama_library
+from edgemed.gguf.reader import read_gguf
 from edgemed.hardware.device import machine
 from edgemed.inference.session import ImageEmbeddings
 from edgemed.models.architecture import Architecture
@@ -72,6 +73,7 @@ class MtmdVisionEncoder:
         params.vocab_only = True
         ERRORS.clear()
         file = engine.path / FILE
+        read_gguf(file, texts=False)
         if not (model := self.lib.llama_model_load_from_file(str(file).encode(), params)):
             raise EdgemedError(
                 f"llama.cpp cannot load {file}: {'; '.join(ERRORS) or 'no reason given'}",
@@ -88,6 +90,7 @@ class MtmdVisionEncoder:
     def _start(self, engine: Engine, threads: int) -> Any:
         params = self.mtmd.mtmd_context_params_default()
         file = engine.path / mmproj.FILE
+        read_gguf(file, texts=False)
         params.n_threads = threads
         params.print_timings = False
         params.warmup = False

@@ -79,6 +79,39 @@ def own_graph(family: Architecture, d: DecoderConfig) -> bool:
     return not family.gguf_centred or not d.experts.renormalised or d.experts.shared
 
 
+def graph_of(family: Architecture, d: DecoderConfig) -> tuple[str, bool]:
+    """(llama.cpp's name of the graph that computes this decoder, whether it rotates elements 2i and
+    2i+1 of a head).
+
+    Some of its graphs take a head to be hidden / heads, and rotary frequencies to be plain powers.
+    Another model is written for a graph that reads both, where its family names one.
+    """
+    unusual = d.q_size != d.hidden or rescaled(d) is not None
+    if family.gguf_any_head and unusual:
+        return family.gguf_any_head, True
+    return family.gguf_arch, family.gguf_interleaved
+
+
+def parts_with_biases(weights: CanonicalWeights) -> dict[str, ParamSpec]:
+    """The parts of a checkpoint, with a bias where one is stored that is not all zeros (AutoGPTQ
+    writes such), whatever is usual in its family.
+    """
+    checkpoint = weights.checkpoint
+    parts = {}
+    for name, part in weights.parts.items():
+        biases = [f"{key}.bias" for key in weights.keys[name]]
+        stored = part.bias or any(
+            bias in checkpoint.tensors and bool(checkpoint.read(bias).any()) for bias in biases
+        )
+        parts[name] = replace(part, bias=stored)
+    return parts
+
+
+def file_layout(weights: CanonicalWeights) -> dict[str, TensorSource]:
+    """`layout` of the file a checkpoint becomes."""
+    return layout(weights.family, weights.decoder, parts_with_biases(weights))
+
+
 def layout(
     family: Architecture, d: DecoderConfig, parts: Mapping[str, ParamSpec]
 ) -> dict[str, TensorSource]:
@@ -132,7 +165,7 @@ def _single(
         stem = _stem(prefix, tensor)
         shape = (part.rows[number], *part.shape[1:]) if several else part.shape
         heads = 0
-        if family.gguf_interleaved:
+        if graph_of(family, d)[1]:
             heads = {"attn_q": d.heads, "attn_k": d.kv_heads}.get(tensor, 0)
         sources[f"{stem}.weight"] = TensorSource(
             part=name,

@@ -21,15 +21,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from edgemed import params, plugins
+from edgemed.documents.yaml_files import read_yaml_mapping
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware import jetson
+from edgemed.hardware.threads import check_threads
 
 GIB = 1 << 30
+# A figure of hardware; none reaches 10^9 in its unit.
+Positive = Annotated[float, params.Range(above=0, high=1e9)]
 # Instruction sets that decide which kernels a runtime picks; the rest of /proc/cpuinfo is noise in
 # a record.
 FLAGS = (
@@ -89,10 +93,10 @@ class PowerMode:
     """
 
     name: str
-    watts: float | None = None
-    bandwidth_gb_s: float | None = None
-    gpu_mhz: float | None = None
-    gpu_share: float = 1.0
+    watts: Positive | None = None
+    bandwidth_gb_s: Positive | None = None
+    gpu_mhz: Positive | None = None
+    gpu_share: Annotated[float, params.Range(above=0, high=1)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -115,21 +119,21 @@ class Device:
     title: str
     shared_memory: bool
     source: dict[str, str]
-    memory_gb: float | None = None
-    usable_gb: float | None = None
+    memory_gb: Positive | None = None
+    usable_gb: Positive | None = None
     memory: str = ""
-    bandwidth_gb_s: float | None = None
-    achievable_gb_s: float | None = None
+    bandwidth_gb_s: Positive | None = None
+    achievable_gb_s: Positive | None = None
     bandwidth_note: str = ""
     cpu: str = ""
     gpu: str = ""
     compute_capability: str = ""
-    gpu_mhz: float | None = None
-    compute: dict[str, float] = field(default_factory=dict)
-    achieved: dict[str, float] = field(default_factory=dict)
+    gpu_mhz: Positive | None = None
+    compute: dict[str, Positive] = field(default_factory=dict)
+    achieved: dict[str, Positive] = field(default_factory=dict)
     compute_note: str = ""
-    sparse: dict[str, float] = field(default_factory=dict)
-    launch_us: float | None = None
+    sparse: dict[str, Positive] = field(default_factory=dict)
+    launch_us: Positive | None = None
     power_modes: tuple[PowerMode, ...] = ()
     tensorrt: dict[str, str] = field(default_factory=dict)
     cuda: dict[str, str] = field(default_factory=dict)
@@ -140,11 +144,9 @@ def read_device(name: str) -> Device:
     """The device of devices/NAME.yaml, or of a file that `edgemed doctor --measure` or a person
     wrote.
 
-    Raises EdgemedError for an unknown name or key, naming the nearest known one, and for a file
-    that is missing or is no mapping.
+    Raises EdgemedError for an unknown name or key, naming the nearest known one, for a file that is
+    missing or is no mapping, and for a value of the wrong type or out of its range.
     """
-    import yaml
-
     device_names = plugins.names("devices")
     file = Path(name)
     if name in device_names:
@@ -159,15 +161,14 @@ def read_device(name: str) -> Device:
             f"device file {name} does not exist",
             "Write one with: edgemed doctor --measure --out DEVICE.yaml",
         )
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    values = read_yaml_mapping(file, "Correct it: see docs/add-a-device.md")
+    device = params.build(Device, {"name": file.stem, **values}, file.name)
+    capability = device.compute_capability
+    if capability and not re.fullmatch(r"[1-9]\d?\.\d", capability):
         raise EdgemedError(
-            f"{file} is not valid YAML: {str(error).splitlines()[0]}", "Correct it"
-        ) from None
-    if not isinstance(values, dict):
-        raise EdgemedError(f"{file} is not a mapping", "See docs/add-a-device.md")
-    return params.build(Device, {"name": file.stem, **values}, file.name)
+            f"{file.name}.compute_capability: '{capability}' is no version", "For example '8.7'"
+        )
+    return device
 
 
 def power_mode_of(device: Device, name: str | None) -> PowerMode:
@@ -409,6 +410,7 @@ def read_bandwidth(threads: int, rounds: int = 30) -> float:
 
     if rounds < 5:
         raise EdgemedError(f"{rounds} rounds are too few to measure bandwidth", "Use 5 or more")
+    check_threads(threads)
     size = min(max(256 << 20, 4 * last_level_cache()), psutil.virtual_memory().available // 4)
     # Written once: pages never written would all be the one zero page, which stays in the cache.
     buffer = np.ones(size // 8, np.int64)

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError, nearest
+from edgemed.models.config_reader import ConfigKeys
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,10 @@ class DecoderConfig:
     # sequence); the last two are read from the last token
     head: str = "lm"
     head_size: int = 0
-    # id of the token that ends a text
+    # id of the token that ends a text, the first of `stop_tokens`
     eos: int | None = None
+    # every id in config.json that ends a text
+    stop_tokens: tuple[int, ...] = ()
     # where some MLPs are mixtures of experts
     experts: ExpertsConfig | None = None
 
@@ -297,14 +300,20 @@ class Architecture:
     ignored: tuple[str, ...]
     # the config after score_scale has been folded into the q rows
     folded: Callable[[Mapping[str, Any]], dict[str, Any]]
-    # llama.cpp's names for the graph ('': it has none) and for the pre-tokenizer
+    # llama.cpp's name for the graph, '' where it has none
     gguf_arch: str
-    gguf_pre: str
     # the best-known model and its published true dimensions, for --random-weights
     reference_name: str
     reference_config: Mapping[str, Any]
     # head -> transformers Auto class, for peft
     auto_classes: Mapping[str, str]
+    # A GGUF file's key without the graph's name in front -> the key of config.json that says the
+    # same; empty where such files cannot be imported.
+    gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    # another graph of llama.cpp, which computes this decoder where a head is not hidden / heads or
+    # frequencies are rescaled and the usual one cannot; it rotates elements 2i and 2i+1. '' where
+    # there is none.
+    gguf_any_head: str = ""
     # llama.cpp's graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     gguf_interleaved: bool = False
     # llama.cpp's graph has RMS norms where the model has layer norms. They are the same where the
@@ -335,6 +344,12 @@ class Architecture:
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     # (config, rank, density) -> the config of the model whose experts share a matrix
     shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
+    # where transformers has no class: which vectors of the authors' own code the decoder is held
+    # against instead, for people
+    vectors: str = ""
+    # transformers' class of a config -> the keys that are read of it. The contract tests hold both
+    # against each other; classes that transformers lacks are left out.
+    config_keys: Mapping[str, ConfigKeys] = field(default_factory=dict)
     # name -> published true dimensions of the family's other models
     other_references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -361,7 +376,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Architecture:
 
     Raises EdgemedError listing the known architectures and the nearest.
     """
-    model_type = str(config.get("model_type", ""))
+    model_type = str(config.get("model_type", ""))[:80]
     families = all_families()
     for family in families.values():
         if model_type in family.model_types:

@@ -12,8 +12,7 @@ import math
 import os
 import re
 import shutil
-import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +20,12 @@ from typing import TYPE_CHECKING, Any
 from edgemed.artifacts.hashing import file_sha256
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
+from edgemed.models.tensor_entry import Entry, read_entry
+from edgemed.models.weight_files import EXPLICIT, stored_tensors
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,25 +38,22 @@ COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+# What a tokenizer is built from where there is no tokenizer.json.
+VOCABULARIES = (
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+    "vocab.txt",
+)
+TEMPLATES = "additional_chat_templates"
 ADAPTER = "edgemed_adapter"
 # in config.json: which LoRA, of those in the folder of this name, belongs to the integers
 ADAPTERS = "adapters"
 # folder of a vision encoder that a checkpoint lacks: its tensors are read as vision_tower.*
 TOWER = "vision_tower"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies."""
-
-    file: Path
-    # torch's name of the dtype
-    dtype: str
-    shape: tuple[int, ...]
-    # first byte in the file; None for an entry of a pickle, which is called `name` there
-    offset: int | None
-    nbytes: int
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,8 +75,7 @@ class Checkpoint:
                 "The checkpoint is incomplete; download it again",
             )
         entry = self.tensors[name]
-        read = _read_raw if entry.offset is not None else _read_pickled
-        tensor = read(entry)
+        tensor = read_entry(entry)
         if not tensor.is_floating_point():
             return tensor
         # The sum shows NaN and Inf at a fraction of the cost, but it may overflow without any.
@@ -112,7 +97,7 @@ class Checkpoint:
         if self.adapter:
             files.update(file for file in self.adapter.iterdir() if file.is_file())
         for folder in (self.path, self.path / TOWER):
-            files.update(folder / name for name in COMPANIONS if (folder / name).is_file())
+            files.update(companion_files(folder))
         return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in sorted(files)}
 
     @property
@@ -142,6 +127,11 @@ class Checkpoint:
         return bool(self.config.get("edgemed_random_weights"))
 
 
+def is_gguf(model: str | Path) -> bool:
+    """Whether a model is named by the path of a GGUF file, which must be imported first."""
+    return str(model).lower().endswith(".gguf") and not Path(model).is_dir()
+
+
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open a directory or, where a hub is reachable, a hub id ('owner/name' or
     'owner/name@revision').
@@ -149,6 +139,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises EdgemedError for a missing or unreadable directory, config.json, shard or damaged file.
     """
     path = Path(model)
+    if is_gguf(path):
+        raise EdgemedError(
+            f"{path} is a GGUF file, not a directory in Hugging Face layout",
+            f"Make a checkpoint of it: edgemed import {path} --out DIR",
+        )
     is_hub_id = str(model).count("/") == 1 and not str(model).startswith((".", "/", "~"))
     if is_hub_id and not path.exists():
         path = _from_hub(str(model))
@@ -159,21 +154,13 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         )
     if not os.access(path, os.R_OK | os.X_OK):
         raise EdgemedError(f"model directory {path} cannot be read", "Check its permissions")
-    tensors: dict[str, Entry] = {}
-    files, index = _weight_files(path)
-    for file in files:
-        tensors.update(_entries(file))
-    absent = next((name for name in index if name not in tensors), None)
-    if absent:
-        raise EdgemedError(
-            f"{path / index[absent]} does not hold tensor '{absent}', which the index says it does",
-            "Download the shard again",
-        )
+    config = read_config(path)
+    _check_adapter_beside(path)
+    tensors = stored_tensors(path, config)
     if (path / TOWER).is_dir():
-        for file in _weight_files(path / TOWER)[0]:
-            for name, entry in _entries(file).items():
-                tensors.setdefault(f"{TOWER}.{name}", entry)
-    return Checkpoint(path, read_config(path), tensors)
+        for name, entry in stored_tensors(path / TOWER, {}).items():
+            tensors.setdefault(f"{TOWER}.{name}", entry)
+    return Checkpoint(path, config, tensors)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -186,147 +173,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json_object(file, "Download it again")
 
 
-def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """(files, tensor -> file as the index says, empty without one)."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{stem}.index.json"
-        if index.is_file():
-            try:
-                shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                names = sorted(set(shards.values()))
-            except (ValueError, KeyError, TypeError) as error:
-                raise EdgemedError(f"{index} is damaged: {error!r}", "Download it again") from None
-            missing = [name for name in names if not (path / name).is_file()]
-            if missing:
-                raise EdgemedError(
-                    f"{index.name} names {', '.join(missing)}, which is not in {path}",
-                    "Download the missing shard",
-                )
-            return [path / name for name in names], shards
-        if (path / stem).is_file():
-            return [path / stem], {}
-    raise EdgemedError(
-        f"{path} holds no weights",
-        "Expected model.safetensors, pytorch_model.bin or an index of shards",
-    )
-
-
-def _entries(file: Path) -> dict[str, Entry]:
-    return _pickle_entries(file) if file.suffix == ".bin" else _safetensors_entries(file)
-
-
-def _safetensors_entries(file: Path) -> dict[str, Entry]:
-    damaged = f"{file} is damaged or truncated"
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size:
-                raise EdgemedError(damaged, "Download it again")
-            header = json.loads(handle.read(length))
-        # A file is an 8-byte length, a JSON header of that length, then the tensors' bytes, from
-        # which the offsets count.
-        entries = {}
-        needed = 0
-        for name, info in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = info["data_offsets"]
-            if info["dtype"] not in DTYPES:
-                raise EdgemedError(
-                    f"{file}: tensor '{name}' has the dtype {info['dtype']}, which edgemed does not"
-                    " read",
-                    "Convert it to F32, F16 or BF16",
-                )
-            entries[name] = Entry(
-                file=file,
-                dtype=DTYPES[info["dtype"]],
-                shape=tuple(info["shape"]),
-                offset=8 + length + begin,
-                nbytes=end - begin,
-            )
-            needed = max(needed, 8 + length + end)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise EdgemedError(damaged, "Download it again") from None
-    except OSError as error:
+def _check_adapter_beside(path: Path) -> None:
+    """Raise EdgemedError for an adapter in the model's own folder: transformers loads both."""
+    weights = next((file for file in sorted(path.glob("adapter_model.*")) if file.is_file()), None)
+    if weights is not None and (path / "adapter_config.json").is_file():
         raise EdgemedError(
-            f"{file} cannot be read: {error.strerror}", "Check its permissions"
-        ) from None
-    if needed > size:
-        raise EdgemedError(
-            f"{file} is truncated: {size} bytes on disk, {needed} needed", "Download it again"
+            f"{path} holds an adapter beside its model ({weights.name}), which transformers would"
+            " load into it",
+            "Move adapter_config.json and the adapter's weights into a folder of their own; to"
+            " merge: edgemed merge MODEL --adapter DIR",
         )
-    return entries
-
-
-def metadata(file: Path) -> dict[str, str]:
-    """The free words in a safetensors file's header; {} where there are none, or the file is of
-    another kind. The file was opened before, so its header is complete.
-    """
-    if file.suffix != ".safetensors":
-        return {}
-    with open(file, "rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        return json.loads(handle.read(length)).get("__metadata__") or {}
-
-
-def _read_raw(entry: Entry) -> torch.Tensor:
-    torch = need("torch", "build")
-    if entry.offset is None:
-        raise ValueError(f"{entry.name} lies in a pickle, which has no byte offsets")
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-    with open(entry.file, "rb") as handle:
-        handle.seek(entry.offset)
-        if handle.readinto(memoryview(buffer.numpy())) != entry.nbytes:
-            raise EdgemedError(f"{entry.file} is truncated", "Download it again")
-    return buffer.view(getattr(torch, entry.dtype)).reshape(entry.shape)
-
-
-def read_tensors(file: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of one safetensors file, all or those of `names`. Raises EdgemedError where it is
-    damaged.
-    """
-    tensors = {}
-    for name, entry in _safetensors_entries(Path(file)).items():
-        if names is None or name in names:
-            tensors[name] = _read_raw(entry)
-    return tensors
-
-
-def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    torch = need("torch", "build")
-    import pickle
-
-    try:
-        # mmap: only the tensors that are touched become resident. weights_only: a pickle may
-        # otherwise run any code.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise EdgemedError(
-            f"{file} cannot be read as a weights-only PyTorch file: {str(error).splitlines()[0]}",
-            "Convert it to safetensors",
-        ) from None
-
-
-def _pickle_entries(file: Path) -> dict[str, Entry]:
-    state = _load_pickle(file)
-    return {
-        name: Entry(
-            file=file,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            offset=None,
-            nbytes=tensor.numel() * tensor.element_size(),
-            name=name,
-        )
-        for name, tensor in state.items()
-    }
-
-
-def _read_pickled(entry: Entry) -> torch.Tensor:
-    # Loaded anew for each tensor: dropping the map is what keeps pages already read from counting
-    # as resident.
-    return _load_pickle(entry.file)[entry.name].clone()
 
 
 def _from_hub(name: str) -> Path:
@@ -364,6 +220,17 @@ def narrowed(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return result
 
 
+def companion_files(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to a model: tokenizer, chat templates,
+    preprocessor.
+    """
+    names: tuple[str, ...] = COMPANIONS
+    if not (folder / "tokenizer.json").is_file():
+        names += VOCABULARIES
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return files + sorted((folder / TEMPLATES).glob("*.jinja"))
+
+
 class Writer:
     """Writes a checkpoint shard by shard: at most `shard_bytes` are held in memory. Call `close`
     last.
@@ -386,13 +253,16 @@ class Writer:
         # names of the tensors in each shard
         self.shards: list[list[str]] = []
         self.total = 0
+        # The file it may name is the source's.
+        written = {key: value for key, value in config.items() if key != EXPLICIT}
         (self.path / "config.json").write_text(
-            json.dumps(dict(config), indent=1) + "\n", encoding="utf-8"
+            json.dumps(written, indent=1) + "\n", encoding="utf-8"
         )
         if source is not None:
-            for name in COMPANIONS:
-                if (Path(source) / name).is_file():
-                    shutil.copyfile(Path(source) / name, self.path / name)
+            for file in companion_files(Path(source)):
+                copy = self.path / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor; the shard is written where it would grow beyond `shard_bytes`."""

@@ -14,12 +14,12 @@ from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import DecoderConfig, ParamSpec, Shapes, VisionConfig
-from edgemed.models.family_helpers import size_in
+from edgemed.models.config_keys import START, text_keys
+from edgemed.models.config_reader import HEADS, LAYERS, ConfigReader, Section, short
+from edgemed.models.family_helpers import head_size
+from edgemed.models.preprocessor_keys import pixel_statistics, preprocessor_keys
 
 MARKER = "<image>"  # what LLaVA and its descendants write where an image stands
-# of CLIP's training images, RGB in 0..1
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 # openai/clip-vit-large-patch14-336 config.json: what these models use, where neither config nor
 # tensors are at hand (--random-weights)
 LARGE_336 = {
@@ -31,6 +31,32 @@ LARGE_336 = {
     "image_size": 336,
 }
 HEAD = 64  # elements of a head in every published CLIP encoder
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+# transformers' CLIPVisionConfig
+KEYS = text_keys(
+    {
+        "model_type": "clip_vision_model",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "patch_size": 32,
+        "image_size": 224,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    fixed={"num_channels": (3,)},
+    harmless={
+        "projection_dim": "of CLIP's own score, which is not computed",
+        "initializer_factor": START,
+        "tie_word_embeddings": "no words are embedded here",
+        "vocab_size": "of CLIP's text encoder, which is not there",
+    },
+)
+PREPROCESSOR_KEYS = preprocessor_keys(
+    {"size": None, "crop_size": None, "do_center_crop": True, "do_pad": False},
+    types=("CLIPImageProcessor", "LlavaImageProcessor"),
+)
 
 
 def tower_numbers(
@@ -43,12 +69,13 @@ def tower_numbers(
     config.json, for the message. Raises EdgemedError where the checkpoint holds no such encoder.
     """
     if config is not None:
-        if config.get("model_type", "clip_vision_model") != "clip_vision_model":
+        if config.get("model_type", KEYS.defaults["model_type"]) != KEYS.defaults["model_type"]:
             raise EdgemedError(
-                f"config.json: a vision tower of type '{config['model_type']}' is not supported",
+                "config.json: a vision tower of type"
+                f" {short(config['model_type'])} is not supported",
                 "Known: clip_vision_model",
             )
-        return {**config, **{key: size_in(config, key) for key in LARGE_336}}
+        return config_numbers(config)
     if not shapes:
         return dict(LARGE_336)
     origin = f"; config.json names {named}" if named else ""
@@ -84,6 +111,36 @@ def tower_numbers(
     }
 
 
+def config_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder's numbers from a CLIPVisionConfig's mapping. An empty mapping is not None: it
+    asks for transformers' defaults.
+    """
+    reader = ConfigReader(config, KEYS)
+    width = reader.size("hidden_size", 1 << 20)
+    heads = reader.size("num_attention_heads", HEADS)
+    head_size(reader, width, heads)
+    activation = reader.raw("hidden_act")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise EdgemedError(
+            f"config.json: hidden_act {short(activation)} of the vision tower is not supported",
+            f"Known: {', '.join(ACTIVATIONS)}",
+        )
+    patch = reader.size("patch_size", 1024)
+    size = reader.size("image_size", 1 << 14)
+    if size < patch:
+        raise reader.malformed("image_size", f"at least patch_size {patch}")
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": reader.size("num_hidden_layers", LAYERS),
+        "num_attention_heads": heads,
+        "intermediate_size": reader.size("intermediate_size"),
+        "patch_size": patch,
+        "image_size": size,
+        "hidden_act": ACTIVATIONS[activation],
+        "layer_norm_eps": reader.number("layer_norm_eps", most=1.0),
+    }
+
+
 def clip_vision(
     tower: Mapping[str, Any], preprocessor: Mapping[str, Any], layer: Any, pad: bool, **rest: Any
 ) -> VisionConfig:
@@ -99,19 +156,16 @@ def clip_vision(
     depth = tower["num_hidden_layers"]
     size = tower["image_size"]
     layers = 0
-    if isinstance(layer, int):
+    if isinstance(layer, int) and not isinstance(layer, bool):
         layers = layer if layer >= 0 else depth + 1 + layer
     if not 1 <= layers <= depth:
         raise EdgemedError(
-            f"config.json: features of layer {layer} of a tower of {depth} are not supported",
+            f"config.json: features of layer {short(layer)} of a tower of {depth} are not"
+            " supported",
             f"Known: one layer, from 1 to {depth} or from -{depth} to -1",
         )
-    activation = tower.get("hidden_act", "quick_gelu")
-    if activation not in ("quick_gelu", "gelu"):
-        raise EdgemedError(
-            f"config.json: hidden_act '{activation}' of the vision tower is not supported",
-            "Known: quick_gelu, gelu",
-        )
+    images = ConfigReader(preprocessor, PREPROCESSOR_KEYS, "preprocessor_config.json")
+    mean, std = pixel_statistics(images)
     return VisionConfig(
         width=tower["hidden_size"],
         layers=layers,
@@ -119,41 +173,33 @@ def clip_vision(
         heads=tower["num_attention_heads"],
         ffn=tower["intermediate_size"],
         norm_eps=tower.get("layer_norm_eps", 1e-5),
-        activation=activation,
+        activation=tower.get("hidden_act", "quick_gelu"),
         patch=tower["patch_size"],
         size=size,
-        fit=square_rule(preprocessor, size, pad),
+        fit=square_rule(images, size, pad),
         pre_norm=True,
-        mean=tuple(preprocessor.get("image_mean") or MEAN),
-        std=tuple(preprocessor.get("image_std") or STD),
+        mean=mean,
+        std=std,
         **rest,
     )
 
 
-def square_rule(preprocessor: Mapping[str, Any], size: int, pad: bool) -> str:
+def square_rule(images: ConfigReader, size: int, pad: bool) -> str:
     """VisionConfig.fit from preprocessor_config.json.
 
     size: side of the encoder's images, in pixels. Raises EdgemedError for another rule or size than
     the encoder's, which would give another image.
     """
-    sides = preprocessor.get("size") or size
-    if isinstance(sides, int):
-        sides = {"shortest_edge": sides}
-    crop = preprocessor.get("crop_size") or size
-    crop_sides = {crop} if isinstance(crop, int) else set(crop.values())
-    cropped = preprocessor.get("do_center_crop", True)
-    pad = pad or bool(preprocessor.get("do_pad"))
+    edges = sides(images, "size", "shortest_edge", size)
+    crop = sides(images, "crop_size", "height", size)
+    is_cropped = not images.states("do_center_crop") or images.flag("do_center_crop")
+    pad = pad or (images.states("do_pad") and images.flag("do_pad"))
     unsupported = []
-    # 3 is bicubic.
-    usual = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True}
-    for key, value in usual.items():
-        if preprocessor.get(key) not in (value, None):
-            unsupported.append(f"{key} {preprocessor[key]}")
-    if set(sides.values()) != {size} or set(sides) not in ({"shortest_edge"}, {"height", "width"}):
-        unsupported.append(f"size {sides}")
-    if cropped and crop_sides != {size}:
-        unsupported.append(f"crop_size {preprocessor['crop_size']}")
-    if not pad and not cropped and "shortest_edge" in sides:
+    if set(edges.values()) != {size} or set(edges) not in ({"shortest_edge"}, {"height", "width"}):
+        unsupported.append(f"size {short(edges)}")
+    if is_cropped and set(crop.values()) != {size}:
+        unsupported.append(f"crop_size {short(images.raw('crop_size'))}")
+    if not pad and not is_cropped and "shortest_edge" in edges:
         unsupported.append("do_center_crop false")
     if unsupported:
         raise EdgemedError(
@@ -162,7 +208,22 @@ def square_rule(preprocessor: Mapping[str, Any], size: int, pad: bool) -> str:
         )
     if pad:
         return "pad"
-    return "crop" if "shortest_edge" in sides else "stretch"
+    return "crop" if "shortest_edge" in edges else "stretch"
+
+
+def sides(images: ConfigReader, key: str, edge: str, size: int) -> dict[str, int]:
+    """A size in pixels, which older preprocessors state as one number: of `edge`. The encoder's own
+    `size` where nothing is stated.
+    """
+    if not images.states(key):
+        return {edge: size}
+    if not isinstance(images.raw(key), Mapping):
+        return {edge: images.size(key, 1 << 14)}
+    section: Section = images.section(key)
+    for name, value in section.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise images.malformed(key, f"a size in pixels ({name})")
+    return dict(section)
 
 
 def clip_parts(

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import ParamSpec
-from edgemed.models.checkpoint import Checkpoint, metadata
+from edgemed.models.checkpoint import Checkpoint
+from edgemed.models.safetensors_file import metadata
 
 NAME = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(.+)")
 # What tools call the model that weights were made from, in the metadata of a safetensors file.

@@ -1,18 +1,51 @@
-"""What family files share: reading numbers from a config, the usual parts of a decoder, rotary
-angles.
+"""What family files share: the usual numbers of a config, the usual parts of a decoder, the check
+of its biases.
 
 A family file states what is peculiar to it. What several families have in common is here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import DecoderConfig, ParamSpec
+from edgemed.models.config_reader import HEADS, LAYERS, ConfigReader, short
+from edgemed.models.rope import Rope, read_rope
+
+SLIDING = "sliding_attention"
+# What transformers' names of activations stand for. The tanh forms are one function.
+SILU = {"silu": "silu", "swish": "silu"}
+GELU = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+}
+
+# Keys of a GGUF file and of a config in transformers' usual layout that say the same.
+USUAL_GGUF_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.freq_base": "rope_theta",
+}
+RMS_GGUF_KEYS = {
+    **USUAL_GGUF_KEYS,
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+}
+LAYER_NORM_GGUF_KEYS = {
+    **USUAL_GGUF_KEYS,
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+}
 
 
 def relocated(
@@ -36,54 +69,6 @@ def relocated(
     }
 
 
-def size_in(config: Mapping[str, Any], key: str) -> int:
-    """A size in config.json. Raises EdgemedError where it is missing or not a whole number above
-    0.
-    """
-    if key not in config:
-        raise EdgemedError(f"config.json has no {key}", "Download it again")
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise EdgemedError(
-            f"config.json has {key} {value!r}, which is not a whole number above 0",
-            "Download it again",
-        )
-    return value
-
-
-def rotary(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    """The rotary fields of DecoderConfig from a config in transformers' layout.
-
-    Older configs have rope_theta, rope_scaling and partial_rotary_factor (or rope_pct), recent ones
-    put them into rope_parameters.
-    """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = _first_number((scaling, config), ("rope_theta",), default=10000.0)
-    share = _first_number((scaling, config), ("partial_rotary_factor", "rope_pct"), default=1.0)
-    return {
-        "positions": "rope",
-        "rope_theta": theta,
-        "rope_frequencies": inverse_frequencies(int(head_dim * share), theta, scaling),
-    }
-
-
-def _first_number(
-    mappings: Sequence[Mapping[str, Any]], names: Sequence[str], default: float
-) -> float:
-    for name in names:
-        for mapping in mappings:
-            if mapping.get(name) is not None:
-                return float(mapping[name])
-    return default
-
-
-def first_token(value: Any) -> int | None:
-    """An end-of-text id; recent configs may list several, of which the first is the base
-    model's.
-    """
-    return value[0] if isinstance(value, list) else value
-
-
 def head_of(shapes: Mapping[str, tuple[int, ...]], module: str = "score") -> dict[str, Any]:
     """The head fields of DecoderConfig from the stored tensors: with a classification head, or {}
     for a language model.
@@ -94,54 +79,149 @@ def head_of(shapes: Mapping[str, tuple[int, ...]], module: str = "score") -> dic
     return {"head": "classes", "head_size": shape[0]}
 
 
-def require(config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Raise EdgemedError where a config asks for something this family's graph does not have.
+def check_biases(
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: int,
+    modules: Sequence[str],
+    expected: bool,
+    reason: str,
+) -> None:
+    """Raise EdgemedError where the stored biases of layers contradict what config.json says.
 
-    supported: key -> the one supported value, which is also what an absent key means.
+    modules: their names in a layer. expected: whether each has a bias. reason: who says so.
+    transformers drops a bias that its model does not have, and begins one that is missing with
+    zeros. Packed modules are left out: GPTQ tools store biases of zeros.
     """
-    for key, value in supported.items():
-        if config.get(key, value) != value:
-            raise EdgemedError(
-                f"config.json: {key} {config[key]!r} is not supported", f"Known: {value!r}"
-            )
+    for n in range(layers):
+        for module in modules:
+            name = f"model.layers.{n}.{module}"
+            is_stored = f"{name}.bias" in shapes
+            if f"{name}.weight" in shapes and is_stored != expected:
+                raise EdgemedError(
+                    f"{reason}, and the weights hold {'a' if is_stored else 'no'} '{name}.bias'",
+                    "Config and weights do not belong together",
+                )
 
 
 def usual_decoder(
-    config: Mapping[str, Any],
+    config: ConfigReader,
     shapes: Mapping[str, tuple[int, ...]],
-    *,
     norm_eps: float,
     head_dim: int | None = None,
+    rotated_share: float = 1.0,
     **differences: Any,
 ) -> DecoderConfig:
-    """A decoder whose config has transformers' usual keys: rotary positions, grouped queries, and a
-    score scale of 1/sqrt(head_dim) in every layer.
+    """The numbers of a decoder whose config.json uses transformers' usual keys.
 
-    shapes: of the stored tensors, which tell the head. head_dim: None where a head is
-    hidden_size / num_attention_heads. differences: fields of DecoderConfig in which a family
-    differs from its defaults and from these. Raises EdgemedError for a missing or impossible size.
+    head_dim: where the config has one of its own. rotated_share: see `read_rope`. differences:
+    fields in which this family differs (norm, activation, gated, parallel and so on), which win.
+    Raises EdgemedError for a number that is missing, malformed or does not go with the others.
     """
-    hidden = size_in(config, "hidden_size")
-    layers = size_in(config, "num_hidden_layers")
-    heads = size_in(config, "num_attention_heads")
-    head_dim = head_dim or hidden // heads
+    hidden = config.size("hidden_size", 1 << 20)
+    layers = config.size("num_hidden_layers", LAYERS)
+    heads = config.size("num_attention_heads", HEADS)
+    kv_heads = config.optional_size("num_key_value_heads", HEADS) or heads
+    head_dim = head_dim or head_size(config, hidden, heads)
+    if heads % kv_heads:
+        raise EdgemedError(
+            f"{config.place}num_attention_heads {heads} is not a multiple of num_key_value_heads"
+            f" {kv_heads}",
+            "The config is damaged",
+        )
+    context = config.size("max_position_embeddings")
+    rope, _ = read_rope(config, head_dim, context, rotated_share)
+    vocab = config.size("vocab_size")
+    stop_tokens = stop_tokens_of(config, vocab)
     fields: dict[str, Any] = {
         "hidden": hidden,
         "layers": layers,
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
+        "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "vocab": size_in(config, "vocab_size"),
-        "ffn": size_in(config, "intermediate_size"),
-        "context": size_in(config, "max_position_embeddings"),
+        "vocab": vocab,
+        "ffn": config.size("intermediate_size"),
         "norm_eps": norm_eps,
-        "score_scale": (head_dim**-0.5,) * layers,
-        "tied": config.get("tie_word_embeddings", False),
-        "eos": first_token(config.get("eos_token_id")),
-        **rotary(config, head_dim),
+        "tied": config.flag("tie_word_embeddings"),
+        "eos": stop_tokens[0] if stop_tokens else None,
+        "stop_tokens": stop_tokens,
+        **rotary(config, rope, head_dim, layers),
         **head_of(shapes),
     }
     return DecoderConfig(**fields | differences)
+
+
+def stop_tokens_of(config: ConfigReader, vocab: int) -> tuple[int, ...]:
+    """Every id that ends a text. transformers' default, of the model its class was written for, is
+    left out where this vocabulary does not have it.
+    """
+    config.check_tokens("bos_token_id")
+    stop_tokens = config.tokens("eos_token_id")
+    if "eos_token_id" not in config.values and any(token >= vocab for token in stop_tokens):
+        return ()
+    return stop_tokens
+
+
+def check_full_attention(config: ConfigReader, layers: int, context: int) -> None:
+    """Raise EdgemedError where a layer attends within a window that is shorter than the context.
+
+    Reads use_sliding_window, sliding_window, max_window_layers and layer_types as transformers'
+    Qwen2Config does: layers from max_window_layers on have the window, unless layer_types says it.
+    """
+    is_used = bool(config.raw("use_sliding_window")) and config.flag("use_sliding_window")
+    window = config.optional_size("sliding_window") if is_used else None
+    first = config.size("max_window_layers", least=0)
+    types = config.raw("layer_types")
+    if types is None:
+        types = ["full_attention"] * min(first, layers)
+        types += [SLIDING if window else "full_attention"] * (layers - len(types))
+    if not isinstance(types, list) or len(types) != layers:
+        raise config.malformed("layer_types", f"a list of {layers} names")
+    for n, kind in enumerate(types):
+        if kind == "full_attention" or (kind == SLIDING and window and window >= context):
+            continue
+        raise EdgemedError(
+            f"{config.place}layer {n} has {short(kind)} (layer_types, use_sliding_window"
+            f" {config.raw('use_sliding_window')}, sliding_window {window}), which is not"
+            " supported",
+            "Known: full_attention, or a window as long as the context",
+        )
+
+
+def head_size(config: ConfigReader, hidden: int, heads: int) -> int:
+    """Elements of a head where the config does not state them. Raises EdgemedError where the hidden
+    size is not a multiple of the heads.
+    """
+    if hidden % heads:
+        raise EdgemedError(
+            f"{config.place}hidden size {hidden} is not a multiple of the {heads} heads",
+            "The config is damaged",
+        )
+    return hidden // heads
+
+
+def rotary(config: ConfigReader, rope: Rope, head_dim: int, layers: int) -> dict[str, Any]:
+    """The fields of DecoderConfig that positions decide.
+
+    A factor on cosines and sines of q and of k is its square on the scores, where whole heads are
+    rotated. Raises EdgemedError where only a part of each head is.
+    """
+    factor = rope.attention_factor
+    scale: float = head_dim**-0.5
+    if factor != 1.0:
+        if 2 * len(rope.frequencies) != head_dim:
+            raise EdgemedError(
+                f"{config.place}an attention factor of {factor:.4g} on a part of each head is not"
+                " supported",
+                "Known: rotary positions over whole heads",
+            )
+        scale *= factor * factor
+    return {
+        "positions": "rope",
+        "rope_theta": rope.theta,
+        "rope_frequencies": rope.frequencies,
+        "context": rope.context,
+        "score_scale": (scale,) * layers,
+    }
 
 
 def usual_parts(
@@ -225,35 +305,3 @@ def usual_parts(
     else:
         specs["head"] = ParamSpec(("score",), "matrix", (d.head_size, d.hidden))
     return specs
-
-
-def inverse_frequencies(
-    width: int, theta: float, scaling: Mapping[str, Any] | None = None
-) -> tuple[float, ...]:
-    """Rotary frequencies theta^(-2i/width), i < width/2 (Su et al. 2021), rescaled as transformers'
-    rope types 'default', 'linear' and 'llama3' do.
-
-    Raises EdgemedError for another rope type.
-    """
-    frequencies = [theta ** (-2 * i / width) for i in range(width // 2)]
-    scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return tuple(frequencies)
-    if kind == "linear":
-        return tuple(f / scaling["factor"] for f in frequencies)
-    if kind != "llama3":
-        raise EdgemedError(
-            f"config.json: rope type '{kind}' is not supported", "Known: default, linear, llama3"
-        )
-    # Llama 3.1: long waves are slowed by `factor`, short ones kept, those between mixed.
-    low = scaling["low_freq_factor"]
-    high = scaling["high_freq_factor"]
-    context = scaling["original_max_position_embeddings"]
-    mixed = []
-    for f in frequencies:
-        # context * f / 2 pi: how often the wave turns within the context it was trained for. Below
-        # `low` turns it is slowed, above `high` kept; the share is linear between them.
-        share = min(max((context * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0)
-        mixed.append((1 - share) * f / scaling["factor"] + share * f)
-    return tuple(mixed)

@@ -9,17 +9,24 @@ and belongs to the merge step.
 from __future__ import annotations
 
 import json
-import math
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemed.artifacts.hashing import digest, file_sha256
 from edgemed.artifacts.store import MANIFEST, read_manifest
 from edgemed.errors import EdgemedError, need
+from edgemed.models.adapter_files import CONFIG as CONFIG
+from edgemed.models.adapter_files import OWN_BASE as OWN_BASE
+from edgemed.models.adapter_files import WEIGHTS as WEIGHTS
+from edgemed.models.adapter_files import adapter_config as adapter_config
+from edgemed.models.adapter_files import adapter_files as adapter_files
+from edgemed.models.adapter_files import adapter_hashes as adapter_hashes
+from edgemed.models.adapter_files import adapter_tensors as adapter_tensors
+from edgemed.models.adapter_files import quantized_base as quantized_base
+from edgemed.models.adapter_targets import ALL_LINEAR, is_targeted, rank_of
+from edgemed.models.adapter_targets import lora_scale as lora_scale
 from edgemed.models.checkpoint import ADAPTERS, Checkpoint
 from edgemed.models.weights import CanonicalWeights, Dense, Packed
 
@@ -28,17 +35,12 @@ if TYPE_CHECKING:
 
     # canonical part -> (A [rank, in], B [out, rank]), float32
     Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    Pair = tuple[torch.Tensor, torch.Tensor]
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# where LLaVA's training code puts the projector it trained with the adapter
-BESIDE = "non_lora_trainables.bin"
 FOLDER = ADAPTERS  # of an engine, as of a checkpoint: one folder in it per adapter
 # what an engine is without its adapters, as the name of one: also where it is otherwise used with
 # one of them
 BASE = "base"
-# in adapter_config.json: the quantized checkpoint whose integers an adapter was trained beside
-OWN_BASE = "edgemed_base"
 # in config.json: what a quantize step multiplied into the weights, which an adapter of the float
 # base does not know
 FOLDED = "edgemed_folded"
@@ -89,96 +91,6 @@ class Lora:
 
     name: str
     factors: Factors
-
-
-def adapter_files(adapter: str) -> tuple[Path, Path]:
-    """(config, weights) of a PEFT directory. Raises EdgemedError where one is missing, or weights
-    lie there that peft does not know.
-    """
-    path = Path(adapter)
-    if not path.is_dir():
-        raise EdgemedError(
-            f"adapter directory {path} does not exist",
-            f"Give a PEFT directory ({CONFIG} and {WEIGHTS[0]})",
-        )
-    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-    if not (path / CONFIG).is_file():
-        raise EdgemedError(
-            f"{path} has no {CONFIG}", "Give a directory written by peft's save_pretrained"
-        )
-    if weights is None:
-        raise EdgemedError(
-            f"{path} has no {WEIGHTS[0]}", "Give a directory written by peft's save_pretrained"
-        )
-    if (path / BESIDE).is_file():
-        raise EdgemedError(
-            f"{path / BESIDE} holds weights that peft does not know and a merge would lose",
-            "Merge the adapter with the code that trained it",
-        )
-    return path / CONFIG, weights
-
-
-def adapter_hashes(adapter: str) -> dict[str, str]:
-    """file -> sha256 of a PEFT directory's config and weights."""
-    return {file.name: file_sha256(file) for file in adapter_files(adapter)}
-
-
-def adapter_config(adapter: str) -> dict[str, Any]:
-    """What adapter_config.json says. Raises EdgemedError where it is no JSON object with a
-    peft_type.
-    """
-    file, _ = adapter_files(adapter)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        values["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EdgemedError(f"{file} is damaged: {error!r}", "Copy the adapter again") from None
-    return values
-
-
-def quantized_base(values: Mapping[str, Any]) -> str | None:
-    """Why an adapter's config makes one think that it was trained on a quantized base, None where
-    nothing does: peft itself does not write it down.
-    """
-    base = str(values.get("base_model_name_or_path") or "")
-    file = Path(base) / "config.json"
-    try:
-        method = None
-        if base and file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
-            method = config["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        method = None
-    if method:
-        return f"its base {base} is quantized ({method})"
-    if re.search(r"(?i)(bnb|nf4|gptq|awq|[48][-_]?bit|int[48])(?![a-z])", base.rpartition("/")[2]):
-        return f"its base is called '{base}'"
-    if values.get("init_lora_weights") == "loftq":
-        return "it began as LoftQ, for a quantized base"
-    return None
-
-
-def adapter_tensors(adapter: str) -> dict[str, torch.Tensor]:
-    """Every tensor of an adapter. Raises EdgemedError for a damaged file, NaN or Inf."""
-    torch = need("torch", "build")
-    safetensors = need("safetensors", "build")
-    _, file = adapter_files(adapter)
-    try:
-        if file.suffix == ".safetensors":
-            tensors = need("safetensors.torch", "build").load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise EdgemedError(
-            f"{file} is damaged: {str(error).splitlines()[0]}", "Copy the adapter again"
-        ) from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise EdgemedError(
-                f"{file.name}: tensor '{name}' holds NaN or Inf",
-                "The adapter is damaged; do not deploy it",
-            )
-    return tensors
 
 
 def inputs(adapters: Mapping[str, str] | None) -> dict[str, str]:
@@ -261,7 +173,15 @@ def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
     folded = _folded(weights.checkpoint, where, values.get(OWN_BASE))
     torch = need("torch", "build")
     factors = {}
-    pairs = dict(_pairs(weights, where, values, adapter_tensors(path)))
+    pairs: dict[tuple[str, int], Pair] = {}
+    for place, pair in _pairs(weights, where, values, adapter_tensors(path)):
+        if place in pairs:
+            raise EdgemedError(
+                f"{where}: it has two pairs of factors for one module of {place[0]}",
+                "Copy the adapter again",
+            )
+        pairs[place] = pair
+    _check_complete(weights, where, values, pairs)
     for part in {part for part, _ in pairs}:
         rows = weights.parts[part].rows or weights.parts[part].shape[:1]
         columns = weights.parts[part].shape[1]
@@ -404,17 +324,42 @@ def _pairs(
                 f" matrix is {list(wanted)}",
                 hint,
             )
-        yield (part, index), (a, b * lora_scale(values, module, a.shape[0]))
+        if rank_of(values, module) != a.shape[0]:
+            raise EdgemedError(
+                f"{where}: its config says rank {rank_of(values, module)} for '{module}', whose"
+                f" factors have {a.shape[0]}",
+                "Copy the adapter again",
+            )
+        b = b * lora_scale(values, module, a.shape[0])
+        if not bool(need("torch", "build").isfinite(b).all()):
+            raise EdgemedError(
+                f"{where}: with its alpha, factors of '{module}' do not fit into float32",
+                "The adapter is damaged; do not deploy it",
+            )
+        yield (part, index), (a, b)
 
 
-def lora_scale(values: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023); alpha may
-    differ by module, as peft matches its patterns.
-    """
-    patterns = values.get("alpha_pattern") or {}
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = values.get("lora_alpha", 8) if key is None else patterns[key]
-    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+def _check_complete(
+    weights: CanonicalWeights,
+    where: str,
+    values: Mapping[str, Any],
+    pairs: Mapping[tuple[str, int], Any],
+) -> None:
+    """Raise EdgemedError where the config asks for a module of a layer that has no factors."""
+    targets = values.get("target_modules")
+    if not targets or targets == ALL_LINEAR:
+        return
+    places = _places(weights)
+    for module, place in places.items():
+        part = weights.parts[place[0]]
+        is_layer = place[0].startswith("layers.") and part.kind == "matrix"
+        if not is_layer or ".experts." in place[0] or ".shared." in place[0] or place in pairs:
+            continue
+        if is_targeted(values, module):
+            raise EdgemedError(
+                f"{where}: it has no factors of '{module}', which its config asks for",
+                "Copy the adapter again",
+            )
 
 
 def _places(weights: CanonicalWeights) -> dict[str, tuple[str, int]]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgemed.errors import EdgemedError, need
@@ -24,56 +23,17 @@ from edgemed.models.architecture import (
     family_of,
 )
 from edgemed.models.checkpoint import TOWER, Checkpoint
-from edgemed.models.gptq_packing import unpack
+from edgemed.models.document_keys import check_documents
+from edgemed.models.gptq_checkpoint import GptqSettings, read_packed, read_settings, stored_shapes
+from edgemed.models.matrices import Dense as Dense
+from edgemed.models.matrices import Packed as Packed
+from edgemed.models.matrices import joined
+from edgemed.models.quantization_config import quantization_method
+from edgemed.models.stored_biases import check_biases
+from edgemed.models.tied_embeddings import resolve_tie
 
 if TYPE_CHECKING:
     import torch
-
-# Widths of packed integers that are read and written.
-BITS = (2, 3, 4, 8)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """weight [out, in] and bias [out] or None, float32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def dense(self) -> torch.Tensor:
-        """The weight [out, in], float32."""
-        return self.weight
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A quantized matrix: weight = (q - zeros[group]) * scales[group].
-
-    q uint8 [out, in], scales float32 [out, groups], zeros uint8 [out, groups], g_idx int32 [in]
-    (the group of each input; None where it is simply in // group), bias float32 [out] or None.
-    """
-
-    q: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    g_idx: torch.Tensor | None
-    bits: int
-    group: int
-    bias: torch.Tensor | None
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether every zero point is the middle of the range."""
-        return bool((self.zeros == 1 << (self.bits - 1)).all())
-
-    def dense(self) -> torch.Tensor:
-        """The weight [out, in] that the integers stand for, float32."""
-        torch = need("torch", "build")
-        if self.g_idx is not None:
-            index = self.g_idx.long()
-        else:
-            index = torch.arange(self.q.shape[1]) // self.group
-        return (self.q.float() - self.zeros.float()[:, index]) * self.scales[:, index]
 
 
 class CanonicalWeights:
@@ -102,8 +62,10 @@ class CanonicalWeights:
         self.fold = fold
         config = checkpoint.config
         self.family: Architecture = family_of(config, str(checkpoint.path / "config.json"))
+        check_documents(checkpoint.path)
         shapes = self._bare_shapes()
-        self.unfolded: DecoderConfig = self.family.decoder(config, shapes)
+        decoder = self.family.decoder(config, shapes)
+        self.checkpoint, self.unfolded = resolve_tie(checkpoint, self.family, decoder)
         self.vision: VisionConfig | None = None
         if self.family.vision is not None:
             self.vision = self.family.vision(config, _preprocessor(checkpoint), shapes)
@@ -111,7 +73,10 @@ class CanonicalWeights:
         self._read_quantization()
         self.keys = {name: self._resolve(name, part) for name, part in self.parts.items()}
         expert_origin.check_expert_origins(checkpoint, self.parts, self.keys)
+        # module -> (outputs, inputs)
+        self.sizes: dict[str, tuple[int, int]] = {}
         self._check_shapes()
+        check_biases(self.checkpoint, self.parts, self.keys)
         # as they are in the checkpoint, also where experts are read as sums
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
         experts = self.unfolded.experts
@@ -124,19 +89,16 @@ class CanonicalWeights:
             self.decoder = replace(self.unfolded, score_scale=plain_scale)
 
     def _read_quantization(self) -> None:
-        config: dict[str, Any] = self.checkpoint.config.get("quantization_config") or {}
-        method = config.get("quant_method")
+        method, config = quantization_method(self.checkpoint)
         self.quantization: dict[str, Any] | None = None
+        self.gptq: GptqSettings | None = None
         self.expanded = ""
         if method == "gptq":
             self.quantization = config
+            self.gptq = read_settings(self.checkpoint.path, config)
         elif method == bitsandbytes.METHOD:
+            bitsandbytes.check_config(self.checkpoint.path, config)
             self.expanded = f"{bitsandbytes.METHOD} {bitsandbytes.label(config)}"
-        elif config:
-            raise EdgemedError(
-                f"{self.checkpoint.path}: quantized with '{method}', which edgemed does not read",
-                f"Known: gptq, {bitsandbytes.METHOD}",
-            )
 
     def _describe_plain_experts(self) -> None:
         experts = replace(self.unfolded.mixture, rank=0, density=0.0)
@@ -204,48 +166,31 @@ class CanonicalWeights:
         """The tensors a module may have, with their shapes."""
         rows = weight[-1] if part.conv1d else weight[0]
         columns = part.shape[-1]
+        self.sizes[key] = (rows, columns)
         shapes = {part.weight(key): weight, f"{key}.bias": (rows,)}
         if self.expanded and bitsandbytes.is_quantized(self.checkpoint, key):
             return shapes | bitsandbytes.shapes(self.checkpoint, key, rows, columns)
         if part.weight(key) in self.checkpoint.tensors:
             return shapes
-        bits, group = self.packing(key)
-        groups = 1 if group == -1 else -(-columns // group)
-        packed = {
-            "qweight": (columns * bits // 32, rows),
-            "qzeros": (groups, rows * bits // 32),
-            "scales": (groups, rows),
-            "g_idx": (columns,),
-        }
-        return shapes | {f"{key}.{suffix}": shape for suffix, shape in packed.items()}
+        if self.gptq is None:
+            # Its error names the cause.
+            self.packing(key)
+            return shapes
+        return shapes | stored_shapes(self.checkpoint, key, self.gptq, rows, columns)
 
     def packing(self, key: str) -> tuple[int, int]:
-        """(bits, group size) of a packed module, group size -1 for a whole row.
+        """(bits, group size) of a packed module as it is read, group size -1 for a whole row.
 
-        They are those of quantization_config, or of the first entry of its `dynamic` whose pattern
-        matches the module's name (GPTQModel's rule for mixed checkpoints). Raises EdgemedError for
-        widths that are not read.
+        Raises EdgemedError for a checkpoint without a quantization_config, and for what
+        quantization_config says that is not read.
         """
-        if not self.quantization:
+        if self.gptq is None:
             raise EdgemedError(
                 f"{self.checkpoint.path}: holds packed weights, but config.json has no"
                 " quantization_config",
                 "Add the quantization_config the checkpoint was made with",
             )
-        settings = self.quantization
-        for pattern, entry in (self.quantization.get("dynamic") or {}).items():
-            if re.match(pattern.removeprefix("+:"), key):
-                settings = self.quantization | entry
-                break
-        bits = settings.get("bits")
-        group = settings.get("group_size")
-        if bits not in BITS or not isinstance(group, int) or (group < 1 and group != -1):
-            raise EdgemedError(
-                f"{self.checkpoint.path}: quantized with bits {bits} and group_size {group}, which"
-                " edgemed does not read",
-                "Known: 2, 3, 4 and 8 bits, any group size or -1",
-            )
-        return bits, group
+        return self.gptq.packing(key, self.checkpoint.tensors[f"{key}.qweight"].shape[0])
 
     def packings(self) -> set[tuple[int, int]]:
         """Every (bits, group size) that a matrix of this checkpoint is packed with; empty for a
@@ -342,7 +287,7 @@ class CanonicalWeights:
         tensors = self.checkpoint.tensors
         bias = read(f"{key}.bias").float() if f"{key}.bias" in tensors else None
         if self.expanded and bitsandbytes.is_quantized(self.checkpoint, key):
-            return Dense(bitsandbytes.expanded(self.checkpoint, key), bias)
+            return Dense(bitsandbytes.expanded(self.checkpoint, key, self.sizes[key]), bias)
         if f"{key}.weight" in tensors:
             weight = read(f"{key}.weight")
             if weight.ndim > 2:
@@ -352,33 +297,9 @@ class CanonicalWeights:
                 # Turned before it is widened: half the bytes to move for a 16-bit checkpoint.
                 weight = weight.T.contiguous()
             return Dense(weight.float(), bias)
-        return self._packed(key, bias)
-
-    def _packed(self, key: str, bias: torch.Tensor | None) -> Packed:
-        torch = need("torch", "build")
-        read = self.checkpoint.read
-        tensors = self.checkpoint.tensors
-        bits, group = self.packing(key)
-        columns = tensors[f"{key}.qweight"].shape[0] * 32 // bits
-        if group == -1:
-            group = columns
-        # The first version of the format stores zero points minus 1.
-        checkpoint_format = (self.quantization or {}).get("checkpoint_format", "gptq")
-        offset = 1 if checkpoint_format == "gptq" else 0
-        g_idx = None
-        if f"{key}.g_idx" in tensors:
-            g_idx = read(f"{key}.g_idx")
-            if bool((g_idx == torch.arange(columns) // group).all()):
-                g_idx = None
-        return Packed(
-            q=unpack(read(f"{key}.qweight"), bits, 0).T.contiguous(),
-            scales=read(f"{key}.scales").float().T.contiguous(),
-            zeros=(unpack(read(f"{key}.qzeros"), bits, 1) + offset).T.contiguous(),
-            g_idx=g_idx,
-            bits=bits,
-            group=group,
-            bias=bias,
-        )
+        if self.gptq is None:
+            raise ValueError("a packed module of a float checkpoint")
+        return read_packed(self.checkpoint, key, self.gptq, bias)
 
 
 def _base(name: str) -> str:
@@ -411,52 +332,3 @@ def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
         if config:
             return config
     return {}
-
-
-def joined(modules: Sequence[Dense | Packed], name: str) -> Dense | Packed:
-    """Matrices with the same inputs as one, along the output axis. A bias that only some of them
-    have is zero in the others.
-
-    Raises EdgemedError where packed ones are packed differently.
-    """
-    torch = need("torch", "build")
-    bias = _joined_bias(modules)
-    dense = [module for module in modules if isinstance(module, Dense)]
-    packed = [module for module in modules if isinstance(module, Packed)]
-    if not packed:
-        return Dense(torch.cat([module.weight for module in dense]), bias)
-    first = packed[0]
-    if dense or not all(_packed_alike(module, first) for module in packed):
-        raise EdgemedError(
-            f"{name}: its modules are quantized in different ways",
-            "Quantize them alike, or start from the float checkpoint",
-        )
-    return Packed(
-        q=torch.cat([module.q for module in packed]),
-        scales=torch.cat([module.scales for module in packed]),
-        zeros=torch.cat([module.zeros for module in packed]),
-        g_idx=first.g_idx,
-        bits=first.bits,
-        group=first.group,
-        bias=bias,
-    )
-
-
-def _joined_bias(modules: Sequence[Dense | Packed]) -> torch.Tensor | None:
-    torch = need("torch", "build")
-    if all(module.bias is None for module in modules):
-        return None
-    biases = []
-    for module in modules:
-        rows = len(module.q if isinstance(module, Packed) else module.weight)
-        biases.append(torch.zeros(rows) if module.bias is None else module.bias)
-    return torch.cat(biases)
-
-
-def _packed_alike(module: Packed, other: Packed) -> bool:
-    torch = need("torch", "build")
-    if (module.bits, module.group) != (other.bits, other.group):
-        return False
-    if module.g_idx is None or other.g_idx is None:
-        return module.g_idx is other.g_idx
-    return torch.equal(module.g_idx, other.g_idx)

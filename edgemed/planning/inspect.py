@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import plugins
+from edgemed.errors import install_command
 from edgemed.hardware.device import Device, fits, read_device, usable
 from edgemed.models.architecture import Architecture, DecoderConfig, every_part, family_of
-from edgemed.models.checkpoint import Checkpoint, Entry, open_checkpoint
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.parameter_count import parameters, sizes
 from edgemed.models.random_weights import MARK, reference_config
+from edgemed.models.tensor_entry import Entry
 from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.choices import targets
 from edgemed.planning.roofline import Dimensions, VisionCost
@@ -88,7 +90,7 @@ def described(name: str) -> Checkpoint:
                     Path(),
                     "bfloat16",
                     size,
-                    None,
+                    0,
                     2 * math.prod(size),
                 )
     return Checkpoint(Path(f"random:{name}"), config, entries)
@@ -233,7 +235,7 @@ def possible(weights: CanonicalWeights, target: str) -> dict[str, Any]:
     package, extra = module.RUNTIME
     reason = module.supports(weights, module.Params())
     installed = importlib.util.find_spec(package) is not None
-    fix = None if installed else f"pip install 'edgemed[{extra}]'"
+    fix = None if installed else f"edgemed[{extra}]: {install_command(extra)}"
     return {
         "possible": reason is None,
         "why_not": reason,

@@ -15,7 +15,10 @@ from typing import Any
 
 from edgemed.artifacts import lineage, records, store
 from edgemed.artifacts.json_files import read_json_object
-from edgemed.engines.engine import ENGINE
+from edgemed.documents.document import reader
+from edgemed.documents.evaluation import task_title
+from edgemed.documents.manifest import Manifest
+from edgemed.engines.engine import ENGINE, read_engine
 from edgemed.errors import EdgemedError
 
 Json = Mapping[str, Any]
@@ -101,6 +104,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
     Raises EdgemedError where it is not an engine, or a file it was built with was altered: nothing
     must be written about other bytes.
     """
+    directory = Path(directory)
     manifest = store.read_manifest(directory)
     if manifest["kind"] != "engine":
         raise EdgemedError(
@@ -120,6 +124,11 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
             f"{directory} was altered after it was made: {'; '.join(wrong)}",
             "Copy or export the engine again",
         )
+    where = str(directory / store.MANIFEST)
+    Manifest.from_json(manifest, where)  # its sections too
+    fallbacks = manifest["notes"].get("fallbacks", {})
+    reader(Mapping[str, str])(fallbacks, f"{where}.notes.fallbacks")
+    read_engine(directory)
     held = {**manifest, **sections}
     newest: dict[tuple[Any, ...], Json] = {}
     for record in records.read_records(directory):
@@ -130,7 +139,7 @@ def read_evidence(directory: Path, sections: Json) -> Evidence:
                 *(record["how"].get(name) for name in ("prompt", "generate", "threads", "image")),
             ] = record
     return Evidence(
-        read_json_object(Path(directory) / ENGINE, "Copy or export the engine again"),
+        read_json_object(directory / ENGINE, "Copy or export the engine again"),
         chain(manifest),
         NOBODY_SAID | (held.get("source") or {}),
         held.get("verify"),
@@ -189,7 +198,7 @@ def evaluation_title(result: Json) -> str:
     strategy.
     """
     part = result["language"] or result.get("part")  # results of earlier versions name no part
-    task = f"{result['task']}/{part}" if part else result["task"]
+    task = task_title(result["task"], part, result.get("file"))
     return f"{task}, {result['strategy']}"
 
 

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts.store import size_of
+from edgemed.documents.evaluation import task_title
+from edgemed.documents.limited_files import read_limited
+from edgemed.documents.yaml_files import parse_yaml
+from edgemed.errors import EdgemedError
 from edgemed.provenance import evidence as facts_of
 from edgemed.provenance.evidence import PIPELINES, Evidence, Json
 
 FILE = "README.md"
+LARGEST_README = 4 << 20  # bytes
 TEMPLATES = Path(__file__).parent / "templates"
 LABELS = {
     "load_seconds": "load",
@@ -119,7 +124,7 @@ def result_of(result: Json, head: str) -> dict[str, Any]:
         )
     dataset = {
         "type": result["task"],
-        "name": result["task"],
+        "name": task_title(result["task"], None, result.get("file")),
         "revision": result["task_sha256"],
     }
     if part := result["language"] or result.get("part"):
@@ -138,15 +143,16 @@ def front_licence(directory: Path) -> dict[str, Any]:
     """{licence, license_name, license_link} as the front matter of a model's README.md gives them;
     licence None where it gives none.
     """
-    import yaml
-
     fields: dict[str, Any] = dict.fromkeys(("licence", "license_name", "license_link"))
     file = Path(directory) / FILE
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    text = ""
+    if file.is_file():
+        content = read_limited(file, "Remove it", LARGEST_README)
+        text = content.decode("utf-8", errors="replace")
     matched = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", text, re.DOTALL)
     try:
-        front = yaml.safe_load(matched[1]) if matched else None
-    except yaml.YAMLError:
+        front = parse_yaml(matched[1], str(file)) if matched else None
+    except EdgemedError:
         # A README is written by hand; that it cannot be read is no reason to stop a build, and an
         # unknown licence is said to be one.
         return fields

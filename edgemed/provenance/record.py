@@ -17,6 +17,8 @@ from typing import Any
 from edgemed import plugins
 from edgemed.artifacts import hashing, lineage, store
 from edgemed.data.text_sets import IMAGES, card_names, read_card
+from edgemed.documents.evaluation import task_title
+from edgemed.documents.yaml_files import read_yaml_mapping
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.provenance import ml_bom, model_card
@@ -51,16 +53,38 @@ def document(
     write_card_and_bom(directory, sections)
 
 
-def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
-    """Put evaluations and their verdict into an engine's manifest. Card and bill of materials,
-    which a device cannot write, follow with `edgemed card`.
+def record(
+    directory: Path,
+    evals: Sequence[Json],
+    gate: Json | None,
+    source_evals: Sequence[Json] = (),
+) -> None:
+    """Put evaluations and their verdict into an engine's manifest. source_evals: what they are
+    paired with. Card and bill of materials, which a device cannot write, follow with `edgemed
+    card`.
 
     A signature made before no longer fits. Raises EdgemedError where the engine was altered or
     cannot be written to.
     """
-    store.attach(
-        directory, {}, {"evals": [without_items(result) for result in evals], "gate": gate}
-    )
+    sections: dict[str, Any] = {
+        "evals": [without_items(result) for result in evals],
+        "gate": gate,
+    }
+    if source_evals:
+        sections["source_evals"] = [without_items(result) for result in source_evals]
+    store.attach(directory, {}, sections)
+
+
+def record_verification(directory: Path, result: Json) -> None:
+    """Put the result of a verification into an engine's manifest, as `record` does with
+    evaluations.
+    """
+    store.attach(directory, {}, {"verify": result})
+
+
+def is_signed(directory: Path) -> bool:
+    """Whether an engine carries a signature, which anything put into its manifest would break."""
+    return (directory / store.SIGNATURE).exists()
 
 
 def write_card_and_bom(directory: Path, sections: Json) -> Evidence:
@@ -158,8 +182,10 @@ def datasets(
         for name, split in ((heldout, "heldout"), (images, "images"))
         if name
     ]
-    for name, sha in {(result["task"], result["task_sha256"]): None for result in evals}:
-        sets.append(task_set(name, sha))
+    for name, sha, file in {
+        (result["task"], result["task_sha256"], result.get("file")): None for result in evals
+    }:
+        sets.append(task_set(name, sha, file))
     for name in {
         result["task"]: None
         for result in evals
@@ -170,7 +196,7 @@ def datasets(
         )
         sets.append(
             {
-                **task_set(name, None),
+                **task_set(name),
                 "name": f"{name}, solved examples",
                 "use": "prompts",
                 "sha256": sha,
@@ -180,16 +206,14 @@ def datasets(
     return list({(each["use"], each["name"], each["sha256"]): each for each in sets}.values())
 
 
-def task_set(name: str, sha256: str | None) -> dict[str, Any]:
+def task_set(name: str, sha256: str | None = None, own_file: str | None = None) -> dict[str, Any]:
     """The file a task was asked from. Its card speaks for the shipped sample (sha256 None) and for
-    the whole published set; a user's own file has no licence here.
+    the whole published set; a user's own file goes by its name and has no licence here.
     """
-    import yaml
-
     file = plugins.ROOT / "tasks" / "samples" / f"{name}.card.yaml"
     facts: dict[str, Any] = {}
     if file.is_file():
-        facts = yaml.safe_load(file.read_text(encoding="utf-8"))
+        facts = read_yaml_mapping(file, "Install edgemed again")
     whole = facts.get("whole_set", [])
     parts = whole if isinstance(whole, list) else [whole]
     published = [facts.get("sha256"), *(part.get("sha256") for part in parts)]
@@ -198,7 +222,7 @@ def task_set(name: str, sha256: str | None) -> dict[str, Any]:
         facts.get("source") if is_published else f"a file of the user's in the layout of {name}"
     )
     return {
-        "name": name,
+        "name": task_title(name, None, own_file),
         "use": "evaluation",
         "sha256": sha256,
         "split": facts.get("split") if is_published else None,

@@ -9,13 +9,15 @@ the records as well.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemed.artifacts import hashing, records, store
+from edgemed.artifacts.json_files import decode_json, json_text
+from edgemed.documents.limited_files import read_limited
+from edgemed.documents.signature import PURPOSE, SignatureDocument, SignedStatement
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, need
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 PRIVATE = "private.pem"
 PUBLIC = "public.pem"
-PURPOSE = "edgemed engine signature, version 1"
+LARGEST = 16 << 20  # bytes of signature.json
 
 
 def keygen(out: Path, password: bytes | None = None) -> str:
@@ -57,6 +59,7 @@ def keygen(out: Path, password: bytes | None = None) -> str:
         raise EdgemedError(
             f"{there[0]} exists", "Choose another directory; a key that is overwritten is lost"
         )
+    written: list[Path] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content, mode in ((PRIVATE, private, 0o600), (PUBLIC, public, 0o644)):
@@ -65,8 +68,12 @@ def keygen(out: Path, password: bytes | None = None) -> str:
             with open(
                 os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb"
             ) as handle:
+                written.append(out / name)
                 handle.write(content)
     except OSError as error:
+        # Half a pair of keys is worse than none.
+        for file in written:
+            file.unlink(missing_ok=True)
         raise EdgemedError(
             f"cannot write a key into {out}: {error.strerror}", "Choose another directory"
         ) from None
@@ -121,7 +128,7 @@ def check_signature(directory: Path, key: Path) -> dict[str, Any]:
     public = _public_key(Path(key))
     statement = _statement(directory, public)
     hashing.clear_hash_cache()
-    signed = statement["files"]
+    signed = statement.files
     present = hashes(directory)
     problems = []
     for name in signed:
@@ -133,8 +140,8 @@ def check_signature(directory: Path, key: Path) -> dict[str, Any]:
         if name not in signed:
             problems.append(with_hint(f"{name} was added after signing"))
     return {
-        "public_key": statement["public_key"],
-        "signed": statement["signed"],
+        "public_key": statement.public_key,
+        "signed": statement.signed,
         "files": len(signed),
         "problems": sorted(problems),
     }
@@ -181,7 +188,7 @@ def fingerprint(key: Ed25519PublicKey) -> str:
     )
 
 
-def _statement(directory: Path, public: Ed25519PublicKey) -> dict[str, Any]:
+def _statement(directory: Path, public: Ed25519PublicKey) -> SignedStatement:
     """The statement of signature.json, once the signature over it is found to be this key's."""
     invalid = need("cryptography.exceptions", "sign").InvalidSignature
     file = directory / store.SIGNATURE
@@ -194,37 +201,32 @@ def _statement(directory: Path, public: Ed25519PublicKey) -> dict[str, Any]:
         raise EdgemedError(
             f"{directory} is not signed", f"Sign it with: edgemed sign {directory} --key {PRIVATE}"
         )
+    fix = "Copy the engine again, or sign it again"
+    content = read_limited(file, fix, LARGEST)
     try:
-        whole = json.loads(file.read_bytes())
-        statement = whole["statement"]
-        text = whole["signature"]
-        signature = bytes.fromhex(text)
-        claimed = statement["public_key"]
-        plain = (
-            set(whole) == {"statement", "signature"}
-            and signature.hex() == text
-            and statement["purpose"] == PURPOSE
-            and isinstance(statement["files"], dict)
-        )
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        whole = decode_json(content)
+        document = SignatureDocument.from_json(whole, "signature.json")
+    except (ValueError, EdgemedError) as error:
+        reason = error.problem if isinstance(error, EdgemedError) else error
+        raise EdgemedError(f"{file} is damaged ({reason})", fix) from None
+    statement = document.statement
+    if statement.public_key != fingerprint(public):
         raise EdgemedError(
-            f"{file} is damaged ({type(error).__name__})", "Copy the engine again, or sign it again"
-        ) from None
-    if claimed != fingerprint(public):
-        raise EdgemedError(
-            f"{file} was made with another key ({claimed}) than the one given"
+            f"{file} was made with another key ({statement.public_key}) than the one given"
             f" ({fingerprint(public)})",
             "Give the signer's public key, or do not trust this engine",
         )
+    altered = EdgemedError(
+        f"{file} was altered: it is not what the key signed",
+        "Copy the engine again; do not trust this one",
+    )
+    # One text says this, and no other: further keys, spaces and bytes behind it are an alteration.
+    if document.extra or statement.extra or content != json_text(whole).encode():
+        raise altered
     try:
-        public.verify(signature, hashing.canonical(statement))
+        public.verify(bytes.fromhex(document.signature), hashing.canonical(whole["statement"]))
     except invalid:
-        plain = False
-    if not plain:
-        raise EdgemedError(
-            f"{file} was altered: it is not what the key signed",
-            "Copy the engine again; do not trust this one",
-        )
+        raise altered from None
     return statement
 
 

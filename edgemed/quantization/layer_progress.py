@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from edgemed.artifacts import store
-from edgemed.models.checkpoint import read_tensors
+from edgemed.models.safetensors_file import read_tensors
 
 STATE = "state.json"
 

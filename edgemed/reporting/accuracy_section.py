@@ -21,12 +21,6 @@ from edgemed.reporting.view_model import Run
 Json = Mapping[str, Any]
 
 
-def title_of(result: EvalResult) -> str:
-    """A task by name, and its language or part where only one was asked for."""
-    subset = result.language or result.part
-    return f"{result.task}/{subset}" if subset else result.task
-
-
 def tasks(runs: Sequence[Run], engines: Sequence[Json]) -> list[dict[str, Any]]:
     """Every task that any source or engine was evaluated on, with rows, charts and tables. engines:
     views of the same runs, in order.
@@ -40,7 +34,7 @@ def tasks(runs: Sequence[Run], engines: Sequence[Json]) -> list[dict[str, Any]]:
     by_key: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_key.setdefault(row["r"].task_key, []).append(row)
-    titles = {key: title_of(group[0]["r"]) for key, group in by_key.items()}
+    titles = {key: group[0]["r"].title for key, group in by_key.items()}
     sections = []
     for key, group in by_key.items():
         title = titles[key]
@@ -83,7 +77,7 @@ def engine_rows(engine: Json) -> list[dict[str, Any]]:
     }
     rows = []
     for result in engine["evals"]:
-        judged = comparisons.get((title_of(result), result.strategy))
+        judged = comparisons.get((result.title, result.strategy))
         base = bases.get((result.task_key, result.strategy)) if result.paired else None
         rows.append(
             {

@@ -16,9 +16,11 @@ from edgemed.artifacts import lineage, store
 from edgemed.artifacts.json_files import read_json, read_json_object
 from edgemed.artifacts.records import read_records
 from edgemed.documents.bench import BenchRecord
+from edgemed.documents.gate import EngineGate, GateVerdict
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import SCHEMA, EngineEntry, RunDocument, Source
-from edgemed.engines.engine import ENGINE
+from edgemed.documents.witness import WitnessResult
+from edgemed.engines.engine import ENGINE, read_engine
 from edgemed.errors import EdgemedError
 from edgemed.reporting import report
 from edgemed.reporting.view_model import Run, machine_name
@@ -26,6 +28,7 @@ from edgemed.reporting.view_model import Run, machine_name
 Json = Mapping[str, Any]
 FIX = "Give directories made by edgemed run or edgemed export"
 AGAIN = "Run the recipe again"
+LARGEST = 128 << 20  # bytes of report.json, which holds every single answer
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -65,7 +68,7 @@ def read_document(directory: Path) -> Json:
         raise EdgemedError(f"{directory} is not a directory", FIX)
     file = directory / "report.json"
     if file.is_file():
-        document = read_json(file, AGAIN)
+        document = read_json(file, AGAIN, LARGEST)
         report.check(document, str(directory))
         return document
     if (directory / store.MANIFEST).is_file():
@@ -80,6 +83,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
     manifest = Manifest.from_json(store.read_manifest(directory), f"{directory}/{store.MANIFEST}")
     if manifest.kind != "engine" or not (directory / ENGINE).is_file():
         raise EdgemedError(f"{directory} is a {manifest.kind}, not a run or an engine", FIX)
+    read_engine(directory)
     engine = read_json_object(directory / ENGINE, AGAIN)
     contents = read_records(directory)
     records = [
@@ -98,13 +102,33 @@ def engine_document(directory: Path) -> dict[str, Any]:
         machine=records[-1].machine if records else None,
         source=origin(manifest, engine),
         steps=earlier_steps(manifest),
+        witness=witness_in(manifest),
         engines=tuple(entries),
-        source_evals=(),
+        source_evals=manifest.source_evals or (),
         strategies=tuple(dict.fromkeys(result.strategy for result in results)),
-        gate=None,
+        gate=whole_gate(manifest.gate),
         not_measured=tuple(missing(engine["name"], entries[0], len(contents) - len(records))),
     )
     return document.to_json()
+
+
+def witness_in(manifest: Manifest) -> WitnessResult | None:
+    """What the witness found out about the checkpoint, None where it was not asked."""
+    content = manifest.notes.get("witness")
+    return None if content is None else WitnessResult.from_json(content, "the witness")
+
+
+def whole_gate(share: EngineGate | None) -> GateVerdict | None:
+    """The verdict over the only engine of a page, from its share of a run's."""
+    if share is None:
+        return None
+    return GateVerdict(
+        verdict=share.verdict,
+        margin=share.margin,
+        alpha=share.alpha,
+        correction=share.correction or "Holm",
+        comparisons=share.comparisons,
+    )
 
 
 def engine_entries(
@@ -152,7 +176,7 @@ def origin(manifest: Manifest, engine: Json) -> Source:
     """
     *_, (_, oldest) = lineage.ancestors(manifest.to_json())
     return Source(
-        path=(manifest.source or {}).get("name"),
+        path=manifest.source.name if manifest.source else None,
         family=engine["family"],
         parameters=None,
         files=lineage.read(oldest),

@@ -9,15 +9,15 @@ under, and what failed its check shows no speed at all.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgemed import formatting
+from edgemed.artifacts.json_files import write_text
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.machine import TargetDevice
-from edgemed.documents.run import SCHEMA
+from edgemed.documents.run import SCHEMA, RunDocument
 from edgemed.errors import EdgemedError
 from edgemed.reporting import accuracy_section, charts
 from edgemed.reporting.charts import Distribution
@@ -80,9 +80,7 @@ def write(document: Json, folder: Path) -> Path:
 
 
 def write_whole(file: Path, content: str) -> Path:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, content)
     return file
 
 
@@ -123,7 +121,9 @@ def templates() -> Any:
 
 
 def check(document: Json, label: str = "") -> None:
-    """Raises EdgemedError for a document of another schema, or one that lacks a part."""
+    """Raises EdgemedError for a document of another schema, one that lacks a part, and one with a
+    value of another type.
+    """
     name = f"the run document of {label}" if label else "the run document"
     if not isinstance(document, Mapping) or "schema" not in document:
         raise EdgemedError(
@@ -136,6 +136,7 @@ def check(document: Json, label: str = "") -> None:
         )
     if missing := [key for key in NEEDED if key not in document]:
         raise EdgemedError(f"{name} lacks {', '.join(missing)}", "Run the recipe again")
+    RunDocument.from_json(document, name)
 
 
 def speed_charts(group: Json) -> dict[str, Any]:

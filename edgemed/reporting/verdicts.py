@@ -204,7 +204,7 @@ def why_not_judged(engine: Json, document: RunDocument) -> str:
     if not results:
         return "accuracy was not measured"
     if not any(result.paired for result in results):
-        accuracy = ", ".join(f"{result.task} {percent(result.accuracy)}" for result in results[:2])
+        accuracy = ", ".join(f"{result.title} {percent(result.accuracy)}" for result in results[:2])
         return f"not compared with its source ({accuracy})"
     return "no margin given"
 

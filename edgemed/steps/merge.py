@@ -8,8 +8,8 @@ replacement of experts is in moe/densify.py and moe/shared_expert_base.py.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from edgemed.console import say, track
 from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import calibration_sequences, card_names
-from edgemed.errors import EdgemedError, nearest, need
-from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
-from edgemed.models.hf_offline import quiet_and_offline
-from edgemed.models.lora import (
+from edgemed.errors import EdgemedError, need
+from edgemed.models.adapter_files import (
     OWN_BASE,
     adapter_config,
     adapter_hashes,
-    adapter_tensors,
     quantized_base,
 )
+from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
+from edgemed.models.hf_offline import quiet_and_offline
+from edgemed.models.peft_merge import adapted_model, merged_model, peft_config, text_config
 from edgemed.models.tokenizer import open_tokenizer
-from edgemed.models.weights import CanonicalWeights, Dense
+from edgemed.models.weights import CanonicalWeights
 from edgemed.params import Doc, Range
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
     from edgemed.moe.settings import ExpertMergeSettings
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
 # Largest difference between scores before and after, as a share of the largest score (at least 1).
 TOLERANCE = 1e-4
 # Random token sequences whose scores are compared, and tokens of each.
@@ -238,8 +242,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
         checkpoint.read(name)
     inputs(params)
     path = _adapter_of(params)
-    adapter = _adapter_config(path)
-    tensors = adapter_tensors(path)
+    adapter = peft_config(path)
     trained_on = _quantized_in_training(params)
     is_lora = adapter.peft_type.value == "LORA"
     if trained_on and (not is_lora or adapter.use_dora):
@@ -249,7 +252,7 @@ def run(checkpoint: Checkpoint, out: Path, params: Params) -> dict[str, Any]:
             f" {kind}",
             "Give trained_on=float to merge it unmeasured",
         )
-    notes, shape = _merge_adapter(weights, out, adapter, tensors, params)
+    notes, shape = _merge_adapter(weights, out, adapter, params)
     if trained_on and params.calibration:
         notes["trained_on"] = _difference(weights, out, params, trained_on)
     notes["peft_type"] = adapter.peft_type.value
@@ -282,7 +285,6 @@ def _merge_adapter(
     weights: CanonicalWeights,
     out: Path,
     adapter: Any,
-    tensors: dict[str, torch.Tensor],
     params: Params,
 ) -> tuple[dict[str, Any], list[int]]:
     """Merge, check and write; (the manifest's notes on both checks, shape of the tokens whose
@@ -291,11 +293,16 @@ def _merge_adapter(
     from edgemed.models.torch_decoder import logits
 
     with quiet_and_offline(), need("torch", "build").inference_mode():
-        base = _load_base(weights, adapter, tensors)
-        model = _apply(base, adapter, tensors, weights.checkpoint)
+        model, grown = adapted_model(weights, _adapter_of(params), adapter)
+        if grown and params.alpha != 1:
+            raise EdgemedError(
+                f"{params.adapter} brings a larger vocabulary, and alpha {params.alpha} asks for a"
+                " part of it",
+                "Leave alpha out",
+            )
         tokens = _checked_tokens(weights)
         expected = _scores(model, tokens)
-        merged = _merge(model, adapter)
+        merged = merged_model(model, adapter)
         result = _scores(merged, tokens)
         notes: dict[str, Any] = {
             "check_merge": _compare("the merged model", result, expected, TOLERANCE)
@@ -303,7 +310,9 @@ def _merge_adapter(
         if params.alpha != 1:
             _interpolate(merged, weights, params.alpha)
             expected = _scores(merged, tokens)
-        dtypes = _write(merged, weights, out, params.dtype or "float32")
+        dtypes = _write(merged, weights, out, params.dtype or "float32", grown)
+        if grown:
+            _copy_tokenizer(Path(_adapter_of(params)), out)
         written = logits(CanonicalWeights(open_checkpoint(out)), tokens)
         if expected.shape[1] == 1:
             # A head scores the last token only.
@@ -338,180 +347,6 @@ def _difference(
         f" {result['relative_logit_difference']:.1%}"
     )
     return result
-
-
-def _adapter_config(adapter: str) -> Any:
-    peft = need("peft", "build")
-    kind = adapter_config(adapter)["peft_type"]
-    if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
-        types = [key.value for key in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
-        raise EdgemedError(
-            f"{adapter}: the installed peft knows no adapter type '{kind}'",
-            nearest(str(kind), types),
-        )
-    with warnings.catch_warnings():
-        # A key of a newer peft is dropped with a warning; if it mattered, the tensors do not fit
-        # and are refused below.
-        warnings.simplefilter("ignore")
-        config = peft.PeftConfig.from_pretrained(adapter)
-    if config.is_prompt_learning:
-        raise EdgemedError(
-            f"{adapter}: a {kind} adapter cannot be merged: it adds virtual tokens to the input and"
-            " changes no weight",
-            "Train a LoRA or another adapter of weights",
-        )
-    config.inference_mode = True
-    if config.task_type != "SEQ_CLS":
-        # peft's wrapper of a task only adds methods that a base with another head lacks; the one
-        # for classes adds the head.
-        config.task_type = None
-    return config
-
-
-def _load_base(
-    weights: CanonicalWeights, adapter: Any, tensors: Mapping[str, torch.Tensor]
-) -> torch.nn.Module:
-    """The base in float32, with the adapter's head where it brings one."""
-    torch = need("torch", "build")
-    transformers = need("transformers", "build")
-    classes = weights.family.auto_classes
-    head = weights.decoder.head
-    options: dict[str, Any] = {}
-    if head == "lm" and adapter.task_type == "SEQ_CLS":
-        head = "classes"
-        options["num_labels"] = 2
-        for name, tensor in tensors.items():
-            if name.endswith(".score.weight"):
-                options["num_labels"] = tensor.shape[0]
-                break
-    elif head != "lm":
-        options["num_labels"] = weights.decoder.head_size
-    if head not in classes:
-        raise EdgemedError(
-            f"{weights.checkpoint.path}: cannot merge into a model with a '{head}' head",
-            f"Known heads: {', '.join(classes)}",
-        )
-    auto_class = classes[head]
-    text = _text_config(weights)
-    if text is not None:
-        # An adapter of such a checkpoint was trained on its text model; the rest is copied.
-        auto_class = "AutoModelForCausalLM"
-        options["config"] = transformers.AutoConfig.for_model(**text)
-    model, info = getattr(transformers, auto_class).from_pretrained(
-        weights.checkpoint.path,
-        dtype=torch.float32,
-        local_files_only=True,
-        output_loading_info=True,
-        **options,
-    )
-    absent = []
-    for name in info["missing_keys"]:
-        is_brought = f"base_model.model.{name}" in tensors
-        if not is_brought and not _fill_head(model, weights, name):
-            absent.append(name)
-    if absent:
-        problem = (
-            f"{weights.checkpoint.path}: transformers finds no weights for {', '.join(absent)}"
-        )
-        raise EdgemedError(problem, "The checkpoint or the adapter is incomplete")
-    # One sequence at a time is scored here, so nothing is padding.
-    model.config.pad_token_id = None
-    return model.eval()
-
-
-def _text_config(weights: CanonicalWeights) -> dict[str, Any] | None:
-    """The config of a vision model's text model, None for a model that is one itself."""
-    if weights.family.text_config is None:
-        return None
-    return weights.family.text_config(weights.checkpoint.config)
-
-
-def _fill_head(model: torch.nn.Module, weights: CanonicalWeights, name: str) -> bool:
-    """Copy a head that the checkpoint stores under another name than transformers does; False where
-    `name` is no such head.
-    """
-    part = weights.parts.get("head")
-    if part is None or name.removesuffix(".weight") not in part.modules[0].split("|"):
-        return False
-    head = weights.matrix("head")
-    if not isinstance(head, Dense):
-        raise ValueError("the head is quantized")
-    if head.bias is not None:
-        problem = (
-            f"{weights.checkpoint.path}: its head has a bias, which transformers' '{name}' has no"
-            " room for"
-        )
-        raise EdgemedError(problem, "Merge the adapter with the code that trained it")
-    model.get_parameter(name).copy_(head.weight)
-    return True
-
-
-def _apply(
-    base: torch.nn.Module, config: Any, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint
-) -> torch.nn.Module:
-    """The base with the adapter in place. Every tensor of the adapter must have its place and its
-    shape.
-    """
-    peft = need("peft", "build")
-    other = f"the adapter does not belong to {checkpoint.path}"
-    hint = "Give the base model the adapter was trained on"
-    try:
-        model = peft.get_peft_model(base, config).eval()
-    except (ValueError, TypeError) as error:
-        # peft raises these for target modules that are not there, or not of a kind this adapter
-        # type knows.
-        raise EdgemedError(f"{other}: {str(error).splitlines()[0]}", hint) from None
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = {name: tensor.shape for name, tensor in state.items()}
-    places = {name: tensor.shape for name, tensor in model.state_dict().items()} | expected
-    for name, tensor in tensors.items():
-        if name not in places:
-            raise EdgemedError(f"{other}: it has no place for '{name}'", hint)
-        if places[name] != tensor.shape:
-            raise EdgemedError(
-                f"{other}: '{name}' is {list(tensor.shape)}, the base needs {list(places[name])}",
-                hint,
-            )
-    absent = [name for name in expected if name not in tensors]
-    if absent:
-        raise EdgemedError(
-            f"{other}: the adapter has no '{absent[0]}', which its config asks for",
-            "Copy the adapter again",
-        )
-    _untie(base, model)
-    peft.set_peft_model_state_dict(model, tensors)
-    return model
-
-
-def _untie(base: Any, model: Any) -> None:
-    """Give a tied output its own weights where the adapter changes only one of the two: after
-    merging they differ.
-    """
-    torch = need("torch", "build")
-    tuner = need("peft.tuners.tuners_utils", "build").BaseTunerLayer
-    first = model.get_input_embeddings()
-    last = model.get_output_embeddings()
-    inner = first.get_base_layer() if isinstance(first, tuner) else first
-    outer = last.get_base_layer() if isinstance(last, tuner) else last
-    is_adapted = isinstance(first, tuner) or isinstance(last, tuner)
-    if is_adapted and outer is not None and outer.weight is inner.weight:
-        outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
-        base.config.tie_word_embeddings = False
-
-
-def _merge(model: Any, config: Any) -> torch.nn.Module:
-    """The plain model with the adapter merged. Raises EdgemedError where PEFT cannot merge it."""
-    try:
-        if not hasattr(model.base_model, "merge_and_unload"):
-            raise NotImplementedError("it changes no weight of the model")
-        merged: torch.nn.Module = model.base_model.merge_and_unload().eval()
-    except NotImplementedError as error:
-        problem = (
-            f"a {config.peft_type.value} adapter cannot be merged:"
-            f" {str(error) or 'peft has no merge for it'}"
-        )
-        raise EdgemedError(problem, "Train a LoRA or another mergeable adapter") from None
-    return merged
 
 
 def _checked_tokens(weights: CanonicalWeights) -> torch.Tensor:
@@ -586,14 +421,30 @@ def _interpolate(merged: torch.nn.Module, weights: CanonicalWeights, alpha: floa
             parameter.copy_(base + alpha * (parameter - base))
 
 
-def _write(merged: Any, weights: CanonicalWeights, out: Path, dtype: str) -> set[str]:
-    """Write the merged weights; returns the dtypes used. merged: a transformers model."""
+def _copy_tokenizer(adapter: Path, out: Path) -> None:
+    """The tokenizer that was trained with the adapter, in place of the base's smaller one."""
+    names = [name for name in TOKENIZER_FILES if (adapter / name).is_file()]
+    if "tokenizer.json" not in names:
+        say(f"{adapter} brings new tokens and no tokenizer.json; the base's tokenizer lacks them")
+        return
+    for name in names:
+        shutil.copyfile(adapter / name, out / name)
+
+
+def _write(
+    merged: Any, weights: CanonicalWeights, out: Path, dtype: str, grown: int | None
+) -> set[str]:
+    """Write the merged weights; returns the dtypes used. merged: a transformers model; grown: its
+    new number of tokens.
+    """
     dtype = _written_dtype(weights, dtype)
-    is_text_model = _text_config(weights) is None
+    is_text_model = text_config(weights) is None
     config = dict(weights.checkpoint.config)
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
-    config["tie_word_embeddings"] = merged.config.tie_word_embeddings
+    _set_everywhere(config, "tie_word_embeddings", merged.config.tie_word_embeddings)
+    if grown:
+        _set_everywhere(config, "vocab_size", grown)
     if is_text_model:
         config["architectures"] = [type(merged).__name__]
         is_other = merged.config.architectures != config["architectures"]
@@ -613,6 +464,15 @@ def _write(merged: Any, weights: CanonicalWeights, out: Path, dtype: str) -> set
                 writer.add(key, narrowed(key, weights.checkpoint.read(key), dtype))
     writer.close()
     return {dtype}
+
+
+def _set_everywhere(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of config.json, and of the text model's numbers where they have it too."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and key in text:
+        config["text_config"] = {**text, key: value}
+    if key in config or not isinstance(text, dict) or key == "tie_word_embeddings":
+        config[key] = value
 
 
 def _written_dtype(weights: CanonicalWeights, dtype: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from edgemed.artifacts import hashing, store
+from edgemed.console import say
 from edgemed.engines.engine import Engine
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf import (
@@ -33,6 +33,7 @@ from edgemed.gguf import (
     mmproj,
     mtmd_vision,
     preserved_integers,
+    tokenizer_metadata,
     writer,
 )
 from edgemed.gguf.ggml_session import ARCH, KEY, GgmlSession, refuses
@@ -44,28 +45,35 @@ from edgemed.gguf.tensor_map import (
     Centred,
     TensorReader,
     TensorSource,
+    file_layout,
+    graph_of,
     layout,
     own_graph,
+    parts_with_biases,
     preserved_bits,
     rescaled,
 )
+from edgemed.hardware.child_process import run_child
 from edgemed.models import lora
 from edgemed.models.architecture import all_families
-from edgemed.models.parameter_count import sizes
+from edgemed.models.parameter_count import parameters, sizes
 from edgemed.models.tokenizer import open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 from edgemed.onnx.ort_dialect import OrtDialect
 from edgemed.onnx.vision_encoder import TOLERANCES, OnnxVisionEncoder
 from edgemed.onnx.vision_graph import TOWERS, build_vision
-from edgemed.params import Doc
+from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
+from edgemed.provenance.model_card import front_licence
 
 if TYPE_CHECKING:
     from edgemed.gguf.bit_allocation import TypeChoice
+    from edgemed.gguf.tokenizer_metadata import TokenizerFacts
     from edgemed.hardware.device import Device
     from edgemed.inference.session import ImageEmbeddings, VisionEncoder
+    from edgemed.models.checkpoint import Checkpoint
 
 # Largest logit error against the float32 source: ggml computes GELU from a float16 table.
 FP32_TOLERANCE = {"F32": 5e-3}
@@ -184,10 +192,10 @@ class Params:
             " nearer to the source."
         ),
     ] = "nearest"
-    samples: Annotated[int, Doc("Sequences of the text of `imatrix`.")] = 32
-    length: Annotated[int, Doc("Tokens of each of these sequences.")] = 256
+    samples: Annotated[int, Range(1), Doc("Sequences of the text of `imatrix`.")] = 32
+    length: Annotated[int, Range(1), Doc("Tokens of each of these sequences.")] = 256
     context: Annotated[
-        int | None, Doc("Tokens of the KV cache. Where none is given, the model's.")
+        int | None, Range(1), Doc("Tokens of the KV cache. Where none is given, the model's.")
     ] = None
     kv: Annotated[
         Literal["auto", "f32", "f16", "q8_0"],
@@ -218,11 +226,18 @@ class Params:
             " the file is written for llama.cpp's own programs, which resize images in another way."
         ),
     ] = None
+    tokenizer: Annotated[
+        Literal["same", "edgemed"],
+        Doc(
+            "'same' refuses a file if llama.cpp's own programs would read texts otherwise than the"
+            " model's tokenizer does. 'edgemed' writes it, for edgemed's engine alone."
+        ),
+    ] = "same"
     min_pixels: Annotated[
-        int | None, Doc("Pixels that a smaller image is enlarged to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a smaller image is enlarged to. None: the model's.")
     ] = None
     max_pixels: Annotated[
-        int | None, Doc("Pixels that a larger image is reduced to. None: the model's.")
+        int | None, Range(1), Doc("Pixels that a larger image is reduced to. None: the model's.")
     ] = None
     adapters: Annotated[
         dict[str, str] | None,
@@ -304,10 +319,12 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
             f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this"
             " model the exact one"
         )
-    if rescaled(d) is not None and not weights.family.gguf_interleaved:
+    if rescaled(d) is not None and not graph_of(weights.family, d)[1]:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
     runs_own_graph = own_graph(weights.family, d)
     if runs_own_graph and (reason := refuses(d)):
+        return reason
+    if not runs_own_graph and (reason := _shape_refused(weights)):
         return reason
     if runs_own_graph and params.kv != "auto":
         return (
@@ -323,6 +340,28 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
         return f"context {params.context} is longer than the model's {d.context}"
     if params.vision == "mtmd" or params.mmproj:
         return mmproj.mmproj_refused(weights)
+    return None
+
+
+def _shape_refused(weights: CanonicalWeights) -> str | None:
+    """Why llama.cpp's graph has no place for this model's heads or biases."""
+    d = weights.unfolded
+    graph, interleaved = graph_of(weights.family, d)
+    # Of the graphs in use, the one of interleaved rows reads a head's size and takes biases on
+    # every matrix.
+    if interleaved:
+        return None
+    if d.q_size != d.hidden:
+        return (
+            f"llama.cpp's {graph} graph takes a head to be {d.hidden} / {d.heads} wide, this"
+            f" model's are {d.head_dim} (head_dim in config.json)"
+        )
+    for name, part in parts_with_biases(weights).items():
+        matrix = name.startswith("layers.") and part.kind == "matrix"
+        if matrix and part.bias and not weights.parts[name].bias:
+            return (
+                f"llama.cpp's {graph} graph has no bias for {name}, and the checkpoint stores one"
+            )
     return None
 
 
@@ -376,16 +415,21 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     folded = (Centred if centred else type(weights))(
         weights.checkpoint, fold=True, sum_experts=True
     )
+    facts = _tokenizer(folded)
     columns = _importance(folded, params)
     chosen = _budgeted(folded, params, columns, out) if params.budget else None
     tensors, fallbacks = file_tensors(folded, params, columns, chosen.types if chosen else None)
     with _rounded(folded, params, columns, tensors, out) as (rounded, errors):
         writer.write_gguf(
             out / (GRAPH if runs_own_graph else FILE),
-            ARCH if runs_own_graph else folded.family.gguf_arch,
-            lambda writer: write_metadata(writer, folded, file_type(params)),
+            ARCH if runs_own_graph else graph_of(folded.family, folded.decoder)[0],
+            lambda writer: write_metadata(writer, folded, file_type(params), facts),
             rounded,
         )
+    tokenizer_notes: dict[str, Any] = {}
+    if facts is not None and not runs_own_graph:
+        allowed = params.tokenizer == "edgemed"
+        tokenizer_notes["tokenizer"] = _check_tokenizer(out / FILE, facts, allowed)
     if folded.decoder.head != "lm":
         head = folded.matrix("head")
         bias = head.bias if head.bias is not None else np.zeros(folded.decoder.head_size)
@@ -416,6 +460,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
         "types": dict(Counter(t.type for t in tensors)),
         "fallbacks": fallbacks,
         **vision_notes,
+        **tokenizer_notes,
         "integers": _integers(weights, params),
     }
     if chosen:
@@ -505,7 +550,7 @@ def file_tensors(
     d = weights.decoder
     parts = weights.parts
     wanted = file_type(params)
-    places = layout(weights.family, d, parts)
+    places = file_layout(weights)
     # As in the other engines of one quantization: embedding rows in float16, only the output matrix
     # in integers.
     apart = params.from_checkpoint and FILE_TYPES[wanted][1] not in FLOATS
@@ -570,7 +615,7 @@ def _budgeted(
     # Here and not at the top, because a device opens engines without torch.
     from edgemed.gguf import bit_allocation
 
-    places = layout(weights.family, weights.decoder, weights.parts)
+    places = file_layout(weights)
     shapes = {t: place.shape for t, place in places.items()}
     types, _ = tensor_types(
         Model(
@@ -614,7 +659,7 @@ def _rounded(
             "versions": store.versions(),
         }
     )
-    places = layout(weights.family, weights.decoder, weights.parts)
+    places = file_layout(weights)
     samples = _calibration(weights, params)
     return gptq.gptq_tensors(weights, samples, places, tensors, columns, out, key)
 
@@ -659,8 +704,12 @@ def _importance(weights: CanonicalWeights, params: Params) -> dict[str, np.ndarr
     return columns
 
 
-def write_metadata(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
-    """GGUF metadata: the graph's numbers and the tokenizer."""
+def write_metadata(
+    writer: Any, weights: CanonicalWeights, wanted: str, facts: TokenizerFacts | None
+) -> None:
+    """GGUF metadata: origin, the graph's numbers and the tokenizer. facts: None for a model of
+    random weights, to which there is none.
+    """
     checkpoint = weights.checkpoint
     d = (
         replace(weights.decoder, norm="rmsnorm")
@@ -668,32 +717,64 @@ def write_metadata(writer: Any, weights: CanonicalWeights, wanted: str) -> None:
         else weights.decoder
     )
     if own_graph(weights.family, weights.unfolded):
-        writer.add_string(KEY, json.dumps(asdict(d)))
-    metadata.describe_decoder(
+        numbers = asdict(d)
+        # Where a text ends is the session's matter, not the graph's.
+        del numbers["stop_tokens"]
+        writer.add_string(KEY, json.dumps(numbers))
+    metadata.describe_origin(
         writer,
-        d,
-        FILE_TYPES[wanted][0],
-        str(checkpoint.config.get("_name_or_path") or checkpoint.path.name),
+        model_name(checkpoint),
+        parameters(weights),
+        front_licence(checkpoint.path),
     )
+    metadata.describe_decoder(writer, d, FILE_TYPES[wanted][0])
+    if facts is not None:
+        tokenizer_metadata.describe_tokenizer(writer, facts, d.vocab)
+    elif weights.vision:
+        metadata.describe_bytes(writer, d.vocab)
+    else:
+        # llama.cpp takes token ids all the same.
+        writer.add_tokenizer_model("no_vocab")
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """What the model is called: as config.json has it, but never a path of somebody's machine; else
+    its directory.
+    """
+    name = str(checkpoint.config.get("_name_or_path") or "")
+    if not name or name.startswith((".", "/", "~")):
+        return Path(name or checkpoint.path.resolve()).name
+    return name
+
+
+def _tokenizer(weights: CanonicalWeights) -> TokenizerFacts | None:
+    checkpoint = weights.checkpoint
     if checkpoint.random_weights:
-        # There is no tokenizer to a random model; llama.cpp takes token ids all the same.
-        if weights.vision:
-            metadata.describe_bytes(writer, weights.decoder.vocab, weights.family.gguf_pre)
-        else:
-            writer.add_tokenizer_model("no_vocab")
-        return
-    metadata.describe_tokenizer(
-        writer,
-        open_tokenizer(checkpoint.path, d.vocab),
-        d.vocab,
-        weights.family.gguf_pre,
-        str(checkpoint.path),
-    )
-    if d.eos is not None:
-        writer.add_eos_token_id(d.eos)
-        text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
-        writer.add_bos_token_id(text.get("bos_token_id") or d.eos)
-    writer.add_add_bos_token(False)
+        return None
+    text = {**checkpoint.config, **(checkpoint.config.get("text_config") or {})}
+    tokenizer = open_tokenizer(checkpoint.path, weights.decoder.vocab)
+    return tokenizer_metadata.tokenizer_facts(checkpoint.path, tokenizer, text)
+
+
+def _check_tokenizer(file: Path, facts: TokenizerFacts, allowed: bool) -> dict[str, Any]:
+    """What the manifest says of the file's tokenizer, which is compared with llama.cpp's reading.
+
+    Raises EdgemedError where they differ and that is not allowed.
+    """
+    problem = tokenizer_metadata.difference(file, facts)
+    notes: dict[str, Any] = {"pre": facts.pre, "same_as_llama_cpp": problem is None}
+    if facts.tokenizer.normalizer is not None:
+        notes["normalizer"] = "llama.cpp takes texts as they are, characters not composed"
+    if problem is None:
+        return notes
+    if not allowed:
+        raise EdgemedError(
+            f"llama.cpp's programs would read texts otherwise than the tokenizer: {problem}",
+            "edgemed's own engine reads tokenizer.json and is right; to write the file for it alone"
+            " set tokenizer: edgemed",
+        )
+    say(f"tokenizer: only for edgemed's own engine, {problem}")
+    return notes | {"difference": problem}
 
 
 def open(engine: Engine, threads: int | None) -> LlamaSession | GgmlSession:
@@ -828,7 +909,7 @@ def self_check() -> str:
             "import sys; from edgemed.targets.llamacpp import run_probes; run_probes(sys.argv[1])",
             folder,
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_child(command)
     reached = done.stdout.split()
     if done.returncode < 0 or len(reached) < 2 * len(PROBES):
         how = (
@@ -880,7 +961,7 @@ def write_probe(folder: Path, wanted: str) -> Engine:
     (folder / wanted).mkdir()
 
     def described(writer: Any) -> None:
-        metadata.describe_decoder(writer, d, FILE_TYPES[wanted][0], "probe")
+        metadata.describe_decoder(writer, d, FILE_TYPES[wanted][0])
         writer.add_tokenizer_model("no_vocab")
 
     writer.write_gguf(folder / wanted / FILE, family.gguf_arch, described, tensors, threads=1)

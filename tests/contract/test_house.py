@@ -36,6 +36,7 @@ tensorrt evaluation planning verification benchmarking
 steps targets tasks
 pipeline
 api
+functions
 cli
 __init__ __main__
 """
@@ -135,7 +136,7 @@ def test_top_of_the_package() -> None:
     """Only what every package uses lies outside of a package."""
     assert {f.stem for f in PACKAGE.glob("*.py")} == {
         *("errors", "params", "plugins", "units", "formatting", "console"),
-        *("api", "__init__", "__main__"),
+        *("api", "functions", "__init__", "__main__"),
     }
 
 
@@ -171,10 +172,22 @@ def test_no_utils() -> None:
 # configs of any architecture.
 FORMAT_NAMES = {
     ("metadata.py", "gpt2"),
-    ("metadata.py", "llama"),
-    ("family_helpers.py", "llama3"),
-    ("family_helpers.py", "Known: default, linear, llama3"),
+    ("rope.py", "llama3"),
+    ("config_keys.py", "is_llama_config"),
+    ("tokenizer_metadata.py", "gpt2"),
+    ("tokenizer_metadata.py", "llama"),
     ("calibration_cards.py", "contains_phi"),
+    ("import_tokenizer.py", "gpt2"),
+    ("import_tokenizer.py", "llama"),
+    ("import_tokenizer.py", "Known: gpt2 (byte-level BPE) and llama (SentencePiece BPE)"),
+    ("import_config.py", "llama3"),
+    # llama.cpp's names of splitting rules.
+    ("pre_tokenizers.py", "phi-2"),
+    ("pre_tokenizers.py", "llama-bpe"),
+    ("pre_tokenizers.py", "llama3"),
+    ("pre_tokenizers.py", "llama-v3"),
+    ("pre_tokenizers.py", "qwen2"),
+    ("pre_tokenizers.py", "stablelm2"),
 }
 
 
@@ -262,7 +275,7 @@ def test_only_a_target_names_itself(file: Path) -> None:
         id(argument)
         for node in ast.walk(root)
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func).split(".")[-1] in ("need", "find_spec")
+        and ast.unparse(node.func).split(".")[-1] in ("need", "find_spec", "install_command")
         for argument in node.args
     }
     targets = {f.stem for f in (PACKAGE / "targets").glob("*.py")}
@@ -304,13 +317,20 @@ BUILD_ONLY = (
     "distillation/",
     "gguf/bit_allocation.py",
     "gguf/gptq.py",
+    "gguf/import_checkpoint.py",
     "models/qlora.py",
     "moe/",
     "quantization/",
+    "verification/witness/",
     "vision/torch_encoder.py",
 )
 # Modules of build-only packages that a device imports, or --help.
-DEVICE = ("quantization/grids.py", "quantization/method.py", "quantization/settings.py")
+DEVICE = (
+    "quantization/grids.py",
+    "quantization/method.py",
+    "quantization/settings.py",
+    "verification/witness/witness.py",
+)
 
 
 def build_only(file: Path) -> bool:

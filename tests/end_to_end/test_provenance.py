@@ -35,12 +35,32 @@ pytest.importorskip("cryptography")
 MACHINE = {
     "label": "test-cpu-2c",
     "cpu": "Test CPU",
+    "architecture": "x86_64",
+    "logical_cores": 2,
     "physical_cores": 2,
+    "flags": [],
+    "cache_bytes": 0,
     "memory_bytes": 25_276_514_304,
+    "governor": None,
+    "power_mode": None,
     "gpus": [],
+    "device": None,
     "os": "Test OS 1",
 }
 SHA = "56" * 32
+VISION = {
+    "width": 64,
+    "layers": 2,
+    "heads": 2,
+    "ffn": 128,
+    "norm_eps": 1e-6,
+    "activation": "gelu",
+    "patch": 14,
+    "projector_hidden": 64,
+    "token": 260,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
 ENGINE = {
     "name": "onnx-int4",
     "target": "onnx",
@@ -228,9 +248,9 @@ def evaluated(**changes: object) -> dict:
         "task": "pubmedqa",
         "language": None,
         "task_sha256": hashing.file_sha256(sample),
-        "task_key": "k",
+        "task_key": "cd" * 32,
         "model": "onnx-int4",
-        "model_key": "x",
+        "model_key": "ef" * 32,
         "strategy": "zero-shot",
         "scoring": "sum of option token log-likelihoods",
         "settings": {},
@@ -253,6 +273,7 @@ def evaluated(**changes: object) -> dict:
             "ece": 0.05,
             "brier": 0.3,
             "bins": [{"confidence": 0.3, "accuracy": 0.25, "n": 20}],
+            "coverage": None,
         },
         "items": [{"id": "1", "gold": 0, "answer": 0, "scores": [0.0, -1.0], "groups": {}}],
         "paired": copy.deepcopy(PAIRED),
@@ -658,7 +679,7 @@ def test_card_says_what_is_known_and_what_is_not(engine: Path) -> None:
         "adapter | lora, licence mit",
         "3 of 200 prompts did not fit",
         "int8 for int4",
-        "pip install 'edgemed[onnx]'",
+        "pip install '/path/to/edgemed[onnx]'",
         "any machine but test-cpu-2c",
         "Energy.",
     ):
@@ -716,7 +737,7 @@ def test_no_ceiling_for_weights_that_fit_the_cache(engine: Path) -> None:
 
 
 def test_an_engine_that_sees_is_said_to(tmp_path: Path) -> None:
-    engine = documented(make_engine(tmp_path / "made", vision={"family": "x"}))
+    engine = documented(make_engine(tmp_path / "made", vision=VISION))
     assert "pipeline_tag: image-text-to-text" in (engine / model_card.FILE).read_text()
     assert "edgemed generate . --image FILE --prompt" in (engine / model_card.FILE).read_text()
     assert {"format": "image"} in bill(engine)["metadata"]["component"]["modelCard"][

@@ -428,6 +428,32 @@ RECIPE = (
             ["pubmedqa-abstract", "Did you mean 'pubmedqa-abstracts'"],
         ),
         ("  - onnx: {}", "  onnx: {}", ["'engines' is not a list"]),
+        ("onnx: {}", "onnx: {name: ../../x}", ["'../../x' is no name"]),
+        ("onnx: {}", "onnx: {name: /tmp/x}", ["'/tmp/x' is no name"]),
+        ("onnx: {}", "onnx: {name: .hidden}", ["'.hidden' is no name"]),
+        ("onnx: {}", "onnx: {name: [a]}", ["['a'] is not a text"]),
+        ("onnx: {}", "onnx: [a]", ["onnx", "['a'] is not a mapping"]),
+        ("onnx: {}", "onnx: 5", ["onnx", "5 is not a mapping"]),
+        (
+            "onnx: {}",
+            "llamacpp: {budget: ../../x4.5bpw}",
+            ["'llamacpp-../../x4.5bpw' is no name"],
+        ),
+        ("onnx: {}", "onnx: {adapters: [a]}", ["adapters", "is not a mapping"]),
+        ("group: 32", "samples: -5", ["samples", "-5 is out of range", "at least 1"]),
+        ("group: 32", "samples: 1" + "0" * 5_000, ["a number of 5001 digits"]),
+        ("group: 32", "group: 32.0", ["group", "'32.0' is not a known value"]),
+        ("group: 32", "group: 32, group: 64", ["key 'group' is given twice, in line 3"]),
+        ("group: 32", "1: 2", ["key 1 in line 3 is not a text"]),
+        ("group: 32", "calibration: " + "x" * 5_000, ["File name too long"]),
+        ("engines:", "steps: 5\nengines:", ["key 'steps' is given twice"]),
+        ("engines:", "title: [a]\nengines:", ["title", "['a'] is not a text"]),
+        ("engines:", "bench: [1]\nengines:", ["bench", "[1] is not a mapping"]),
+        ("engines:", "bench: {prompt: [0]}\nengines:", ["bench.prompt", "0 is out of range"]),
+        ("engines:", "bench: {prompt: []}\nengines:", ["bench.prompt", "the list is empty"]),
+        ("engines:", "eval: {tasks: []}\nengines:", ["eval.tasks", "the list is empty"]),
+        ("engines:", "device: 5\nengines:", ["device", "5 is not a text"]),
+        ("engines:", "eval: !!set {a}\nengines:", ["tag !!set"]),
         ("  - onnx: {}", "  - [", ["not valid YAML"]),
     ],
 )
@@ -448,7 +474,40 @@ def test_recipe_set_mistakes(model: Path, tmp_path: Path) -> None:
     refused(cli(*common, "quantize.bits=9"), "9", "4, 8")
     refused(cli(*common, "quantize.bits"), "key.key=value")
     refused(cli("run", "quikstart"), "quikstart", "Did you mean 'quickstart'")
+    refused(cli(*common, "steps=5"), "'steps' is not a list")
+    refused(cli(*common, "model.a=5"), "'model' is not a mapping")
+    refused(cli(*common, "quantize=[1]"), "quantize", "no such key")
+    refused(cli(*common, "quantize.bits=!!python/name:os.system"), "is not known here")
+    refused(cli(*common, "a..b=1"), "key.key=value")
+    refused(cli(*common, "quantize.bits=" + "9" * 5_000), "a number of 5000 digits")
     assert not (tmp_path / "work").exists()
+
+
+def test_a_recipe_in_another_encoding(model: Path, tmp_path: Path) -> None:
+    text = f"title: Prüfung\n{RECIPE.format(model=model)}"
+    for encoding in ("latin-1", "utf-16", "utf-32"):
+        (tmp_path / "r.yaml").write_bytes(text.encode(encoding))
+        refused(cli("run", tmp_path / "r.yaml", "--work", tmp_path / "work"), "is not UTF-8")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"memory_gb": -8}, ["memory_gb", "-8"]),
+        ({"memory_gb": True}, ["memory_gb", "True is not a number"]),
+        ({"bandwidth_gb_s": 1_000_000_000.5}, ["bandwidth_gb_s", "out of range"]),
+        ({"compute_capability": "new"}, ["compute_capability", "'new' is no version"]),
+        ({"compute": [1]}, ["compute", "is not a mapping"]),
+        ({"power_modes": [{"name": "15W", "gpu_share": 2}]}, ["gpu_share", "out of range"]),
+        ({"bandwith_gb_s": 5}, ["bandwith_gb_s", "Did you mean 'bandwidth_gb_s'"]),
+        ({"name": "../x", "title": None}, ["title"]),
+    ],
+)
+def test_device_files(tmp_path: Path, change: dict, named: list[str]) -> None:
+    board = {"title": "B", "shared_memory": True, "source": {"memory": "m"}, "memory_gb": 8}
+    (tmp_path / "board.yaml").write_text(json.dumps(board | change))
+    refused(cli("plan", "biomedlm", "--device", tmp_path / "board.yaml"), "board.yaml", *named)
 
 
 def test_recipe_inputs_are_looked_for_before_any_work(model: Path, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from report_documents import record
 
 from edgemed import params
 from edgemed.artifacts import hashing, records, store
 from edgemed.data.text_sets import read_card, texts
+from edgemed.documents import yaml_files
 from edgemed.engines.reference import Reference, windows_of
 from edgemed.errors import EdgemedError, nearest, need
 from edgemed.evaluation.evaluate import evaluate, judge, majority, pair, part_of, source_key
@@ -73,19 +75,19 @@ def test_params_convert_and_refuse() -> None:
 
 
 def test_parse_set() -> None:
-    assert params.parse_set("a.b=8") == (["a", "b"], 8)
-    assert params.parse_set("x=true") == (
+    assert yaml_files.parse_set("a.b=8") == (["a", "b"], 8)
+    assert yaml_files.parse_set("x=true") == (
         ["x"],
         True,
     )
-    assert params.parse_set("x=[1, 2]") == (["x"], [1, 2])
-    assert params.parse_set("x=a=b") == (
+    assert yaml_files.parse_set("x=[1, 2]") == (["x"], [1, 2])
+    assert yaml_files.parse_set("x=a=b") == (
         ["x"],
         "a=b",
     )
     for wrong in ("x", "=3", "x=[1"):
         with pytest.raises(EdgemedError, match="--set"):
-            params.parse_set(wrong)
+            yaml_files.parse_set(wrong)
 
 
 # --- store
@@ -153,7 +155,7 @@ def test_digest_ignores_order_only() -> None:
 def test_records_are_appended(tmp_path: Path) -> None:
     assert records.read_records(tmp_path) == []
     for value in (1, 2):
-        records.append_records(tmp_path, [{"value": value, "unit": "µs"}])
+        records.append_records(tmp_path, [record("step_milliseconds", [value], "µs", "key")])
     assert [record["value"] for record in records.read_records(tmp_path)] == [1, 2]
 
 
@@ -172,7 +174,7 @@ def test_override() -> None:
     assert document["steps"] == [{"quantize": {"bits": 8}}]
     assert document["engines"][:2] == [{"onnx": {"precision": "fp16"}}] * 2
     assert document["bench"] == {"runs": 2}
-    with pytest.raises(EdgemedError, match="'steps' is a list"):
+    with pytest.raises(EdgemedError, match="'steps' is not a mapping"):
         override(document, ["steps", "0"], 1)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemed import params, plugins
+from edgemed.documents import yaml_files
 from edgemed.errors import EdgemedError
 
 VALUES = st.recursive(
@@ -67,7 +68,7 @@ def test_any_mapping(name: str, values: dict) -> None:
 @given(text=st.text(max_size=30))
 def test_any_text_of_a_set_option(text: str) -> None:
     try:
-        path, _ = params.parse_set(text)
+        path, _ = yaml_files.parse_set(text)
     except EdgemedError:
         return
     assert all(isinstance(part, str) for part in path)

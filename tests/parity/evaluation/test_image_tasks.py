@@ -5,7 +5,6 @@ sees, evaluated as source and as engine.
 from __future__ import annotations
 
 import json
-import types
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ Image = pytest.importorskip("PIL.Image")
 from edgemed import plugins
 from edgemed.artifacts import store
 from edgemed.documents.document import plain
-from edgemed.documents.evaluation import EvalResult, Item
+from edgemed.documents.evaluation import EvalResult, Item, task_title
 from edgemed.errors import EdgemedError
 from edgemed.evaluation import answer_matching, paired_statistics
-from edgemed.evaluation.evaluate import evaluate, pair, source_key, title
+from edgemed.evaluation.evaluate import evaluate, pair, source_key
 from edgemed.evaluation.option_scoring import PrefixReader, behind, shared_prefix
 from edgemed.evaluation.prompting import PromptPlan, PromptSettings
 from edgemed.evaluation.task import Questions, questions
@@ -234,10 +233,7 @@ def test_parts(folder: Path) -> None:
     }
     with pytest.raises(EdgemedError, match="has no rows in 'official'"):
         questions(f"vqa_rad:{write(folder, only_train)}")
-    assert (
-        title(types.SimpleNamespace(task="vqa_rad", language=None, part="official"))
-        == "vqa_rad/official"
-    )
+    assert task_title("vqa_rad", "official", None) == "vqa_rad/official"
 
 
 # --- scores of written answers
@@ -645,7 +641,7 @@ def test_recipe_finds_a_model_that_sees_nothing_at_once(model: Path, tmp_path: P
         f"model: {model}\nengines:\n- onnx: {{precision: fp32}}\neval: {{tasks: [micro_bench]}}\n"
     )
     with pytest.raises(EdgemedError, match="task micro_bench shows images, and .* reads text only"):
-        check_inputs(read_recipe(recipe))
+        check_inputs(read_recipe(recipe), tmp_path)
 
 
 def test_evaluated_together_paired_and_judged(
@@ -668,8 +664,8 @@ def test_evaluated_together_paired_and_judged(
         str(vision_model),
         threads=1,
     )
-    assert [title(r) for r in found.engine] == [
-        "micro_bench",
+    assert [r.title for r in found.engine] == [
+        "micro_bench:rows.jsonl",
         "worldmedqa_v/he",
         "vqa_rad/image_disjoint",
     ]

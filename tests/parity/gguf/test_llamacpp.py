@@ -524,7 +524,7 @@ def test_one_quantization_two_engines(model: Checkpoint, tmp_path: Path) -> None
     writer.write_gguf(
         twin.path / "model.gguf",
         "gpt2",
-        lambda writer: llamacpp.write_metadata(writer, CanonicalWeights(packed), "f32"),
+        lambda writer: llamacpp.write_metadata(writer, CanonicalWeights(packed), "f32", None),
         floats,
     )
     scores = []

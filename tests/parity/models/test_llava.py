@@ -384,9 +384,8 @@ PREPROCESSOR = {
     "do_pad": True,
     "size": {"shortest_edge": 56},
     "crop_size": {"height": 56, "width": 56},
-    "min_pixels": 3136,
-    "max_pixels": 12544,
 }
+PIXELS = {"min_pixels": 3136, "max_pixels": 12544}
 
 
 @pytest.fixture(scope="module", params=["saved", "authors", "qwen2_vl"])
@@ -396,8 +395,10 @@ def seeing(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("steps")
+    preprocessor: dict[str, Any] = PREPROCESSOR
     if request.param == "qwen2_vl":
         path, _ = qwen2_vl(folder / "base")
+        preprocessor = PIXELS
     else:
         path = renamed(
             model[0],
@@ -405,7 +406,7 @@ def seeing(
             {} if request.param == "saved" else ROOTS,
             None if request.param == "saved" else authors_config(),
         )
-    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return path
 
 
@@ -804,7 +805,10 @@ def test_configs_that_are_refused(change: dict[str, Any], said: str) -> None:
             {"vision_config": {**TINY_CLIP, "hidden_act": "relu"}},
             "hidden_act 'relu' of the vision tower",
         ),
-        ({"vision_config": {}}, "has no hidden_size"),
+        (
+            {"vision_config": {**TINY_CLIP, "hidden_size": "64"}},
+            "vision_config.hidden_size '64' is not a whole number",
+        ),
         (
             {"vision_feature_select_strategy": "full"},
             "vision_feature_select_strategy 'full' is not supported",
@@ -860,7 +864,7 @@ def test_images_that_cannot_be_squared() -> None:
 
 
 def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path: Path) -> None:
-    from edgemed.api import stream
+    from edgemed.api import PromptForm, stream
 
     engine, *_ = exact
     noise(1).save(tmp_path / "a.png")
@@ -891,7 +895,7 @@ def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path
                 "What?",
                 Sampling(max_tokens=2),
                 images=[tmp_path / "a.png"],
-                template="reasoning",
+                form=PromptForm("reasoning"),
             )
         )
 
@@ -899,7 +903,7 @@ def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path
 def test_a_question_about_an_image_is_answered_as_its_source_does(
     exact: tuple[Engine, Any, float], model: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    from edgemed.api import stream
+    from edgemed.api import PromptForm, stream
     from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
     from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions

@@ -15,8 +15,10 @@ from conftest import ROOT
 
 from edgemed import plugins
 from edgemed.data.text_sets import read_jsonl
+from edgemed.documents.evaluation import task_title
 from edgemed.errors import EdgemedError
 from edgemed.evaluation.task import Prompt, Questions, questions, task_description
+from edgemed.provenance import record
 
 ROW = {
     "id": "1",
@@ -263,7 +265,7 @@ def test_solved_examples_that_are_asked_are_dropped(tmp_path: Path) -> None:
         (["[1, 2]"], "line 1 is not a JSON object"),
         (
             [{**ROW, "question": "half \ud83d a character"}],
-            "row 1: half a character (surrogate '\\ud83d')",
+            "line 1 is not JSON (half a character (surrogate '\\ud83d'))",
         ),
     ],
 )
@@ -316,6 +318,32 @@ def test_refused_rows_of_tasks_with_fixed_options(tmp_path: Path) -> None:
 def test_encodings(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "odd.jsonl").write_bytes(content)
     refused(f"medqa:{tmp_path / 'odd.jsonl'}", said)
+
+
+def test_images_of_a_task_without_images(tmp_path: Path) -> None:
+    row = {**ROW, "image": "a.png"}
+    refused(f"medqa:{write(tmp_path, row)}", "names an image, and task medqa shows none")
+    assert questions(f"medqa:{write(tmp_path, {**ROW, 'image': None})}").examples
+
+
+@pytest.mark.parametrize("identity", [None, True, 1.5, [1], {"a": 1}])
+def test_an_id_is_a_text_or_a_number(tmp_path: Path, identity: Any) -> None:
+    refused(f"medqa:{write(tmp_path, {**ROW, 'id': identity})}", "is neither a text nor a whole")
+
+
+def test_a_users_own_file_goes_by_its_name(tmp_path: Path) -> None:
+    asked = questions(f"medqa:{write(tmp_path, ROW, name='ours.jsonl')}")
+    assert asked.file == "ours.jsonl"
+    assert questions("medqa").file is None
+    # The same bytes are the same set, whatever the file is called.
+    sample = plugins.ROOT / "tasks" / "samples" / "medqa.jsonl"
+    (tmp_path / "copy.jsonl").write_bytes(sample.read_bytes())
+    assert questions(f"medqa:{tmp_path / 'copy.jsonl'}").file is None
+    assert task_title("medqa", None, asked.file) == "medqa:ours.jsonl"
+    assert task_title("worldmedqa", "he", None) == "worldmedqa/he"
+    entry = record.task_set("medqa", asked.sha256, asked.file)
+    assert (entry["name"], entry["sha256"]) == ("medqa:ours.jsonl", asked.sha256)
+    assert entry["licence"] is None
 
 
 def test_specs(tmp_path: Path) -> None:

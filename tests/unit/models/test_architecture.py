@@ -12,8 +12,11 @@ from conftest import write_model
 
 from edgemed.errors import EdgemedError
 from edgemed.models.architecture import DecoderConfig, ExpertsConfig
+from edgemed.models.config_keys import text_keys
+from edgemed.models.config_reader import REQUIRED, ConfigReader
 from edgemed.models.conversation import CHATML, VICUNA, user_turn
 from edgemed.models.family_helpers import usual_decoder
+from edgemed.models.rope import ROPE_DEFAULTS
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 64,
@@ -26,10 +29,22 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 100.0,
     "eos_token_id": [3, 4],
 }
+KEYS = text_keys(
+    {
+        **ROPE_DEFAULTS,
+        **dict.fromkeys(CONFIG, REQUIRED),
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+)
+
+
+def reader(config: dict[str, Any] = CONFIG) -> ConfigReader:
+    return ConfigReader(config, KEYS)
 
 
 def test_a_usual_decoder_reads_transformers_keys() -> None:
-    d = usual_decoder(CONFIG, {}, norm_eps=1e-5)
+    d = usual_decoder(reader(), {}, norm_eps=1e-5)
     assert (d.hidden, d.layers, d.heads, d.kv_heads, d.head_dim) == (64, 2, 4, 2, 16)
     assert (d.ffn, d.vocab, d.context, d.eos, d.tied) == (96, 128, 32, 3, False)
     assert d.score_scale == (0.25, 0.25)
@@ -40,7 +55,7 @@ def test_a_usual_decoder_reads_transformers_keys() -> None:
 
 def test_a_family_states_what_differs() -> None:
     d = usual_decoder(
-        CONFIG, {"score.weight": (5, 64)}, norm_eps=1e-6, head_dim=32, norm="rmsnorm", tied=True
+        reader(), {"score.weight": (5, 64)}, norm_eps=1e-6, head_dim=32, norm="rmsnorm", tied=True
     )
     assert (d.norm, d.tied, d.head, d.head_size) == ("rmsnorm", True, "classes", 5)
     assert d.score_scale[0] == pytest.approx(1 / math.sqrt(32))
@@ -50,7 +65,7 @@ def test_a_family_states_what_differs() -> None:
 def test_a_missing_size_is_named(key: str) -> None:
     config = {name: value for name, value in CONFIG.items() if name != key}
     with pytest.raises(EdgemedError, match=f"config.json has no {key}"):
-        usual_decoder(config, {}, norm_eps=1e-5)
+        usual_decoder(reader(config), {}, norm_eps=1e-5)
 
 
 def test_one_turn_in_each_shared_form() -> None:
@@ -64,13 +79,13 @@ def test_one_turn_in_each_shared_form() -> None:
 
 
 def test_a_mixture_only_where_there_is_one() -> None:
-    d = usual_decoder(CONFIG, {}, norm_eps=1e-5)
+    d = usual_decoder(reader(), {}, norm_eps=1e-5)
     assert not d.sparse(0)
     assert not d.has_shared_base(0)
     with pytest.raises(ValueError, match="no mixture of experts"):
         str(d.mixture)
     experts = ExpertsConfig(4, 2, (1,), renormalised=True, rank=8)
-    sparse = usual_decoder(CONFIG, {}, norm_eps=1e-5, experts=experts)
+    sparse = usual_decoder(reader(), {}, norm_eps=1e-5, experts=experts)
     assert isinstance(sparse, DecoderConfig)
     assert sparse.mixture is experts
     assert [sparse.has_shared_base(n) for n in (0, 1)] == [False, True]

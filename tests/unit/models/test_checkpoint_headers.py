@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from edgemed.errors import EdgemedError
-from edgemed.models.checkpoint import open_checkpoint, read_tensors
+from edgemed.models.checkpoint import open_checkpoint
+from edgemed.models.safetensors_file import read_tensors
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 2**40) | st.floats() | st.text(max_size=4),

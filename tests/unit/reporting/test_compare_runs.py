@@ -20,6 +20,13 @@ FACTS = {
     "precision": "int4 g64",
     "family": "gpt2",
     "random_weights": False,
+    "head": "lm",
+    "width": 288,
+    "vocab": 288,
+    "context": 192,
+    "bytes_per_token": 1000,
+    "eos": 256,
+    "params": {},
 }
 
 
