@@ -57,7 +57,7 @@ def byte_level(rule: Any, whole_words: bool = False, nfc: bool = False) -> Token
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {c: i for i, c in enumerate(alphabet)}
     vocabulary |= {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
-    vocabulary |= {"".join(merge): 260 + i for i, merge in enumerate(merges)}
+    vocabulary |= {"".join(merge): 259 + i for i, merge in enumerate(merges)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_words))
     tokenizer.pre_tokenizer = rule
     tokenizer.decoder = decoders.ByteLevel()
@@ -178,6 +178,25 @@ def test_llama_cpp_reads_what_transformers_reads(tmp_path: Path, kind: str) -> N
     assert field(file, "tokenizer.chat_template") == TEMPLATE
     assert field(file, "general.license") == "apache-2.0"
     assert field(file, "general.name") == "model"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "added", "llama-bpe"])
+def test_back_from_the_file(tmp_path: Path, kind: str) -> None:
+    """The tokenizer rebuilt from an engine's file gives the ids of the one it was written from."""
+    make, _, settings = KINDS[kind]
+    end = 2 if kind == "sentencepiece" else 258
+    folder = write(tmp_path / "model", make(), settings, eos_token_id=end, bos_token_id=None)
+    assert export(folder, tmp_path / "engine").returncode == 0
+    done = cli("import", tmp_path / "engine" / "model.gguf", "--out", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    before = transformers.AutoTokenizer.from_pretrained(folder)
+    after = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    for text in (*TEXTS, "a <|im_start|>b<|im_end|> c", "<think> 1234</s><s>x"):
+        ids = before(text)["input_ids"]
+        assert after(text)["input_ids"] == ids, text
+        assert after.decode(ids) == before.decode(ids), text
+    assert after.chat_template == TEMPLATE
+    assert after.pad_token == before.pad_token
 
 
 def test_its_chat_formatter_and_its_answer(tmp_path: Path) -> None:
