@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.errors import EdgemedError, need
-from edgemed.gguf.import_tokenizer import compare_ids
+from edgemed.gguf.import_tokenizer import TEMPLATE, compare_ids
 from edgemed.gguf.llama_reading import read_tokens
 from edgemed.gguf.pre_tokenizers import TEXTS, recognised
-from edgemed.models.chat_template import chat_templates
+from edgemed.models.chat_template import DEFAULT, chat_templates
 from edgemed.models.special_tokens import special_tokens, stop_tokens
 
 # Special token of tokenizer_config.json -> the GGUF writer's method for its id
@@ -143,9 +143,13 @@ def _describe_special(writer: Any, facts: TokenizerFacts) -> None:
         add(token)
     writer.add_add_bos_token(facts.add_bos)
     writer.add_add_eos_token(facts.add_eos)
-    templates = [{"name": name, "template": text} for name, text in facts.templates.items()]
-    if templates:
-        writer.add_chat_template(templates)
+    # One by one and in order: the writer's own list of names has another order in every process.
+    for name, text in sorted(facts.templates.items()):
+        if name == DEFAULT:
+            writer.add_chat_template(text)
+        else:
+            safe = re.sub("[^A-Za-z0-9]", "_", name)
+            writer.add_string(f"{TEMPLATE}.{safe}", text)
 
 
 def difference(file: Path, facts: TokenizerFacts) -> str | None:
