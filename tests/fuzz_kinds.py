@@ -425,13 +425,12 @@ def data_kinds() -> list[Kind]:
 
 
 def read_model(folder: Path, out: Path) -> None:
-    """Every tensor of a checkpoint, as an export reads it."""
+    """A checkpoint as the source of an evaluation, with its tokenizer, and some tokens read."""
+    from edgemed.evaluation.opened_model import open_source
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.models.weights import CanonicalWeights
 
-    weights = CanonicalWeights(open_checkpoint(folder))
-    for name in weights.parts:
-        weights.dense(name)
+    source = open_source(open_checkpoint(folder))
+    source.session.prefill([1, 2, 3])
 
 
 def merge_adapter(model: Path) -> Callable[[Path, Path], object]:
