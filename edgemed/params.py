@@ -59,14 +59,14 @@ class Range:
 
     def __str__(self) -> str:
         if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
+            return f"{self.low:.10g} to {self.high:.10g}"
         parts = [
             (self.low, "at least"),
             (self.above, "above"),
             (self.high, "at most"),
             (self.below, "below"),
         ]
-        return ", ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)
+        return ", ".join(f"{word} {bound:.10g}" for bound, word in parts if bound is not None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from edgemed import plugins
 from edgemed.artifacts import hashing, store
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.benchmarking.spec import BenchSpec
-from edgemed.console import say
+from edgemed.console import plain_text, say
 from edgemed.data.text_sets import IMAGES, image_questions, read_card
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.evaluation import EvalResult
@@ -40,6 +39,7 @@ from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened, open_s
 from edgemed.evaluation.prompting import parse_strategy
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import Questions, questions
+from edgemed.hardware.child_process import run_child
 from edgemed.hardware.device import machine
 from edgemed.models.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from edgemed.models.random_weights import make_random
@@ -231,7 +231,8 @@ def run_step(
     with store.building(
         final, "checkpoint", stage.plugin, asdict(stage.params), inputs, parent
     ) as work:
-        say(f"{stage.plugin}: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
+        progress = "reused" if work is None else "running"
+        say(f"{stage.plugin}: {progress} [dim]{plain_text(final)}[/dim]")
         if work is not None:
             work.notes.update(module.run(checkpoint, work.path, stage.params))
     return open_checkpoint(final)
@@ -259,7 +260,7 @@ def run_target(
     for name, answers in adapted.items():
         inputs[f"reference/{name}"] = answers.digest()
     final = cache / f"{stage.name}-{short(stage, inputs)}"
-    say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
+    say(f"{stage.plugin}: {plain_text(stage.name)} [dim]{plain_text(final)}[/dim]")
     engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name, adapted)
     link = work / "engines" / stage.name
     link.parent.mkdir(exist_ok=True)
@@ -292,8 +293,8 @@ def verify_engine(
     result = VerifyResult.from_json(content, f"the verification of {engine.name}")
     verdict = "[green]passed[/green]"
     if not result.passed:
-        verdict = f"[red]failed[/red]: {'; '.join(result.problems)}"
-    say(f"verify: {engine.name} {verdict}")
+        verdict = f"[red]failed[/red]: {plain_text('; '.join(result.problems))}"
+    say(f"verify: {plain_text(engine.name)} {verdict}")
     return result
 
 
@@ -311,7 +312,7 @@ def cached(
 def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
     """Bench in a process of its own, so that peak memory is the engine's and not this build's."""
     spec = recipe.bench or BenchSpec()
-    say(f"bench: {engine.name}")
+    say(f"bench: {plain_text(engine.name)}")
     command = [sys.executable, "-m", "edgemed", "bench", str(engine.path), "--json"]
     command += ["--runs", str(spec.runs)]
     command += ["--generate", str(spec.generate)]
@@ -320,7 +321,9 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
     command += ["--image", str(spec.image or 0)]
     if spec.threads:
         command += ["--threads", str(spec.threads)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    if spec.wait_quiet is not None:
+        command += ["--wait-quiet", str(spec.wait_quiet)]
+    process = run_child(command)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise EdgemedError(
@@ -343,8 +346,8 @@ def run_evals(
     for task in spec.tasks:
         asked = questions(task, spec.limit, spec.frame)
         say(
-            f"eval: {task} on the source and {len(runs)} engines, {len(asked.examples)} items,"
-            f" {', '.join(spec.strategies)}"
+            f"eval: {plain_text(task)} on the source and {len(runs)} engines,"
+            f" {len(asked.examples)} items, {', '.join(spec.strategies)}"
         )
         bases = evals_of(None, source, asked, spec, cache)
         source_results += bases
@@ -403,5 +406,5 @@ def run_gate(runs: Sequence[EngineRun], recipe: Recipe) -> GateVerdict | None:
     colours = {"pass": "green", "undecided": "yellow", "fail": "red"}
     for run in runs:
         if share := part_of(gate, run.engine.name):
-            say(f"gate: {run.engine.name} [{colours[share.verdict]}]{share.verdict}[/]")
+            say(f"gate: {plain_text(run.engine.name)} [{colours[share.verdict]}]{share.verdict}[/]")
     return gate

@@ -16,6 +16,7 @@ from edgemed.artifacts import lineage, store
 from edgemed.artifacts.json_files import read_json, read_json_object
 from edgemed.artifacts.records import read_records
 from edgemed.documents.bench import BenchRecord
+from edgemed.documents.gate import EngineGate, GateVerdict
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import SCHEMA, EngineEntry, RunDocument, Source
 from edgemed.engines.engine import ENGINE, read_engine
@@ -101,12 +102,25 @@ def engine_document(directory: Path) -> dict[str, Any]:
         source=origin(manifest, engine),
         steps=earlier_steps(manifest),
         engines=tuple(entries),
-        source_evals=(),
+        source_evals=manifest.source_evals or (),
         strategies=tuple(dict.fromkeys(result.strategy for result in results)),
-        gate=None,
+        gate=whole_gate(manifest.gate),
         not_measured=tuple(missing(engine["name"], entries[0], len(contents) - len(records))),
     )
     return document.to_json()
+
+
+def whole_gate(share: EngineGate | None) -> GateVerdict | None:
+    """The verdict over the only engine of a page, from its share of a run's."""
+    if share is None:
+        return None
+    return GateVerdict(
+        verdict=share.verdict,
+        margin=share.margin,
+        alpha=share.alpha,
+        correction=share.correction or "Holm",
+        comparisons=share.comparisons,
+    )
 
 
 def engine_entries(

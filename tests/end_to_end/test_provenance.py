@@ -679,7 +679,7 @@ def test_card_says_what_is_known_and_what_is_not(engine: Path) -> None:
         "adapter | lora, licence mit",
         "3 of 200 prompts did not fit",
         "int8 for int4",
-        "pip install 'edgemed[onnx]'",
+        "pip install '/path/to/edgemed[onnx]'",
         "any machine but test-cpu-2c",
         "Energy.",
     ):
