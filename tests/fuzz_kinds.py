@@ -447,6 +447,13 @@ def merge_adapter(model: Path) -> Callable[[Path, Path], object]:
     return merged
 
 
+def import_file(folder: Path, out: Path) -> None:
+    """A GGUF from elsewhere as a checkpoint."""
+    from edgemed.gguf.import_checkpoint import import_gguf
+
+    import_gguf(folder / "model.gguf", out / "imported")
+
+
 def tokenize(folder: Path, out: Path) -> None:
     from edgemed.models.tokenizer import encode, open_tokenizer
 
@@ -498,6 +505,7 @@ def write_chat(model: Path) -> Callable[[Path], object]:
 
 def checkpoint_kinds(samples: Samples) -> list[Kind]:
     merged = merge_adapter(samples.model)
+    gguf = written("model.gguf", (samples.gguf / "model.gguf").read_bytes())
     model = copied(samples.model)
     return [
         Kind("safetensors", "model.safetensors", model, read_model, "", 60),
@@ -517,6 +525,7 @@ def checkpoint_kinds(samples: Samples) -> list[Kind]:
             "adapter settings", "adapter_config.json", copied(samples.adapter), merged, "json", 60
         ),
         Kind("adapter", "adapter_model.safetensors", copied(samples.adapter), merged, "", 40),
+        Kind("gguf to import", "model.gguf", gguf, import_file, "", 50),
         Kind("tokenizer", "tokenizer.json", model, tokenize, "json", 100),
         Kind(
             "tokenizer settings",
