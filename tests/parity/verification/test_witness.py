@@ -323,7 +323,7 @@ def test_chat_that_differs(
         reading.Tokens, "chat", lambda self, turns: original(self, turns).replace("<user>", "<U>")
     )
     row = rows_of(compare(open_checkpoint(family_model("gpt2")), 0))["chat"]
-    assert row.differ == row.comparisons == 6
+    assert (row.comparisons, row.differ) == (6, 3)
     assert row.first.startswith("one turn: the prompt is '<user>What is the dose")
     assert "'<U>What is" in row.first
 
