@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance
+from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance, speed
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
@@ -406,7 +406,7 @@ def build(
 
 
 app.command(cls=Verb)(proof.verify)
-app.command(cls=Verb)(proof.bench)
+app.command(cls=Verb)(speed.bench)
 app.command(name="eval", cls=Verb)(proof.eval_)
 app.command(
     name="lm-eval",
