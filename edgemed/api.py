@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,9 @@ from edgemed.hardware import process_memory
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import ImageEmbeddings, Session, vision_of_session
 from edgemed.models.architecture import Architecture
+from edgemed.models.chat_template import chat_templates
 from edgemed.models.checkpoint import Checkpoint
-from edgemed.models.tokenizer import chat_text, encode
+from edgemed.models.tokenizer import chat_tokens, encode_text
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.engine_evaluation import evaluate_tasks, read_results
 from edgemed.planning.inspect import inspect
@@ -172,43 +173,53 @@ def usual_bench(engine: Engine) -> BenchSpec:
     return BenchSpec(tuple(lengths), image=side)
 
 
+@dataclass(frozen=True)
+class PromptForm:
+    """How a person's text and image files become the prompt.
+
+    template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the
+    instructions of a reasoning fine-tune), 'none' (the text as it is) or one of the model's named
+    chat templates; None: 'chat' where there are images, else 'none'. add_special_tokens: False
+    leaves the tokens out that the tokenizer puts around a text. frame: the one to take, from 0, of
+    image files that have several; None for all of them, which a model that reads one image refuses.
+    """
+
+    template: str | None = None
+    add_special_tokens: bool = True
+    frame: int | None = None
+
+
 def stream(
     engine: str | Path | Engine,
     prompt: str,
     sampling: Sampling,
     threads: int | None = None,
     images: Sequence[str | Path] = (),
-    template: str | None = None,
+    form: PromptForm | None = None,
     adapter: str | None = None,
-    frame: int | None = None,
 ) -> Iterator[str]:
     """Continue a text, or answer a question about images; yields pieces of text as they are
-    decoded. adapter: one of the engine's, None for its base.
+    decoded. adapter: one of the engine's, None for its base. form: None for the defaults.
 
-    template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the
-    instructions of a reasoning fine-tune) or 'none' (the text as it is); default: 'chat' where
-    there are images, else 'none'.
-
-    frame: the one to take, from 0, of image files that have several; None for all of them, which a
-    model that reads one image refuses. How a DICOM file is shown is said on standard error.
+    How a DICOM file is shown is said on standard error. Raises EdgemedError for everything a person
+    can put right.
     """
+    form = form or PromptForm()
     opened = open_engine(engine)
     require_built(opened, "generate from")
-    if opened.random_weights:
-        raise EdgemedError(
-            f"{engine} has random weights and no tokenizer",
-            "Use edgemed bench; it is good for latency and memory only",
-        )
+    _require_tokenizer(opened)
     if images and not opened.vision:
         raise EdgemedError(
             f"{engine} reads text only", "Ask it without an image, or export a vision model"
         )
-    pictures = _pictures(opened, images, frame)
-    text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
-    vision = vision_of(opened.vision) if opened.vision else None
-    tokens = prompt_tokens(opened.tokenizer(), text, vision)
-    if vision:
-        check_places(tokens, vision.token, len(pictures))
+    pictures = _pictures(opened, images, form.frame)
+    name = form.template or ("chat" if pictures else "none")
+    tokens = prompt_ids(opened, prompt, len(pictures), name, form.add_special_tokens)
+    if not tokens:
+        raise EdgemedError(
+            "the prompt is empty, and this model's tokenizer puts no token before a text",
+            "Give at least one character",
+        )
     session = opened.open(threads, adapter)
     try:
         embeddings = None
@@ -217,6 +228,56 @@ def stream(
         yield from _words(opened, session, tokens, sampling, embeddings)
     finally:
         session.close()
+
+
+def _require_tokenizer(engine: Engine) -> None:
+    if engine.random_weights:
+        raise EdgemedError(
+            f"{engine.path} has random weights and no tokenizer",
+            "Use edgemed bench; it is good for latency and memory only",
+        )
+
+
+def prompt_ids(
+    engine: Engine, text: str, images: int, template: str, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a user's text in a template of the model, or as it is ('none'), with one image
+    token for each image. A chat template writes its begin tokens itself.
+
+    Raises EdgemedError for a template this engine does not have, and another number of images than
+    the text has places for.
+    """
+    tokenizer = engine.tokenizer()
+    name = _own_template(engine, images, template)
+    if name is not None:
+        messages = [{"role": "user", "content": text}]
+        eos = _eos_token(engine, tokenizer)
+        return chat_tokens(engine.path, tokenizer, messages, eos, name or None)
+    prompt = templated(engine, text, images, template)
+    if not engine.vision:
+        return encode_text(tokenizer, prompt, add_special_tokens)
+    vision = vision_of(engine.vision)
+    tokens = prompt_tokens(tokenizer, prompt, vision, add_special_tokens)
+    check_places(tokens, vision.token, images)
+    return tokens
+
+
+def _own_template(engine: Engine, images: int, template: str) -> str | None:
+    """Which of the engine's own chat templates writes the prompt: '' for the default, None where
+    none does. Questions about images take the form of the family.
+    """
+    if template in ("none", "reasoning") or images:
+        return None
+    templates = chat_templates(engine.path)
+    if template == "chat":
+        return "" if templates else None
+    return template if template in templates else None
+
+
+def _eos_token(engine: Engine, tokenizer: Any) -> str:
+    """The text of the end token, for engines that do not carry its name."""
+    token: str | None = None if engine.eos is None else tokenizer.id_to_token(engine.eos)
+    return token or ""
 
 
 @extras_named()
@@ -242,15 +303,21 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
     if template == "none":
         return text
     family: Architecture = plugins.load("families", engine.family).FAMILY
-    templates = ["none"]
-    if family.reasoning:
-        templates.insert(0, "reasoning")
-    if family.chat:
-        templates.insert(0, "chat")
-    if template not in templates or family.chat is None or engine.vision is None:
-        raise EdgemedError(
-            f"family {family.name} has no template '{template}'", nearest(template, templates)
-        )
+    of_family = []
+    if family.chat and engine.vision:
+        of_family.append("chat")
+        if family.reasoning:
+            of_family.append("reasoning")
+    if template not in of_family or family.chat is None or engine.vision is None:
+        own = chat_templates(engine.path)
+        if own:
+            of_family.append("chat")
+        known = sorted({*of_family, *own, "none"} - {"default"})
+        if template == "chat":
+            raise EdgemedError(
+                f"{engine.path} has no chat template", "Give the prompt in the model's own form"
+            )
+        raise EdgemedError(f"{engine.path} has no template '{template}'", nearest(template, known))
     if template == "reasoning" and family.reasoning:
         text = family.reasoning(text)
     return family.chat(text, images, vision_of(engine.vision).conversation)
@@ -266,8 +333,7 @@ def _words(
     tokenizer = engine.tokenizer()
     generated = []
     printed = ""
-    stop = frozenset() if engine.eos is None else frozenset({engine.eos})
-    for token in generate(session, tokens, sampling, stop, images):
+    for token in generate(session, tokens, sampling, engine.stop, images):
         generated.append(token)
         text = tokenizer.decode(generated)
         # Half a UTF-8 character decodes to the replacement sign: wait for the rest.
@@ -280,22 +346,21 @@ def _words(
 def chat(
     engine: str | Path, sampling: Sampling, threads: int | None = None, adapter: str | None = None
 ) -> None:
-    """Read lines from standard input and answer each, the conversation kept in the prompt."""
+    """Read lines from standard input and answer each, the conversation kept in the prompt.
+
+    Where it no longer fits the context, its first turns are left out, and that is said. Raises
+    EdgemedError where one message alone does not fit, or is not UTF-8.
+    """
     opened = open_engine(engine)
     require_built(opened, "talk to")
-    if opened.random_weights:
-        raise EdgemedError(
-            f"{engine} has random weights and no tokenizer",
-            "Use edgemed bench; it is good for latency and memory only",
-        )
+    _require_tokenizer(opened)
     tokenizer = opened.tokenizer()
     session = opened.open(threads, adapter)
-    messages = []
-    eos = tokenizer.id_to_token(opened.eos) if opened.eos is not None else ""
+    messages: list[dict[str, str]] = []
     try:
         while line := _ask():
             messages.append({"role": "user", "content": line})
-            tokens = encode(tokenizer, chat_text(opened.path, messages, eos))
+            tokens = _fitting(opened, tokenizer, messages)
             session.rewind(0)
             answer = ""
             for word in _words(opened, session, tokens, sampling):
@@ -305,6 +370,30 @@ def chat(
             messages.append({"role": "assistant", "content": answer.strip()})
     finally:
         session.close()
+
+
+def _fitting(engine: Engine, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation. Its first turns are taken out of `messages` until there is room
+    for an answer. Raises EdgemedError where the newest message alone leaves none.
+    """
+    eos = _eos_token(engine, tokenizer)
+    turns = len(messages)
+    first = 1 if messages[0]["role"] == "system" else 0
+    while True:
+        tokens = chat_tokens(engine.path, tokenizer, messages, eos)
+        if len(tokens) < engine.context:
+            break
+        if len(messages) <= first + 1:
+            raise EdgemedError(
+                f"this message is {len(tokens)} tokens long, the context holds {engine.context}"
+                " with the answer",
+                "Write a shorter one, or export with a longer context",
+            )
+        # A question goes with its answer: templates want user and assistant by turns.
+        del messages[first : first + 2]
+    if len(messages) < turns:
+        say(f"the context is full: the first {turns - len(messages)} messages are left out")
+    return tokens
 
 
 def _ask() -> str:
@@ -326,10 +415,12 @@ def answer(
     adapter: str | None = None,
 ) -> Iterator[str]:
     """The engine's answer to a conversation, [{"role": ..., "content": ...}, ...]; yields pieces of
-    text as they are decoded. Raises EdgemedError for messages without a role or content.
+    text as they are decoded. First turns that do not fit the context are left out, and that is
+    said. Raises EdgemedError for messages without a role or content.
     """
     opened = open_engine(engine)
     require_built(opened, "talk to")
+    _require_tokenizer(opened)
     if not messages or not all({"role", "content"} <= set(message) for message in messages):
         raise EdgemedError(
             "a conversation is a list of messages with 'role' and 'content'",
@@ -337,8 +428,7 @@ def answer(
         )
     turns = [dict(message) for message in messages]
     tokenizer = opened.tokenizer()
-    eos = tokenizer.id_to_token(opened.eos) if opened.eos is not None else ""
-    tokens = encode(tokenizer, chat_text(opened.path, turns, eos))
+    tokens = _fitting(opened, tokenizer, turns)
     session = opened.open(threads, adapter)
     try:
         yield from _words(opened, session, tokens, sampling)

@@ -42,11 +42,12 @@ def generate(
 ) -> str:
     """What an engine writes after a text, or answers to a question about images.
 
-    template: as in `api.stream`. sampling: fields of Sampling, such as max_tokens=64 and
+    template: as in `api.PromptForm`. sampling: fields of Sampling, such as max_tokens=64 and
     temperature=0.7. Raises EdgemedError for everything a person can put right.
     """
     settings = strict.build(Sampling, sampling, "generate")
-    return "".join(api.stream(engine, prompt, settings, threads, images, template, adapter))
+    form = api.PromptForm(template)
+    return "".join(api.stream(engine, prompt, settings, threads, images, form, adapter))
 
 
 @extras_named()

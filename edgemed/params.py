@@ -70,6 +70,14 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
+class NonEmpty:
+    """Marks a list that must have an entry."""
+
+    def __str__(self) -> str:
+        return "at least one"
+
+
+@dataclasses.dataclass(frozen=True)
 class Parameter:
     """One field as a person reads of it. kind: its type in words; default: None where it must be
     given; range: '' where any value of the type will do.
@@ -100,7 +108,9 @@ def described(cls: type) -> list[Parameter]:
                 name=field.name,
                 kind=_in_words(hint),
                 default=None if required else _default_text(value),
-                range=", ".join(str(extra) for extra in extras if isinstance(extra, Range)),
+                range=", ".join(
+                    str(extra) for extra in extras if isinstance(extra, (Range, NonEmpty))
+                ),
                 doc=" ".join(extra.text for extra in extras if isinstance(extra, Doc)),
             )
         )
@@ -183,6 +193,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     for extra in extras:
         if isinstance(extra, Range) and value is not None and not extra.holds(value):
             raise EdgemedError(f"{where}: {value} is out of range", f"Give a number {extra}")
+        if isinstance(extra, NonEmpty) and not value:
+            raise EdgemedError(f"{where}: the list is empty", "Give at least one")
     return value
 
 

@@ -282,6 +282,32 @@ def write_pictures(folder: Path, question: str) -> str:
     return str(folder / "rows.jsonl")
 
 
+def write_begun_model(path: Path) -> Path:
+    """A tiny Llama whose tokenizer puts a token before every text, with a chat template and two end
+    tokens: <bos> is 258, the end tokens are 256 and 259.
+    """
+    from tokenizers import Tokenizer, processors
+
+    path = write_model(path, family="llama", eos_token_id=[EOS, 259])
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<bos>", "<end>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", 258)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<|endoftext|>",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return path
+
+
 def write_vision_model(path: Path, **config: object) -> Path:
     """A tiny model that sees, whose tokenizer knows the tokens around an image."""
     from tokenizers import Tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from edgemed.params import Doc, Range
+from edgemed.params import Doc, NonEmpty, Range
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class BenchSpec:
     """What is measured, and what counts as fast enough in the report."""
 
     prompt: Annotated[
-        tuple[Annotated[int, Range(1, 10_000_000)], ...], Doc("Prompt lengths, in tokens.")
+        tuple[Annotated[int, Range(1, 10_000_000)], ...],
+        NonEmpty(),
+        Doc("Prompt lengths, in tokens."),
     ] = (32, 128)
     generate: Annotated[int, Range(1, 10_000_000), Doc("New tokens of a round.")] = 64
     runs: Annotated[int, Range(1, 10_000), Doc("Counted rounds, after one warm-up round.")] = 5

@@ -183,7 +183,7 @@ def quantize(
     out: Out,
     method: str = "gptq",
     bits: int = 4,
-    group: int = 128,
+    group: int | None = None,
     calibration: str | None = None,
     budget: str | None = None,
     max_memory: str | None = None,
@@ -427,8 +427,22 @@ def generate(
     frame: Frame = None,
     template: Annotated[
         str | None,
-        typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
+        typer.Option(
+            help=(
+                "chat, reasoning, none, or one of the model's named chat templates; default: chat"
+                " with images, none without."
+            )
+        ),
     ] = None,
+    chat_: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn: --template chat.")
+    ] = False,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            help="Put the tokens around the prompt that the model's tokenizer puts around a text."
+        ),
+    ] = True,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -440,12 +454,14 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
-    from edgemed.api import stream
+    from edgemed.api import PromptForm, stream
     from edgemed.engines.engine import open_engine
     from edgemed.inference.decoding import Sampling
 
     if check:
         open_engine(engine, check=True)
+    if chat_ and template not in (None, "chat"):
+        raise EdgemedError(f"--chat and --template {template} differ", "Give one of them")
     words = stream(
         engine,
         prompt,
@@ -458,9 +474,8 @@ def generate(
         ),
         threads,
         image or (),
-        template,
+        PromptForm("chat" if chat_ else template, special_tokens, frame),
         adapter,
-        frame,
     )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)

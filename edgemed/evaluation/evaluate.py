@@ -86,7 +86,7 @@ def evaluate(
         model_key=model_key,
         strategy=plan.strategy.name,
         scoring=scoring_of(questions, session.head, plan.settings),
-        settings=settings_of(plan, questions.has_vision),
+        settings=settings_of(plan, questions.has_vision, answerer.begin),
         n=n,
         correct=correct,
         accuracy=correct / n,
@@ -133,9 +133,9 @@ def scoring_of(questions: Questions, head: str, settings: PromptSettings) -> str
     return f"{method}; open questions: {OPEN}" if opened else method
 
 
-def settings_of(plan: PromptPlan, has_vision: bool) -> dict[str, Any]:
+def settings_of(plan: PromptPlan, has_vision: bool, begin: Sequence[int] = ()) -> dict[str, Any]:
     """What a strategy besides its name depends on, for the record. has_vision: whether the task
-    shows images, whose models reason when they generate.
+    shows images, whose models reason when they generate. begin: tokens that begin every prompt.
     """
     settings = plan.settings
     parts = (plan.strategy, *plan.strategy.members)
@@ -148,6 +148,10 @@ def settings_of(plan: PromptPlan, has_vision: bool) -> dict[str, Any]:
         record["rationale_tokens"] = settings.rationale
     if any(p.reason and p.votes > 1 for p in parts):
         record["temperature"] = settings.temperature
+    if begin:
+        record["begin_tokens"] = list(begin)
+    if not settings.add_special_tokens:
+        record["add_special_tokens"] = False
     return record
 
 

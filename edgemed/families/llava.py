@@ -208,7 +208,7 @@ def authors(config: Mapping[str, Any]) -> bool:
     return "text_config" not in config
 
 
-def text_model(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def text_model(config: Mapping[str, Any]) -> tuple[str, Section]:
     """(kind of text model, its numbers). Raises EdgemedError for one that is not supported."""
     if authors(config):
         kind = AUTHORS[config["model_type"]]

@@ -16,7 +16,7 @@ from edgemed.errors import EdgemedError
 from edgemed.gguf.reader import GgufFile
 from edgemed.gguf.tensor_map import ROPE
 from edgemed.models.architecture import Architecture, all_families
-from edgemed.models.family_helpers import inverse_frequencies
+from edgemed.models.rope import plain_frequencies
 
 # Keys of config.json that every model of a family has alike, as far as a GGUF file tells.
 FIXED = (
@@ -197,13 +197,17 @@ def _add_rotary(
         raise EdgemedError(
             f"{file.path}: {file.arch}.use_parallel_residual is not supported", f"Known: {parallel}"
         )
-    scaling = _scaling(file, values, config, head_dim)
+    scaling = _scaling(file, family, values, config, head_dim)
     if scaling:
         config["rope_scaling"] = scaling
 
 
 def _scaling(
-    file: GgufFile, values: Mapping[str, Any], config: Mapping[str, Any], head_dim: int
+    file: GgufFile,
+    family: Architecture,
+    values: Mapping[str, Any],
+    config: Mapping[str, Any],
+    head_dim: int,
 ) -> dict[str, Any] | None:
     kind = values.get("rope.scaling.type", "none")
     factor = values.get("rope.scaling.factor", 1.0)
@@ -217,7 +221,7 @@ def _scaling(
         return None
     factors = read_plain(file, ROPE)
     theta = config.get("rope_theta", 10000.0)
-    plain = np.array(inverse_frequencies(head_dim, theta))
+    plain = np.array(plain_frequencies(head_dim, theta))
     for low, high, context in STRETCHED:
         scaling = {
             "rope_type": "llama3",
@@ -226,7 +230,8 @@ def _scaling(
             "high_freq_factor": high,
             "original_max_position_embeddings": context,
         }
-        expected = plain / np.array(inverse_frequencies(head_dim, theta, scaling))
+        scaled = family.decoder({**config, "rope_scaling": scaling}, {}).rope_frequencies
+        expected = plain / np.array(scaled)
         if len(expected) == len(factors) and np.abs(expected / factors - 1).max() < 1e-4:
             return scaling
     raise EdgemedError(

@@ -42,7 +42,7 @@ class LlamaSession(CarriesVision):
 
     def __init__(self, engine: Engine, threads: int | None):
         self.lib = llama_library()
-        self.head = engine.head
+        self.head: str = engine.head
         self.width = engine.width
         self.context = engine.context
         self.position = 0

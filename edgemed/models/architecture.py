@@ -310,8 +310,9 @@ class Architecture:
     # A GGUF file's key without the graph's name in front -> the key of config.json that says the
     # same; empty where such files cannot be imported.
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
-    # another graph of llama.cpp that computes this decoder where a head is not hidden / heads,
-    # which the usual one cannot; it rotates elements 2i and 2i+1. '' where there is none.
+    # another graph of llama.cpp, which computes this decoder where a head is not hidden / heads or
+    # frequencies are rescaled and the usual one cannot; it rotates elements 2i and 2i+1. '' where
+    # there is none.
     gguf_any_head: str = ""
     # llama.cpp's graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     gguf_interleaved: bool = False

@@ -116,6 +116,8 @@ class ConfigReader:
         Raises EdgemedError for an unknown key, for two names of one key with different values, and
         for a value of a fixed key that is not supported.
         """
+        if not isinstance(values, Mapping):
+            raise EdgemedError(f"{place} is {short(values)}, not a JSON object", DOWNLOAD)
         self.keys = keys
         self.place = values.place if isinstance(values, Section) else f"{place}: "
         self.accepted = accepted_in(values, place)
@@ -218,7 +220,13 @@ class ConfigReader:
 
     def tokens(self, key: str) -> tuple[int, ...]:
         """Token ids: one, a list of them, or none where the document has null."""
-        value = self.raw(key)
+        return self._ids(key, self.raw(key))
+
+    def check_tokens(self, key: str) -> None:
+        """Raise EdgemedError where a key that others read holds something else than token ids."""
+        self._ids(key, self.values.get(key))
+
+    def _ids(self, key: str, value: Any) -> tuple[int, ...]:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 1 << 31:

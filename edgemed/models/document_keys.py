@@ -70,6 +70,9 @@ TOKENIZER_CONFIG = ConfigKeys(
         "from_slow": CODE,
         "slow_tokenizer_class": CODE,
         "model_type": CODE,
+        "tokenizer_type": CODE,
+        "vocab_size": "the vocabulary itself tells",
+        "_commit_hash": CODE,
         "model_max_length": "the context is config.json's",
         "max_len": "the context is config.json's",
         "max_length": "truncation saved by a training run",
@@ -143,8 +146,17 @@ def check_documents(path: Path) -> None:
     """
     for name, keys in BESIDE.items():
         file = path / name
-        if file.is_file():
-            ConfigReader(read_json_object(file, DOWNLOAD), keys, name)
+        if not file.is_file():
+            continue
+        document = read_json_object(file, DOWNLOAD)
+        if keys is TOKENIZER_CONFIG:
+            # transformers takes every key of this ending as the name of a special token.
+            document = {
+                key: value
+                for key, value in document.items()
+                if not (key.endswith("_token") and isinstance(value, (str, dict)))
+            }
+        ConfigReader(document, keys, name)
 
 
 def accepted_keys(path: Path, config: Mapping[str, Any]) -> list[str]:

@@ -154,6 +154,7 @@ def stop_tokens_of(config: ConfigReader, vocab: int) -> tuple[int, ...]:
     """Every id that ends a text. transformers' default, of the model its class was written for, is
     left out where this vocabulary does not have it.
     """
+    config.check_tokens("bos_token_id")
     stop_tokens = config.tokens("eos_token_id")
     if "eos_token_id" not in config.values and any(token >= vocab for token in stop_tokens):
         return ()

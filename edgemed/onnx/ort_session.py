@@ -141,7 +141,7 @@ class OrtSession(CarriesVision):
         self.session = _started(ort, engine, threads, self.cuda)
         if not self.cuda:
             _use_huge_pages()
-        self.head = engine.head
+        self.head: str = engine.head
         self.width = engine.width
         self.context = engine.context
         self.position = 0

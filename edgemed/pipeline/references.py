@@ -20,7 +20,7 @@ from edgemed.engines.reference import Reference, make_reference, windows_of
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import adapter_hashes, answering
-from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.tokenizer import encode_context, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.verification.spec import VerifySpec
@@ -76,7 +76,7 @@ def answers(source: Checkpoint, spec: VerifySpec, adapter: AdapterPath | None = 
     weights = answering(source, adapter)
     tokenizer = open_tokenizer(source.path, weights.decoder.vocab)
     windows = windows_of(
-        [encode(tokenizer, t) for t in texts(spec.prompts, "heldout")],
+        [encode_context(tokenizer, t) for t in texts(spec.prompts, "heldout")],
         spec.count,
         spec.width,
         spec.prompts,

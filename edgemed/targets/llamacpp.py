@@ -319,7 +319,7 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
             f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this"
             " model the exact one"
         )
-    if rescaled(d) is not None and not weights.family.gguf_interleaved:
+    if rescaled(d) is not None and not graph_of(weights.family, d)[1]:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
     runs_own_graph = own_graph(weights.family, d)
     if runs_own_graph and (reason := refuses(d)):
@@ -751,7 +751,7 @@ def _tokenizer(weights: CanonicalWeights) -> TokenizerFacts | None:
     checkpoint = weights.checkpoint
     if checkpoint.random_weights:
         return None
-    text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
+    text = {**checkpoint.config, **(checkpoint.config.get("text_config") or {})}
     tokenizer = open_tokenizer(checkpoint.path, weights.decoder.vocab)
     return tokenizer_metadata.tokenizer_facts(checkpoint.path, tokenizer, text)
 

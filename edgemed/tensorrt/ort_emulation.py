@@ -40,7 +40,7 @@ class OrtEmulation(CarriesVision):
             threads,
             engine.params.get("precision") == "w8a8",
         )
-        self.head = engine.head
+        self.head: str = engine.head
         self.width = engine.width
         self.context = engine.context
         self.position = 0

@@ -51,7 +51,7 @@ class TrtSession(CarriesVision):
         """
         self.trt = tensorrt(engine.params["runtime"])
         check_plan(engine)
-        self.head = engine.head
+        self.head: str = engine.head
         self.width = engine.width
         self.context = engine.context
         self.position = 0

@@ -196,6 +196,25 @@ def test_documents_beside_the_config(
         assert CanonicalWeights(open_checkpoint(path)).decoder.layers == 2
 
 
+def test_special_tokens_have_any_name(tmp_path: Path) -> None:
+    from edgemed.models.document_keys import check_documents
+
+    document = {"image_token": "<image>", "boi_token": {"content": "<boi>"}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(document))
+    check_documents(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"image_token": 5}))
+    with pytest.raises(EdgemedError, match="image_token 5 is a key"):
+        check_documents(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[1], "x", 5, {"image_processr": "x"}])
+def test_preprocessors_that_are_no_objects(value: Any) -> None:
+    with pytest.raises(EdgemedError, match="preprocessor_config.json"):
+        family_of(CONFIGS["llava-1.5-7b-hf"], "config.json").vision(
+            CONFIGS["llava-1.5-7b-hf"], value, {}
+        )
+
+
 @pytest.mark.parametrize(
     ("stated", "stored", "message"),
     [

@@ -34,12 +34,12 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "initializer_range": 0.2,
 }
 KINDS = {
-    "llama": TINY | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    "llama": TINY
+    | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5},
     "phi": TINY
     | {
         "model_type": "phi",
