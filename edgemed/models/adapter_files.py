@@ -18,7 +18,7 @@ from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
 from edgemed.models.module_patterns import compile_pattern
 from edgemed.models.safetensors_file import safetensors_entries
-from edgemed.models.tensor_entry import Entry, shortened, read_entry
+from edgemed.models.tensor_entry import Entry, read_entry, shortened
 from edgemed.models.torch_file import torch_entries
 
 if TYPE_CHECKING:
