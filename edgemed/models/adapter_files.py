@@ -192,8 +192,8 @@ def check_ranks(where: str, values: Mapping[str, Any], entries: Mapping[str, Ent
     for name, rank in ranks.items():
         if isinstance(rank, int) and rank > max(largest, LEAST_SIZE):
             raise EdgemedError(
-                f"{where}: {shortened(name)} is {rank}, and its largest tensor has {largest} rows or"
-                " columns",
+                f"{where}: {shortened(name)} is {rank}, and its largest tensor has {largest} rows"
+                " or columns",
                 DAMAGED,
             )
 
