@@ -29,7 +29,8 @@ TOP = {
     "units": "Quantities read from text.",
     "formatting": "Quantities written for a person.",
     "console": "Progress on standard error, results on standard output.",
-    "api": "The functions behind `import edgemed`.",
+    "functions": "The functions of `import edgemed` that use an engine, which may stay open.",
+    "api": "The functions behind `import edgemed` and the command line.",
 }
 
 

@@ -6,7 +6,9 @@ worse.
     em.inspect("./BioMedLM")
     em.run("recipes/quickstart.yaml")
     em.export("./BioMedLM", "onnx", "engine")
-    em.open_engine("engine")
+    with em.load("engine") as engine:  # stays open: the runtime starts once
+        em.generate(engine, "Anemia is", max_tokens=32)
+        em.evaluate(engine, "pubmedqa", limit=100)
 
 The names are loaded when they are first used, so that importing edgemed needs no runtime and no
 torch.
@@ -17,13 +19,31 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["EdgemedError", "export", "import_gguf", "inspect", "open_engine", "run"]
+__all__ = [
+    "EdgemedError",
+    "bench",
+    "chat",
+    "evaluate",
+    "export",
+    "generate",
+    "import_gguf",
+    "inspect",
+    "load",
+    "open_engine",
+    "plan",
+    "run",
+    "verify",
+]
 _WHERE = {
     "inspect": "edgemed.api",
     "run": "edgemed.api",
     "export": "edgemed.api",
     "import_gguf": "edgemed.api",
     "open_engine": "edgemed.engines.engine",
+    "load": "edgemed.engines.loaded_engine",
+    **dict.fromkeys(
+        ("bench", "chat", "evaluate", "generate", "plan", "verify"), "edgemed.functions"
+    ),
     "EdgemedError": "edgemed.errors",
 }
 

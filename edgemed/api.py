@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,26 @@ from edgemed.documents.bench import BenchRecord
 from edgemed.documents.build import BuildResult
 from edgemed.documents.eval_document import EvalDocument
 from edgemed.documents.evaluation import EvalResult
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines import engine as engines
-from edgemed.engines.engine import Engine, check_supported, open_engine, require_built
+from edgemed.engines.engine import Engine, check_supported, require_built
+from edgemed.engines.loaded_engine import open_engine
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, extras_named, nearest
-from edgemed.evaluation.evaluate import SOURCE, adapter_of, judge, pair, source_key
-from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
+from edgemed.evaluation.evaluate import (
+    SOURCE,
+    adapter_of,
+    judge,
+    pair,
+    pair_engines,
+    source_key,
+)
+from edgemed.evaluation.opened_model import (
+    OpenedModel,
+    evaluate_opened,
+    open_source,
+    start_engine,
+)
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import questions
 from edgemed.hardware import process_memory
@@ -32,12 +46,15 @@ from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import ImageEmbeddings, Session, vision_of_session
 from edgemed.models import lora
 from edgemed.models.architecture import Architecture
+from edgemed.models.chat_template import chat_templates
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
-from edgemed.models.tokenizer import chat_text, encode
+from edgemed.models.tokenizer import chat_tokens, encode_text
 from edgemed.models.weights import CanonicalWeights
 from edgemed.planning.inspect import inspect
 from edgemed.provenance import record
 from edgemed.verification.spec import VerifySpec
+from edgemed.verification.witness.witness import require_agreement
+from edgemed.verification.witness.witness import witness as witness_of
 from edgemed.vision.image_io import HOW, open_frames
 from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
@@ -53,6 +70,7 @@ __all__ = [
     "inspect",
     "run",
     "stream",
+    "witness",
 ]
 
 # Reference answers of a single export: few and short texts, because a large source is slow on a CPU
@@ -106,6 +124,9 @@ def export(
     built = strict.build(module.Params, params, target)
     module.inputs(built)  # finds a missing file before the reference answers are computed
     checkpoint = open_model(model, out.parent)
+    # Before the reference answers, which the same code would read wrongly.
+    read = witness_of(checkpoint)
+    require_agreement(checkpoint, read)
     reference = None
     adapted: dict[str, Reference] = {}
     if prompts and not checkpoint.random_weights:
@@ -118,7 +139,15 @@ def export(
         reference = reference_answers(origin, spec, pixels)
         for adapter in (built.adapters or {}).items():
             adapted[adapter[0]] = reference_answers(origin, spec, pixels, adapter)
-    engine = engines.export(checkpoint, target, built, out, reference, adapted=adapted)
+    engine = engines.export(
+        checkpoint,
+        target,
+        built,
+        out,
+        reference,
+        adapted=adapted,
+        witness=read,
+    )
     record.document(
         engine.path,
         record.known_source(model, checkpoint.path, engine.path),
@@ -126,6 +155,17 @@ def export(
         images=IMAGES if reference and reference.images else None,
     )
     return engine
+
+
+@extras_named()
+def witness(model: str, memory: int | None = None) -> WitnessResult:
+    """Hold edgemed's reading of a checkpoint against transformers'; export does it by itself.
+
+    memory: bytes that it may take, None for 4 GiB or half of what is free: with more, scores are
+    compared with all layers of a larger model. Raises EdgemedError where edgemed does not read the
+    checkpoint.
+    """
+    return witness_of(open_checkpoint(model), memory=memory)
 
 
 def reference_answers(
@@ -182,7 +222,7 @@ def usual_bench(engine: Engine) -> BenchSpec:
 
 @extras_named()
 def evaluate_tasks(
-    engine: str | Path,
+    engine: str | Path | Engine,
     spec: EvalSpec,
     source: str | None = None,
     against: str | Path | None = None,
@@ -192,9 +232,10 @@ def evaluate_tasks(
     """Evaluate an engine on tasks, and pair it item by item with its float32 source.
 
     source: the checkpoint, evaluated too (needs torch); against: a file of results of the source,
-    written by --out where it was evaluated. adapter: one of the engine's, with which the source is
-    then evaluated as well (from the PEFT directory it was exported from). Raises EdgemedError where
-    results do not belong together.
+    written by --out where it was evaluated, or the directory of another engine, such as the one in
+    service, which is evaluated too and stands in the source's place. adapter: one of the engine's,
+    with which the source is then evaluated as well (from the PEFT directory it was exported from).
+    Raises EdgemedError where results do not belong together.
     """
     if source and against:
         raise EdgemedError(
@@ -204,7 +245,7 @@ def evaluate_tasks(
     opened = open_engine(engine, check=True)
     settings = spec.settings()
     require_built(opened, "evaluate")
-    earlier = read_results(against) if against else []
+    in_service, earlier = _compared_with(against)
     every = [questions(task, spec.limit, spec.frame) for task in spec.tasks]
     has_vision = any(asked.has_vision for asked in every)
     model = start_engine(opened, has_vision, threads, adapter)
@@ -217,34 +258,85 @@ def evaluate_tasks(
         adapter_files = adapter_of(manifest, adapter)
         name = f"{name}+{adapter}"
         key = source_key({"engine": key} | adapter_files)
-    source_model = None
-    base_key = ""
+    other: ComparedModel | None = None
     if source:
         checkpoint = open_checkpoint(source)
         exported = _exported(opened, adapter, adapter_files)
-        source_model = open_source(checkpoint, has_vision, adapter=exported)
-        base_key = source_key(checkpoint.hashes() | adapter_files)
+        other = ComparedModel(
+            model=open_source(checkpoint, has_vision, adapter=exported),
+            name=SOURCE,
+            key=source_key(checkpoint.hashes() | adapter_files),
+            is_engine=False,
+        )
+    elif in_service:
+        other = _engine_in_service(in_service, opened.name, has_vision, threads)
     bases = []
     results = []
     try:
         for asked in every:
             for text in spec.strategies:
                 base = None
-                if source_model:
-                    base = evaluate_opened(source_model, asked, SOURCE, base_key, text, settings)
+                if other:
+                    base = evaluate_opened(
+                        other.model, asked, other.name, other.key, text, settings
+                    )
                 result = evaluate_opened(model, asked, name, key, text, settings)
-                if against:
+                if earlier:
                     base = same_question(earlier, result, str(against))
                 if base:
                     bases.append(base)
-                    result = pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    result = (
+                        pair_engines(result, base, spec.margin, spec.alpha)
+                        if in_service
+                        else pair(result, base, manifest, spec.margin, spec.alpha, adapter)
+                    )
                 results.append(result)
     finally:
         model.close()
+        if other and other.is_engine:
+            other.model.close()
     gate = None
     if spec.margin is not None:
         gate = judge({name: results}, spec.margin, spec.alpha)
     return EvalDocument(source=tuple(bases), engine=tuple(results), gate=gate)
+
+
+def _compared_with(against: str | Path | None) -> tuple[Path | None, list[EvalResult]]:
+    """(directory of another engine, earlier results), of which `against` is one."""
+    if against is None:
+        return None, []
+    if Path(against).is_dir():
+        return Path(against), []
+    return None, read_results(against)
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """What an engine is compared with, opened: its source, or another engine. name, key: as model
+    and model_key of its results.
+    """
+
+    model: OpenedModel
+    name: str
+    key: str
+    is_engine: bool
+
+
+def _engine_in_service(
+    directory: Path, candidate: str, has_vision: bool, threads: int | None
+) -> ComparedModel:
+    """Another engine, opened as the one to compare with. candidate: the name of the engine that may
+    take its place.
+    """
+    engine = open_engine(directory, check=True)
+    require_built(engine, "evaluate")
+    name = engine.name if engine.name != candidate else f"{engine.name} (in service)"
+    return ComparedModel(
+        model=start_engine(engine, has_vision, threads),
+        name=name,
+        key=engine.key,
+        is_engine=True,
+    )
 
 
 def _exported(
@@ -297,43 +389,53 @@ def same_question(earlier: Sequence[EvalResult], result: EvalResult, where: str)
     return alike[0]
 
 
+@dataclass(frozen=True)
+class PromptForm:
+    """How a person's text and image files become the prompt.
+
+    template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the
+    instructions of a reasoning fine-tune), 'none' (the text as it is) or one of the model's named
+    chat templates; None: 'chat' where there are images, else 'none'. add_special_tokens: False
+    leaves the tokens out that the tokenizer puts around a text. frame: the one to take, from 0, of
+    image files that have several; None for all of them, which a model that reads one image refuses.
+    """
+
+    template: str | None = None
+    add_special_tokens: bool = True
+    frame: int | None = None
+
+
 def stream(
-    engine: str | Path,
+    engine: str | Path | Engine,
     prompt: str,
     sampling: Sampling,
     threads: int | None = None,
     images: Sequence[str | Path] = (),
-    template: str | None = None,
+    form: PromptForm | None = None,
     adapter: str | None = None,
-    frame: int | None = None,
 ) -> Iterator[str]:
     """Continue a text, or answer a question about images; yields pieces of text as they are
-    decoded. adapter: one of the engine's, None for its base.
+    decoded. adapter: one of the engine's, None for its base. form: None for the defaults.
 
-    template: 'chat' (one user turn in the model's own form), 'reasoning' (that with the
-    instructions of a reasoning fine-tune) or 'none' (the text as it is); default: 'chat' where
-    there are images, else 'none'.
-
-    frame: the one to take, from 0, of image files that have several; None for all of them, which a
-    model that reads one image refuses. How a DICOM file is shown is said on standard error.
+    How a DICOM file is shown is said on standard error. Raises EdgemedError for everything a person
+    can put right.
     """
+    form = form or PromptForm()
     opened = open_engine(engine)
     require_built(opened, "generate from")
-    if opened.random_weights:
-        raise EdgemedError(
-            f"{engine} has random weights and no tokenizer",
-            "Use edgemed bench; it is good for latency and memory only",
-        )
+    _require_tokenizer(opened)
     if images and not opened.vision:
         raise EdgemedError(
             f"{engine} reads text only", "Ask it without an image, or export a vision model"
         )
-    pictures = _pictures(opened, images, frame)
-    text = templated(opened, prompt, len(pictures), template or ("chat" if pictures else "none"))
-    vision = vision_of(opened.vision) if opened.vision else None
-    tokens = prompt_tokens(opened.tokenizer(), text, vision)
-    if vision:
-        check_places(tokens, vision.token, len(pictures))
+    pictures = _pictures(opened, images, form.frame)
+    name = form.template or ("chat" if pictures else "none")
+    tokens = prompt_ids(opened, prompt, len(pictures), name, form.add_special_tokens)
+    if not tokens:
+        raise EdgemedError(
+            "the prompt is empty, and this model's tokenizer puts no token before a text",
+            "Give at least one character",
+        )
     session = opened.open(threads, adapter)
     try:
         embeddings = None
@@ -342,6 +444,56 @@ def stream(
         yield from _words(opened, session, tokens, sampling, embeddings)
     finally:
         session.close()
+
+
+def _require_tokenizer(engine: Engine) -> None:
+    if engine.random_weights:
+        raise EdgemedError(
+            f"{engine.path} has random weights and no tokenizer",
+            "Use edgemed bench; it is good for latency and memory only",
+        )
+
+
+def prompt_ids(
+    engine: Engine, text: str, images: int, template: str, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a user's text in a template of the model, or as it is ('none'), with one image
+    token for each image. A chat template writes its begin tokens itself.
+
+    Raises EdgemedError for a template this engine does not have, and another number of images than
+    the text has places for.
+    """
+    tokenizer = engine.tokenizer()
+    name = _own_template(engine, images, template)
+    if name is not None:
+        messages = [{"role": "user", "content": text}]
+        eos = _eos_token(engine, tokenizer)
+        return chat_tokens(engine.path, tokenizer, messages, eos, name or None)
+    prompt = templated(engine, text, images, template)
+    if not engine.vision:
+        return encode_text(tokenizer, prompt, add_special_tokens)
+    vision = vision_of(engine.vision)
+    tokens = prompt_tokens(tokenizer, prompt, vision, add_special_tokens)
+    check_places(tokens, vision.token, images)
+    return tokens
+
+
+def _own_template(engine: Engine, images: int, template: str) -> str | None:
+    """Which of the engine's own chat templates writes the prompt: '' for the default, None where
+    none does. Questions about images take the form of the family.
+    """
+    if template in ("none", "reasoning") or images:
+        return None
+    templates = chat_templates(engine.path)
+    if template == "chat":
+        return "" if templates else None
+    return template if template in templates else None
+
+
+def _eos_token(engine: Engine, tokenizer: Any) -> str:
+    """The text of the end token, for engines that do not carry its name."""
+    token: str | None = None if engine.eos is None else tokenizer.id_to_token(engine.eos)
+    return token or ""
 
 
 @extras_named()
@@ -367,15 +519,21 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
     if template == "none":
         return text
     family: Architecture = plugins.load("families", engine.family).FAMILY
-    templates = ["none"]
-    if family.reasoning:
-        templates.insert(0, "reasoning")
-    if family.chat:
-        templates.insert(0, "chat")
-    if template not in templates or family.chat is None or engine.vision is None:
-        raise EdgemedError(
-            f"family {family.name} has no template '{template}'", nearest(template, templates)
-        )
+    of_family = []
+    if family.chat and engine.vision:
+        of_family.append("chat")
+        if family.reasoning:
+            of_family.append("reasoning")
+    if template not in of_family or family.chat is None or engine.vision is None:
+        own = chat_templates(engine.path)
+        if own:
+            of_family.append("chat")
+        known = sorted({*of_family, *own, "none"} - {"default"})
+        if template == "chat":
+            raise EdgemedError(
+                f"{engine.path} has no chat template", "Give the prompt in the model's own form"
+            )
+        raise EdgemedError(f"{engine.path} has no template '{template}'", nearest(template, known))
     if template == "reasoning" and family.reasoning:
         text = family.reasoning(text)
     return family.chat(text, images, vision_of(engine.vision).conversation)
@@ -391,8 +549,7 @@ def _words(
     tokenizer = engine.tokenizer()
     generated = []
     printed = ""
-    stop = frozenset() if engine.eos is None else frozenset({engine.eos})
-    for token in generate(session, tokens, sampling, stop, images):
+    for token in generate(session, tokens, sampling, engine.stop, images):
         generated.append(token)
         text = tokenizer.decode(generated)
         # Half a UTF-8 character decodes to the replacement sign: wait for the rest.
@@ -405,22 +562,21 @@ def _words(
 def chat(
     engine: str | Path, sampling: Sampling, threads: int | None = None, adapter: str | None = None
 ) -> None:
-    """Read lines from standard input and answer each, the conversation kept in the prompt."""
+    """Read lines from standard input and answer each, the conversation kept in the prompt.
+
+    Where it no longer fits the context, its first turns are left out, and that is said. Raises
+    EdgemedError where one message alone does not fit, or is not UTF-8.
+    """
     opened = open_engine(engine)
     require_built(opened, "talk to")
-    if opened.random_weights:
-        raise EdgemedError(
-            f"{engine} has random weights and no tokenizer",
-            "Use edgemed bench; it is good for latency and memory only",
-        )
+    _require_tokenizer(opened)
     tokenizer = opened.tokenizer()
     session = opened.open(threads, adapter)
-    messages = []
-    eos = tokenizer.id_to_token(opened.eos) if opened.eos is not None else ""
+    messages: list[dict[str, str]] = []
     try:
         while line := _ask():
             messages.append({"role": "user", "content": line})
-            tokens = encode(tokenizer, chat_text(opened.path, messages, eos))
+            tokens = _fitting(opened, tokenizer, messages)
             session.rewind(0)
             answer = ""
             for word in _words(opened, session, tokens, sampling):
@@ -432,8 +588,62 @@ def chat(
         session.close()
 
 
+def _fitting(engine: Engine, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation. Its first turns are taken out of `messages` until there is room
+    for an answer. Raises EdgemedError where the newest message alone leaves none.
+    """
+    eos = _eos_token(engine, tokenizer)
+    turns = len(messages)
+    while True:
+        tokens = chat_tokens(engine.path, tokenizer, messages, eos)
+        if len(tokens) < engine.context:
+            break
+        if len(messages) == 1:
+            raise EdgemedError(
+                f"this message is {len(tokens)} tokens long, the context holds {engine.context}"
+                " with the answer",
+                "Write a shorter one, or export with a longer context",
+            )
+        # A question goes with its answer: templates want user and assistant by turns.
+        del messages[:2]
+    if len(messages) < turns:
+        say(f"the context is full: the first {turns - len(messages)} messages are left out")
+    return tokens
+
+
 def _ask() -> str:
     try:
         return input("> ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise EdgemedError(
+            "what was typed is not UTF-8", "Set the terminal to UTF-8, or convert the input"
+        ) from None
+
+
+def answer(
+    engine: str | Path | Engine,
+    messages: Sequence[Mapping[str, str]],
+    sampling: Sampling,
+    threads: int | None = None,
+    adapter: str | None = None,
+) -> Iterator[str]:
+    """The engine's answer to a conversation, [{"role": ..., "content": ...}, ...]; yields pieces of
+    text as they are decoded. Raises EdgemedError for messages without a role or content.
+    """
+    opened = open_engine(engine)
+    require_built(opened, "talk to")
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise EdgemedError(
+            "a conversation is a list of messages with 'role' and 'content'",
+            'For example [{"role": "user", "content": "What is anemia?"}]',
+        )
+    turns = [dict(message) for message in messages]
+    tokenizer = opened.tokenizer()
+    tokens = chat_tokens(opened.path, tokenizer, turns, _eos_token(opened, tokenizer))
+    session = opened.open(threads, adapter)
+    try:
+        yield from _words(opened, session, tokens, sampling)
+    finally:
+        session.close()

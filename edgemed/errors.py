@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
-from collections.abc import Iterable, Iterator
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 # Packages that build-only modules import at their top, and the extra that brings each.
 EXTRAS = {
@@ -70,12 +74,58 @@ def need(module: str, extra: str) -> ModuleType:
         raise missing(module, extra) from None
 
 
-def missing(module: str, extra: str) -> EdgemedError:
+def missing(module: str, extra: str) -> MissingPackages:
     """The error that names an absent package and the extra that brings it."""
-    return EdgemedError(
-        f"this needs the package '{module}', which is not installed",
-        f"Install it with: pip install 'edgemed[{extra}]'",
-    )
+    return MissingPackages({module: extra})
+
+
+class MissingPackages(EdgemedError):
+    """Optional packages that are not installed. modules: module -> the extra that brings it."""
+
+    def __init__(self, modules: Mapping[str, str]):
+        self.modules = dict(modules)
+        names = ", ".join(f"'{module}'" for module in self.modules)
+        extras = tuple(dict.fromkeys(self.modules.values()))
+        what = f"package {names}, which is" if len(modules) == 1 else f"packages {names}, which are"
+        super().__init__(
+            f"this needs the {what} not installed",
+            f"Install edgemed[{','.join(extras)}]: {install_command(*extras)}",
+        )
+
+    def joined(self, others: Mapping[str, str]) -> MissingPackages:
+        """The same error with further packages."""
+        return MissingPackages(self.modules | dict(others))
+
+
+def install_command(*extras: str) -> str:
+    """The command that adds extras to this installation. No index has edgemed, so it names the
+    clone or the wheel that edgemed came from.
+    """
+    wanted = f"[{','.join(extras)}]"
+    clone = Path(__file__).resolve().parent.parent
+    if (clone / "pyproject.toml").is_file():
+        return f"pip install -e '{clone}{wanted}'"
+    return f"pip install '{_wheel()}{wanted}'"
+
+
+def _wheel() -> str:
+    # pip notes where a distribution came from (PEP 610).
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError, TypeError, KeyError):
+        distribution = metadata.distribution("edgemed")
+        url = json.loads(distribution.read_text("direct_url.json") or "{}")["url"]
+        if url.startswith("file://"):
+            return unquote(url.removeprefix("file://"))
+    return "/path/to/edgemed-VERSION-py3-none-any.whl"
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported; nothing is."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return module in sys.modules
 
 
 @contextlib.contextmanager

@@ -59,14 +59,22 @@ class Range:
 
     def __str__(self) -> str:
         if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
+            return f"{self.low:.10g} to {self.high:.10g}"
         parts = [
             (self.low, "at least"),
             (self.above, "above"),
             (self.high, "at most"),
             (self.below, "below"),
         ]
-        return ", ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)
+        return ", ".join(f"{word} {bound:.10g}" for bound, word in parts if bound is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class NonEmpty:
+    """Marks a list that must have an entry."""
+
+    def __str__(self) -> str:
+        return "at least one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +108,9 @@ def described(cls: type) -> list[Parameter]:
                 name=field.name,
                 kind=_in_words(hint),
                 default=None if required else _default_text(value),
-                range=", ".join(str(extra) for extra in extras if isinstance(extra, Range)),
+                range=", ".join(
+                    str(extra) for extra in extras if isinstance(extra, (Range, NonEmpty))
+                ),
                 doc=" ".join(extra.text for extra in extras if isinstance(extra, Doc)),
             )
         )
@@ -183,6 +193,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     for extra in extras:
         if isinstance(extra, Range) and value is not None and not extra.holds(value):
             raise EdgemedError(f"{where}: {value} is out of range", f"Give a number {extra}")
+        if isinstance(extra, NonEmpty) and not value:
+            raise EdgemedError(f"{where}: the list is empty", "Give at least one")
     return value
 
 

@@ -468,6 +468,7 @@ def evaluated(
     from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened
     from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
+    from edgemed.models.special_tokens import stop_tokens
     from edgemed.models.tokenizer import open_tokenizer
     from edgemed.models.torch_decoder import TorchSession
 
@@ -481,7 +482,11 @@ def evaluated(
         facts["kl_windows"][card] = kl
         facts["kl"][card] = float(np.mean(kl)) if kl else 0.0
     result = evaluate_opened(
-        OpenedModel(session, open_tokenizer(model, weights.decoder.vocab), weights.decoder.eos),
+        OpenedModel(
+            session,
+            open_tokenizer(model, weights.decoder.vocab),
+            frozenset(stop_tokens(model, weights.checkpoint.config, weights.decoder.eos)),
+        ),
         questions(task),
         name,
         name,

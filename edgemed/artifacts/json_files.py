@@ -7,6 +7,7 @@ refused here, and so is what would take a machine's memory or a parser's stack.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -28,12 +29,26 @@ HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    write_text(path, json_text(value))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write UTF-8 text as `write_json` does. Where it cannot be written nothing is left behind.
+
+    Raises OSError that names `path` for a full disk, a file size limit and the like.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json_text(value), encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        # The kernel does not say which file a write was for.
+        error.filename = str(path)
+        error.filename2 = None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def json_text(value: Any) -> str:

@@ -5,7 +5,9 @@ They are appended after an artifact is finished, so no manifest lists them.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,25 @@ LARGEST = 64 << 20  # bytes; a record has about 1,500
 def append_records(
     directory: Path, records: Sequence[BenchRecord] | Sequence[Mapping[str, Any]]
 ) -> None:
-    """Add measured numbers beside an engine, or the JSON objects of some."""
-    with open(Path(directory) / RECORDS, "a", encoding="utf-8") as handle:
-        handle.writelines(
-            json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records
-        )
+    """Add measured numbers beside an engine, or the JSON objects of some: all or none of them.
+
+    Raises OSError that names the file where they cannot be written.
+    """
+    path = Path(directory) / RECORDS
+    lines = "".join(json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records)
+    length = path.stat().st_size if path.exists() else None
+    try:
+        with open(path, "ab") as handle:
+            handle.write(lines.encode("utf-8"))
+    except OSError as error:
+        # Half a line would make every later reader stop.
+        with contextlib.suppress(OSError):
+            if length is None:
+                path.unlink()
+            else:
+                os.truncate(path, length)
+        error.filename = str(path)
+        raise
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
@@ -38,7 +54,7 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     content = read_limited(path, "Remove it and measure again", LARGEST)
-    records = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         if not line and not records:
             continue  # an empty file

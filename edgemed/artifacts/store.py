@@ -162,7 +162,7 @@ def building(
         except OSError as error:
             if error.errno in FULL:
                 raise _disk_full(final) from None
-            raise
+            raise _placed(error, final) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -244,7 +244,7 @@ def _changing(directory: Path) -> Iterator[tuple[Path, Path]]:
                 f"cannot write into {final}: {error.strerror}",
                 "Check its permissions and those of the directory it lies in",
             ) from None
-        raise
+        raise _placed(error, final) from None
 
 
 def _switch(
@@ -296,6 +296,15 @@ def _expected(
             # It was there before and is missing now.
             expected[name] = entries[0]
     return expected
+
+
+def _placed(error: OSError, final: Path) -> OSError:
+    # A write that fails does not say where, or names an unfinished file that is gone.
+    written = error.filename2 or error.filename
+    if written is None or error.errno == errno.EFBIG or f".{final.name}.part" in str(written):
+        error.filename = str(final)
+        error.filename2 = None
+    return error
 
 
 def _disk_full(final: Path) -> EdgemedError:

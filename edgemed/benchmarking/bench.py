@@ -7,6 +7,7 @@ in a fresh process: peak memory is the process's.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,6 +16,7 @@ import numpy as np
 
 from edgemed.artifacts import store
 from edgemed.benchmarking.machine_state import Conditions
+from edgemed.benchmarking.machine_watch import MachineWatch, wait_until_quiet
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.documents.bench import BenchRecord, MachineState, Spread
 from edgemed.documents.machine import Machine
@@ -57,7 +59,11 @@ def bench(engine: Engine, plan: BenchSpec) -> list[BenchRecord]:
             f" {engine.context} fit",
             "Bench a smaller image with --image SIDE, or none with --image 0",
         )
+    if plan.wait_quiet is not None:
+        wait_until_quiet(threads, plan.wait_quiet)
     conditions = Conditions()
+    watch = MachineWatch(threads)
+    watch.begin()
     before = process_memory.peak_memory()
     started = time.perf_counter()
     session = engine.open(threads)
@@ -69,7 +75,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[BenchRecord]:
         tokens = np.random.default_rng(0).integers(0, engine.vocab, longest).tolist()
         conditions.begin(session, tokens)
         for length in plan.prompt:
-            times = prefills(session, tokens[:length], plan.runs)
+            times = prefills(session, tokens[:length], plan.runs, watch)
             measured.append(("first_token_seconds", "s", times, {"prompt": length}))
             measured.append(
                 (
@@ -80,9 +86,9 @@ def bench(engine: Engine, plan: BenchSpec) -> list[BenchRecord]:
                 )
             )
         if engine.head == "lm":
-            measured += decoding(session, tokens[: min(plan.prompt)], plan)
+            measured += decoding(session, tokens[: min(plan.prompt)], plan, watch)
         if engine.vision and plan.image:
-            measured += image_questions(engine, session, plan)
+            measured += image_questions(engine, session, plan, watch)
         measured.append(
             (
                 "peak_memory_bytes",
@@ -101,6 +107,7 @@ def bench(engine: Engine, plan: BenchSpec) -> list[BenchRecord]:
     finally:
         session.close()
     measured += conditions.rest()
+    watch.end()
     measured.append(("file_bytes", "B", [store.size_of(store.read_manifest(engine.path))], {}))
     bandwidth = read_bandwidth(threads)
     ceiling = bandwidth * 1e9 / engine.bytes_per_token
@@ -134,27 +141,40 @@ def bench(engine: Engine, plan: BenchSpec) -> list[BenchRecord]:
     if speed is not None:
         measured.append(("ceiling_share", "1", [float(speed) / ceiling], {}))
     common = {"threads": threads, "runs": plan.runs}
-    state = MachineState.from_json(conditions.state())
+    state = MachineState.from_json(conditions.state() | watch.state())
     return [
         record(engine, name, unit, values, {**how, **common}, state)
         for name, unit, values, how in measured
     ]
 
 
-def prefills(session: Session, tokens: Sequence[int], runs: int) -> list[float]:
-    """Seconds from an empty cache to the first token's scores, after one warm-up."""
+def prefills(
+    session: Session, tokens: Sequence[int], runs: int, watch: MachineWatch | None = None
+) -> list[float]:
+    """Seconds from an empty cache to the first token's scores, after one warm-up. watch: looks at
+    the machine around each round.
+    """
     times = []
     for round_number in range(runs + 1):
-        session.rewind(0)
-        started = time.perf_counter()
-        int(session.prefill(tokens)[0].argmax())
+        with watched(watch, f"prefill {len(tokens)}", round_number):
+            session.rewind(0)
+            started = time.perf_counter()
+            int(session.prefill(tokens)[0].argmax())
+            seconds = time.perf_counter() - started
         if round_number:
-            times.append(time.perf_counter() - started)
+            times.append(seconds)
     return times
 
 
+def watched(
+    watch: MachineWatch | None, name: str, round_number: int
+) -> contextlib.AbstractContextManager[None]:
+    """A look at the machine around a round; none around the first, which warms up."""
+    return watch.round(name) if watch and round_number else contextlib.nullcontext()
+
+
 def decoding(
-    session: Session, prompt: Sequence[int], plan: BenchSpec
+    session: Session, prompt: Sequence[int], plan: BenchSpec, watch: MachineWatch | None = None
 ) -> list[tuple[str, str, list[float], dict[str, Any]]]:
     """Greedy decoding: latency of each token in milliseconds (all rounds together) and tokens per
     second per round.
@@ -163,12 +183,13 @@ def decoding(
     latencies: list[float] = []
     speeds = []
     for round_number in range(plan.runs + 1):
-        session.rewind(0)
-        token = int(session.prefill(prompt)[0].argmax())
-        marks = [time.perf_counter()]
-        for _ in range(new):
-            token = int(session.step(token).argmax())
-            marks.append(time.perf_counter())
+        with watched(watch, "decoding", round_number):
+            session.rewind(0)
+            token = int(session.prefill(prompt)[0].argmax())
+            marks = [time.perf_counter()]
+            for _ in range(new):
+                token = int(session.step(token).argmax())
+                marks.append(time.perf_counter())
         if round_number:
             latencies += (np.diff(marks) * 1e3).tolist()
             speeds.append(new / (marks[-1] - marks[0]))
@@ -180,7 +201,7 @@ def decoding(
 
 
 def image_questions(
-    engine: Engine, session: Session, plan: BenchSpec
+    engine: Engine, session: Session, plan: BenchSpec, watch: MachineWatch | None = None
 ) -> list[tuple[str, str, list[float], dict[str, Any]]]:
     """Two questions about the same image, in each round about another: seconds of every part of the
     first, and to the first token of both.
@@ -199,19 +220,19 @@ def image_questions(
         for round_number in range(plan.runs + 1):
             image = pil.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
             for question in ("first_token", "second_question"):
+                looking = watched(watch, f"image {question}", round_number)
                 words = random.integers(0, engine.vocab - 1, min(plan.prompt)).tolist()
                 session.rewind(0)
-                marks = [time.perf_counter()]
-                tokens, embeddings = vision_encoder.see(
-                    [
-                        vision_encoder.v.token,
-                        *(word + (word >= vision_encoder.v.token) for word in words),
-                    ],
-                    [image],
-                )
-                marks.append(time.perf_counter())
-                int(session.prefill(tokens, pictures=embeddings)[0].argmax())
-                marks.append(time.perf_counter())
+                question_tokens = [
+                    vision_encoder.v.token,
+                    *(word + (word >= vision_encoder.v.token) for word in words),
+                ]
+                with looking:
+                    marks = [time.perf_counter()]
+                    tokens, embeddings = vision_encoder.see(question_tokens, [image])
+                    marks.append(time.perf_counter())
+                    int(session.prefill(tokens, pictures=embeddings)[0].argmax())
+                    marks.append(time.perf_counter())
                 spent = {question: marks[2] - marks[0]}
                 if question == "first_token":
                     spent.update(vision_encoder.seconds)

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from edgemed.artifacts import store
+from edgemed.artifacts.json_files import write_text
 from edgemed.console import say, track
-from edgemed.errors import EdgemedError, need
+from edgemed.errors import EdgemedError, install_command, need
 from edgemed.hardware.device import GIB, gpu_clock, machine, read_bandwidth
 from edgemed.onnx.ort_dialect import WIDE_SUMS
 
@@ -149,10 +150,7 @@ def write_device(values: dict[str, Any], out: Path) -> None:
         + out.name
         + "\n"
     )
-    out.write_text(
-        text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=200),
-        encoding="utf-8",
-    )
+    write_text(out, text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=200))
 
 
 def best(run: Callable[[], Any], seconds: float) -> float:
@@ -228,8 +226,8 @@ def _products(threads: int, skipped: list[str]) -> Iterator[tuple[str, Callable[
     w = random.random((SIZE, SIZE), np.float32)
     if importlib.util.find_spec("onnxruntime") is None:
         skipped.append(
-            "int8, fp16 and int4 products: onnxruntime is not installed (pip install"
-            " 'edgemed[onnx]')"
+            "int8, fp16 and int4 products: onnxruntime is not installed (edgemed[onnx]:"
+            f" {install_command('onnx')})"
         )
         # Blocks of columns, one per thread: how many threads numpy's own BLAS starts was decided
         # when it was loaded.

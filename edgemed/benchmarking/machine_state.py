@@ -193,6 +193,11 @@ def sentences(state: MachineState) -> list[str]:
     record's state.
     """
     lines = []
+    if state.busy:
+        lines.append(
+            f"machine busy: {state.busy_reason}; the speeds are too low, and engines may rank"
+            " otherwise on a quiet machine (--wait-quiet waits for one)"
+        )
     if state.energy_reason:
         lines.append(f"energy was not measured: {state.energy_reason}")
     if state.throttling:

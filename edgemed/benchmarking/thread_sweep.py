@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +18,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from edgemed.benchmarking.bench import decoding, prefills
+from edgemed.benchmarking.machine_watch import MachineWatch, wait_until_quiet
 from edgemed.benchmarking.spec import BenchSpec
 from edgemed.console import track
 from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware import thermal
+from edgemed.hardware.child_process import die_with_the_parent, run_child
 from edgemed.hardware.device import machine
 
 # 'auto' leaves the libraries' own choice: llama.cpp's threads spin briefly (llama.library), ONNX
@@ -88,8 +89,8 @@ def points(logical: int, physical: int, groups: Sequence[Sequence[int]]) -> list
 
 
 def sweep(what: str, path: Path, plan: BenchSpec, wait: str = "auto") -> list[dict[str, Any]]:
-    """Measure every point in `plan.runs` rounds; one row per point with medians, extremes and
-    'best' where it won. what: 'threads'.
+    """Measure every point in `plan.runs` rounds; one row per point with medians, extremes, 'best'
+    where it won every round, and who kept the machine 'busy'. what: 'threads'.
 
     Raises EdgemedError for anything else to sweep, for a plan that fixes the threads, and where a
     point cannot be measured.
@@ -110,30 +111,59 @@ def sweep(what: str, path: Path, plan: BenchSpec, wait: str = "auto") -> list[di
         )
     chosen = points(facts["logical_cores"], facts["physical_cores"], thermal.clusters())
     variables = environment(wait)
-    speeds: dict[Point, list[dict[str, float]]] = {point: [] for point in chosen}
+    speeds: dict[Point, list[dict[str, Any]]] = {point: [] for point in chosen}
     turns = [
         point for n in range(plan.runs) for point in (chosen if n % 2 == 0 else reversed(chosen))
     ]
+    if plan.wait_quiet is not None:
+        wait_until_quiet(facts["physical_cores"], plan.wait_quiet)
     for point in track(turns, "sweep"):
         speeds[point].append(one(path, point, plan, variables))
     rows: list[dict[str, Any]] = [
-        {"threads": point.threads, "cores": point.label, **spread(values)}
+        {
+            "threads": point.threads,
+            "cores": point.label,
+            **spread(values),
+            "best": "",
+            "busy": next((value["busy_reason"] for value in values if value["busy"]), None),
+        }
         for point, values in speeds.items()
     ]
     for name in ("decode", "prefill"):
-        measured = [row for row in rows if f"{name}_tokens_per_second" in row]
-        for row in rows:
-            row.setdefault("best", "")
-        if measured:
-            winner = max(measured, key=lambda row: row[f"{name}_tokens_per_second"])
+        winner = best_of(rows, f"{name}_tokens_per_second")
+        if winner is not None:
             winner["best"] = f"{winner['best']} and {name}" if winner["best"] else name
     return rows
 
 
-def spread(values: Sequence[dict[str, float]]) -> dict[str, float]:
+def best_of(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    """The row that is fastest in every round; None where the machine was busy, or where a round of
+    another row was as fast as one of the winner's.
+    """
+    measured = [row for row in rows if key in row]
+    if not measured or any(row["busy"] for row in rows):
+        return None
+    winner = max(measured, key=lambda row: row[key])
+    rivals = [row[f"{key}_max"] for row in measured if row is not winner]
+    return winner if winner[f"{key}_min"] > max(rivals, default=0.0) else None
+
+
+def why_no_best(rows: Sequence[dict[str, Any]]) -> str:
+    """Why a sweep names no best number of threads, '' where it names one for everything."""
+    reason = next((row["busy"] for row in rows if row["busy"]), None)
+    if reason:
+        return f"machine busy: {reason}; no number of threads is called the best"
+    names = " ".join(row["best"] for row in rows)
+    missing = [name for name in ("decode", "prefill") if name not in names]
+    if missing:
+        return f"rounds disagree about the fastest {' and '.join(missing)}: more --runs may decide"
+    return ""
+
+
+def spread(values: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Median, lowest and highest of each speed over the rounds, in tokens per second."""
     speeds: dict[str, float] = {}
-    for name in values[0]:
+    for name in (name for name in values[0] if name.endswith("_per_second")):
         rounds = [value[name] for value in values]
         speeds[name] = float(np.median(rounds))
         speeds[f"{name}_min"] = min(rounds)
@@ -153,7 +183,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return cells | {"best": row["best"]}
 
 
-def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) -> dict[str, float]:
+def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) -> dict[str, Any]:
     """One point measured once, in a fresh process."""
     order = {
         "engine": str(path),
@@ -162,12 +192,10 @@ def one(path: Path, point: Point, plan: BenchSpec, variables: dict[str, str]) ->
         "prompt": max(plan.prompt),
         "generate": plan.generate,
     }
-    process = subprocess.run(
+    process = run_child(
         [sys.executable, "-c", "from edgemed.benchmarking.thread_sweep import child; child()"],
-        input=json.dumps(order),
-        capture_output=True,
-        text=True,
-        env=variables,
+        json.dumps(order),
+        variables,
     )
     if process.returncode:
         message = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
@@ -182,23 +210,29 @@ def child() -> None:
     """The fresh process: reads its order from standard input, prints tokens per second as one line
     of JSON.
     """
+    die_with_the_parent()
     order = json.load(sys.stdin)
     if order["cores"]:
         os.sched_setaffinity(0, order["cores"])
     engine = open_engine(order["engine"])
     session = engine.open(order["threads"])
     tokens = np.random.default_rng(0).integers(0, engine.vocab, order["prompt"]).tolist()
-    speeds = {"prefill_tokens_per_second": order["prompt"] / prefills(session, tokens, 1)[0]}
+    watch = MachineWatch(order["threads"])
+    watch.begin()
+    seconds = prefills(session, tokens, 1, watch)[0]
+    speeds: dict[str, Any] = {"prefill_tokens_per_second": order["prompt"] / seconds}
     if engine.head == "lm":
         measured = {
             name: values
             for name, _, values, _ in decoding(
-                session, tokens, BenchSpec((order["prompt"],), order["generate"], 1)
+                session, tokens, BenchSpec((order["prompt"],), order["generate"], 1), watch
             )
         }
         speeds = {"decode_tokens_per_second": measured["decode_tokens_per_second"][0]} | speeds
+    watch.end()
     session.close()
-    print(json.dumps(speeds))
+    state = watch.state()
+    print(json.dumps(speeds | {name: state[name] for name in ("busy", "busy_reason")}))
 
 
 def bench_afresh(engine: Path, plan: BenchSpec, wait: str, as_json: bool) -> NoReturn:
@@ -216,6 +250,8 @@ def bench_afresh(engine: Path, plan: BenchSpec, wait: str, as_json: bool) -> NoR
         str(plan.image or 0),
         *(["--json"] if as_json else []),
     ]
+    if plan.wait_quiet is not None:
+        command += ["--wait-quiet", str(plan.wait_quiet)]
     command += [part for length in plan.prompt for part in ("--prompt", str(length))] + (
         ["--threads", str(plan.threads)] if plan.threads else []
     )

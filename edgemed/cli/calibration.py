@@ -13,8 +13,10 @@ from typing import Annotated
 import typer
 
 from edgemed.cli.options import Json
+from edgemed.cli.parameters import Verb
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+from edgemed.params import Range
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +24,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Verb)
 def make(
     file: Annotated[
         Path,
@@ -41,7 +43,9 @@ def make(
     licence: Annotated[str, typer.Option(help="Its licence, or under which terms it may be used.")],
     language: Annotated[str, typer.Option(help="Language code.")] = "en",
     heldout: Annotated[
-        float, typer.Option(help="Share of the texts that make the validation split.")
+        float,
+        typer.Option(help="Share of the texts that make the validation split."),
+        Range(above=0, below=1),
     ] = 0.2,
     model: Annotated[
         str | None, typer.Option(help="Model directory whose tokenizer counts tokens.")
@@ -97,7 +101,7 @@ def make(
     show(summary | card["made_from"], json_)
 
 
-@app.command()
+@app.command(cls=Verb)
 def check(
     card: Annotated[
         str, typer.Argument(help="Card name, directory with a card.yaml, or .jsonl / .txt file.")

@@ -14,6 +14,7 @@ import typer
 from edgemed.cli.options import Json, Limit, Model
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+from edgemed.params import Range
 
 
 def experts(
@@ -29,20 +30,22 @@ def experts(
         typer.Option(help="Text set or .jsonl file to count too; may be repeated."),
     ] = None,
     limit: Limit = None,
-    samples: Annotated[int, typer.Option(min=1, help="Sequences of each text set.")] = 16,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 256,
+    samples: Annotated[
+        int, typer.Option(help="Sequences of each text set."), Range(1, 1_000_000)
+    ] = 16,
+    length: Annotated[int, typer.Option(help="Tokens per sequence."), Range(1, 1_000_000)] = 256,
     noise: Annotated[
         int,
         typer.Option(
-            min=0,
             help=(
                 "Instead: ask each task with the authors' noise in the second expert, with so many"
                 " seeds, and say what changes."
             ),
         ),
+        Range(0, 10_000),
     ] = 0,
     scale: Annotated[
-        float, typer.Option(min=0, help="With --noise: its scale; 1 is the authors'.")
+        float, typer.Option(help="With --noise: its scale; 1 is the authors'."), Range(0)
     ] = 1.0,
     json_: Json = False,
 ) -> None:

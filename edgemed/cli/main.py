@@ -1,7 +1,8 @@
 """The command line: thin verbs over the same functions the Python API offers.
 
 Everything heavy is imported inside the verb that needs it, so that --help answers at once;
-EdgemedError becomes one line and exit code 1, any other exception is a bug and keeps its traceback.
+what a person or the machine can cause becomes one line (see process.py), and any other exception is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, harness, planning, proof, provenance
+from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance, reading
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
@@ -22,21 +23,19 @@ from edgemed.cli.options import (
     EngineDir,
     Frame,
     Json,
-    MaxTokens,
     Model,
     Out,
     Sets,
     Target,
-    Temperature,
     Threads,
-    TopP,
     Version,
     recipe_names,
     settings,
 )
-from edgemed.cli.parameters import ParameterCommand
-from edgemed.console import show
+from edgemed.cli.parameters import Verb
+from edgemed.console import paragraph, show
 from edgemed.errors import EdgemedError, extras_named
+from edgemed.params import Range
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,20 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises SystemExit with the command's exit code.
     """
-    try:
-        with extras_named():
-            app(arguments, prog_name="edgemed")
-    except EdgemedError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except SystemExit as end:
-        # typer turns Ctrl-C into exit code 130 without a word.
-        if end.code == 130:
-            typer.echo(
-                "interrupted; finished steps are kept, run the same command again to go on",
-                err=True,
-            )
-        raise
+    if arguments is None:
+        process.prepare()
+    with process.faults_as_lines(), extras_named():
+        app(arguments, prog_name="edgemed")
 
 
 @app.callback()
@@ -73,13 +62,14 @@ def root(version: Version = False) -> None:
     """
 
 
-app.command()(planning.doctor)
-app.command()(planning.inspect)
-app.command()(planning.plan)
-app.command()(experts.experts)
+app.command(cls=Verb)(planning.doctor)
+app.command(cls=Verb)(planning.inspect)
+app.command(cls=Verb)(planning.plan)
+app.command(cls=Verb)(reading.witness)
+app.command(cls=Verb)(experts.experts)
 
 
-@app.command()
+@app.command(cls=Verb)
 def run(
     recipe: Annotated[
         str,
@@ -96,6 +86,7 @@ def run(
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
     from edgemed.documents.gate import GateVerdict
+    from edgemed.documents.witness import WitnessResult
     from edgemed.pipeline.recipe import read_recipe
     from edgemed.pipeline.runner import run as run_recipe
 
@@ -106,6 +97,11 @@ def run(
         show(document, True)
     else:
         show([summary(engine) for engine in document["engines"]], False)
+        if document.get("witness"):
+            result = WitnessResult.from_json(document["witness"], "the witness")
+            typer.echo(f"witness: {result.line}")
+        for line in conclusions(document):
+            paragraph(line)
         typer.echo(f"report: {report}")
     verified = [engine["verify"] for engine in document["engines"] if engine["verify"]]
     if not all(result["passed"] for result in verified):
@@ -114,8 +110,20 @@ def run(
     proof.exit_with_verdict(gate, accept_undecided)
 
 
+def conclusions(document: dict[str, Any]) -> list[str]:
+    """What the report's first screen says: the engine to ship, and what stands against the
+    numbers.
+    """
+    from edgemed.reporting.view_model import Run, view
+
+    page = view([Run(document)])
+    return [*page["warnings"], f"engine to ship: {page['ship'].sentence}"]
+
+
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
     """One engine of a report document as a person reads it."""
+    from edgemed.documents.evaluation import task_title
+
     values = {record["name"]: record["value"] for record in engine["records"]}
     row = {
         "engine": engine["name"],
@@ -131,13 +139,16 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if "decode_tokens_per_second" in values:
         row["tok/s"] = round(values["decode_tokens_per_second"], 1)
     # Of several strategies on a task the first stays.
-    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}
+    row |= {
+        task_title(result["task"], None, result.get("file")): round(result["accuracy"], 4)
+        for result in engine["evals"][::-1]
+    }
     if engine["gate"]:
         row["not worse"] = engine["gate"]["verdict"]
     return row
 
 
-@app.command(name="import")
+@app.command(name="import", cls=Verb)
 def import_(
     file: Annotated[Path, typer.Argument(help="GGUF file of a whole text model.")],
     out: Out,
@@ -153,7 +164,7 @@ def import_(
     show({"checkpoint": str(out), **manifest["notes"]}, json_)
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def merge(
     model: Model,
     out: Out,
@@ -176,13 +187,13 @@ def merge(
     )
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def quantize(
     model: Model,
     out: Out,
     method: str = "gptq",
     bits: int = 4,
-    group: int = 128,
+    group: int | None = None,
     calibration: str | None = None,
     budget: str | None = None,
     max_memory: str | None = None,
@@ -209,7 +220,7 @@ def quantize(
     )
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def distill(
     model: Model,
     out: Out,
@@ -270,7 +281,7 @@ def step(name: str, model: str, out: Path, values: dict[str, Any], as_json: bool
     show({key: manifest[key] for key in keys}, as_json)
 
 
-@app.command(cls=ParameterCommand)
+@app.command(cls=Verb)
 def export(
     model: Annotated[
         str | None, typer.Argument(help="Model directory, hub id or random:NAME.")
@@ -311,6 +322,7 @@ def export(
     from edgemed.api import export as export_engine
     from edgemed.artifacts import store
     from edgemed.console import say
+    from edgemed.verification.witness.witness import line_of
 
     if (model is None) == (random_weights is None):
         raise EdgemedError(
@@ -340,6 +352,8 @@ def export(
         "precision": engine.precision,
         "random_weights": engine.random_weights,
     }
+    if line := line_of(notes):
+        result["witness"] = line
     if engine.emulation:
         result["unbuilt"] = f"on the device run: edgemed build {engine.path}"
     show(result, json_)
@@ -356,15 +370,15 @@ def adapters_of(pairs: list[str]) -> dict[str, str] | None:
     return adapters or None
 
 
-@app.command()
+@app.command(cls=Verb)
 def build(
     engine: EngineDir,
     workspace_mb: Annotated[
         int | None,
         typer.Option(
-            min=1,
             help="Memory TensorRT may use to try kernels, in 10^6 bytes; default: the engine's.",
         ),
+        Range(1, 1_000_000),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--bench/--no-bench", help="Measure it afterwards.")
@@ -404,19 +418,19 @@ def build(
     sys.exit(0 if verified is None or verified.passed else 1)
 
 
-app.command(cls=ParameterCommand)(proof.verify)
-app.command(cls=ParameterCommand)(proof.bench)
-app.command(name="eval", cls=ParameterCommand)(proof.eval_)
+app.command(cls=Verb)(proof.verify)
+app.command(cls=Verb)(proof.bench)
+app.command(name="eval", cls=Verb)(proof.eval_)
 app.command(
     name="lm-eval",
     options_metavar="ARGUMENTS...",
     context_settings=harness.HANDED_OVER,
 )(harness.lm_eval)
-app.command()(proof.ttt)
-app.command()(proof.report)
+app.command(cls=Verb)(proof.ttt)
+app.command(cls=Verb)(proof.report)
 
 
-@app.command()
+@app.command(cls=Verb)
 def generate(
     engine: EngineDir,
     prompt: Annotated[str, typer.Option(help="Text to continue, or question about the images.")],
@@ -426,25 +440,41 @@ def generate(
     frame: Frame = None,
     template: Annotated[
         str | None,
-        typer.Option(help="chat, reasoning or none; default: chat with images, none without."),
+        typer.Option(
+            help=(
+                "chat, reasoning, none, or one of the model's named chat templates; default: chat"
+                " with images, none without."
+            )
+        ),
     ] = None,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
-    top_p: TopP = 1.0,
+    chat_: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn: --template chat.")
+    ] = False,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            help="Put the tokens around the prompt that the model's tokenizer puts around a text."
+        ),
+    ] = True,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     adapter: Adapter = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: int = 0,
     threads: Threads = None,
     check: Check = False,
     json_: Json = False,
 ) -> None:
     """Continue a text or answer about images, offline, printing words as they come."""
-    from edgemed.api import stream
+    from edgemed.api import PromptForm, stream
     from edgemed.engines.engine import open_engine
     from edgemed.inference.decoding import Sampling
 
     if check:
         open_engine(engine, check=True)
+    if chat_ and template not in (None, "chat"):
+        raise EdgemedError(f"--chat and --template {template} differ", "Give one of them")
     words = stream(
         engine,
         prompt,
@@ -457,9 +487,8 @@ def generate(
         ),
         threads,
         image or (),
-        template,
+        PromptForm("chat" if chat_ else template, special_tokens, frame),
         adapter,
-        frame,
     )
     if json_:
         show({"prompt": prompt, "text": "".join(words)}, True)
@@ -470,14 +499,17 @@ def generate(
     typer.echo("")
 
 
-@app.command()
+@app.command(cls=Verb)
 def chat(
     engine: EngineDir,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
     adapter: Adapter = None,
     threads: Threads = None,
     check: Check = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Answer each line with one line of JSON, for programs.")
+    ] = False,
 ) -> None:
     """Talk to an engine, offline; an empty line or Ctrl-D ends."""
     from edgemed.api import chat as talk
@@ -486,16 +518,23 @@ def chat(
 
     if check:
         open_engine(engine, check=True)
+    if json_:
+        from edgemed.functions import chat_lines
+
+        for line in chat_lines(engine, sys.stdin, threads, adapter, temperature, max_tokens):
+            typer.echo(line)
+            sys.stdout.flush()
+        return
     talk(engine, Sampling(temperature=temperature, max_tokens=max_tokens), threads, adapter)
 
 
 app.add_typer(calibration.app, name="calibrate")
-app.command()(provenance.card)
-app.command()(provenance.keygen)
-app.command()(provenance.sign)
+app.command(cls=Verb)(provenance.card)
+app.command(cls=Verb)(provenance.keygen)
+app.command(cls=Verb)(provenance.sign)
 
 
-@app.command(name="list")
+@app.command(name="list", cls=Verb)
 def list_(json_: Json = False) -> None:
     """Everything edgemed knows by name: families, steps, targets, tasks, devices, text sets,
     recipes.
@@ -509,7 +548,7 @@ def list_(json_: Json = False) -> None:
     show(names, json_)
 
 
-@app.command()
+@app.command(cls=Verb)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
     json_: Json = False,
@@ -518,6 +557,11 @@ def recipes(
     from edgemed import plugins
     from edgemed.pipeline.recipe import find_recipe
 
+    if name and json_:
+        from edgemed.pipeline.recipe import read_recipe
+
+        show(dict(read_recipe(name).document), True)
+        return
     if name:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edgemed import plugins
+from edgemed.params import Range
 
 Model = Annotated[
     str,
@@ -97,24 +98,18 @@ Check = Annotated[
         ),
     ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: physical cores.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+# Numbers whose range stands at no parameter class. `Verb` checks them, and the help shows them.
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads; default: physical cores; at most four for each core."),
+    Range(1, 512),
+]
 Frame = Annotated[
     int | None,
-    typer.Option(min=0, help="Which frame, from 0, of image files that have several."),
+    typer.Option(help="Which frame, from 0, of image files that have several."),
+    Range(0, 1_000_000),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")]
-
-
-def nucleus(share: float) -> float:
-    """Check --top-p: typer's own bounds belong to the range, and 0 does not."""
-    if not 0 < share <= 1:
-        raise typer.BadParameter(f"{share} is not in the range above 0, at most 1.")
-    return share
-
-
-TopP = Annotated[float, typer.Option(callback=nucleus, help="1 switches it off.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first questions of each task."), Range(1)]
 
 
 def settings(sets: list[str] | None, **named: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from edgemed import plugins
 from edgemed.cli.options import Json, Model, device_names
 from edgemed.console import show
 from edgemed.errors import EdgemedError
+from edgemed.params import Range
 
 if TYPE_CHECKING:
     from edgemed.documents.plan import Plan
@@ -89,21 +90,22 @@ def plan(
     ttft: Annotated[
         str | None, typer.Option(help="Time to the first token at most, such as 1s or 800ms.")
     ] = None,
-    tps: Annotated[float | None, typer.Option(min=0, help="Tokens per second at least.")] = None,
+    tps: Annotated[float | None, typer.Option(help="Tokens per second at least."), Range(0)] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory at most while running, such as 6GB or 6GiB.")
     ] = None,
     prompt: Annotated[
         int | None,
         typer.Option(
-            min=1,
             help="Prompt length in tokens, without images; default: 512, or half the context.",
         ),
+        Range(1, 100_000_000),
     ] = None,
-    images: Annotated[int, typer.Option(min=0, help="Images in the prompt.")] = 0,
+    images: Annotated[int, typer.Option(help="Images in the prompt."), Range(0, 10_000)] = 0,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens the KV cache holds; default: two sizes are planned."),
+        typer.Option(help="Tokens the KV cache holds; default: two sizes are planned."),
+        Range(1, 100_000_000),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Only this precision.")] = None,
     power: Annotated[

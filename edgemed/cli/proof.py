@@ -29,8 +29,10 @@ from edgemed.cli.options import (
     task_names,
 )
 from edgemed.cli.provenance import signed as check_signature
-from edgemed.console import show
+from edgemed.cli.reading import is_checkpoint, show_witness
+from edgemed.console import paragraph, plain_text, show
 from edgemed.errors import EdgemedError
+from edgemed.params import Range
 
 if TYPE_CHECKING:
     from edgemed.documents.evaluation import EvalResult
@@ -39,13 +41,26 @@ if TYPE_CHECKING:
 
 
 def verify(
-    engine: Annotated[Path | None, typer.Argument(help="Engine directory.")] = None,
+    engine: Annotated[
+        Path | None,
+        typer.Argument(help="Engine directory; a checkpoint's is handed to edgemed witness."),
+    ] = None,
     manifest: Annotated[
         Path | None,
         typer.Option(help="Only re-check every file of this artifact against its manifest."),
     ] = None,
-    max_kl: Annotated[float, typer.Option(min=0)] = 0.05,
-    min_top1: Annotated[float, typer.Option(min=0, max=1)] = 0.9,
+    max_kl: float = 0.05,
+    min_top1: float = 0.9,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help=(
+                "Put the result into the engine's manifest, for its report; default: yes, unless"
+                " the engine is signed."
+            ),
+        ),
+    ] = None,
     key: Annotated[
         Path | None,
         typer.Option(
@@ -75,6 +90,8 @@ def verify(
     from edgemed.verification.parity import Limits, with_adapters
     from edgemed.verification.parity import verify as verify_engine
 
+    if engine is not None and is_checkpoint(engine):
+        show_witness(engine, None, json_)
     directory = engine or manifest
     if directory is None or (engine and manifest):
         raise EdgemedError(
@@ -95,10 +112,17 @@ def verify(
             json_,
         )
         sys.exit(1 if problems else 0)
+    if record and adapter:
+        raise EdgemedError(
+            "the manifest holds the verification of the engine as it is used",
+            "Leave --record or --adapter out",
+        )
     opened = open_engine(engine, check=True)
     limits = Limits(max_kl, min_top1)
     result = verify_engine(opened, opened.reference(adapter), limits, threads, adapter)
     result = result if adapter else with_adapters(opened, result, limits, threads)
+    if not adapter:
+        keep_verification(engine, result, record)
     if json_:
         show(result.to_json() | signed, True)
     else:
@@ -106,6 +130,23 @@ def verify(
         for unmerged in (result.adapters or {}).values():
             show_parity(unmerged, {})
     sys.exit(0 if result.passed else 1)
+
+
+def keep_verification(engine: Path, result: VerifyResult, record: bool | None) -> None:
+    """Put a result into the engine's manifest. record: None where nobody said; a signed engine and
+    one that cannot be written to then stay as they are.
+    """
+    from edgemed.console import say
+    from edgemed.provenance.record import is_signed, record_verification
+
+    if record is False or (record is None and is_signed(engine)):
+        return
+    try:
+        record_verification(engine, result.to_json())
+    except EdgemedError as error:
+        if record:
+            raise
+        say(plain_text(f"the result is not kept in the engine: {error}"))
 
 
 def show_parity(result: VerifyResult, signed: Mapping[str, Any]) -> None:
@@ -142,11 +183,11 @@ def bench(
         ),
     ] = "onnx",
     prompt: Annotated[
-        list[int] | None, typer.Option(min=1, help="Prompt length in tokens; may be repeated.")
+        list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")
     ] = None,
-    generate: Annotated[int, typer.Option(min=1)] = 64,
-    runs: Annotated[int, typer.Option(min=1)] = 5,
-    image: Annotated[int, typer.Option(min=0)] = 448,
+    generate: int = 64,
+    runs: int = 5,
+    image: int = 448,
     threads: Threads = None,
     sweep: Annotated[
         str | None,
@@ -160,6 +201,15 @@ def bench(
     wait: Annotated[
         str, typer.Option(help="How idle threads wait: auto, active (spin) or passive (sleep).")
     ] = "auto",
+    wait_quiet: Annotated[
+        float | None,
+        typer.Option(
+            help=(
+                "Wait until the machine does nothing else, so many seconds at most (300 where none"
+                " are given); default: measure at once, and say where it was busy."
+            )
+        ),
+    ] = None,
     work: Annotated[
         Path, typer.Option(help="With --random-weights: where checkpoint and engine are kept.")
     ] = Path("runs/random"),
@@ -187,13 +237,16 @@ def bench(
         runs,
         threads,
         image,
+        wait_quiet,
     )
     if sweep:
-        from edgemed.benchmarking.thread_sweep import shown
+        from edgemed.benchmarking.thread_sweep import shown, why_no_best
         from edgemed.benchmarking.thread_sweep import sweep as sweep_engine
 
         rows = sweep_engine(sweep, engine, plan, wait)
         show(rows if json_ else [shown(row) for row in rows], json_)
+        if not json_ and (reason := why_no_best(rows)):
+            typer.echo(reason)
     elif random_weights or wait != "auto":
         from edgemed.benchmarking.thread_sweep import bench_afresh
 
@@ -218,6 +271,11 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
         return
     if opened.random_weights:
         typer.echo("random weights: these numbers say something about latency and memory only")
+    state = records[0].state
+    lines = sentences(state) if state else []
+    # Before the numbers, which are wrong then.
+    for line in lines[:1] if state and state.busy else ():
+        paragraph(line)
     show(
         [
             {
@@ -231,9 +289,8 @@ def bench_here(engine: Path, plan: Any, as_json: bool) -> None:
         ],
         False,
     )
-    state = records[0].state
-    for line in sentences(state) if state else ():
-        typer.echo(line)
+    for line in lines[1:] if state and state.busy else lines:
+        paragraph(line)
 
 
 def prompt_of(how: Mapping[str, Any]) -> Any:
@@ -273,7 +330,10 @@ def eval_(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="File of the source's results, written with --out where the source was evaluated."
+            help=(
+                "What the engine is compared with: the directory of another engine, such as the one"
+                " in service, or a file of the source's results, written with --out."
+            )
         ),
     ] = None,
     margin: float | None = None,
@@ -320,12 +380,18 @@ def eval_(
     )
     if margin is not None and not (source or against):
         raise EdgemedError(
-            "a verdict needs the source's answers", "Give --source MODEL or --against FILE"
+            "a verdict needs the source's answers, or those of another engine",
+            "Give --source MODEL, --against FILE or --against ENGINE",
         )
     if record and adapter:
         raise EdgemedError(
             "the manifest holds results of the engine's base only",
             "Give --out FILE instead of --record, or leave --adapter out",
+        )
+    if record and against and against.is_dir():
+        raise EdgemedError(
+            "the manifest holds comparisons with the engine's own source only",
+            "Give --out FILE instead of --record",
         )
     spec = params.build(EvalSpec, values, "eval")
     document = evaluate_tasks(engine, spec, source, against, threads, adapter)
@@ -336,7 +402,8 @@ def eval_(
 
         gate = part_of(document.gate, open_engine(engine).name)
         results = [result.to_json() for result in document.engine]
-        write_record(engine, results, gate.to_json() if gate else None)
+        sources = [result.to_json() for result in document.source]
+        write_record(engine, results, gate.to_json() if gate else None, sources)
     if out:
         from edgemed.artifacts.store import write_json
 
@@ -347,6 +414,8 @@ def eval_(
         show_results((*document.source, *document.engine))
         if document.gate:
             show([verdict_row(row) for row in document.gate.comparisons], False)
+            if against and against.is_dir():
+                typer.echo(replacement(document.gate.verdict, against))
     exit_with_verdict(document.gate, accept_undecided)
 
 
@@ -382,8 +451,12 @@ def ttt(
             help="Texts to learn from: a card or .jsonl file; default: the task's solved examples."
         ),
     ] = None,
-    k: Annotated[int, typer.Option(help="Nearest texts to learn from, a step on each.")] = 1,
-    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
+    k: Annotated[
+        int, typer.Option(help="Nearest texts to learn from, a step on each."), Range(1, 10_000)
+    ] = 1,
+    rate: Annotated[
+        float, typer.Option(help="AdamW's learning rate."), Range(above=0, high=10)
+    ] = 1e-3,
     limit: Limit = None,
     out: Annotated[
         Path | None,
@@ -459,6 +532,15 @@ def verdict_row(row: ComparisonRow) -> dict[str, Any]:
     if row.verdict == "undecided":
         cells["more items"] = row.items_needed
     return cells
+
+
+def replacement(verdict: str, in_service: Path) -> str:
+    """Whether an engine may take the place of another one, in a sentence."""
+    return {
+        "pass": f"ship: not worse than {in_service} within the margin",
+        "fail": f"do not ship: worse than {in_service} by more than the margin",
+        "undecided": f"undecided: too few items to compare with {in_service}",
+    }[verdict]
 
 
 def exit_with_verdict(gate: GateVerdict | None, accept_undecided: bool) -> None:

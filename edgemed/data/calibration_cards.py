@@ -6,16 +6,19 @@ rules that are written down here. The search does not prove that nothing is ther
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts.hashing import file_sha256
-from edgemed.data.text_sets import read_rows, texts_of
+from edgemed.data.text_sets import CARD, read_rows, texts_of
 from edgemed.errors import EdgemedError
 
 MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
@@ -102,12 +105,7 @@ def make_card(
             f" {heldout:g}",
             "Give more texts, or another --heldout",
         )
-    out.mkdir(parents=True)
-    files = {
-        split: _write_split(out / f"{split}.jsonl", rows, tokenizer)
-        for split, rows in splits.items()
-    }
-    card = {
+    card: dict[str, Any] = {
         "name": source.name,
         "description": source.description or f"Made by edgemed from {Path(file).name}.",
         "source": source.source,
@@ -122,12 +120,33 @@ def make_card(
             "texts": len(texts),
             "repeated": len(texts) - len(unique),
         },
-        "files": files,
     }
-    (out / "card.yaml").write_text(
-        yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8"
-    )
+    with _whole_or_absent(Path(out)) as part:
+        card["files"] = {
+            split: _write_split(part / f"{split}.jsonl", rows, tokenizer)
+            for split, rows in splits.items()
+        }
+        (part / CARD).write_text(
+            yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=150), encoding="utf-8"
+        )
     return card
+
+
+@contextlib.contextmanager
+def _whole_or_absent(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that takes its place at the end, or is gone."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, out)
+    except OSError as error:
+        raise EdgemedError(
+            f"cannot write {out}: {error.strerror}", "Choose another --out, or free space"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _traces_error(file: Path, traces: Sequence[tuple[int, str]]) -> EdgemedError:

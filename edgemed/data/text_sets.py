@@ -19,7 +19,7 @@ from edgemed.documents.limited_files import read_limited
 from edgemed.documents.text_card import TextCardDocument
 from edgemed.documents.yaml_files import read_yaml_mapping
 from edgemed.errors import EdgemedError, nearest
-from edgemed.models.tokenizer import NAMES, chat_text, encode
+from edgemed.models.tokenizer import NAMES, begin_tokens, chat_text, encode
 from edgemed.vision.image_io import Album
 
 if TYPE_CHECKING:
@@ -264,6 +264,7 @@ def calibration_sequences(
     name: str, tokenizer: Any, samples: int, length: int, model: Path | None = None
 ) -> list[list[int]]:
     """`samples` sequences of `length` tokens from the calibration split, texts joined end to end.
+    Each sequence begins with the tokens that begin a text, as every prompt of the engine does.
     model: whose chat template conversations take (texts_of).
 
     Raises EdgemedError where the set is too short, or holds a language the tokenizer spells out
@@ -281,13 +282,15 @@ def calibration_sequences(
         tokens[language] = tokens.get(language, 0) + len(encoded)
     for language in nbytes:
         _check_language(name, tokenizer, language, nbytes[language], tokens[language])
-    if len(stream) < samples * length:
+    begin = begin_tokens(tokenizer)[: length - 1]
+    room = length - len(begin)
+    if len(stream) < samples * room:
         raise EdgemedError(
-            f"calibration set '{name}' has {len(stream)} tokens, {samples} x {length} ="
-            f" {samples * length} are asked for",
-            f"Ask for at most {len(stream) // length} samples, or use a larger set",
+            f"calibration set '{name}' has {len(stream)} tokens, {samples} x {room} ="
+            f" {samples * room} are asked for",
+            f"Ask for at most {len(stream) // room} samples, or use a larger set",
         )
-    return [stream[i * length : (i + 1) * length] for i in range(samples)]
+    return [[*begin, *stream[i * room : (i + 1) * room]] for i in range(samples)]
 
 
 def _check_language(name: str, tokenizer: Any, language: str, nbytes: int, tokens: int) -> None:

@@ -42,14 +42,14 @@ def sample_answers(
     begins: torch.Tensor,
     images: MultimodalBatch,
     vocab: int,
-    eos: int | None,
+    ends: tuple[int, ...],
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels) int64 [rows, length] with everything from `begins` [rows] on answered anew
     by the student. labels: what it sampled, IGNORED elsewhere.
 
     Sampled at temperature 1 from the first `vocab` tokens except the image's own. An answer ends
-    with `eos`, or where its sequence does. No gradient flows.
+    with one of `ends`, or where its sequence does. No gradient flows.
     """
     count, length = tokens.shape
     device = tokens.device
@@ -66,7 +66,7 @@ def sample_answers(
         positions = images.positions[:, rows[:, None], read]
         cache = None
         is_answer = torch.arange(length, device=device) >= begins[:, None]
-        tokens = tokens.masked_fill(is_answer, eos or 0)
+        tokens = tokens.masked_fill(is_answer, ends[0] if ends else 0)
         labels = torch.full_like(tokens, IGNORED)
         is_open = torch.ones(count, dtype=torch.bool, device=device)
         for step in range(length - int(begins.min())):
@@ -83,8 +83,8 @@ def sample_answers(
             is_open = is_open & (at < length)
             tokens[rows[is_open], at[is_open]] = drawn[is_open]
             labels[rows[is_open], at[is_open]] = drawn[is_open]
-            if eos is not None:
-                is_open = is_open & (drawn != eos)
+            for end in ends:
+                is_open = is_open & (drawn != end)
             if not is_open.any():
                 break
             inputs = student.get_input_embeddings()(drawn)[:, None]

@@ -30,7 +30,7 @@ class Objective:
     kind, beta: the divergence D. pairs: (student layer, teacher layer) whose hidden states are
     matched. on_policy: share of batches whose text after `prompt` tokens, or whose answers about
     images, are sampled from the student. Their loss is T^2 D of the sampled tokens alone. vocab:
-    tokens both share. eos: the token that ends an answer.
+    tokens both share. ends: the tokens that end an answer.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Objective:
     prompt: int
     vocab: int
     seed: int
-    eos: int | None = None
+    ends: tuple[int, ...] = ()
 
 
 @dataclass
@@ -269,7 +269,7 @@ def on_policy_batch(
     if images:
         # The answer begins at the first label.
         begins = (labels != IGNORED).int().argmax(1)
-        return sample_answers(model.student, tokens, begins, images, o.vocab, o.eos, seed)
+        return sample_answers(model.student, tokens, begins, images, o.vocab, o.ends, seed)
     tokens = sample_text(model, tokens, o.prompt, o.vocab, seed)
     labels = tokens.clone()
     labels[:, : o.prompt] = IGNORED

@@ -29,7 +29,8 @@ from edgemed.distillation.teacher import (
 )
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling
-from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.special_tokens import stop_tokens
+from edgemed.models.tokenizer import encode, encode_context, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 
 
@@ -64,17 +65,17 @@ def split(samples: list[Any], params: Params) -> Splits:
 
 
 def packed_texts(texts: list[str], weights: CanonicalWeights, length: int) -> np.ndarray:
-    """Texts joined end to end, each closed by the end-of-text token (a line break where there is
-    none): int64 [sequences, length].
+    """Texts joined end to end, each with the tokens that begin a text and closed by the
+    end-of-text token (a line break where there is none): int64 [sequences, length].
     """
     tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
     eos = weights.decoder.eos
     stream: list[int] = []
     for text in texts:
         if eos is None:
-            stream += encode(tokenizer, text + "\n")
+            stream += encode_context(tokenizer, text + "\n")
         else:
-            stream += [*encode(tokenizer, text), eos]
+            stream += [*encode_context(tokenizer, text), eos]
     complete = len(stream) // length * length
     return np.array(stream[:complete], np.int64).reshape(-1, length)
 
@@ -147,7 +148,7 @@ def _objective(
         prompt=params.prompt,
         vocab=min(student.decoder.vocab, teacher.decoder.vocab),
         seed=params.seed,
-        eos=student.decoder.eos,
+        ends=stop_tokens(student.checkpoint.path, student.checkpoint.config, student.decoder.eos),
     )
 
 
@@ -242,7 +243,7 @@ def _continuations(
         continuation = encode(tokenizer, row["text"])
         if row["ended"] and eos is not None:
             continuation = [*continuation, eos]
-        prompts.append(encode(tokenizer, row["prompt"]))
+        prompts.append(encode_context(tokenizer, row["prompt"]))
         continuations.append(continuation)
     tokens, labels = padded_sequences(prompts, continuations, params.length, eos or 0)
     # A continuation may be empty, or its prompt may fill the sequence.

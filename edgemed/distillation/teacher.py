@@ -27,7 +27,8 @@ from edgemed.distillation.divergences import top_k_distribution, top_k_with_tail
 from edgemed.errors import EdgemedError
 from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import ImageEmbeddings
-from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.special_tokens import stop_tokens
+from edgemed.models.tokenizer import encode_context, open_tokenizer
 from edgemed.models.torch_decoder import (
     TorchSession,
     block,
@@ -289,7 +290,7 @@ def generate_continuations(
         tokenizer = open_tokenizer(weights.checkpoint.path, weights.decoder.vocab)
         session = TorchSession(weights)
         for n in track(range(start, len(texts)), "teacher writes"):
-            begin = encode(tokenizer, texts[n])[:prompt]
+            begin = encode_context(tokenizer, texts[n])[:prompt]
             row_sampling = replace(sampling, seed=sampling.seed + n, max_tokens=new)
             continuation = generate_text(session, tokenizer, begin, row_sampling)
             yield {"prompt": tokenizer.decode(begin), **continuation}
@@ -309,8 +310,9 @@ def generate_text(
     them, and whether it ended that itself.
     """
     session.rewind(0)
-    eos = session.weights.decoder.eos
-    stop = frozenset() if eos is None else frozenset({eos})
+    weights = session.weights
+    source = weights.checkpoint
+    stop = frozenset(stop_tokens(source.path, source.config, weights.decoder.eos))
     generated = list(generate(session, begin, sampling, stop, images))
     return {
         "text": tokenizer.decode(generated),

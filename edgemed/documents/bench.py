@@ -34,12 +34,23 @@ class Spread(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineState(Document):
-    """Temperature, clocks and throttling around a measurement, and which sensors counted energy."""
+    """Temperature, clocks, throttling and other work around a measurement; the sensors that counted
+    energy.
+    """
 
     throttled: Annotated[bool | None, LEFT_OUT, Doc("null: the machine does not tell")] = None
     throttling: Annotated[tuple[str, ...], Doc("what held the clocks down, in words")]
     energy: Annotated[str | None, LEFT_OUT, Doc("the sensors")] = None
     energy_reason: Annotated[str | None, Doc("why energy was not measured")]
+    busy: Annotated[
+        bool | None, LEFT_OUT, Doc("whether other work took the engine's cores; null: not told")
+    ] = None
+    busy_reason: Annotated[str | None, LEFT_OUT, Doc("who took how many cores, in words")] = None
+    activity: Annotated[
+        Mapping[str, Any] | None,
+        LEFT_OUT,
+        Doc("cores taken by others, stolen and held back: before, in each round, after"),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

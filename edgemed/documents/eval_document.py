@@ -15,6 +15,8 @@ from edgemed.params import Doc
 class EvalDocument(Document):
     """One engine on several tasks in several strategies."""
 
-    source: Annotated[tuple[EvalResult, ...], Doc("the float32 source, where it was evaluated")]
+    source: Annotated[
+        tuple[EvalResult, ...], Doc("the float32 source or another engine, where compared with")
+    ]
     engine: Annotated[tuple[EvalResult, ...], Doc("paired with the source, where there is one")]
     gate: Annotated[GateVerdict | None, Doc("null: no margin was given")]

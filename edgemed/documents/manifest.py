@@ -140,6 +140,11 @@ class Manifest(ArtifactManifest):
     source: Annotated[SourceModel | None, LEFT_OUT] = None
     verify: Annotated[VerifyResult | None, LEFT_OUT] = None
     evals: Annotated[tuple[EvalResult, ...] | None, LEFT_OUT, Doc("without their items")] = None
+    source_evals: Annotated[
+        tuple[EvalResult, ...] | None,
+        LEFT_OUT,
+        Doc("what the evals are paired with, without items"),
+    ] = None
     gate: Annotated[EngineGate | None, LEFT_OUT] = None
     datasets: Annotated[
         tuple[DataSet, ...] | None, LEFT_OUT, Doc("what it was made and judged with")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -18,18 +18,21 @@ from typing import Annotated, Any, Literal, cast
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
-from edgemed.artifacts.hash_cache import remembered_sha256
-from edgemed.artifacts.hashing import file_sha256
+from edgemed.artifacts.hash_cache import fresh_sha256, remembered_sha256
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
+from edgemed.hardware.threads import check_threads
 from edgemed.inference.session import AdapterSession, Session, VisionEncoder
 from edgemed.models.architecture import VisionConfig
+from edgemed.models.chat_template import FOLDER as TEMPLATES
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.document_keys import accepted_keys
 from edgemed.models.lora import BASE, FOLDER, adapter_config, carried_adapters, quantized_base
-from edgemed.models.tokenizer import open_tokenizer
+from edgemed.models.special_tokens import special_tokens, stop_tokens
+from edgemed.models.tokenizer import begin_tokens, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 from edgemed.params import Range
 
@@ -65,6 +68,10 @@ class Engine:
     """What engine.json says. precision: as a person would name it ('int4 g128', 'Q4_K_M');
     bytes_per_token: weight bytes read for one new token.
 
+    eos: the first end token; stop_tokens: all of them, as transformers' generate takes them (None
+    in engines made before they were recorded). begin_tokens: ids that the tokenizer puts before a
+    text; special_tokens: attribute -> token, as chat templates get them.
+
     centred: its graph wants image features without their mean, which its session takes out.
     adapters: names of the LoRA adapters it carries beside its base; default: the one it is used
     with where none is named, '' for its base. unbuilt: what open() runs until `edgemed build` has
@@ -91,6 +98,16 @@ class Engine:
     adapters: tuple[str, ...] = ()
     default: str = ""
     unbuilt: str = ""
+    stop_tokens: tuple[int, ...] | None = None
+    begin_tokens: tuple[int, ...] = ()
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """The tokens that end what the engine writes."""
+        if self.stop_tokens is not None:
+            return frozenset(self.stop_tokens)
+        return frozenset() if self.eos is None else frozenset({self.eos})
 
     @property
     def emulation(self) -> str:
@@ -147,6 +164,7 @@ class Engine:
         another by use(name), or without by use(None). Raises EdgemedError for an unknown adapter.
         """
         self.check_adapter(adapter)
+        check_threads(threads)
         session: Session = plugins.load("targets", self.target).open(self, threads)
         if self.vision:
             session.carry(partial(self.open_vision, threads))
@@ -161,6 +179,7 @@ class Engine:
 
         Raises EdgemedError where the model reads text only or a file does not load.
         """
+        check_threads(threads)
         return plugins.load("targets", self.target).open_vision(self, threads)
 
     def check_adapter(self, adapter: str | None) -> None:
@@ -179,9 +198,10 @@ def export(
     reference: Reference | None = None,
     name: str | None = None,
     adapted: Mapping[str, Reference] | None = None,
+    witness: WitnessResult | None = None,
 ) -> Engine:
     """Build one engine directory. params: the target's Params; adapted: adapter -> what the source
-    with it answers.
+    with it answers; witness: what the witness found out about the checkpoint, for the manifest.
 
     Raises EdgemedError where the target cannot carry this model, the tokenizer does not fit, or
     `out` holds something else.
@@ -235,6 +255,7 @@ def export(
                 "precision": notes.pop("precision"),
                 "bytes_per_token": notes.pop("bytes_per_token"),
                 "eos": d.eos,
+                "stop_tokens": list(stop_tokens(checkpoint.path, checkpoint.config, d.eos)),
                 "random_weights": checkpoint.random_weights,
                 "params": asdict(params),
                 "rope_frequencies": d.rope_frequencies,
@@ -243,20 +264,35 @@ def export(
                 "adapters": list(carried_adapters(checkpoint, params.adapters)),
                 "default": checkpoint.adapter.name if checkpoint.adapter else "",
             } | {key: notes[key] for key in ("unbuilt", "centred") if key in notes}
+            if tokenizer is not None:
+                facts |= {
+                    "begin_tokens": begin_tokens(tokenizer),
+                    "special_tokens": special_tokens(checkpoint.path),
+                }
             store.write_json(work.path / ENGINE, facts)
             if tokenizer is not None:
                 tokenizer.save(str(work.path / "tokenizer.json"))
-            for file in COPIED:
-                if (checkpoint.path / file).is_file():
-                    shutil.copyfile(checkpoint.path / file, work.path / file)
+            _copy_documents(checkpoint.path, work.path)
             if reference:
                 reference.save(work.path)
             for adapter, answers in (adapted or {}).items():
                 answers.save(work.path / FOLDER / adapter)
+            if witness is not None:
+                notes["witness"] = witness.to_json()
             if accepted := accepted_keys(checkpoint.path, checkpoint.config):
                 notes["accepted_config_keys"] = accepted
             work.notes.update(notes)
     return open_engine(out)
+
+
+def _copy_documents(checkpoint: Path, engine: Path) -> None:
+    """What a device reads beside the tokenizer: settings and chat templates."""
+    for name in COPIED:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, engine / name)
+    for template in sorted((checkpoint / TEMPLATES).glob("*.jinja")):
+        (engine / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, engine / TEMPLATES / template.name)
 
 
 def check_supported(target: str, weights: CanonicalWeights, params: Any) -> None:
@@ -303,7 +339,7 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
             f"{path} is a {manifest.kind}, not an engine",
             "Make an engine with: edgemed export MODEL --target onnx --out DIR",
         )
-    sha256 = file_sha256 if check else remembered_sha256
+    sha256 = fresh_sha256 if check else remembered_sha256
     wrong = [*store.check_manifest(path, sha256), *_plan_problems(path, sha256)]
     if wrong:
         raise EdgemedError(

@@ -29,8 +29,8 @@ from edgemed.evaluation.prompting import (
 from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, task_description
 from edgemed.inference.decoding import Sampling
 from edgemed.inference.session import Session, VisionEncoder
-from edgemed.models.architecture import Architecture
-from edgemed.models.tokenizer import encode
+from edgemed.models.architecture import Architecture, VisionConfig
+from edgemed.models.tokenizer import begin_tokens, encode
 from edgemed.vision.preprocessing import prompt_tokens
 
 
@@ -51,6 +51,7 @@ class Answerer:
         self.strategy = plan.strategy
         self.settings = plan.settings
         self.stop = plan.stop
+        self.begin = begin_tokens(tokenizer) if plan.settings.add_special_tokens else []
         self.task: Task = questions.task
         self.vision_encoder = session.vision if questions.has_vision else None
         self.reader = PrefixReader(session)
@@ -159,10 +160,10 @@ class Answerer:
             text += f"{solved.context}{solved.options[shot.gold]}\n\n"
         prompt = self.task.render(example)
         prompt = Prompt(text + prompt.context, prompt.options)
-        context = encode(self.tokenizer, prompt.context)
+        context = [*self.begin, *encode(self.tokenizer, prompt.context)]
         if self.session.head == "classes":
             return self._classes(example, context)
-        options = option_tokens(self.tokenizer, prompt, context, example.id)
+        options = self._options(prompt, context, example)
         cut = False
         if strategy.reason:
             context, cut = self._rationale(example, strategy, context, max(map(len, options)), turn)
@@ -171,7 +172,7 @@ class Answerer:
         # An option's last token is scored and never read, except by a head, which reads whole
         # sequences.
         room = self.session.context + (self.session.head == "lm") - max(map(len, options))
-        context, short = fit_prompt(context, room, example.id)
+        context, short = fit_prompt(context, room, example.id, self.begin)
         if self.session.head == "choice":
             scores = self.reader.sequences([context + option for option in options])
         else:
@@ -183,6 +184,13 @@ class Answerer:
             ]
         return ModelAnswer(int(np.argmax(scores)), tuple(scores), cut or short)
 
+    def _options(
+        self, prompt: Prompt, context: list[int], example: Example, v: VisionConfig | None = None
+    ) -> list[list[int]]:
+        """Tokens of each option after the context. v: None for a question without images."""
+        special = self.settings.add_special_tokens
+        return option_tokens(self.tokenizer, prompt, context, example.id, v, special)
+
     def _classes(self, example: Example, context: list[int]) -> ModelAnswer:
         if self.session.width != len(example.options):
             raise EdgemedError(
@@ -190,7 +198,7 @@ class Answerer:
                 f" {len(example.options)} options",
                 "Evaluate it on the task it was trained for",
             )
-        prompt, cut = fit_prompt(context, self.session.context, example.id)
+        prompt, cut = fit_prompt(context, self.session.context, example.id, self.begin)
         scores = self.reader.read(prompt).tolist()
         return ModelAnswer(int(np.argmax(scores)), tuple(scores), cut)
 
@@ -201,9 +209,8 @@ class Answerer:
         opening = encode(self.tokenizer, THINK)
         closing = encode(self.tokenizer, CONCLUDE)
         most = self.settings.rationale
-        prompt, cut = fit_prompt(
-            context, self.session.context - len(opening) - len(closing) - most - longest, example.id
-        )
+        room = self.session.context - len(opening) - len(closing) - most - longest
+        prompt, cut = fit_prompt(context, room, example.id, self.begin)
         sampled = strategy.votes > 1
         seed = zlib.crc32(f"{self.settings.seed}/{example.id}/{turn}".encode())
         written = self.reader.write(
@@ -217,7 +224,7 @@ class Answerer:
         self, example: Example, prompt: Prompt, context: list[int], cut: bool
     ) -> ModelAnswer:
         most = max(8, *(len(encode(self.tokenizer, option)) + 2 for option in prompt.options))
-        start, short = fit_prompt(context, self.session.context - most, example.id)
+        start, short = fit_prompt(context, self.session.context - most, example.id, self.begin)
         text = self.tokenizer.decode(self.reader.write(start, Sampling(max_tokens=most), self.stop))
         return ModelAnswer(chosen(text, prompt.options, self.task.lettered), (), cut or short)
 
@@ -229,8 +236,9 @@ class Answerer:
         """
         encoder = self._vision()
         prompt, form = self._conversation(example, encoder)
-        context = prompt_tokens(self.tokenizer, prompt.context, encoder.v)
-        options = option_tokens(self.tokenizer, prompt, context, example.id, encoder.v)
+        special = self.settings.add_special_tokens
+        context = prompt_tokens(self.tokenizer, prompt.context, encoder.v, special)
+        options = self._options(prompt, context, example, encoder.v)
         tokens, pictures = encoder.see(context, self.questions.pictures(example))
         if self.settings.scoring == "generated" or not options:
             rationale = self.settings.rationale if form else 0

@@ -86,7 +86,7 @@ def evaluate(
         model_key=model_key,
         strategy=plan.strategy.name,
         scoring=scoring_of(questions, session.head, plan.settings),
-        settings=settings_of(plan, questions.has_vision),
+        settings=settings_of(plan, questions.has_vision, answerer.begin),
         n=n,
         correct=correct,
         accuracy=correct / n,
@@ -133,9 +133,9 @@ def scoring_of(questions: Questions, head: str, settings: PromptSettings) -> str
     return f"{method}; open questions: {OPEN}" if opened else method
 
 
-def settings_of(plan: PromptPlan, has_vision: bool) -> dict[str, Any]:
+def settings_of(plan: PromptPlan, has_vision: bool, begin: Sequence[int] = ()) -> dict[str, Any]:
     """What a strategy besides its name depends on, for the record. has_vision: whether the task
-    shows images, whose models reason when they generate.
+    shows images, whose models reason when they generate. begin: tokens that begin every prompt.
     """
     settings = plan.settings
     parts = (plan.strategy, *plan.strategy.members)
@@ -148,6 +148,10 @@ def settings_of(plan: PromptPlan, has_vision: bool) -> dict[str, Any]:
         record["rationale_tokens"] = settings.rationale
     if any(p.reason and p.votes > 1 for p in parts):
         record["temperature"] = settings.temperature
+    if begin:
+        record["begin_tokens"] = list(begin)
+    if not settings.add_special_tokens:
+        record["add_special_tokens"] = False
     return record
 
 
@@ -197,6 +201,31 @@ def pair(
             f"{where}: the result of '{source.model}' is not that of a source of this engine",
             "Pair an engine only with the checkpoint it was made from",
         )
+    return paired_with(engine, source, margin, alpha)
+
+
+def pair_engines(
+    engine: EvalResult, other: EvalResult, margin: float | None, alpha: float
+) -> EvalResult:
+    """An engine's result with what changed against another engine, item by item: the statistics are
+    those of `pair`, and the other engine stands in the source's place.
+
+    Raises EdgemedError where the two were not asked the same, or are the same engine.
+    """
+    if engine.model_key == other.model_key:
+        raise EdgemedError(
+            f"{engine.model} is compared with itself", "Give the directory of another engine"
+        )
+    return paired_with(engine, other, margin, alpha)
+
+
+def paired_with(
+    engine: EvalResult, source: EvalResult, margin: float | None, alpha: float
+) -> EvalResult:
+    """The engine's result with the paired statistics. Raises EdgemedError where the two results
+    were not made in the same way.
+    """
+    where = f"{engine.task} on {engine.model}"
     for key, what in (
         ("task_key", "another version, part or file of the task"),
         ("strategy", "another strategy"),

@@ -17,8 +17,8 @@ from edgemed.engines.engine import open_engine
 from edgemed.errors import EdgemedError, need
 from edgemed.evaluation.option_scoring import PrefixReader
 from edgemed.inference.decoding import Sampling, continued, log_softmax
-from edgemed.models import tokenizer
-from edgemed.models.tokenizer import chat_text, encode
+from edgemed.models.chat_template import begun_answer_text, chat_template, chat_text
+from edgemed.models.tokenizer import encode, encode_text, special_tokens
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -42,10 +42,16 @@ class EngineLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
     ):
         """engine: its directory; every file is hashed, an altered one refused. threads: None for
         the physical cores available. device is lm_eval's own default ('cuda:0' whether there is one
         or not) and says nothing: an engine runs where its target runs it.
+
+        add_bos_token, prefix_token_id: as those of lm_eval's `hf` model. A text gets the tokens its
+        tokenizer adds (None), a begin token (True) or nothing (False), unless it begins with the
+        prefix token already, as a chat template writes it.
 
         Raises EdgemedError where it is no engine with a language-model head and a tokenizer, or a
         batch is asked for.
@@ -73,18 +79,44 @@ class EngineLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.batch_size = 1
         self.reader = PrefixReader(self.session)
+        self.add_bos_token = add_bos_token
+        self.custom_prefix_token_id = prefix_token_id
+        self.named = special_tokens(self.engine.path)
+        self.template: str | None = None
         self.context: list[int] = []
         self.first = np.empty(0)
 
     @property
     def eot_token_id(self) -> int:
-        if self.engine.eos is None:
+        eos = self._eos()
+        if eos is None:
             raise EdgemedError(
                 f"{self.engine.path} names no end-of-text token, which this task puts before every"
                 " text",
                 "Choose a task with a context",
             )
-        return self.engine.eos
+        return eos
+
+    def _eos(self) -> int | None:
+        """The tokenizer's end token, else that of the model's configuration."""
+        eos = self.token_id("eos_token")
+        return self.engine.eos if eos is None else eos
+
+    def token_id(self, name: str) -> int | None:
+        """Id of a token by its name in transformers, such as 'bos_token'; None where it is not
+        set.
+        """
+        token = self.named.get(name)
+        number: int | None = None if token is None else self.tokenizer.token_to_id(token)
+        return number
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: the begin token, else the end token."""
+        if self.custom_prefix_token_id is not None:
+            return self.custom_prefix_token_id
+        bos = self.token_id("bos_token")
+        return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -99,33 +131,51 @@ class EngineLM(TemplateLM):
             "engine_target": e.target,
             "engine_precision": e.precision,
             "engine_context": e.context,
+            "engine_begin_tokens": self.tok_encode(""),
         }
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        return encode(self.tokenizer, string)
+        """Ids as lm_eval's `hf` model makes them."""
+        if add_special_tokens is not None:
+            return encode_text(self.tokenizer, string, add_special_tokens)
+        if self._begins_with_prefix(string) or self.add_bos_token is False:
+            return encode(self.tokenizer, string)
+        bos = self.token_id("bos_token")
+        if self.add_bos_token and bos is not None:
+            return [bos, *encode(self.tokenizer, string)]
+        return encode_text(self.tokenizer, string)
 
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        return tokenizer.chat_template(self.engine.path) if chat_template else ""
+    def _begins_with_prefix(self, string: str) -> bool:
+        prefix_id = self.custom_prefix_token_id
+        for number in (self.token_id("bos_token"), self._eos()):
+            prefix_id = number if prefix_id is None else prefix_id
+        if prefix_id is None:
+            return False
+        return string.startswith(self.tokenizer.decode([prefix_id], skip_special_tokens=False))
+
+    def chat_template(self, chat_template_name: bool | str = False) -> str:
+        """The engine's template: False for none, True for its default, or one by name."""
+        if chat_template_name is False:
+            return ""
+        name = chat_template_name if isinstance(chat_template_name, str) else None
+        self.template = name or None
+        return chat_template(self.engine.path, self.template)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        if not self.chat_template(True) or not add_generation_prompt:
+        """A conversation as text. add_generation_prompt: False where its last message is an answer
+        begun for the model.
+        """
+        if not chat_template(self.engine.path, self.template):
             raise EdgemedError(
-                (
-                    f"{self.engine.path} has no chat template"
-                    if add_generation_prompt
-                    else "answers that are begun for the model are not supported"
-                ),
-                "Leave --apply_chat_template out",
+                f"{self.engine.path} has no chat template", "Leave --apply_chat_template out"
             )
-        return chat_text(
-            self.engine.path,
-            chat_history,
-            "" if self.engine.eos is None else self.tokenizer.id_to_token(self.engine.eos),
-        )
+        if not add_generation_prompt:
+            return begun_answer_text(self.engine.path, chat_history)
+        return chat_text(self.engine.path, chat_history, template=self.template)
 
     # --- scoring
 
@@ -208,7 +258,8 @@ class EngineLM(TemplateLM):
                 f"generation setting '{unknown[0]}' is not supported",
                 f"Known: {', '.join(FOLLOWED)}",
             )
-        eos = None if self.engine.eos is None else self.tokenizer.id_to_token(self.engine.eos)
+        eos = self._eos()
+        eos = None if eos is None else self.tokenizer.decode([eos], skip_special_tokens=False)
         until = utils.handle_stop_sequences(wanted["until"], eos=eos)
         most = wanted["max_gen_toks"]
         if most >= self.max_length:
@@ -228,8 +279,7 @@ class EngineLM(TemplateLM):
         self.context = []
         written = []
         text = ""
-        stop = frozenset() if self.engine.eos is None else frozenset({self.engine.eos})
-        for token in continued(self.session, self.reader.read(tokens), sampling, stop):
+        for token in continued(self.session, self.reader.read(tokens), sampling, self.engine.stop):
             written.append(token)
             text = self.tokenizer.decode(written)
             if any(term and term in text for term in until):

@@ -17,6 +17,7 @@ from edgemed.evaluation.task import Questions
 from edgemed.inference.session import Session, vision_of_session
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import answering
+from edgemed.models.special_tokens import stop_tokens
 from edgemed.models.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
@@ -25,18 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model ready to be evaluated. eos: its end-of-text token. Its session carries the vision
-    encoder.
+    """A model ready to be evaluated. stop: the tokens that end a written text. Its session carries
+    the vision encoder.
     """
 
     session: Session
     tokenizer: Any
-    eos: int | None
-
-    @property
-    def stop(self) -> frozenset[int]:
-        """The tokens that end a written text."""
-        return frozenset() if self.eos is None else frozenset({self.eos})
+    stop: frozenset[int]
 
     def close(self) -> None:
         self.session.close()
@@ -49,7 +45,7 @@ def open_source(
     adapter: tuple[str, str] | None = None,
 ) -> OpenedModel:
     """The float32 source, with an adapter (name, PEFT directory) or as it is, as a session, with
-    its tokenizer and end-of-text token.
+    its tokenizer and end tokens.
 
     has_vision: open its vision encoder too; raises EdgemedError where it reads text only. route: as
     TorchSession.
@@ -65,7 +61,7 @@ def open_source(
     return OpenedModel(
         session,
         open_tokenizer(source.path, weights.decoder.vocab),
-        weights.decoder.eos,
+        frozenset(stop_tokens(source.path, source.config, weights.decoder.eos)),
     )
 
 
@@ -78,7 +74,7 @@ def start_engine(
     session = engine.open(threads, adapter)
     if has_vision:
         vision_of_session(session)
-    return OpenedModel(session, engine.tokenizer(), engine.eos)
+    return OpenedModel(session, engine.tokenizer(), engine.stop)
 
 
 def evaluate_opened(

@@ -165,15 +165,16 @@ def option_tokens(
     context: Sequence[int],
     where: str,
     v: VisionConfig | None = None,
+    add_special_tokens: bool = True,
 ) -> list[list[int]]:
-    """Tokens of each option after the context; v: as for prompt_tokens. Raises EdgemedError for an
-    option that tokenizes to nothing.
+    """Tokens of each option after the context; v, add_special_tokens: as for prompt_tokens. Raises
+    EdgemedError for an option that tokenizes to nothing.
     """
     tokens_of_options = []
     for option in prompt.options:
         # Encoded together, so that a tokenizer that merges across the border is asked what it would
         # really see.
-        whole = prompt_tokens(tokenizer, prompt.context + option, v)
+        whole = prompt_tokens(tokenizer, prompt.context + option, v, add_special_tokens)
         if whole[: len(context)] == list(context):
             tokens = whole[len(context) :]
         else:
@@ -187,16 +188,20 @@ def option_tokens(
     return tokens_of_options
 
 
-def fit_prompt(context: Sequence[int], room: int, where: str) -> tuple[list[int], bool]:
-    """The last `room` tokens of a context, and whether any were cut. Raises EdgemedError where
-    there is room for none.
+def fit_prompt(
+    context: Sequence[int], room: int, where: str, begin: Sequence[int] = ()
+) -> tuple[list[int], bool]:
+    """The last `room` tokens of a context, and whether any were cut. begin: the tokens that begin
+    a text, which stay in front. Raises EdgemedError where there is room for none.
     """
-    if room < 1:
+    if room < 1 + len(begin):
         raise EdgemedError(
             f"question {where}: its options alone fill the engine's context",
             "Shorten the options, or export with a longer context",
         )
-    return list(context[-room:]), len(context) > room
+    if len(context) <= room:
+        return list(context), False
+    return [*begin, *context[len(begin) - room :]], True
 
 
 def chosen(text: str, options: Sequence[str], lettered: bool) -> int:

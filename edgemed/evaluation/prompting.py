@@ -68,6 +68,9 @@ class PromptSettings:
     seed: Annotated[
         int, Range(0), Doc("Of the random examples, the shuffled options and the sampling.")
     ] = 0
+    add_special_tokens: Annotated[
+        bool, Doc("Whether prompts begin with the tokens that the model's tokenizer puts there.")
+    ] = True
 
 
 @dataclass(frozen=True)

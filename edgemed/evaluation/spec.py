@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated
 
 from edgemed.evaluation.prompting import PromptSettings
-from edgemed.params import Doc, Range
+from edgemed.params import Doc, NonEmpty, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class EvalSpec(PromptSettings):
     beside these.
     """
 
-    tasks: Annotated[tuple[str, ...], Doc("Each NAME[/LANGUAGE][:FILE.jsonl].")]
+    tasks: Annotated[tuple[str, ...], NonEmpty(), Doc("Each NAME[/LANGUAGE][:FILE.jsonl].")]
     limit: Annotated[
         int | None, Range(1), Doc("Only the first rows, for a quick look. The result says so.")
     ] = None
@@ -28,7 +28,7 @@ class EvalSpec(PromptSettings):
         Doc("Which frame of image files that have several. None: such a file is refused."),
     ] = None
     strategies: Annotated[
-        tuple[str, ...], Doc("Prompt strategies. The gate judges the first one.")
+        tuple[str, ...], NonEmpty(), Doc("Prompt strategies. The gate judges the first one.")
     ] = ("zero-shot",)
     margin: Annotated[
         float | None,

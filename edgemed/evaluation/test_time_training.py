@@ -26,7 +26,7 @@ from edgemed.evaluation.task import Example, Questions
 from edgemed.inference.session import CarriesVision, ImageEmbeddings, check_room
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
-from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.tokenizer import encode_context, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 
 
@@ -209,13 +209,13 @@ class TrainingTexts:
 
     def _sequence(self, index: int) -> tuple[list[int], list[int]]:
         if self.settings.text:
-            tokens = encode(self.tokenizer, self.texts[index])[: self.settings.length]
+            tokens = encode_context(self.tokenizer, self.texts[index])[: self.settings.length]
             return tokens, tokens
         # Of a solved example the answer alone is learned.
         shot = self.questions.shots[index]
         prompt = self.questions.task.render(shot)
-        context = encode(self.tokenizer, prompt.context)
-        whole = encode(self.tokenizer, prompt.context + prompt.options[shot.gold])
+        context = encode_context(self.tokenizer, prompt.context)
+        whole = encode_context(self.tokenizer, prompt.context + prompt.options[shot.gold])
         labels = [IGNORED] * len(context) + whole[len(context) :]
         return whole[-self.settings.length :], labels[-self.settings.length :]
 

@@ -46,6 +46,9 @@ SCORED = (1, 2, 6)
 # quantized matrices with inputs rounded to 8 bits, which gave 0.03 on a published model of 30
 # layers; edgemed's float32 does not. A row or a factor in the wrong place gives 0.5 and more.
 TOLERANCES = {"float": 5e-3, "quantized": 0.1}
+# The same without that rounding: of the first layers, with floats for integers.
+TWIN_LAYERS = 2
+TWIN_TOLERANCE = 5e-3
 WHAT_IT_IS = "Weights expanded to floats from a GGUF file by edgemed."
 # general.* texts of a file that travel on in its README and manifest
 TOLD = (
@@ -91,20 +94,27 @@ def _import(file: GgufFile, folder: Path) -> dict[str, Any]:
             "Get the file again",
         )
     texts = check_texts(vocabulary)
-    reading, scores = read_foreign(file.path, texts, SCORED)
+    layers = min(TWIN_LAYERS, d.layers)
+    reading, scores, twin_scores = read_foreign(file.path, texts, SCORED, layers)
     _write_tokenizer(file, folder, vocabulary, reading, texts)
     config["bos_token_id"] = vocabulary.special.get("bos")
     config["eos_token_id"] = vocabulary.special.get("eos")
     _write_generation_config(folder, vocabulary, reading)
     _write_weights(file, folder, config, tensors)
     _write_readme(file, folder)
-    error = _check_scores(folder, [reading.framed[n] for n in SCORED], scores)
+    checkpoint = open_checkpoint(folder)
+    shortened = {**config, family.gguf_keys["block_count"]: layers}
+    twin = replace(checkpoint, config=shortened)
+    scored = [reading.framed[n] for n in SCORED]
+    error = _score_error(checkpoint, scored, scores)
+    twin_error = _score_error(twin, scored, twin_scores)
     quantized = sorted({t.type for t in file.tensors.values()} - {"F32", "F16", "BF16"})
     limit = TOLERANCES["quantized" if quantized else "float"]
-    if not error <= limit:
+    if not (error <= limit and twin_error <= TWIN_TOLERANCE):
         raise EdgemedError(
             f"{file.path}: the imported weights give other scores than llama.cpp does (relative"
-            f" error {error:.2g}, at most {limit:g} is due to its arithmetic)",
+            f" error {error:.2g} where {limit:g} is due to its arithmetic, and of the first layers"
+            f" as floats {twin_error:.2g} where {TWIN_TOLERANCE:g} is)",
             "The file holds something that edgemed reads otherwise; report it",
         )
     return {
@@ -117,6 +127,11 @@ def _import(file: GgufFile, folder: Path) -> dict[str, Any]:
             "scored_tokens": sum(len(reading.framed[n]) for n in SCORED),
             "relative_error": error,
             "limit": limit,
+            "first_layers_as_floats": {
+                "layers": layers,
+                "relative_error": twin_error,
+                "limit": TWIN_TOLERANCE,
+            },
         },
     }
 
@@ -310,11 +325,11 @@ def _write_readme(file: GgufFile, folder: Path) -> None:
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _check_scores(folder: Path, texts: list[list[int]], scores: list[np.ndarray]) -> float:
+def _score_error(checkpoint: Checkpoint, texts: list[list[int]], scores: list[np.ndarray]) -> float:
     """The difference from llama.cpp's scores of the same tokens, relative to the scores, both as
     root mean squares; of the text where it is largest.
     """
-    weights = CanonicalWeights(open_checkpoint(folder))
+    weights = CanonicalWeights(checkpoint)
     worst = 0.0
     for tokens, expected in zip(texts, scores, strict=True):
         if not tokens:

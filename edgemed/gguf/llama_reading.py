@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from edgemed.errors import EdgemedError
+from edgemed.gguf.float_twin import write_float_twin
 from edgemed.gguf.llama_session import ERRORS, llama_library
 
 # Seconds for a foreign file: to open it, and for each 10^9 bytes of it.
@@ -29,6 +30,7 @@ PER_GIGABYTE = 120.0
 REQUEST = "request.json"
 READING = "reading.json"
 SCORES = "scores.npz"
+TWIN = "twin.gguf"
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,22 @@ def read_tokens(file: Path, texts: Sequence[str]) -> LlamaReading:
 
 
 def read_foreign(
-    file: Path, texts: Sequence[str], scored: Sequence[int] = ()
-) -> tuple[LlamaReading, list[np.ndarray]]:
+    file: Path, texts: Sequence[str], scored: Sequence[int] = (), blocks: int = 0
+) -> tuple[LlamaReading, list[np.ndarray], list[np.ndarray]]:
     """The same in a process of its own, and float32 scores [tokens, vocab] of the texts with the
-    numbers `scored`, after what llama.cpp puts before them.
+    numbers `scored`, after what llama.cpp puts before them: of the file, and of its first `blocks`
+    layers with floats for integers (none where that is 0).
 
     Raises EdgemedError where llama.cpp refuses the file, dies of it or takes too long.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        request = {"file": str(Path(file).resolve()), "texts": list(texts), "scored": list(scored)}
+        request = {
+            "file": str(Path(file).resolve()),
+            "texts": list(texts),
+            "scored": list(scored),
+            "blocks": blocks,
+        }
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
         code = "import sys; from edgemed.gguf.llama_reading import main; main(sys.argv[1])"
         # Only this edgemed and what is installed: nothing from the folder a person stands in.
@@ -105,8 +113,9 @@ def read_foreign(
         scores = []
         if scored:
             with np.load(folder / SCORES) as arrays:
-                scores = [arrays[f"arr_{place}"] for place in range(len(scored))]
-        return LlamaReading(**document), scores
+                scores = [arrays[f"arr_{place}"] for place in range(len(arrays.files))]
+        count = len(scored)
+        return LlamaReading(**document), scores[:count], scores[count:]
 
 
 def _cause(done: subprocess.CompletedProcess[str]) -> str:
@@ -133,7 +142,12 @@ def main(folder: str) -> None:
         model = _load(lib, Path(request["file"]), params)
         reading = _reading(lib, model, texts)
         if request["scored"]:
-            scores = [_scores(lib, model, reading.framed[n]) for n in request["scored"]]
+            texts_ids = [reading.framed[n] for n in request["scored"]]
+            scores = [_scores(lib, model, ids) for ids in texts_ids]
+            if request["blocks"]:
+                write_float_twin(Path(request["file"]), work / TWIN, request["blocks"])
+                twin = _load(lib, work / TWIN, params)
+                scores += [_scores(lib, twin, ids) for ids in texts_ids]
             np.savez(work / SCORES, *scores)
     except EdgemedError as error:
         document: dict[str, Any] = {"error": error.problem}

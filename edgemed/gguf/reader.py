@@ -77,6 +77,7 @@ LEAST_ENTRY = 13
 LEAST_TENSOR = 32
 LARGEST_ALIGNMENT = 1 << 16
 ALIGNMENT_KEY = "general.alignment"
+TOKENS = "tokenizer.ggml.tokens"
 # Numbers of a graph and what they can be at most.
 COUNTS = {
     "block_count": 1024,
@@ -226,7 +227,8 @@ class _Header:
         try:
             return self.content[start : self.position].decode()
         except UnicodeDecodeError:
-            self.fail(f"{what} is not UTF-8")
+            problem = f"{what} is not UTF-8"
+        self.fail(problem)
 
     def value(self, key: str, kind: int) -> Any:
         if kind == STRING:
@@ -246,9 +248,12 @@ class _Header:
                 self.fail(f"'{key}' says to hold {count} texts, more than the file")
             name = f"an entry of '{key}'"
             if not self.texts:
-                self.skip_texts(name, count)
+                self.skip_texts(key, count)
                 return []
-            return [self.string(name) for _ in range(count)]
+            texts = [self.string(name) for _ in range(count)]
+            if key == TOKENS and len(set(texts)) < count:
+                self.fail("two of its tokens are the same text")
+            return texts
         if kind not in SCALARS:
             self.fail(f"'{key}' is a list of the type {kind}, which does not exist")
         letter = SCALARS[kind]
@@ -259,7 +264,8 @@ class _Header:
         self.position += nbytes
         return values
 
-    def skip_texts(self, what: str, count: int) -> None:
+    def skip_texts(self, key: str, count: int) -> None:
+        tokens: set[bytes] = set()
         position = self.position
         content = self.content
         length_at = struct.Struct("<Q").unpack_from
@@ -269,8 +275,13 @@ class _Header:
                 self.fail("its header ends early")
             (length,) = length_at(content, position)
             position += 8 + length
+            if key == TOKENS:
+                tokens.add(content[position - length : position])
         if position > self.size:
-            self.fail(f"{what} says to have more bytes than the file")
+            self.fail(f"an entry of '{key}' says to have more bytes than the file")
+        if key == TOKENS and len(tokens) < count:
+            # llama.cpp ends the process.
+            self.fail("two of its tokens are the same text")
         self.position = position
 
     def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:

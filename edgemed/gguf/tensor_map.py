@@ -83,22 +83,27 @@ def graph_of(family: Architecture, d: DecoderConfig) -> tuple[str, bool]:
     """(llama.cpp's name of the graph that computes this decoder, whether it rotates elements 2i and
     2i+1 of a head).
 
-    Some of its graphs take a head to be hidden / heads. A model with other heads is written for a
-    graph that reads their size, where its family names one.
+    Some of its graphs take a head to be hidden / heads, and rotary frequencies to be plain powers.
+    Another model is written for a graph that reads both, where its family names one.
     """
-    if family.gguf_any_head and d.q_size != d.hidden:
+    unusual = d.q_size != d.hidden or rescaled(d) is not None
+    if family.gguf_any_head and unusual:
         return family.gguf_any_head, True
     return family.gguf_arch, family.gguf_interleaved
 
 
 def parts_with_biases(weights: CanonicalWeights) -> dict[str, ParamSpec]:
-    """The parts of a checkpoint, with a bias where one is stored, whatever is usual in its
-    family.
+    """The parts of a checkpoint, with a bias where one is stored that is not all zeros (AutoGPTQ
+    writes such), whatever is usual in its family.
     """
+    checkpoint = weights.checkpoint
     parts = {}
     for name, part in weights.parts.items():
-        stored = any(f"{key}.bias" in weights.checkpoint.tensors for key in weights.keys[name])
-        parts[name] = replace(part, bias=part.bias or stored)
+        biases = [f"{key}.bias" for key in weights.keys[name]]
+        stored = part.bias or any(
+            bias in checkpoint.tensors and bool(checkpoint.read(bias).any()) for bias in biases
+        )
+        parts[name] = replace(part, bias=stored)
     return parts
 
 

@@ -29,6 +29,7 @@ from edgemed import params, plugins
 from edgemed.documents.yaml_files import read_yaml_mapping
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware import jetson
+from edgemed.hardware.threads import check_threads
 
 GIB = 1 << 30
 # A figure of hardware; none reaches 10^9 in its unit.
@@ -409,6 +410,7 @@ def read_bandwidth(threads: int, rounds: int = 30) -> float:
 
     if rounds < 5:
         raise EdgemedError(f"{rounds} rounds are too few to measure bandwidth", "Use 5 or more")
+    check_threads(threads)
     size = min(max(256 << 20, 4 * last_level_cache()), psutil.virtual_memory().available // 4)
     # Written once: pages never written would all be the one zero page, which stays in the cache.
     buffer = np.ones(size // 8, np.int64)

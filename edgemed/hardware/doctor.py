@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgemed import plugins
-from edgemed.errors import EdgemedError
+from edgemed.errors import EdgemedError, install_command
 from edgemed.hardware import jetson, packages, power_sensors, thermal
 from edgemed.hardware.device import gpus, machine, read_device
 from edgemed.hardware.jetson import jetpack_state, read_jetson
@@ -257,7 +257,7 @@ def package(name: str, extra: str) -> Finding:
 
 
 def install(extra: str) -> str:
-    return f"pip install 'edgemed[{extra}]'"
+    return f"edgemed[{extra}]: {install_command(extra)}"
 
 
 def self_check(target: str) -> Finding:

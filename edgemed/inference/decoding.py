@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from edgemed.errors import EdgemedError
 from edgemed.inference.session import ImageEmbeddings, Session
+from edgemed.params import Doc, Range
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked. temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts
-    off.
-    """
+    """How the next token is picked."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens: int = 256
+    temperature: Annotated[float, Range(0, 100), Doc("0 is greedy.")] = 0.0
+    top_k: Annotated[int, Range(0), Doc("Likeliest tokens to pick from. 0 switches it off.")] = 0
+    top_p: Annotated[
+        float, Range(above=0, high=1), Doc("Share of the likeliest tokens. 1 switches it off.")
+    ] = 1.0
+    seed: Annotated[int, Range(0), Doc("Of the sampling.")] = 0
+    max_tokens: Annotated[int, Range(1), Doc("New tokens at most.")] = 256
 
 
 def generate(

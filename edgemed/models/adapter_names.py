@@ -54,7 +54,7 @@ class ModuleNames:
 def module_names(weights: CanonicalWeights, modules: Iterable[str]) -> ModuleNames:
     """The names of a model's modules. modules: as the model calls them."""
     present = frozenset(name for name in modules if name)
-    others = {}
+    others: dict[str, str] = {}
     for part in weights.parts.values():
         for choices in part.modules:
             names = [

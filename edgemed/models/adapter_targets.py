@@ -22,7 +22,7 @@ def is_targeted(values: Mapping[str, Any], module: str) -> bool:
     saved = values.get("modules_to_save") or []
     if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
         return False
-    targets = values.get("target_modules")
+    targets: Any = values.get("target_modules")
     if not _matches(targets, module):
         return False
     # Named in full, or by a pattern, a module is meant whatever its layer.

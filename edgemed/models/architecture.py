@@ -310,8 +310,9 @@ class Architecture:
     # A GGUF file's key without the graph's name in front -> the key of config.json that says the
     # same; empty where such files cannot be imported.
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
-    # another graph of llama.cpp that computes this decoder where a head is not hidden / heads,
-    # which the usual one cannot; it rotates elements 2i and 2i+1. '' where there is none.
+    # another graph of llama.cpp, which computes this decoder where a head is not hidden / heads or
+    # frequencies are rescaled and the usual one cannot; it rotates elements 2i and 2i+1. '' where
+    # there is none.
     gguf_any_head: str = ""
     # llama.cpp's graph rotates elements 2i and 2i+1 of a head, not i and i+half.
     gguf_interleaved: bool = False
@@ -343,6 +344,9 @@ class Architecture:
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     # (config, rank, density) -> the config of the model whose experts share a matrix
     shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
+    # where transformers has no class: which vectors of the authors' own code the decoder is held
+    # against instead, for people
+    vectors: str = ""
     # transformers' class of a config -> the keys that are read of it. The contract tests hold both
     # against each other; classes that transformers lacks are left out.
     config_keys: Mapping[str, ConfigKeys] = field(default_factory=dict)

@@ -38,6 +38,17 @@ COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+# What a tokenizer is built from where there is no tokenizer.json.
+VOCABULARIES = (
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+    "vocab.txt",
+)
+TEMPLATES = "additional_chat_templates"
 ADAPTER = "edgemed_adapter"
 # in config.json: which LoRA, of those in the folder of this name, belongs to the integers
 ADAPTERS = "adapters"
@@ -86,7 +97,7 @@ class Checkpoint:
         if self.adapter:
             files.update(file for file in self.adapter.iterdir() if file.is_file())
         for folder in (self.path, self.path / TOWER):
-            files.update(folder / name for name in COMPANIONS if (folder / name).is_file())
+            files.update(companion_files(folder))
         return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in sorted(files)}
 
     @property
@@ -209,6 +220,17 @@ def narrowed(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return result
 
 
+def companion_files(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to a model: tokenizer, chat templates,
+    preprocessor.
+    """
+    names: tuple[str, ...] = COMPANIONS
+    if not (folder / "tokenizer.json").is_file():
+        names += VOCABULARIES
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return files + sorted((folder / TEMPLATES).glob("*.jinja"))
+
+
 class Writer:
     """Writes a checkpoint shard by shard: at most `shard_bytes` are held in memory. Call `close`
     last.
@@ -237,9 +259,10 @@ class Writer:
             json.dumps(written, indent=1) + "\n", encoding="utf-8"
         )
         if source is not None:
-            for name in COMPANIONS:
-                if (Path(source) / name).is_file():
-                    shutil.copyfile(Path(source) / name, self.path / name)
+            for file in companion_files(Path(source)):
+                copy = self.path / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor; the shard is written where it would grow beyond `shard_bytes`."""

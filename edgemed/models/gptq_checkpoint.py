@@ -20,6 +20,7 @@ from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.gptq_packing import pack, stride, unpack
 from edgemed.models.matrices import Packed
 from edgemed.models.module_patterns import compile_pattern
+from edgemed.models.tensor_entry import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -192,12 +193,12 @@ def read_packed(
 
 
 def _packing(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
-    bits = config.get("bits")
-    group = config.get("group_size")
-    is_known = _is_int(bits) and bits in BITS and _is_int(group) and (group == -1 or group >= 1)
-    if not is_known or not isinstance(bits, int) or not isinstance(group, int):
+    bits: Any = config.get("bits")
+    group: Any = config.get("group_size")
+    is_read = _is_int(bits) and bits in BITS and _is_int(group) and (group == -1 or group >= 1)
+    if not is_read:
         raise EdgemedError(
-            f"{path}: quantized with bits {str(bits)[:40]} and group_size {str(group)[:40]}, which"
+            f"{path}: quantized with bits {shortened(bits)} and group_size {shortened(group)}, which"
             " edgemed does not read",
             "Known: 2, 3, 4 and 8 bits, any group size or -1",
         )

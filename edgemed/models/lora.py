@@ -25,8 +25,8 @@ from edgemed.models.adapter_files import adapter_files as adapter_files
 from edgemed.models.adapter_files import adapter_hashes as adapter_hashes
 from edgemed.models.adapter_files import adapter_tensors as adapter_tensors
 from edgemed.models.adapter_files import quantized_base as quantized_base
+from edgemed.models.adapter_targets import ALL_LINEAR, is_targeted, rank_of
 from edgemed.models.adapter_targets import lora_scale as lora_scale
-from edgemed.models.adapter_targets import rank_of
 from edgemed.models.checkpoint import ADAPTERS, Checkpoint
 from edgemed.models.weights import CanonicalWeights, Dense, Packed
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     # canonical part -> (A [rank, in], B [out, rank]), float32
     Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    Pair = tuple[torch.Tensor, torch.Tensor]
 
 FOLDER = ADAPTERS  # of an engine, as of a checkpoint: one folder in it per adapter
 # what an engine is without its adapters, as the name of one: also where it is otherwise used with
@@ -172,7 +173,7 @@ def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
     folded = _folded(weights.checkpoint, where, values.get(OWN_BASE))
     torch = need("torch", "build")
     factors = {}
-    pairs: dict[tuple[str, int], Any] = {}
+    pairs: dict[tuple[str, int], Pair] = {}
     for place, pair in _pairs(weights, where, values, adapter_tensors(path)):
         if place in pairs:
             raise EdgemedError(
@@ -180,6 +181,7 @@ def read_lora(weights: CanonicalWeights, name: str, path: str) -> Lora:
                 "Copy the adapter again",
             )
         pairs[place] = pair
+    _check_complete(weights, where, values, pairs)
     for part in {part for part, _ in pairs}:
         rows = weights.parts[part].rows or weights.parts[part].shape[:1]
         columns = weights.parts[part].shape[1]
@@ -328,7 +330,36 @@ def _pairs(
                 f" factors have {a.shape[0]}",
                 "Copy the adapter again",
             )
-        yield (part, index), (a, b * lora_scale(values, module, a.shape[0]))
+        b = b * lora_scale(values, module, a.shape[0])
+        if not bool(need("torch", "build").isfinite(b).all()):
+            raise EdgemedError(
+                f"{where}: with its alpha, factors of '{module}' do not fit into float32",
+                "The adapter is damaged; do not deploy it",
+            )
+        yield (part, index), (a, b)
+
+
+def _check_complete(
+    weights: CanonicalWeights,
+    where: str,
+    values: Mapping[str, Any],
+    pairs: Mapping[tuple[str, int], Any],
+) -> None:
+    """Raise EdgemedError where the config asks for a module of a layer that has no factors."""
+    targets = values.get("target_modules")
+    if not targets or targets == ALL_LINEAR:
+        return
+    places = _places(weights)
+    for module, place in places.items():
+        part = weights.parts[place[0]]
+        is_layer = place[0].startswith("layers.") and part.kind == "matrix"
+        if not is_layer or ".experts." in place[0] or ".shared." in place[0] or place in pairs:
+            continue
+        if is_targeted(values, module):
+            raise EdgemedError(
+                f"{where}: it has no factors of '{module}', which its config asks for",
+                "Copy the adapter again",
+            )
 
 
 def _places(weights: CanonicalWeights) -> dict[str, tuple[str, int]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint
+from edgemed.models.tensor_entry import shortened
 
 GPTQ = "gptq"
 BITSANDBYTES = "bitsandbytes"
@@ -103,9 +104,9 @@ def quantization_method(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
     if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         # As transformers reads the configs of its first versions.
         method = BITSANDBYTES
-    if method not in KEYS:
+    if not isinstance(method, str) or method not in KEYS:
         raise EdgemedError(
-            f"{checkpoint.path}: quantized with '{str(method)[:80]}', which edgemed does not read",
+            f"{checkpoint.path}: quantized with '{shortened(method)}', which edgemed does not read",
             f"Known: {GPTQ}, {BITSANDBYTES}; or give the float checkpoint",
         )
     check_keys(checkpoint.path, config, KEYS[method])
@@ -117,7 +118,7 @@ def check_keys(path: Path, config: Mapping[str, Any], keys: Mapping[str, str]) -
     for key, value in config.items():
         if key not in keys and value not in EMPTY:
             raise EdgemedError(
-                f"{path / 'config.json'}: quantization_config has {key[:80]}"
-                f" {str(value)[:80]!r}, which edgemed does not read",
+                f"{path / 'config.json'}: quantization_config has {shortened(key)}"
+                f" {shortened(value)}, which edgemed does not read",
                 "Quantize it without, or give the float checkpoint",
             )

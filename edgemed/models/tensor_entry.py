@@ -6,6 +6,7 @@ that a tensor is one seek and one plain read. So peak memory is one tensor, what
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,5 +73,11 @@ def element_count(shape: tuple[int, ...]) -> int:
     """Elements of a tensor. Raises ValueError where there are more than torch can count."""
     count = math.prod(shape)
     if count > MOST_ELEMENTS:
-        raise ValueError(f"a tensor of shape {list(shape)} is impossible")
+        raise ValueError(f"a tensor of shape {shortened(list(shape))} is impossible")
     return count
+
+
+def shortened(value: object) -> str:
+    """A value from a file, short enough for a message."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

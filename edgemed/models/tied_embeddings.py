@@ -42,19 +42,24 @@ def resolve_tie(
         if head is None and table is not None and not _is_packed(checkpoint, family, apart):
             raise _no_head(checkpoint, apart["lm_head"], family)
         return checkpoint, decoder
-    bias = _stored(checkpoint, family, apart["lm_head"], ".bias")
-    if table is None and head is not None:
-        # Tied the other way round: the one matrix is stored as the output.
-        name = f"{_choices(family, apart['embed'])[0]}.weight"
-        return _with(checkpoint, name, checkpoint.tensors[head]), decoder
-    if table is None:
+    if table is None and head is None:
         return checkpoint, decoder
-    if head is None and bias is not None and apart["lm_head"].bias:
-        name = f"{bias.removesuffix('.bias')}.weight"
-        aliased = _with(checkpoint, name, checkpoint.tensors[table])
-        return _untied(aliased), replace(decoder, tied=False)
-    if head is None or _same(checkpoint.tensors[table], checkpoint.tensors[head]):
-        return checkpoint, decoder
+    if table is None or head is None:
+        # Tied either way round: the one matrix that is stored has both names.
+        stored = checkpoint.tensors[table or head or ""]
+        table = table or f"{_choices(family, apart['embed'])[0]}.weight"
+        head = head or f"{_choices(family, apart['lm_head'])[0]}.weight"
+        both = replace(checkpoint, tensors={**checkpoint.tensors, table: stored, head: stored})
+    else:
+        both = checkpoint
+    has_bias = _stored(checkpoint, family, apart["lm_head"], ".bias") is not None
+    if has_bias and apart["lm_head"].bias:
+        # A tied matrix is read without a bias.
+        return _untied(both), replace(decoder, tied=False)
+    if _same(both.tensors[table], both.tensors[head]):
+        if table in checkpoint.tensors:
+            return checkpoint, decoder
+        return both, decoder
     say_once(
         f"{checkpoint.path}: config.json says {KEY}, and '{head}' is stored with other values than"
         f" '{table}'; the two are kept apart, as transformers does"
@@ -90,10 +95,6 @@ def _no_head(checkpoint: Checkpoint, part: ParamSpec, family: Architecture) -> E
         f"If the output matrix is the embedding table, set {KEY} to true in config.json; else the"
         " checkpoint is incomplete",
     )
-
-
-def _with(checkpoint: Checkpoint, name: str, entry: Entry) -> Checkpoint:
-    return replace(checkpoint, tensors={**checkpoint.tensors, name: entry})
 
 
 def _untied(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,126 +1,170 @@
-"""The tokenizer that travels with an engine: one tokenizer.json, read with the `tokenizers` package
-alone.
+"""Text to token ids and back, as transformers' AutoTokenizer does it.
 
-A checkpoint that only has vocab.json and merges.txt gets its tokenizer.json made here, because the
-device has no transformers to convert it.
+A checkpoint's tokenizer is built by transformers (models/source_tokenizer.py) and travels with the
+engine as one tokenizer.json, which a device reads with the `tokenizers` package alone. A whole text
+gets the begin and end tokens that the tokenizer adds; a chat gets those its template writes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgemed.errors import EdgemedError
+from edgemed.models.chat_template import (
+    NAMES,
+    Message,
+    chat_template,
+    chat_text,
+    has_chat_template,
+)
+from edgemed.models.source_tokenizer import source_tokenizer
+from edgemed.models.special_tokens import ENGINE, special_tokens
 
-# What a turn of each role begins with where a model has no chat template.
-NAMES = {"user": "Question", "assistant": "Answer", "system": "Context"}
+__all__ = [
+    "NAMES",
+    "begin_tokens",
+    "chat_template",
+    "chat_text",
+    "chat_tokens",
+    "encode",
+    "encode_context",
+    "encode_text",
+    "has_chat_template",
+    "open_tokenizer",
+    "special_tokens",
+]
+
+# A tokenizer's attribute: rows of the embedding, where it has entries beyond them.
+ROWS = "embedding_rows"
 
 
 def open_tokenizer(path: Path, vocab: int) -> Any:
     """A tokenizers.Tokenizer for a model or engine directory.
 
-    vocab: rows of the embedding. Raises EdgemedError where there is no tokenizer, or it has more
-    entries than the embedding.
+    vocab: rows of the embedding. A special token may lie beyond them, such as one for padding;
+    `encode` refuses a text that has it. Raises EdgemedError where there is no tokenizer, or another
+    entry lies beyond the embedding.
     """
     from tokenizers import Tokenizer
 
     path = Path(path)
     file = path / "tokenizer.json"
-    if file.is_file():
-        try:
+    try:
+        if (path / ENGINE).is_file():
             tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the binding raises bare Exception for every malformed file
-            raise EdgemedError(
-                f"{file} cannot be read: {error}", "Copy it again from the base model"
-            ) from None
-    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        tokenizer = _from_bpe_files(path)
-    else:
+        else:
+            tokenizer = Tokenizer.from_str(source_tokenizer(path).document)
+    except EdgemedError:
+        raise
+    except Exception as error:  # the binding raises bare Exception for every malformed file
         raise EdgemedError(
-            f"{path} has no tokenizer (tokenizer.json, or vocab.json with merges.txt)",
-            "Copy it from the base model",
-        )
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if highest > vocab:
-        raise EdgemedError(
-            f"{path}: the tokenizer has {highest} entries, the embedding {vocab}",
-            "Tokenizer and weights do not belong together",
-        )
+            f"{file} cannot be read: {error}", "Copy it again from the base model"
+        ) from None
+    _check_rows(path, tokenizer, vocab)
     # Truncation and padding saved by a training run would silently shorten a prompt.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _from_bpe_files(path: Path) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _check_rows(path: Path, tokenizer: Any, vocab: int) -> None:
+    """Raise EdgemedError where a token that texts are made of has no row in the embedding.
 
-    tokenizer = Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt")))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    config = {}
-    if (path / "tokenizer_config.json").is_file():
-        config = json.loads((path / "tokenizer_config.json").read_text())
-    special = set()
-    for key in ("eos_token", "bos_token", "pad_token", "unk_token"):
-        token = config.get(key)
-        if token:
-            special.add(token if isinstance(token, str) else token["content"])
-    tokenizer.add_special_tokens(sorted(special))
-    return tokenizer
+    A special token may have none: fine-tuning scripts add a padding token, and transformers'
+    classes the unknown token they name. No ordinary text becomes it.
+    """
+    entries = tokenizer.get_vocab(with_added_tokens=True)
+    highest = max(entries.values(), default=-1) + 1
+    if highest <= vocab:
+        return
+    added = tokenizer.get_added_tokens_decoder()
+    for token, number in entries.items():
+        if number >= vocab and not (number in added and added[number].special):
+            raise EdgemedError(
+                f"{path}: the tokenizer has {highest} entries, the embedding {vocab}: token"
+                f" {token!r} ({number}) has no row",
+                "Tokenizer and weights do not belong together",
+            )
+    setattr(tokenizer, ROWS, vocab)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without the special tokens a template would add."""
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    """Token ids of a text that is part of another, such as a chat: nothing is put around it.
 
-
-def chat_text(
-    path: Path | None, messages: Sequence[Mapping[str, str]], eos: str, answered: bool = False
-) -> str:
-    """Messages as one prompt: in the chat template of an engine or checkpoint where it has one,
-    else in plain turns.
-
-    messages: [{'role': 'user', 'content': ...}, ...]. eos: the token that ends a text. answered:
-    the conversation ends with an answer, so no answer is to follow.
+    Raises EdgemedError where the text has lone surrogates, or a token that the model has no row
+    for.
     """
-    template = chat_template(Path(path)) if path else ""
-    if template:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    return _ids(tokenizer, text, False)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=not answered, eos_token=eos, bos_token=""
+
+def encode_text(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a whole text, with the tokens that the tokenizer puts before and behind it: what
+    AutoTokenizer(text) gives. Raises EdgemedError as encode.
+    """
+    return _ids(tokenizer, text, add_special_tokens)
+
+
+def encode_context(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text that goes on: with the tokens that the tokenizer puts before it, without
+    those behind. Raises EdgemedError as encode.
+    """
+    begin = begin_tokens(tokenizer) if add_special_tokens else []
+    return [*begin, *encode(tokenizer, text)]
+
+
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts before every text; most add one or none."""
+    plain = encode(tokenizer, "a")
+    whole = encode_text(tokenizer, "a")
+    places = range(len(whole) - len(plain) + 1)
+    return next((whole[:n] for n in places if whole[n : n + len(plain)] == plain), [])
+
+
+def chat_tokens(
+    path: Path,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    eos: str = "",
+    template: str | None = None,
+) -> list[int]:
+    """Token ids of a conversation that the model is to go on with. A chat template writes its begin
+    tokens itself; plain turns get those of a text. Raises EdgemedError as chat_text and encode.
+    """
+    text = chat_text(path, messages, eos, template=template)
+    encode_turns = encode if has_chat_template(path) else encode_context
+    return encode_turns(tokenizer, text)
+
+
+def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except (KeyboardInterrupt, SystemExit, EdgemedError):
+        raise
+    # A panic of the binding is no Exception.
+    except BaseException as error:
+        raise _refused(text, error) from None
+    rows = getattr(tokenizer, ROWS, None)
+    beyond = [number for number in ids if rows is not None and number >= rows]
+    if beyond:
+        raise EdgemedError(
+            f"the text has the token {tokenizer.id_to_token(beyond[0])!r}, which the model has no"
+            " row for",
+            "Take it out of the text",
         )
-    turns = [f"{NAMES[message['role']]}: {message['content']}" for message in messages]
-    if not answered:
-        turns.append("Answer:")
-    return "\n".join(turns)
+    return ids
 
 
-def chat_template(path: Path) -> str:
-    """The jinja template of a model or engine directory, '' where it has none: a file of its own
-    today, an entry of tokenizer_config.json or chat_template.json in older checkpoints.
-    """
-    own_file = path / "chat_template.jinja"
-    if own_file.is_file():
-        return own_file.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        file = path / name
-        if not file.is_file():
-            continue
-        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-        if isinstance(template, str):
-            return template
-    return ""
-
-
-def _refuse(message: str) -> None:
-    # Published templates call it for conversations they do not take.
-    raise EdgemedError(
-        f"the model's chat template refuses this conversation: {message}",
-        "Turns must be as the model was trained: usually user and assistant by turns",
+def _refused(text: str, error: BaseException) -> EdgemedError:
+    """Why a text was not encoded, in one line."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return EdgemedError(
+            "the text is no valid Unicode: it has lone surrogates, as bytes that are not UTF-8"
+            " leave them",
+            "Give UTF-8 text",
+        )
+    return EdgemedError(
+        f"the tokenizer does not take this text: {' '.join(str(error).split())[:200]}",
+        "Give it a text this model's tokenizer knows",
     )

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from edgemed.errors import EdgemedError
 from edgemed.models.pickle_reader import Call, External, Named, read_pickle
-from edgemed.models.tensor_entry import ITEM_BYTES, Entry, element_count, is_size
+from edgemed.models.tensor_entry import ITEM_BYTES, Entry, element_count, is_size, shortened
 
 # torch's storage class -> dtype of its elements
 STORAGES = {
@@ -70,10 +70,16 @@ def torch_entries(file: Path) -> dict[str, Entry]:
             prefix = handle.read(4)
             handle.seek(0)
             if prefix[:2] == b"PK":
-                state, storages = _read_zip(handle)
+                calls, storages = _read_zip(handle)
             else:
-                state, storages = _read_legacy(handle)
-        return _entries(file, state, storages)
+                calls, storages = _read_legacy(handle)
+        entries = {}
+        for name, call in calls.items():
+            try:
+                entries[name] = _entry(file, call, storages)
+            except ValueError as error:
+                raise ValueError(f"its tensor '{shortened(name)}': {error}") from None
+        return entries
     except OSError as error:
         raise EdgemedError(
             f"{file} cannot be read: {error.strerror or error}", "Check its permissions"
@@ -86,8 +92,8 @@ def torch_entries(file: Path) -> dict[str, Entry]:
         ) from None
 
 
-def _read_zip(handle: BinaryIO) -> tuple[Any, dict[str, Storage]]:
-    """(value of the pickle, storages by their keys) of a zip file."""
+def _read_zip(handle: BinaryIO) -> tuple[dict[str, Call], dict[str, Storage]]:
+    """(tensor -> the call that makes it, storages by their keys) of a zip file."""
     size = handle.seek(0, io.SEEK_END)
     with zipfile.ZipFile(handle) as archive:
         records = {}
@@ -105,13 +111,13 @@ def _read_zip(handle: BinaryIO) -> tuple[Any, dict[str, Storage]]:
         order = records.get("byteorder")
         if order and (order.file_size != 6 or archive.read(order) != b"little"):
             raise ValueError("its numbers are stored big end first")
-        state = read_pickle(io.BytesIO(archive.read(records["data.pkl"])))
+        calls = _tensor_calls(read_pickle(io.BytesIO(archive.read(records["data.pkl"]))))
     storages = {}
     for name, info in records.items():
         folder, _, key = name.partition("/")
         if folder == "data":
             storages[key] = _stored_record(handle, info, size)
-    return state, storages
+    return calls, storages
 
 
 def _stored_record(handle: BinaryIO, info: zipfile.ZipInfo, size: int) -> Storage:
@@ -130,7 +136,7 @@ def _stored_record(handle: BinaryIO, info: zipfile.ZipInfo, size: int) -> Storag
     return Storage(offset, info.file_size)
 
 
-def _read_legacy(handle: BinaryIO) -> tuple[Any, dict[str, Storage]]:
+def _read_legacy(handle: BinaryIO) -> tuple[dict[str, Call], dict[str, Storage]]:
     """The same of the old format: pickles (magic number, version, machine, state dict, keys), then
     each storage as a count and its elements.
     """
@@ -144,11 +150,11 @@ def _read_legacy(handle: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     machine = read_pickle(pickles)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise ValueError("its numbers are stored big end first")
-    state = read_pickle(pickles)
+    calls = _tensor_calls(read_pickle(pickles))
     keys = read_pickle(pickles)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("its list of storages is damaged")
-    item_bytes = _storage_item_bytes(state)
+    item_bytes = _storage_item_bytes(calls)
     storages = {}
     position = pickles.tell()
     for key in keys:
@@ -157,39 +163,35 @@ def _read_legacy(handle: BinaryIO) -> tuple[Any, dict[str, Storage]]:
         nbytes = count * item_bytes.get(key, 1)
         position += 8
         if count < 0 or position + nbytes > size:
-            raise ValueError(f"its storage '{key[:40]}' is cut short")
+            raise ValueError(f"its storage '{shortened(key)}' is cut short")
         storages[key] = Storage(position, nbytes)
         position += nbytes
-    return state, storages
+    return calls, storages
 
 
-def _storage_item_bytes(state: Any) -> dict[str, int]:
+def _storage_item_bytes(calls: Mapping[str, Call]) -> dict[str, int]:
     """Storage -> bytes of one element, which the old format does not say beside it."""
-    sizes = {}
-    for value in state.values() if isinstance(state, dict) else ():
-        call = _tensor_call(value)
-        if call is not None and call.arguments:
-            key, dtype, _ = _storage_of(call.arguments[0])
-            if sizes.setdefault(key, ITEM_BYTES[dtype]) != ITEM_BYTES[dtype]:
-                raise ValueError(f"its storage '{key[:40]}' has two dtypes")
+    sizes: dict[str, int] = {}
+    for call in calls.values():
+        key, dtype, _ = _storage_of(call.arguments[0])
+        if sizes.setdefault(key, ITEM_BYTES[dtype]) != ITEM_BYTES[dtype]:
+            raise ValueError(f"its storage '{shortened(key)}' has two dtypes")
     return sizes
 
 
-def _entries(file: Path, state: Any, storages: Mapping[str, Storage]) -> dict[str, Entry]:
+def _tensor_calls(state: Any) -> dict[str, Call]:
+    """tensor -> the call that makes it. Raises ValueError for anything but a dict of tensors."""
     if not isinstance(state, dict):
         raise ValueError(f"it holds {_kind(state)} and not a dict of tensors")
-    entries = {}
+    calls = {}
     for name, value in state.items():
         if not isinstance(name, str):
             raise ValueError(f"its key {name} is not the name of a tensor")
         call = _tensor_call(value)
         if call is None:
-            raise ValueError(f"its entry '{name[:80]}' is {_kind(value)} and not a tensor")
-        try:
-            entries[name] = _entry(file, call, storages)
-        except ValueError as error:
-            raise ValueError(f"its tensor '{name[:80]}': {error}") from None
-    return entries
+            raise ValueError(f"its entry '{shortened(name)}' is {_kind(value)} and not a tensor")
+        calls[name] = call
+    return calls
 
 
 def _tensor_call(value: Any) -> Call | None:
@@ -221,9 +223,9 @@ def _kind(value: Any) -> str:
         function = value.function
         if function.module == "torch._utils" and function.name in OTHER_TENSORS:
             return OTHER_TENSORS[function.name]
-        return f"an object of '{str(function)[:80]}'"
+        return f"an object of '{shortened(str(function))}'"
     if isinstance(value, Named):
-        return f"the name '{str(value)[:80]}'"
+        return f"the name '{shortened(str(value))}'"
     return f"a {type(value).__name__}"
 
 
@@ -236,7 +238,9 @@ def _storage_of(value: Any) -> tuple[str, str, tuple[int, int | None]]:
     if not isinstance(kind, Named) or kind.module != "torch" or not isinstance(name, str):
         raise ValueError("its storage is damaged")
     if kind.name not in STORAGES:
-        raise ValueError(f"its elements are a '{kind.name[:40]}', which edgemed does not read")
+        raise ValueError(
+            f"its elements are a '{shortened(kind.name)}', which edgemed does not read"
+        )
     view = views[0] if views else None
     if view is None:
         return name, STORAGES[kind.name], (0, None)
@@ -255,7 +259,7 @@ def _entry(file: Path, call: Call, storages: Mapping[str, Storage]) -> Entry:
         raise ValueError("it is a conjugated or negated view")
     key, dtype, (view_first, view_count) = _storage_of(storage)
     if key not in storages:
-        raise ValueError(f"its storage '{key[:40]}' is not in the file")
+        raise ValueError(f"its storage '{shortened(key)}' is not in the file")
     for sizes in (shape, strides):
         if not isinstance(sizes, tuple) or not all(map(is_size, sizes)):
             raise ValueError("its shape or its strides are no sizes")

@@ -15,7 +15,7 @@ from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say_once
 from edgemed.errors import EdgemedError
 from edgemed.models.safetensors_file import safetensors_entries
-from edgemed.models.tensor_entry import Entry
+from edgemed.models.tensor_entry import Entry, shortened
 from edgemed.models.torch_file import torch_entries
 
 SAFETENSORS = "model.safetensors"
@@ -27,6 +27,8 @@ ORDER = (SAFETENSORS, SAFETENSORS + INDEX, TORCH, TORCH + INDEX)
 EXPLICIT = "transformers_weights"
 # Letters of a file's name on every common file system.
 MOST_NAME = 255
+# Letters of a path inside of a model directory.
+MOST_PATH = 1000
 # Bytes compared at a time.
 CHUNK = 8 << 20
 # file names of other programs' weights -> what they are
@@ -59,16 +61,16 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
         for tensor, entry in _entries(path / file).items():
             if tensor in tensors and not same_bytes(tensors[tensor], entry):
                 raise EdgemedError(
-                    f"{path}: '{tensor}' is in {tensors[tensor].file.name} and in {file}, with"
-                    " different values",
+                    f"{path}: '{shortened(tensor)}' is in {tensors[tensor].file.name} and in {file},"
+                    " with different values",
                     "Download the shards again; one of them is of another model",
                 )
             tensors[tensor] = entry
     absent = next((tensor for tensor in shards if tensor not in tensors), None)
     if absent:
         raise EdgemedError(
-            f"{path / shards[absent]} does not hold tensor '{absent}', which {index.name} says it"
-            " does",
+            f"{path / shards[absent]} does not hold tensor '{shortened(absent)}', which"
+            f" {index.name} says it does",
             "Download the shard again",
         )
     return tensors
@@ -133,7 +135,7 @@ def _read_index(index: Path) -> dict[str, str]:
     if index.name.endswith(f".safetensors{INDEX}"):
         ending = ".safetensors"
     for tensor, name in shards.items():
-        _check_name(index, f"tensor '{tensor[:80]}'", name, (ending,))
+        _check_name(index, f"tensor '{shortened(tensor)}'", name, (ending,))
     missing = [name for name in sorted(set(shards.values())) if not (index.parent / name).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -148,10 +150,11 @@ def _check_name(where: Path, what: str, name: object, endings: tuple[str, ...]) 
     """Raise EdgemedError for a name that is no weight file inside of the directory."""
     fix = "Download it again"
     if not isinstance(name, str):
-        raise EdgemedError(f"{where} is damaged: {what} is in {str(name)[:80]}, no file name", fix)
-    shown = f"'{name[:80]}'"
+        raise EdgemedError(f"{where} is damaged: {what} is in {shortened(name)}, no file name", fix)
+    shown = f"'{shortened(name)}'"
     parts = name.split("/")
-    if not name.isprintable() or any(len(part.encode()) > MOST_NAME for part in parts):
+    is_name = name.isprintable() and len(name) <= MOST_PATH
+    if not is_name or any(len(part.encode()) > MOST_NAME for part in parts):
         raise EdgemedError(f"{where} is damaged: {what} is in {shown}, no file name", fix)
     if (
         name.startswith(("/", "~"))

@@ -20,7 +20,14 @@ from edgemed.console import track
 from edgemed.errors import need
 from edgemed.models.architecture import DecoderConfig
 from edgemed.models.weights import CanonicalWeights, Dense, Packed
-from edgemed.quantization.grids import Ints, block_ints, ggml_q8, packings_label, rtn
+from edgemed.quantization.grids import (
+    Ints,
+    block_ints,
+    fitting_group,
+    ggml_q8,
+    packings_label,
+    rtn,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +39,16 @@ ALIGN = 4096  # a page, so that the runtime can map each tensor where it lies
 class Precision:
     """Number formats of a graph. floats: 'float32', 'float16' or 'bfloat16' for activations; bits:
     4 or 8 for the layer matrices (packed ones keep their own), None for floats; group: inputs per
-    scale, -1 for a whole row; accuracy_level: MatMulNBits' activation format (1 float32, 4 int8);
-    small_tables: embedding in float16 and output matrix in int8 of 32 (the grid of GGUF's Q8_0, so
-    that both engines carry the same integers); stream: format of the residual stream and the norms,
-    '' for that of the activations; integers: activations are quantized to 8 bits as well.
+    scale, -1 for a whole row, None for the largest that divides it; accuracy_level: MatMulNBits'
+    activation format (1 float32, 4 int8); small_tables: embedding in float16 and output
+    matrix in int8 of 32 (the grid of GGUF's Q8_0, so that both engines carry the same integers);
+    stream: format of the residual stream and the norms, '' for that of the activations; integers:
+    activations are quantized to 8 bits as well.
     """
 
     floats: str = "float32"
     bits: int | None = None
-    group: int = 128
+    group: int | None = None
     accuracy_level: int = 4
     small_tables: bool = False
     stream: str = ""
@@ -374,8 +382,8 @@ def quantized_linear(
     if bits is None:
         raise ValueError(f"{name} is to be quantized in a graph of floats")
     weight = matrix.weight
-    group = graph.precision.group
-    if group == -1:
+    group = graph.precision.group or fitting_group(weight.shape[1])
+    if group is None or group == -1:
         group = weight.shape[1]
     q, scales = rtn(weight, bits, group)
     ints = Ints(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemed.errors import EdgemedError, need
+from edgemed.errors import EdgemedError, install_command, need
 from edgemed.inference.session import (
     CarriesVision,
     ImageEmbeddings,
@@ -87,7 +87,7 @@ def _started(ort: Any, engine: Engine, threads: int | None, cuda: bool) -> Any:
     if cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
         raise EdgemedError(
             f"{engine.path} was exported for CUDA, and this onnxruntime has no CUDA provider",
-            "pip uninstall onnxruntime; pip install 'edgemed[onnx-gpu]'",
+            f"pip uninstall onnxruntime; {install_command('onnx-gpu')}",
         )
     if cuda and hasattr(ort, "preload_dlls"):
         # CUDA and cuDNN from the wheels beside it, where the system has none

@@ -105,9 +105,10 @@ def find_recipe(path: str | Path) -> Path:
 
 def parse(document: Mapping[str, Any], where: str, folder: Path) -> Recipe:
     """A mapping -> Recipe. Relative paths are looked for beside the recipe first, then in the
-    current directory.
+    current directory, then among the shipped recipes.
     """
     head = strict.build(Head, document, where)
+    model = _path(head.model, folder)
     steps = tuple(
         _stage("steps", entry, where, folder) for entry in _list(document, "steps", where)
     )
@@ -121,18 +122,21 @@ def parse(document: Mapping[str, Any], where: str, folder: Path) -> Recipe:
         # A device of your own is a file beside the recipe; an unknown one must stop the run now,
         # not after the first build.
         read_device(device)
+    spec = _section(EvalSpec, document, "eval", where)
+    if spec is not None:
+        spec = replace(spec, tasks=tuple(_task(task, folder) for task in spec.tasks))
     verify = _section(VerifySpec, document, "verify", where)
     if verify is not None:
         verify = replace(verify, prompts=_path(verify.prompts, folder))
     return Recipe(
-        model=_path(head.model, folder),
+        model=model,
         steps=steps,
         engines=engines,
         title=where if head.title is None else head.title,
         device=device,
         verify=verify,
         bench=_section(BenchSpec, document, "bench", where),
-        eval=_section(EvalSpec, document, "eval", where),
+        eval=spec,
         document=dict(document),
     )
 
@@ -192,7 +196,7 @@ def _stage(kind: str, entry: str | Mapping[str, Any], where: str, folder: Path) 
         labels = strict.build(EngineLabels, renamed, place)
     for key in PATH_KEYS:
         if isinstance(values.get(key), str):
-            values[key] = _path(values[key], folder)
+            values[key] = _paths(values[key], folder)
     if isinstance(values.get("adapters"), Mapping):
         values["adapters"] = {
             adapter: _path(path, folder) if isinstance(path, str) else path
@@ -204,13 +208,40 @@ def _stage(kind: str, entry: str | Mapping[str, Any], where: str, folder: Path) 
 
 
 def _path(value: str, folder: Path) -> str:
+    # Beside the recipe, in the current directory, or among the shipped recipes: a shipped recipe
+    # that was copied elsewhere still finds its model.
     beside = folder / value
     try:
-        return str(beside) if beside.exists() else value
+        if not value or beside.exists():
+            return str(beside) if value else value
+        if Path(value).exists():
+            return value
     except OSError as error:
         raise EdgemedError(
             f"path {strict.in_short(value)}: {error.strerror}", "Correct it"
         ) from None
+    shipped = plugins.shared("recipes")
+    if (shipped / value).exists():
+        return str(shipped / value)
+    owner = Path(value).parts[0]
+    if (shipped / f"{owner}.yaml").is_file() and len(Path(value).parts) > 1:
+        raise EdgemedError(
+            f"{value} is not there: models and adapters of the shipped recipes come with the source"
+            " tree of edgemed and not with its wheel",
+            f"Run recipes/{owner}.yaml of a clone, or name your own with --set model=DIRECTORY",
+        )
+    return value
+
+
+def _paths(value: str, folder: Path) -> str:
+    """Several names or files with commas between, as a calibration may be."""
+    return ",".join(_path(name.strip(), folder) for name in value.split(","))
+
+
+def _task(text: str, folder: Path) -> str:
+    """A task whose own file, as in NAME:FILE, is looked for like every other path."""
+    name, colon, file = text.partition(":")
+    return f"{name}{colon}{_path(file, folder)}" if file else text
 
 
 def override(document: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgemed.artifacts import hashing, store
-from edgemed.console import say
+from edgemed.console import plain_text, say
 from edgemed.data.text_sets import IMAGES, image_questions, read_card, texts
 from edgemed.engines.engine import check_supported, pixels_of
 from edgemed.engines.image_reference import ImageReference, make_image_reference
@@ -20,7 +20,7 @@ from edgemed.engines.reference import Reference, make_reference, windows_of
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.lora import adapter_hashes, answering
-from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.tokenizer import encode_context, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.verification.spec import VerifySpec
@@ -51,8 +51,8 @@ def reference_for(
 
 
 def announce(what: str, adapter: AdapterPath | None, reused: bool, final: Path) -> None:
-    whose = f" with {adapter[0]}" if adapter else ""
-    say(f"{what}{whose}: {'reused' if reused else 'running'} [dim]{final}[/dim]")
+    whose = f" with {plain_text(adapter[0])}" if adapter else ""
+    say(f"{what}{whose}: {'reused' if reused else 'running'} [dim]{plain_text(final)}[/dim]")
 
 
 def adapted_references(
@@ -76,7 +76,7 @@ def answers(source: Checkpoint, spec: VerifySpec, adapter: AdapterPath | None = 
     weights = answering(source, adapter)
     tokenizer = open_tokenizer(source.path, weights.decoder.vocab)
     windows = windows_of(
-        [encode(tokenizer, t) for t in texts(spec.prompts, "heldout")],
+        [encode_context(tokenizer, t) for t in texts(spec.prompts, "heldout")],
         spec.count,
         spec.width,
         spec.prompts,

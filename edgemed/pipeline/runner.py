@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from edgemed import plugins
 from edgemed.artifacts import hashing, store
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.benchmarking.spec import BenchSpec
-from edgemed.console import say
+from edgemed.console import plain_text, say
 from edgemed.data.text_sets import IMAGES, image_questions, read_card
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.evaluation import EvalResult
@@ -32,6 +31,7 @@ from edgemed.documents.machine import Machine
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import SCHEMA, RunDocument
 from edgemed.documents.verify import VerifyResult
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.engine import Engine, export
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, need
@@ -40,6 +40,7 @@ from edgemed.evaluation.opened_model import OpenedModel, evaluate_opened, open_s
 from edgemed.evaluation.prompting import parse_strategy
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.evaluation.task import Questions, questions
+from edgemed.hardware.child_process import run_child
 from edgemed.hardware.device import machine
 from edgemed.models.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from edgemed.models.random_weights import make_random
@@ -56,6 +57,7 @@ from edgemed.pipeline.report_document import (
 from edgemed.provenance import record
 from edgemed.reporting.report import write
 from edgemed.verification.parity import Limits, verify, with_adapters
+from edgemed.verification.witness.witness import require_agreement, witness
 
 RANDOM = "random:"
 
@@ -82,10 +84,11 @@ def run(recipe: Recipe, work: Path) -> Path:
     work = Path(work)
     cache = work / "store"
     check_inputs(recipe, cache)
+    read = witness_model(recipe, cache)
     line = run_steps(recipe, cache)
     references = engine_references(line, recipe, cache)
     runs = [
-        EngineRun(run_target(stage, line, reference, recipe, cache, work), reference)
+        EngineRun(run_target(stage, line, reference, recipe, work, read), reference)
         for stage, reference in zip(recipe.engines, references, strict=True)
     ]
     for each in runs:
@@ -107,6 +110,7 @@ def run(recipe: Recipe, work: Path) -> Path:
         machine=Machine.from_json(machine()),
         source=describe(line.points["model"]),
         steps=tuple(line.manifests),
+        witness=read,
         engines=tuple(entry(each, gate) for each in runs),
         source_evals=tuple(source_results),
         strategies=recipe.eval.strategies if recipe.eval else (),
@@ -116,6 +120,16 @@ def run(recipe: Recipe, work: Path) -> Path:
     content = document.to_json()
     store.write_json(work / "report.json", content)
     return write(content, work)
+
+
+def witness_model(recipe: Recipe, cache: Path) -> WitnessResult:
+    """What the witness says of the checkpoint a recipe begins with. Raises EdgemedError where it
+    reads it otherwise: nothing is built from a checkpoint that edgemed misreads.
+    """
+    checkpoint = open_model(recipe.model, cache)
+    result = witness(checkpoint, cache)
+    require_agreement(checkpoint, result)
+    return result
 
 
 def engine_references(line: Line, recipe: Recipe, cache: Path) -> list[Reference | None]:
@@ -231,7 +245,8 @@ def run_step(
     with store.building(
         final, "checkpoint", stage.plugin, asdict(stage.params), inputs, parent
     ) as work:
-        say(f"{stage.plugin}: {'reused' if work is None else 'running'} [dim]{final}[/dim]")
+        progress = "reused" if work is None else "running"
+        say(f"{stage.plugin}: {progress} [dim]{plain_text(final)}[/dim]")
         if work is not None:
             work.notes.update(module.run(checkpoint, work.path, stage.params))
     return open_checkpoint(final)
@@ -244,9 +259,17 @@ def short(stage: Stage, inputs: Mapping[str, str]) -> str:
 
 
 def run_target(
-    stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path
+    stage: Stage,
+    line: Line,
+    reference: Reference | None,
+    recipe: Recipe,
+    work: Path,
+    read: WitnessResult,
 ) -> Engine:
-    """Compile one engine in the store, with a link to it under work/engines."""
+    """Compile one engine in the store, with a link to it under work/engines. read: what the witness
+    says of the first checkpoint.
+    """
+    cache = work / "store"
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = None
     adapted: dict[str, Reference] = {}
@@ -259,8 +282,17 @@ def run_target(
     for name, answers in adapted.items():
         inputs[f"reference/{name}"] = answers.digest()
     final = cache / f"{stage.name}-{short(stage, inputs)}"
-    say(f"{stage.plugin}: {stage.name} [dim]{final}[/dim]")
-    engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name, adapted)
+    say(f"{stage.plugin}: {plain_text(stage.name)} [dim]{plain_text(final)}[/dim]")
+    engine = export(
+        checkpoint,
+        stage.plugin,
+        stage.params,
+        final,
+        carried,
+        stage.name,
+        adapted,
+        read,
+    )
     link = work / "engines" / stage.name
     link.parent.mkdir(exist_ok=True)
     fresh = link.with_name(f".{link.name}")
@@ -292,8 +324,8 @@ def verify_engine(
     result = VerifyResult.from_json(content, f"the verification of {engine.name}")
     verdict = "[green]passed[/green]"
     if not result.passed:
-        verdict = f"[red]failed[/red]: {'; '.join(result.problems)}"
-    say(f"verify: {engine.name} {verdict}")
+        verdict = f"[red]failed[/red]: {plain_text('; '.join(result.problems))}"
+    say(f"verify: {plain_text(engine.name)} {verdict}")
     return result
 
 
@@ -311,7 +343,7 @@ def cached(
 def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
     """Bench in a process of its own, so that peak memory is the engine's and not this build's."""
     spec = recipe.bench or BenchSpec()
-    say(f"bench: {engine.name}")
+    say(f"bench: {plain_text(engine.name)}")
     command = [sys.executable, "-m", "edgemed", "bench", str(engine.path), "--json"]
     command += ["--runs", str(spec.runs)]
     command += ["--generate", str(spec.generate)]
@@ -320,7 +352,9 @@ def bench_engine(engine: Engine, recipe: Recipe) -> list[BenchRecord]:
     command += ["--image", str(spec.image or 0)]
     if spec.threads:
         command += ["--threads", str(spec.threads)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    if spec.wait_quiet is not None:
+        command += ["--wait-quiet", str(spec.wait_quiet)]
+    process = run_child(command)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise EdgemedError(
@@ -343,8 +377,8 @@ def run_evals(
     for task in spec.tasks:
         asked = questions(task, spec.limit, spec.frame)
         say(
-            f"eval: {task} on the source and {len(runs)} engines, {len(asked.examples)} items,"
-            f" {', '.join(spec.strategies)}"
+            f"eval: {plain_text(task)} on the source and {len(runs)} engines,"
+            f" {len(asked.examples)} items, {', '.join(spec.strategies)}"
         )
         bases = evals_of(None, source, asked, spec, cache)
         source_results += bases
@@ -403,5 +437,5 @@ def run_gate(runs: Sequence[EngineRun], recipe: Recipe) -> GateVerdict | None:
     colours = {"pass": "green", "undecided": "yellow", "fail": "red"}
     for run in runs:
         if share := part_of(gate, run.engine.name):
-            say(f"gate: {run.engine.name} [{colours[share.verdict]}]{share.verdict}[/]")
+            say(f"gate: {plain_text(run.engine.name)} [{colours[share.verdict]}]{share.verdict}[/]")
     return gate

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemed import plugins
+from edgemed.errors import install_command
 from edgemed.hardware.device import Device, fits, read_device, usable
 from edgemed.models.architecture import Architecture, DecoderConfig, every_part, family_of
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
@@ -234,7 +235,7 @@ def possible(weights: CanonicalWeights, target: str) -> dict[str, Any]:
     package, extra = module.RUNTIME
     reason = module.supports(weights, module.Params())
     installed = importlib.util.find_spec(package) is not None
-    fix = None if installed else f"pip install 'edgemed[{extra}]'"
+    fix = None if installed else f"edgemed[{extra}]: {install_command(extra)}"
     return {
         "possible": reason is None,
         "why_not": reason,

@@ -1,4 +1,4 @@
-"""What stands under a plan: what a person must know to read it, and the recipe of its best engine."""
+"""What stands under a plan: what a person must know to read it, and the recipe of its best one."""
 
 from __future__ import annotations
 

@@ -53,16 +53,38 @@ def document(
     write_card_and_bom(directory, sections)
 
 
-def record(directory: Path, evals: Sequence[Json], gate: Json | None) -> None:
-    """Put evaluations and their verdict into an engine's manifest. Card and bill of materials,
-    which a device cannot write, follow with `edgemed card`.
+def record(
+    directory: Path,
+    evals: Sequence[Json],
+    gate: Json | None,
+    source_evals: Sequence[Json] = (),
+) -> None:
+    """Put evaluations and their verdict into an engine's manifest. source_evals: what they are
+    paired with. Card and bill of materials, which a device cannot write, follow with `edgemed
+    card`.
 
     A signature made before no longer fits. Raises EdgemedError where the engine was altered or
     cannot be written to.
     """
-    store.attach(
-        directory, {}, {"evals": [without_items(result) for result in evals], "gate": gate}
-    )
+    sections: dict[str, Any] = {
+        "evals": [without_items(result) for result in evals],
+        "gate": gate,
+    }
+    if source_evals:
+        sections["source_evals"] = [without_items(result) for result in source_evals]
+    store.attach(directory, {}, sections)
+
+
+def record_verification(directory: Path, result: Json) -> None:
+    """Put the result of a verification into an engine's manifest, as `record` does with
+    evaluations.
+    """
+    store.attach(directory, {}, {"verify": result})
+
+
+def is_signed(directory: Path) -> bool:
+    """Whether an engine carries a signature, which anything put into its manifest would break."""
+    return (directory / store.SIGNATURE).exists()
 
 
 def write_card_and_bom(directory: Path, sections: Json) -> Evidence:

@@ -59,6 +59,7 @@ def keygen(out: Path, password: bytes | None = None) -> str:
         raise EdgemedError(
             f"{there[0]} exists", "Choose another directory; a key that is overwritten is lost"
         )
+    written: list[Path] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content, mode in ((PRIVATE, private, 0o600), (PUBLIC, public, 0o644)):
@@ -67,8 +68,12 @@ def keygen(out: Path, password: bytes | None = None) -> str:
             with open(
                 os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb"
             ) as handle:
+                written.append(out / name)
                 handle.write(content)
     except OSError as error:
+        # Half a pair of keys is worse than none.
+        for file in written:
+            file.unlink(missing_ok=True)
         raise EdgemedError(
             f"cannot write a key into {out}: {error.strerror}", "Choose another directory"
         ) from None

@@ -18,7 +18,10 @@ from edgemed.errors import EdgemedError, need
 if TYPE_CHECKING:
     import torch
 
-    from edgemed.models.weights import Packed
+    from edgemed.models.weights import CanonicalWeights, Packed
+
+# Inputs per scale that every runtime has kernels for, the usual one first.
+GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,44 @@ def quantize_to(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.T
     return (weight / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
 
 
+def fitting_group(columns: int) -> int | None:
+    """The largest usual group that divides a row of `columns` weights, None where none does."""
+    return next((group for group in GROUPS if columns % group == 0), None)
+
+
+def matrix_columns(weights: CanonicalWeights) -> list[int]:
+    """The lengths of the rows of all layer matrices, each once."""
+    columns = set()
+    for name, part in weights.parts.items():
+        if name.startswith("layers.") and part.kind == "matrix":
+            columns.add(part.shape[1])
+    return sorted(columns)
+
+
+def group_refused(weights: CanonicalWeights, group: int | None) -> str | None:
+    """Why the layer matrices cannot have this group (None: the largest that divides each), or
+    None.
+    """
+    columns = matrix_columns(weights)
+    rows = " and ".join(map(str, columns))
+    if group is None:
+        if all(fitting_group(count) for count in columns):
+            return None
+        return f"no group of 128, 64, 32 divides rows of {rows}; choose another precision"
+    if all(count % group == 0 for count in columns):
+        return None
+    fitting = [str(g) for g in GROUPS if all(count % g == 0 for count in columns)]
+    way_out = f"choose group {' or '.join(fitting)}, or leave it out" if fitting else "leave it out"
+    return f"group {group} does not divide rows of {rows}; {way_out}"
+
+
+def dense_packings(weights: CanonicalWeights, bits: int, group: int | None) -> set[tuple[int, int]]:
+    """Every (bits, group) of the layer matrices where a target itself rounds them. group: None for
+    the largest that divides each.
+    """
+    return {(bits, group or fitting_group(count) or -1) for count in matrix_columns(weights)}
+
+
 def rtn(
     weight: torch.Tensor,
     bits: int,
@@ -155,13 +196,17 @@ def widths_label(packings: Iterable[tuple[int, int]]) -> str:
 
 def packings_label(packings: Iterable[tuple[int, int]]) -> str:
     """(bits, group) of every matrix as a person would name it: 'int4 g128', 'int8 per column',
-    'int4/8 mixed'.
+    'int4 g64/128', 'int4/8 mixed'.
     """
     distinct = sorted(set(packings))
     if len(distinct) == 1:
         ((bits, group),) = distinct
         return f"int{bits} {'per column' if group == -1 else f'g{group}'}"
-    return f"int{'/'.join(map(str, sorted({bits for bits, _ in distinct})))} mixed"
+    widths = sorted({bits for bits, _ in distinct})
+    groups = [group for _, group in distinct]
+    if len(widths) == 1 and -1 not in groups:
+        return f"int{widths[0]} g{'/'.join(map(str, groups))}"
+    return f"int{'/'.join(map(str, widths))} mixed"
 
 
 def widened(matrix: Packed, widths: tuple[int, ...]) -> Packed:

@@ -16,6 +16,7 @@ from edgemed.formatting import size
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.bit_allocation import Option, allocate, budget_bytes
 from edgemed.quantization.gptq import solve
+from edgemed.quantization.grids import GROUPS, fitting_group
 from edgemed.quantization.layerwise import group_of
 from edgemed.quantization.packed_checkpoint import (
     fits,
@@ -42,9 +43,26 @@ class Budget:
     choices: tuple[tuple[int, int], ...]
 
 
-def uniform_packings(weights: CanonicalWeights, bits: int, group: int) -> dict[str, Any]:
-    """The same bits and group for every layer matrix, as the manifest notes it."""
-    return {"packings": dict.fromkeys(layer_matrices(weights), (bits, group))}
+def uniform_packings(
+    weights: CanonicalWeights, bits: int, group: int | None
+) -> dict[str, tuple[int, int]]:
+    """Layer matrix -> (bits, group), the same bits for all. group: None for the largest that
+    divides each matrix' rows.
+
+    Raises EdgemedError where none does.
+    """
+    packings = {}
+    for name in layer_matrices(weights):
+        columns = weights.parts[name].shape[1]
+        fitting = group or fitting_group(columns)
+        if fitting is None:
+            raise EdgemedError(
+                f"'{weights.keys[name][0]}.weight': no group of {', '.join(map(str, GROUPS))}"
+                f" divides a row of {columns} weights",
+                "Give group: -1, one scale per row",
+            )
+        packings[name] = (bits, fitting)
+    return packings
 
 
 def packings_within(

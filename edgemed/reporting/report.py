@@ -9,12 +9,12 @@ under, and what failed its check shows no speed at all.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgemed import formatting
+from edgemed.artifacts.json_files import write_text
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.machine import TargetDevice
 from edgemed.documents.run import SCHEMA, RunDocument
@@ -80,9 +80,7 @@ def write(document: Json, folder: Path) -> Path:
 
 
 def write_whole(file: Path, content: str) -> Path:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, content)
     return file
 
 

@@ -20,7 +20,8 @@ from edgemed.documents.machine import Machine
 from edgemed.documents.run import EngineEntry, RunDocument
 from edgemed.documents.verify import VerifyResult
 from edgemed.formatting import number, points, pretty, size
-from edgemed.reporting import verdicts
+from edgemed.reporting import recommendation, verdicts
+from edgemed.reporting.recommendation import fastest
 
 Json = Mapping[str, Any]
 LONG = 160  # letters of a note that is unfolded instead of standing in a table
@@ -102,6 +103,8 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
         ],
         "summary": rows,
         "conclusion": verdicts.conclusion(rows),
+        "ship": recommendation.recommend(rows, len(source_keys) <= 1),
+        "warnings": recommendation.warnings(engines, [run.data for run in runs]),
         "headline": headline(engines, len(machines) == 1, len(source_keys) == 1),
         "random_weights": any(run.data.source.random_weights for run in runs),
         "not_measured": [
@@ -283,6 +286,11 @@ def mark_best(engines: Sequence[dict[str, Any]]) -> None:
             if figure is not None:
                 groups.setdefault((engine["source_key"], machine), []).append((engine, figure))
         for rivals in groups.values():
+            if name == "decode_tokens_per_second":
+                winner = fastest([engine for engine, _ in rivals]).engine
+                if winner is not None and len(rivals) > 1:
+                    winner["best"].add(name)
+                continue
             figures = {figure for _, figure in rivals}
             if len(figures) == 1:
                 continue
@@ -315,14 +323,15 @@ def headline(engines: Sequence[Json], one_machine: bool, one_source: bool) -> li
     """The few figures a reader wants first."""
     sound = [engine for engine in engines if engine["verdict"] != "failed"]
     figures = [parity_headline(engines)]
-    speeds = [
-        (engine["values"]["decode_tokens_per_second"].value, engine["label"])
-        for engine in sound
-        if "decode_tokens_per_second" in engine["values"]
-    ]
-    if speeds and one_machine and one_source:
-        speed, label = max(speeds, key=lambda row: row[0])
-        figures.append(Headline("Fastest engine", f"{number(speed)}\u00a0tok/s", label))
+    if one_machine and one_source:
+        first = fastest(sound)
+        if first.engine is not None:
+            speed = first.engine["values"]["decode_tokens_per_second"].value
+            figures.append(
+                Headline("Fastest engine", f"{number(speed)}\u00a0tok/s", first.engine["label"])
+            )
+        elif first.why:
+            figures.append(Headline("Fastest engine", "not known", first.why, True))
     if sound and one_source:
         small = min(sound, key=lambda engine: engine["bytes"])
         figures.append(Headline("Smallest engine", size(small["bytes"]), small["label"]))

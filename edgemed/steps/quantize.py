@@ -8,18 +8,22 @@ and must not need other integers. The methods are the files of quantization/meth
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgemed import plugins
 from edgemed.artifacts import hashing, store
+from edgemed.console import say
 from edgemed.data.image_sets import calibration_digests
 from edgemed.data.text_sets import card_names
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.weights import CanonicalWeights
 from edgemed.params import Doc, Range
+from edgemed.quantization.grids import GROUPS
 from edgemed.quantization.method import CheckpointMethod, LayerMethod, load_method, method_names
 from edgemed.quantization.settings import QuantizeSettings
 
@@ -53,8 +57,12 @@ class Params:
     ]
     bits: Annotated[Literal[2, 3, 4, 8], Doc("Bits per weight.")] = 4
     group: Annotated[
-        Literal[32, 64, 128, -1], Doc("Inputs per scale; -1 for one scale per row.")
-    ] = 128
+        Literal[32, 64, 128, -1] | None,
+        Doc(
+            "Inputs per scale; -1 for one scale per row. Where none is given, the largest of 128,"
+            " 64 and 32 that divides a matrix' rows."
+        ),
+    ] = None
     calibration: Annotated[
         str | None,
         Doc("Calibration text: the name or file of a set, or several with commas between."),
@@ -223,9 +231,20 @@ def _by_layers(
         notes = _layer_notes(weights, method, finished, on_disk)
     if params.budget:
         notes |= decided
+    elif params.group is None:
+        notes["groups"] = _groups(packings)
     notes["bits_per_weight"] = bits_per_weight(weights, packings)
     notes["calibration_sha256"] = digests.get("calibration")
     return notes
+
+
+def _groups(packings: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Group -> how many matrices have it; said aloud where it is not the usual one for all."""
+    groups = Counter(group for _, group in packings.values())
+    if len(groups) > 1 or GROUPS[0] not in groups:
+        counts = ", ".join(f"{count} matrices of {group}" for group, count in groups.items())
+        say(f"groups: {counts}, the largest that divide their rows")
+    return {str(group): count for group, count in groups.items()}
 
 
 def _settings(params: Params) -> QuantizeSettings:
@@ -262,7 +281,7 @@ def _packings(
     from edgemed.quantization.packing_choice import Budget, packings_within, uniform_packings
 
     if not params.budget:
-        return uniform_packings(weights, params.bits, params.group)
+        return {"packings": uniform_packings(weights, params.bits, params.group)}
     budget = Budget(params.budget, params.target, budget_choices(params.target))
     return packings_within(weights, budget, samples, settings, finished.folder)
 
@@ -313,7 +332,8 @@ def _check(
     weights: CanonicalWeights, method: LayerMethod, params: Params, settings: QuantizeSettings
 ) -> None:
     """Raise EdgemedError where parameters and model do not go together."""
-    from edgemed.quantization.packed_checkpoint import check_fit, layer_matrices
+    from edgemed.quantization.packed_checkpoint import check_fit
+    from edgemed.quantization.packing_choice import uniform_packings
 
     experts = weights.decoder.experts
     if params.budget and experts is not None and experts.has_shared_base:
@@ -322,10 +342,10 @@ def _check(
             "Use gptq or rtn, without a budget",
         )
     if method.check is not None:
-        method.check(weights, params.bits, params.group, settings)
+        method.check(weights, params.bits, params.group or GROUPS[0], settings)
     if not params.budget:
-        for name in layer_matrices(weights):
-            check_fit(weights, name, params.bits, params.group)
+        for name, (bits, group) in uniform_packings(weights, params.bits, params.group).items():
+            check_fit(weights, name, bits, group)
     if _is_calibrated(method, params) and params.length > weights.decoder.context:
         raise EdgemedError(
             f"quantize: length {params.length} exceeds the model's context of"

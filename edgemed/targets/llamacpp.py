@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -54,6 +53,7 @@ from edgemed.gguf.tensor_map import (
     preserved_bits,
     rescaled,
 )
+from edgemed.hardware.child_process import run_child
 from edgemed.models import lora
 from edgemed.models.architecture import all_families
 from edgemed.models.parameter_count import parameters, sizes
@@ -319,7 +319,7 @@ def _graph_refused(weights: CanonicalWeights, params: Params) -> str | None:
             f"llama.cpp's {weights.family.gguf_arch} graph computes the tanh form of GELU, this"
             " model the exact one"
         )
-    if rescaled(d) is not None and not weights.family.gguf_interleaved:
+    if rescaled(d) is not None and not graph_of(weights.family, d)[1]:
         return f"llama.cpp's {weights.family.gguf_arch} graph knows no rescaled rotary frequencies"
     runs_own_graph = own_graph(weights.family, d)
     if runs_own_graph and (reason := refuses(d)):
@@ -909,7 +909,7 @@ def self_check() -> str:
             "import sys; from edgemed.targets.llamacpp import run_probes; run_probes(sys.argv[1])",
             folder,
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_child(command)
     reached = done.stdout.split()
     if done.returncode < 0 or len(reached) < 2 * len(PROBES):
         how = (

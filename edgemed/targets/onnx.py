@@ -28,7 +28,13 @@ from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
-from edgemed.quantization.grids import Ints, packings_label, widths_label
+from edgemed.quantization.grids import (
+    Ints,
+    dense_packings,
+    group_refused,
+    packings_label,
+    widths_label,
+)
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -93,8 +99,12 @@ class Params:
         ),
     ] = "auto"
     group: Annotated[
-        Literal[32, 64, 128], Doc("Inputs per scale where edgemed itself quantizes.")
-    ] = 128
+        Literal[32, 64, 128] | None,
+        Doc(
+            "Inputs per scale where edgemed itself quantizes. Where none is given, the largest of"
+            " 128, 64 and 32 that divides a matrix' rows."
+        ),
+    ] = None
     accuracy_level: Annotated[
         Literal[1, 4], Doc("4 computes with int8 activations, 1 with float32.")
     ] = 4
@@ -244,12 +254,7 @@ def _shapes_refused(weights: CanonicalWeights, params: Params) -> str | None:
     if params.context and params.context > d.context:
         return f"context {params.context} is longer than the model's {d.context}"
     grouped = bits_of(weights, params) and params.precision != "w8a8" and not weights.packings()
-    if grouped and (d.hidden % params.group or d.ffn % params.group):
-        return (
-            f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
-            " or 64"
-        )
-    return None
+    return group_refused(weights, params.group) if grouped else None
 
 
 def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any]:
@@ -287,7 +292,7 @@ def build(weights: CanonicalWeights, out: Path, params: Params) -> dict[str, Any
     if precision.integers:
         label = "w8a8"
     elif bits:
-        label = packings_label(weights.packings() or {(bits, params.group)})
+        label = packings_label(weights.packings() or dense_packings(weights, bits, params.group))
     else:
         label = {"float32": "fp32", "float16": "fp16"}[floats]
     notes: dict[str, Any] = {

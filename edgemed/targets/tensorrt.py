@@ -22,7 +22,12 @@ from edgemed.params import Doc, Range
 from edgemed.planning import choices
 from edgemed.planning.choices import Choice, Size
 from edgemed.planning.roofline import Storage
-from edgemed.quantization.grids import packings_label, widths_label
+from edgemed.quantization.grids import (
+    dense_packings,
+    group_refused,
+    packings_label,
+    widths_label,
+)
 
 if TYPE_CHECKING:
     from edgemed.engines.engine import Engine
@@ -113,7 +118,13 @@ class Params:
             " scales that checkpoint holds."
         ),
     ] = "auto"
-    group: Annotated[Literal[32, 64, 128], Doc("Inputs per scale of int4.")] = 128
+    group: Annotated[
+        Literal[32, 64, 128] | None,
+        Doc(
+            "Inputs per scale of int4. Where none is given, the largest of 128, 64 and 32 that"
+            " divides a matrix' rows."
+        ),
+    ] = None
     activations: Annotated[
         Literal["fp16", "bf16", "fp32"], Doc("Format of the activations beside integers.")
     ] = "fp16"
@@ -204,7 +215,6 @@ def _sizes_refused(weights: CanonicalWeights, params: Params) -> str | None:
 
 def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
     """Why the integers that a checkpoint holds, or the ones asked for, cannot be had."""
-    d = weights.decoder
     bits = bits_of(weights, params)
     stored = sorted(weights.packings())
     if not bits:
@@ -222,12 +232,7 @@ def _integers_refused(weights: CanonicalWeights, params: Params) -> str | None:
         )
     if stored:
         return _packings_refused(weights, stored)
-    if bits == 4 and (d.hidden % params.group or d.ffn % params.group):
-        return (
-            f"group {params.group} does not divide rows of {d.hidden} and {d.ffn}; choose group 32"
-            " or 64"
-        )
-    return None
+    return group_refused(weights, params.group) if bits == 4 else None
 
 
 def _packings_refused(weights: CanonicalWeights, stored: list[tuple[int, int]]) -> str | None:
@@ -352,7 +357,9 @@ def _precision(weights: CanonicalWeights, params: Params, chosen: str) -> str:
     bits = bits_of(weights, params)
     if not bits:
         return chosen
-    packings = weights.packings() or {(bits, -1 if bits == 8 else params.group)}
+    packings = weights.packings() or dense_packings(
+        weights, bits, -1 if bits == 8 else params.group
+    )
     if params.precision == "w8a8":
         integers = "w8a8"
     elif packings == {(8, -1)}:

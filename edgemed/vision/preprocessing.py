@@ -18,7 +18,7 @@ import numpy as np
 
 from edgemed.errors import EdgemedError, need
 from edgemed.inference.session import ImageEmbeddings
-from edgemed.models.tokenizer import encode
+from edgemed.models.tokenizer import begin_tokens, encode, encode_context
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -265,17 +265,21 @@ def placed(
     return placed_tokens, ImageEmbeddings(features, positions, v.token)
 
 
-def prompt_tokens(tokenizer: Any, text: str, v: VisionConfig | None) -> list[int]:
+def prompt_tokens(
+    tokenizer: Any, text: str, v: VisionConfig | None, add_special_tokens: bool = True
+) -> list[int]:
     """Token ids of a prompt to a vision model: those every prompt starts with, then the text,
     with the image token wherever the marker stands.
 
     Where the tokenizer has no token for the marker, the texts around it are encoded one by one
-    (LLaVA's tokenizer_image_token). v None: a text model.
+    (LLaVA's tokenizer_image_token). v None: a text model. add_special_tokens: False leaves the
+    begin tokens out.
     """
     if v is None or not v.marker:
-        return encode(tokenizer, text)
+        return encode_context(tokenizer, text, add_special_tokens)
     first, *others = [text] if tokenizer.token_to_id(v.marker) == v.token else text.split(v.marker)
-    tokens = [*v.start, *encode(tokenizer, first)]
+    start = (v.start or begin_tokens(tokenizer)) if add_special_tokens else ()
+    tokens = [*start, *encode(tokenizer, first)]
     for piece in others:
         tokens.append(v.token)
         tokens += encode(tokenizer, piece)

@@ -36,6 +36,7 @@ tensorrt evaluation planning verification benchmarking
 steps targets tasks
 pipeline
 api
+functions
 cli
 __init__ __main__
 """
@@ -135,7 +136,7 @@ def test_top_of_the_package() -> None:
     """Only what every package uses lies outside of a package."""
     assert {f.stem for f in PACKAGE.glob("*.py")} == {
         *("errors", "params", "plugins", "units", "formatting", "console"),
-        *("api", "__init__", "__main__"),
+        *("api", "functions", "__init__", "__main__"),
     }
 
 
@@ -274,7 +275,7 @@ def test_only_a_target_names_itself(file: Path) -> None:
         id(argument)
         for node in ast.walk(root)
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func).split(".")[-1] in ("need", "find_spec")
+        and ast.unparse(node.func).split(".")[-1] in ("need", "find_spec", "install_command")
         for argument in node.args
     }
     targets = {f.stem for f in (PACKAGE / "targets").glob("*.py")}
@@ -320,10 +321,16 @@ BUILD_ONLY = (
     "models/qlora.py",
     "moe/",
     "quantization/",
+    "verification/witness/",
     "vision/torch_encoder.py",
 )
 # Modules of build-only packages that a device imports, or --help.
-DEVICE = ("quantization/grids.py", "quantization/method.py", "quantization/settings.py")
+DEVICE = (
+    "quantization/grids.py",
+    "quantization/method.py",
+    "quantization/settings.py",
+    "verification/witness/witness.py",
+)
 
 
 def build_only(file: Path) -> bool:

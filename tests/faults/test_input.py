@@ -450,6 +450,8 @@ RECIPE = (
         ("engines:", "title: [a]\nengines:", ["title", "['a'] is not a text"]),
         ("engines:", "bench: [1]\nengines:", ["bench", "[1] is not a mapping"]),
         ("engines:", "bench: {prompt: [0]}\nengines:", ["bench.prompt", "0 is out of range"]),
+        ("engines:", "bench: {prompt: []}\nengines:", ["bench.prompt", "the list is empty"]),
+        ("engines:", "eval: {tasks: []}\nengines:", ["eval.tasks", "the list is empty"]),
         ("engines:", "device: 5\nengines:", ["device", "5 is not a text"]),
         ("engines:", "eval: !!set {a}\nengines:", ["tag !!set"]),
         ("  - onnx: {}", "  - [", ["not valid YAML"]),
@@ -494,7 +496,7 @@ def test_a_recipe_in_another_encoding(model: Path, tmp_path: Path) -> None:
     [
         ({"memory_gb": -8}, ["memory_gb", "-8"]),
         ({"memory_gb": True}, ["memory_gb", "True is not a number"]),
-        ({"bandwidth_gb_s": 1e300}, ["bandwidth_gb_s", "out of range"]),
+        ({"bandwidth_gb_s": 1_000_000_000.5}, ["bandwidth_gb_s", "out of range"]),
         ({"compute_capability": "new"}, ["compute_capability", "'new' is no version"]),
         ({"compute": [1]}, ["compute", "is not a mapping"]),
         ({"power_modes": [{"name": "15W", "gpu_share": 2}]}, ["gpu_share", "out of range"]),

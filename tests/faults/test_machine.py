@@ -23,6 +23,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, cli, leftovers, refused, write_model
 
+from edgemed.errors import install_command
+
 torch = pytest.importorskip("torch")
 
 TARGETS = ("onnx", "llamacpp")
@@ -253,7 +255,7 @@ def test_runtime_not_installed(
             process=True,
         ),
         package,
-        f"pip install 'edgemed[{extra}]'",
+        f"Install edgemed[{extra}]: {install_command(extra)}",
     )
 
 
@@ -271,7 +273,7 @@ def test_build_packages_not_installed(model: Path, tmp_path: Path) -> None:
         env=without(tmp_path, "torch"),
         process=True,
     )
-    refused(done, "torch", "pip install 'edgemed[build]'")
+    refused(done, "torch", "Install edgemed[build]: pip install -e")
     assert not (tmp_path / "out").exists()
     assert not leftovers(tmp_path)
 

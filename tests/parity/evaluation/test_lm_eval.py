@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CONTEXT, EOS, ROOT, refused
+from conftest import CONTEXT, EOS, ROOT, refused, write_begun_model
 
 from edgemed.artifacts import store
 from edgemed.documents import document
@@ -327,6 +327,41 @@ def test_generation(lm: Any, plain: Any) -> None:
         )
     with pytest.raises(EdgemedError, match="no chat template"):
         lm.apply_chat_template([{"role": "user", "content": "Hello"}])
+
+
+@real
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_begin_tokens_and_chats_are_those_of_lm_evals_own_model(
+    add_bos_token: bool | None, tmp_path: Path
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    import edgemed as em
+    from edgemed.evaluation.lm_eval_model import EngineLM
+
+    model = write_begun_model(tmp_path / "model")
+    em.export(str(model), "onnx", tmp_path / "engine", prompts=None, precision="fp32")
+    theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", add_bos_token=add_bos_token)
+    ours = EngineLM(engine=str(tmp_path / "engine"), threads=1, add_bos_token=add_bos_token)
+    assert ours.prefix_token_id == theirs.prefix_token_id
+    assert ours.eot_token_id == theirs.eot_token_id
+    for text in ("A fever", "", "<bos>A fever", "<|endoftext|>", "a<bos>"):
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special), text
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Fever?"}]
+    begun = [*history, {"role": "assistant", "content": "It is"}]
+    assert ours.apply_chat_template(history) == theirs.apply_chat_template(history)
+    assert ours.apply_chat_template(begun, False) == theirs.apply_chat_template(begun, False)
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    assert ours.tok_encode(ours.apply_chat_template(history)).count(258) == 1
+    questions = ask("loglikelihood", ("Fever", " A"), ("", "word"), ("<bos>Fever", " B"))
+    found = ours.loglikelihood(questions, disable_tqdm=True)
+    for mine, right in zip(found, theirs.loglikelihood(questions, disable_tqdm=True), strict=True):
+        assert abs(mine[0] - right[0]) < 2e-3
+    rolling = ask("loglikelihood_rolling", ("A fever of three days.",))
+    mine = ours.loglikelihood_rolling(rolling, disable_tqdm=True)[0]
+    assert abs(mine - theirs.loglikelihood_rolling(rolling, disable_tqdm=True)[0]) < 2e-3
+    ours.session.close()
 
 
 @real

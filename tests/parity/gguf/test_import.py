@@ -76,6 +76,8 @@ def test_there_and_back(tmp_path: Path, family: str, kind: str) -> None:
     assert manifest["stage"] == "import"
     assert manifest["notes"]["checked"]["runtime"] == "llama.cpp"
     assert manifest["notes"]["checked"]["relative_error"] <= manifest["notes"]["checked"]["limit"]
+    exact = manifest["notes"]["checked"]["first_layers_as_floats"]
+    assert exact["relative_error"] < (5e-3 if family == "phi" or family == "gpt2" else 1e-5)
     assert ("Q4_1" in manifest["notes"]["dequantized_from"]) == (kind == "q4_1")
 
 
@@ -275,6 +277,7 @@ def test_the_published_model(tmp_path: Path) -> None:
     notes = read_manifest(tmp_path / "model")["notes"]
     assert notes["gguf"]["license"] == "apache-2.0"
     assert notes["checked"]["relative_error"] < 0.05
+    assert notes["checked"]["first_layers_as_floats"]["relative_error"] < 1e-4
     own = scores(tmp_path / "model")
     assert relative(transformers_scores(file.parent, gguf_file=file.name), own) < 1e-5
     assert len(read_gguf(file).tensors) == 272

@@ -864,7 +864,7 @@ def test_images_that_cannot_be_squared() -> None:
 
 
 def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path: Path) -> None:
-    from edgemed.api import stream
+    from edgemed.api import PromptForm, stream
 
     engine, *_ = exact
     noise(1).save(tmp_path / "a.png")
@@ -895,7 +895,7 @@ def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path
                 "What?",
                 Sampling(max_tokens=2),
                 images=[tmp_path / "a.png"],
-                template="reasoning",
+                form=PromptForm("reasoning"),
             )
         )
 

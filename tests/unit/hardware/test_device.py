@@ -270,7 +270,8 @@ def test_read_bandwidth_is_plausible():
 
 def test_doctor_sees_what_is_missing_and_what_is_broken(monkeypatch):
     missing = doctor.package("edgemed-no-such-package", "bnb")
-    assert (missing.state, missing.fix) == ("missing", "pip install 'edgemed[bnb]'")
+    assert missing.state == "missing"
+    assert missing.fix.startswith("edgemed[bnb]: pip install -e")
     assert doctor.package("numpy", "build").state == "ok"
 
     class Target:
