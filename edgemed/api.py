@@ -343,7 +343,9 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
             raise EdgemedError(
                 f"{engine.path} has no chat template", "Give the prompt in the model's own form"
             )
-        raise EdgemedError(f"{engine.path} has no template '{template}'", nearest(template, known))
+        raise EdgemedError(
+            f"family {family.name} has no template '{template}'", nearest(template, known)
+        )
     if template == "reasoning" and family.reasoning:
         text = family.reasoning(text)
     return family.chat(text, images, vision_of(engine.vision).conversation)
