@@ -256,7 +256,7 @@ TARGET_WORDS = {
     ("validation.py", "llamacpp"),
     # What an option or a recipe's key is where nothing is said, and the values it may have.
     ("main.py", "onnx"),
-    ("proof.py", "onnx"),
+    ("speed.py", "onnx"),
     ("quantize.py", "onnx"),
     ("quantize.py", "tensorrt"),
     # Its parameter vision: ONNX Runtime or llama.cpp's own library sees.
@@ -321,10 +321,16 @@ BUILD_ONLY = (
     "models/qlora.py",
     "moe/",
     "quantization/",
+    "verification/witness/",
     "vision/torch_encoder.py",
 )
 # Modules of build-only packages that a device imports, or --help.
-DEVICE = ("quantization/grids.py", "quantization/method.py", "quantization/settings.py")
+DEVICE = (
+    "quantization/grids.py",
+    "quantization/method.py",
+    "quantization/settings.py",
+    "verification/witness/witness.py",
+)
 
 
 def build_only(file: Path) -> bool:
