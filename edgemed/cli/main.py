@@ -122,6 +122,8 @@ def conclusions(document: dict[str, Any]) -> list[str]:
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
     """One engine of a report document as a person reads it."""
+    from edgemed.documents.evaluation import task_title
+
     values = {record["name"]: record["value"] for record in engine["records"]}
     row = {
         "engine": engine["name"],
@@ -137,7 +139,10 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if "decode_tokens_per_second" in values:
         row["tok/s"] = round(values["decode_tokens_per_second"], 1)
     # Of several strategies on a task the first stays.
-    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}
+    row |= {
+        task_title(result["task"], None, result.get("file")): round(result["accuracy"], 4)
+        for result in engine["evals"][::-1]
+    }
     if engine["gate"]:
         row["not worse"] = engine["gate"]["verdict"]
     return row

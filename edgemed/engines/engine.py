@@ -18,8 +18,7 @@ from typing import Annotated, Any, Literal, cast
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
-from edgemed.artifacts.hash_cache import remembered_sha256
-from edgemed.artifacts.hashing import file_sha256
+from edgemed.artifacts.hash_cache import fresh_sha256, remembered_sha256
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say
 from edgemed.documents.witness import WitnessResult
@@ -340,7 +339,7 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
             f"{path} is a {manifest.kind}, not an engine",
             "Make an engine with: edgemed export MODEL --target onnx --out DIR",
         )
-    sha256 = file_sha256 if check else remembered_sha256
+    sha256 = fresh_sha256 if check else remembered_sha256
     wrong = [*store.check_manifest(path, sha256), *_plan_problems(path, sha256)]
     if wrong:
         raise EdgemedError(

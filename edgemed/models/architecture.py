@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError, nearest
-from edgemed.models.config_reader import ConfigKeys
+from edgemed.models.config_reader import ConfigKeys, short
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Architecture:
 
     Raises EdgemedError listing the known architectures and the nearest.
     """
-    model_type = str(config.get("model_type", ""))[:80]
+    stated = config.get("model_type", "")
+    model_type = stated[:80] if isinstance(stated, str) else short(stated)
     families = all_families()
     for family in families.values():
         if model_type in family.model_types:
