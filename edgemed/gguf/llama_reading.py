@@ -89,7 +89,12 @@ def read_foreign(
         code = "import sys; from edgemed.gguf.llama_reading import main; main(sys.argv[1])"
         # Only this edgemed and what is installed: nothing from the folder a person stands in.
         paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            # Where it dies no debugger is to be called.
+            "GGML_NO_BACKTRACE": "1",
+        }
         limit = OPENING + PER_GIGABYTE * Path(file).stat().st_size / 1e9
         try:
             done = subprocess.run(
