@@ -903,7 +903,7 @@ def test_images_and_places_must_agree(exact: tuple[Engine, Any, float], tmp_path
 def test_a_question_about_an_image_is_answered_as_its_source_does(
     exact: tuple[Engine, Any, float], model: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    from edgemed.api import PromptForm, stream
+    from edgemed.api import stream
     from edgemed.evaluation.opened_model import evaluate_opened, open_source, start_engine
     from edgemed.evaluation.prompting import PromptSettings
     from edgemed.evaluation.task import questions
