@@ -23,6 +23,7 @@ import numpy as np
 from edgemed.errors import EdgemedError
 from edgemed.gguf.float_twin import write_float_twin
 from edgemed.gguf.llama_session import ERRORS, llama_library
+from edgemed.hardware.child_process import die_with_the_parent, run_child
 
 # Seconds for a foreign file: to open it, and for each 10^9 bytes of it.
 OPENING = 60.0
@@ -97,14 +98,8 @@ def read_foreign(
         }
         limit = OPENING + PER_GIGABYTE * Path(file).stat().st_size / 1e9
         try:
-            done = subprocess.run(
-                [sys.executable, "-P", "-c", code, name],
-                env=environment,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=limit,
-            )
+            command = [sys.executable, "-P", "-c", code, name]
+            done = run_child(command, env=environment, timeout=limit)
         except subprocess.TimeoutExpired:
             raise EdgemedError(
                 f"llama.cpp did not finish reading {file} within {limit:.0f} s",
@@ -135,6 +130,7 @@ def _cause(done: subprocess.CompletedProcess[str]) -> str:
 
 def main(folder: str) -> None:
     """The child process: read the request in `folder`, write the reading beside it."""
+    die_with_the_parent()
     work = Path(folder)
     request = json.loads((work / REQUEST).read_text(encoding="utf-8"))
     texts = request["texts"]
