@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance
+from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance, reading
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
@@ -65,6 +65,7 @@ def root(version: Version = False) -> None:
 app.command(cls=Verb)(planning.doctor)
 app.command(cls=Verb)(planning.inspect)
 app.command(cls=Verb)(planning.plan)
+app.command(cls=Verb)(reading.witness)
 app.command(cls=Verb)(experts.experts)
 
 
@@ -85,6 +86,7 @@ def run(
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
     from edgemed.documents.gate import GateVerdict
+    from edgemed.documents.witness import WitnessResult
     from edgemed.pipeline.recipe import read_recipe
     from edgemed.pipeline.runner import run as run_recipe
 
@@ -95,6 +97,9 @@ def run(
         show(document, True)
     else:
         show([summary(engine) for engine in document["engines"]], False)
+        if document.get("witness"):
+            result = WitnessResult.from_json(document["witness"], "the witness")
+            typer.echo(f"witness: {result.line}")
         for line in conclusions(document):
             paragraph(line)
         typer.echo(f"report: {report}")
@@ -317,6 +322,7 @@ def export(
     from edgemed.api import export as export_engine
     from edgemed.artifacts import store
     from edgemed.console import say
+    from edgemed.verification.witness.witness import line_of
 
     if (model is None) == (random_weights is None):
         raise EdgemedError(
@@ -346,6 +352,8 @@ def export(
         "precision": engine.precision,
         "random_weights": engine.random_weights,
     }
+    if line := line_of(notes):
+        result["witness"] = line
     if engine.emulation:
         result["unbuilt"] = f"on the device run: edgemed build {engine.path}"
     show(result, json_)

@@ -21,6 +21,7 @@ from edgemed.artifacts import store
 from edgemed.artifacts.hash_cache import fresh_sha256, remembered_sha256
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware.threads import check_threads
@@ -197,9 +198,10 @@ def export(
     reference: Reference | None = None,
     name: str | None = None,
     adapted: Mapping[str, Reference] | None = None,
+    witness: WitnessResult | None = None,
 ) -> Engine:
     """Build one engine directory. params: the target's Params; adapted: adapter -> what the source
-    with it answers.
+    with it answers; witness: what the witness found out about the checkpoint, for the manifest.
 
     Raises EdgemedError where the target cannot carry this model, the tokenizer does not fit, or
     `out` holds something else.
@@ -275,6 +277,8 @@ def export(
                 reference.save(work.path)
             for adapter, answers in (adapted or {}).items():
                 answers.save(work.path / FOLDER / adapter)
+            if witness is not None:
+                notes["witness"] = witness.to_json()
             if accepted := accepted_keys(checkpoint.path, checkpoint.config):
                 notes["accepted_config_keys"] = accepted
             work.notes.update(notes)
