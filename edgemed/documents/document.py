@@ -199,10 +199,15 @@ def read_optional(inner: Reader, value: Any, where: str) -> Any:
     return None if value is None else inner(value, where)
 
 
+def is_scalar(kind: type, value: Any) -> bool:
+    """Whether a value is of one of SCALARS; a whole number is a number, true and false are none."""
+    kinds = (int, float) if kind is float else (kind,)
+    return isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+
+
 def read_scalar(kind: type, limits: tuple[Any, ...], value: Any, where: str) -> Any:
     """A text, a number, true or false. limits: the Range and Pattern it keeps."""
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+    if not is_scalar(kind, value):
         raise EdgemedError(f"{where} is {in_short(value)}, not {SCALARS[kind]}", AGAIN)
     for limit in limits:
         if isinstance(limit, Range) and not limit.holds(value):
