@@ -15,6 +15,7 @@ from edgemed.console import say
 from edgemed.data.text_sets import IMAGES
 from edgemed.documents.bench import BenchRecord
 from edgemed.documents.build import BuildResult
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines import engine as engines
 from edgemed.engines.engine import Engine, check_supported, require_built
 from edgemed.engines.loaded_engine import open_engine
@@ -32,6 +33,8 @@ from edgemed.pipeline.engine_evaluation import evaluate_tasks, read_results
 from edgemed.planning.inspect import inspect
 from edgemed.provenance import record
 from edgemed.verification.spec import VerifySpec
+from edgemed.verification.witness.witness import require_agreement
+from edgemed.verification.witness.witness import witness as witness_of
 from edgemed.vision.image_io import HOW, open_frames
 from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
@@ -48,6 +51,7 @@ __all__ = [
     "read_results",
     "run",
     "stream",
+    "witness",
 ]
 
 # Reference answers of a single export: few and short texts, because a large source is slow on a CPU
@@ -99,6 +103,9 @@ def export(
     built = strict.build(module.Params, params, target)
     module.inputs(built)  # finds a missing file before the reference answers are computed
     checkpoint = open_model(model, out.parent)
+    # Before the reference answers, which the same code would read wrongly.
+    read = witness_of(checkpoint)
+    require_agreement(checkpoint, read)
     reference = None
     adapted: dict[str, Reference] = {}
     if prompts and not checkpoint.random_weights:
@@ -111,7 +118,15 @@ def export(
         reference = reference_answers(origin, spec, pixels)
         for adapter in (built.adapters or {}).items():
             adapted[adapter[0]] = reference_answers(origin, spec, pixels, adapter)
-    engine = engines.export(checkpoint, target, built, out, reference, adapted=adapted)
+    engine = engines.export(
+        checkpoint,
+        target,
+        built,
+        out,
+        reference,
+        adapted=adapted,
+        witness=read,
+    )
     record.document(
         engine.path,
         record.known_source(model, checkpoint.path, engine.path),
@@ -119,6 +134,17 @@ def export(
         images=IMAGES if reference and reference.images else None,
     )
     return engine
+
+
+@extras_named()
+def witness(model: str, memory: int | None = None) -> WitnessResult:
+    """Hold edgemed's reading of a checkpoint against transformers'; export does it by itself.
+
+    memory: bytes that it may take, None for 4 GiB or half of what is free: with more, scores are
+    compared with all layers of a larger model. Raises EdgemedError where edgemed does not read the
+    checkpoint.
+    """
+    return witness_of(open_checkpoint(model), memory=memory)
 
 
 def reference_answers(

@@ -8,10 +8,13 @@ without it.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +85,10 @@ def pytest_configure() -> None:
     # Two cores, and engines bring their own threads: torch must not fight them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What the witness says of a checkpoint is kept for this run of the tests alone.
+    if "EDGEMED_CACHE" not in os.environ:
+        os.environ["EDGEMED_CACHE"] = tempfile.mkdtemp(prefix="edgemed-cache-")
+        atexit.register(shutil.rmtree, os.environ["EDGEMED_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -138,21 +145,24 @@ def tiny_config(family: str = "gpt2", **changes: object) -> dict[str, object]:
     return {**published, **tiny, **changes}
 
 
-def write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path, composes: bool = False) -> None:
     """Byte-level BPE whose only merge never happens (llama.cpp wants one): every byte is one token,
-    and one end-of-text token. 258 entries.
+    and one end-of-text token. 258 entries. composes: accents become part of their letter first
+    (NFC), as in every tokenizer that transformers builds for a Qwen2.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {c: i for i, c in enumerate(alphabet)} | {"<|endoftext|>": EOS, "ÿÿ": EOS + 1}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("ÿ", "ÿ")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if composes:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"})
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
     )
 
 
@@ -194,7 +204,7 @@ def write_model(
                     random(shape[-1 if part.conv1d else 0]).to(getattr(torch, dtype)),
                 )
     writer.close()
-    write_tokenizer(path)
+    write_tokenizer(path, composes=config["model_type"] == "qwen2")
     return path
 
 

@@ -425,13 +425,12 @@ def data_kinds() -> list[Kind]:
 
 
 def read_model(folder: Path, out: Path) -> None:
-    """Every tensor of a checkpoint, as an export reads it."""
+    """A checkpoint as the source of an evaluation, with its tokenizer, and some tokens read."""
+    from edgemed.evaluation.opened_model import open_source
     from edgemed.models.checkpoint import open_checkpoint
-    from edgemed.models.weights import CanonicalWeights
 
-    weights = CanonicalWeights(open_checkpoint(folder))
-    for name in weights.parts:
-        weights.dense(name)
+    source = open_source(open_checkpoint(folder))
+    source.session.prefill([1, 2, 3])
 
 
 def merge_adapter(model: Path) -> Callable[[Path, Path], object]:
@@ -446,6 +445,13 @@ def merge_adapter(model: Path) -> Callable[[Path, Path], object]:
         run_step(Stage("merge", chosen), open_checkpoint(model), out, out / "merged")
 
     return merged
+
+
+def import_file(folder: Path, out: Path) -> None:
+    """A GGUF from elsewhere as a checkpoint."""
+    from edgemed.gguf.import_checkpoint import import_gguf
+
+    import_gguf(folder / "model.gguf", out / "imported")
 
 
 def tokenize(folder: Path, out: Path) -> None:
@@ -499,6 +505,7 @@ def write_chat(model: Path) -> Callable[[Path], object]:
 
 def checkpoint_kinds(samples: Samples) -> list[Kind]:
     merged = merge_adapter(samples.model)
+    gguf = written("model.gguf", (samples.gguf / "model.gguf").read_bytes())
     model = copied(samples.model)
     return [
         Kind("safetensors", "model.safetensors", model, read_model, "", 60),
@@ -518,6 +525,7 @@ def checkpoint_kinds(samples: Samples) -> list[Kind]:
             "adapter settings", "adapter_config.json", copied(samples.adapter), merged, "json", 60
         ),
         Kind("adapter", "adapter_model.safetensors", copied(samples.adapter), merged, "", 40),
+        Kind("gguf to import", "model.gguf", gguf, import_file, "", 50),
         Kind("tokenizer", "tokenizer.json", model, tokenize, "json", 100),
         Kind(
             "tokenizer settings",

@@ -34,17 +34,26 @@ def remembered_sha256(path: Path) -> str:
     Raises OSError where the file cannot be read.
     """
     status = os.stat(path)
-    if status.st_size < LARGE:
-        return file_sha256(path)
-    name = str(path.resolve())
-    stamp = _stamp(status)
-    entry = _read().get(name)
-    if isinstance(entry, dict) and entry.get("stamp") == stamp:
-        return str(entry.get("sha256"))
+    if status.st_size >= LARGE:
+        entry = _read().get(str(path.resolve()))
+        if isinstance(entry, dict) and entry.get("stamp") == _stamp(status):
+            return str(entry.get("sha256"))
+    return fresh_sha256(path)
+
+
+def fresh_sha256(path: Path) -> str:
+    """sha256 of a file that is read for it; that of a large one is remembered.
+
+    Raises OSError where the file cannot be read.
+    """
+    status = os.stat(path)
     sha256 = file_sha256(path)
+    if status.st_size < LARGE:
+        return sha256
+    stamp = _stamp(status)
     changed = max(status.st_mtime_ns, status.st_ctime_ns)
     if _stamp(os.stat(path)) == stamp and time.time_ns() - changed > SETTLED_NS:
-        _remember(name, {"stamp": stamp, "sha256": sha256})
+        _remember(str(path.resolve()), {"stamp": stamp, "sha256": sha256})
     return sha256
 
 

@@ -54,7 +54,7 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     content = read_limited(path, "Remove it and measure again", LARGEST)
-    records = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         if not line and not records:
             continue  # an empty file

@@ -15,7 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance, speed
+from edgemed.cli import (
+    calibration,
+    experts,
+    harness,
+    planning,
+    process,
+    proof,
+    provenance,
+    reading,
+    speed,
+)
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
@@ -65,6 +75,7 @@ def root(version: Version = False) -> None:
 app.command(cls=Verb)(planning.doctor)
 app.command(cls=Verb)(planning.inspect)
 app.command(cls=Verb)(planning.plan)
+app.command(cls=Verb)(reading.witness)
 app.command(cls=Verb)(experts.experts)
 
 
@@ -85,6 +96,7 @@ def run(
 ) -> None:
     """Run a whole recipe; finished steps are reused, an interrupted run goes on."""
     from edgemed.documents.gate import GateVerdict
+    from edgemed.documents.witness import WitnessResult
     from edgemed.pipeline.recipe import read_recipe
     from edgemed.pipeline.runner import run as run_recipe
 
@@ -95,6 +107,9 @@ def run(
         show(document, True)
     else:
         show([summary(engine) for engine in document["engines"]], False)
+        if document.get("witness"):
+            result = WitnessResult.from_json(document["witness"], "the witness")
+            typer.echo(f"witness: {result.line}")
         for line in conclusions(document):
             paragraph(line)
         typer.echo(f"report: {report}")
@@ -117,6 +132,8 @@ def conclusions(document: dict[str, Any]) -> list[str]:
 
 def summary(engine: dict[str, Any]) -> dict[str, Any]:
     """One engine of a report document as a person reads it."""
+    from edgemed.documents.evaluation import task_title
+
     values = {record["name"]: record["value"] for record in engine["records"]}
     row = {
         "engine": engine["name"],
@@ -132,7 +149,10 @@ def summary(engine: dict[str, Any]) -> dict[str, Any]:
     if "decode_tokens_per_second" in values:
         row["tok/s"] = round(values["decode_tokens_per_second"], 1)
     # Of several strategies on a task the first stays.
-    row |= {result["task"]: round(result["accuracy"], 4) for result in engine["evals"][::-1]}
+    row |= {
+        task_title(result["task"], None, result.get("file")): round(result["accuracy"], 4)
+        for result in engine["evals"][::-1]
+    }
     if engine["gate"]:
         row["not worse"] = engine["gate"]["verdict"]
     return row
@@ -312,6 +332,7 @@ def export(
     from edgemed.api import export as export_engine
     from edgemed.artifacts import store
     from edgemed.console import say
+    from edgemed.verification.witness.witness import line_of
 
     if (model is None) == (random_weights is None):
         raise EdgemedError(
@@ -341,6 +362,8 @@ def export(
         "precision": engine.precision,
         "random_weights": engine.random_weights,
     }
+    if line := line_of(notes):
+        result["witness"] = line
     if engine.emulation:
         result["unbuilt"] = f"on the device run: edgemed build {engine.path}"
     show(result, json_)

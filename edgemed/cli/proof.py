@@ -28,6 +28,7 @@ from edgemed.cli.options import (
     task_names,
 )
 from edgemed.cli.provenance import signed as check_signature
+from edgemed.cli.reading import is_checkpoint, show_witness
 from edgemed.console import plain_text, show
 from edgemed.errors import EdgemedError
 from edgemed.params import Range
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
 
 
 def verify(
-    engine: Annotated[Path | None, typer.Argument(help="Engine directory.")] = None,
+    engine: Annotated[
+        Path | None,
+        typer.Argument(help="Engine directory; a checkpoint's is handed to edgemed witness."),
+    ] = None,
     manifest: Annotated[
         Path | None,
         typer.Option(help="Only re-check every file of this artifact against its manifest."),
@@ -85,6 +89,8 @@ def verify(
     from edgemed.verification.parity import Limits, with_adapters
     from edgemed.verification.parity import verify as verify_engine
 
+    if engine is not None and is_checkpoint(engine):
+        show_witness(engine, None, json_)
     directory = engine or manifest
     if directory is None or (engine and manifest):
         raise EdgemedError(

@@ -14,7 +14,7 @@ from edgemed.distillation.params import Params
 from edgemed.distillation.pruning import StudentShape, pruned_config
 from edgemed.errors import EdgemedError
 from edgemed.models.parameter_count import decoder_parameters
-from edgemed.models.tokenizer import encode, open_tokenizer
+from edgemed.models.tokenizer import encode_text, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 
 COMPARED_TEXTS = 8  # texts that both tokenizers must encode alike
@@ -133,7 +133,9 @@ def _check_tokenizers(student: CanonicalWeights, teacher: CanonicalWeights, para
     same_entries = ours.get_vocab(with_added_tokens=True) == theirs.get_vocab(
         with_added_tokens=True
     )
-    if not same_entries or any(encode(ours, text) != encode(theirs, text) for text in compared):
+    if not same_entries or any(
+        encode_text(ours, text) != encode_text(theirs, text) for text in compared
+    ):
         raise EdgemedError(
             f"distill: student and teacher have different tokenizers ({ours.get_vocab_size()} and"
             f" {theirs.get_vocab_size()} entries), so their scores cannot be compared token by"

@@ -199,8 +199,8 @@ def read_optional(inner: Reader, value: Any, where: str) -> Any:
     return None if value is None else inner(value, where)
 
 
-def read_scalar(kind: type, limits: tuple[Range | Pattern, ...], value: Any, where: str) -> Any:
-    """A text, a number, true or false, within its limits."""
+def read_scalar(kind: type, limits: tuple[Any, ...], value: Any, where: str) -> Any:
+    """A text, a number, true or false. limits: the Range and Pattern it keeps."""
     kinds = (int, float) if kind is float else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
         raise EdgemedError(f"{where} is {in_short(value)}, not {SCALARS[kind]}", AGAIN)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from edgemed.documents.bench import BenchRecord
-from edgemed.documents.document import Document
+from edgemed.documents.document import LEFT_OUT, Document
 from edgemed.documents.evaluation import EvalResult, Sha256
 from edgemed.documents.gate import EngineGate, GateVerdict
 from edgemed.documents.machine import Count, Machine, TargetDevice
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.verify import Stage, VerifyResult
+from edgemed.documents.witness import WitnessResult
 from edgemed.params import Doc, Range
 
 SCHEMA: Literal[2] = 2
@@ -60,6 +61,11 @@ class RunDocument(Document):
     machine: Machine | None
     source: Source
     steps: Annotated[tuple[Manifest, ...], Doc("manifests of the steps, in order")]
+    witness: Annotated[
+        WitnessResult | None,
+        LEFT_OUT,
+        Doc("edgemed's reading of the first checkpoint beside that of its authors' library"),
+    ] = None
     engines: tuple[EngineEntry, ...]
     source_evals: Annotated[
         tuple[EvalResult, ...], Doc("the float32 source on every task in every strategy")

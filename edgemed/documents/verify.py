@@ -49,6 +49,9 @@ class VerifyResult(Document):
     prompts: Count
     reference: Annotated[str | None, LEFT_OUT, Doc("digest of the reference answers")] = None
     ran_on: Annotated[str | None, LEFT_OUT, Doc("target, or what emulated it")] = None
+    witness: Annotated[
+        str | None, LEFT_OUT, Doc("line of the witness of the checkpoint, as the manifest has it")
+    ] = None
     positions: Count
     mean_kl: Annotated[float, Doc("KL(source || engine), nats")]
     max_kl: float

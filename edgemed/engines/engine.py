@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, cast
 from edgemed import params as strict
 from edgemed import plugins
 from edgemed.artifacts import store
-from edgemed.artifacts.hash_cache import remembered_sha256
-from edgemed.artifacts.hashing import file_sha256
+from edgemed.artifacts.hash_cache import fresh_sha256, remembered_sha256
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, nearest
 from edgemed.hardware.threads import check_threads
@@ -198,9 +198,10 @@ def export(
     reference: Reference | None = None,
     name: str | None = None,
     adapted: Mapping[str, Reference] | None = None,
+    witness: WitnessResult | None = None,
 ) -> Engine:
     """Build one engine directory. params: the target's Params; adapted: adapter -> what the source
-    with it answers.
+    with it answers; witness: what the witness found out about the checkpoint, for the manifest.
 
     Raises EdgemedError where the target cannot carry this model, the tokenizer does not fit, or
     `out` holds something else.
@@ -276,6 +277,8 @@ def export(
                 reference.save(work.path)
             for adapter, answers in (adapted or {}).items():
                 answers.save(work.path / FOLDER / adapter)
+            if witness is not None:
+                notes["witness"] = witness.to_json()
             if accepted := accepted_keys(checkpoint.path, checkpoint.config):
                 notes["accepted_config_keys"] = accepted
             work.notes.update(notes)
@@ -336,7 +339,7 @@ def open_engine(path: str | Path, check: bool = False) -> Engine:
             f"{path} is a {manifest.kind}, not an engine",
             "Make an engine with: edgemed export MODEL --target onnx --out DIR",
         )
-    sha256 = file_sha256 if check else remembered_sha256
+    sha256 = fresh_sha256 if check else remembered_sha256
     wrong = [*store.check_manifest(path, sha256), *_plan_problems(path, sha256)]
     if wrong:
         raise EdgemedError(

@@ -349,7 +349,8 @@ def conversation(config: Mapping[str, Any], kind: str) -> str:
         )
     if form:
         return form
-    origin = f"{config.get('_name_or_path', '')} {config['model_type']}".lower()
+    name = config.get("_name_or_path")
+    origin = f"{name if isinstance(name, str) else ''} {config['model_type']}".lower()
     if HUATUO in origin or "llava_qwen2" in origin:
         return HUATUO
     return {"llama": "vicuna", "mistral": "mistral", "qwen2": "chatml"}[kind]

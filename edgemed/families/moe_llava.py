@@ -677,6 +677,7 @@ FAMILY = Architecture(
         "moe-llava-qwen": reference("moe_llava_qwen", QWEN, 24),
     },
     auto_classes={},
+    vectors="its mixtures are held against vectors of the authors' code (tests/data/moe)",
     variant=variant,
     vision=vision,
     vision_parts=vision_parts,

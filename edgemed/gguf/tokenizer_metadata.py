@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
-from edgemed.gguf.import_tokenizer import compare_ids
+from edgemed.gguf.import_tokenizer import TEMPLATE, compare_ids
 from edgemed.gguf.llama_reading import read_tokens
 from edgemed.gguf.pre_tokenizers import TEXTS, recognised
-from edgemed.models.tokenizer import chat_template
+from edgemed.models.chat_template import DEFAULT, chat_templates
+from edgemed.models.special_tokens import special_tokens, stop_tokens
 
 # Special token of tokenizer_config.json -> the GGUF writer's method for its id
 SPECIAL = {
@@ -37,7 +37,7 @@ class TokenizerFacts:
 
     pre: llama.cpp's name of the splitting rule, '' for SentencePiece and where none fits. special:
     name of a special token ('bos_token' ...) -> id. ends: every id that ends a text, the usual one
-    first. add_bos, add_eos: whether a text gets them. template: the chat template, '' for none.
+    first. add_bos, add_eos: whether a text gets them. templates: name -> chat template.
     """
 
     tokenizer: Any
@@ -46,7 +46,7 @@ class TokenizerFacts:
     ends: tuple[int, ...]
     add_bos: bool
     add_eos: bool
-    template: str
+    templates: Mapping[str, str]
 
     @property
     def document(self) -> dict[str, Any]:
@@ -67,10 +67,9 @@ def tokenizer_facts(path: Path, tokenizer: Any, config: Mapping[str, Any]) -> To
             f"{path}: a {model['type']} tokenizer cannot be written into GGUF yet",
             "Only BPE is supported, byte-level or SentencePiece's",
         )
-    settings = _settings(path)
     special = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = tokenizer.token_to_id(_text(settings.get(name)))
+    for name, text in special_tokens(path).items():
+        token = tokenizer.token_to_id(text)
         if token is not None:
             special[name] = token
     for name in ("bos_token", "eos_token"):
@@ -90,34 +89,15 @@ def tokenizer_facts(path: Path, tokenizer: Any, config: Mapping[str, Any]) -> To
         ends=_ends(path, config, special),
         add_bos=len(framed) > len(plain) and framed[0] != plain[0],
         add_eos=len(framed) > len(plain) and framed[-1] != plain[-1],
-        template=chat_template(path),
+        templates=chat_templates(path),
     )
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path / name).is_file():
-            settings |= read_json_object(path / name, "Copy it again from the base model")
-    return settings
-
-
-def _text(token: Any) -> str:
-    # A special token is a text, or an object that holds one.
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
 def _ends(path: Path, config: Mapping[str, Any], special: Mapping[str, int]) -> tuple[int, ...]:
     """The ids at which transformers' generation stops; the tokenizer's own end first, where it is
-    one of them.
+    one of them or there is no other.
     """
-    source = config
-    if (path / "generation_config.json").is_file():
-        generation = read_json_object(path / "generation_config.json", "Download it again")
-        if generation.get("eos_token_id") is not None:
-            source = generation
-    ids = source.get("eos_token_id")
-    ends = [ids] if isinstance(ids, int) else list(ids or ())
+    ends = list(stop_tokens(path, config, None))
     usual = special.get("eos_token")
     if usual is not None and (usual in ends or not ends):
         ends.insert(0, usual)
@@ -163,8 +143,13 @@ def _describe_special(writer: Any, facts: TokenizerFacts) -> None:
         add(token)
     writer.add_add_bos_token(facts.add_bos)
     writer.add_add_eos_token(facts.add_eos)
-    if facts.template:
-        writer.add_chat_template(facts.template)
+    # One by one and in order: the writer's own list of names has another order in every process.
+    for name, text in sorted(facts.templates.items()):
+        if name == DEFAULT:
+            writer.add_chat_template(text)
+        else:
+            safe = re.sub("[^A-Za-z0-9]", "_", name)
+            writer.add_string(f"{TEMPLATE}.{safe}", text)
 
 
 def difference(file: Path, facts: TokenizerFacts) -> str | None:

@@ -18,7 +18,7 @@ from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
 from edgemed.models.module_patterns import compile_pattern
 from edgemed.models.safetensors_file import safetensors_entries
-from edgemed.models.tensor_entry import Entry, one_line, read_entry
+from edgemed.models.tensor_entry import Entry, shortened, read_entry
 from edgemed.models.torch_file import torch_entries
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def check_ranks(where: str, values: Mapping[str, Any], entries: Mapping[str, Ent
     for name, rank in ranks.items():
         if isinstance(rank, int) and rank > max(largest, LEAST_SIZE):
             raise EdgemedError(
-                f"{where}: {one_line(name)} is {rank}, and its largest tensor has {largest} rows or"
+                f"{where}: {shortened(name)} is {rank}, and its largest tensor has {largest} rows or"
                 " columns",
                 DAMAGED,
             )
@@ -232,13 +232,13 @@ def _check_keys(file: Path, values: Mapping[str, Any]) -> None:
             continue
         if key in REFUSED:
             raise EdgemedError(
-                f"{file}: with {key} {one_line(value)} it cannot be merged or carried:"
+                f"{file}: with {key} {shortened(value)} it cannot be merged or carried:"
                 f" {REFUSED[key]}",
                 "Train a plain LoRA",
             )
         if key in ("enable_lora", "merge_weights") or key not in LORA_KEYS:
             raise EdgemedError(
-                f"{file}: the key {one_line(key)} {one_line(value)} is not read",
+                f"{file}: the key {shortened(key)} {shortened(value)} is not read",
                 "Write the adapter again with peft 0.21 or older, or without it",
             )
     beginning = values.get("init_lora_weights")
@@ -247,14 +247,14 @@ def _check_keys(file: Path, values: Mapping[str, Any]) -> None:
         # A start of few iterations is another one each time.
         if stem in LOST_BEGINNINGS or iterations:
             raise EdgemedError(
-                f"{file}: init_lora_weights '{one_line(beginning)}' took something out of the"
+                f"{file}: init_lora_weights '{shortened(beginning)}' took something out of the"
                 " base's weights that the adapter does not hold",
                 "Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA"
                 " of it",
             )
         if stem not in BEGINNINGS:
             raise EdgemedError(
-                f"{file}: init_lora_weights '{one_line(beginning)}' is not read",
+                f"{file}: init_lora_weights '{shortened(beginning)}' is not read",
                 f"Known: true, false, {', '.join(BEGINNINGS)}",
             )
 
@@ -264,14 +264,14 @@ def _check_values(file: Path, values: Mapping[str, Any]) -> None:
     for key, (is_right, wanted) in TYPES.items():
         value = values.get(key)
         if value is not None and not is_right(value):
-            raise EdgemedError(f"{file}: {key} is {one_line(value)}, and not {wanted}", DAMAGED)
+            raise EdgemedError(f"{file}: {key} is {shortened(value)}, and not {wanted}", DAMAGED)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (values.get(key) or {}).items():
             compile_pattern(f"{file}: {key}", f"(.*\\.)?({pattern})$")
             is_right = _is_rank if key == "rank_pattern" else _is_number
             if not is_right(value):
                 raise EdgemedError(
-                    f"{file}: {key} '{one_line(pattern)}' is {one_line(value)}", DAMAGED
+                    f"{file}: {key} '{shortened(pattern)}' is {shortened(value)}", DAMAGED
                 )
     for key in ("target_modules", "exclude_modules"):
         value = values.get(key)

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemed import plugins
 from edgemed.errors import EdgemedError, nearest
-from edgemed.models.config_reader import ConfigKeys
+from edgemed.models.config_reader import ConfigKeys, short
 
 
 @dataclass(frozen=True)
@@ -344,6 +344,9 @@ class Architecture:
     without_experts: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     # (config, rank, density) -> the config of the model whose experts share a matrix
     shared_experts: Callable[[Mapping[str, Any], int, float], dict[str, Any]] | None = None
+    # where transformers has no class: which vectors of the authors' own code the decoder is held
+    # against instead, for people
+    vectors: str = ""
     # transformers' class of a config -> the keys that are read of it. The contract tests hold both
     # against each other; classes that transformers lacks are left out.
     config_keys: Mapping[str, ConfigKeys] = field(default_factory=dict)
@@ -373,7 +376,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Architecture:
 
     Raises EdgemedError listing the known architectures and the nearest.
     """
-    model_type = str(config.get("model_type", ""))[:80]
+    stated = config.get("model_type", "")
+    model_type = stated[:80] if isinstance(stated, str) else short(stated)
     families = all_families()
     for family in families.values():
         if model_type in family.model_types:

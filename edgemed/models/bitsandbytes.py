@@ -9,12 +9,12 @@ so torch is not imported at the top.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgemed.artifacts.json_files import decode_json
 from edgemed.errors import EdgemedError, need
 from edgemed.models.checkpoint import Checkpoint, narrowed
 from edgemed.models.quantization_config import BITSANDBYTES
@@ -120,7 +120,7 @@ def expand(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
             raise ValueError(f"weight_format {int(tensors['weight_format'])} is not read")
         return weight.float() * (tensors["SCB"].float() / 127)[:, None]
     name = next(STATE + kind for kind in TYPES if STATE + kind in tensors)
-    state = json.loads(bytes(tensors[name].tolist()))
+    state = decode_json(bytes(tensors[name].tolist()))
     shape = tuple(_sizes(state["shape"], 1 << 31))
     (block,) = _sizes([state["blocksize"]], MOST_BLOCK)
     absmax = tensors["weight.absmax"]

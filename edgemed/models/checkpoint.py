@@ -224,7 +224,7 @@ def companion_files(folder: Path) -> list[Path]:
     """The files beside the weights that belong to a model: tokenizer, chat templates,
     preprocessor.
     """
-    names = COMPANIONS
+    names: tuple[str, ...] = COMPANIONS
     if not (folder / "tokenizer.json").is_file():
         names += VOCABULARIES
     files = [folder / name for name in names if (folder / name).is_file()]

@@ -20,7 +20,7 @@ from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.gptq_packing import pack, stride, unpack
 from edgemed.models.matrices import Packed
 from edgemed.models.module_patterns import compile_pattern
-from edgemed.models.tensor_entry import one_line
+from edgemed.models.tensor_entry import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +198,7 @@ def _packing(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     is_read = _is_int(bits) and bits in BITS and _is_int(group) and (group == -1 or group >= 1)
     if not is_read:
         raise EdgemedError(
-            f"{path}: quantized with bits {one_line(bits)} and group_size {one_line(group)}, which"
+            f"{path}: quantized with bits {shortened(bits)} and group_size {shortened(group)}, which"
             " edgemed does not read",
             "Known: 2, 3, 4 and 8 bits, any group size or -1",
         )

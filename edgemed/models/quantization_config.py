@@ -12,7 +12,7 @@ from typing import Any
 
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Checkpoint
-from edgemed.models.tensor_entry import one_line
+from edgemed.models.tensor_entry import shortened
 
 GPTQ = "gptq"
 BITSANDBYTES = "bitsandbytes"
@@ -106,7 +106,7 @@ def quantization_method(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
         method = BITSANDBYTES
     if not isinstance(method, str) or method not in KEYS:
         raise EdgemedError(
-            f"{checkpoint.path}: quantized with '{one_line(method)}', which edgemed does not read",
+            f"{checkpoint.path}: quantized with '{shortened(method)}', which edgemed does not read",
             f"Known: {GPTQ}, {BITSANDBYTES}; or give the float checkpoint",
         )
     check_keys(checkpoint.path, config, KEYS[method])
@@ -118,7 +118,7 @@ def check_keys(path: Path, config: Mapping[str, Any], keys: Mapping[str, str]) -
     for key, value in config.items():
         if key not in keys and value not in EMPTY:
             raise EdgemedError(
-                f"{path / 'config.json'}: quantization_config has {one_line(key)}"
-                f" {one_line(value)}, which edgemed does not read",
+                f"{path / 'config.json'}: quantization_config has {shortened(key)}"
+                f" {shortened(value)}, which edgemed does not read",
                 "Quantize it without, or give the float checkpoint",
             )

@@ -7,20 +7,20 @@ believed: sizes, order and lengths must fit the file before a tensor is read.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgemed.artifacts.json_files import decode_json
 from edgemed.errors import EdgemedError
 from edgemed.models.tensor_entry import (
     ITEM_BYTES,
     Entry,
     element_count,
     is_size,
-    one_line,
+    shortened,
     read_entry,
 )
 
@@ -60,7 +60,7 @@ def safetensors_entries(file: Path) -> dict[str, Entry]:
         try:
             entries[name] = _entry(file, name, info, start)
         except ValueError as error:
-            raise _damaged(file, f"tensor '{one_line(name)}': {error}") from None
+            raise _damaged(file, f"tensor '{shortened(name)}': {error}") from None
     _check_layout(file, entries, start, size)
     _check_written(file, size)
     return entries
@@ -105,10 +105,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
             f"{file} cannot be read: {error.strerror}", "Check its permissions"
         ) from None
     try:
-        header = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _damaged(file, f"its header is no JSON: {reason}") from None
+        header = decode_json(content)
+    except ValueError as error:
+        raise _damaged(file, f"its header is no JSON: {error}") from None
     if not isinstance(header, dict):
         raise _damaged(file, "its header is no JSON object")
     words = header.get(METADATA)
@@ -119,15 +118,6 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in mapping if names.count(name) > 1)
-        raise ValueError(f"'{one_line(twice)}' stands twice in it")
-    return mapping
-
-
 def _entry(file: Path, name: str, info: Any, start: int) -> Entry:
     """One tensor's entry. Raises ValueError for values of a wrong type or size."""
     if not isinstance(info, dict):
@@ -136,14 +126,14 @@ def _entry(file: Path, name: str, info: Any, start: int) -> Entry:
     shape = info.get("shape")
     offsets = info.get("data_offsets")
     if not isinstance(dtype, str):
-        raise ValueError(f"its dtype is {one_line(dtype)}")
+        raise ValueError(f"its dtype is {shortened(dtype)}")
     if not isinstance(shape, list) or not all(is_size(axis) for axis in shape):
-        raise ValueError(f"its shape is {one_line(shape)}")
+        raise ValueError(f"its shape is {shortened(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
-        raise ValueError(f"its data_offsets are {one_line(offsets)}")
+        raise ValueError(f"its data_offsets are {shortened(offsets)}")
     if dtype not in DTYPES:
         raise EdgemedError(
-            f"{file}: tensor '{one_line(name)}' has the dtype {one_line(dtype)}, which edgemed"
+            f"{file}: tensor '{shortened(name)}' has the dtype {shortened(dtype)}, which edgemed"
             " does not read",
             "Convert it to F32, F16 or BF16",
         )
@@ -151,7 +141,7 @@ def _entry(file: Path, name: str, info: Any, start: int) -> Entry:
     needed = element_count(tuple(shape)) * ITEM_BYTES[DTYPES[dtype]]
     if end - begin != needed:
         raise ValueError(
-            f"{dtype} of shape {one_line(shape)} is {needed} bytes, its data_offsets hold"
+            f"{dtype} of shape {shortened(shape)} is {needed} bytes, its data_offsets hold"
             f" {end - begin}"
         )
     return Entry(
@@ -169,7 +159,7 @@ def _check_layout(file: Path, entries: dict[str, Entry], start: int, size: int) 
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != position:
             kind = "overlaps the one before it" if entry.offset < position else "follows a gap"
-            raise _damaged(file, f"tensor '{one_line(name)}' {kind}")
+            raise _damaged(file, f"tensor '{shortened(name)}' {kind}")
         position += entry.nbytes
     if position > size:
         raise EdgemedError(

@@ -9,6 +9,7 @@ travels as the engine's tokenizer.json.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+# The largest vocabularies have a few hundred thousand entries.
+LARGEST_ID = 1 << 24
+PROBES = ("The patient's  fever\n\n12.5 é 患者 😀", " ", "")
 COPY_AGAIN = "Copy it again from the base model"
 
 
@@ -99,7 +103,32 @@ def _read(path: Path, state: tuple[tuple[str, int, int], ...]) -> SourceTokenize
     # Truncation and padding saved by a training run would silently shorten a prompt.
     backend.no_truncation()
     backend.no_padding()
-    return SourceTokenizer(backend.to_str(), dict(tokenizer.special_tokens_map), name)
+    result = SourceTokenizer(backend.to_str(), dict(tokenizer.special_tokens_map), name)
+    _check_carried(path, tokenizer, result)
+    return result
+
+
+def _check_carried(path: Path, tokenizer: Any, result: SourceTokenizer) -> None:
+    """Raise EdgemedError where the class does more to a text than its tokenizer.json says, such as
+    with split_special_tokens: a device would give other ids.
+    """
+    from tokenizers import Tokenizer
+
+    carried = Tokenizer.from_str(result.document)
+    for text in (*PROBES, "a".join(result.special_tokens.values())):
+        try:
+            same = tokenizer(text)["input_ids"] == carried.encode(text).ids
+        except Exception as error:  # the binding raises bare Exception
+            raise EdgemedError(
+                f"{path}: the tokenizer does not take ordinary text: {_first_line(error)}",
+                COPY_AGAIN,
+            ) from None
+        if not same:
+            raise EdgemedError(
+                f"{path}: transformers' {result.name} does more to a text than a tokenizer.json"
+                " can say",
+                "Give a checkpoint with a plain tokenizer",
+            )
 
 
 def _unreadable(path: Path, error: BaseException) -> EdgemedError:
@@ -114,6 +143,12 @@ def _unreadable(path: Path, error: BaseException) -> EdgemedError:
             Tokenizer.from_file(str(file))
         except Exception as cause:  # the binding raises bare Exception for every malformed file
             raise EdgemedError(f"{file} cannot be read: {_first_line(cause)}", COPY_AGAIN) from None
+    elif list(path.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
+        return EdgemedError(
+            f"{path} has a SentencePiece model and no tokenizer.json, and transformers converts it"
+            " with the package 'sentencepiece', which is not installed",
+            "Install it with: pip install sentencepiece",
+        )
     return EdgemedError(
         f"{path}: transformers does not read its tokenizer: {_first_line(error)}", COPY_AGAIN
     )
@@ -125,8 +160,10 @@ def _check_file(file: Path) -> None:
         document = read_json_object(file, COPY_AGAIN)
         if file.name == "tokenizer_config.json":
             _check_config(file, document)
-        if file.name == "added_tokens.json":
-            _check_added(file, document)
+        if file.name == "tokenizer.json":
+            _check_tokenizer(file, document)
+        if file.name in ("added_tokens.json", "vocab.json"):
+            _check_ids(file, document)
     elif file.suffix == ".txt":
         try:
             file.read_text(encoding="utf-8")
@@ -143,8 +180,8 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     if not isinstance(decoder, dict):
         raise EdgemedError(f"{file}: 'added_tokens_decoder' is no mapping", COPY_AGAIN)
     for number, token in decoder.items():
-        if not str(number).isdecimal():
-            raise EdgemedError(f"{file}: added token id {number!r} is no number", COPY_AGAIN)
+        if not (number.isascii() and number.isdecimal() and int(number) <= LARGEST_ID):
+            raise EdgemedError(f"{file}: added token id {number[:80]!r} is no id", COPY_AGAIN)
         if not isinstance(token, dict):
             raise EdgemedError(f"{file}: added token {number} is no mapping", COPY_AGAIN)
         _check_token(file, f"added token {number}", token)
@@ -156,10 +193,28 @@ def _check_token(file: Path, name: str, token: Any) -> None:
         raise EdgemedError(f"{file}: '{name}' is no token: {str(token)[:80]}", COPY_AGAIN)
 
 
-def _check_added(file: Path, added: Mapping[str, Any]) -> None:
-    for token, number in added.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise EdgemedError(f"{file}: token {token!r} has no id: {str(number)[:80]}", COPY_AGAIN)
+def _check_tokenizer(file: Path, document: Mapping[str, Any]) -> None:
+    """The ids of a tokenizer.json. What else is wrong in it, the tokenizers binding says."""
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        _check_ids(file, vocabulary)
+    added = document.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict):
+            _check_ids(file, {str(token.get("content")): token.get("id")})
+
+
+def _check_ids(file: Path, entries: Mapping[str, Any]) -> None:
+    """Raise EdgemedError where an id is no whole number, or so large that the binding would take
+    gigabytes for it.
+    """
+    for token, number in entries.items():
+        is_id = isinstance(number, int) and not isinstance(number, bool)
+        if not is_id or not 0 <= number <= LARGEST_ID:
+            raise EdgemedError(
+                f"{file}: token {token[:80]!r} has no id: {str(number)[:80]}", COPY_AGAIN
+            )
 
 
 def _check_vocabulary(path: Path, tokenizer: Any, name: str) -> None:

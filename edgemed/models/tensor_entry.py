@@ -73,12 +73,11 @@ def element_count(shape: tuple[int, ...]) -> int:
     """Elements of a tensor. Raises ValueError where there are more than torch can count."""
     count = math.prod(shape)
     if count > MOST_ELEMENTS:
-        raise ValueError(f"a tensor of shape {one_line(list(shape))} is impossible")
+        raise ValueError(f"a tensor of shape {shortened(list(shape))} is impossible")
     return count
 
 
-def one_line(value: object) -> str:
-    """A value from a file for a message of one line."""
+def shortened(value: object) -> str:
+    """A value from a file, short enough for a message."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text[:200])
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from edgemed.errors import EdgemedError
 from edgemed.models.pickle_reader import Call, External, Named, read_pickle
-from edgemed.models.tensor_entry import ITEM_BYTES, Entry, element_count, is_size, one_line
+from edgemed.models.tensor_entry import ITEM_BYTES, Entry, element_count, is_size, shortened
 
 # torch's storage class -> dtype of its elements
 STORAGES = {
@@ -78,7 +78,7 @@ def torch_entries(file: Path) -> dict[str, Entry]:
             try:
                 entries[name] = _entry(file, call, storages)
             except ValueError as error:
-                raise ValueError(f"its tensor '{one_line(name)}': {error}") from None
+                raise ValueError(f"its tensor '{shortened(name)}': {error}") from None
         return entries
     except OSError as error:
         raise EdgemedError(
@@ -163,7 +163,7 @@ def _read_legacy(handle: BinaryIO) -> tuple[dict[str, Call], dict[str, Storage]]
         nbytes = count * item_bytes.get(key, 1)
         position += 8
         if count < 0 or position + nbytes > size:
-            raise ValueError(f"its storage '{one_line(key)}' is cut short")
+            raise ValueError(f"its storage '{shortened(key)}' is cut short")
         storages[key] = Storage(position, nbytes)
         position += nbytes
     return calls, storages
@@ -175,7 +175,7 @@ def _storage_item_bytes(calls: Mapping[str, Call]) -> dict[str, int]:
     for call in calls.values():
         key, dtype, _ = _storage_of(call.arguments[0])
         if sizes.setdefault(key, ITEM_BYTES[dtype]) != ITEM_BYTES[dtype]:
-            raise ValueError(f"its storage '{one_line(key)}' has two dtypes")
+            raise ValueError(f"its storage '{shortened(key)}' has two dtypes")
     return sizes
 
 
@@ -189,7 +189,7 @@ def _tensor_calls(state: Any) -> dict[str, Call]:
             raise ValueError(f"its key {name} is not the name of a tensor")
         call = _tensor_call(value)
         if call is None:
-            raise ValueError(f"its entry '{one_line(name)}' is {_kind(value)} and not a tensor")
+            raise ValueError(f"its entry '{shortened(name)}' is {_kind(value)} and not a tensor")
         calls[name] = call
     return calls
 
@@ -223,9 +223,9 @@ def _kind(value: Any) -> str:
         function = value.function
         if function.module == "torch._utils" and function.name in OTHER_TENSORS:
             return OTHER_TENSORS[function.name]
-        return f"an object of '{one_line(str(function))}'"
+        return f"an object of '{shortened(str(function))}'"
     if isinstance(value, Named):
-        return f"the name '{one_line(str(value))}'"
+        return f"the name '{shortened(str(value))}'"
     return f"a {type(value).__name__}"
 
 
@@ -238,7 +238,9 @@ def _storage_of(value: Any) -> tuple[str, str, tuple[int, int | None]]:
     if not isinstance(kind, Named) or kind.module != "torch" or not isinstance(name, str):
         raise ValueError("its storage is damaged")
     if kind.name not in STORAGES:
-        raise ValueError(f"its elements are a '{one_line(kind.name)}', which edgemed does not read")
+        raise ValueError(
+            f"its elements are a '{shortened(kind.name)}', which edgemed does not read"
+        )
     view = views[0] if views else None
     if view is None:
         return name, STORAGES[kind.name], (0, None)
@@ -257,7 +259,7 @@ def _entry(file: Path, call: Call, storages: Mapping[str, Storage]) -> Entry:
         raise ValueError("it is a conjugated or negated view")
     key, dtype, (view_first, view_count) = _storage_of(storage)
     if key not in storages:
-        raise ValueError(f"its storage '{one_line(key)}' is not in the file")
+        raise ValueError(f"its storage '{shortened(key)}' is not in the file")
     for sizes in (shape, strides):
         if not isinstance(sizes, tuple) or not all(map(is_size, sizes)):
             raise ValueError("its shape or its strides are no sizes")

@@ -15,7 +15,7 @@ from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say_once
 from edgemed.errors import EdgemedError
 from edgemed.models.safetensors_file import safetensors_entries
-from edgemed.models.tensor_entry import Entry, one_line
+from edgemed.models.tensor_entry import Entry, shortened
 from edgemed.models.torch_file import torch_entries
 
 SAFETENSORS = "model.safetensors"
@@ -61,7 +61,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
         for tensor, entry in _entries(path / file).items():
             if tensor in tensors and not same_bytes(tensors[tensor], entry):
                 raise EdgemedError(
-                    f"{path}: '{one_line(tensor)}' is in {tensors[tensor].file.name} and in {file},"
+                    f"{path}: '{shortened(tensor)}' is in {tensors[tensor].file.name} and in {file},"
                     " with different values",
                     "Download the shards again; one of them is of another model",
                 )
@@ -69,7 +69,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
     absent = next((tensor for tensor in shards if tensor not in tensors), None)
     if absent:
         raise EdgemedError(
-            f"{path / shards[absent]} does not hold tensor '{one_line(absent)}', which"
+            f"{path / shards[absent]} does not hold tensor '{shortened(absent)}', which"
             f" {index.name} says it does",
             "Download the shard again",
         )
@@ -135,7 +135,7 @@ def _read_index(index: Path) -> dict[str, str]:
     if index.name.endswith(f".safetensors{INDEX}"):
         ending = ".safetensors"
     for tensor, name in shards.items():
-        _check_name(index, f"tensor '{one_line(tensor)}'", name, (ending,))
+        _check_name(index, f"tensor '{shortened(tensor)}'", name, (ending,))
     missing = [name for name in sorted(set(shards.values())) if not (index.parent / name).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -150,8 +150,8 @@ def _check_name(where: Path, what: str, name: object, endings: tuple[str, ...]) 
     """Raise EdgemedError for a name that is no weight file inside of the directory."""
     fix = "Download it again"
     if not isinstance(name, str):
-        raise EdgemedError(f"{where} is damaged: {what} is in {one_line(name)}, no file name", fix)
-    shown = f"'{one_line(name)}'"
+        raise EdgemedError(f"{where} is damaged: {what} is in {shortened(name)}, no file name", fix)
+    shown = f"'{shortened(name)}'"
     parts = name.split("/")
     is_name = name.isprintable() and len(name) <= MOST_PATH
     if not is_name or any(len(part.encode()) > MOST_NAME for part in parts):

@@ -31,6 +31,7 @@ from edgemed.documents.machine import Machine
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import SCHEMA, RunDocument
 from edgemed.documents.verify import VerifyResult
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.engine import Engine, export
 from edgemed.engines.reference import Reference
 from edgemed.errors import EdgemedError, need
@@ -56,6 +57,7 @@ from edgemed.pipeline.report_document import (
 from edgemed.provenance import record
 from edgemed.reporting.report import write
 from edgemed.verification.parity import Limits, verify, with_adapters
+from edgemed.verification.witness.witness import require_agreement, witness
 
 RANDOM = "random:"
 
@@ -82,10 +84,11 @@ def run(recipe: Recipe, work: Path) -> Path:
     work = Path(work)
     cache = work / "store"
     check_inputs(recipe, cache)
+    read = witness_model(recipe, cache)
     line = run_steps(recipe, cache)
     references = engine_references(line, recipe, cache)
     runs = [
-        EngineRun(run_target(stage, line, reference, recipe, cache, work), reference)
+        EngineRun(run_target(stage, line, reference, recipe, work, read), reference)
         for stage, reference in zip(recipe.engines, references, strict=True)
     ]
     for each in runs:
@@ -107,6 +110,7 @@ def run(recipe: Recipe, work: Path) -> Path:
         machine=Machine.from_json(machine()),
         source=describe(line.points["model"]),
         steps=tuple(line.manifests),
+        witness=read,
         engines=tuple(entry(each, gate) for each in runs),
         source_evals=tuple(source_results),
         strategies=recipe.eval.strategies if recipe.eval else (),
@@ -116,6 +120,16 @@ def run(recipe: Recipe, work: Path) -> Path:
     content = document.to_json()
     store.write_json(work / "report.json", content)
     return write(content, work)
+
+
+def witness_model(recipe: Recipe, cache: Path) -> WitnessResult:
+    """What the witness says of the checkpoint a recipe begins with. Raises EdgemedError where it
+    reads it otherwise: nothing is built from a checkpoint that edgemed misreads.
+    """
+    checkpoint = open_model(recipe.model, cache)
+    result = witness(checkpoint, cache)
+    require_agreement(checkpoint, result)
+    return result
 
 
 def engine_references(line: Line, recipe: Recipe, cache: Path) -> list[Reference | None]:
@@ -245,9 +259,17 @@ def short(stage: Stage, inputs: Mapping[str, str]) -> str:
 
 
 def run_target(
-    stage: Stage, line: Line, reference: Reference | None, recipe: Recipe, cache: Path, work: Path
+    stage: Stage,
+    line: Line,
+    reference: Reference | None,
+    recipe: Recipe,
+    work: Path,
+    read: WitnessResult,
 ) -> Engine:
-    """Compile one engine in the store, with a link to it under work/engines."""
+    """Compile one engine in the store, with a link to it under work/engines. read: what the witness
+    says of the first checkpoint.
+    """
+    cache = work / "store"
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = None
     adapted: dict[str, Reference] = {}
@@ -261,7 +283,16 @@ def run_target(
         inputs[f"reference/{name}"] = answers.digest()
     final = cache / f"{stage.name}-{short(stage, inputs)}"
     say(f"{stage.plugin}: {plain_text(stage.name)} [dim]{plain_text(final)}[/dim]")
-    engine = export(checkpoint, stage.plugin, stage.params, final, carried, stage.name, adapted)
+    engine = export(
+        checkpoint,
+        stage.plugin,
+        stage.params,
+        final,
+        carried,
+        stage.name,
+        adapted,
+        read,
+    )
     link = work / "engines" / stage.name
     link.parent.mkdir(exist_ok=True)
     fresh = link.with_name(f".{link.name}")

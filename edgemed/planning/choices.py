@@ -95,9 +95,7 @@ def group_of(weights: CanonicalWeights) -> int:
     does, which a target then refuses.
     """
     d = weights.unfolded
-    rows = [d.hidden, d.ffn, d.q_size]
-    if d.experts:
-        rows.append(d.experts.ffn)
+    rows = (d.hidden, d.ffn, d.q_size)
     for group in GROUPS:
         if not any(row % group for row in rows):
             return group

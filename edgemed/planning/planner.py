@@ -16,7 +16,7 @@ from edgemed import plugins
 from edgemed.documents.plan import LeftOutChoice, Plan, PlanChoice
 from edgemed.errors import EdgemedError
 from edgemed.hardware.device import GIB, Device, lacks, read_device, usable
-from edgemed.planning.choices import Choice, choices, params_of, vision_parameters
+from edgemed.planning.choices import Choice, choices, params_of, targets, vision_parameters
 from edgemed.planning.inspect import MB
 from edgemed.planning.plan_notes import notes, recipe_text
 from edgemed.planning.request import (
@@ -77,7 +77,7 @@ def plan(model: str, device_name: str, wishes: Wishes, power: str | None = None)
         )
     fitting = [entry for entry in entries if entry.fits]
     if not fitting:
-        raise too_big(entries, device, request.room)
+        raise too_big(entries, request)
     front = pareto(fitting)
     chosen = recommended(fitting, wishes)
     return Plan(
@@ -279,8 +279,10 @@ def recommended(fitting: Sequence[PlanChoice], wishes: Wishes) -> PlanChoice:
     )
 
 
-def too_big(entries: Sequence[PlanChoice], device: Device, room: int) -> EdgemedError:
+def too_big(entries: Sequence[PlanChoice], request: Request) -> EdgemedError:
     """By how much the smallest choice does not fit, and what would help."""
+    device = request.device
+    room = request.room
     least = min(entries, key=lambda entry: entry.run_mb)
     engine = f"{least.target} {least.precision}, context {least.context}, {least.kv} cache"
     everything = usable(device) or 0
@@ -291,7 +293,7 @@ def too_big(entries: Sequence[PlanChoice], device: Device, room: int) -> Edgemed
             f" {least.build_mb / 1e3:.2f} GB while"
             f" {plugins.load('targets', least.target).TITLE} compiles it there, {over / 1e9:.2f}"
             " GB too much",
-            "What would help: a precision with fewer bits, or another target",
+            f"What would help: {', or '.join(other_builds(request))}",
         )
     needed = least.run_mb * MB
     over = needed - room
@@ -309,6 +311,17 @@ def too_big(entries: Sequence[PlanChoice], device: Device, room: int) -> Edgemed
         f" {over / 1e9:.2f} GB too little",
         "What would help: " + " or ".join(remedies),
     )
+
+
+def other_builds(request: Request) -> list[str]:
+    """What helps where no engine can be compiled on a device."""
+    remedies = ["a precision with fewer bits", "another target"]
+    for module in targets():
+        if request.device.compute_capability and module.runs_on_cpu(request.weights):
+            remedies.append(
+                f"{module.TITLE} on its CPU, which is not planned because its speed is not known"
+            )
+    return remedies
 
 
 def smallest_device(device: Device, needed: float) -> str | None:

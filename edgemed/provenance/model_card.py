@@ -122,9 +122,11 @@ def result_of(result: Json, head: str) -> dict[str, Any]:
                 "name": f"accuracy less that of the float32 source ({difference['method']})",
             }
         )
+    # A user's own file is not the published set of that name.
+    name = task_title(result["task"], None, result.get("file"))
     dataset = {
-        "type": result["task"],
-        "name": task_title(result["task"], None, result.get("file")),
+        "type": name,
+        "name": name,
         "revision": result["task_sha256"],
     }
     if part := result["language"] or result.get("part"):

@@ -19,6 +19,7 @@ from edgemed.documents.bench import BenchRecord
 from edgemed.documents.gate import EngineGate, GateVerdict
 from edgemed.documents.manifest import Manifest
 from edgemed.documents.run import SCHEMA, EngineEntry, RunDocument, Source
+from edgemed.documents.witness import WitnessResult
 from edgemed.engines.engine import ENGINE, read_engine
 from edgemed.errors import EdgemedError
 from edgemed.reporting import report
@@ -101,6 +102,7 @@ def engine_document(directory: Path) -> dict[str, Any]:
         machine=records[-1].machine if records else None,
         source=origin(manifest, engine),
         steps=earlier_steps(manifest),
+        witness=witness_in(manifest),
         engines=tuple(entries),
         source_evals=manifest.source_evals or (),
         strategies=tuple(dict.fromkeys(result.strategy for result in results)),
@@ -108,6 +110,12 @@ def engine_document(directory: Path) -> dict[str, Any]:
         not_measured=tuple(missing(engine["name"], entries[0], len(contents) - len(records))),
     )
     return document.to_json()
+
+
+def witness_in(manifest: Manifest) -> WitnessResult | None:
+    """What the witness found out about the checkpoint, None where it was not asked."""
+    content = manifest.notes.get("witness")
+    return None if content is None else WitnessResult.from_json(content, "the witness")
 
 
 def whole_gate(share: EngineGate | None) -> GateVerdict | None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from edgemed import plugins
+from edgemed.artifacts import store
 from edgemed.console import track
 from edgemed.documents.verify import Stage, VerifyLimits, VerifyResult
 from edgemed.engines.engine import Engine
@@ -21,6 +22,7 @@ from edgemed.inference.decoding import Sampling, generate, kl_divergence
 from edgemed.inference.session import Session
 from edgemed.verification.vision_parity import DecoderLimits, stages
 from edgemed.verification.vision_parity import problems as stage_problems
+from edgemed.verification.witness.witness import line_of
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def verify(
         prompts=len(reference.windows),
         reference=reference.digest(),
         ran_on=engine.emulation or engine.target,
+        witness=line_of(store.open_manifest(engine.path).notes),
         **asdict(agreement),
         stages=None if rows is None else tuple(rows),
         limits=VerifyLimits(

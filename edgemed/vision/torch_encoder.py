@@ -30,15 +30,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def features(weights: CanonicalWeights, image: Patches) -> dict[str, torch.Tensor]:
-    """'tower' [patches, width] and 'features' [features, hidden] of one image."""
+def features(
+    weights: CanonicalWeights, image: Patches, layers: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """'tower' [patches, width] and 'features' [features, hidden] of one image. layers: numbers of
+    those that are computed, None for all.
+    """
     v = weights.require_vision()
     with torch.inference_mode():
         x = _embedded(weights, torch.from_numpy(image.pixels))
         angles = None
         if v.frequencies:
             angles = torch.from_numpy(axial_angles(image, v))
-        for n in range(v.layers):
+        for n in range(v.layers) if layers is None else layers:
             x = _layer(weights, v, f"vision.layers.{n}", x, angles)
         if not v.frequencies:
             # The class token stands in front; the projector reads the patches alone.

@@ -321,10 +321,16 @@ BUILD_ONLY = (
     "models/qlora.py",
     "moe/",
     "quantization/",
+    "verification/witness/",
     "vision/torch_encoder.py",
 )
 # Modules of build-only packages that a device imports, or --help.
-DEVICE = ("quantization/grids.py", "quantization/method.py", "quantization/settings.py")
+DEVICE = (
+    "quantization/grids.py",
+    "quantization/method.py",
+    "quantization/settings.py",
+    "verification/witness/witness.py",
+)
 
 
 def build_only(file: Path) -> bool:

@@ -23,6 +23,7 @@ VERBS = {
     "doctor",
     "inspect",
     "plan",
+    "witness",
     "run",
     "import",
     "merge",

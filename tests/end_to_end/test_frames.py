@@ -97,7 +97,10 @@ def test_a_row_names_one_frame_of_a_film(engine: Engine, film: Path, tmp_path: P
     done = cli("eval", engine.path, "--task", f"cells:{file}")
     assert done.returncode == 1
     assert "question 0: " in done.stderr
-    assert "has 3 frames, and its row names it as one image. Say which with --frame" in done.stderr
+    assert (
+        "has 3 frames, and its row names it as one image. Say which with eval --frame"
+        in done.stderr
+    )
     keys = set()
     for frame in (0, 2):
         done = cli("eval", engine.path, "--task", f"cells:{file}", "--frame", frame, "--json")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import cli, leftovers, refused
@@ -361,6 +362,7 @@ def test_attach_never_replaces_what_was_built(engine: Path, files: dict, section
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from edgemed.artifacts import store
 replace, left = os.replace, [int(sys.argv[2])]
 def killed(*names):
@@ -969,6 +971,30 @@ def test_flipping_any_byte_of_the_signature_is_seen(signed: Path, keys: Path) ->
 def test_what_is_no_signature(signed: Path, keys: Path, text: str) -> None:
     (signed / "signature.json").write_text(text)
     with pytest.raises(EdgemedError, match="signature.json is damaged"):
+        problems(signed, keys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content + b"\n",
+        lambda content: content + b" ",
+        lambda content: content + b"\x00",
+        lambda content: content + b"{}",
+        lambda content: b"\xef\xbb\xbf" + content,
+        lambda content: content.decode().encode("utf-16"),
+        lambda content: content.replace(b"\n", b"\r\n"),
+        lambda content: json.dumps(json.loads(content)).encode(),
+        lambda content: json.dumps({**json.loads(content), "extra": 1}, indent=1).encode() + b"\n",
+        lambda content: content.replace(b'"signature": "', b'"signature": "0', 1),
+        lambda content: content.replace(b"{", b'{"signature": "", ', 1),
+    ],
+)
+def test_one_text_says_a_signature_and_no_other(signed: Path, keys: Path, change: Any) -> None:
+    file = signed / "signature.json"
+    assert problems(signed, keys) == []
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(EdgemedError, match=r"signature\.json (was altered|is damaged)"):
         problems(signed, keys)
 
 

@@ -24,7 +24,14 @@ NAMES = [
     *("signature", "report.json", "recipe", "--set", "device", "task rows"),
     *("task rows in a list", "rows with images", "results", "calibration card"),
     *("calibration text", "plain text", "safetensors", "shard index", "pytorch_model.bin"),
-    *("config.json", "adapter settings", "adapter", "tokenizer", "tokenizer settings"),
+    *(
+        "config.json",
+        "adapter settings",
+        "adapter",
+        "gguf to import",
+        "tokenizer",
+        "tokenizer settings",
+    ),
     *("chat template", "png", "dicom"),
 ]
 

@@ -294,3 +294,72 @@ def test_damaged_layouts_are_refused(tmp_path):
         EdgemedError, match="'hqq', which edgemed does not read. Known: gptq, bitsandbytes"
     ):
         CanonicalWeights(open_checkpoint(tmp_path / "nf4"))
+
+
+@pytest.mark.parametrize("storage", ["uint8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("double", [False, True])
+def test_bytes_stored_as_other_numbers(tmp_path, storage, double):
+    # bnb_4bit_quant_storage of FSDP-QLoRA; some of these bytes are NaN as floats.
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    model = write_model(tmp_path / "model", family="llama")
+    tensors = load_file(model / "model.safetensors")
+    key = "model.layers.0.mlp.down_proj"
+    weight = tensors.pop(f"{key}.weight")
+    q, state = functional.quantize_4bit(
+        weight,
+        blocksize=64,
+        compress_statistics=double,
+        quant_type="nf4",
+        quant_storage=getattr(torch, storage),
+    )
+    tensors[f"{key}.weight"] = q
+    for ending, tensor in state.as_dict(packed=True).items():
+        tensors[f"{key}.weight.{ending}"] = tensor
+    save_file(tensors, model / "model.safetensors")
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = bitsandbytes.config("nf4", double, "float32") | {
+        "bnb_4bit_quant_storage": storage
+    }
+    file.write_text(json.dumps(config))
+    read = CanonicalWeights(open_checkpoint(model)).matrix("layers.0.down").weight
+    assert torch.allclose(read, functional.dequantize_4bit(q, state), rtol=0, atol=1e-7)
+
+
+STATES = {
+    "a block of 2^40": {"blocksize": 2**40},
+    "a block of text": {"blocksize": "64"},
+    "a nested block of 2^40": {"nested_blocksize": 2**40},
+    "another shape": {"shape": [96, 64]},
+    "a shape of 2^60": {"shape": [2**30, 2**30]},
+    "no shape": {"shape": None},
+    "an offset of text": {"nested_offset": "a"},
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_states_that_do_not_tell_the_truth(tmp_path, kind):
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    model = write_model(tmp_path / "model", family="llama", intermediate_size=96)
+    tensors = load_file(model / "model.safetensors")
+    key = "model.layers.0.mlp.down_proj"
+    for ending, tensor in bitsandbytes.nf4(tensors.pop(f"{key}.weight"), True).items():
+        tensors[f"{key}.{ending}"] = tensor
+    name = f"{key}.{bitsandbytes.STATE}nf4"
+    state = json.loads(bytes(tensors[name].tolist()))
+    content = json.dumps({**state, **STATES[kind]}).encode()
+    tensors[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    save_file(tensors, model / "model.safetensors")
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = bitsandbytes.config("nf4", True, "float32")
+    file.write_text(json.dumps(config))
+    with pytest.raises(EdgemedError, match="down_proj") as caught:
+        CanonicalWeights(open_checkpoint(model)).matrix("layers.0.down")
+    assert "\n" not in str(caught.value)

@@ -177,11 +177,11 @@ def test_rope_as_older_configs_write_it(case: str, tmp_path: Path) -> None:
     assert np.abs(scores(folder) - theirs).max() < 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("case", ["yarn", "qwen2, head_dim", "llama3", "phi, head_dim"])
-@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("case", ["yarn", "qwen2, head_dim", "llama3", "longrope"])
+@pytest.mark.parametrize("target", ["onnx", "tensorrt", "llamacpp"])
 def test_an_engine_gives_the_same(case: str, target: str, tmp_path: Path) -> None:
     folder, theirs = saved(tmp_path / "model", *CASES[case])
-    params = {"precision": "fp32"}
+    params = {"type": "f32"} if target == "llamacpp" else {"precision": "fp32"}
     engine = em.export(str(folder), target, str(tmp_path / "engine"), prompts=None, **params)
     session = engine.open(1)
     found = session.prefill(IDS, every=True).copy()

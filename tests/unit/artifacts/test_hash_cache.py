@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgemed.artifacts import hash_cache, hashing
-from edgemed.artifacts.hash_cache import remembered_sha256
+from edgemed.artifacts.hash_cache import fresh_sha256, remembered_sha256
 
 NEW = b"b" * 100
 
@@ -38,6 +38,16 @@ def test_an_unchanged_file_is_not_read_again(file: Path, monkeypatch: pytest.Mon
     assert first == hashlib.sha256(b"a" * 100).hexdigest()
     monkeypatch.setattr(hash_cache, "file_sha256", lambda path: pytest.fail("it was read"))
     assert fresh(file) == first
+
+
+def test_a_full_check_reads_and_remembers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fresh(file)
+    reads = []
+    monkeypatch.setattr(hash_cache, "file_sha256", lambda path: reads.append(path) or first)
+    assert fresh_sha256(file) == first
+    assert reads == [file]
+    assert fresh(file) == first
+    assert reads == [file]
 
 
 def test_a_changed_file_is_read_again(file: Path) -> None:

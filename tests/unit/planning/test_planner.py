@@ -3,14 +3,16 @@ recipe can really make.
 """
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, cli
 
 from edgemed import plugins, units
 from edgemed.cli import planning
@@ -20,7 +22,13 @@ from edgemed.models.parameter_count import sizes
 from edgemed.models.random_weights import make_random
 from edgemed.pipeline.recipe import parse
 from edgemed.planning import planner
-from edgemed.planning.choices import choices, engine_bytes
+from edgemed.planning.choices import (
+    choices,
+    engine_bytes,
+    group_of,
+    params_of,
+    vision_parameters,
+)
 from edgemed.planning.inspect import dimensions
 from edgemed.planning.planner import Wishes
 from edgemed.plugins import load
@@ -390,3 +398,138 @@ def test_a_vision_tower_is_counted_once():
     assert size.tower == pytest.approx(4 * tower, rel=0.01)
     assert d.vision.weights == pytest.approx(tower, rel=0.01)
     assert d.matrices + d.head == pytest.approx(1.544e9, rel=0.01), "Qwen2-1.5B's decoder"
+
+
+BOARDS = ("jetson-orin-nx-16gb", "jetson-agx-orin-64gb", "rtx-4060-8gb")
+
+
+@pytest.mark.parametrize("model", ["random:med-moe", "random:med-moe-phi"])
+@pytest.mark.parametrize("device", BOARDS)
+def test_engines_on_a_cpu_are_not_planned_at_the_speed_of_a_gpu(model, device):
+    found = planner.plan(model, device, Wishes())
+    assert not [entry for entry in found.choices if entry.target == "llamacpp"]
+    whys = {entry.why for entry in found.left_out if entry.target == "llamacpp"}
+    assert whys == {
+        "edgemed's own ggml graph of this model runs on the CPU, whose speed is not known"
+    }
+    with pytest.raises(EdgemedError, match="nothing can be built on .* llama.cpp on its CPU"):
+        planner.plan(model, BOARD, Wishes())
+    # On a CPU the same graph is planned, without the cache that its export refuses.
+    found = planner.plan(model, "raspberry-pi-5-8gb", Wishes())
+    ours = [entry for entry in found.choices if entry.target == "llamacpp"]
+    assert {entry.kv for entry in ours} == {"f16"}
+    assert any("llamacpp: no q8_0 cache" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("device", ["raspberry-pi-5-8gb", "jetson-orin-nx-16gb", "rtx-4060-8gb"])
+@pytest.mark.parametrize(
+    "model", ["random:phi-2", "random:med-moe", "random:medvlm-r1", "random:biomedlm"]
+)
+def test_every_choice_is_one_that_export_takes(model, device):
+    weights = planner.weights_of(model)
+    found = planner.plan(model, device, Wishes())
+    known = {(choice.target, choice.precision): choice for choice in choices()}
+    for entry in found.choices:
+        target = load("targets", entry.target)
+        choice = known[entry.target, entry.precision]
+        params = {**params_of(choice, weights), **choice.kv[entry.kv][1], "context": entry.context}
+        if entry.tower:
+            params["tower"] = entry.tower
+        assert target.supports(weights, target.Params(**params)) is None
+    if model == "random:phi-2":
+        # Heads of 80 are no whole number of a q8_0 cache's blocks.
+        assert "q8_0" not in {entry.kv for entry in found.choices}
+
+
+def test_a_smaller_tower_where_the_usual_one_does_not_fit():
+    wishes = Wishes(images=1, prompt=64, context=1024)
+    found = planner.plan(seeing(), "jetson-orin-nano-4gb", wishes)
+    assert found.recommended.fits
+    assert found.recommended.tower == "int8"
+    assert "tower: int8" in found.recipe
+    weights = planner.weights_of(seeing())
+    assert found.recommended.vision_mb == pytest.approx(vision_parameters(weights) / 1e6)
+    roomy = planner.plan(seeing(), "laptop-avx2-16gb", wishes).recommended
+    assert roomy.tower == "fp32"
+    assert "tower" not in planner.plan(seeing(), "laptop-avx2-16gb", wishes).recipe
+    # 2.8 GB were measured of this engine with its tower in 8 bits (docs/numbers.md).
+    tight = planner.plan(
+        seeing(), "laptop-avx2-16gb", replace(wishes, memory=3 * 10**9, precision="int4")
+    )
+    assert tight.recommended.tower == "int8"
+    assert 2000 < tight.recommended.run_mb < 2800
+    assert planner.plan(MODEL, BOARD, Wishes()).recommended.tower == ""
+
+
+@pytest.mark.parametrize("device", ["jetson-orin-nx-16gb", "jetson-orin-nx-8gb"])
+def test_more_watts_are_not_slower(device):
+    speeds = []
+    for mode in read_device(device).power_modes:
+        best = planner.plan(MODEL, device, Wishes(precision="int4", context=1024), mode.name)
+        speeds.append((best.recommended.tokens_per_s, -best.recommended.ttft_s))
+    for fewer, more in pairwise(speeds):
+        assert more[0] >= fewer[0]
+        assert more[1] >= fewer[1] * 1.02
+    middle = read_device(device).power_modes[2].name
+    notes = planner.plan(MODEL, device, Wishes(), middle).notes
+    assert any("408 MHz with 100 % of its processors" in note for note in notes)
+
+
+def test_groups_that_divide_are_planned(tmp_path):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    model = make_random(config, tmp_path / "model", "float16")
+    weights = planner.weights_of(str(model.path))
+    assert group_of(weights) == 64
+    for device in ("raspberry-pi-5-8gb", BOARD):
+        found = planner.plan(str(model.path), device, Wishes(precision="int4"))
+        assert "group: 64" in found.recipe
+    assert engine_bytes(weights, "onnx", "int4").layer_bits == 4.5
+    assert engine_bytes(weights, "tensorrt", "int4").layer_bits == 4.25
+
+
+def test_nothing_that_meets_the_wishes_is_exit_code_1():
+    done = cli("plan", MODEL, "--device", BOARD, "--tps", "500")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"error: nothing on {BOARD} meets --tps: the nearest is tensorrt int4, context 768, with"
+        r" [\d.]+ tokens/s\. Ask for less.*\n",
+        done.stderr,
+    )
+    assert "nearest" in done.stdout
+    assert "best:" not in done.stdout
+    assert "engines:" not in done.stdout
+    done = cli("plan", MODEL, "--device", BOARD, "--tps", "500", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["recommended"]["misses"] == ["tps"]
+
+
+def test_several_devices_in_one_table():
+    words = ("plan", MODEL, "--device", BOARD, "--device", "raspberry-pi-5-8gb", "--device", "cpu")
+    done = cli(*words)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == [BOARD, "raspberry-pi-5-8gb"]
+    assert lines[3].startswith("cpu: ")
+    assert "its memory is not known" in lines[3]
+    documents = json.loads(cli(*words, "--json").stdout)
+    assert list(documents) == [BOARD, "raspberry-pi-5-8gb", "cpu"]
+    alone = json.loads(cli("plan", MODEL, "--device", BOARD, "--json").stdout)
+    assert documents[BOARD] == alone
+    assert "its memory is not known" in documents["cpu"]["error"]
+    # One that meets the wish is enough.
+    fast = ("plan", MODEL, "--device", "raspberry-pi-5-8gb", "--device", BOARD, "--tps", "30")
+    assert cli(*fast).returncode == 0
+    done = cli(*fast[:-1], "500")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
