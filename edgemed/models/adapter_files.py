@@ -263,7 +263,9 @@ def _check_values(file: Path, values: Mapping[str, Any]) -> None:
     """Raise EdgemedError for a value that is not of the type peft takes."""
     for key, (is_right, wanted) in TYPES.items():
         value = values.get(key)
-        if value is not None and not is_right(value):
+        # Most keys may be null; these two are divided.
+        is_null = value is None and not (key in ("r", "lora_alpha") and key in values)
+        if not is_null and not is_right(value):
             raise EdgemedError(f"{file}: {key} is {shortened(value)}, and not {wanted}", DAMAGED)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (values.get(key) or {}).items():
