@@ -15,7 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from edgemed.cli import calibration, experts, harness, planning, process, proof, provenance, reading
+from edgemed.cli import (
+    calibration,
+    experts,
+    harness,
+    planning,
+    process,
+    proof,
+    provenance,
+    reading,
+    speed,
+)
 from edgemed.cli.options import (
     AcceptUndecided,
     Adapter,
@@ -419,7 +429,7 @@ def build(
 
 
 app.command(cls=Verb)(proof.verify)
-app.command(cls=Verb)(proof.bench)
+app.command(cls=Verb)(speed.bench)
 app.command(name="eval", cls=Verb)(proof.eval_)
 app.command(
     name="lm-eval",

@@ -199,15 +199,11 @@ def read_optional(inner: Reader, value: Any, where: str) -> Any:
     return None if value is None else inner(value, where)
 
 
-def is_scalar(kind: type, value: Any) -> bool:
-    """Whether a value is of one of SCALARS; a whole number is a number, true and false are none."""
-    kinds = (int, float) if kind is float else (kind,)
-    return isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
-
-
 def read_scalar(kind: type, limits: tuple[Any, ...], value: Any, where: str) -> Any:
     """A text, a number, true or false. limits: the Range and Pattern it keeps."""
-    if not is_scalar(kind, value):
+    kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    is_of_kind = isinstance(value, kinds)
+    if not is_of_kind or isinstance(value, bool) != (kind is bool):
         raise EdgemedError(f"{where} is {in_short(value)}, not {SCALARS[kind]}", AGAIN)
     for limit in limits:
         if isinstance(limit, Range) and not limit.holds(value):

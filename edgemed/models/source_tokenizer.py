@@ -85,7 +85,7 @@ def _read(path: Path, state: tuple[tuple[str, int, int], ...]) -> SourceTokenize
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(path), trust_remote_code=False, local_files_only=True
             )
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, ModuleNotFoundError):
         raise
     # transformers and the tokenizers binding raise whatever a malformed file leads to; a panic of
     # the binding is no Exception.

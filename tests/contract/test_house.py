@@ -256,7 +256,7 @@ TARGET_WORDS = {
     ("validation.py", "llamacpp"),
     # What an option or a recipe's key is where nothing is said, and the values it may have.
     ("main.py", "onnx"),
-    ("proof.py", "onnx"),
+    ("speed.py", "onnx"),
     ("quantize.py", "onnx"),
     ("quantize.py", "tensorrt"),
     # Its parameter vision: ONNX Runtime or llama.cpp's own library sees.

@@ -252,10 +252,11 @@ def test_thread_sweep_and_waiting(engine: Path) -> None:
     assert all(
         row["decode_tokens_per_second"] > 0 and row["prefill_tokens_per_second"] > 0 for row in rows
     )
-    assert sorted(word for row in rows for word in row["best"].replace(" and ", " ").split()) == [
-        "decode",
-        "prefill",
-    ]
+    # On a busy machine, and where two numbers of threads were equally fast, none is the best.
+    best = [word for row in rows for word in row["best"].replace(" and ", " ").split()]
+    assert set(best) <= {"decode", "prefill"}
+    assert len(best) == len(set(best))
+    assert not (best and any(row["busy"] for row in rows))
     records = json.loads(
         cli(
             "bench",

@@ -303,7 +303,7 @@ def test_full_disk(
         (PermissionError(13, "Permission denied", "x"), ("x: Permission denied", "permissions")),
         (MemoryError(), ("not enough memory",)),
         (RuntimeError("I/O error: File too large (os error 27)"), ("File too large",)),
-        (EdgemedError("two\nlines", "fix"), ("two lines. fix",)),
+        (EdgemedError("two\nlines", "fix"), ("two", "lines", "fix")),
     ],
     ids=repr,
 )

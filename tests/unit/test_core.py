@@ -41,7 +41,7 @@ def test_need_hides_no_error_inside_a_package(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
         need("halfbroken", "build")
-    with pytest.raises(EdgemedError, match=r"'not_there_either'.*pip install 'edgemed\[build\]'"):
+    with pytest.raises(EdgemedError, match=r"'not_there_either'.*Install edgemed\[build\]: pip"):
         need("not_there_either", "build")
 
 

@@ -731,6 +731,8 @@ def test_a_sweep_runs_in_turns_and_marks_the_best(tmp_path, monkeypatch):
         return {
             "decode_tokens_per_second": 10.0 * point.threads,
             "prefill_tokens_per_second": 100.0 / point.threads + len(order),
+            "busy": False,
+            "busy_reason": None,
         }
 
     monkeypatch.setattr(thread_sweep, "one", one)
