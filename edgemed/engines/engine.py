@@ -92,7 +92,7 @@ class Engine:
     random_weights: bool
     params: Mapping[str, Any]
     rope_frequencies: tuple[float, ...] = ()
-    rope_axes: tuple[Annotated[int, Range(0, 1 << 16)], ...] = ()
+    rope_axes: tuple[Annotated[int, Range(0, 7)], ...] = ()
     vision: Mapping[str, Any] | None = None
     centred: bool = False
     adapters: tuple[str, ...] = ()
@@ -365,6 +365,12 @@ def read_engine(path: Path) -> Engine:
     for name in engine.adapters:
         strict.check_name(name, f"{file}: adapters")
     engine.check_adapter(engine.default or None)
+    if engine.rope_axes and len(engine.rope_axes) != len(engine.rope_frequencies):
+        raise EdgemedError(
+            f"{file}: {len(engine.rope_axes)} rope_axes of"
+            f" {len(engine.rope_frequencies)} rope_frequencies",
+            "Copy or export the engine again",
+        )
     if engine.vision is not None:
         _check_vision(strict.build(VisionConfig, engine.vision, f"{file}: vision"), file)
     return engine

@@ -73,6 +73,7 @@ def sealed(engine: Path, **changes: object) -> Path:
         ({"vision": {"width": 1}}, ["vision"]),
         ({"path": "/tmp"}, ["unknown key 'path'"]),
         ({"contex": 5}, ["Did you mean 'context'"]),
+        ({"rope_axes": [0]}, ["1 rope_axes of 0 rope_frequencies"]),
         ({"eos": 0.5}, ["eos", "0.5 is not a whole number"]),
     ],
 )
