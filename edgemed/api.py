@@ -26,7 +26,7 @@ from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import ImageEmbeddings, Session, vision_of_session
 from edgemed.models.architecture import Architecture
 from edgemed.models.chat_template import chat_templates
-from edgemed.models.checkpoint import Checkpoint
+from edgemed.models.checkpoint import Checkpoint, open_checkpoint
 from edgemed.models.tokenizer import chat_tokens, encode_text
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.engine_evaluation import evaluate_tasks, read_results
