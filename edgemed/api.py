@@ -144,7 +144,7 @@ def witness(model: str, memory: int | None = None) -> WitnessResult:
     compared with all layers of a larger model. Raises EdgemedError where edgemed does not read the
     checkpoint.
     """
-    return witness_of(open_checkpoint(model), memory=memory)
+    return witness_of(open_checkpoint(Path(model)), memory=memory)
 
 
 def reference_answers(
@@ -343,7 +343,9 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
             raise EdgemedError(
                 f"{engine.path} has no chat template", "Give the prompt in the model's own form"
             )
-        raise EdgemedError(f"{engine.path} has no template '{template}'", nearest(template, known))
+        raise EdgemedError(
+            f"family {family.name} has no template '{template}'", nearest(template, known)
+        )
     if template == "reasoning" and family.reasoning:
         text = family.reasoning(text)
     return family.chat(text, images, vision_of(engine.vision).conversation)

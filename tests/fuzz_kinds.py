@@ -525,7 +525,7 @@ def checkpoint_kinds(samples: Samples) -> list[Kind]:
             "adapter settings", "adapter_config.json", copied(samples.adapter), merged, "json", 60
         ),
         Kind("adapter", "adapter_model.safetensors", copied(samples.adapter), merged, "", 40),
-        Kind("gguf to import", "model.gguf", gguf, import_file, "", 50),
+        Kind("gguf to import", "model.gguf", gguf, import_file, "", 20),
         Kind("tokenizer", "tokenizer.json", model, tokenize, "json", 100),
         Kind(
             "tokenizer settings",

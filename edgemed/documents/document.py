@@ -201,8 +201,9 @@ def read_optional(inner: Reader, value: Any, where: str) -> Any:
 
 def read_scalar(kind: type, limits: tuple[Any, ...], value: Any, where: str) -> Any:
     """A text, a number, true or false. limits: the Range and Pattern it keeps."""
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+    kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    is_of_kind = isinstance(value, kinds)
+    if not is_of_kind or isinstance(value, bool) != (kind is bool):
         raise EdgemedError(f"{where} is {in_short(value)}, not {SCALARS[kind]}", AGAIN)
     for limit in limits:
         if isinstance(limit, Range) and not limit.holds(value):

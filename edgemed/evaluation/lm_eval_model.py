@@ -138,9 +138,9 @@ class EngineLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Ids as lm_eval's `hf` model makes them."""
-        if add_special_tokens is not None:
-            return encode_text(self.tokenizer, string, add_special_tokens)
-        if self._begins_with_prefix(string) or self.add_bos_token is False:
+        if add_special_tokens is None:
+            add_special_tokens = not self._begins_with_prefix(string)
+        if not add_special_tokens or self.add_bos_token is False:
             return encode(self.tokenizer, string)
         bos = self.token_id("bos_token")
         if self.add_bos_token and bos is not None:

@@ -23,6 +23,7 @@ import numpy as np
 from edgemed.errors import EdgemedError
 from edgemed.gguf.float_twin import write_float_twin
 from edgemed.gguf.llama_session import ERRORS, llama_library
+from edgemed.hardware.child_process import die_with_the_parent, run_child
 
 # Seconds for a foreign file: to open it, and for each 10^9 bytes of it.
 OPENING = 60.0
@@ -89,17 +90,16 @@ def read_foreign(
         code = "import sys; from edgemed.gguf.llama_reading import main; main(sys.argv[1])"
         # Only this edgemed and what is installed: nothing from the folder a person stands in.
         paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            # Where it dies no debugger is to be called.
+            "GGML_NO_BACKTRACE": "1",
+        }
         limit = OPENING + PER_GIGABYTE * Path(file).stat().st_size / 1e9
         try:
-            done = subprocess.run(
-                [sys.executable, "-P", "-c", code, name],
-                env=environment,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=limit,
-            )
+            command = [sys.executable, "-P", "-c", code, name]
+            done = run_child(command, env=environment, timeout=limit)
         except subprocess.TimeoutExpired:
             raise EdgemedError(
                 f"llama.cpp did not finish reading {file} within {limit:.0f} s",
@@ -130,6 +130,7 @@ def _cause(done: subprocess.CompletedProcess[str]) -> str:
 
 def main(folder: str) -> None:
     """The child process: read the request in `folder`, write the reading beside it."""
+    die_with_the_parent()
     work = Path(folder)
     request = json.loads((work / REQUEST).read_text(encoding="utf-8"))
     texts = request["texts"]

@@ -21,12 +21,15 @@ PARENT = "EDGEMED_PARENT"
 
 
 def run_child(
-    command: Sequence[str], text: str | None = None, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    text: str | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of edgemed in a process of its own and catch its output. text: its standard
-    input; env: its environment, None for this process'.
+    input; env: its environment, None for this process'; timeout: seconds it may take.
 
-    It is ended where this process is interrupted or dies.
+    It is ended where this process is interrupted or dies. Raises subprocess.TimeoutExpired.
     """
     variables = dict(os.environ if env is None else env) | {PARENT: str(os.getpid())}
     return subprocess.run(
@@ -37,6 +40,7 @@ def run_child(
         encoding="utf-8",
         errors="replace",
         env=variables,
+        timeout=timeout,
     )
 
 

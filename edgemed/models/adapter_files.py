@@ -18,7 +18,7 @@ from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, need
 from edgemed.models.module_patterns import compile_pattern
 from edgemed.models.safetensors_file import safetensors_entries
-from edgemed.models.tensor_entry import Entry, shortened, read_entry
+from edgemed.models.tensor_entry import Entry, read_entry, shortened
 from edgemed.models.torch_file import torch_entries
 
 if TYPE_CHECKING:
@@ -192,8 +192,8 @@ def check_ranks(where: str, values: Mapping[str, Any], entries: Mapping[str, Ent
     for name, rank in ranks.items():
         if isinstance(rank, int) and rank > max(largest, LEAST_SIZE):
             raise EdgemedError(
-                f"{where}: {shortened(name)} is {rank}, and its largest tensor has {largest} rows or"
-                " columns",
+                f"{where}: {shortened(name)} is {rank}, and its largest tensor has {largest} rows"
+                " or columns",
                 DAMAGED,
             )
 

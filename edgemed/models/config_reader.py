@@ -261,9 +261,9 @@ def _without_aliases(
 ) -> dict[str, Any]:
     result = {key: value for key, value in values.items() if key not in aliases}
     for alias, key in aliases.items():
-        if alias not in values:
+        if values.get(alias) is None:
             continue
-        if key in result and result[key] != values[alias]:
+        if result.get(key) is not None and result[key] != values[alias]:
             raise EdgemedError(
                 f"{place}{key} {short(result[key])} and {alias} {short(values[alias])} are two"
                 " names of one number",

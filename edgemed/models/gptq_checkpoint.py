@@ -198,8 +198,8 @@ def _packing(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     is_read = _is_int(bits) and bits in BITS and _is_int(group) and (group == -1 or group >= 1)
     if not is_read:
         raise EdgemedError(
-            f"{path}: quantized with bits {shortened(bits)} and group_size {shortened(group)}, which"
-            " edgemed does not read",
+            f"{path}: quantized with bits {shortened(bits)} and group_size {shortened(group)},"
+            " which edgemed does not read",
             "Known: 2, 3, 4 and 8 bits, any group size or -1",
         )
     return bits, group

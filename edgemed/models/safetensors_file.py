@@ -20,8 +20,8 @@ from edgemed.models.tensor_entry import (
     Entry,
     element_count,
     is_size,
-    shortened,
     read_entry,
+    shortened,
 )
 
 if TYPE_CHECKING:

@@ -61,8 +61,8 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
         for tensor, entry in _entries(path / file).items():
             if tensor in tensors and not same_bytes(tensors[tensor], entry):
                 raise EdgemedError(
-                    f"{path}: '{shortened(tensor)}' is in {tensors[tensor].file.name} and in {file},"
-                    " with different values",
+                    f"{path}: '{shortened(tensor)}' is in {tensors[tensor].file.name} and in"
+                    f" {file}, with different values",
                     "Download the shards again; one of them is of another model",
                 )
             tensors[tensor] = entry

@@ -24,7 +24,13 @@ from edgemed.models.adapter_files import (
     adapter_hashes,
     quantized_base,
 )
-from edgemed.models.checkpoint import Checkpoint, Writer, narrowed, open_checkpoint
+from edgemed.models.checkpoint import (
+    Checkpoint,
+    Writer,
+    companion_files,
+    narrowed,
+    open_checkpoint,
+)
 from edgemed.models.hf_offline import quiet_and_offline
 from edgemed.models.peft_merge import adapted_model, merged_model, peft_config, text_config
 from edgemed.models.tokenizer import open_tokenizer
@@ -36,10 +42,6 @@ if TYPE_CHECKING:
 
     from edgemed.moe.settings import ExpertMergeSettings
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
 # Largest difference between scores before and after, as a share of the largest score (at least 1).
 TOLERANCE = 1e-4
 # Random token sequences whose scores are compared, and tokens of each.
@@ -423,12 +425,13 @@ def _interpolate(merged: torch.nn.Module, weights: CanonicalWeights, alpha: floa
 
 def _copy_tokenizer(adapter: Path, out: Path) -> None:
     """The tokenizer that was trained with the adapter, in place of the base's smaller one."""
-    names = [name for name in TOKENIZER_FILES if (adapter / name).is_file()]
-    if "tokenizer.json" not in names:
-        say(f"{adapter} brings new tokens and no tokenizer.json; the base's tokenizer lacks them")
+    if not any((adapter / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        say(f"{adapter} brings new tokens and no tokenizer; the base's lacks them")
         return
-    for name in names:
-        shutil.copyfile(adapter / name, out / name)
+    for file in companion_files(adapter):
+        target = out / file.relative_to(adapter)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def _write(

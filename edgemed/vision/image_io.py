@@ -326,7 +326,7 @@ class Album:
         if self.frame is None:
             raise EdgemedError(
                 f"{name} has {_many(count)} frames, and its row names it as one image",
-                f"Say which with eval --frame, from 0 to {_many(count, -1)}, or give that frame as a"
-                " file of its own",
+                f"Say which with eval --frame, from 0 to {_many(count, -1)}, or give that frame as"
+                " a file of its own",
             )
         return read_image(handle, name, self.frame)

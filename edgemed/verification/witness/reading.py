@@ -61,7 +61,7 @@ def recorded(checkpoint: Checkpoint) -> RecordedCheckpoint:
 def digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's numbers as float32, whatever the precision they are stored in."""
     numbers = tensor.detach().float().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(numbers.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(numbers.view(torch.uint8).numpy().data).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ llama_cpp = pytest.importorskip("llama_cpp")
 transformers = pytest.importorskip("transformers")
 
 from edgemed.artifacts.store import read_manifest
+from edgemed.errors import EdgemedError
 from edgemed.gguf import writer
+from edgemed.gguf.llama_reading import read_foreign, read_tokens
 from edgemed.gguf.pre_tokenizers import RULES, TEXTS, pre_tokenizer, recognised
 from edgemed.gguf.reader import TYPES, read_gguf
 from edgemed.models.checkpoint import open_checkpoint
@@ -214,6 +216,17 @@ def test_what_is_not_understood_is_named(
     assert not (tmp_path / "model").exists()
 
 
+def test_what_ends_llama_cpp_is_one_line(tmp_path: Path) -> None:
+    """A file that makes llama.cpp abort: in its own process, and named by the reader before."""
+    tokens = [f"t{i}" for i in range(264)]
+    tokens[7] = tokens[8]
+    file = foreign_file(tmp_path / "tiny.gguf", **{"tokenizer.ggml.tokens": tokens})
+    with pytest.raises(EdgemedError, match="it ends with signal 6") as problem:
+        read_foreign(file, ["a"])
+    assert "\n" not in str(problem.value)
+    refused(cli("import", file, "--out", tmp_path / "model"), "two of its tokens")
+
+
 @pytest.mark.parametrize("kind", sorted(name for name, *_ in TYPES.values() if "_" in name))
 def test_integers_are_expanded_as_the_gguf_package_does(kind: str) -> None:
     number, block = next((n, block) for n, (name, block, _) in TYPES.items() if name == kind)
@@ -259,8 +272,6 @@ def test_every_rule_is_llama_cpps(tmp_path: Path) -> None:
             file.write_header_to_file()
             file.write_kv_data_to_file()
             file.close()
-            from edgemed.gguf.llama_reading import read_tokens
-
             reading = read_tokens(tmp_path / "v.gguf", TEXTS)
             for text, ids in zip(TEXTS, reading.ids, strict=True):
                 assert tokenizer.encode(text).ids == ids, (name, text)

@@ -110,6 +110,15 @@ def test_an_unknown_key_is_named_and_can_be_accepted(name: str, key: str) -> Non
     assert read(config_of(name) | {key: None}) == read(config_of(name))
 
 
+def test_two_names_of_one_number() -> None:
+    config = config_of("stablelm-epoch")
+    assert read(config | {"partial_rotary_factor": None}) == read(config)
+    assert read(config | {"partial_rotary_factor": 0.25}) == read(config)
+    assert read(config | {"rope_pct": None}) == read(config)
+    with pytest.raises(EdgemedError, match="two names of one number"):
+        read(config | {"partial_rotary_factor": 0.5})
+
+
 def test_a_mistyped_key_is_guessed() -> None:
     config = config_of("llama-2-7b-hf") | {"rope_thetaa": 5e5}
     with pytest.raises(EdgemedError, match="Did you mean 'rope_theta'"):
