@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from edgemed.errors import EdgemedError
+from edgemed.hardware.child_process import die_with_the_parent
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.verification.witness.comparison import compare, usual_memory
 
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the result for a model directory. arguments: the directory, and perhaps how many bytes
     may be taken.
     """
+    die_with_the_parent()
     memory = int(arguments[1]) if len(arguments) > 1 else usual_memory()
     try:
         result = compare(open_checkpoint(arguments[0]), memory)

@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -25,6 +24,7 @@ from edgemed.artifacts.json_files import read_json_object
 from edgemed.console import say
 from edgemed.documents.witness import WitnessResult
 from edgemed.errors import EdgemedError
+from edgemed.hardware.child_process import run_child
 from edgemed.models.checkpoint import COMPANIONS, Checkpoint
 from edgemed.models.parameter_count import parameters
 from edgemed.models.weights import CanonicalWeights
@@ -98,7 +98,7 @@ def compared_in_child(checkpoint: Checkpoint, memory: int | None) -> WitnessResu
     command = [sys.executable, "-m", "edgemed.verification.witness.child", str(checkpoint.path)]
     if memory is not None:
         command.append(str(memory))
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = run_child(command)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         problem, _, fix = lines[-1].removeprefix("error: ").partition("\t")
