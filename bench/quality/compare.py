@@ -419,7 +419,7 @@ def weights_of(path: Path, source: Path) -> Any:
     return weights
 
 
-def held_out(model: Path, most: int) -> dict[str, np.ndarray]:
+def held_out(model: Path, most: int = MOST) -> dict[str, np.ndarray]:
     """card -> windows int64 [n, WINDOW] of its validation split, at most `most`."""
     from edgemed.data.text_sets import texts
     from edgemed.models.tokenizer import encode, open_tokenizer

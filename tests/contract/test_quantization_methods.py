@@ -18,7 +18,8 @@ from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
 from edgemed.models.torch_decoder import logits
-from edgemed.models.weights import BITS, CanonicalWeights
+from edgemed.models.gptq_checkpoint import BITS
+from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.method import (
     KIND,
     CheckpointMethod,
