@@ -70,7 +70,49 @@ def chat_text(
         raise EdgemedError("the conversation is empty", "Give at least one message")
     assert path is not None
     source = pick_template(templates, template, str(path))
-    return rendered_messages(Path(path), source, messages, eos, answered)
+    try:
+        text = rendered_messages(Path(path), source, messages, eos, answered)
+    except EdgemedError as refusal:
+        listed = _listed_text(Path(path), source, messages, eos, answered)
+        if listed is None:
+            raise refusal from None
+        return listed
+    if has_question(text, messages):
+        return text
+    return _listed_text(Path(path), source, messages, eos, answered) or text
+
+
+def _listed_text(
+    path: Path, source: str, messages: Sequence[Message], eos: str, answered: bool
+) -> str | None:
+    """The rendering of lists of contents, for templates of models with images that read nothing
+    else: they refuse a text, or pass it over. None where that does not help.
+    """
+    try:
+        text = rendered_messages(path, source, listed_contents(messages), eos, answered)
+    except EdgemedError:
+        return None
+    # Templates for texts alone print the list.
+    printed = "'type': 'text'" in text or '"type": "text"' in text
+    return text if has_question(text, messages) and not printed else None
+
+
+def has_question(prompt: str, messages: Sequence[Message]) -> bool:
+    """Whether a rendering holds the last text of the user; True where there is none."""
+    questions = [message.get("content") for message in messages if message.get("role") == "user"]
+    question = questions[-1] if questions else ""
+    return not isinstance(question, str) or question.strip() in prompt
+
+
+def listed_contents(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, each text as a list of contents."""
+    listed = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            message = {**message, "content": [{"type": "text", "text": content}]}
+        listed.append(message)
+    return listed
 
 
 def rendered_messages(

@@ -118,17 +118,38 @@ def chat_row(tokens: reading.Tokens, theirs: Any) -> WitnessRow:
         return tally.row()
     for kind, turns in samples.CONVERSATIONS.items():
         messages = [{"role": role, "content": content} for role, content in turns]
-        expected = rendered(theirs, messages)
+        asked, expected = rendered_turns(theirs, messages)
         ours, refusal = attempted(functools.partial(tokens.chat, messages))
         if expected is None or ours is None:
             compare_refusals(tally, kind, refusal, expected is None)
             continue
         compare_prompts(tally, kind, ours, expected)
         theirs_ids = theirs.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            asked, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         compare_ids(tally, f"ids of {kind}", tokens, tokens.chat_ids(messages), theirs_ids)
     return tally.row()
+
+
+def rendered_turns(
+    theirs: Any, messages: list[dict[str, str]]
+) -> tuple[Sequence[Mapping[str, Any]], str | None]:
+    """(messages as the template reads them, their rendering, None where it refuses them). A
+    template that reads lists of contents only passes a text over, or refuses it: its documented use
+    is with lists.
+    """
+    plain = rendered(theirs, messages)
+    question = messages[-1]["content"]
+    if plain is not None and question in plain:
+        return messages, plain
+    lists = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
+    listed = rendered(theirs, lists)
+    if listed is not None and question in listed and "'type': 'text'" not in listed:
+        return lists, listed
+    return messages, plain
 
 
 def rendered(
