@@ -367,13 +367,17 @@ def test_qwen2_vl_stays_as_it_was(vision_model: Path, tmp_path: Path) -> None:
     for template in (None, QWEN2_VL):
         if template is not None:
             (path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-            (path / "preprocessor_config.json").write_text("{}")
+            transformers.Qwen2VLImageProcessorPil().save_pretrained(path)
         for text in (QUESTION, "  Why? \n"):
             turn = image_turn(weights.family, v, path, tokenizer, text, 2)
             assert weights.family.chat is not None
             assert turn.text == weights.family.chat(text, 2, v.conversation)
             turns.append(turn.tokens(tokenizer))
     assert turns[:2] == turns[2:]
+    result = compare(open_checkpoint(path), 0)
+    assert result.passed, result.first
+    rows = {row.what: row for row in result.rows}
+    assert (rows["chat"].comparisons, rows["chat with an image"].comparisons) == (6, 2)
 
 
 # Qwen/Qwen2-VL-2B-Instruct, chat_template.json
