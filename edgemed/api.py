@@ -36,6 +36,7 @@ from edgemed.verification.spec import VerifySpec
 from edgemed.verification.witness.witness import require_agreement
 from edgemed.verification.witness.witness import witness as witness_of
 from edgemed.vision.image_io import HOW, open_frames
+from edgemed.vision.image_turn import ImageTurn, image_turn
 from edgemed.vision.preprocessing import check_places, prompt_tokens, vision_of
 
 if TYPE_CHECKING:
@@ -279,18 +280,22 @@ def prompt_ids(
         messages = [{"role": "user", "content": text}]
         eos = _eos_token(engine, tokenizer)
         return chat_tokens(engine.path, tokenizer, messages, eos, name or None)
-    prompt = templated(engine, text, images, template)
+    if template != "none":
+        turn = templated(engine, tokenizer, text, images, template)
+        tokens = turn.tokens(tokenizer, add_special_tokens)
+        check_places(tokens, turn.v.token, images)
+        return tokens
     if not engine.vision:
-        return encode_text(tokenizer, prompt, add_special_tokens)
+        return encode_text(tokenizer, text, add_special_tokens)
     vision = vision_of(engine.vision)
-    tokens = prompt_tokens(tokenizer, prompt, vision, add_special_tokens)
+    tokens = prompt_tokens(tokenizer, text, vision, add_special_tokens)
     check_places(tokens, vision.token, images)
     return tokens
 
 
 def _own_template(engine: Engine, images: int, template: str) -> str | None:
     """Which of the engine's own chat templates writes the prompt: '' for the default, None where
-    none does. Questions about images take the form of the family.
+    none does. For questions about images vision/image_turn.py decides.
     """
     if template in ("none", "reasoning") or images:
         return None
@@ -322,12 +327,10 @@ def _pictures(engine: Engine, images: Sequence[str | Path], frame: int | None) -
 
 
 @extras_named()
-def templated(engine: Engine, text: str, images: int, template: str) -> str:
-    """A user's text as the prompt a model was trained on. Raises EdgemedError for a template this
-    engine's family does not have.
+def templated(engine: Engine, tokenizer: Any, text: str, images: int, template: str) -> ImageTurn:
+    """A user's text as the prompt a vision model was trained on. Raises EdgemedError for a template
+    this engine's family does not have.
     """
-    if template == "none":
-        return text
     family: Architecture = plugins.load("families", engine.family).FAMILY
     of_family = []
     if family.chat and engine.vision:
@@ -348,7 +351,7 @@ def templated(engine: Engine, text: str, images: int, template: str) -> str:
         )
     if template == "reasoning" and family.reasoning:
         text = family.reasoning(text)
-    return family.chat(text, images, vision_of(engine.vision).conversation)
+    return image_turn(family, vision_of(engine.vision), engine.path, tokenizer, text, images)
 
 
 def _words(

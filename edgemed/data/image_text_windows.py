@@ -22,7 +22,7 @@ from edgemed.inference.session import ImageEmbeddings, Positions
 from edgemed.models.tokenizer import encode, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 from edgemed.vision.image_io import Album
-from edgemed.vision.preprocessing import prompt_tokens
+from edgemed.vision.image_turn import image_turn
 from edgemed.vision.torch_encoder import TorchVisionEncoder
 
 IGNORED = -100  # transformers' label of a token that is not counted
@@ -160,17 +160,16 @@ def question_prompt(
 
     Raises EdgemedError for an image that cannot be opened, and a model without a chat form.
     """
-    chat = vision_encoder.family.chat
-    if chat is None:
-        raise EdgemedError(
-            f"{vision_encoder.weights.checkpoint.path} has no chat form for questions about images",
-            "Give a vision-language model",
-        )
     images = [album.open(image) for image in images_of(row)]
-    prompt = chat(row["question"], len(images), vision_encoder.v.conversation)
-    tokens, embeddings = vision_encoder.see(
-        prompt_tokens(tokenizer, prompt, vision_encoder.v), images
+    turn = image_turn(
+        vision_encoder.family,
+        vision_encoder.v,
+        vision_encoder.path,
+        tokenizer,
+        row["question"],
+        len(images),
     )
+    tokens, embeddings = vision_encoder.see(turn.tokens(tokenizer), images)
     if embeddings is None:
         raise EdgemedError(f"the row '{row['question'][:80]}' has no image", "Give its image")
     return tokens, embeddings

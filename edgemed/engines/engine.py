@@ -239,11 +239,7 @@ def export(
                     f"{checkpoint.path}: its {weights.expanded} weights were expanded to floats,"
                     f" and are written as {notes['precision']}"
                 )
-            seen = (
-                asdict(replace(weights.vision, pixels=pixels_of(weights.vision, params)))
-                if weights.vision
-                else None
-            )
+            seen = _vision_facts(weights.vision, params) if weights.vision else None
             facts = {
                 "name": name,
                 "target": target,
@@ -283,6 +279,14 @@ def export(
                 notes["accepted_config_keys"] = accepted
             work.notes.update(notes)
     return open_engine(out)
+
+
+def _vision_facts(vision: VisionConfig, params: Any) -> dict[str, Any]:
+    facts = asdict(replace(vision, pixels=pixels_of(vision, params)))
+    if not vision.conversation_stated:
+        # Engines of older versions have no such entry, and stay the same bytes.
+        del facts["conversation_stated"]
+    return facts
 
 
 def _copy_documents(checkpoint: Path, engine: Path) -> None:

@@ -29,9 +29,9 @@ from edgemed.evaluation.prompting import (
 from edgemed.evaluation.task import LETTERS, Example, Prompt, Questions, Task, task_description
 from edgemed.inference.decoding import Sampling
 from edgemed.inference.session import Session, VisionEncoder
-from edgemed.models.architecture import Architecture, VisionConfig
+from edgemed.models.architecture import Architecture
 from edgemed.models.tokenizer import begin_tokens, encode
-from edgemed.vision.preprocessing import prompt_tokens
+from edgemed.vision.image_turn import ImageTurn, image_turn
 
 
 class Answerer:
@@ -163,7 +163,10 @@ class Answerer:
         context = [*self.begin, *encode(self.tokenizer, prompt.context)]
         if self.session.head == "classes":
             return self._classes(example, context)
-        options = self._options(prompt, context, example)
+        special = self.settings.add_special_tokens
+        options = option_tokens(
+            self.tokenizer, prompt, context, example.id, add_special_tokens=special
+        )
         cut = False
         if strategy.reason:
             context, cut = self._rationale(example, strategy, context, max(map(len, options)), turn)
@@ -183,13 +186,6 @@ class Answerer:
                 for score, option in zip(scores, prompt.options, strict=True)
             ]
         return ModelAnswer(int(np.argmax(scores)), tuple(scores), cut or short)
-
-    def _options(
-        self, prompt: Prompt, context: list[int], example: Example, v: VisionConfig | None = None
-    ) -> list[list[int]]:
-        """Tokens of each option after the context. v: None for a question without images."""
-        special = self.settings.add_special_tokens
-        return option_tokens(self.tokenizer, prompt, context, example.id, v, special)
 
     def _classes(self, example: Example, context: list[int]) -> ModelAnswer:
         if self.session.width != len(example.options):
@@ -229,16 +225,16 @@ class Answerer:
         return ModelAnswer(chosen(text, prompt.options, self.task.lettered), (), cut or short)
 
     def _about_images(self, example: Example) -> ModelAnswer:
-        """One answer to a question with images, in the conversation form of the model's family.
+        """One answer to a question with images, in the model's own form.
 
         Nothing of such a prompt is ever cut, for half an image is another image. Raises
         EdgemedError where it does not fit.
         """
         encoder = self._vision()
-        prompt, form = self._conversation(example, encoder)
-        special = self.settings.add_special_tokens
-        context = prompt_tokens(self.tokenizer, prompt.context, encoder.v, special)
-        options = self._options(prompt, context, example, encoder.v)
+        turn, prompt, form = self._conversation(example, encoder)
+        special = self.settings.add_special_tokens and not turn.begun
+        context = turn.tokens(self.tokenizer, special)
+        options = option_tokens(self.tokenizer, prompt, context, example.id, turn.v, special)
         tokens, pictures = encoder.see(context, self.questions.pictures(example))
         if self.settings.scoring == "generated" or not options:
             rationale = self.settings.rationale if form else 0
@@ -259,14 +255,13 @@ class Answerer:
 
     def _conversation(
         self, example: Example, encoder: VisionEncoder
-    ) -> tuple[Prompt, Architecture | None]:
-        """(the question in the form of the model's family; the family where the model shall reason
-        in the form of its fine-tune, None where a plain letter or words are asked for).
+    ) -> tuple[ImageTurn, Prompt, Architecture | None]:
+        """(the question in the model's own form; the same with its options; the family where the
+        model shall reason in the form of its fine-tune, None where a plain letter or words are
+        asked for).
         """
         prompt = self.task.render(example)
         family: Architecture = encoder.family
-        if family.chat is None:
-            raise self._reads_text_only()
         form = None
         question = prompt.context
         if self.task.lettered and example.options:
@@ -275,12 +270,14 @@ class Answerer:
             else:
                 question = family.reasoning(question)
                 form = family
-        text = family.chat(question, len(example.images), encoder.v.conversation)
-        opening = "" if text[-1:].isspace() else " "
+        turn = image_turn(
+            family, encoder.v, encoder.path, self.tokenizer, question, len(example.images)
+        )
+        opening = "" if turn.text[-1:].isspace() else " "
         if form:
             opening = form.opening
         options = tuple(opening + option.lstrip() for option in prompt.options)
-        return Prompt(text, options), form
+        return turn, Prompt(turn.text, options), form
 
     def _check_length(self, example: Example, tokens: int, most: int) -> None:
         if tokens + most > self.session.context:

@@ -297,6 +297,7 @@ def vision(
         "projector_hidden": d.hidden,
         "marker": MARKER,
         "conversation": form,
+        "conversation_stated": bool(config.get("conversation")),
         "start": start,
     }
     if authors(config):

@@ -54,6 +54,7 @@ class MtmdVisionEncoder:
                 f"{engine.path} reads text only",
                 "Ask it without an image, or export a vision model",
             )
+        self.path = engine.path
         self.v = vision_of(engine.vision)
         self.parts = max(engine.rope_axes, default=0) + 1
         self.context = engine.context

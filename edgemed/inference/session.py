@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,11 +52,13 @@ class Positions:
 class VisionEncoder(Protocol):
     """What turns the images of a prompt into features. Every target and the source have one.
 
-    v: the model's VisionConfig, with the image sizes of this engine; family: the Architecture whose
-    prompts and answers the model knows; parts: numbers in a rotary position. Both classes lie above
-    this package, so they are not named here.
+    path: of its engine or checkpoint, with the chat template; v: the model's VisionConfig, with the
+    image sizes of this engine; family: the Architecture whose prompts and answers the model knows;
+    parts: numbers in a rotary position. Both classes lie above this package, so they are not named
+    here.
     """
 
+    path: Path
     v: Any
     family: Any
     parts: int

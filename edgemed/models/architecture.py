@@ -214,6 +214,8 @@ class VisionConfig:
     start: tuple[int, ...] = ()
     # which of its family's conversation forms the model was trained on
     conversation: str = ""
+    # config.json names it itself, so it comes before the checkpoint's chat template
+    conversation_stated: bool = False
 
     @property
     def patch_size(self) -> int:

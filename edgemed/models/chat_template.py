@@ -25,6 +25,7 @@ from edgemed.models.special_tokens import special_tokens
 # What a turn of each role begins with where a model has no chat template.
 NAMES = {"user": "Question", "assistant": "Answer", "system": "Context"}
 FILE = "chat_template.jinja"
+OLD_FILE = "chat_template.json"
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
 # Files that only models with a processor (images, sound) have.
@@ -68,7 +69,57 @@ def chat_text(
     if not messages:
         raise EdgemedError("the conversation is empty", "Give at least one message")
     assert path is not None
-    tokens = special_tokens(Path(path))
+    source = pick_template(templates, template, str(path))
+    try:
+        text = rendered_messages(Path(path), source, messages, eos, answered)
+    except EdgemedError as refusal:
+        listed = _listed_text(Path(path), source, messages, eos, answered)
+        if listed is None:
+            raise refusal from None
+        return listed
+    if has_question(text, messages):
+        return text
+    return _listed_text(Path(path), source, messages, eos, answered) or text
+
+
+def _listed_text(
+    path: Path, source: str, messages: Sequence[Message], eos: str, answered: bool
+) -> str | None:
+    """The rendering of lists of contents, for templates of models with images that read nothing
+    else: they refuse a text, or pass it over. None where that does not help.
+    """
+    try:
+        text = rendered_messages(path, source, listed_contents(messages), eos, answered)
+    except EdgemedError:
+        return None
+    # Templates for texts alone print the list.
+    printed = "'type': 'text'" in text or '"type": "text"' in text
+    return text if has_question(text, messages) and not printed else None
+
+
+def has_question(prompt: str, messages: Sequence[Message]) -> bool:
+    """Whether a rendering holds the last text of the user; True where there is none."""
+    questions = [message.get("content") for message in messages if message.get("role") == "user"]
+    question = questions[-1] if questions else ""
+    return not isinstance(question, str) or question.strip() in prompt
+
+
+def listed_contents(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, each text as a list of contents."""
+    listed = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            message = {**message, "content": [{"type": "text", "text": content}]}
+        listed.append(message)
+    return listed
+
+
+def rendered_messages(
+    path: Path, source: str, messages: Sequence[Message], eos: str = "", answered: bool = False
+) -> str:
+    """Messages in one template of a directory. source: its text; the rest as chat_text."""
+    tokens = special_tokens(path)
     if eos:
         tokens.setdefault("eos_token", eos)
     values = {
@@ -78,7 +129,6 @@ def chat_text(
         "documents": None,
         "add_generation_prompt": not answered,
     }
-    source = pick_template(templates, template, str(path))
     return _RENDERER.render(source, values, str(path))
 
 
@@ -127,6 +177,18 @@ def chat_template(path: Path, template: str | None = None) -> str:
     return pick_template(templates, template, str(path)) if templates else ""
 
 
+def image_template(path: Path) -> str | None:
+    """The jinja template that transformers' processor takes for turns with images, None where
+    there is none: chat_template.json, the old file of processors, comes first there.
+    """
+    old = path / OLD_FILE
+    if old.is_file():
+        entry = read_json_object(old, COPY_AGAIN).get("chat_template")
+        if entry is not None:
+            return _named(entry, str(old)).get(DEFAULT)
+    return chat_templates(path).get(DEFAULT)
+
+
 def pick_template(templates: Mapping[str, str], name: str | None, where: str) -> str:
     """One of several templates by its name, the default for None. Raises EdgemedError where there
     is none of that name, or no default.
@@ -156,7 +218,7 @@ def chat_templates(path: Path) -> dict[str, str]:
         templates[file.stem] = _text(file)
     if templates:
         return templates
-    names = ["tokenizer_config.json", "chat_template.json"]
+    names = ["tokenizer_config.json", OLD_FILE]
     if any((path / name).is_file() for name in PROCESSORS):
         names.reverse()
     for name in names:
@@ -169,7 +231,7 @@ def chat_templates(path: Path) -> dict[str, str]:
 
 def template_files(path: Path) -> list[Path]:
     """The files of a directory that hold nothing but chat templates."""
-    return [path / FILE, path / "chat_template.json", *sorted((path / FOLDER).glob("*.jinja"))]
+    return [path / FILE, path / OLD_FILE, *sorted((path / FOLDER).glob("*.jinja"))]
 
 
 def _text(file: Path) -> str:

@@ -92,6 +92,7 @@ class OnnxVisionEncoder:
                 f"{engine.path} reads text only",
                 "Ask it without an image, or export a vision model",
             )
+        self.path = engine.path
         self.v = vision_of(engine.vision)
         self.parts = max(engine.rope_axes, default=0) + 1
         self.graphs = open_graphs(engine, threads)

@@ -24,7 +24,8 @@ from edgemed.models.tokenizer import encode_context, open_tokenizer
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.recipe import Stage
 from edgemed.verification.spec import VerifySpec
-from edgemed.vision.preprocessing import Patches, check_places, patches, prompt_tokens
+from edgemed.vision.image_turn import image_turn
+from edgemed.vision.preprocessing import Patches, check_places, patches
 
 # What of a specification the answers of the source depend on; the rest are limits.
 ANSWER_FIELDS = ("prompts", "count", "width", "prompt", "new")
@@ -142,8 +143,8 @@ def image_answers(
 
     prompts = []
     for question, image in image_questions(spec.images):
-        prompt = family.chat(question, 1, vision.conversation)
-        tokens = prompt_tokens(tokenizer, prompt, vision)
+        turn = image_turn(family, vision, source.path, tokenizer, question, 1)
+        tokens = turn.tokens(tokenizer)
         check_places(tokens, vision.token, 1)
         prompts.append((tokens, np.asarray(image)))
     axes = max(weights.decoder.rope_axes, default=0) + 1

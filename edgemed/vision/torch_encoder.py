@@ -128,6 +128,7 @@ class TorchVisionEncoder:
                 "Ask it without an image, or give a vision model",
             )
         self.weights = weights
+        self.path = weights.checkpoint.path
         self.v = weights.vision
         self.family = weights.family
         self.parts = max(weights.decoder.rope_axes, default=0) + 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,20 @@ def native_processor(path: Path) -> Any:
     except REFUSALS:
         return None
     return processor if hasattr(processor, "image_processor") else None
+
+
+def processor_template(path: Path, tokenizer: Any, processor: Any) -> str | None:
+    """The chat template that transformers' processor takes, None where there is none. processor:
+    None where it cannot be made; then the file is read that only processors read, and the
+    tokenizer's template stands where it is absent. Raises one of REFUSALS for a damaged file.
+    """
+    template = tokenizer.chat_template
+    file = path / "chat_template.json"
+    if processor is not None:
+        template = processor.chat_template or template
+    elif file.is_file():
+        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def native_stop_ids(path: Path, config: Any) -> tuple[set[int], str]:

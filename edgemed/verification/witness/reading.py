@@ -30,11 +30,11 @@ from edgemed.models.weights import CanonicalWeights
 from edgemed.verification.witness.native import Depth
 from edgemed.vision import torch_encoder
 from edgemed.vision.image_io import open_image
+from edgemed.vision.image_turn import ImageTurn, image_turn
 from edgemed.vision.preprocessing import (
     Patches,
     feature_count,
     patches,
-    prompt_tokens,
     token_positions,
 )
 
@@ -113,20 +113,20 @@ def stop_ids(weights: CanonicalWeights) -> set[int]:
     return set(stop_tokens(checkpoint.path, checkpoint.config, weights.decoder.eos))
 
 
-def image_prompt(weights: CanonicalWeights, question: str) -> str:
-    """A question about one image in the model's own form; '' where the family has none."""
-    family = weights.family
-    if family.chat is None:
-        return ""
-    return family.chat(question, 1, weights.require_vision().conversation)
+def image_prompt(weights: CanonicalWeights, tokens: Tokens, question: str) -> ImageTurn:
+    """A question about one image in the model's own form."""
+    vision = weights.require_vision()
+    return image_turn(weights.family, vision, tokens.path, tokens.tokenizer, question, 1)
 
 
-def image_prompt_ids(weights: CanonicalWeights, tokens: Tokens, text: str, file: Path) -> list[int]:
+def image_prompt_ids(
+    weights: CanonicalWeights, tokens: Tokens, turn: ImageTurn, file: Path
+) -> list[int]:
     """Ids of a prompt about an image, its place repeated for each of the image's features."""
     vision = weights.require_vision()
     count = feature_count(patches(open_image(file), vision), vision)
     ids: list[int] = []
-    for token in prompt_tokens(tokens.tokenizer, text, vision):
+    for token in turn.tokens(tokens.tokenizer):
         ids += [token] * (count if token == vision.token else 1)
     return ids
 

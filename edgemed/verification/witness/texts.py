@@ -43,10 +43,20 @@ def text_rows(weights: CanonicalWeights, folder: Path) -> list[WitnessRow]:
         tally = Tally("token ids")
         tally.differs(f"{native.LIBRARY} refuses the tokenizer: {first_line(error)}")
         return [tally.row()]
-    rows = [token_row(tokens, theirs), chat_row(tokens, theirs)]
-    if weights.vision is not None:
-        rows.append(image_chat_row(weights, tokens, theirs, folder))
-    return rows
+    if weights.vision is None:
+        return [token_row(tokens, theirs), chat_row(tokens, theirs)]
+    processor = native.native_processor(checkpoint.path)
+    try:
+        template = native.processor_template(checkpoint.path, theirs, processor)
+    except native.REFUSALS as error:
+        tally = Tally("chat")
+        tally.differs(f"{native.LIBRARY} refuses the chat template: {first_line(error)}")
+        return [token_row(tokens, theirs), tally.row()]
+    image_row = image_chat_row(weights, tokens, theirs, (processor, template), folder)
+    if not (checkpoint.path / "chat_template.jinja").is_file():
+        # Tokenizers read that file alone; other templates are the processor's first.
+        theirs.chat_template = template
+    return [token_row(tokens, theirs), chat_row(tokens, theirs), image_row]
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -108,26 +118,51 @@ def chat_row(tokens: reading.Tokens, theirs: Any) -> WitnessRow:
         return tally.row()
     for kind, turns in samples.CONVERSATIONS.items():
         messages = [{"role": role, "content": content} for role, content in turns]
-        expected = rendered(theirs, messages)
+        asked, expected = rendered_turns(theirs, messages)
         ours, refusal = attempted(functools.partial(tokens.chat, messages))
         if expected is None or ours is None:
             compare_refusals(tally, kind, refusal, expected is None)
             continue
         compare_prompts(tally, kind, ours, expected)
         theirs_ids = theirs.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            asked, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         compare_ids(tally, f"ids of {kind}", tokens, tokens.chat_ids(messages), theirs_ids)
     return tally.row()
 
 
-def rendered(theirs: Any, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """A conversation in transformers' rendering, None where the template refuses it."""
+def rendered_turns(
+    theirs: Any, messages: list[dict[str, str]]
+) -> tuple[Sequence[Mapping[str, Any]], str | None]:
+    """(messages as the template reads them, their rendering, None where it refuses them). A
+    template that reads lists of contents only passes a text over, or refuses it: its documented use
+    is with lists.
+    """
+    plain = rendered(theirs, messages)
+    question = messages[-1]["content"]
+    if plain is not None and question in plain:
+        return messages, plain
+    lists = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
+    listed = rendered(theirs, lists)
+    if listed is not None and question in listed and "'type': 'text'" not in listed:
+        return lists, listed
+    return messages, plain
+
+
+def rendered(
+    theirs: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None
+) -> str | None:
+    """A conversation in transformers' rendering, None where the template refuses it. template: None
+    for the tokenizer's own.
+    """
     import jinja2
 
     try:
         return theirs.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
+            list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except (jinja2.TemplateError, *native.REFUSALS):
         return None
@@ -168,38 +203,50 @@ def compare_prompts(tally: Tally, kind: str, ours: str, theirs: str) -> None:
 
 
 def image_chat_row(
-    weights: CanonicalWeights, tokens: reading.Tokens, theirs: Any, folder: Path
+    weights: CanonicalWeights,
+    tokens: reading.Tokens,
+    theirs: Any,
+    read_by: tuple[Any, str | None],
+    folder: Path,
 ) -> WitnessRow:
     """A question about an image: as text where the checkpoint has a template, and its ids with the
-    image's places.
+    image's places. read_by: (transformers' processor, None where it cannot be made; its template).
     """
     tally = Tally("chat with an image")
-    path = weights.checkpoint.path
-    prompt = reading.image_prompt(weights, samples.QUESTION)
-    processor = native.native_processor(path)
-    template = theirs if theirs.chat_template else processor
-    if template is None or not getattr(template, "chat_template", None):
+    processor, template = read_by
+    turn = reading.image_prompt(weights, tokens, samples.QUESTION)
+    expected = rendered(theirs, IMAGE_MESSAGES, template) if template else None
+    by_template = False
+    if not template:
         tally.note = "the checkpoint has no chat template"
+    elif weights.require_vision().conversation_stated:
+        tally.note = "config.json names the conversation form"
+    elif expected is None or "'type': 'image'" in expected:
+        # Templates for texts alone refuse the list of contents, or print it.
+        tally.note = "the chat template takes no images"
     else:
-        expected = rendered(template, IMAGE_MESSAGES)
-        if expected is None or "'type': 'image'" in expected:
-            # Templates for texts alone refuse the list of contents, or print it.
-            tally.note = "the chat template takes no images"
-        else:
-            compare_prompts(tally, "one turn with an image", prompt, expected)
+        by_template = True
+        compare_prompts(tally, "one turn with an image", turn.text, expected)
     file = samples.write_images(folder)["a plain image"]
-    places = image_ids(weights, theirs, processor, prompt, file)
+    # As the processor's own apply_chat_template: a begin token of the template stands alone.
+    begun = by_template and bool(theirs.bos_token) and turn.text.startswith(theirs.bos_token)
+    places = image_ids(weights, theirs, processor, turn.text, file, not begun)
     if places is None:
         note = f"ids of its places need a processor that {native.LIBRARY} cannot make here"
         tally.note = f"{tally.note}; {note}" if tally.note else note
     else:
-        ours = reading.image_prompt_ids(weights, tokens, prompt, file)
+        ours = reading.image_prompt_ids(weights, tokens, turn, file)
         compare_ids(tally, "ids of a turn with an image", tokens, ours, {"input_ids": places})
     return tally.row()
 
 
 def image_ids(
-    weights: CanonicalWeights, theirs: Any, processor: Any, prompt: str, file: Path
+    weights: CanonicalWeights,
+    theirs: Any,
+    processor: Any,
+    prompt: str,
+    file: Path,
+    add_special_tokens: bool,
 ) -> Ids | None:
     """Ids of a prompt with one image as transformers' processor gives them, None where there is no
     such processor.
@@ -208,9 +255,10 @@ def image_ids(
     one by one, and the image's token is repeated for the patches that the latter gave.
     """
     image = native.load_image(file)
+    special = {"add_special_tokens": add_special_tokens}
     try:
         if processor is not None:
-            batch = processor(images=image, text=prompt, return_tensors="pt")
+            batch = processor(images=image, text=prompt, return_tensors="pt", **special)
             return [int(token) for token in batch["input_ids"][0]]
         images = native.native_image_processor(weights.checkpoint.path)(image, return_tensors="pt")
     except native.REFUSALS:
@@ -222,7 +270,7 @@ def image_ids(
         return None
     count = int(grid[0].prod()) // merge**2
     ids: Ids = []
-    for each in theirs(prompt)["input_ids"]:
+    for each in theirs(prompt, **special)["input_ids"]:
         ids += [each] * (count if each == token else 1)
     return ids
 
