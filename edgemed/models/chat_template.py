@@ -234,7 +234,15 @@ class TemplateRenderer:
         return answer["text"]
 
     def _ask(self, request: str) -> str:
-        """One line from the child process, '' where it ended instead."""
+        """One line from the child process, '' where it ended instead.
+
+        The kernel ends it with the thread that started it, so it is asked a second time then.
+        """
+        line = self._exchange(request)
+        return self._exchange(request) if line == KILLED else line
+
+    def _exchange(self, request: str) -> str:
+        # One line, KILLED or ''
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -244,10 +252,11 @@ class TemplateRenderer:
             line = process.stdout.readline()
         except (BrokenPipeError, OSError):
             line = ""
-        if not line.endswith("\n"):
-            self.stop()
-            return ""
-        return line
+        if line.endswith("\n"):
+            return line
+        was_killed = self._ended(process)
+        self.stop()
+        return KILLED if was_killed else ""
 
     def _started(self) -> subprocess.Popen[str]:
         # After a fork the pipes belong to both processes.
