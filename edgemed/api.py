@@ -105,7 +105,7 @@ def export(
     module.inputs(built)  # finds a missing file before the reference answers are computed
     checkpoint = open_model(model, out.parent)
     # Before the reference answers, which the same code would read wrongly.
-    read = witness_of(checkpoint)
+    read = witness_of(checkpoint, adapters=built.adapters)
     require_agreement(checkpoint, read)
     reference = None
     adapted: dict[str, Reference] = {}

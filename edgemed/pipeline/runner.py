@@ -123,11 +123,15 @@ def run(recipe: Recipe, work: Path) -> Path:
     return write(content, work)
 
 
-def agreed(checkpoint: Checkpoint, cache: Path) -> WitnessResult:
-    """What the witness says of a checkpoint. Raises EdgemedError where it reads it otherwise:
-    nothing is built from a checkpoint that edgemed misreads.
+def agreed(
+    checkpoint: Checkpoint, cache: Path, adapters: Mapping[str, str] | None = None
+) -> WitnessResult:
+    """What the witness says of a checkpoint, and of adapters on it (name -> PEFT directory).
+
+    Raises EdgemedError where it reads it otherwise: nothing is built from a checkpoint that edgemed
+    misreads.
     """
-    result = witness(checkpoint, cache)
+    result = witness(checkpoint, cache, adapters=adapters)
     require_agreement(checkpoint, result)
     return result
 
@@ -234,7 +238,7 @@ def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path)
     stage = Stage(target, strict.build(module.Params, values, target))
     checkpoint = open_model(f"random:{name}", work)
     out = work / f"{name}-{target}-{short(stage, module.inputs(stage.params))}"
-    result = agreed(checkpoint, work)
+    result = agreed(checkpoint, work, stage.params.adapters)
     return export(checkpoint, target, stage.params, out, name=out.name, witness=result).path
 
 
@@ -280,6 +284,11 @@ def run_target(
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = None
     adapted: dict[str, Reference] = {}
+    result = line.witnessed[checkpoint.path]
+    if stage.params.adapters:
+        # A quantized checkpoint's scores have no witness.
+        is_quantized = "quantization_config" in checkpoint.config
+        result = agreed(line.source if is_quantized else checkpoint, cache, stage.params.adapters)
     if reference and recipe.verify:
         carried = reference.trim(recipe.verify.carried)
         adapted = adapted_references(line.source, stage, recipe.verify, cache)
@@ -298,7 +307,7 @@ def run_target(
         carried,
         stage.name,
         adapted,
-        line.witnessed[checkpoint.path],
+        result,
     )
     link = work / "engines" / stage.name
     link.parent.mkdir(exist_ok=True)

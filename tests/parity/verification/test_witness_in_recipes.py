@@ -55,8 +55,8 @@ def test_every_float_checkpoint_of_a_recipe(
     compared: dict[str, WitnessResult] = {}
     original = witness.compared
 
-    def keep(checkpoint: Checkpoint, memory: int | None) -> WitnessResult:
-        result = original(checkpoint, memory)
+    def keep(checkpoint: Checkpoint, memory: int | None, adapters: dict[str, str]) -> WitnessResult:
+        result = original(checkpoint, memory, adapters)
         compared[checkpoint.path.name.split("-")[0]] = result
         return result
 
