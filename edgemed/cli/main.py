@@ -24,6 +24,7 @@ from edgemed.cli import (
     proof,
     provenance,
     reading,
+    recipes,
     speed,
 )
 from edgemed.cli.options import (
@@ -558,25 +559,4 @@ def list_(json_: Json = False) -> None:
     show(names, json_)
 
 
-@app.command(cls=Verb)
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
-    json_: Json = False,
-) -> None:
-    """List the shipped recipes, or print one."""
-    from edgemed import plugins
-    from edgemed.pipeline.recipe import find_recipe
-
-    if name and json_:
-        from edgemed.pipeline.recipe import read_recipe
-
-        show(dict(read_recipe(name).document), True)
-        return
-    if name:
-        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
-        return
-    rows = []
-    for file in sorted(plugins.shared("recipes").glob("*.yaml")):
-        first_line = file.read_text(encoding="utf-8").splitlines()[0]
-        rows.append({"recipe": file.stem, "what": first_line.lstrip("# ")})
-    show(rows, json_)
+app.add_typer(recipes.app, name="recipes")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def verify(
     engine: Annotated[
         Path | None,
-        typer.Argument(help="Engine directory; a checkpoint's is handed to edgemed witness."),
+        typer.Argument(help="Engine directory; a checkpoint is handed to edgemed witness."),
     ] = None,
     manifest: Annotated[
         Path | None,

@@ -19,7 +19,8 @@ from edgemed.console import show
 
 def witness(
     model: Annotated[
-        str, typer.Argument(help="Model directory in Hugging Face layout, or hub id.")
+        str,
+        typer.Argument(help="Model directory in Hugging Face layout, hub id, or GGUF file."),
     ],
     memory: Annotated[
         str | None,
@@ -58,5 +59,9 @@ def show_witness(model: str | Path, memory: str | None, as_json: bool) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory holds a checkpoint and no engine."""
+    """Whether a path is a GGUF file, or a directory with a checkpoint and no engine."""
+    from edgemed.models.checkpoint import is_gguf
+
+    if is_gguf(path):
+        return True
     return (path / "config.json").is_file() and not (path / "engine.json").is_file()

@@ -16,7 +16,7 @@ from edgemed.params import Doc
 class WitnessRow(Document):
     """One kind of thing that was compared."""
 
-    what: Annotated[str, Doc("weights, token ids, chat, stop tokens, images, scores")]
+    what: Annotated[str, Doc("weights, scores, adapter NAME, token ids, chat, stop tokens, images")]
     comparisons: Count
     differ: Count
     first: Annotated[str | None, LEFT_OUT, Doc("the first difference, with its cause")] = None

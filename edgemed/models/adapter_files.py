@@ -7,7 +7,6 @@ and every key is read by somebody, known to be harmless, or refused by its name.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -219,10 +218,12 @@ def _method_of(base: str) -> str | None:
     try:
         if not base or not file.is_file():
             return None
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        quantization = read_json_object(file, DAMAGED).get("quantization_config")
+    except (EdgemedError, OSError, ValueError):
+        # The base is not read for its own sake here, and a name may be no path at all.
         return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
 
 
 def _check_keys(file: Path, values: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 from edgemed.artifacts.json_files import read_json_object
 from edgemed.errors import EdgemedError, nearest
+from edgemed.hardware.child_process import PARENT
 from edgemed.models.special_tokens import special_tokens
 
 # What a turn of each role begins with where a model has no chat template.
@@ -296,20 +298,20 @@ class TemplateRenderer:
         return answer["text"]
 
     def _ask(self, request: str) -> str:
-        """One line from the child process, '' where it ended instead."""
-        process = self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except (BrokenPipeError, OSError):
-            line = ""
-        if not line.endswith("\n"):
+        """One line from the child process, '' where it ended instead.
+
+        The kernel kills it with the thread that started it, so another is asked then.
+        """
+        for _ in range(2):
+            process = self._started()
+            line = _exchange(process, request)
+            if line.endswith("\n"):
+                return line
+            was_killed = _was_killed(process)
             self.stop()
-            return ""
-        return line
+            if not was_killed:
+                break
+        return ""
 
     def _started(self) -> subprocess.Popen[str]:
         # After a fork the pipes belong to both processes.
@@ -324,6 +326,7 @@ class TemplateRenderer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 encoding="ascii",
+                env=os.environ | {PARENT: str(os.getpid())},
             )
             self.owner = os.getpid()
         return self.process
@@ -339,6 +342,26 @@ class TemplateRenderer:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _exchange(process: subprocess.Popen[str], request: str) -> str:
+    """Send a line and read one; what it does not end with a line break is no answer."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(request + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+    except OSError:
+        return ""
+
+
+def _was_killed(process: subprocess.Popen[str]) -> bool:
+    """Whether a process that answers no more was killed. One that takes too much ends otherwise."""
+    try:
+        return process.wait(1) == -signal.SIGKILL
+    except subprocess.TimeoutExpired:
+        return False
 
 
 _RENDERER = TemplateRenderer()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemed.artifacts.json_files import read_json_object
-from edgemed.errors import EdgemedError, need
+from edgemed.errors import EdgemedError, install_command, need
 from edgemed.models.hf_offline import quiet_and_offline
 
 # Each is enough for a tokenizer; the last ones are SentencePiece, tiktoken or WordPiece.
@@ -147,7 +147,7 @@ def _unreadable(path: Path, error: BaseException) -> EdgemedError:
         return EdgemedError(
             f"{path} has a SentencePiece model and no tokenizer.json, and transformers converts it"
             " with the package 'sentencepiece', which is not installed",
-            "Install it with: pip install sentencepiece",
+            f"Install edgemed[sentencepiece]: {install_command('sentencepiece')}",
         )
     return EdgemedError(
         f"{path}: transformers does not read its tokenizer: {_first_line(error)}", COPY_AGAIN

@@ -6,8 +6,8 @@ template from files and from Python, but not from loops and from long strings, s
 models/chat_template.py starts this file as a script and limits what it may take.
 
 Each line of standard input is one request as JSON, and each line of standard output its answer:
-{"text": ...} or {"error": ...}. The process ends with its standard input. Its arguments are the
-CPU seconds for one request and the megabytes for all.
+{"text": ...} or {"error": ...}. The process ends with its standard input and with its parent. Its
+arguments are the CPU seconds for one request and the megabytes for all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import resource
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -186,4 +187,9 @@ def main(cpu_seconds: int, megabytes: int) -> None:
 
 
 if __name__ == "__main__":
+    # A script finds no package of a source tree that is not installed.
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from edgemed.hardware.child_process import die_with_the_parent
+
+    die_with_the_parent()
     main(int(sys.argv[1]), int(sys.argv[2]))

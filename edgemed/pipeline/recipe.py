@@ -19,6 +19,7 @@ from edgemed.errors import EdgemedError, nearest
 from edgemed.evaluation.spec import EvalSpec
 from edgemed.hardware.device import read_device
 from edgemed.params import Doc
+from edgemed.pipeline.shipped_recipes import PACKAGED, shipped_recipes
 from edgemed.verification.spec import VerifySpec
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def find_recipe(path: str | Path) -> Path:
     file = Path(path)
     if file.is_file():
         return file
-    shipped = {p.stem: p for p in plugins.shared("recipes").glob("*.yaml")}
+    shipped = shipped_recipes()
     if str(path) in shipped:
         return shipped[str(path)]
     raise EdgemedError(f"recipe {path} does not exist", nearest(str(path), shipped))
@@ -224,6 +225,11 @@ def _path(value: str, folder: Path) -> str:
     if (shipped / value).exists():
         return str(shipped / value)
     owner = Path(value).parts[0]
+    if value in PACKAGED:
+        raise EdgemedError(
+            f"{value} is not there: it is downloaded once",
+            f"Run: edgemed recipes fetch {owner}, then: edgemed run recipes/{owner}.yaml",
+        )
     if (shipped / f"{owner}.yaml").is_file() and len(Path(value).parts) > 1:
         raise EdgemedError(
             f"{value} is not there: models and adapters of the shipped recipes come with the source"

@@ -65,12 +65,14 @@ RANDOM = "random:"
 @dataclass
 class Line:
     """The checkpoints a recipe passes through, by step name. source: the last one before any is
-    quantized.
+    quantized; witnessed: what the witness says of each, by its directory, of a quantized one what
+    it says of the float checkpoint that it was made from.
     """
 
     points: dict[str, Checkpoint]
     source: Checkpoint
     last: Checkpoint
+    witnessed: dict[Path, WitnessResult]
     manifests: list[Manifest] = field(default_factory=list)
 
 
@@ -84,11 +86,10 @@ def run(recipe: Recipe, work: Path) -> Path:
     work = Path(work)
     cache = work / "store"
     check_inputs(recipe, cache)
-    read = witness_model(recipe, cache)
     line = run_steps(recipe, cache)
     references = engine_references(line, recipe, cache)
     runs = [
-        EngineRun(run_target(stage, line, reference, recipe, work, read), reference)
+        EngineRun(run_target(stage, line, reference, recipe, work), reference)
         for stage, reference in zip(recipe.engines, references, strict=True)
     ]
     for each in runs:
@@ -110,7 +111,7 @@ def run(recipe: Recipe, work: Path) -> Path:
         machine=Machine.from_json(machine()),
         source=describe(line.points["model"]),
         steps=tuple(line.manifests),
-        witness=read,
+        witness=line.witnessed[line.points["model"].path],
         engines=tuple(entry(each, gate) for each in runs),
         source_evals=tuple(source_results),
         strategies=recipe.eval.strategies if recipe.eval else (),
@@ -122,12 +123,15 @@ def run(recipe: Recipe, work: Path) -> Path:
     return write(content, work)
 
 
-def witness_model(recipe: Recipe, cache: Path) -> WitnessResult:
-    """What the witness says of the checkpoint a recipe begins with. Raises EdgemedError where it
-    reads it otherwise: nothing is built from a checkpoint that edgemed misreads.
+def agreed(
+    checkpoint: Checkpoint, cache: Path, adapters: Mapping[str, str] | None = None
+) -> WitnessResult:
+    """What the witness says of a checkpoint, and of adapters on it (name -> PEFT directory).
+
+    Raises EdgemedError where it reads it otherwise: nothing is built from a checkpoint that edgemed
+    misreads.
     """
-    checkpoint = open_model(recipe.model, cache)
-    result = witness(checkpoint, cache)
+    result = witness(checkpoint, cache, adapters=adapters)
     require_agreement(checkpoint, result)
     return result
 
@@ -193,14 +197,21 @@ def check_tasks(spec: EvalSpec, model: str, weights: CanonicalWeights | None) ->
 
 
 def run_steps(recipe: Recipe, cache: Path) -> Line:
+    """All steps of a recipe, one behind the other. The witness is asked about the model, and about
+    every float checkpoint that a step makes, before the next step begins. Raises EdgemedError where
+    it reads one otherwise.
+    """
     model = open_model(recipe.model, cache)
-    line = Line({"model": model}, model, model)
+    result = agreed(model, cache)
+    line = Line({"model": model}, model, model, {model.path: result})
     for stage in recipe.steps:
         line.last = run_step(stage, line.last, cache)
         line.points[stage.plugin] = line.last
         line.manifests.append(Manifest.from_json(store.read_manifest(line.last.path)))
         if "quantization_config" not in line.last.config:
             line.source = line.last
+            result = agreed(line.last, cache)
+        line.witnessed[line.last.path] = result
     return line
 
 
@@ -220,12 +231,15 @@ def open_model(model: str, cache: Path) -> Checkpoint:
 
 
 def random_engine(name: str, target: str, values: Mapping[str, Any], work: Path) -> Path:
-    """An engine of true dimensions with random weights, for latency and memory only."""
+    """An engine of true dimensions with random weights, for latency and memory only. Raises
+    EdgemedError where the witness reads its checkpoint otherwise.
+    """
     module = plugins.load("targets", target)
     stage = Stage(target, strict.build(module.Params, values, target))
     checkpoint = open_model(f"random:{name}", work)
     out = work / f"{name}-{target}-{short(stage, module.inputs(stage.params))}"
-    return export(checkpoint, target, stage.params, out, name=out.name).path
+    result = agreed(checkpoint, work, stage.params.adapters)
+    return export(checkpoint, target, stage.params, out, name=out.name, witness=result).path
 
 
 def run_step(
@@ -264,15 +278,17 @@ def run_target(
     reference: Reference | None,
     recipe: Recipe,
     work: Path,
-    read: WitnessResult,
 ) -> Engine:
-    """Compile one engine in the store, with a link to it under work/engines. read: what the witness
-    says of the first checkpoint.
-    """
+    """Compile one engine in the store, with a link to it under work/engines."""
     cache = work / "store"
     checkpoint = line.points[stage.start] if stage.start else line.last
     carried = None
     adapted: dict[str, Reference] = {}
+    result = line.witnessed[checkpoint.path]
+    if stage.params.adapters:
+        # A quantized checkpoint's scores have no witness.
+        is_quantized = "quantization_config" in checkpoint.config
+        result = agreed(line.source if is_quantized else checkpoint, cache, stage.params.adapters)
     if reference and recipe.verify:
         carried = reference.trim(recipe.verify.carried)
         adapted = adapted_references(line.source, stage, recipe.verify, cache)
@@ -291,7 +307,7 @@ def run_target(
         carried,
         stage.name,
         adapted,
-        read,
+        result,
     )
     link = work / "engines" / stage.name
     link.parent.mkdir(exist_ok=True)

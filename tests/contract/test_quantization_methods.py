@@ -17,8 +17,8 @@ from edgemed import params as strict
 from edgemed import plugins
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import open_checkpoint
-from edgemed.models.torch_decoder import logits
 from edgemed.models.gptq_checkpoint import BITS
+from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights
 from edgemed.quantization.method import (
     KIND,

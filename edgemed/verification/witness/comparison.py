@@ -6,6 +6,7 @@ Weights come first and scores last, because a tensor that was not read explains 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edgemed.models.checkpoint import Checkpoint
 from edgemed.models.hf_offline import quiet_and_offline
 from edgemed.models.weights import CanonicalWeights
 from edgemed.verification.witness import cause, images, native, reading, scores, texts
+from edgemed.verification.witness.adapters import adapter_row
 from edgemed.verification.witness.native import Depth
 from edgemed.verification.witness.tally import Tally
 
@@ -30,18 +32,21 @@ def usual_memory() -> int:
     return min(MEMORY, psutil.virtual_memory().available // 2)
 
 
-def compare(checkpoint: Checkpoint, memory: int) -> WitnessResult:
-    """Hold edgemed's reading of a checkpoint against transformers'. memory: bytes that both models
-    may take together; scores are computed with all layers, with few, or not at all.
+def compare(
+    checkpoint: Checkpoint, memory: int, adapters: Mapping[str, str] | None = None
+) -> WitnessResult:
+    """Hold edgemed's reading of a checkpoint against transformers'.
 
-    Raises EdgemedError where edgemed itself does not read the checkpoint.
+    memory: bytes that both models may take together; scores are computed with all layers, with few,
+    or not at all. adapters: name -> PEFT directory of switchable ones. Raises EdgemedError where
+    edgemed itself does not read the checkpoint or an adapter.
     """
     source = reading.recorded(checkpoint)
     weights = CanonicalWeights(source)
     with quiet_and_offline(), tempfile.TemporaryDirectory(prefix="edgemed-witness-") as name:
         folder = Path(name)
         config, refusal = read_native_config(checkpoint, weights)
-        rows, depth = model_rows(weights, source, config, refusal, memory)
+        rows, depth = model_rows(weights, source, config, refusal, memory, adapters or {})
         rows += texts.text_rows(weights, folder)
         whole = config if checkpoint.config.get("model_type") == model_type(config) else None
         rows.append(texts.stop_row(weights, config))
@@ -78,8 +83,9 @@ def model_rows(
     config: Any,
     refusal: str,
     memory: int,
+    adapters: Mapping[str, str],
 ) -> tuple[list[WitnessRow], Depth]:
-    """The rows about tensors and scores, and the layers that were computed."""
+    """The rows about tensors, scores and adapters, and the layers that were computed."""
     if refusal:
         return [refused("config.json", refusal)], Depth(())
     reason = why_not_computed(weights, config)
@@ -87,21 +93,30 @@ def model_rows(
     if not reason and depth is None:
         reason = f"two layers take {size(needed)}, and {size(memory)} are allowed (--memory)"
     if reason or depth is None:
-        return [not_compared("weights", reason), not_compared("scores", reason)], Depth(())
+        return without_scores(reason, adapters), Depth(())
     try:
         computed = scores.compute(weights, source, config, depth)
     except native.REFUSALS as error:
         return [refused("checkpoint", texts.first_line(error))], Depth(())
     if computed is None:
         reason = no_class(weights.family.vectors)
-        return [not_compared("weights", reason), not_compared("scores", reason)], Depth(())
+        return without_scores(reason, adapters), Depth(())
     tensor_row = scores.tensor_row(weights, computed)
     score_row = scores.score_row(computed)
     if score_row.differ and not tensor_row.differ:
         key = cause.score_cause(weights, computed, depth)
         if key:
             score_row = replace(score_row, first=f"{key} ({score_row.first})")
-    return [tensor_row, score_row], depth
+    rows = [tensor_row, score_row]
+    for name, path in adapters.items():
+        rows.append(adapter_row(weights, computed, depth, name, path))
+    return rows, depth
+
+
+def without_scores(reason: str, adapters: Mapping[str, str]) -> list[WitnessRow]:
+    """The rows about tensors, scores and adapters where none can be compared."""
+    names = ("weights", "scores", *(f"adapter {name}" for name in adapters))
+    return [not_compared(name, reason) for name in names]
 
 
 def why_not_computed(weights: CanonicalWeights, config: Any) -> str:

@@ -25,6 +25,7 @@ from edgemed.console import say
 from edgemed.documents.witness import WitnessResult
 from edgemed.errors import EdgemedError
 from edgemed.hardware.child_process import run_child
+from edgemed.models import lora
 from edgemed.models.checkpoint import COMPANIONS, Checkpoint
 from edgemed.models.parameter_count import parameters
 from edgemed.models.weights import CanonicalWeights
@@ -34,30 +35,37 @@ CACHE = "EDGEMED_CACHE"
 # Parameters of a model that is compared in this process: no more than 256 MB of float32.
 SMALL = 64 << 20
 # The packages that read, and the code that does.
-READERS = ("edgemed", "transformers", "tokenizers", "torch", "pillow", "safetensors", "jinja2")
+READERS = (
+    *("edgemed", "transformers", "tokenizers", "torch", "pillow", "safetensors", "jinja2"),
+    "peft",
+)
 CODE = ("models", "families", "vision", "inference", "verification/witness")
 # Files of a checkpoint that either of the two may read, besides the weights.
 SETTINGS = (".json", ".jinja", ".txt", ".model")
 
 
 def witness(
-    checkpoint: Checkpoint, cache: Path | None = None, memory: int | None = None
+    checkpoint: Checkpoint,
+    cache: Path | None = None,
+    memory: int | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> WitnessResult:
     """Hold edgemed's reading of a checkpoint against transformers', or say again what came out for
     the same files before.
 
     cache: directory of the results, None for the user's. memory: bytes that it may take, None for 4
-    GiB or half of what is free. Raises EdgemedError where edgemed itself does not read the
-    checkpoint.
+    GiB or half of what is free. adapters: name -> PEFT directory of switchable ones, which are held
+    against peft. Raises EdgemedError where edgemed itself does not read the checkpoint or an
+    adapter.
     """
     cache = cache if cache is not None else user_cache()
     limit = {"memory": memory}
-    inputs = files_of(checkpoint) | versions() | {"code": code_digest()}
+    inputs = files_of(checkpoint) | versions() | {"code": code_digest()} | lora.inputs(adapters)
     final = cache / f"witness-{hashing.digest([limit, inputs])[:16]}"
     earlier = read_entry(final)
     if earlier is not None:
         return earlier
-    result = compared(checkpoint, memory)
+    result = compared(checkpoint, memory, adapters or {})
     say(f"witness: {result.line}")
     with contextlib.suppress(EdgemedError, OSError):
         # A cache that cannot be written costs time, nothing else.
@@ -82,22 +90,25 @@ def require_agreement(checkpoint: Checkpoint, result: WitnessResult) -> None:
     )
 
 
-def compared(checkpoint: Checkpoint, memory: int | None) -> WitnessResult:
+def compared(
+    checkpoint: Checkpoint, memory: int | None, adapters: Mapping[str, str]
+) -> WitnessResult:
     """The comparison itself: here for a small model, in a process of its own for a large one."""
     count = parameters(CanonicalWeights(checkpoint))
     if count > SMALL:
-        return compared_in_child(checkpoint, memory)
+        return compared_in_child(checkpoint, memory, adapters)
     from edgemed.verification.witness.comparison import compare, usual_memory
 
-    return compare(checkpoint, memory if memory is not None else usual_memory())
+    return compare(checkpoint, memory if memory is not None else usual_memory(), adapters)
 
 
-def compared_in_child(checkpoint: Checkpoint, memory: int | None) -> WitnessResult:
+def compared_in_child(
+    checkpoint: Checkpoint, memory: int | None, adapters: Mapping[str, str]
+) -> WitnessResult:
     """The comparison in a process of its own. Raises EdgemedError where it fails."""
     say(f"witness: {checkpoint.path} beside transformers")
     command = [sys.executable, "-m", "edgemed.verification.witness.child", str(checkpoint.path)]
-    if memory is not None:
-        command.append(str(memory))
+    command += ["" if memory is None else str(memory), json.dumps(dict(adapters))]
     process = run_child(command)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import EOS, write_tokenizer
 
@@ -241,6 +245,58 @@ def test_an_endless_template_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     renderer.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+PARENT = f"""
+import sys, threading, time
+from edgemed.models import chat_template as rendering
+
+renderer = rendering.TemplateRenderer()
+renderer.render("", {{}}, "here")
+threading.Thread(target=renderer.render, args=("{LOOP}", {{}}, "here"), daemon=True).start()
+time.sleep(0.2)
+print(renderer.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_its_process_ends_with_its_parent() -> None:
+    """In the middle of a rendering, without anybody who closes its standard input."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, encoding="ascii"
+    ) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        parent.wait()
+    end = time.monotonic() + 2
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_thread_that_ends_takes_no_rendering_along() -> None:
+    """The kernel kills a child with the thread that started it."""
+    renderer = rendering.TemplateRenderer()
+    finish = threading.Event()
+
+    def start() -> None:
+        renderer.render("", {}, "here")
+        finish.wait()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    while renderer.process is None or renderer.lock.locked():
+        time.sleep(0.01)
+    first = renderer.process.pid
+    threading.Timer(0.1, finish.set).start()
+    slow = "{% for i in range(30) %}{% for j in range(99999) %}{% endfor %}{% endfor %}done"
+    assert renderer.render(slow, {}, "here") == "done"
+    thread.join()
+    assert renderer.process.pid != first
+    assert renderer.render("{{ 1 + 1 }}", {}, "here") == "2"
+    renderer.stop()
 
 
 def test_a_process_started_once_renders_fast(tmp_path: Path) -> None:

@@ -417,8 +417,9 @@ def test_a_vocabulary_that_the_class_does_not_read(tmp_path: Path) -> None:
 def test_a_sentencepiece_model_names_the_package(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     configured(tmp_path, "LlamaTokenizer", "llama")
-    with pytest.raises(EdgemedError, match="package 'sentencepiece', which is not installed"):
+    with pytest.raises(EdgemedError, match="package 'sentencepiece', which is not installed") as e:
         open_tokenizer(tmp_path, ROWS)
+    assert e.value.fix.startswith("Install edgemed[sentencepiece]: pip install ")
 
 
 def test_a_class_that_does_more_than_its_file_says(tmp_path: Path) -> None:

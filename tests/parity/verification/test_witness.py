@@ -424,9 +424,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     compared: list[str] = []
     original = witness.compared
 
-    def count(checkpoint: Checkpoint, memory: int | None) -> WitnessResult:
+    def count(
+        checkpoint: Checkpoint, memory: int | None, adapters: dict[str, str]
+    ) -> WitnessResult:
         compared.append(str(checkpoint.path))
-        return original(checkpoint, memory)
+        return original(checkpoint, memory, adapters)
 
     monkeypatch.setattr(witness, "compared", count)
     return compared
@@ -480,9 +482,9 @@ def test_a_cache_that_cannot_be_written(
 def test_a_large_model_is_read_in_a_process_of_its_own(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = witness.compared(open_checkpoint(model), PLENTY)
+    here = witness.compared(open_checkpoint(model), PLENTY, {})
     monkeypatch.setattr(witness, "SMALL", 0)
-    assert witness.compared(open_checkpoint(model), PLENTY).to_json() == here.to_json()
+    assert witness.compared(open_checkpoint(model), PLENTY, {}).to_json() == here.to_json()
 
 
 def test_a_refusal_of_that_process_is_one_line(
@@ -497,7 +499,7 @@ def test_a_refusal_of_that_process_is_one_line(
     monkeypatch.setattr(subprocess, "run", lambda *args, **named: process)
     monkeypatch.setattr(witness, "SMALL", 0)
     with pytest.raises(EdgemedError, match=r"tokenizer\.json") as refusal:
-        witness.compared(open_checkpoint(path), PLENTY)
+        witness.compared(open_checkpoint(path), PLENTY, {})
     assert refusal.value.fix == "Copy it again from the base model"
 
 
