@@ -31,7 +31,7 @@ from edgemed.gguf.import_tokenizer import (
     read_vocabulary,
     write_tokenizer,
 )
-from edgemed.gguf.llama_reading import LlamaReading, read_foreign
+from edgemed.gguf.llama_reading import LlamaReading, read_in_child
 from edgemed.gguf.reader import GgufFile, GgufTensor, read_gguf
 from edgemed.gguf.tensor_map import ROPE, TensorSource, layout
 from edgemed.gguf.writer import Encoder
@@ -95,7 +95,7 @@ def _import(file: GgufFile, folder: Path) -> dict[str, Any]:
         )
     texts = check_texts(vocabulary)
     layers = min(TWIN_LAYERS, d.layers)
-    reading, scores, twin_scores = read_foreign(file.path, texts, SCORED, layers)
+    reading, scores, twin_scores = read_in_child(file.path, texts, SCORED, layers)
     _write_tokenizer(file, folder, vocabulary, reading, texts)
     config["bos_token_id"] = vocabulary.special.get("bos")
     config["eos_token_id"] = vocabulary.special.get("eos")

@@ -1,8 +1,7 @@
 """What llama.cpp itself reads from a GGUF file: token ids of texts, special tokens, scores.
 
-llama.cpp ends the process where a file is not as it expects, and a foreign file may be anything. So
-a foreign file is opened in a process of its own, and its end is one line here. Files that edgemed
-has just written are read in this process.
+llama.cpp ends the process where a file is not as it expects, or where a vocabulary has no token for
+a byte of a text. So it reads in a process of its own, and the end of that process is one line here.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class LlamaReading:
 
 
 def read_tokens(file: Path, texts: Sequence[str]) -> LlamaReading:
-    """The vocabulary of a file and its ids of `texts`, in this process. Raises EdgemedError where
-    llama.cpp cannot load it.
+    """The vocabulary of a file and its ids of `texts`, in this process, which llama.cpp may end.
+    Raises EdgemedError where llama.cpp cannot load it.
     """
     lib = llama_library()
     params = lib.llama_model_default_params()
@@ -69,7 +68,7 @@ def read_tokens(file: Path, texts: Sequence[str]) -> LlamaReading:
         lib.llama_model_free(model)
 
 
-def read_foreign(
+def read_in_child(
     file: Path, texts: Sequence[str], scored: Sequence[int] = (), blocks: int = 0
 ) -> tuple[LlamaReading, list[np.ndarray], list[np.ndarray]]:
     """The same in a process of its own, and float32 scores [tokens, vocab] of the texts with the
@@ -136,13 +135,12 @@ def main(folder: str) -> None:
     texts = request["texts"]
     try:
         lib = llama_library()
-        params = lib.llama_model_default_params()
-        params.vocab_only = not request["scored"]
-        # The plain kernels: no second copy of the weights for a few tokens.
-        params.use_extra_bufts = False
-        model = _load(lib, Path(request["file"]), params)
-        reading = _reading(lib, model, texts)
+        reading = read_tokens(Path(request["file"]), texts)
         if request["scored"]:
+            params = lib.llama_model_default_params()
+            # The plain kernels: no second copy of the weights for a few tokens.
+            params.use_extra_bufts = False
+            model = _load(lib, Path(request["file"]), params)
             texts_ids = [reading.framed[n] for n in request["scored"]]
             scores = [_scores(lib, model, ids) for ids in texts_ids]
             if request["blocks"]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from edgemed.errors import EdgemedError, need
 from edgemed.gguf.import_tokenizer import TEMPLATE, compare_ids
-from edgemed.gguf.llama_reading import read_tokens
+from edgemed.gguf.llama_reading import read_in_child
 from edgemed.gguf.pre_tokenizers import TEXTS, recognised
 from edgemed.models.chat_template import DEFAULT, chat_templates
 from edgemed.models.special_tokens import special_tokens, stop_tokens
@@ -29,6 +29,8 @@ SPECIAL = {
 }
 # What is written where a tokenizer's rule is none of llama.cpp's, and a person allowed it.
 UNKNOWN_RULE = "default"
+# Bytes that no text in UTF-8 has.
+NOT_IN_TEXTS = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,25 @@ def _describe_special(writer: Any, facts: TokenizerFacts) -> None:
 def difference(file: Path, facts: TokenizerFacts) -> str | None:
     """How llama.cpp reads a finished file otherwise than its tokenizer does, in words, or None: ids
     of texts, special tokens in them, what is put around a text, where generation stops.
+
+    Raises EdgemedError where llama.cpp cannot open the file at all.
     """
-    if not facts.pre and not facts.document["model"].get("byte_fallback"):
+    sentencepiece = facts.document["model"].get("byte_fallback")
+    if not facts.pre and not sentencepiece:
         return "it cuts a text into words by a rule that llama.cpp does not have"
+    if sentencepiece and (absent := _absent_bytes(facts)):
+        return (
+            f"it has no token for {len(absent)} of the bytes of texts ({absent[0]} is the first),"
+            " and llama.cpp ends where a text needs one"
+        )
     texts = [*TEXTS, *_special_texts(facts)]
-    reading = read_tokens(file, texts)
+    try:
+        reading, _, _ = read_in_child(file, texts)
+    except EdgemedError as error:
+        # A file that does not open without texts either is of no use to edgemed's own engine.
+        read_in_child(file, [])
+        # The folder in which an engine is built is nothing for its manifest.
+        return error.problem.replace(str(file), file.name)
     for ids, framed in ((reading.ids, False), (reading.framed, True)):
         found = compare_ids(facts.tokenizer, texts, ids, framed)
         if found:
@@ -168,6 +184,20 @@ def difference(file: Path, facts: TokenizerFacts) -> str | None:
     if missing:
         return f"generation stops at the tokens {missing} too, which llama.cpp does not know"
     return None
+
+
+def _absent_bytes(facts: TokenizerFacts) -> list[str]:
+    """Names of the byte tokens that llama.cpp may look up in a vocabulary of SentencePiece and does
+    not find. It takes the character itself for a byte of ASCII.
+    """
+    vocabulary = facts.tokenizer.get_vocab(with_added_tokens=True)
+    return [
+        name
+        for byte in range(0x100)
+        if byte not in NOT_IN_TEXTS
+        and (name := f"<0x{byte:02X}>") not in vocabulary
+        and not (byte < 0x80 and chr(byte) in vocabulary)
+    ]
 
 
 def _special_texts(facts: TokenizerFacts) -> list[str]:

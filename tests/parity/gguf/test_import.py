@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from edgemed.artifacts.store import read_manifest
 from edgemed.errors import EdgemedError
 from edgemed.gguf import writer
-from edgemed.gguf.llama_reading import read_foreign, read_tokens
+from edgemed.gguf.llama_reading import read_in_child, read_tokens
 from edgemed.gguf.pre_tokenizers import RULES, TEXTS, pre_tokenizer, recognised
 from edgemed.gguf.reader import TYPES, read_gguf
 from edgemed.models.checkpoint import open_checkpoint
@@ -222,7 +222,7 @@ def test_what_ends_llama_cpp_is_one_line(tmp_path: Path) -> None:
     tokens[7] = tokens[8]
     file = foreign_file(tmp_path / "tiny.gguf", **{"tokenizer.ggml.tokens": tokens})
     with pytest.raises(EdgemedError, match="it ends with signal 6") as problem:
-        read_foreign(file, ["a"])
+        read_in_child(file, ["a"])
     assert "\n" not in str(problem.value)
     refused(cli("import", file, "--out", tmp_path / "model"), "two of its tokens")
 

@@ -68,10 +68,10 @@ def byte_level(rule: Any, whole_words: bool = False, nfc: bool = False) -> Token
     return tokenizer
 
 
-def sentencepiece() -> Tokenizer:
+def sentencepiece(byte_tokens: int = 256) -> Tokenizer:
     """A vocabulary of SentencePiece's kind, with its bytes, as Llama 2 has it."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {f"<0x{i:02X}>": 3 + i for i in range(256)}
+    vocabulary |= {f"<0x{i:02X}>": 3 + i for i in range(byte_tokens)}
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a"), ("i", "n"), ("in", "g")]
     letters = {c for merge in merges for c in "".join(merge)} | set("bcdfklmorsuvwxyz0123456789.,")
     for piece in (*sorted(letters), *("".join(merge) for merge in merges)):
@@ -248,6 +248,22 @@ def test_a_rule_llama_cpp_does_not_have(
     assert named in done.stderr
     notes = json.loads((tmp_path / "engine" / "manifest.json").read_text())["notes"]
     assert notes["tokenizer"]["same_as_llama_cpp"] is False
+
+
+def test_a_vocabulary_that_ends_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes without a token make llama.cpp abort: refused by name, and one line where the cause is
+    not known beforehand.
+    """
+    tokenizer = sentencepiece(byte_tokens=200)
+    folder = write(tmp_path / "model", tokenizer, KINDS["sentencepiece"][2], eos_token_id=2)
+    refused(export(folder, tmp_path / "engine"), "no token for 45 of the bytes", "<0xC8>")
+    monkeypatch.setattr("edgemed.gguf.tokenizer_metadata._absent_bytes", lambda facts: [])
+    refused(export(folder, tmp_path / "engine"), "cannot read model.gguf: it ends with signal 6")
+    done = export(folder, tmp_path / "engine", "--set", "tokenizer=edgemed")
+    assert done.returncode == 0, done.stderr
+    notes = json.loads((tmp_path / "engine" / "manifest.json").read_text())["notes"]
+    assert notes["tokenizer"]["same_as_llama_cpp"] is False
+    assert str(tmp_path) not in notes["tokenizer"]["difference"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
