@@ -4,6 +4,7 @@ target makes of them, and that a budget is kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def packed(folder: Path, packings: dict[str, tuple[int, int]]) -> Checkpoint:
     out = folder / "packed"
     out.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing_choice, "uniform_packings", lambda *_: {"packings": packings})
+        patch.setattr(packing_choice, "uniform_packings", lambda *_: packings)
         quantize.run(source, out, quantize.Params("rtn"))
     return open_checkpoint(out)
 
@@ -105,23 +106,29 @@ def test_the_config_names_what_differs(mixed: Checkpoint) -> None:
     assert weights.packings() == set(MIXED.values())
 
 
+def with_patterns(checkpoint: Checkpoint, patterns: dict[str, object]) -> CanonicalWeights:
+    """The same tensors under a config with these patterns."""
+    quantization = {**checkpoint.config["quantization_config"], "dynamic": patterns}
+    config = {**checkpoint.config, "quantization_config": quantization}
+    return CanonicalWeights(replace(checkpoint, config=config))
+
+
 def test_patterns_are_read_as_gptqmodel_reads_them(mixed: Checkpoint) -> None:
     """The first that matches from the beginning counts; what it does not name stays."""
-    weights = CanonicalWeights(mixed)
-    weights.quantization = weights.quantization | {
-        "dynamic": {
+    weights = with_patterns(
+        mixed,
+        {
             r".*layers\.1\..*": {"group_size": 32},
             r"+:model\.layers\.1\.mlp": {"bits": 8},
             "-:lm_head": {},
-        }
-    }
+        },
+    )
     assert weights.packing("model.layers.1.mlp.up_proj") == (4, 32)
     assert weights.packing("model.layers.0.mlp.up_proj") == (4, 64)
-    weights.quantization = weights.quantization | {"dynamic": {r"model": {"bits": 5}}}
     with pytest.raises(
         EdgemedError, match="bits 5 and group_size 64, which edgemed does not read.*2, 3, 4 and 8"
     ):
-        weights.packing("model.layers.1.mlp.up_proj")
+        with_patterns(mixed, {r"model": {"bits": 5}}).packing("model.layers.1.mlp.up_proj")
 
 
 def test_onnx_carries_every_width(mixed: Checkpoint, tmp_path: Path) -> None:
