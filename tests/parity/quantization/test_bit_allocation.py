@@ -4,7 +4,6 @@ target makes of them, and that a budget is kept.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from edgemed.errors import EdgemedError
 from edgemed.gguf.quant_types import Model, tensor_types
 from edgemed.gguf.tensor_map import layout
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.gptq_checkpoint import read_settings
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights, Dense
@@ -106,29 +106,26 @@ def test_the_config_names_what_differs(mixed: Checkpoint) -> None:
     assert weights.packings() == set(MIXED.values())
 
 
-def with_patterns(checkpoint: Checkpoint, patterns: dict[str, object]) -> CanonicalWeights:
-    """The same tensors under a config with these patterns."""
+def packing(checkpoint: Checkpoint, patterns: dict[str, object], module: str) -> tuple[int, int]:
+    """(bits, group size) of a module of a checkpoint under other patterns."""
     quantization = {**checkpoint.config["quantization_config"], "dynamic": patterns}
-    config = {**checkpoint.config, "quantization_config": quantization}
-    return CanonicalWeights(replace(checkpoint, config=config))
+    settings = read_settings(checkpoint.path, quantization)
+    return settings.packing(module, checkpoint.tensors[f"{module}.qweight"].shape[0])
 
 
 def test_patterns_are_read_as_gptqmodel_reads_them(mixed: Checkpoint) -> None:
     """The first that matches from the beginning counts; what it does not name stays."""
-    weights = with_patterns(
-        mixed,
-        {
-            r".*layers\.1\..*": {"group_size": 32},
-            r"+:model\.layers\.1\.mlp": {"bits": 8},
-            "-:lm_head": {},
-        },
-    )
-    assert weights.packing("model.layers.1.mlp.up_proj") == (4, 32)
-    assert weights.packing("model.layers.0.mlp.up_proj") == (4, 64)
+    patterns = {
+        r".*layers\.1\..*": {"group_size": 32},
+        r"+:model\.layers\.1\.mlp": {"bits": 8},
+        "-:lm_head": {},
+    }
+    assert packing(mixed, patterns, "model.layers.1.mlp.up_proj") == (4, 32)
+    assert packing(mixed, patterns, "model.layers.0.mlp.up_proj") == (4, 64)
     with pytest.raises(
         EdgemedError, match="bits 5 and group_size 64, which edgemed does not read.*2, 3, 4 and 8"
     ):
-        with_patterns(mixed, {r"model": {"bits": 5}}).packing("model.layers.1.mlp.up_proj")
+        packing(mixed, {r"model": {"bits": 5}}, "model.layers.1.mlp.up_proj")
 
 
 def test_onnx_carries_every_width(mixed: Checkpoint, tmp_path: Path) -> None:
