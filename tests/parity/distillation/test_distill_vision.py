@@ -94,7 +94,7 @@ def lesson(
     teacher: Path,
     student: Path,
     pictures: str,
-    eos: int | None = EOS,
+    ends: tuple[int, ...] = (EOS,),
     rows: slice = slice(5, 9),
     **changes: float,
 ) -> DistillationData:
@@ -115,7 +115,7 @@ def lesson(
         32,
         VOCAB,
         0,
-        eos,
+        ends,
     )
     return DistillationData(
         asked_for, tokens, labels, len(chosen) // 2, Teacher(weights[1]), images=(ours, theirs)
@@ -273,7 +273,7 @@ def test_a_student_answers_as_the_reference_would(
     rows, own = (
         array.numpy()
         for array in image_answers.sample_answers(
-            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, 7
+            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, (), 7
         )
     )
     assert len(set(begins)) > 2
@@ -300,7 +300,7 @@ def test_a_student_answers_as_the_reference_would(
     monkeypatch.undo()
     again, other = (
         image_answers.sample_answers(
-            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, seed
+            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, (), seed
         )[0].numpy()
         for seed in (7, 8)
     )
@@ -316,11 +316,11 @@ def test_an_answer_ends_where_the_student_ends_it(student: Path, pictures: str) 
     begins = torch.from_numpy((labels != IGNORED).argmax(1))
     ours = load(weights)
     endless, _ = image_answers.sample_answers(
-        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, None, 7
+        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, (), 7
     )
     eos = int(endless[0, begins[0] + 3])
     rows, own = image_answers.sample_answers(
-        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, eos, 7
+        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, (eos,), 7
     )
     for n, begin in enumerate(begins.tolist()):
         ends = (endless[n, begin:] == eos).nonzero()
@@ -347,7 +347,7 @@ def test_the_loss_of_own_answers_is_the_divergence_there_alone(
             begins,
             course.images[0].batch(range(4), "cpu"),
             VOCAB,
-            EOS,
+            (EOS,),
             place,
         )
     )
