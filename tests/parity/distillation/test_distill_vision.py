@@ -18,6 +18,7 @@ from conftest import (
     IMAGE,
     VOCAB,
     distilled_whole_and_killed,
+    tiny_config,
     write_model,
     write_pictures,
     write_vision_model,
@@ -502,7 +503,8 @@ def test_a_teacher_of_another_family_and_tokenizer_answers(
     """LLaVA sees 16 tokens of every image and Qwen2-VL as many as it has room for: only text can go
     from one to the other.
     """
-    other = write_model(tmp_path / "llava", family="llava", num_hidden_layers=4)
+    text = {**tiny_config("llava")["text_config"], "num_hidden_layers": 4}
+    other = write_model(tmp_path / "llava", family="llava", text_config=text)
     with pytest.raises(EdgemedError, match="different tokenizers.*mode: sequence"):
         run(student, tmp_path / "out", pictures, teacher=str(other), larger=True)
     _, notes = run(
