@@ -29,6 +29,10 @@ EXTRAS = {
 LONGEST_PART = 1200
 
 
+# Stands between a number and its unit.
+NO_BREAK_SPACE = "\u00a0"
+
+
 class EdgemedError(Exception):
     """A problem a person can put right. `fix` is the sentence that says how."""
 
@@ -45,7 +49,10 @@ def one_line(text: str) -> str:
     """
     if not text.isprintable():
         text = "".join(
-            sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+            sign
+            if sign.isprintable() or sign == NO_BREAK_SPACE
+            else sign.encode("unicode_escape").decode()
+            for sign in text
         )
     if len(text) <= LONGEST_PART:
         return text

@@ -16,7 +16,6 @@ from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
 from edgemed.models.family_helpers import (
     RMS_GGUF_KEYS,
     SILU,
-    check_biases,
     usual_decoder,
     usual_parts,
 )
@@ -44,6 +43,8 @@ KEYS = text_keys(
     fixed={"partial_rotary_factor": (1.0,)},
 )
 
+BIASES = {"qkv": "attention_bias", "o": "attention_bias", "up": "mlp_bias", "down": "mlp_bias"}
+
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     reader = ConfigReader(config, KEYS)
@@ -56,12 +57,8 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         activation=reader.choice("hidden_act", SILU),
         gated=True,
     )
-    attention = tuple(f"self_attn.{part}_proj" for part in "qkvo")
-    mlp = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
-    for key, modules in (("attention_bias", attention), ("mlp_bias", mlp)):
-        has_bias = reader.flag(key)
-        reason = f"config.json: {key} {str(has_bias).lower()}"
-        check_biases(shapes, d.layers, modules, has_bias, reason)
+    for key in set(BIASES.values()):
+        reader.flag(key)
     return d
 
 
@@ -76,6 +73,7 @@ FAMILY = Architecture(
     model_types=("llama",),
     decoder=decoder,
     parts=parts,
+    biases=BIASES,
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
     folded=unscaled_rope,

@@ -15,7 +15,6 @@ from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
 from edgemed.models.family_helpers import (
     GELU,
     LAYER_NORM_GGUF_KEYS,
-    check_biases,
     usual_decoder,
     usual_parts,
 )
@@ -47,7 +46,7 @@ KEYS = text_keys(
 
 def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     reader = ConfigReader(config, KEYS)
-    d = usual_decoder(
+    return usual_decoder(
         reader,
         shapes,
         norm_eps=reader.number("layer_norm_eps", most=1.0),
@@ -56,9 +55,6 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         activation=reader.choice("hidden_act", GELU),
         parallel=True,
     )
-    modules = (*(f"self_attn.{part}_proj" for part in "qkv"), "self_attn.dense", "mlp.fc1")
-    check_biases(shapes, d.layers, (*modules, "mlp.fc2"), True, "every matrix of Phi has a bias")
-    return d
 
 
 def parts(d: DecoderConfig) -> dict[str, ParamSpec]:
@@ -73,6 +69,7 @@ FAMILY = Architecture(
     model_types=("phi",),
     decoder=decoder,
     parts=parts,
+    biases=dict.fromkeys(("qkv", "o", "up", "down"), True),
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
     folded=unscaled_rope,

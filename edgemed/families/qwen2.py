@@ -16,7 +16,6 @@ from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
 from edgemed.models.family_helpers import (
     RMS_GGUF_KEYS,
     SILU,
-    check_biases,
     check_full_attention,
     usual_decoder,
     usual_parts,
@@ -60,8 +59,6 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         gated=True,
     )
     check_full_attention(reader, d.layers, d.context)
-    modules = tuple(f"self_attn.{part}_proj" for part in "qkv")
-    check_biases(shapes, d.layers, modules, True, "q, k and v of Qwen2 have biases")
     return d
 
 
@@ -74,6 +71,7 @@ FAMILY = Architecture(
     model_types=("qwen2",),
     decoder=decoder,
     parts=parts,
+    biases={"qkv": True},
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
     folded=unscaled_rope,

@@ -15,7 +15,6 @@ from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
 from edgemed.models.family_helpers import (
     LAYER_NORM_GGUF_KEYS,
     SILU,
-    check_biases,
     usual_decoder,
     usual_parts,
 )
@@ -65,10 +64,7 @@ def decoder(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     # transformers' class knows no head size of its own, but rotates by one that a config has.
     if reader.optional_size("head_dim", HEADS) not in (None, d.head_dim):
         raise reader.unsupported("head_dim", reader.raw("head_dim"), (d.head_dim,))
-    has_bias = reader.flag("use_qkv_bias")
-    modules = tuple(f"self_attn.{part}_proj" for part in "qkv")
-    reason = f"config.json: use_qkv_bias {str(has_bias).lower()}"
-    check_biases(shapes, d.layers, modules, has_bias, reason)
+    reader.flag("use_qkv_bias")
     return d
 
 
@@ -82,6 +78,7 @@ FAMILY = Architecture(
     model_types=("stablelm", "stablelm_epoch"),
     decoder=decoder,
     parts=parts,
+    biases={"qkv": "use_qkv_bias"},
     prefixes=("",),
     ignored=(".rotary_emb.inv_freq",),
     folded=unscaled_rope,

@@ -326,6 +326,9 @@ class Architecture:
     # of vision models: numbers of the encoder, and its parts
     vision: ReadVision | None = None
     vision_parts: Callable[[VisionConfig, DecoderConfig], dict[str, ParamSpec]] | None = None
+    # last word of a layer's matrix -> whether it has a bias: True, or the flag of config.json that
+    # says so, false where it is absent; of the others `parts` says whether a bias may be stored
+    biases: Mapping[str, bool | str] = field(default_factory=dict)
     # the family as one config has it, where the text model may be one of several other families'
     variant: Callable[[Mapping[str, Any]], Architecture] | None = None
     # the config under which transformers reads the text model alone; None where it reads the whole

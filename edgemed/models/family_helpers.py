@@ -1,12 +1,11 @@
-"""What family files share: the usual numbers of a config, the usual parts of a decoder, the check
-of its biases.
+"""What family files share: the usual numbers of a config, the usual parts of a decoder.
 
 A family file states what is peculiar to it. What several families have in common is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -77,30 +76,6 @@ def head_of(shapes: Mapping[str, tuple[int, ...]], module: str = "score") -> dic
     if not shape:
         return {}
     return {"head": "classes", "head_size": shape[0]}
-
-
-def check_biases(
-    shapes: Mapping[str, tuple[int, ...]],
-    layers: int,
-    modules: Sequence[str],
-    expected: bool,
-    reason: str,
-) -> None:
-    """Raise EdgemedError where the stored biases of layers contradict what config.json says.
-
-    modules: their names in a layer. expected: whether each has a bias. reason: who says so.
-    transformers drops a bias that its model does not have, and begins one that is missing with
-    zeros. Packed modules are left out: GPTQ tools store biases of zeros.
-    """
-    for n in range(layers):
-        for module in modules:
-            name = f"model.layers.{n}.{module}"
-            is_stored = f"{name}.bias" in shapes
-            if f"{name}.weight" in shapes and is_stored != expected:
-                raise EdgemedError(
-                    f"{reason}, and the weights hold {'a' if is_stored else 'no'} '{name}.bias'",
-                    "Config and weights do not belong together",
-                )
 
 
 def usual_decoder(

@@ -56,7 +56,7 @@ def open_tokenizer(path: Path, vocab: int) -> Any:
             tokenizer = Tokenizer.from_file(str(file))
         else:
             tokenizer = Tokenizer.from_str(source_tokenizer(path).document)
-    except EdgemedError:
+    except (EdgemedError, ModuleNotFoundError):
         raise
     except Exception as error:  # the binding raises bare Exception for every malformed file
         raise EdgemedError(

@@ -76,7 +76,7 @@ class CanonicalWeights:
         # module -> (outputs, inputs)
         self.sizes: dict[str, tuple[int, int]] = {}
         self._check_shapes()
-        check_biases(self.checkpoint, self.parts, self.keys)
+        check_biases(self.checkpoint, self.family, self.parts, self.keys)
         # as they are in the checkpoint, also where experts are read as sums
         self.stored = {name: (part, self.keys[name]) for name, part in self.parts.items()}
         experts = self.unfolded.experts

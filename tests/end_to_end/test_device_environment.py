@@ -125,7 +125,7 @@ def test_building_there_says_what_to_install(tmp_path: Path, model: Path) -> Non
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert "Install edgemed[build]" in done.stderr
+    assert "Install edgemed[build,bom]: pip install" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -213,23 +213,3 @@ def test_preprocessors_that_are_no_objects(value: Any) -> None:
         family_of(CONFIGS["llava-1.5-7b-hf"], "config.json").vision(
             CONFIGS["llava-1.5-7b-hf"], value, {}
         )
-
-
-@pytest.mark.parametrize(
-    ("stated", "stored", "message"),
-    [
-        ({}, True, "attention_bias false, and the weights hold a 'model.layers.0.self_attn.q_proj"),
-        ({"attention_bias": True}, False, "attention_bias true, and the weights hold no"),
-    ],
-)
-def test_biases_that_config_and_weights_tell_differently(
-    stated: dict[str, Any], stored: bool, message: str
-) -> None:
-    config = {**CONFIGS["llama-2-7b-hf"], **stated}
-    shapes = {}
-    for part in "qkvo":
-        shapes[f"model.layers.0.self_attn.{part}_proj.weight"] = (4096, 4096)
-        if stored:
-            shapes[f"model.layers.0.self_attn.{part}_proj.bias"] = (4096,)
-    with pytest.raises(EdgemedError, match=message):
-        family_of(config, "config.json").decoder(config, shapes)

@@ -72,7 +72,7 @@ def unplaced(model: Any, path: str, depth: Depth) -> str:
     """Fill in an adapter's tensors; returns the name of one that has no place although its layer is
     computed, '' where there is none.
     """
-    result = peft.set_peft_model_state_dict(model, adapter_tensors(path))
+    result: Any = peft.set_peft_model_state_dict(model, adapter_tensors(path))
     for name in result.unexpected_keys:
         number = NUMBER.search(name)
         if number is None or int(number[1]) in depth.text:

@@ -60,11 +60,13 @@ def test_package_announces_the_model() -> None:
     assert project["project"]["entry-points"]["lm_eval.models"] == {
         "edgemed": "edgemed.evaluation.lm_eval_model:EngineLM"
     }
-    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    included = wheel["only-include"]
     assert all((ROOT / file).exists() for file in included)
-    assert not [file for file in included.values() if file.endswith(".pth")], (
-        "nothing of edgemed runs when Python starts"
-    )
+    # A .pth file at the top of a wheel would run whenever Python starts.
+    assert "force-include" not in wheel
+    assert not [file for file in included if file.endswith(".pth")]
+    assert all((ROOT / folder).is_dir() for folder in included)
 
 
 STAND_IN = {

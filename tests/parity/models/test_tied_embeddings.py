@@ -210,17 +210,56 @@ def test_a_bias_that_config_json_does_not_know(tmp_path: Path, family: str) -> N
     key = next(name for name in tensors if name.endswith("0.self_attn.o_proj.weight"))
     bias = key.replace(".weight", ".bias")
     save_file({**tensors, bias: torch.ones(64)}, model / "model.safetensors")
-    with pytest.raises(EdgemedError, match=r"o_proj\.bias"):
-        CanonicalWeights(open_checkpoint(model))
-    if family == "qwen2":
-        # AutoGPTQ writes zeros for every module.
-        save_file({**tensors, bias: torch.zeros(64)}, model / "model.safetensors")
-        CanonicalWeights(open_checkpoint(model))
+    for stated in ({}, {"attention_bias": False}) if family == "llama" else ({},):
+        file = model / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+        with pytest.raises(
+            EdgemedError, match=r"o_proj\.bias' is stored, and .* would leave it out"
+        ):
+            CanonicalWeights(open_checkpoint(model))
+    # AutoGPTQ writes zeros for every module.
+    save_file({**tensors, bias: torch.zeros(64)}, model / "model.safetensors")
+    CanonicalWeights(open_checkpoint(model))
 
 
-def test_a_bias_that_config_json_asks_for(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", family="llama")
+@pytest.mark.parametrize(
+    ("family", "stated", "module", "reason"),
+    [
+        ("llama", {"mlp_bias": True}, "gate_proj", "config.json says mlp_bias: true"),
+        ("llama", {"attention_bias": True}, "q_proj", "config.json says attention_bias: true"),
+        ("stablelm", {"use_qkv_bias": True}, "q_proj", "config.json says use_qkv_bias: true"),
+        ("qwen2", {}, "k_proj", "every qkv of qwen2 has one"),
+        ("phi", {}, "dense", "every o of phi has one"),
+        ("phi", {}, "fc2", "every down of phi has one"),
+    ],
+)
+def test_a_bias_that_is_missing(
+    tmp_path: Path, family: str, stated: dict[str, bool], module: str, reason: str
+) -> None:
+    model = write_model(tmp_path / "model", family=family)
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith(f"{module}.bias")}
+    save_file(kept, model / "model.safetensors")
     file = model / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "mlp_bias": True}))
-    with pytest.raises(EdgemedError, match="mlp_bias"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+    with pytest.raises(EdgemedError, match=rf"{module}\.bias' is missing, and {reason}"):
+        CanonicalWeights(open_checkpoint(model))
+
+
+def test_an_output_matrix_without_its_bias(tmp_path: Path) -> None:
+    """Llama applies attention_bias to it too."""
+    model = write_model(tmp_path / "model", family="llama")
+    tensors = load_file(model / "model.safetensors")
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attention_bias": True}))
+    biases = {
+        name.replace(".weight", ".bias"): torch.ones(len(value))
+        for name, value in tensors.items()
+        if ".self_attn." in name
+    }
+    save_file(tensors | biases, model / "model.safetensors")
+    CanonicalWeights(open_checkpoint(model))
+    kept = {name: value for name, value in biases.items() if "o_proj" not in name}
+    save_file(tensors | kept, model / "model.safetensors")
+    with pytest.raises(EdgemedError, match=r"o_proj\.bias' is missing, and .*attention_bias: true"):
         CanonicalWeights(open_checkpoint(model))

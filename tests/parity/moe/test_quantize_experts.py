@@ -254,7 +254,7 @@ def test_gguf_carries_experts_of_several_widths(tmp_path: Path) -> None:
         for name in names
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing_choice, "uniform_packings", lambda *_: {"packings": mixed})
+        patch.setattr(packing_choice, "uniform_packings", lambda *_: mixed)
         weights = quantized(source, tmp_path / "packed", method="rtn")[1]
     engine = export(
         weights.checkpoint, "llamacpp", llamacpp.Params(from_checkpoint=True), tmp_path / "engine"

@@ -18,6 +18,7 @@ from edgemed.errors import EdgemedError
 from edgemed.gguf.quant_types import Model, tensor_types
 from edgemed.gguf.tensor_map import layout
 from edgemed.models.checkpoint import Checkpoint, open_checkpoint
+from edgemed.models.gptq_checkpoint import read_settings
 from edgemed.models.random_weights import make_random
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights, Dense
@@ -64,7 +65,7 @@ def packed(folder: Path, packings: dict[str, tuple[int, int]]) -> Checkpoint:
     out = folder / "packed"
     out.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing_choice, "uniform_packings", lambda *_: {"packings": packings})
+        patch.setattr(packing_choice, "uniform_packings", lambda *_: packings)
         quantize.run(source, out, quantize.Params("rtn"))
     return open_checkpoint(out)
 
@@ -105,23 +106,25 @@ def test_the_config_names_what_differs(mixed: Checkpoint) -> None:
     assert weights.packings() == set(MIXED.values())
 
 
+def packing(checkpoint: Checkpoint, patterns: dict[str, object], module: str) -> tuple[int, int]:
+    """(bits, group size) of a module of a checkpoint under other patterns."""
+    quantization = {**checkpoint.config["quantization_config"], "dynamic": patterns}
+    return read_settings(checkpoint.path, quantization).stored_packing(module)
+
+
 def test_patterns_are_read_as_gptqmodel_reads_them(mixed: Checkpoint) -> None:
     """The first that matches from the beginning counts; what it does not name stays."""
-    weights = CanonicalWeights(mixed)
-    weights.quantization = weights.quantization | {
-        "dynamic": {
-            r".*layers\.1\..*": {"group_size": 32},
-            r"+:model\.layers\.1\.mlp": {"bits": 8},
-            "-:lm_head": {},
-        }
+    patterns = {
+        r".*layers\.1\..*": {"group_size": 32},
+        r"+:model\.layers\.1\.mlp": {"bits": 8},
+        "-:lm_head": {},
     }
-    assert weights.packing("model.layers.1.mlp.up_proj") == (4, 32)
-    assert weights.packing("model.layers.0.mlp.up_proj") == (4, 64)
-    weights.quantization = weights.quantization | {"dynamic": {r"model": {"bits": 5}}}
+    assert packing(mixed, patterns, "model.layers.1.mlp.up_proj") == (4, 32)
+    assert packing(mixed, patterns, "model.layers.0.mlp.up_proj") == (4, 64)
     with pytest.raises(
         EdgemedError, match="bits 5 and group_size 64, which edgemed does not read.*2, 3, 4 and 8"
     ):
-        weights.packing("model.layers.1.mlp.up_proj")
+        packing(mixed, {r"model": {"bits": 5}}, "model.layers.1.mlp.up_proj")
 
 
 def test_onnx_carries_every_width(mixed: Checkpoint, tmp_path: Path) -> None:
