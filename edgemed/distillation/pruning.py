@@ -28,11 +28,11 @@ from edgemed.quantization.importance_matrix import importance
 STEP = 64
 # The parts of a layer that can be pruned.
 PARTS = ("attn_norm", "qkv", "o", "mlp_norm", "up", "down")
-# Where configs in transformers' layout say a size: the first key that has the effect is changed.
+# The keys under which configs state a size. Most families read one of them only.
 KEYS = {
-    "layers": ("n_layer", "num_hidden_layers"),
-    "ffn": ("n_inner", "intermediate_size"),
-    "heads": ("num_attention_heads",),
+    "layers": ("num_hidden_layers", "n_layer"),
+    "ffn": ("intermediate_size", "n_inner"),
+    "heads": ("num_attention_heads", "n_head"),
     "kv_heads": ("num_key_value_heads",),
 }
 
@@ -186,14 +186,14 @@ def pruned_hf_config(weights: CanonicalWeights, shape: StudentShape) -> dict[str
         key: value for key, value in weights.checkpoint.config.items() if key != "torch_dtype"
     }
     wanted = pruned_config(source, shape)
-    kinds = config.get("text_config", config).get("layer_types")
+    kinds = _text_part(config).get("layer_types")
     if isinstance(kinds, list):
         config = _with_text_key(config, "layer_types", [kinds[n] for n in shape.layers])
     for name in KEYS:
         if getattr(wanted, name) != getattr(source, name):
-            config = _with_size(weights.family, config, name, getattr(wanted, name))
-    student = weights.family.decoder(config, {})
-    if replace(student, score_scale=wanted.score_scale) != wanted:
+            for key in _size_keys(weights, name):
+                config = _with_text_key(config, key, getattr(wanted, name))
+    if not _reads_as(weights.family, config, wanted):
         reason = ""
         if shape.kv_heads != source.kv_heads:
             reason = ": its head size follows from its number of heads"
@@ -205,23 +205,49 @@ def pruned_hf_config(weights: CanonicalWeights, shape: StudentShape) -> dict[str
     return {**config, "dtype": "float32"}
 
 
-def _with_size(
-    family: Architecture, config: dict[str, Any], name: str, value: int
-) -> dict[str, Any]:
-    """The config in which the family reads this size; unchanged where no key has that effect."""
+def _size_keys(weights: CanonicalWeights, name: str) -> list[str]:
+    """The keys that state this size in the source's config. Where it takes a default, the key that
+    its family reads; none where the family reads no such key.
+    """
+    config = weights.checkpoint.config
+    text = _text_part(config)
+    stated = [key for key in KEYS[name] if text.get(key) is not None]
+    if stated:
+        return stated
+    source = weights.unfolded
     for key in KEYS[name]:
-        trial = _with_text_key(config, key, value)
-        if getattr(family.decoder(trial, {}), name) == value:
-            return trial
-    return config
+        # The size stays, so only a family that does not read this key refuses.
+        if _reads_as(weights.family, _with_text_key(config, key, getattr(source, name)), source):
+            return [key]
+    return []
 
 
-def _with_text_key(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+def _reads_as(family: Architecture, config: Mapping[str, Any], wanted: DecoderConfig) -> bool:
+    """Whether a family reads a config, and reads these numbers from it. Attention scales may
+    differ: they follow from the layers' numbers.
+    """
+    try:
+        decoder = family.decoder(config, {})
+    except EdgemedError:
+        return False
+    return replace(decoder, score_scale=wanted.score_scale) == wanted
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     # Vision models may keep the text model's sizes in a mapping of their own.
     text = config.get("text_config")
-    if isinstance(text, dict):
-        return {**config, "text_config": {**text, key: value}}
-    return {**config, key: value}
+    return text if isinstance(text, dict) else config
+
+
+def _with_text_key(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The config with a key of the text model. A size that stands both in the text model's mapping
+    and beside it is changed in both.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return {**config, key: value}
+    beside = {key: value} if config.get(key) is not None else {}
+    return {**config, **beside, "text_config": {**text, key: value}}
 
 
 def important_units(

@@ -7,10 +7,12 @@ our own decoder, so each checks the other.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from conftest import (
     cli,
     distilled_whole_and_killed,
     refused,
+    tiny_config,
     tokens,
     write_model,
     write_pictures,
@@ -356,6 +359,106 @@ def test_cut_layers_are_the_teachers_own(family: str, tmp_path: Path) -> None:
             student.checkpoint.path, dtype=torch.float32
         )(input_ids=IDS).logits
     assert (loaded_logits - right).abs().max() < 1e-4
+
+
+def without(config: dict, *keys: str) -> dict:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def gpt2_in_other_words(config: dict) -> dict:
+    """GPT-2's sizes under the second names that transformers' GPT2Config has for them."""
+    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    return {names.get(key, key): value for key, value in without(config, "n_inner").items()}
+
+
+def twice(config: dict) -> dict:
+    """Qwen2-VL's numbers in a mapping of their own and beside it, as some versions wrote them."""
+    text = without(config, "vision_config", "image_token_id", "vision_start_token_id")
+    text = without(text, "vision_end_token_id", "video_token_id", "vision_token_id", "model_type")
+    return {**config, "text_config": text}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "asked", "wanted"),
+    [
+        ("gpt2", dict, {"layers": (1,)}, {"n_layer": 1}),
+        ("gpt2", gpt2_in_other_words, {"layers": (1,)}, {"num_hidden_layers": 1}),
+        ("gpt2", gpt2_in_other_words, {"ffn": 64}, {"n_inner": 64}),
+        (
+            "gpt2",
+            lambda config: {**config, "num_hidden_layers": config["n_layer"]},
+            {"layers": (1,)},
+            {"n_layer": 1, "num_hidden_layers": 1},
+        ),
+        (
+            "llama",
+            lambda config: {
+                **without(config, "num_key_value_heads"),
+                "num_attention_heads": 4,
+                "head_dim": 16,
+            },
+            {"ffn": 64, "heads": 2},
+            {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2},
+        ),
+        (
+            "llama",
+            lambda config: {
+                **config,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 3,
+                "head_dim": 16,
+            },
+            {"heads": 4},
+            {"num_attention_heads": 4, "num_key_value_heads": 2},
+        ),
+        ("qwen2_vl", dict, {"layers": (1,)}, {"num_hidden_layers": 1}),
+        ("qwen2_vl", twice, {"layers": (1,)}, {"num_hidden_layers": 1}),
+        ("llava", dict, {"layers": (1,)}, {"num_hidden_layers": 1}),
+        (
+            "llava",
+            lambda config: {
+                **config,
+                "text_config": without(config["text_config"], "num_hidden_layers"),
+            },
+            {"layers": (1,)},
+            {"num_hidden_layers": 1},
+        ),
+    ],
+)
+def test_a_size_is_written_where_the_source_states_it(
+    family: str,
+    change: Callable[[dict], dict],
+    asked: dict,
+    wanted: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sizes change under the keys that the source uses and nowhere else, and transformers reads
+    them as edgemed does.
+    """
+    config = change(tiny_config(family))
+    monkeypatch.setattr("conftest.tiny_config", lambda family: config)
+    path = write_model(tmp_path / "model", family=family)
+    weights = CanonicalWeights(open_checkpoint(path))
+    shape = shape_of(path, **asked)
+    pruned = pruning.pruned_hf_config(weights, shape)
+    places = [(pruned, config)]
+    if "text_config" in config:
+        places = [(pruned["text_config"], config["text_config"])]
+        if "num_hidden_layers" in config:
+            places.append((pruned, config))
+    for new, old in places:
+        changed = {key: value for key, value in new.items() if old.get(key) != value}
+        assert {key: changed[key] for key in changed.keys() - {"dtype", "text_config"}} == wanted
+    assert pruned.keys() <= {*config, "dtype", *(wanted if places[0][0] is pruned else ())}
+    # transformers writes into the mappings that it is given.
+    read = transformers.AutoConfig.for_model(**copy.deepcopy(pruned)).get_text_config()
+    student = weights.family.decoder(pruned, {})
+    assert read.num_hidden_layers == student.layers == len(shape.layers)
+    assert read.num_attention_heads == student.heads
+    assert getattr(read, "num_key_value_heads", read.num_attention_heads) == shape.kv_heads
+    ffn = (read.n_inner or 4 * read.n_embd) if family == "gpt2" else read.intermediate_size
+    assert ffn == student.ffn == shape.ffn
 
 
 def dead(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from conftest import (
     IMAGE,
     VOCAB,
     distilled_whole_and_killed,
+    tiny_config,
     write_model,
     write_pictures,
     write_vision_model,
@@ -94,7 +95,7 @@ def lesson(
     teacher: Path,
     student: Path,
     pictures: str,
-    eos: int | None = EOS,
+    ends: tuple[int, ...] = (EOS,),
     rows: slice = slice(5, 9),
     **changes: float,
 ) -> DistillationData:
@@ -115,7 +116,7 @@ def lesson(
         32,
         VOCAB,
         0,
-        eos,
+        ends,
     )
     return DistillationData(
         asked_for, tokens, labels, len(chosen) // 2, Teacher(weights[1]), images=(ours, theirs)
@@ -273,7 +274,7 @@ def test_a_student_answers_as_the_reference_would(
     rows, own = (
         array.numpy()
         for array in image_answers.sample_answers(
-            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, 7
+            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, (), 7
         )
     )
     assert len(set(begins)) > 2
@@ -300,7 +301,7 @@ def test_a_student_answers_as_the_reference_would(
     monkeypatch.undo()
     again, other = (
         image_answers.sample_answers(
-            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, None, seed
+            ours, torch.from_numpy(tokens), torch.from_numpy(begins), seen, VOCAB - 20, (), seed
         )[0].numpy()
         for seed in (7, 8)
     )
@@ -316,11 +317,11 @@ def test_an_answer_ends_where_the_student_ends_it(student: Path, pictures: str) 
     begins = torch.from_numpy((labels != IGNORED).argmax(1))
     ours = load(weights)
     endless, _ = image_answers.sample_answers(
-        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, None, 7
+        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, (), 7
     )
     eos = int(endless[0, begins[0] + 3])
     rows, own = image_answers.sample_answers(
-        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, eos, 7
+        ours, torch.from_numpy(tokens), begins, images.batch(range(4), "cpu"), VOCAB, (eos,), 7
     )
     for n, begin in enumerate(begins.tolist()):
         ends = (endless[n, begin:] == eos).nonzero()
@@ -347,7 +348,7 @@ def test_the_loss_of_own_answers_is_the_divergence_there_alone(
             begins,
             course.images[0].batch(range(4), "cpu"),
             VOCAB,
-            EOS,
+            (EOS,),
             place,
         )
     )
@@ -502,7 +503,8 @@ def test_a_teacher_of_another_family_and_tokenizer_answers(
     """LLaVA sees 16 tokens of every image and Qwen2-VL as many as it has room for: only text can go
     from one to the other.
     """
-    other = write_model(tmp_path / "llava", family="llava", num_hidden_layers=4)
+    text = {**tiny_config("llava")["text_config"], "num_hidden_layers": 4}
+    other = write_model(tmp_path / "llava", family="llava", text_config=text)
     with pytest.raises(EdgemedError, match="different tokenizers.*mode: sequence"):
         run(student, tmp_path / "out", pictures, teacher=str(other), larger=True)
     _, notes = run(
