@@ -832,7 +832,10 @@ def test_a_damaged_graph_file(medmoe: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     engine = gguf(open_checkpoint(medmoe), tmp_path / "engine", type="q8_0")
     (engine.path / "graph.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(EdgemedError, match="graph.gguf is GGUF version 0"):
+    with pytest.raises(EdgemedError, match=r"graph\.gguf is GGUF version 0"):
+        engine.open(1)
+    (engine.path / "graph.gguf").write_bytes(b"GGUF\3" + bytes(7) + b"\xff" * 92)
+    with pytest.raises(EdgemedError, match=r"graph\.gguf"):
         engine.open(1)
 
 
