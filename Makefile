@@ -69,9 +69,9 @@ quickstart: setup
 
 quickstart-real: setup
 	@.venv/bin/edgemed recipes fetch smollm2 --out recipes
-	@echo "Running recipes/smollm2.yaml: import, merge, quantize, five engines, verify, bench, evaluate (about 10 minutes on two cores)"
-	@.venv/bin/edgemed run recipes/smollm2.yaml
-	@echo "The report is at $(CURDIR)/runs/smollm2/report.html"
+	@echo "Running recipes/smollm2.yaml: import, merge, quantize, five engines, verify, bench, evaluate (34 CPU minutes)"
+	@echo "Two int4 engines fail their limits there, and the run says so with exit code 1: docs/numbers.md has the reason"
+	@.venv/bin/edgemed run recipes/smollm2.yaml; code=$$?; echo "The report is at $(CURDIR)/runs/smollm2/report.html"; exit $$code
 
 test: setup .venv-device/.ready
 	@echo "Running all tests on $(WORKERS) processes (about 12 minutes on two cores)"
