@@ -51,7 +51,7 @@ check:
 	@echo "[3/4] Installing torch (about a minute; more where the index has only the CUDA build)"
 	@.venv/bin/pip install $(PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
 	@echo "[4/4] Installing edgemed with its runtimes and test tools, 1.9 GB in all (about a minute)"
-	@.venv/bin/pip install $(PIP_ARGS) --editable '.[build,onnx,llamacpp,vision,nvml,bnb,dev]'
+	@.venv/bin/pip install $(PIP_ARGS) --editable '.[build,onnx,llamacpp,vision,dicom,nvml,bnb,dev]'
 	@touch $@
 
 # What a device has: the two runtimes, no torch, no transformers; edgemed installed as a user would, not from the source tree.
