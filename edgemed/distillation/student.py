@@ -16,6 +16,7 @@ import transformers
 
 from edgemed.errors import EdgemedError
 from edgemed.models.checkpoint import Writer, narrowed, open_checkpoint
+from edgemed.models.hf_offline import native_config
 from edgemed.models.torch_decoder import logits
 from edgemed.models.weights import CanonicalWeights
 
@@ -34,7 +35,7 @@ def load(weights: CanonicalWeights, path: Path | None = None) -> Any:
     auto_class: Any
     if text_config:
         auto_class = transformers.AutoModelForCausalLM
-        options["config"] = transformers.AutoConfig.for_model(**text_config)
+        options["config"] = native_config(text_config)
     else:
         auto_class = getattr(transformers, weights.family.auto_classes["lm"])
     model, info = auto_class.from_pretrained(

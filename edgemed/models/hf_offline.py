@@ -7,9 +7,11 @@ must not depend on a hub.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from edgemed.errors import need
 
@@ -41,3 +43,10 @@ def quiet_and_offline() -> Iterator[None]:
             logger.setLevel(level)
         if progress_bar:
             transformers_logging.enable_progress_bar()
+
+
+def native_config(config: Mapping[str, Any]) -> Any:
+    """transformers' config object for the content of a config.json."""
+    # A copy, because config classes write into the mappings that they are given.
+    content = copy.deepcopy(dict(config))
+    return need("transformers", "build").AutoConfig.for_model(**content)

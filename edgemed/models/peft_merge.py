@@ -26,6 +26,7 @@ from edgemed.models.adapter_names import (
     renamed_tensors,
     without_copies,
 )
+from edgemed.models.hf_offline import native_config
 from edgemed.models.weights import CanonicalWeights, Dense
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _load_base(
     if text is not None:
         # An adapter of such a checkpoint was trained on its text model; the rest is copied.
         auto_class = "AutoModelForCausalLM"
-        options["config"] = transformers.AutoConfig.for_model(**text)
+        options["config"] = native_config(text)
     model, info = getattr(transformers, auto_class).from_pretrained(
         weights.checkpoint.path,
         dtype=torch.float32,

@@ -7,6 +7,7 @@ nothing made from such a checkpoint says anything about accuracy.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ MARK = "edgemed_random_weights"
 
 
 def reference_config(name: str) -> dict[str, Any]:
-    """The published config of a model ('biomedlm') or of a family's best-known one ('gpt2')."""
+    """The published config of a model ('biomedlm') or of a family's best-known one ('gpt2'), the
+    caller's own.
+    """
     configs: dict[str, Mapping[str, Any]] = {}
     for family in all_families().values():
         configs[family.reference_name] = family.reference_config
@@ -29,7 +32,8 @@ def reference_config(name: str) -> dict[str, Any]:
         configs.update(family.other_references)
     if name not in configs:
         raise EdgemedError(f"no true dimensions are known for '{name}'", nearest(name, configs))
-    return dict(configs[name])
+    # A copy of all of it, because transformers' config classes write into the mappings they get.
+    return copy.deepcopy(dict(configs[name]))
 
 
 def make_random(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from edgemed.models.config_keys import FIXED, HARMLESS
 from edgemed.models.config_reader import ACCEPTED, REQUIRED, ConfigKeys, ConfigReader
 from edgemed.models.document_keys import GENERATION, TOKENIZER_CONFIG
 from edgemed.models.quantization_config import BITSANDBYTES_KEYS, GPTQ_KEYS
+from edgemed.models.random_weights import reference_config
 
 transformers = pytest.importorskip("transformers")
 FAMILIES = all_families()
@@ -167,6 +169,17 @@ def test_what_is_declared_as_understood_is_read(name: str, monkeypatch: pytest.M
         *("original_max_position_embeddings", "meta_expert", "eos_token_id"),
         *("rope_theta", "sliding_window", "do_pad"),
     }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_published_config_is_the_callers_own(name: str) -> None:
+    """transformers' config classes write into the mappings they get, so nothing is shared."""
+    config = reference_config(name)
+    before = json.dumps(FAMILIES[name].reference_config, default=str)
+    for value in config.values():
+        if isinstance(value, dict):
+            value["written"] = True
+    assert json.dumps(FAMILIES[name].reference_config, default=str) == before
 
 
 @pytest.mark.parametrize(

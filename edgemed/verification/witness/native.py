@@ -22,6 +22,7 @@ import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from edgemed.models import hf_offline
 from edgemed.models.architecture import Architecture
 
 LIBRARY = "transformers"
@@ -77,7 +78,7 @@ def native_config(path: Path, config: Mapping[str, Any], family: Architecture) -
     """
     text = family.text_config(config) if family.text_config else None
     if text is not None:
-        return transformers.AutoConfig.for_model(**copy.deepcopy(dict(text)))
+        return hf_offline.native_config(text)
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     return transformers.AutoConfig.from_pretrained(path, **LOCAL)
