@@ -201,6 +201,22 @@ def choice(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     return options.index(row["answer"])
 
 
+def worded(row: Mapping[str, Any], question: str, options: tuple[str, ...]) -> Example:
+    """A row whose "answer" is one of a task's fixed options. Raises KeyError or ValueError."""
+    return Example(
+        str(row["id"]),
+        question,
+        options,
+        choice(row, options),
+        {"answer": row["answer"]},
+    )
+
+
+def worded_prompt(example: Example, ending: str) -> Prompt:
+    """A question whose options are the words that may follow `ending`."""
+    return Prompt(f"{example.question}\n{ending}", tuple(f" {word}" for word in example.options))
+
+
 def task_description(task: Task, example: Example) -> str:
     """What stands before everything else in this example's prompt: 'The following are ... about
     anatomy.'

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.config_keys import text_keys
-from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
+from edgemed.models.config_keys import USUAL_SIZES, text_keys
+from edgemed.models.config_reader import HEADS, ConfigReader
 from edgemed.models.family_helpers import (
     GELU,
     LAYER_NORM_GGUF_KEYS,
@@ -26,14 +26,7 @@ ROTATED_SHARE = 0.5
 KEYS = text_keys(
     {
         **ROPE_DEFAULTS,
-        "hidden_size": REQUIRED,
-        "num_hidden_layers": REQUIRED,
-        "num_attention_heads": REQUIRED,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "intermediate_size": REQUIRED,
-        "vocab_size": REQUIRED,
-        "max_position_embeddings": REQUIRED,
+        **USUAL_SIZES,
         "hidden_act": "gelu_new",
         "layer_norm_eps": 1e-5,
         "partial_rotary_factor": None,

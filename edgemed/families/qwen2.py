@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemed.models.architecture import Architecture, DecoderConfig, ParamSpec
-from edgemed.models.config_keys import text_keys
-from edgemed.models.config_reader import HEADS, REQUIRED, ConfigReader
+from edgemed.models.config_keys import USUAL_SIZES, text_keys
+from edgemed.models.config_reader import HEADS, ConfigReader
 from edgemed.models.family_helpers import (
     RMS_GGUF_KEYS,
     SILU,
@@ -26,14 +26,8 @@ from edgemed.models.rope import ROPE_DEFAULTS, unscaled_rope
 KEYS = text_keys(
     {
         **ROPE_DEFAULTS,
-        "hidden_size": REQUIRED,
-        "num_hidden_layers": REQUIRED,
-        "num_attention_heads": REQUIRED,
+        **USUAL_SIZES,
         "num_key_value_heads": 32,
-        "head_dim": None,
-        "intermediate_size": REQUIRED,
-        "vocab_size": REQUIRED,
-        "max_position_embeddings": REQUIRED,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,

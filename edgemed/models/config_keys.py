@@ -7,7 +7,7 @@ tools add theirs. A family adds to these lists what its own configs have.
 
 from __future__ import annotations
 
-from edgemed.models.config_reader import ConfigKeys
+from edgemed.models.config_reader import REQUIRED, ConfigKeys
 
 TRAINED = "says how the model was trained"
 DROPOUT = "dropout is for training"
@@ -153,6 +153,19 @@ FIXED: dict[str, tuple[object, ...]] = {
     "quantization": ({},),
     "final_logit_softcapping": (),
     "attn_logit_softcapping": (),
+}
+
+
+# The sizes that most text models state. A family names other defaults behind them.
+USUAL_SIZES: dict[str, object] = {
+    "hidden_size": REQUIRED,
+    "num_hidden_layers": REQUIRED,
+    "num_attention_heads": REQUIRED,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": REQUIRED,
+    "vocab_size": REQUIRED,
+    "max_position_embeddings": REQUIRED,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.evaluation.task import Example, Prompt, Task, choice, text
+from edgemed.evaluation.task import Example, Prompt, Task, text, worded, worded_prompt
 
 ANSWERS = ("yes", "no", "maybe")
 
@@ -17,17 +17,11 @@ ANSWERS = ("yes", "no", "maybe")
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "question", "long_answer", "answer": "yes" | "no" | "maybe"}."""
     question = f"Conclusion: {text(row, 'long_answer')}\nQuestion: {text(row, 'question')}"
-    return Example(
-        str(row["id"]),
-        question,
-        ANSWERS,
-        choice(row, ANSWERS),
-        {"answer": row["answer"]},
-    )
+    return worded(row, question, ANSWERS)
 
 
 def render(example: Example) -> Prompt:
-    return Prompt(f"{example.question}\nAnswer:", tuple(f" {option}" for option in example.options))
+    return worded_prompt(example, "Answer:")
 
 
 TASK = Task(

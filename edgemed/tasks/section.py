@@ -10,26 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemed.evaluation.task import Example, Prompt, Task, choice, text
+from edgemed.evaluation.task import Example, Prompt, Task, text, worded, worded_prompt
 
 SECTIONS = ("background", "methods", "results", "conclusions")
 
 
 def example(row: Mapping[str, Any]) -> Example:
     """Rows: {"id", "passage", "answer": one of SECTIONS}."""
-    return Example(
-        str(row["id"]),
-        f"Passage: {text(row, 'passage')}",
-        SECTIONS,
-        choice(row, SECTIONS),
-        {"answer": row["answer"]},
-    )
+    return worded(row, f"Passage: {text(row, 'passage')}", SECTIONS)
 
 
 def render(example: Example) -> Prompt:
-    return Prompt(
-        f"{example.question}\nSection:", tuple(f" {option}" for option in example.options)
-    )
+    return worded_prompt(example, "Section:")
 
 
 TASK = Task(

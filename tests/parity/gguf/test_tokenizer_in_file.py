@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import cli, refused, write_model
+from sentencepiece_kind import write_spaces_as_signs
 
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
@@ -78,17 +79,7 @@ def sentencepiece(byte_tokens: int = 256) -> Tokenizer:
         vocabulary.setdefault(piece, len(vocabulary))
     model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    write_spaces_as_signs(tokenizer)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["<s>", "$A"], special_tokens=[("<s>", 1)]

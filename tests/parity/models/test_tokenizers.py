@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import cli, refused, write_begun_model
+from sentencepiece_kind import write_spaces_as_signs
 
 from edgemed.errors import EdgemedError
 from edgemed.models.special_tokens import special_tokens, stop_tokens
@@ -171,17 +172,7 @@ def llama2(folder: Path) -> None:
     """SentencePiece's BPE: a sign for spaces, and bytes for what it does not know."""
     model = models.BPE(fuse_unk=True, byte_fallback=True, unk_token="<unk>")
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    write_spaces_as_signs(tokenizer)
     named = ["<unk>", "<bos>", "<eos>", *(f"<0x{n:02X}>" for n in range(256))]
     trainer = BpeTrainer(vocab_size=500, show_progress=False, special_tokens=named)
     tokenizer.train_from_iterator(SENTENCES[:1], trainer)
