@@ -219,28 +219,37 @@ def _is_word(config: Mapping[str, Any], key: str) -> bool:
 def _zeros(checkpoint: Checkpoint, key: str, settings: GptqSettings, bits: int) -> torch.Tensor:
     """The zero points uint8 [out, groups], whichever version of the layout they are stored in."""
     words = checkpoint.read(f"{key}.qzeros")
-    middle = 1 << (bits - 1)
     offset = settings.zero_offset
     if settings.sym:
-        stored = unpack(words, bits, 1)
-        if bool((stored == middle - offset).all()):
-            pass
-        elif bool((stored == middle - 1 + offset).all()):
-            stated = next(name for name, value in FORMATS.items() if value == offset)
-            say_once(
-                f"{checkpoint.path}: config.json says sym and {stated}, and its zero points are the"
-                f" other version's; they are read as those"
-            )
-            offset = 1 - offset
-        else:
-            raise EdgemedError(
-                f"{checkpoint.path}: config.json says sym: true, and the zero points of '{key}' are"
-                " not the middle of their range",
-                "If it was quantized asymmetrically, set sym to false; else it is damaged",
-            )
+        offset = _offset_of_middle(checkpoint, key, settings, unpack(words, bits, 1), bits)
     if offset:
         words = _plus_one(checkpoint, key, words, bits)
     return unpack(words, bits, 1).T.contiguous()
+
+
+def _offset_of_middle(
+    checkpoint: Checkpoint, key: str, settings: GptqSettings, stored: torch.Tensor, bits: int
+) -> int:
+    """What is to be added to symmetric zero points, which must then be the middle of their range:
+    what the layout's version says, or the other version's where only that fits.
+    """
+    middle = 1 << (bits - 1)
+    stated = settings.zero_offset
+    if bool((stored == middle - stated).all()):
+        return stated
+    other = 1 - stated
+    if not bool((stored == middle - other).all()):
+        raise EdgemedError(
+            f"{checkpoint.path}: config.json says sym: true, and the zero points of '{key}' are not"
+            " the middle of their range",
+            "If it was quantized asymmetrically, set sym to false; else it is damaged",
+        )
+    version = next(name for name, value in FORMATS.items() if value == stated)
+    say_once(
+        f"{checkpoint.path}: config.json says sym and {version}, and its zero points are the other"
+        " version's; they are read as those"
+    )
+    return other
 
 
 def _plus_one(checkpoint: Checkpoint, key: str, words: torch.Tensor, bits: int) -> torch.Tensor:
