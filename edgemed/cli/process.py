@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import signal
@@ -61,6 +62,8 @@ def prepare() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Text is UTF-8 whatever the locale says. Other bytes are refused where they are read.
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    # When peft imports it, it recommends a package for kernels that edgemed does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for number in ENDING:
         # `nohup` and shells in the background ignore a signal on purpose.
         if signal.getsignal(number) == signal.SIG_DFL:

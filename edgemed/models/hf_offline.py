@@ -26,7 +26,7 @@ def quiet_and_offline() -> Iterator[None]:
     hub_offline = hub.constants.HF_HUB_OFFLINE
     progress_bar = transformers_logging.is_progress_bar_enabled()
     levels = {}
-    for name in ("transformers", "peft", "accelerate", "bitsandbytes"):
+    for name in ("transformers", "peft", "accelerate"):
         logger = logging.getLogger(name)
         levels[logger] = logger.level
     hub.constants.HF_HUB_OFFLINE = True
